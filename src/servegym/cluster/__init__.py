@@ -1,0 +1,1 @@
+"""The cluster simulator: the compiled core and the plain reference."""

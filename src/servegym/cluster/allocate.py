@@ -1,0 +1,168 @@
+"""Making the simulator's arrays and filling them from episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from servegym.cluster.kernels import reset_env
+from servegym.cluster.nominal import nominal_facts
+from servegym.cluster.outcome import EVENT_DTYPE, STEP_DTYPE
+from servegym.cluster.spec import ClusterSpec, Episode
+from servegym.cluster.state import (
+    BLOCK_DTYPE,
+    DUE_DTYPE,
+    END_DTYPE,
+    ENV_DTYPE,
+    FAULT_DTYPE,
+    HELD_DTYPE,
+    KNOWN_DTYPE,
+    NUM_ITL_BINS,
+    NUM_SCRAPED,
+    REPLICA_DTYPE,
+    REQUEST_DTYPE,
+    SEGMENT_DTYPE,
+    Params,
+    State,
+)
+
+
+class Capacity(NamedTuple):
+    """Sizes of the state arrays."""
+
+    num_envs: int
+    requests: int
+    segments: int
+    replicas: int
+    faults: int
+    longest_tokens: int
+    log: int
+
+    @classmethod
+    def of(cls, episodes: Sequence[Episode], *, max_replicas: int = 0, record: bool) -> Capacity:
+        """Return the sizes that hold every one of `episodes`."""
+        requests = max(len(e.table) for e in episodes)
+        return cls(
+            num_envs=len(episodes),
+            requests=requests,
+            segments=max(1, *(len(e.table.prefix_keys) for e in episodes)),
+            replicas=max(max_replicas, *(e.num_replicas for e in episodes)),
+            faults=max(1, *(len(e.faults) for e in episodes)),
+            longest_tokens=max(_longest(e) for e in episodes),
+            log=12 * requests + 64 if record else 1,
+        )
+
+    def covers(self, episode: Episode) -> bool:
+        """Whether an environment of these sizes can play `episode`."""
+        return (
+            len(episode.table) <= self.requests
+            and len(episode.table.prefix_keys) <= self.segments
+            and episode.num_replicas <= self.replicas
+            and len(episode.faults) <= self.faults
+            and _longest(episode) <= self.longest_tokens
+        )
+
+
+def _longest(episode: Episode) -> int:
+    return int((episode.table.prompt_tokens.astype(np.int64) + episode.table.output_tokens).max())
+
+
+def make_params(spec: ClusterSpec, *, record: bool) -> Params:
+    """Stack the replica types and rules of a cluster into arrays."""
+    grids = [t.grid for t in spec.types]
+
+    def stack(name: str) -> np.ndarray:
+        return np.ascontiguousarray([getattr(g, name) for g in grids], np.float64)
+
+    def column(name: str) -> np.ndarray:
+        return np.array([getattr(t, name) for t in spec.types], np.int64)
+
+    return Params(
+        cpu_s=stack("cpu_s"),
+        dense_tokens=stack("dense_tokens"),
+        dense_s=stack("dense_s"),
+        prefill_chunk=stack("prefill_chunk"),
+        prefill_context=stack("prefill_context"),
+        prefill_s=stack("prefill_s"),
+        decode_batch=stack("decode_batch"),
+        decode_kv=stack("decode_kv"),
+        decode_s=stack("decode_s"),
+        num_blocks=column("num_blocks"),
+        max_num_batched_tokens=column("max_num_batched_tokens"),
+        max_num_seqs=column("max_num_seqs"),
+        nominal=np.ascontiguousarray(nominal_facts(spec), np.float64),
+        slo_s=np.array([[c.ttft_s, c.tpot_s] for c in spec.slo_classes], np.float64),
+        slo_weight=np.array([c.weight for c in spec.slo_classes], np.float64),
+        block_size=int(spec.block_size),
+        prefix_caching=bool(spec.prefix_caching),
+        chunked_prefill=bool(spec.chunked_prefill),
+        allow_hold=bool(spec.allow_hold),
+        allow_reject=bool(spec.allow_reject),
+        hold_s=float(spec.hold_s),
+        metrics_interval_s=float(spec.metrics_interval_s),
+        noise_sigma=float(spec.noise_sigma),
+        noise_period_steps=int(spec.noise_period_steps),
+        record=bool(record),
+    )
+
+
+def make_state(spec: ClusterSpec, capacity: Capacity) -> State:
+    """Make the arrays, all zero; every environment must be filled before use."""
+    e, n, r = capacity.num_envs, capacity.requests, capacity.replicas
+    seqs = max(t.max_num_seqs for t in spec.types)
+    blocks, slots, width, rows = 1, 1, 1, 1
+    if spec.prefix_caching:
+        blocks = max(t.num_blocks for t in spec.types)
+        slots = 1 << (2 * blocks - 1).bit_length()
+        width = -(-capacity.longest_tokens // spec.block_size)
+        rows = seqs
+    return State(
+        request=np.zeros((e, n), REQUEST_DTYPE),
+        replica=np.zeros((e, r), REPLICA_DTYPE),
+        env=np.zeros(e, ENV_DTYPE),
+        segment=np.zeros((e, capacity.segments), SEGMENT_DTYPE),
+        phase=np.zeros((e, r, spec.block_size), np.int32),
+        ends=np.zeros((e, r, seqs), END_DTYPE),
+        due=np.zeros((e, r), DUE_DTYPE),
+        block=np.zeros((e, r, blocks + 1), BLOCK_DTYPE),
+        known=np.zeros((e, r, slots), KNOWN_DTYPE),
+        reserve=np.zeros((e, r, blocks), np.int32),
+        table=np.zeros((e, r, rows, width), np.int32),
+        free_slots=np.zeros((e, r, rows), np.int32),
+        scraped=np.zeros((e, NUM_SCRAPED, r)),
+        held=np.zeros((e, n), HELD_DTYPE),
+        returned=np.zeros((e, n), np.int32),
+        fault=np.zeros((e, capacity.faults), FAULT_DTYPE),
+        itl_count=np.zeros((e, NUM_ITL_BINS), np.int64),
+        log=np.zeros((e, capacity.log), EVENT_DTYPE),
+        steps=np.zeros((e, capacity.log), STEP_DTYPE),
+    )
+
+
+def load_episode(params: Params, state: State, env: int, episode: Episode) -> None:
+    """Write an episode into one environment and put that into its initial state."""
+    table, faults = episode.table, episode.faults
+    n, m, r, f = len(table), len(table.prefix_keys), episode.num_replicas, len(faults)
+    request = state.request[env, :n]
+    request["arrival_s"] = table.arrival_s
+    request["predicted"] = table.predicted_output_tokens
+    request["prompt"] = table.prompt_tokens
+    request["output"] = table.output_tokens
+    request["slo_class"] = table.slo_class
+    request["seg_first"] = table.prefix_offsets[:-1]
+    request["seg_stop"] = table.prefix_offsets[1:]
+    state.segment["key"][env, :m] = table.prefix_keys
+    state.segment["end"][env, :m] = table.prefix_ends
+    replica = state.replica[env, :r]
+    replica["type_idx"] = episode.type_idx
+    replica["base_speed"] = episode.speed
+    for column in ("time_s", "replica", "kind", "value"):
+        state.fault[column][env, :f] = getattr(faults, column)
+    constants = state.env[env]
+    constants["num_requests"] = n
+    constants["num_replicas"] = r
+    constants["num_faults"] = f
+    constants["noise_seed"] = np.uint64(episode.noise_seed)
+    reset_env(params, state, env)

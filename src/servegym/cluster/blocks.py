@@ -1,0 +1,249 @@
+"""KV blocks with identities: the prefix cache of a replica."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from servegym.cluster.rng import block_identity, mix64, private_key
+from servegym.cluster.state import Params, State
+
+
+@njit(cache=True, nogil=True)
+def reset_blocks(p: Params, s: State, e: int, r: int) -> None:
+    """Empty the cache: all blocks free, in index order, and all table rows unused."""
+    num_blocks = p.num_blocks[s.replica[e, r].type_idx]
+    s.replica[e, r].free_blocks = num_blocks
+    if not p.prefix_caching:
+        return
+    blocks = s.block[e, r]
+    end = blocks.shape[0] - 1
+    for b in range(num_blocks):
+        blocks[b].identity = 0
+        blocks[b].holders = 0
+        blocks[b].after = b + 1
+        blocks[b].before = b - 1
+    blocks[num_blocks - 1].after = end
+    blocks[0].before = end
+    blocks[end].after = 0
+    blocks[end].before = num_blocks - 1
+    known = s.known[e, r]
+    for i in range(known.shape[0]):
+        known[i].identity = 0
+    s.replica[e, r].num_reserve = 0
+    rows = s.free_slots.shape[2]
+    for i in range(rows):
+        s.free_slots[e, r, i] = rows - 1 - i
+    s.replica[e, r].num_free_slots = rows
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _slot_of(identity: int, mask: int) -> int:
+    return np.int64(mix64(np.uint64(identity)) & np.uint64(mask))
+
+
+@njit(cache=True, nogil=True)
+def find_block(s: State, e: int, r: int, identity: int) -> int:
+    """Return the block with this identity, or -1."""
+    known = s.known[e, r]
+    mask = known.shape[0] - 1
+    i = _slot_of(identity, mask)
+    while known[i].identity != 0:
+        if known[i].identity == identity:
+            return known[i].block
+        i = (i + 1) & mask
+    return -1
+
+
+@njit(cache=True, nogil=True)
+def _insert(s: State, e: int, r: int, identity: int, block: int) -> bool:
+    known = s.known[e, r]
+    mask = known.shape[0] - 1
+    i = _slot_of(identity, mask)
+    while known[i].identity != 0:
+        if known[i].identity == identity:
+            return False
+        i = (i + 1) & mask
+    known[i].identity = identity
+    known[i].block = block
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _forget(s: State, e: int, r: int, identity: int) -> None:
+    """Delete an identity; later ones of the same probe run move back, so no marks are left."""
+    known = s.known[e, r]
+    mask = known.shape[0] - 1
+    i = _slot_of(identity, mask)
+    while known[i].identity != identity:
+        i = (i + 1) & mask
+    j = i
+    while True:
+        j = (j + 1) & mask
+        if known[j].identity == 0:
+            break
+        home = _slot_of(known[j].identity, mask)
+        if ((j - home) & mask) >= ((j - i) & mask):
+            known[i].identity = known[j].identity
+            known[i].block = known[j].block
+            i = j
+    known[i].identity = 0
+
+
+@njit(cache=True, nogil=True)
+def _take(s: State, e: int, r: int) -> int:
+    """Take the least recently used free block; it loses its identity."""
+    blocks = s.block[e, r]
+    end = blocks.shape[0] - 1
+    block = blocks[end].after
+    blocks[end].after = blocks[block].after
+    blocks[blocks[block].after].before = end
+    if blocks[block].identity != 0:
+        _forget(s, e, r, blocks[block].identity)
+        blocks[block].identity = 0
+    blocks[block].holders = 1
+    s.replica[e, r].free_blocks -= 1
+    return block
+
+
+@njit(cache=True, nogil=True)
+def take_for_decodes(p: Params, s: State, e: int, r: int, count: int) -> None:
+    """Take blocks for decoding requests; which block is whose is settled when one leaves."""
+    if not p.prefix_caching:
+        s.replica[e, r].free_blocks -= count
+        return
+    for _ in range(count):
+        block = _take(s, e, r)
+        s.reserve[e, r, s.replica[e, r].num_reserve] = block
+        s.replica[e, r].num_reserve += 1
+
+
+@njit(cache=True, nogil=True)
+def take_for_chunk(
+    p: Params, s: State, e: int, r: int, request: int, computed: int, tokens: int
+) -> None:
+    """Give a prefilling request the blocks of its next chunk and name those it fills."""
+    need = (computed + tokens + p.block_size - 1) // p.block_size
+    have = s.request[e, request].table_len
+    s.request[e, request].table_len = need
+    if not p.prefix_caching:
+        s.replica[e, r].free_blocks -= need - have
+        return
+    row = s.table[e, r, s.request[e, request].seq_slot]
+    for j in range(have, need):
+        row[j] = _take(s, e, r)
+    _name(p, s, e, r, request, computed // p.block_size, (computed + tokens) // p.block_size)
+
+
+@njit(cache=True, nogil=True)
+def _name(p: Params, s: State, e: int, r: int, request: int, first: int, end: int) -> None:
+    """Give blocks `first..end-1` of a request their identities where these are still free."""
+    row = s.table[e, r, s.request[e, request].seq_slot]
+    seg, seg_stop = s.request[e, request].seg_first, s.request[e, request].seg_stop
+    for j in range(first, end):
+        last_token = (j + 1) * p.block_size - 1
+        while seg < seg_stop and s.segment[e, seg].end <= last_token:
+            seg += 1
+        key = s.segment[e, seg].key if seg < seg_stop else private_key(request)
+        identity = block_identity(key, j)
+        if _insert(s, e, r, identity, row[j]):
+            s.block[e, r, row[j]].identity = identity
+
+
+@njit(cache=True, nogil=True)
+def count_hits(p: Params, s: State, e: int, r: int, request: int, max_blocks: int) -> int:
+    """Count the leading blocks of a request that are in the cache, at most `max_blocks`."""
+    seg, seg_stop = s.request[e, request].seg_first, s.request[e, request].seg_stop
+    for j in range(max_blocks):
+        last_token = (j + 1) * p.block_size - 1
+        while seg < seg_stop and s.segment[e, seg].end <= last_token:
+            seg += 1
+        key = s.segment[e, seg].key if seg < seg_stop else private_key(request)
+        if find_block(s, e, r, block_identity(key, j)) < 0:
+            return j
+    return max_blocks
+
+
+@njit(cache=True, nogil=True)
+def match(p: Params, s: State, e: int, r: int, request: int, max_blocks: int) -> tuple[int, int]:
+    """Write the cached leading blocks of a request into the next free table row.
+
+    Returns:
+        How many there are, and how many of them nobody holds.
+    """
+    row = s.table[e, r, s.free_slots[e, r, s.replica[e, r].num_free_slots - 1]]
+    seg, seg_stop = s.request[e, request].seg_first, s.request[e, request].seg_stop
+    unheld = 0
+    for j in range(max_blocks):
+        last_token = (j + 1) * p.block_size - 1
+        while seg < seg_stop and s.segment[e, seg].end <= last_token:
+            seg += 1
+        key = s.segment[e, seg].key if seg < seg_stop else private_key(request)
+        block = find_block(s, e, r, block_identity(key, j))
+        if block < 0:
+            return j, unheld
+        row[j] = block
+        if s.block[e, r, block].holders == 0:
+            unheld += 1
+    return max_blocks, unheld
+
+
+@njit(cache=True, nogil=True)
+def hold_matched(p: Params, s: State, e: int, r: int, request: int, hits: int) -> None:
+    """Give a request its table row, with the `hits` blocks `match` has just written there."""
+    s.request[e, request].table_len = hits
+    if not p.prefix_caching:
+        return
+    s.replica[e, r].num_free_slots -= 1
+    slot = s.free_slots[e, r, s.replica[e, r].num_free_slots]
+    s.request[e, request].seq_slot = slot
+    blocks = s.block[e, r]
+    for j in range(hits):
+        block = s.table[e, r, slot, j]
+        if blocks[block].holders == 0:
+            blocks[blocks[block].before].after = blocks[block].after
+            blocks[blocks[block].after].before = blocks[block].before
+            s.replica[e, r].free_blocks -= 1
+        blocks[block].holders += 1
+
+
+@njit(cache=True, nogil=True)
+def release(p: Params, s: State, e: int, r: int, request: int, computed: int, joined: int) -> None:
+    """Take all blocks from a request that leaves the running list.
+
+    Args:
+        p: Constants.
+        s: State.
+        e: Environment.
+        r: Replica.
+        request: The one that leaves.
+        computed: Its tokens in the KV cache.
+        joined: `computed` when it began to decode, -1 if it is still prefilling.
+    """
+    have = s.request[e, request].table_len
+    s.request[e, request].table_len = 0
+    held = have if joined < 0 else (computed + p.block_size - 1) // p.block_size
+    if not p.prefix_caching:
+        s.replica[e, r].free_blocks += held
+        return
+    slot = s.request[e, request].seq_slot
+    row = s.table[e, r, slot]
+    for j in range(have, held):
+        s.replica[e, r].num_reserve -= 1
+        row[j] = s.reserve[e, r, s.replica[e, r].num_reserve]
+    if joined >= 0:
+        _name(p, s, e, r, request, joined // p.block_size, computed // p.block_size)
+    blocks = s.block[e, r]
+    end = blocks.shape[0] - 1
+    for j in range(held - 1, -1, -1):
+        block = row[j]
+        blocks[block].holders -= 1
+        if blocks[block].holders == 0:
+            tail = blocks[end].before
+            blocks[tail].after = block
+            blocks[block].before = tail
+            blocks[block].after = end
+            blocks[end].before = block
+            s.replica[e, r].free_blocks += 1
+    s.free_slots[e, r, s.replica[e, r].num_free_slots] = slot
+    s.replica[e, r].num_free_slots += 1

@@ -1,0 +1,101 @@
+"""The event log and what is derived from it; one format for simulated and live runs."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from servegym.cluster import state as s
+from servegym.workloads.table import RequestTable
+
+#: One event: `kind` is one of `state.EV_*`; `value` is cached tokens for `EV_ADMIT`, else 0.
+EVENT_DTYPE = np.dtype(
+    [("time_s", "f8"), ("value", "f8"), ("request", "i4"), ("replica", "i2"), ("kind", "i1")],
+    align=True,
+)
+#: A stretch of equal engine steps of one replica: `num_steps` steps, each with `num_decodes`
+#: decoding requests; `prefill_tokens` > 0 only for single steps. `used_blocks`: KV blocks held.
+STEP_DTYPE = np.dtype(
+    [
+        ("begin_s", "f8"),
+        ("end_s", "f8"),
+        ("replica", "i2"),
+        ("num_steps", "i4"),
+        ("num_decodes", "i4"),
+        ("prefill_tokens", "i4"),
+        ("num_waiting", "i4"),
+        ("used_blocks", "i4"),
+    ],
+    align=True,
+)
+#: One request's fate. Times are NaN for what did not happen; `rejected` requests have no replica.
+OUTCOME_DTYPE = np.dtype(
+    [
+        ("request", "i4"),
+        ("arrival_s", "f8"),
+        ("dispatch_s", "f8"),
+        ("scheduled_s", "f8"),
+        ("first_token_s", "f8"),
+        ("finish_s", "f8"),
+        ("replica", "i2"),
+        ("rejected", "?"),
+        ("prompt_tokens", "i4"),
+        ("output_tokens", "i4"),
+        ("cached_tokens", "i4"),
+        ("num_preemptions", "i2"),
+        ("num_restarts", "i2"),
+        ("num_holds", "i2"),
+        ("slo_class", "i2"),
+        ("tenant", "i4"),
+    ]
+)
+
+
+def outcomes_from_events(events: NDArray[np.void], table: RequestTable) -> NDArray[np.void]:
+    """Derive each request's fate from the event log.
+
+    Args:
+        events: `EVENT_DTYPE[m]` in order of time.
+        table: The requests the log is about.
+
+    Returns:
+        `OUTCOME_DTYPE[n]`, in table order; requests that never arrived have NaN arrivals.
+    """
+    out = np.zeros(len(table), OUTCOME_DTYPE)
+    out["request"] = np.arange(len(table))
+    for name in ("arrival_s", "dispatch_s", "scheduled_s", "first_token_s", "finish_s"):
+        out[name] = np.nan
+    out["replica"] = -1
+    out["prompt_tokens"] = table.prompt_tokens
+    out["output_tokens"] = table.output_tokens
+    out["slo_class"] = table.slo_class
+    out["tenant"] = table.tenant
+
+    def of(kind: int) -> NDArray[np.void]:
+        return events[events["kind"] == kind]
+
+    def first(kind: int, column: str) -> NDArray[np.void]:
+        part = of(kind)
+        rows, where = np.unique(part["request"], return_index=True)
+        out[column][rows] = part["time_s"][where]
+        return part[where]
+
+    first(s.EV_ARRIVE, "arrival_s")
+    admitted = first(s.EV_ADMIT, "scheduled_s")
+    out["cached_tokens"][admitted["request"]] = admitted["value"].astype(np.int32)
+    first(s.EV_FIRST_TOKEN, "first_token_s")
+    first(s.EV_FINISH, "finish_s")
+    dispatched = of(s.EV_DISPATCH)  # later rows overwrite earlier ones: the last dispatch counts
+    out["dispatch_s"][dispatched["request"]] = dispatched["time_s"]
+    out["replica"][dispatched["request"]] = dispatched["replica"]
+    rejected = of(s.EV_REJECT)
+    out["rejected"][rejected["request"]] = True
+    out["finish_s"][rejected["request"]] = rejected["time_s"]
+    out["replica"][rejected["request"]] = -1
+    for kind, column in (
+        (s.EV_PREEMPT, "num_preemptions"),
+        (s.EV_RETURN, "num_restarts"),
+        (s.EV_HOLD, "num_holds"),
+    ):
+        out[column] = np.bincount(of(kind)["request"], minlength=len(table))
+    return out

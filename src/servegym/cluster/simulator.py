@@ -1,0 +1,182 @@
+"""The compiled simulator behind a Python face: many environments, stepped to their decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from servegym.cluster.allocate import Capacity, load_episode, make_params, make_state
+from servegym.cluster.kernels import advance, apply, is_allowed
+from servegym.cluster.outcome import OUTCOME_DTYPE
+from servegym.cluster.spec import ClusterSpec, Episode
+from servegym.cluster.state import DECISION, LOG_FULL, REJECTED, Params, State
+from servegym.errors import InvalidAction
+from servegym.typing import IntArray
+
+
+@njit(cache=True, nogil=True)
+def _advance_all(p: Params, s: State, reasons: IntArray) -> None:
+    for e in range(reasons.shape[0]):
+        reasons[e] = advance(p, s, e)
+
+
+@njit(cache=True, nogil=True)
+def _apply_all(p: Params, s: State, reasons: IntArray, actions: IntArray) -> int:
+    """Apply the actions of all environments that wait; return the first bad one or -1."""
+    for e in range(reasons.shape[0]):
+        if reasons[e] == DECISION and not is_allowed(p, s, e, s.env[e].deciding, actions[e]):
+            return e
+    for e in range(reasons.shape[0]):
+        if reasons[e] == DECISION:
+            apply(p, s, e, actions[e])
+    return -1
+
+
+class Simulator:
+    """Independent clusters under the same rules, one episode each.
+
+    Attributes:
+        spec: The rules and replica types.
+        params: The same, as arrays.
+        state: All that changes, as arrays.
+        episodes: What each environment is playing.
+        reasons: What `advance` last said of each environment, `int64[num_envs]`.
+    """
+
+    def __init__(
+        self,
+        spec: ClusterSpec,
+        episodes: Sequence[Episode],
+        *,
+        record: bool = False,
+        max_replicas: int = 0,
+    ) -> None:
+        for episode in episodes:
+            episode.validate(spec)
+        self.spec = spec
+        self.episodes = list(episodes)
+        self.params = make_params(spec, record=record)
+        self._capacity = Capacity.of(episodes, max_replicas=max_replicas, record=record)
+        self.state = make_state(spec, self._capacity)
+        self.reasons = np.zeros(len(episodes), np.int64)
+        for env, episode in enumerate(episodes):
+            load_episode(self.params, self.state, env, episode)
+
+    @property
+    def num_envs(self) -> int:
+        """Number of environments."""
+        return self._capacity.num_envs
+
+    @property
+    def max_replicas(self) -> int:
+        """Replica columns in the arrays; an episode may use fewer."""
+        return self._capacity.replicas
+
+    def load(self, env: int, episode: Episode) -> None:
+        """Start another episode in one environment; the arrays grow if it needs more room."""
+        episode.validate(self.spec)
+        if not self._capacity.covers(episode):
+            self._grow(episode)
+        self.episodes[env] = episode
+        load_episode(self.params, self.state, env, episode)
+
+    def _grow(self, episode: Episode) -> None:
+        need = Capacity.of([episode], record=bool(self.params.record))
+        merged = Capacity(self.num_envs, *map(max, self._capacity[1:], need[1:]))
+        bigger = make_state(self.spec, merged)
+        for old, new in zip(self.state, bigger, strict=True):
+            new[tuple(slice(size) for size in old.shape)] = old
+        for i, env in enumerate(bigger.env):  # rings wrap at the old size: unroll them
+            for ring, first in (("held", "hold_first"), ("returned", "return_first")):
+                old = getattr(self.state, ring)[i]
+                getattr(bigger, ring)[i, : len(old)] = np.roll(old, -int(env[first]))
+                env[first] = 0
+        self.state, self._capacity = bigger, merged
+
+    def advance(self) -> IntArray:
+        """Run every environment until a decision is due or all its requests have ended.
+
+        Returns:
+            `DECISION` or `DONE` per environment, `int64[num_envs]`.
+        """
+        _advance_all(self.params, self.state, self.reasons)
+        while (self.reasons == LOG_FULL).any():
+            self.grow_logs()
+            _advance_all(self.params, self.state, self.reasons)
+        return self.reasons.copy()
+
+    def grow_logs(self) -> None:
+        """Double the room of the event and step logs."""
+        size = self._capacity.log
+        logs = {}
+        for name in ("log", "steps"):
+            old = getattr(self.state, name)
+            logs[name] = np.concatenate((old, np.zeros_like(old)), axis=1)
+        self.state = self.state._replace(**logs)
+        self._capacity = self._capacity._replace(log=2 * size)
+
+    def apply(self, actions: IntArray) -> None:
+        """Take the decisions that are due.
+
+        Args:
+            actions: Replica index, `HOLD` or `REJECT` per environment, `int64[num_envs]`; ignored
+                where no decision is due.
+
+        Raises:
+            InvalidAction: If an action is not allowed; then none has been taken.
+        """
+        bad = _apply_all(
+            self.params, self.state, self.reasons, np.ascontiguousarray(actions, np.int64)
+        )
+        if bad >= 0:
+            allowed = [
+                a
+                for a in range(-2, int(self.state.env[bad]["num_replicas"]))
+                if is_allowed(self.params, self.state, bad, self.state.env[bad]["deciding"], a)
+            ]
+            raise InvalidAction(
+                f"action {int(actions[bad])} of environment {bad} is not allowed now: "
+                f"choose one of {allowed} (-1 holds, -2 rejects)"
+            )
+
+    def outcomes(self, env: int = 0) -> NDArray[np.void]:
+        """Return the fate of every request, `OUTCOME_DTYPE[n]`."""
+        arrived = int(self.state.env[env]["next_arrival"])
+        request = self.state.request[env, : int(self.state.env[env]["num_requests"])]
+        out = np.zeros(len(request), OUTCOME_DTYPE)
+        out["request"] = np.arange(len(request))
+        for column in ("arrival_s", "dispatch_s", "scheduled_s", "first_token_s", "finish_s"):
+            out[column] = request[column]
+        out["arrival_s"][arrived:] = np.nan
+        out["rejected"] = request["status"] == REJECTED
+        out["prompt_tokens"] = request["prompt"]
+        out["output_tokens"] = request["output"]
+        out["cached_tokens"] = np.maximum(request["cached"], 0)
+        for column in ("replica", "num_preemptions", "num_restarts", "num_holds", "slo_class"):
+            out[column] = request[column]
+        out["tenant"] = self.episodes[env].table.tenant
+        return out
+
+    def events(self, env: int = 0) -> NDArray[np.void]:
+        """Return the event log in order of time, `EVENT_DTYPE[m]`; empty unless recorded."""
+        return self.state.log[env, : int(self.state.env[env]["log_len"])].copy()
+
+    def steps(self, env: int = 0) -> NDArray[np.void]:
+        """Return the step log in order of step ends, `STEP_DTYPE[m]`; empty unless recorded."""
+        return self.state.steps[env, : int(self.state.env[env]["step_len"])].copy()
+
+    def itl_histogram(self, env: int = 0) -> IntArray:
+        """Return counts of inter-token times in the log bins of `state`, `int64[bins]`."""
+        return self.state.itl_count[env].copy()
+
+    def snapshot(self) -> State:
+        """Copy the whole state."""
+        return State(*(array.copy() for array in self.state))
+
+    def restore(self, snapshot: State) -> None:
+        """Go back to a snapshot of this simulator."""
+        for array, saved in zip(self.state, snapshot, strict=True):
+            array[...] = saved

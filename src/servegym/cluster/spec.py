@@ -1,0 +1,200 @@
+"""What a simulation is given: replica types, the rules they share, and one episode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from servegym.cluster.state import FAULT_DOWN, FAULT_SLOW, FAULT_UP
+from servegym.costs.grid import CostGrid
+from servegym.errors import ConfigError
+from servegym.typing import FloatArray, Int8Array, Int16Array
+from servegym.workloads.table import RequestTable
+
+
+@dataclass(frozen=True)
+class ReplicaType:
+    """One kind of engine instance: a GPU type, a tensor-parallel degree and a model.
+
+    Attributes:
+        name: For reports, e.g. `"H100-SXM-80GB x1"`.
+        grid: Compiled step cost.
+        num_blocks: KV blocks it holds.
+        max_num_batched_tokens: Token budget of one step.
+        max_num_seqs: Running requests at most.
+        price_usd_per_h: Rent of the whole replica, dollars an hour.
+        num_gpus: GPUs it occupies.
+    """
+
+    name: str
+    grid: CostGrid
+    num_blocks: int
+    max_num_batched_tokens: int = 2048
+    max_num_seqs: int = 256
+    price_usd_per_h: float = 0.0
+    num_gpus: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_blocks < 1:
+            raise ConfigError(f"num_blocks must be at least 1, got {self.num_blocks} in {self.name}")
+        if self.max_num_seqs < 1:
+            raise ConfigError(f"max_num_seqs must be at least 1, got {self.max_num_seqs}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
+                f"max_num_seqs ({self.max_num_seqs}), or a decode could lack budget"
+            )
+
+
+@dataclass(frozen=True)
+class SloClass:
+    """A service level: limits in seconds and what meeting them is worth."""
+
+    name: str = "default"
+    ttft_s: float = float("inf")
+    tpot_s: float = float("inf")
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class ClusterSpec:
+    """Replica types and the rules all replicas and the router follow.
+
+    Attributes:
+        types: Replica types; replicas refer to them by index.
+        slo_classes: Requests refer to them by index.
+        block_size: Tokens in a KV block.
+        prefix_caching: Whether engines reuse KV blocks of equal prefixes.
+        chunked_prefill: Whether a prompt may be split over steps.
+        allow_hold: Whether a router may hold a request for `hold_s`.
+        allow_reject: Whether a router may reject a request.
+        hold_s: How long a hold lasts, seconds.
+        metrics_interval_s: Time between scrapes of engine metrics; 0 means always fresh.
+        noise_sigma: Standard deviation of the logarithm of step times; 0 means none.
+        noise_period_steps: Steps that share one draw of that noise.
+    """
+
+    types: tuple[ReplicaType, ...]
+    slo_classes: tuple[SloClass, ...] = (SloClass(),)
+    block_size: int = 16
+    prefix_caching: bool = False
+    chunked_prefill: bool = True
+    allow_hold: bool = False
+    allow_reject: bool = False
+    hold_s: float = 0.05
+    metrics_interval_s: float = 0.0
+    noise_sigma: float = 0.0
+    noise_period_steps: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.types:
+            raise ConfigError("a cluster needs at least one replica type, got none")
+        for name in ("block_size", "noise_period_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("metrics_interval_s", "noise_sigma"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not self.hold_s > 0:
+            raise ConfigError(f"hold_s must be above 0, got {self.hold_s}")
+
+
+@dataclass(frozen=True)
+class Faults:
+    """When replicas slow down, fail and recover, in order of time.
+
+    Attributes:
+        time_s: `float64[f]`, ascending.
+        replica: `int16[f]`.
+        kind: `FAULT_SLOW`, `FAULT_DOWN` or `FAULT_UP`, `int8[f]`.
+        value: Speed multiplier of `FAULT_SLOW` (1 ends the episode), `float64[f]`.
+    """
+
+    time_s: FloatArray = field(default_factory=lambda: np.zeros(0))
+    replica: Int16Array = field(default_factory=lambda: np.zeros(0, np.int16))
+    kind: Int8Array = field(default_factory=lambda: np.zeros(0, np.int8))
+    value: FloatArray = field(default_factory=lambda: np.zeros(0))
+
+    def __post_init__(self) -> None:
+        if (np.diff(self.time_s) < 0).any():
+            raise ConfigError("faults must be in order of time")
+        if not np.isin(self.kind, (FAULT_SLOW, FAULT_DOWN, FAULT_UP)).all():
+            raise ConfigError("a fault kind must be FAULT_SLOW, FAULT_DOWN or FAULT_UP")
+        if (self.value[self.kind == FAULT_SLOW] <= 0).any():
+            raise ConfigError("the speed multiplier of a slow fault must be above 0")
+        down: set[int] = set()
+        for replica, kind in zip(self.replica.tolist(), self.kind.tolist(), strict=True):
+            if kind == FAULT_DOWN and replica in down or kind == FAULT_UP and replica not in down:
+                raise ConfigError(f"replica {replica} must go down and up by turns")
+            if kind == FAULT_DOWN:
+                down.add(replica)
+            elif kind == FAULT_UP:
+                down.discard(replica)
+        if down:
+            raise ConfigError(f"replicas {sorted(down)} fail and never recover: end with FAULT_UP")
+
+    def __len__(self) -> int:
+        return len(self.time_s)
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One draw of a scenario: requests, replicas, faults and noise.
+
+    Attributes:
+        table: The requests.
+        type_idx: Replica type of each replica, `int16[num_replicas]`.
+        speed: Speed factor of each replica, 1 is nominal, `float64[num_replicas]`.
+        faults: Slow-downs, failures and recoveries.
+        noise_seed: Seed of the step-time noise.
+    """
+
+    table: RequestTable
+    type_idx: Int16Array
+    speed: FloatArray
+    faults: Faults = field(default_factory=Faults)
+    noise_seed: int = 0
+
+    @property
+    def num_replicas(self) -> int:
+        """Number of replicas."""
+        return len(self.type_idx)
+
+    def validate(self, spec: ClusterSpec) -> None:
+        """Refuse what cannot be simulated.
+
+        Raises:
+            ConfigError: If a replica, a fault or a request does not fit the cluster.
+        """
+        if self.num_replicas < 1 or len(self.speed) != self.num_replicas:
+            raise ConfigError("an episode needs a type and a speed for each of its replicas")
+        if (self.type_idx < 0).any() or (self.type_idx >= len(spec.types)).any():
+            raise ConfigError(f"type_idx must be within 0..{len(spec.types) - 1}")
+        if not (self.speed > 0).all():
+            raise ConfigError("the speed of a replica must be above 0")
+        if len(self.faults) and not (
+            (self.faults.replica >= 0) & (self.faults.replica < self.num_replicas)
+        ).all():
+            raise ConfigError(f"faults must name replicas 0..{self.num_replicas - 1}")
+        if (self.table.slo_class >= len(spec.slo_classes)).any():
+            raise ConfigError(
+                f"the workload uses SLO class {int(self.table.slo_class.max())}, but only "
+                f"{len(spec.slo_classes)} are defined"
+            )
+        need = self.table.prompt_tokens.astype(np.int64) + self.table.output_tokens - 1
+        types = [spec.types[t] for t in sorted(set(self.type_idx.tolist()))]
+        capacity = max(t.num_blocks for t in types) * spec.block_size
+        if (need > capacity).any():
+            i = int(np.argmax(need))
+            raise ConfigError(
+                f"request {i} needs {need[i]} KV tokens, but the largest replica holds {capacity}: "
+                "give it more memory, or cut the longest requests"
+            )
+        if not spec.chunked_prefill:
+            budget = min(t.max_num_batched_tokens for t in types)
+            if (need > budget).any():
+                raise ConfigError(
+                    f"without chunked prefill max_num_batched_tokens ({budget}) must cover the "
+                    f"longest request ({int(need.max())} tokens)"
+                )

@@ -1,0 +1,1 @@
+"""Kernel costs: sources, the compiled step cost and its explanation."""

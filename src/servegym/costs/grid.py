@@ -1,0 +1,125 @@
+"""The compiled form of a step cost: piecewise-linear grids of fixed size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from servegym.errors import ConfigError
+from servegym.typing import FloatArray
+
+#: Knots per axis. Fixed, so that replicas of different types share one array in the simulator.
+NUM_DENSE_KNOTS = 48
+NUM_CHUNK_KNOTS = 16
+NUM_CONTEXT_KNOTS = 16
+NUM_BATCH_KNOTS = 16
+NUM_KV_KNOTS = 24
+
+
+@dataclass(frozen=True)
+class CostGrid:
+    """Duration of one engine step of one replica type, as sums of piecewise-linear terms.
+
+    `step_s = cpu_s + dense(tokens) + sum over chunks of prefill(chunk, context)
+    + decode(batch, kv_tokens) if batch > 0`. Between knots each term is linear (bilinear for the
+    two-dimensional ones), beyond the last knot it goes on with the last slope; below the first
+    knot with the first slope. All knots ascend strictly.
+
+    Attributes:
+        cpu_s: Time of a step that is independent of its tokens: scheduler, launch, sampling.
+        dense_tokens: Knots of all tokens in the step (decodes + chunks),
+            `float64[NUM_DENSE_KNOTS]`.
+        dense_s: Seconds of GEMMs, MoE and collectives at those knots, same shape.
+        prefill_chunk: Knots of new prompt tokens of one request, `float64[NUM_CHUNK_KNOTS]`.
+        prefill_context: Knots of its tokens already in the KV cache,
+            `float64[NUM_CONTEXT_KNOTS]`.
+        prefill_s: Attention seconds of the chunk,
+            `float64[NUM_CHUNK_KNOTS, NUM_CONTEXT_KNOTS]`.
+        decode_batch: Knots of decoding sequences, `float64[NUM_BATCH_KNOTS]`.
+        decode_kv: Knots of the tokens all of them attend to, new ones included,
+            `float64[NUM_KV_KNOTS]`.
+        decode_s: Attention seconds, `float64[NUM_BATCH_KNOTS, NUM_KV_KNOTS]`.
+    """
+
+    cpu_s: float
+    dense_tokens: FloatArray
+    dense_s: FloatArray
+    prefill_chunk: FloatArray
+    prefill_context: FloatArray
+    prefill_s: FloatArray
+    decode_batch: FloatArray
+    decode_kv: FloatArray
+    decode_s: FloatArray
+
+    def __post_init__(self) -> None:
+        expected = {
+            "dense_tokens": (NUM_DENSE_KNOTS,),
+            "dense_s": (NUM_DENSE_KNOTS,),
+            "prefill_chunk": (NUM_CHUNK_KNOTS,),
+            "prefill_context": (NUM_CONTEXT_KNOTS,),
+            "prefill_s": (NUM_CHUNK_KNOTS, NUM_CONTEXT_KNOTS),
+            "decode_batch": (NUM_BATCH_KNOTS,),
+            "decode_kv": (NUM_KV_KNOTS,),
+            "decode_s": (NUM_BATCH_KNOTS, NUM_KV_KNOTS),
+        }
+        for name, shape in expected.items():
+            values = getattr(self, name)
+            if values.shape != shape:
+                raise ConfigError(f"{name} must have shape {shape}, got {values.shape}")
+            if not np.isfinite(values).all() or (values < 0).any():
+                raise ConfigError(f"{name} must be finite and not negative")
+            if not name.endswith("_s") and (np.diff(values) <= 0).any():
+                raise ConfigError(f"the knots {name} must ascend strictly")
+        if not (np.isfinite(self.cpu_s) and self.cpu_s >= 0):
+            raise ConfigError(f"cpu_s must be finite and not negative, got {self.cpu_s}")
+        if self.cpu_s + self.dense_s[0] <= 0:
+            raise ConfigError("a step must last longer than 0 s: cpu_s and dense_s[0] are both 0")
+
+    def dense(self, tokens: float) -> float:
+        """Return the dense term in seconds for `tokens` tokens in the step."""
+        return _linear(self.dense_tokens, self.dense_s, tokens)
+
+    def prefill(self, chunk: float, context: float) -> float:
+        """Return the attention seconds of `chunk` new tokens over `context` cached ones."""
+        i, w = _locate(self.prefill_chunk, chunk)
+        low = _linear(self.prefill_context, self.prefill_s[i], context)
+        high = _linear(self.prefill_context, self.prefill_s[i + 1], context)
+        return low + w * (high - low)
+
+    def decode(self, batch: float, kv_tokens: float) -> float:
+        """Return the attention seconds of `batch` sequences attending to `kv_tokens` in all."""
+        i, w = _locate(self.decode_batch, batch)
+        low = _linear(self.decode_kv, self.decode_s[i], kv_tokens)
+        high = _linear(self.decode_kv, self.decode_s[i + 1], kv_tokens)
+        return low + w * (high - low)
+
+    def step_s(
+        self, chunks: list[tuple[int, int]], num_decodes: int = 0, kv_tokens: int = 0
+    ) -> float:
+        """Return the duration of one step.
+
+        Args:
+            chunks: `(chunk, context)` in tokens of every prefilling request in the step.
+            num_decodes: Sequences that decode one token.
+            kv_tokens: Tokens these attend to in all, their new ones included.
+
+        Returns:
+            Seconds.
+        """
+        tokens = num_decodes + sum(chunk for chunk, _ in chunks)
+        total = self.cpu_s + self.dense(tokens)
+        total += sum(self.prefill(chunk, context) for chunk, context in chunks)
+        if num_decodes:
+            total += self.decode(num_decodes, kv_tokens)
+        return total
+
+
+def _locate(knots: FloatArray, x: float) -> tuple[int, float]:
+    i = int(np.clip(np.searchsorted(knots, x, side="right") - 1, 0, len(knots) - 2))
+    return i, float((x - knots[i]) / (knots[i + 1] - knots[i]))
+
+
+def _linear(knots: FloatArray, values: FloatArray, x: float) -> float:
+    i, w = _locate(knots, x)
+    return float(values[i] + w * (values[i + 1] - values[i]))

@@ -1,0 +1,106 @@
+"""The observation contract: every feature a policy may use, live or simulated.
+
+Values are in raw physical units; a learned policy brings its own normalisation. The simulator and
+the live adapters fill the same rows, and the tables in the documentation are made from this file.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum, IntFlag
+from typing import NamedTuple
+
+SCHEMA_VERSION = 1
+
+
+class Group(IntFlag):
+    """Which source fills a feature; a policy pays only for the groups it needs."""
+
+    COUNTERS = 1  # the router's own book-keeping and static facts: always there
+    METRICS = 2  # engine metrics, as old as `metrics_age_s` says
+    PREFIX = 4  # prefix index
+    WHAT_IF = 8  # forward simulation of each choice; not part of the environment's observation
+
+
+class Feature(NamedTuple):
+    """One number of the observation."""
+
+    name: str
+    low: float
+    high: float
+    unit: str
+    group: Group
+    meaning: str
+
+
+INF = float("inf")
+
+REPLICA_FEATURES: tuple[Feature, ...] = (
+    Feature("up", 0, 1, "-", Group.COUNTERS, "1 if the replica takes requests"),
+    Feature("outstanding_requests", 0, INF, "requests", Group.COUNTERS,
+            "dispatched to it and not ended"),
+    Feature("outstanding_prompt_tokens", 0, INF, "tokens", Group.COUNTERS,
+            "prompt tokens of those"),
+    Feature("pending_prefill_tokens", 0, INF, "tokens", Group.COUNTERS,
+            "prompt tokens, less the prefix believed cached, of those without a first token"),
+    Feature("outstanding_predicted_tokens", 0, INF, "tokens", Group.COUNTERS,
+            "predicted output tokens of the outstanding requests"),
+    Feature("recent_ttft_s", 0, INF, "s", Group.COUNTERS,
+            "moving average of TTFT (weight 0.1 on the newest), 0 before the first"),
+    Feature("recent_tpot_s", 0, INF, "s", Group.COUNTERS,
+            "moving average of TPOT of ended requests (weight 0.1), 0 before the first"),
+    Feature("since_dispatch_s", 0, 1e6, "s", Group.COUNTERS,
+            "since the last request went there, at most 1e6"),
+    Feature("relative_speed", 0, INF, "-", Group.COUNTERS,
+            "known throughput on a reference request, the fastest replica of the fleet being 1"),
+    Feature("prefill_tokens_per_s", 0, INF, "tokens/s", Group.COUNTERS,
+            "known prefill rate at a full token budget"),
+    Feature("decode_step_s", 0, INF, "s", Group.COUNTERS,
+            "known duration of a step that decodes one sequence"),
+    Feature("decode_seq_s", 0, INF, "s", Group.COUNTERS,
+            "known extra step time of each further decoding sequence of 1,024 tokens"),
+    Feature("kv_capacity_tokens", 0, INF, "tokens", Group.COUNTERS, "KV cache size"),
+    Feature("max_num_seqs", 0, INF, "requests", Group.COUNTERS, "running requests at most"),
+    Feature("max_num_batched_tokens", 0, INF, "tokens", Group.COUNTERS, "token budget of a step"),
+    Feature("num_running", 0, INF, "requests", Group.METRICS, "requests in its running list"),
+    Feature("num_waiting", 0, INF, "requests", Group.METRICS, "requests in its waiting queue"),
+    Feature("kv_cache_usage", 0, 1, "-", Group.METRICS, "share of KV blocks held"),
+    Feature("generated_tokens", 0, INF, "tokens", Group.METRICS,
+            "output tokens emitted so far by its requests that have not ended"),
+    Feature("metrics_age_s", 0, INF, "s", Group.METRICS, "age of the engine metrics"),
+    Feature("prefix_hit_tokens", 0, INF, "tokens", Group.PREFIX,
+            "leading prompt tokens of this request in its prefix cache"),
+    Feature("what_if_e2e_s", 0, INF, "s", Group.WHAT_IF,
+            "simulated time to the end of this request there, with predicted lengths"),
+    Feature("what_if_added_s", 0, INF, "s", Group.WHAT_IF,
+            "simulated growth of the summed times to the end of all its requests"),
+)
+
+REQUEST_FEATURES: tuple[Feature, ...] = (
+    Feature("prompt_tokens", 1, INF, "tokens", Group.COUNTERS, "prompt length"),
+    Feature("predicted_output_tokens", 1, INF, "tokens", Group.COUNTERS,
+            "output length as predicted; the true one only for an oracle"),
+    Feature("ttft_slo_s", 0, 1e6, "s", Group.COUNTERS, "TTFT limit of its class, at most 1e6"),
+    Feature("tpot_slo_s", 0, 1e6, "s", Group.COUNTERS, "TPOT limit of its class, at most 1e6"),
+    Feature("slo_weight", 0, INF, "-", Group.COUNTERS, "worth of meeting them"),
+    Feature("waited_s", 0, INF, "s", Group.COUNTERS, "since it arrived"),
+    Feature("arrival_rate_rps", 0, INF, "requests/s", Group.COUNTERS,
+            "one over the moving average of inter-arrival times (weight 0.02)"),
+    Feature("num_up", 0, INF, "replicas", Group.COUNTERS, "replicas that take requests"),
+    Feature("num_held", 0, INF, "requests", Group.COUNTERS, "requests on hold"),
+)
+
+#: Row of each feature by name, e.g. `ReplicaFeature.OUTSTANDING_REQUESTS`.
+ReplicaFeature = IntEnum(
+    "ReplicaFeature", [(f.name.upper(), i) for i, f in enumerate(REPLICA_FEATURES)]
+)
+RequestFeature = IntEnum(
+    "RequestFeature", [(f.name.upper(), i) for i, f in enumerate(REQUEST_FEATURES)]
+)
+
+NUM_REPLICA_FEATURES = len(REPLICA_FEATURES)
+NUM_REQUEST_FEATURES = len(REQUEST_FEATURES)
+#: Rows an environment shows: all but the planner's.
+NUM_OBSERVED_FEATURES = sum(f.group != Group.WHAT_IF for f in REPLICA_FEATURES)
+#: Static rows, filled from `Params.nominal` (same order), from this one on.
+FIRST_NOMINAL = int(ReplicaFeature["RELATIVE_SPEED"])
+NUM_NOMINAL = int(ReplicaFeature["MAX_NUM_BATCHED_TOKENS"]) - FIRST_NOMINAL + 1

@@ -1,0 +1,25 @@
+"""How a dispatch rule is compiled, so that one simulation loop serves them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from numba import njit, types
+
+from servegym.policy.policy import Decide
+
+#: `decide(replicas[F, R], request[G], mask[R + 2], params[p], memory[m], rng[1]) -> action`.
+SIGNATURE = types.int64(
+    types.float64[:, ::1],
+    types.float64[::1],
+    types.boolean[::1],
+    types.float64[::1],
+    types.float64[::1],
+    types.uint64[::1],
+)
+
+
+def rule(function: Callable[..., int]) -> Decide:
+    """Compile a dispatch rule with the signature every rule shares (cached on disk)."""
+    compiled: Decide = njit(SIGNATURE, cache=True)(function)
+    return compiled

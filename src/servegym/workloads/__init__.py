@@ -1,0 +1,1 @@
+"""Request streams: trace readers, generators, length prediction and fits."""
