@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from servegym.cluster.jit import inlined, kernel
 from servegym.cluster.rng import block_identity, mix64, private_key
 from servegym.cluster.state import Params, State
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def reset_blocks(p: Params, s: State, e: int, r: int) -> None:
     """Empty the cache: all blocks free, in index order, and all table rows unused."""
-    num_blocks = p.num_blocks[s.replica[e, r].type_idx]
-    s.replica[e, r].free_blocks = num_blocks
+    v = s.replica[e, r]
+    num_blocks = p.num_blocks[v.type_idx]
+    v.free_blocks = num_blocks
     if not p.prefix_caching:
         return
     blocks = s.block[e, r]
@@ -30,19 +31,19 @@ def reset_blocks(p: Params, s: State, e: int, r: int) -> None:
     known = s.known[e, r]
     for i in range(known.shape[0]):
         known[i].identity = 0
-    s.replica[e, r].num_reserve = 0
+    v.num_reserve = 0
     rows = s.free_slots.shape[2]
     for i in range(rows):
         s.free_slots[e, r, i] = rows - 1 - i
-    s.replica[e, r].num_free_slots = rows
+    v.num_free_slots = rows
 
 
-@njit(cache=True, nogil=True, inline="always")
+@inlined
 def _slot_of(identity: int, mask: int) -> int:
     return np.int64(mix64(np.uint64(identity)) & np.uint64(mask))
 
 
-@njit(cache=True, nogil=True)
+@inlined
 def find_block(s: State, e: int, r: int, identity: int) -> int:
     """Return the block with this identity, or -1."""
     known = s.known[e, r]
@@ -55,7 +56,7 @@ def find_block(s: State, e: int, r: int, identity: int) -> int:
     return -1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _insert(s: State, e: int, r: int, identity: int, block: int) -> bool:
     known = s.known[e, r]
     mask = known.shape[0] - 1
@@ -69,7 +70,7 @@ def _insert(s: State, e: int, r: int, identity: int, block: int) -> bool:
     return True
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _forget(s: State, e: int, r: int, identity: int) -> None:
     """Delete an identity; later ones of the same probe run move back, so no marks are left."""
     known = s.known[e, r]
@@ -90,7 +91,7 @@ def _forget(s: State, e: int, r: int, identity: int) -> None:
     known[i].identity = 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _take(s: State, e: int, r: int) -> int:
     """Take the least recently used free block; it loses its identity."""
     blocks = s.block[e, r]
@@ -106,36 +107,46 @@ def _take(s: State, e: int, r: int) -> int:
     return block
 
 
-@njit(cache=True, nogil=True)
+@inlined
 def take_for_decodes(p: Params, s: State, e: int, r: int, count: int) -> None:
     """Take blocks for decoding requests; which block is whose is settled when one leaves."""
+    v = s.replica[e, r]
     if not p.prefix_caching:
-        s.replica[e, r].free_blocks -= count
+        v.free_blocks -= count
         return
     for _ in range(count):
         block = _take(s, e, r)
-        s.reserve[e, r, s.replica[e, r].num_reserve] = block
-        s.replica[e, r].num_reserve += 1
+        s.reserve[e, r, v.num_reserve] = block
+        v.num_reserve += 1
 
 
-@njit(cache=True, nogil=True)
+@inlined
 def take_for_chunk(
     p: Params, s: State, e: int, r: int, request: int, computed: int, tokens: int
 ) -> None:
     """Give a prefilling request the blocks of its next chunk and name those it fills."""
+    q = s.request[e, request]
     need = (computed + tokens + p.block_size - 1) // p.block_size
-    have = s.request[e, request].table_len
-    s.request[e, request].table_len = need
+    have = q.table_len
+    q.table_len = need
     if not p.prefix_caching:
         s.replica[e, r].free_blocks -= need - have
         return
-    row = s.table[e, r, s.request[e, request].seq_slot]
+    row = s.table[e, r, q.seq_slot]
     for j in range(have, need):
         row[j] = _take(s, e, r)
-    _name(p, s, e, r, request, computed // p.block_size, (computed + tokens) // p.block_size)
+    _name(
+        p,
+        s,
+        e,
+        r,
+        request,
+        computed // p.block_size,
+        (computed + tokens) // p.block_size,
+    )
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _name(p: Params, s: State, e: int, r: int, request: int, first: int, end: int) -> None:
     """Give blocks `first..end-1` of a request their identities where these are still free."""
     row = s.table[e, r, s.request[e, request].seq_slot]
@@ -150,7 +161,7 @@ def _name(p: Params, s: State, e: int, r: int, request: int, first: int, end: in
             s.block[e, r, row[j]].identity = identity
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def count_hits(p: Params, s: State, e: int, r: int, request: int, max_blocks: int) -> int:
     """Count the leading blocks of a request that are in the cache, at most `max_blocks`."""
     seg, seg_stop = s.request[e, request].seg_first, s.request[e, request].seg_stop
@@ -164,7 +175,7 @@ def count_hits(p: Params, s: State, e: int, r: int, request: int, max_blocks: in
     return max_blocks
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def match(p: Params, s: State, e: int, r: int, request: int, max_blocks: int) -> tuple[int, int]:
     """Write the cached leading blocks of a request into the next free table row.
 
@@ -188,26 +199,28 @@ def match(p: Params, s: State, e: int, r: int, request: int, max_blocks: int) ->
     return max_blocks, unheld
 
 
-@njit(cache=True, nogil=True)
+@inlined
 def hold_matched(p: Params, s: State, e: int, r: int, request: int, hits: int) -> None:
     """Give a request its table row, with the `hits` blocks `match` has just written there."""
-    s.request[e, request].table_len = hits
+    v = s.replica[e, r]
+    q = s.request[e, request]
+    q.table_len = hits
     if not p.prefix_caching:
         return
-    s.replica[e, r].num_free_slots -= 1
-    slot = s.free_slots[e, r, s.replica[e, r].num_free_slots]
-    s.request[e, request].seq_slot = slot
+    v.num_free_slots -= 1
+    slot = s.free_slots[e, r, v.num_free_slots]
+    q.seq_slot = slot
     blocks = s.block[e, r]
     for j in range(hits):
         block = s.table[e, r, slot, j]
         if blocks[block].holders == 0:
             blocks[blocks[block].before].after = blocks[block].after
             blocks[blocks[block].after].before = blocks[block].before
-            s.replica[e, r].free_blocks -= 1
+            v.free_blocks -= 1
         blocks[block].holders += 1
 
 
-@njit(cache=True, nogil=True)
+@inlined
 def release(p: Params, s: State, e: int, r: int, request: int, computed: int, joined: int) -> None:
     """Take all blocks from a request that leaves the running list.
 
@@ -220,17 +233,19 @@ def release(p: Params, s: State, e: int, r: int, request: int, computed: int, jo
         computed: Its tokens in the KV cache.
         joined: `computed` when it began to decode, -1 if it is still prefilling.
     """
-    have = s.request[e, request].table_len
-    s.request[e, request].table_len = 0
+    v = s.replica[e, r]
+    q = s.request[e, request]
+    have = q.table_len
+    q.table_len = 0
     held = have if joined < 0 else (computed + p.block_size - 1) // p.block_size
     if not p.prefix_caching:
-        s.replica[e, r].free_blocks += held
+        v.free_blocks += held
         return
-    slot = s.request[e, request].seq_slot
+    slot = q.seq_slot
     row = s.table[e, r, slot]
     for j in range(have, held):
-        s.replica[e, r].num_reserve -= 1
-        row[j] = s.reserve[e, r, s.replica[e, r].num_reserve]
+        v.num_reserve -= 1
+        row[j] = s.reserve[e, r, v.num_reserve]
     if joined >= 0:
         _name(p, s, e, r, request, joined // p.block_size, computed // p.block_size)
     blocks = s.block[e, r]
@@ -244,6 +259,6 @@ def release(p: Params, s: State, e: int, r: int, request: int, computed: int, jo
             blocks[block].before = tail
             blocks[block].after = end
             blocks[end].before = block
-            s.replica[e, r].free_blocks += 1
-    s.free_slots[e, r, s.replica[e, r].num_free_slots] = slot
-    s.replica[e, r].num_free_slots += 1
+            v.free_blocks += 1
+    s.free_slots[e, r, v.num_free_slots] = slot
+    v.num_free_slots += 1

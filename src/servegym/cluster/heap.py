@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from numba import njit
-
+from servegym.cluster.jit import inlined
 from servegym.cluster.state import State
 
 
-@njit(cache=True, nogil=True)
+@inlined
 def set_event(s: State, e: int, r: int, time_s: float) -> None:
     """Set when replica `r` is due next (inf: never); equal times go by replica index."""
+    v = s.replica[e, r]
     due = s.due[e]
     size = s.env[e].num_replicas
-    i = s.replica[e, r].event_pos
+    i = v.event_pos
     while i > 0:
         up = (i - 1) >> 1
         other = due[up].replica
@@ -28,10 +28,7 @@ def set_event(s: State, e: int, r: int, time_s: float) -> None:
         right = child + 1
         if right < size and (
             due[right].time_s < due[child].time_s
-            or (
-                due[right].time_s == due[child].time_s
-                and due[right].replica < due[child].replica
-            )
+            or (due[right].time_s == due[child].time_s and due[right].replica < due[child].replica)
         ):
             child = right
         other = due[child].replica
@@ -42,29 +39,32 @@ def set_event(s: State, e: int, r: int, time_s: float) -> None:
         i = child
     due[i].replica = r
     due[i].time_s = time_s
-    s.replica[e, r].event_pos = i
+    v.event_pos = i
 
 
-@njit(cache=True, nogil=True)
+@inlined
 def push_end(s: State, e: int, r: int, request: int, key: int) -> None:
     """Add a decoding request that ends when its replica's step count reaches `key >> 32`."""
-    i = s.replica[e, r].num_ends
-    s.replica[e, r].num_ends = i + 1
+    v = s.replica[e, r]
+    i = v.num_ends
+    v.num_ends = i + 1
     _sift_end(s, e, r, i, request, key)
 
 
-@njit(cache=True, nogil=True)
+@inlined
 def remove_end(s: State, e: int, r: int, request: int) -> None:
     """Take a request out of its replica's end heap."""
-    i = s.request[e, request].heap_pos
-    s.request[e, request].heap_pos = -1
-    last = s.replica[e, r].num_ends - 1
-    s.replica[e, r].num_ends = last
+    v = s.replica[e, r]
+    q = s.request[e, request]
+    i = q.heap_pos
+    q.heap_pos = -1
+    last = v.num_ends - 1
+    v.num_ends = last
     if i != last:
         _sift_end(s, e, r, i, s.ends[e, r, last].request, s.ends[e, r, last].key)
 
 
-@njit(cache=True, nogil=True)
+@inlined
 def _sift_end(s: State, e: int, r: int, i: int, request: int, key: int) -> None:
     ends = s.ends[e, r]
     size = s.replica[e, r].num_ends

@@ -10,7 +10,13 @@ from servegym.workloads.table import RequestTable
 
 #: One event: `kind` is one of `state.EV_*`; `value` is cached tokens for `EV_ADMIT`, else 0.
 EVENT_DTYPE = np.dtype(
-    [("time_s", "f8"), ("value", "f8"), ("request", "i4"), ("replica", "i2"), ("kind", "i1")],
+    [
+        ("time_s", "f8"),
+        ("value", "f8"),
+        ("request", "i4"),
+        ("replica", "i2"),
+        ("kind", "i1"),
+    ],
     align=True,
 )
 #: A stretch of equal engine steps of one replica: `num_steps` steps, each with `num_decodes`

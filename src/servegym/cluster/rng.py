@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
+
+from servegym.cluster.jit import kernel
 
 
-@njit(cache=True, inline="always")
+@kernel
 def mix64(x: np.uint64) -> np.uint64:
     """Scramble 64 bits (the SplitMix64 finaliser: Steele, Lea, Flood 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -16,20 +17,20 @@ def mix64(x: np.uint64) -> np.uint64:
     return x ^ (x >> np.uint64(31))
 
 
-@njit(cache=True, inline="always")
+@kernel
 def uniform(counter: np.uint64) -> float:
     """Return the number in (0, 1) that belongs to a counter value."""
     return (float(mix64(counter) >> np.uint64(11)) + 0.5) / 9007199254740992.0
 
 
-@njit(cache=True, inline="always")
+@kernel
 def next_uniform(state: np.ndarray) -> float:
     """Advance a stream (`uint64[1]`) and return its next number in (0, 1)."""
     state[0] = state[0] + np.uint64(0x9E3779B97F4A7C15)
     return uniform(state[0])
 
 
-@njit(cache=True)
+@kernel
 def step_noise_z(noise_seed: np.uint64, replica: int, window: int) -> float:
     """Return the standard normal number of one window of steps of one replica."""
     base = mix64(
@@ -41,14 +42,14 @@ def step_noise_z(noise_seed: np.uint64, replica: int, window: int) -> float:
     return math.sqrt(-2.0 * math.log(u)) * math.cos(2.0 * math.pi * v)
 
 
-@njit(cache=True, inline="always")
+@kernel
 def block_identity(key: int, block: int) -> int:
     """Name the content of KV block `block` whose last token belongs to the text `key`; never 0."""
     x = mix64(np.uint64(key) ^ mix64(np.uint64(block) + np.uint64(0x9E3779B97F4A7C15)))
     return np.int64(x | np.uint64(1))
 
 
-@njit(cache=True, inline="always")
+@kernel
 def private_key(request: int) -> int:
     """Name the text that only this request (its index in the table) contains."""
     return np.int64(mix64(np.uint64(request) ^ np.uint64(0xA0761D6478BD642F)))

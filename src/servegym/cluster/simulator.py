@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from servegym.cluster.allocate import Capacity, load_episode, make_params, make_state
+from servegym.cluster.jit import kernel
 from servegym.cluster.kernels import advance, apply, is_allowed
 from servegym.cluster.outcome import OUTCOME_DTYPE
 from servegym.cluster.spec import ClusterSpec, Episode
@@ -17,13 +17,13 @@ from servegym.errors import InvalidAction
 from servegym.typing import IntArray
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _advance_all(p: Params, s: State, reasons: IntArray) -> None:
     for e in range(reasons.shape[0]):
         reasons[e] = advance(p, s, e)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _apply_all(p: Params, s: State, reasons: IntArray, actions: IntArray) -> int:
     """Apply the actions of all environments that wait; return the first bad one or -1."""
     for e in range(reasons.shape[0]):
@@ -62,6 +62,7 @@ class Simulator:
         self._capacity = Capacity.of(episodes, max_replicas=max_replicas, record=record)
         self.state = make_state(spec, self._capacity)
         self.reasons = np.zeros(len(episodes), np.int64)
+        self.scratch: object = None  # working memory of planners, see policy.what_if
         for env, episode in enumerate(episodes):
             load_episode(self.params, self.state, env, episode)
 
@@ -129,7 +130,10 @@ class Simulator:
             InvalidAction: If an action is not allowed; then none has been taken.
         """
         bad = _apply_all(
-            self.params, self.state, self.reasons, np.ascontiguousarray(actions, np.int64)
+            self.params,
+            self.state,
+            self.reasons,
+            np.ascontiguousarray(actions, np.int64),
         )
         if bad >= 0:
             allowed = [
@@ -148,14 +152,26 @@ class Simulator:
         request = self.state.request[env, : int(self.state.env[env]["num_requests"])]
         out = np.zeros(len(request), OUTCOME_DTYPE)
         out["request"] = np.arange(len(request))
-        for column in ("arrival_s", "dispatch_s", "scheduled_s", "first_token_s", "finish_s"):
+        for column in (
+            "arrival_s",
+            "dispatch_s",
+            "scheduled_s",
+            "first_token_s",
+            "finish_s",
+        ):
             out[column] = request[column]
         out["arrival_s"][arrived:] = np.nan
         out["rejected"] = request["status"] == REJECTED
         out["prompt_tokens"] = request["prompt"]
         out["output_tokens"] = request["output"]
         out["cached_tokens"] = np.maximum(request["cached"], 0)
-        for column in ("replica", "num_preemptions", "num_restarts", "num_holds", "slo_class"):
+        for column in (
+            "replica",
+            "num_preemptions",
+            "num_restarts",
+            "num_holds",
+            "slo_class",
+        ):
             out[column] = request[column]
         out["tenant"] = self.episodes[env].table.tenant
         return out

@@ -37,7 +37,9 @@ class ReplicaType:
 
     def __post_init__(self) -> None:
         if self.num_blocks < 1:
-            raise ConfigError(f"num_blocks must be at least 1, got {self.num_blocks} in {self.name}")
+            raise ConfigError(
+                f"num_blocks must be at least 1, got {self.num_blocks} in {self.name}"
+            )
         if self.max_num_seqs < 1:
             raise ConfigError(f"max_num_seqs must be at least 1, got {self.max_num_seqs}")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -173,9 +175,10 @@ class Episode:
             raise ConfigError(f"type_idx must be within 0..{len(spec.types) - 1}")
         if not (self.speed > 0).all():
             raise ConfigError("the speed of a replica must be above 0")
-        if len(self.faults) and not (
-            (self.faults.replica >= 0) & (self.faults.replica < self.num_replicas)
-        ).all():
+        if (
+            len(self.faults)
+            and not ((self.faults.replica >= 0) & (self.faults.replica < self.num_replicas)).all()
+        ):
             raise ConfigError(f"faults must name replicas 0..{self.num_replicas - 1}")
         if (self.table.slo_class >= len(spec.slo_classes)).any():
             raise ConfigError(

@@ -76,34 +76,43 @@ REQUEST_DTYPE = np.dtype(
         # inputs
         ("arrival_s", "f8"),
         ("predicted", "f8"),  # output tokens
-        ("prompt", "i4"),  # tokens
-        ("output", "i4"),  # tokens
-        ("seg_first", "i4"),  # prefix segments, rows seg_first..seg_stop-1 of `segment`
-        ("seg_stop", "i4"),
-        ("slo_class", "i2"),
+        ("prompt", "i8"),  # tokens
+        ("output", "i8"),  # tokens
+        ("seg_first", "i8"),  # prefix segments, rows seg_first..seg_stop-1 of `segment`
+        ("seg_stop", "i8"),
+        ("slo_class", "i8"),
         # progress
-        ("status", "i1"),
-        ("replica", "i2"),  # -1 before the dispatch
-        ("computed", "i4"),  # tokens in the KV cache
-        ("generated", "i4"),  # output tokens
-        ("chunk", "i4"),  # prompt tokens in the step in progress
-        ("join_iter", "i8"),  # replica's step count when decoding began; -1 while prefilling
+        ("status", "i8"),
+        ("replica", "i8"),  # -1 before the dispatch
+        ("computed", "i8"),  # tokens in the KV cache
+        ("generated", "i8"),  # output tokens
+        ("chunk", "i8"),  # prompt tokens in the step in progress
+        (
+            "join_iter",
+            "i8",
+        ),  # replica's step count when decoding began; -1 while prefilling
         ("dispatch_s", "f8"),
         ("scheduled_s", "f8"),  # first admission
         ("first_token_s", "f8"),
         ("finish_s", "f8"),  # end or rejection
-        ("last_token_s", "f8"),  # last token before decoding stopped; for the inter-token gap
-        ("num_preemptions", "i2"),
-        ("num_restarts", "i2"),
-        ("num_holds", "i2"),
-        ("cached", "i4"),  # prefix tokens found at the first admission; -1 before
-        ("hit_hint", "i4"),  # tokens the router believed cached at dispatch
-        ("preset_hit", "i4"),  # tokens taken as cached at admission, without prefix caching
-        ("next_request", "i4"),  # links of waiting queues and running lists
-        ("prev_request", "i4"),
-        ("heap_pos", "i4"),  # place in the replica's end heap, -1: not in it
-        ("seq_slot", "i4"),  # row of the block table
-        ("table_len", "i4"),  # blocks in that row
+        (
+            "last_token_s",
+            "f8",
+        ),  # last token before decoding stopped; for the inter-token gap
+        ("num_preemptions", "i8"),
+        ("num_restarts", "i8"),
+        ("num_holds", "i8"),
+        ("cached", "i8"),  # prefix tokens found at the first admission; -1 before
+        ("hit_hint", "i8"),  # tokens the router believed cached at dispatch
+        (
+            "preset_hit",
+            "i8",
+        ),  # tokens taken as cached at admission, without prefix caching
+        ("next_request", "i8"),  # links of waiting queues and running lists
+        ("prev_request", "i8"),
+        ("heap_pos", "i8"),  # place in the replica's end heap, -1: not in it
+        ("seq_slot", "i8"),  # row of the block table
+        ("table_len", "i8"),  # blocks in that row
     ],
     align=True,
 )
@@ -112,19 +121,19 @@ REPLICA_DTYPE = np.dtype(
     [
         # inputs
         ("base_speed", "f8"),
-        ("type_idx", "i2"),
+        ("type_idx", "i8"),
         # engine
-        ("mode", "i1"),
+        ("mode", "i8"),
         ("speed", "f8"),  # base_speed times the multiplier of a SLOW fault
         ("free_blocks", "i8"),  # settled
-        ("wait_head", "i4"),
-        ("wait_tail", "i4"),
-        ("num_waiting", "i4"),
-        ("run_head", "i4"),
-        ("run_tail", "i4"),
-        ("num_running", "i4"),
-        ("first_prefill", "i4"),  # first running request that is not decoding, -1: none
-        ("num_decodes", "i4"),
+        ("wait_head", "i8"),
+        ("wait_tail", "i8"),
+        ("num_waiting", "i8"),
+        ("run_head", "i8"),
+        ("run_tail", "i8"),
+        ("num_running", "i8"),
+        ("first_prefill", "i8"),  # first running request that is not decoding, -1: none
+        ("num_decodes", "i8"),
         ("kv_tokens", "i8"),  # sum of computed over decoding requests, settled
         ("emitted", "i8"),  # output tokens of its requests that have not ended, settled
         ("iteration", "i8"),  # steps ended, settled
@@ -132,17 +141,10 @@ REPLICA_DTYPE = np.dtype(
         ("seg_begin_s", "f8"),  # start of the step or decode stretch in progress
         ("seg_steps", "i8"),  # steps in it
         ("seg_factor", "f8"),  # noise / speed in it
-        ("num_ends", "i4"),  # size of the end heap
-        ("event_pos", "i4"),  # place in `due`
-        ("num_reserve", "i4"),  # blocks taken by decodes and not yet given to one
-        ("num_free_slots", "i4"),
-        # router's book-keeping
-        ("outstanding", "i4"),  # requests
-        ("outstanding_prompt", "i8"),  # tokens
-        ("pending_prefill", "i8"),  # prompt tokens less the believed hit, before the 1st token
-        ("outstanding_predicted", "f8"),  # tokens
-        ("recent_ttft_s", "f8"),  # moving averages, 0 before the first
-        ("recent_tpot_s", "f8"),
+        ("num_ends", "i8"),  # size of the end heap
+        ("event_pos", "i8"),  # place in `due`
+        ("num_reserve", "i8"),  # blocks taken by decodes and not yet given to one
+        ("num_free_slots", "i8"),
         ("last_dispatch_s", "f8"),  # -inf before the first
     ],
     align=True,
@@ -177,16 +179,17 @@ ENV_DTYPE = np.dtype(
     ],
     align=True,
 )
-SEGMENT_DTYPE = np.dtype([("key", "i8"), ("end", "i4")], align=True)
-END_DTYPE = np.dtype([("key", "i8"), ("request", "i4")], align=True)
-DUE_DTYPE = np.dtype([("time_s", "f8"), ("replica", "i4")], align=True)
+SEGMENT_DTYPE = np.dtype([("key", "i8"), ("end", "i8")], align=True)
+END_DTYPE = np.dtype([("key", "i8"), ("request", "i8")], align=True)
+DUE_DTYPE = np.dtype([("time_s", "f8"), ("replica", "i8")], align=True)
 BLOCK_DTYPE = np.dtype(
-    [("identity", "i8"), ("holders", "i4"), ("after", "i4"), ("before", "i4")], align=True
+    [("identity", "i8"), ("holders", "i4"), ("after", "i4"), ("before", "i4")],
+    align=True,
 )
 KNOWN_DTYPE = np.dtype([("identity", "i8"), ("block", "i4")], align=True)
-HELD_DTYPE = np.dtype([("until_s", "f8"), ("request", "i4")], align=True)
+HELD_DTYPE = np.dtype([("until_s", "f8"), ("request", "i8")], align=True)
 FAULT_DTYPE = np.dtype(
-    [("time_s", "f8"), ("value", "f8"), ("replica", "i2"), ("kind", "i1")], align=True
+    [("time_s", "f8"), ("value", "f8"), ("replica", "i8"), ("kind", "i8")], align=True
 )
 
 
@@ -194,7 +197,7 @@ class State(NamedTuple):
     """What changes; axes: E environments, N requests, R replicas, and as noted.
 
     Records, not one array a field: a request's fields are used together, so they share cache
-    lines, and a kernel takes 19 arguments instead of 130, which decides how long it compiles.
+    lines, and a kernel takes 20 arguments instead of 130, which decides how long it compiles.
     """
 
     request: Records  # REQUEST_DTYPE[E, N]
@@ -210,8 +213,9 @@ class State(NamedTuple):
     table: Int32Array  # [E, R, max_num_seqs, W] block table
     free_slots: Int32Array  # [E, R, max_num_seqs] unused rows of it
     scraped: FloatArray  # [E, NUM_SCRAPED, R]
+    shown: FloatArray  # [E, NUM_VIEW_ROWS, R] replica part of the observation; see VIEW_* below
     held: Records  # HELD_DTYPE[E, N] ring
-    returned: Int32Array  # [E, N] ring of requests returned by failed replicas
+    returned: IntArray  # [E, N] ring of requests returned by failed replicas
     fault: Records  # FAULT_DTYPE[E, F]
     itl_count: IntArray  # [E, NUM_ITL_BINS] inter-token times
     log: Records  # outcome.EVENT_DTYPE[E, L]
@@ -221,3 +225,32 @@ class State(NamedTuple):
 #: Rows of `State.scraped`.
 SCRAPED_RUNNING, SCRAPED_WAITING, SCRAPED_KV_USAGE, SCRAPED_EMITTED = range(4)
 NUM_SCRAPED = 4
+
+#: Rows of `State.shown`, in the order of `policy.contract.REPLICA_FEATURES`. The simulator keeps the
+#: router's rows up to date event by event; `policy.observe` fills the others when they are asked for.
+(
+    VIEW_UP,
+    VIEW_OUTSTANDING,
+    VIEW_OUTSTANDING_PROMPT,
+    VIEW_PENDING_PREFILL,
+    VIEW_OUTSTANDING_PREDICTED,
+    VIEW_RECENT_TTFT,
+    VIEW_RECENT_TPOT,
+    VIEW_SINCE_DISPATCH,
+    VIEW_RELATIVE_SPEED,
+    VIEW_PREFILL_RATE,
+    VIEW_DECODE_STEP,
+    VIEW_DECODE_SEQ,
+    VIEW_KV_CAPACITY,
+    VIEW_MAX_NUM_SEQS,
+    VIEW_MAX_NUM_BATCHED_TOKENS,
+    VIEW_NUM_RUNNING,
+    VIEW_NUM_WAITING,
+    VIEW_KV_USAGE,
+    VIEW_GENERATED,
+    VIEW_METRICS_AGE,
+    VIEW_PREFIX_HIT,
+    VIEW_WHAT_IF_E2E,
+    VIEW_WHAT_IF_ADDED,
+) = range(23)
+NUM_VIEW_ROWS = 23

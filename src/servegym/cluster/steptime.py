@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 
-from numba import njit
-
+from servegym.cluster.jit import inlined
 from servegym.cluster.rng import step_noise_z
 from servegym.cluster.state import Params, State
 from servegym.typing import FloatArray
 
 
-@njit(cache=True, nogil=True)
+@inlined
 def locate(knots: FloatArray, x: float) -> int:
     """Return i such that x is between knots i and i + 1 (the outermost pair for x outside)."""
     low, high = 0, knots.shape[0] - 1
@@ -24,7 +23,7 @@ def locate(knots: FloatArray, x: float) -> int:
     return low
 
 
-@njit(cache=True, nogil=True)
+@inlined
 def dense_s(p: Params, t: int, tokens: int) -> float:
     """Seconds of one step of type `t` without attention: overhead, GEMMs and collectives."""
     knots, values = p.dense_tokens[t], p.dense_s[t]
@@ -33,7 +32,7 @@ def dense_s(p: Params, t: int, tokens: int) -> float:
     return p.cpu_s[t] + values[i] + w * (values[i + 1] - values[i])
 
 
-@njit(cache=True, nogil=True)
+@inlined
 def prefill_s(p: Params, t: int, chunk: int, context: int) -> float:
     """Attention seconds of `chunk` new tokens over `context` cached ones."""
     ck, hk, v = p.prefill_chunk[t], p.prefill_context[t], p.prefill_s[t]
@@ -45,7 +44,7 @@ def prefill_s(p: Params, t: int, chunk: int, context: int) -> float:
     return low + w * (high - low)
 
 
-@njit(cache=True, nogil=True)
+@inlined
 def decode_s(p: Params, t: int, batch: int, kv_tokens: int) -> float:
     """Attention seconds of `batch` sequences attending to `kv_tokens` in all."""
     bk, kk, v = p.decode_batch[t], p.decode_kv[t], p.decode_s[t]
@@ -57,7 +56,7 @@ def decode_s(p: Params, t: int, batch: int, kv_tokens: int) -> float:
     return low + w * (high - low)
 
 
-@njit(cache=True, nogil=True)
+@inlined
 def decode_span_s(p: Params, t: int, batch: int, kv_tokens: int, num_steps: int) -> float:
     """Seconds of `num_steps` decode steps in a row; the first attends to `kv_tokens`.
 
@@ -90,7 +89,7 @@ def decode_span_s(p: Params, t: int, batch: int, kv_tokens: int, num_steps: int)
             j += 1
 
 
-@njit(cache=True, nogil=True)
+@inlined
 def decode_steps_past(
     p: Params, t: int, batch: int, kv_tokens: int, target_s: float, max_steps: int
 ) -> int:
@@ -136,12 +135,13 @@ def decode_steps_past(
             j += 1
 
 
-@njit(cache=True, nogil=True)
+@inlined
 def step_factor(p: Params, s: State, e: int, r: int) -> float:
     """Factor on the grid's times for the replica's next step: noise over speed."""
-    factor = 1.0 / s.replica[e, r].speed
+    v = s.replica[e, r]
+    factor = 1.0 / v.speed
     if p.noise_sigma > 0.0:
-        window = s.replica[e, r].iteration // p.noise_period_steps
+        window = v.iteration // p.noise_period_steps
         z = step_noise_z(s.env[e].noise_seed, r, window)
         factor *= math.exp(p.noise_sigma * z - 0.5 * p.noise_sigma * p.noise_sigma)
     return factor

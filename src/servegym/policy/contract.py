@@ -48,7 +48,7 @@ REPLICA_FEATURES: tuple[Feature, ...] = (
             "moving average of TTFT (weight 0.1 on the newest), 0 before the first"),
     Feature("recent_tpot_s", 0, INF, "s", Group.COUNTERS,
             "moving average of TPOT of ended requests (weight 0.1), 0 before the first"),
-    Feature("since_dispatch_s", 0, 1e6, "s", Group.COUNTERS,
+    Feature("since_dispatch_s", 0, 1e6, "s", Group.METRICS,
             "since the last request went there, at most 1e6"),
     Feature("relative_speed", 0, INF, "-", Group.COUNTERS,
             "known throughput on a reference request, the fastest replica of the fleet being 1"),

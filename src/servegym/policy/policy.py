@@ -85,6 +85,8 @@ class Heuristic:
         param_names: Their names.
         memory_size: How many float64 it keeps from decision to decision (zeroed at reset).
         reference: Where the rule comes from.
+        memory: What it keeps, `float64[num_envs, memory_size]`.
+        rng: Its random streams, `uint64[num_envs, 1]`.
     """
 
     name: str
@@ -95,14 +97,14 @@ class Heuristic:
     param_names: tuple[str, ...] = ()
     memory_size: int = 0
     reference: str = ""
-    _memory: FloatArray = field(default_factory=lambda: np.zeros((0, 0)), repr=False)
-    _rng: UInt64Array = field(default_factory=lambda: np.zeros((0, 1), np.uint64), repr=False)
+    memory: FloatArray = field(default_factory=lambda: np.zeros((0, 0)), repr=False)
+    rng: UInt64Array = field(default_factory=lambda: np.zeros((0, 1), np.uint64), repr=False)
 
     def reset(self, num_envs: int, seed: int) -> None:
         """Zero the memory and seed one random stream per environment."""
-        self._memory = np.zeros((num_envs, self.memory_size))
+        self.memory = np.zeros((num_envs, self.memory_size))
         streams = np.random.SeedSequence(seed).generate_state(num_envs, np.uint64)
-        self._rng = streams.reshape(num_envs, 1)
+        self.rng = streams.reshape(num_envs, 1)
 
     def act(self, observations: Observations, env_ids: IntArray) -> IntArray:
         """Apply the rule row by row."""
@@ -113,7 +115,7 @@ class Heuristic:
                 observations.request[row],
                 observations.mask[row],
                 self.params,
-                self._memory[env],
-                self._rng[env],
+                self.memory[env],
+                self.rng[env],
             )
         return actions

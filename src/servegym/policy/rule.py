@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from numba import njit, types
+from numba import njit, typeof, types
 
 from servegym.policy.policy import Decide
 
@@ -22,4 +22,22 @@ SIGNATURE = types.int64(
 def rule(function: Callable[..., int]) -> Decide:
     """Compile a dispatch rule with the signature every rule shares (cached on disk)."""
     compiled: Decide = njit(SIGNATURE, cache=True)(function)
+    return compiled
+
+
+def compile_for_rules(
+    function: Callable[..., int], example: tuple[object, ...]
+) -> Callable[..., int]:
+    """Compile a kernel whose first argument is a rule, for arguments like `example`.
+
+    The rule is typed as a function address, so one compilation serves all rules.
+
+    Args:
+        function: `function(decide, *arguments) -> int64`.
+        example: Arguments of the types it will be called with.
+    """
+    signature = types.int64(types.FunctionType(SIGNATURE), *map(typeof, example))
+    compiled: Callable[..., int] = njit(
+        signature, cache=True, nogil=True, error_model="numpy", _nrt=False
+    )(function)
     return compiled

@@ -1,0 +1,30 @@
+"""How simulator code is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from numba import njit
+
+_F = TypeVar("_F", bound=Callable[..., object])
+
+
+def kernel(function: _F) -> _F:
+    """Compile a function for the simulator's hot path, cached on disk, without holding the GIL.
+
+    Integers reach kernels as int64 only: each further combination of integer widths would be
+    compiled anew, and compiling is what a first run waits for.
+    """
+    compiled: _F = njit(cache=True, nogil=True, error_model="numpy", _nrt=False)(function)
+    return compiled
+
+
+def inlined(function: _F) -> _F:
+    """Compile a function into each of its callers.
+
+    A call that takes the whole state passes every array by value, some 250 words; that costs
+    more than most of these functions do.
+    """
+    compiled: _F = njit(cache=True, nogil=True, error_model="numpy", _nrt=False, forceinline=True)(function)
+    return compiled

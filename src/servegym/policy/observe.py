@@ -1,0 +1,121 @@
+"""Filling the observation from the simulator's state."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from servegym.cluster.engine import prefix_hit_tokens
+from servegym.cluster.jit import kernel
+from servegym.cluster.kernels import kv_need, measure
+from servegym.cluster.simulator import Simulator
+from servegym.cluster.state import (
+    DECISION,
+    SCRAPED_EMITTED,
+    SCRAPED_KV_USAGE,
+    SCRAPED_RUNNING,
+    SCRAPED_WAITING,
+    VIEW_GENERATED,
+    VIEW_KV_CAPACITY,
+    VIEW_KV_USAGE,
+    VIEW_METRICS_AGE,
+    VIEW_NUM_RUNNING,
+    VIEW_NUM_WAITING,
+    VIEW_PREFIX_HIT,
+    VIEW_SINCE_DISPATCH,
+    VIEW_UP,
+    Params,
+    State,
+)
+from servegym.policy.contract import NUM_REPLICA_FEATURES, NUM_REQUEST_FEATURES, Group
+from servegym.policy.policy import Observations
+from servegym.policy.what_if import fill_what_if
+from servegym.typing import BoolArray, FloatArray, IntArray
+
+_METRICS = int(Group.METRICS)
+_PREFIX = int(Group.PREFIX)
+_FAR_S = 1e6
+
+
+@kernel
+def observe(
+    p: Params, s: State, e: int, needs: int, request_out: FloatArray, mask_out: BoolArray
+) -> None:
+    """Bring `s.shown[e]` up to date for the decision that is due, and describe its request.
+
+    Args:
+        p: Constants.
+        s: State; rows of `s.shown[e]` outside `needs` keep old values.
+        e: Environment.
+        needs: Feature groups to fill, bits of `Group`.
+        request_out: `float64[NUM_REQUEST_FEATURES]`.
+        mask_out: `bool[R + 2]`; replicas, hold, reject.
+    """
+    env = s.env[e]
+    i = env.deciding
+    request = s.request[e, i]
+    now_s = env.now_s
+    view = s.shown[e]
+    num_replicas = env.num_replicas
+    width = view.shape[1]
+    need = kv_need(s, e, i)
+    num_up = 0
+    for r in range(width):
+        up = view[VIEW_UP, r] > 0.0
+        num_up += up
+        mask_out[r] = up and need <= view[VIEW_KV_CAPACITY, r]
+    mask_out[width] = p.allow_hold
+    mask_out[width + 1] = p.allow_reject
+    slo = p.slo_s[request.slo_class]
+    request_out[0] = request.prompt
+    request_out[1] = request.predicted
+    request_out[2] = min(slo[0], _FAR_S)
+    request_out[3] = min(slo[1], _FAR_S)
+    request_out[4] = p.slo_weight[request.slo_class]
+    request_out[5] = now_s - request.arrival_s
+    request_out[6] = 1.0 / env.arrival_gap_s if env.arrival_gap_s > 0.0 else 0.0
+    request_out[7] = num_up
+    request_out[8] = env.hold_count
+    if needs & _METRICS:
+        fresh = p.metrics_interval_s == 0.0
+        age = 0.0 if fresh else now_s - env.last_scrape_s
+        scraped = s.scraped[e]
+        for r in range(num_replicas):
+            if fresh:
+                measure(p, s, e, r, now_s, s.scraped)
+            view[VIEW_NUM_RUNNING, r] = scraped[SCRAPED_RUNNING, r]
+            view[VIEW_NUM_WAITING, r] = scraped[SCRAPED_WAITING, r]
+            view[VIEW_KV_USAGE, r] = scraped[SCRAPED_KV_USAGE, r]
+            view[VIEW_GENERATED, r] = scraped[SCRAPED_EMITTED, r]
+            view[VIEW_METRICS_AGE, r] = age
+            since = now_s - s.replica[e, r].last_dispatch_s
+            view[VIEW_SINCE_DISPATCH, r] = min(since, _FAR_S)
+    if needs & _PREFIX and p.prefix_caching:
+        for r in range(num_replicas):
+            view[VIEW_PREFIX_HIT, r] = (
+                prefix_hit_tokens(p, s, e, r, i) if view[VIEW_UP, r] > 0.0 else 0
+            )
+
+
+def observe_batch(simulator: Simulator, needs: Group) -> tuple[Observations, IntArray]:
+    """Observe every decision that is due.
+
+    Args:
+        simulator: After `advance`.
+        needs: Feature groups to fill.
+
+    Returns:
+        The observations and the environment of each row, `int64[batch]`.
+    """
+    envs = np.flatnonzero(simulator.reasons == DECISION)
+    width = simulator.max_replicas
+    replicas = np.empty((len(envs), NUM_REPLICA_FEATURES, width))
+    request = np.empty((len(envs), NUM_REQUEST_FEATURES))
+    mask = np.empty((len(envs), width + 2), np.bool_)
+    for row, env in enumerate(envs.tolist()):
+        if needs & Group.WHAT_IF:
+            fill_what_if(simulator, env)
+        observe(simulator.params, simulator.state, env, int(needs), request[row], mask[row])
+        replicas[row] = simulator.state.shown[env]
+    return Observations(replicas, request, mask), envs
+
+

@@ -1,0 +1,118 @@
+"""Playing whole episodes under a policy: rules in compiled code, others batch by batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from servegym.cluster.kernels import advance, apply
+from servegym.cluster.simulator import Simulator
+from servegym.cluster.state import DECISION, DONE, LOG_FULL, Params, State
+from servegym.policy.contract import NUM_REQUEST_FEATURES, Group
+from servegym.policy.observe import observe, observe_batch
+from servegym.policy.policy import Decide, Heuristic, Policy
+from servegym.policy.rule import compile_for_rules
+from servegym.typing import BoolArray, FloatArray, UInt64Array
+
+
+def _play(
+    decide: Decide,
+    p: Params,
+    s: State,
+    e: int,
+    needs: int,
+    params: FloatArray,
+    memory: FloatArray,
+    rng: UInt64Array,
+    request: FloatArray,
+    mask: BoolArray,
+) -> int:
+    """Run one environment to its end under a compiled rule; stop early if a log is full."""
+    while True:
+        reason = advance(p, s, e)
+        if reason != DECISION:
+            return reason
+        observe(p, s, e, needs, request, mask)
+        apply(p, s, e, decide(s.shown[e], request, mask, params, memory, rng))
+
+
+_players: list[Callable[..., int]] = []
+
+
+def _player(arguments: tuple[object, ...]) -> Callable[..., int]:
+    if not _players:  # the types of the arguments never differ
+        _players.append(compile_for_rules(_play, arguments))
+    return _players[0]
+
+
+def run(simulator: Simulator, policy: Policy, seed: int = 0) -> None:
+    """Drive every environment of a simulator to the end of its episode.
+
+    An oracle sees the true output lengths where others see predictions.
+
+    Args:
+        simulator: Freshly loaded.
+        policy: Decides; it is reset first.
+        seed: Of the policy's own randomness.
+    """
+    policy.reset(simulator.num_envs, seed)
+    if policy.information == "oracle":
+        request = simulator.state.request
+        request["predicted"] = request["output"]
+    if isinstance(policy, Heuristic) and not policy.needs & Group.WHAT_IF:
+        _run_compiled(simulator, policy)
+        return
+    while (simulator.advance() != DONE).any():
+        observations, envs = observe_batch(simulator, policy.needs)
+        actions = np.zeros(simulator.num_envs, np.int64)
+        actions[envs] = policy.act(observations, envs)
+        simulator.apply(actions)
+
+
+def _run_compiled(simulator: Simulator, policy: Heuristic) -> None:
+    request = np.zeros(NUM_REQUEST_FEATURES)
+    mask = np.zeros(simulator.max_replicas + 2, np.bool_)
+    for env in range(simulator.num_envs):
+        while True:
+            arguments = (
+                simulator.params,
+                simulator.state,
+                env,
+                int(policy.needs),
+                policy.params,
+                policy.memory[env],
+                policy.rng[env],
+                request,
+                mask,
+            )
+            reason = _player(arguments)(policy.decide, *arguments)
+            if reason != LOG_FULL:
+                break
+            simulator.grow_logs()
+        simulator.reasons[env] = reason
+
+
+def time_decisions(policy: Policy, simulator: Simulator, num_decisions: int = 200) -> FloatArray:
+    """Measure single decisions on the states an episode passes through.
+
+    Args:
+        policy: Decides for one environment at a time.
+        simulator: Freshly loaded; its first environment is played.
+        num_decisions: How many to time at most.
+
+    Returns:
+        Seconds per decision, the observation not counted, `float64[<= num_decisions]`.
+    """
+    policy.reset(simulator.num_envs, 0)
+    taken: list[float] = []
+    while len(taken) < num_decisions and simulator.advance()[0] == DECISION:
+        observations, envs = observe_batch(simulator, policy.needs)
+        begin = time.perf_counter()
+        chosen = policy.act(observations, envs)
+        taken.append((time.perf_counter() - begin) / len(envs))
+        actions = np.zeros(simulator.num_envs, np.int64)
+        actions[envs] = chosen
+        simulator.apply(actions)
+    return np.array(taken)

@@ -1,0 +1,164 @@
+"""Forward simulation of each choice, with predicted lengths: the planner's features.
+
+For every replica that may take the pending request, its engine is copied twice into scratch
+environments with nothing else in them: once as it is, once with the request added. Both run until
+all their requests have ended; arrivals after now do not exist there (Block, arXiv 2508.03611).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from servegym.cluster.allocate import Capacity, make_state
+from servegym.cluster.engine import form_step, prefix_hit_tokens, steps_ended_by
+from servegym.cluster.jit import kernel
+from servegym.cluster.kernels import advance, kv_need, reset_env
+from servegym.cluster.simulator import Simulator
+from servegym.cluster.state import (
+    DECODE,
+    QUEUED,
+    STEP,
+    VIEW_KV_CAPACITY,
+    VIEW_UP,
+    VIEW_WHAT_IF_ADDED,
+    VIEW_WHAT_IF_E2E,
+    Params,
+    State,
+)
+
+
+@kernel
+def _copy_request(
+    s: State, e: int, i: int, generated: int, cached: int, scratch: State, slot: int
+) -> None:
+    """Put request `i` at the end of the scratch engine's queue, its length as predicted."""
+    source = s.request[e, i]
+    q = scratch.request[0, slot]
+    q.arrival_s = 0.0
+    q.prompt = source.prompt + generated
+    q.output = max(1, int(np.round(source.predicted)) - generated)
+    q.predicted = q.output
+    q.slo_class = source.slo_class
+    q.preset_hit = cached
+    q.status = QUEUED
+    q.replica = 0
+    q.next_request = -1
+    tail = scratch.replica[0, 0].wait_tail
+    if tail >= 0:
+        scratch.request[0, tail].next_request = slot
+    else:
+        scratch.replica[0, 0].wait_head = slot
+    scratch.replica[0, 0].wait_tail = slot
+    scratch.replica[0, 0].num_waiting += 1
+
+
+@kernel
+def _copy_engine(p: Params, s: State, e: int, r: int, scratch: State, added: int) -> int:
+    """Rebuild replica `r` in the scratch environment; return how many requests it has.
+
+    Running requests enter first and in order, with what they have computed as given; so they are
+    admitted at once, as far as the predicted lengths and the blocks allow.
+    """
+    v = s.replica[e, r]
+    ended = 0
+    if v.mode == DECODE:
+        ended = steps_ended_by(p, s, e, r, s.env[e].now_s)
+    scratch.env[0].num_replicas = 1
+    scratch.env[0].num_faults = 0
+    scratch.replica[0, 0].type_idx = v.type_idx
+    scratch.replica[0, 0].base_speed = v.base_speed
+    count = v.num_running + v.num_waiting + (1 if added >= 0 else 0)
+    scratch.env[0].num_requests = count
+    reset_env(p, scratch, 0)
+    slot = 0
+    i = v.run_head
+    while i >= 0:
+        q = s.request[e, i]
+        generated, cached = q.generated, q.computed
+        if q.join_iter >= 0:
+            steps = v.iteration + ended - q.join_iter
+            generated += steps
+            cached += steps
+        _copy_request(s, e, i, generated, cached, scratch, slot)
+        slot += 1
+        i = q.next_request
+    i = v.wait_head
+    while i >= 0:
+        q = s.request[e, i]
+        _copy_request(s, e, i, q.generated, 0 if q.generated else q.hit_hint, scratch, slot)
+        slot += 1
+        i = q.next_request
+    if added >= 0:
+        hit = prefix_hit_tokens(p, s, e, r, added)
+        _copy_request(s, e, added, s.request[e, added].generated, hit, scratch, slot)
+        slot += 1
+    env = scratch.env[0]
+    env.next_arrival = slot
+    env.in_system = slot
+    env.num_ended = 0
+    return slot
+
+
+@kernel
+def _run_engine(p: Params, scratch: State, count: int) -> float:
+    """Run the scratch engine dry; return the sum of the times its requests take, seconds."""
+    if count == 0:
+        return 0.0
+    form_step(p, scratch, 0, 0, 0.0)
+    advance(p, scratch, 0)
+    return scratch.env[0].area
+
+
+@kernel
+def _fill(p: Params, quiet: Params, s: State, e: int, scratch: State) -> None:
+    i = s.env[e].deciding
+    need = kv_need(s, e, i)
+    view = s.shown[e]
+    for r in range(s.env[e].num_replicas):
+        view[VIEW_WHAT_IF_E2E, r] = 0.0
+        view[VIEW_WHAT_IF_ADDED, r] = 0.0
+        if view[VIEW_UP, r] == 0.0 or need > view[VIEW_KV_CAPACITY, r]:
+            continue
+        # the step in progress ends first; both copies start then
+        v = s.replica[e, r]
+        delay = 0.0
+        if v.mode == STEP:
+            delay = s.due[e, v.event_pos].time_s - s.env[e].now_s
+        count = _copy_engine(p, s, e, r, scratch, -1)
+        before = _run_engine(quiet, scratch, count)
+        count = _copy_engine(p, s, e, r, scratch, i)
+        after = _run_engine(quiet, scratch, count)
+        view[VIEW_WHAT_IF_E2E, r] = delay + scratch.request[0, count - 1].finish_s
+        view[VIEW_WHAT_IF_ADDED, r] = delay + after - before
+
+
+class _Scratch:
+    """A one-replica state without prefix cache, large enough for any engine of a simulator."""
+
+    def __init__(self, simulator: Simulator) -> None:
+        spec = replace(simulator.spec, prefix_caching=False)
+        capacity = Capacity(
+            num_envs=1,
+            requests=simulator.state.request.shape[1] + 1,
+            segments=1,
+            replicas=1,
+            faults=1,
+            longest_tokens=1,
+            log=1,
+        )
+        self.state = make_state(spec, capacity)
+        self.quiet = simulator.params._replace(
+            prefix_caching=False, record=False, noise_sigma=0.0, metrics_interval_s=0.0
+        )
+
+
+def fill_what_if(simulator: Simulator, env: int) -> None:
+    """Fill the planner's rows of one environment's view for the decision that is due."""
+    scratch = simulator.scratch
+    if not isinstance(scratch, _Scratch) or (
+        scratch.state.request.shape[1] <= simulator.state.request.shape[1]
+    ):
+        scratch = simulator.scratch = _Scratch(simulator)
+    _fill(simulator.params, scratch.quiet, simulator.state, env, scratch.state)
