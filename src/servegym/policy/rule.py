@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from numba import njit, typeof, types
 
+from servegym.cluster.jit import OPTIONS
 from servegym.policy.policy import Decide
 
 #: `decide(replicas[F, R], request[G], mask[R + 2], params[p], memory[m], rng[1]) -> action`.
@@ -37,7 +38,5 @@ def compile_for_rules(
         example: Arguments of the types it will be called with.
     """
     signature = types.int64(types.FunctionType(SIGNATURE), *map(typeof, example))
-    compiled: Callable[..., int] = njit(
-        signature, cache=True, nogil=True, error_model="numpy", _nrt=False
-    )(function)
+    compiled: Callable[..., int] = njit(signature, **OPTIONS)(function)
     return compiled

@@ -1,0 +1,45 @@
+"""A table that says what a step costs and which term dominates."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from servegym.costs.step import StepCost
+
+
+def costs_table(title: str, cost: StepCost, *, context: int = 1024) -> Table:
+    """Tabulate steps of several sizes.
+
+    Args:
+        title: Names the replica.
+        cost: Its step cost.
+        context: KV tokens of each decoding sequence.
+    """
+    cases = [
+        (f"decode {b}", {"tokens": b, "batch": b, "kv_tokens": b * context})
+        for b in (1, 8, 32, 128)
+    ]
+    cases += [(f"prefill {c}", {"tokens": c, "chunk": c}) for c in (256, 2048)]
+    cases.append(
+        (
+            "prefill 1984 + decode 64",
+            {"tokens": 2048, "chunk": 1984, "batch": 64, "kv_tokens": 64 * context},
+        )
+    )
+    table = Table(title=f"{title} — ms per step, {context} tokens of context a sequence")
+    rows = [(name, cost.terms(**case)) for name, case in cases]
+    table.add_column("step")
+    for term in rows[0][1]:
+        table.add_column(term, justify="right")
+    table.add_column("total", justify="right")
+    table.add_column("dominated by")
+    for name, terms in rows:
+        total = sum(terms.values())
+        most = max(terms, key=lambda term: terms[term])
+        table.add_row(
+            name,
+            *(f"{1e3 * s:.2f}" for s in terms.values()),
+            f"{1e3 * total:.2f}",
+            f"{most} ({terms[most] / total:.0%})",
+        )
+    return table
