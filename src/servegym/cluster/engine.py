@@ -330,10 +330,7 @@ def end_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
         following = q.next_request
         q.computed += q.chunk
         q.chunk = 0
-        if (
-            q.computed
-            == q.prompt + q.generated
-        ):
+        if q.computed == q.prompt + q.generated:
             v.first_prefill = following
             _emit_after_prefill(p, s, e, r, request, now_s)
         request = following

@@ -117,5 +117,3 @@ def observe_batch(simulator: Simulator, needs: Group) -> tuple[Observations, Int
         observe(simulator.params, simulator.state, env, int(needs), request[row], mask[row])
         replicas[row] = simulator.state.shown[env]
     return Observations(replicas, request, mask), envs
-
-

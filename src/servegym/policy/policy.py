@@ -67,9 +67,7 @@ class Policy(Protocol):
 
 #: A rule in compiled form: `decide(replicas, request, mask, params, memory, rng) -> action`, with
 #: `float64[F, R]`, `float64[G]`, `bool[R + 2]`, `float64[p]`, `float64[m]`, `uint64[1]`.
-Decide = Callable[
-    [FloatArray, FloatArray, BoolArray, FloatArray, FloatArray, UInt64Array], int
-]
+Decide = Callable[[FloatArray, FloatArray, BoolArray, FloatArray, FloatArray, UInt64Array], int]
 
 
 @dataclass

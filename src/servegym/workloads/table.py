@@ -53,7 +53,9 @@ class RequestTable:
             if field.name.startswith("prefix_"):
                 continue
             if len(getattr(self, field.name)) != n:
-                raise WorkloadError(f"{field.name} has {len(getattr(self, field.name))} rows, not {n}")
+                raise WorkloadError(
+                    f"{field.name} has {len(getattr(self, field.name))} rows, not {n}"
+                )
         if n == 0:
             raise WorkloadError("a workload needs at least one request, got none")
         if not np.isfinite(self.arrival_s).all() or (np.diff(self.arrival_s) < 0).any():

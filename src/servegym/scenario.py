@@ -1,0 +1,285 @@
+"""A scenario: cluster, workload, service levels, disturbances and objective in one YAML file."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from servegym.assets.specs import gpu, model
+from servegym.cluster.spec import ClusterSpec, Episode, Faults, ReplicaType, SloClass
+from servegym.cluster.state import FAULT_DOWN, FAULT_SLOW, FAULT_UP
+from servegym.costs.step import StepCost
+from servegym.errors import ConfigError, unknown_name
+from servegym.workloads.config import WorkloadConfig
+from servegym.workloads.prediction import PredictorConfig
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class EngineConfig(_Config):
+    """Engine settings, with vLLM's names; the defaults are vLLM's for a server."""
+
+    block_size: int = Field(16, ge=1)
+    max_num_batched_tokens: int = Field(2048, ge=1)
+    max_num_seqs: int = Field(256, ge=1)
+    prefix_caching: bool = True
+    chunked_prefill: bool = True
+    kv_memory_fraction: float = Field(0.9, gt=0, le=1)
+
+
+class FleetEntry(_Config):
+    """Equal replicas; a pair of numbers is a range, drawn anew for every episode."""
+
+    gpu: str
+    count: int | tuple[int, int] = 1
+    tp: int = Field(1, ge=1)
+    speed: float | tuple[float, float] = 1.0
+    num_blocks: int | None = Field(None, ge=1)
+
+
+class SloConfig(_Config):
+    """A service level and its share of the requests."""
+
+    name: str
+    ttft_s: float = Field(gt=0)
+    tpot_s: float = Field(gt=0)
+    share: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, ge=0)
+
+
+class FailSlowConfig(_Config):
+    """Episodes in which a replica runs at a fraction of its speed."""
+
+    rate_per_replica_hour: float = Field(0.0, ge=0)
+    duration_s: float = Field(30.0, gt=0)
+    multiplier: tuple[float, float] = (0.2, 0.6)
+
+
+class FailStopConfig(_Config):
+    """Crashes; a replica is back, empty, after `recovery_s`."""
+
+    rate_per_replica_hour: float = Field(0.0, ge=0)
+    recovery_s: float = Field(60.0, gt=0)
+
+
+class DisturbanceConfig(_Config):
+    """What makes life hard; everything is off by default."""
+
+    metrics_interval_s: float = Field(0.0, ge=0)
+    predictor: PredictorConfig = PredictorConfig(kind="lognormal", sigma=0.5)
+    step_noise_sigma: float = Field(0.0, ge=0)
+    noise_period_steps: int = Field(8, ge=1)
+    fail_slow: FailSlowConfig = FailSlowConfig()
+    fail_stop: FailStopConfig = FailStopConfig()
+
+
+class ActionConfig(_Config):
+    """What a router may do besides choosing a replica."""
+
+    hold: bool = False
+    hold_s: float = Field(0.05, gt=0)
+    reject: bool = False
+
+
+class Scenario(_Config):
+    """Everything an episode is drawn from."""
+
+    name: str
+    description: str = ""
+    model: str = "Llama-3.1-8B"
+    precision: Literal["bf16", "fp8"] = "bf16"
+    engine: EngineConfig = EngineConfig()
+    fleet: tuple[FleetEntry, ...] = Field(min_length=1)
+    workload: WorkloadConfig
+    slo_classes: tuple[SloConfig, ...] = (SloConfig(name="default", ttft_s=2.0, tpot_s=0.1),)
+    disturbances: DisturbanceConfig = DisturbanceConfig()
+    objective: Literal["latency", "goodput"] = "latency"
+    actions: ActionConfig = ActionConfig()
+    num_requests: int = Field(512, ge=1)
+
+    @cached_property
+    def spec(self) -> ClusterSpec:
+        """Replica types (one per fleet entry) and rules."""
+        engine, trouble = self.engine, self.disturbances
+        return ClusterSpec(
+            types=tuple(self._replica_type(entry) for entry in self.fleet),
+            slo_classes=tuple(
+                SloClass(c.name, c.ttft_s, c.tpot_s, c.weight) for c in self.slo_classes
+            ),
+            block_size=engine.block_size,
+            prefix_caching=engine.prefix_caching,
+            chunked_prefill=engine.chunked_prefill,
+            allow_hold=self.actions.hold,
+            allow_reject=self.actions.reject,
+            hold_s=self.actions.hold_s,
+            metrics_interval_s=trouble.metrics_interval_s,
+            noise_sigma=trouble.step_noise_sigma,
+            noise_period_steps=trouble.noise_period_steps,
+        )
+
+    def step_cost(self, entry: FleetEntry) -> StepCost:
+        """Return the step cost of a fleet entry's replicas."""
+        return StepCost(gpu(entry.gpu), model(self.model), entry.tp, self.precision == "fp8")
+
+    def _replica_type(self, entry: FleetEntry) -> ReplicaType:
+        cost, engine = self.step_cost(entry), self.engine
+        blocks = entry.num_blocks or (
+            cost.kv_capacity_tokens(engine.kv_memory_fraction) // engine.block_size
+        )
+        return ReplicaType(
+            name=f"{entry.gpu} x{entry.tp}",
+            grid=cost.compile(max_tokens=max(engine.max_num_batched_tokens, 64)),
+            num_blocks=blocks,
+            max_num_batched_tokens=engine.max_num_batched_tokens,
+            max_num_seqs=engine.max_num_seqs,
+            price_usd_per_h=cost.gpu.price_usd_per_h * entry.tp,
+            num_gpus=entry.tp,
+        )
+
+    @property
+    def max_replicas(self) -> int:
+        """Largest fleet an episode can have."""
+        return sum(e.count if isinstance(e.count, int) else e.count[1] for e in self.fleet)
+
+    def episode(self, seed: int, *, load: float = 1.0, num_requests: int | None = None) -> Episode:
+        """Draw an episode; the requests of a seed are the same under every policy and fleet.
+
+        Args:
+            seed: Of all randomness of the episode.
+            load: Multiplies the arrival rate.
+            num_requests: Instead of the scenario's own.
+        """
+        if not load > 0:
+            raise ConfigError(f"load must be above 0, got {load}")
+        requests, lengths, fleet, faults, noise = np.random.SeedSequence(seed).spawn(5)
+        table = self.workload.table(
+            np.random.default_rng(requests),
+            num_requests=num_requests or self.num_requests,
+            load=load,
+            class_shares=[c.share for c in self.slo_classes],
+        )
+        predicted = self.disturbances.predictor.predict(
+            np.random.default_rng(lengths), table.output_tokens
+        )
+        object.__setattr__(table, "predicted_output_tokens", predicted)
+        rng = np.random.default_rng(fleet)
+        types: list[int] = []
+        speeds: list[float] = []
+        for index, entry in enumerate(self.fleet):
+            count = entry.count
+            drawn = count if isinstance(count, int) else int(rng.integers(count[0], count[1] + 1))
+            for _ in range(drawn):
+                speed = entry.speed
+                speeds.append(speed if isinstance(speed, float | int) else rng.uniform(*speed))
+                types.append(index)
+        return Episode(
+            table=table,
+            type_idx=np.array(types, np.int16),
+            speed=np.array(speeds, np.float64),
+            faults=self._faults(np.random.default_rng(faults), len(types), table.arrival_s[-1]),
+            noise_seed=int(noise.generate_state(1, np.uint64)[0]),
+        )
+
+    def _faults(self, rng: np.random.Generator, num_replicas: int, end_s: float) -> Faults:
+        slow, stop = self.disturbances.fail_slow, self.disturbances.fail_stop
+        rows: list[tuple[float, int, int, float]] = []
+        for r in range(num_replicas):
+            t = 0.0
+            while slow.rate_per_replica_hour:
+                t += rng.exponential(3600.0 / slow.rate_per_replica_hour)
+                if t > end_s:
+                    break
+                rows.append((t, r, FAULT_SLOW, rng.uniform(*slow.multiplier)))
+                t += slow.duration_s
+                rows.append((t, r, FAULT_SLOW, 1.0))
+            t = 0.0
+            while stop.rate_per_replica_hour:
+                t += rng.exponential(3600.0 / stop.rate_per_replica_hour)
+                if t > end_s:
+                    break
+                rows.append((t, r, FAULT_DOWN, 0.0))
+                t += stop.recovery_s
+                rows.append((t, r, FAULT_UP, 0.0))
+        rows.sort()
+        return Faults(
+            np.array([x[0] for x in rows], np.float64),
+            np.array([x[1] for x in rows], np.int16),
+            np.array([x[2] for x in rows], np.int8),
+            np.array([x[3] for x in rows], np.float64),
+        )
+
+
+def scenario_names() -> list[str]:
+    """Names of the bundled scenarios."""
+    folder = resources.files("servegym.assets").joinpath("scenarios")
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith("yaml"))
+
+
+def load_scenario(name_or_path: str | Path) -> Scenario:
+    """Load a bundled scenario by name, or one of your own by the path of its YAML file.
+
+    Raises:
+        ConfigError: If there is none, or a key or value in it is not allowed.
+    """
+    text = str(name_or_path)
+    if text.endswith((".yaml", ".yml")):
+        path = Path(text)
+        if not path.is_file():
+            raise ConfigError(f"no scenario file at {text}")
+        return parse_scenario(path.read_text(encoding="utf-8"), text)
+    if text not in scenario_names():
+        raise ConfigError(unknown_name("scenario", text, scenario_names()) + ", or a .yaml file")
+    file = resources.files("servegym.assets").joinpath("scenarios", f"{text}.yaml")
+    return parse_scenario(file.read_text(encoding="utf-8"), text)
+
+
+def parse_scenario(text: str, origin: str) -> Scenario:
+    """Check a scenario's YAML text; `origin` names it in errors."""
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{origin} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{origin} must hold keys and values, such as name, fleet and workload")
+    try:
+        return Scenario.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: {_one_sentence(error, data)}") from error
+
+
+def _one_sentence(error: ValidationError, data: Any) -> str:  # noqa: ANN401
+    first = error.errors()[0]
+    place = ".".join(str(p) for p in first["loc"])
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(first["loc"][-1]), _known_keys(), n=1)
+        return f"unknown key {place}" + (f"; did you mean {near[0]}?" if near else "")
+    got = "" if first["type"] == "missing" else f", got {first['input']!r}"
+    return f"{place}: {first['msg'][0].lower()}{first['msg'][1:]}{got}"
+
+
+def _known_keys() -> list[str]:
+    keys: set[str] = set()
+    models: list[type[BaseModel]] = [
+        Scenario,
+        EngineConfig,
+        FleetEntry,
+        SloConfig,
+        FailSlowConfig,
+        FailStopConfig,
+        DisturbanceConfig,
+        ActionConfig,
+        PredictorConfig,
+    ]
+    for m in models:
+        keys |= set(m.model_fields)
+    return sorted(keys)

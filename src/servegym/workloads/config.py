@@ -1,0 +1,219 @@
+"""Workloads as configuration: generated streams and replayed traces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from servegym.typing import FloatArray, IntArray
+from servegym.workloads import arrivals
+from servegym.workloads.readers import read_trace
+from servegym.workloads.table import RequestTable
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ArrivalConfig(_Config):
+    """An arrival process; see `workloads.arrivals`."""
+
+    kind: Literal["poisson", "gamma", "weibull", "bursts", "diurnal"] = "poisson"
+    cv: float = Field(1.0, gt=0)
+    burst_ratio: float = Field(4.0, ge=1)
+    burst_share: float = Field(0.2, gt=0, lt=1)
+    period_s: float = Field(60.0, gt=0)
+    amplitude: float = Field(0.5, ge=0, lt=1)
+
+    def draw(self, rng: np.random.Generator, num: int, rate_rps: float) -> FloatArray:
+        """Draw arrival times in seconds, `float64[num]`."""
+        if self.kind == "poisson":
+            return arrivals.poisson(rng, num, rate_rps)
+        if self.kind == "gamma":
+            return arrivals.gamma(rng, num, rate_rps, self.cv)
+        if self.kind == "weibull":
+            return arrivals.weibull(rng, num, rate_rps, self.cv)
+        if self.kind == "bursts":
+            return arrivals.bursts(
+                rng, num, rate_rps, self.burst_ratio, self.period_s, self.burst_share
+            )
+        return arrivals.diurnal(rng, num, rate_rps, self.amplitude, self.period_s)
+
+
+class LengthConfig(_Config):
+    """A mixture of lognormal lengths: medians in tokens, sigmas of the logarithm."""
+
+    medians_tokens: tuple[float, ...] = (200.0,)
+    sigmas: tuple[float, ...] = (0.8,)
+    weights: tuple[float, ...] = (1.0,)
+    min_tokens: int = Field(1, ge=1)
+    max_tokens: int = Field(8192, ge=1)
+
+    def draw(self, rng: np.random.Generator, num: int) -> IntArray:
+        """Draw lengths, `int64[num]`."""
+        z = rng.standard_normal(num)
+        if len(self.medians_tokens) == 1:
+            raw = self.medians_tokens[0] * np.exp(self.sigmas[0] * z)
+        else:
+            weights = np.array(self.weights) / sum(self.weights)
+            part = np.searchsorted(np.cumsum(weights)[:-1], rng.random(num), side="right")
+            raw = np.array(self.medians_tokens)[part] * np.exp(np.array(self.sigmas)[part] * z)
+        return np.clip(np.round(raw), self.min_tokens, self.max_tokens).astype(np.int64)
+
+
+class SessionConfig(_Config):
+    """Conversations: each turn repeats all that was said before.
+
+    A conversation starts with one of `num_system_prompts` system prompts (Zipf popularity); its
+    turns are `think_s` seconds apart on average and come until it ends (geometric) or its
+    context reaches `max_context_tokens`.
+    """
+
+    mean_turns: float = Field(4.0, ge=1)
+    think_s: float = Field(20.0, gt=0)
+    num_system_prompts: int = Field(8, ge=1)
+    system_prompt_tokens: int = Field(512, ge=0)
+    zipf: float = Field(1.0, ge=0)
+    max_context_tokens: int = Field(8192, ge=1)
+
+
+class GeneratedConfig(_Config):
+    """A synthetic stream."""
+
+    kind: Literal["generated"] = "generated"
+    rate_rps: float = Field(gt=0)
+    arrivals: ArrivalConfig = ArrivalConfig()
+    prompt: LengthConfig = LengthConfig()
+    output: LengthConfig = LengthConfig(medians_tokens=(150.0,), max_tokens=2048)
+    sessions: SessionConfig | None = None
+    num_tenants: int = Field(1, ge=1)
+
+    def table(
+        self,
+        rng: np.random.Generator,
+        *,
+        num_requests: int,
+        load: float = 1.0,
+        class_shares: Sequence[float] = (1.0,),
+    ) -> RequestTable:
+        """Draw a stream.
+
+        Args:
+            rng: Randomness.
+            num_requests: Requests.
+            load: Multiplies the rate.
+            class_shares: Shares of the SLO classes.
+        """
+        rate = self.rate_rps * load
+        if self.sessions is None:
+            table = RequestTable.build(
+                self.arrivals.draw(rng, num_requests, rate),
+                self.prompt.draw(rng, num_requests),
+                self.output.draw(rng, num_requests),
+            )
+        else:
+            table = self._conversations(rng, num_requests, rate, self.sessions)
+        shares = np.cumsum(class_shares) / np.sum(class_shares)
+        draw = rng.random(num_requests)
+        return replace(
+            table,
+            slo_class=np.searchsorted(shares[:-1], draw, side="right").astype(np.int16),
+            tenant=rng.integers(0, self.num_tenants, num_requests).astype(np.int32),
+        )
+
+    def _conversations(
+        self, rng: np.random.Generator, num: int, rate: float, c: SessionConfig, spare: float = 1.4
+    ) -> RequestTable:
+        # start conversations that together have a few turns to spare, some before time 0, so that
+        # the stream is in its steady state from the first request on
+        lead_s = 1.5 * c.mean_turns * c.think_s
+        count = int(spare * (num + rate * lead_s) / c.mean_turns) + 16
+        turns = np.minimum(rng.geometric(1.0 / c.mean_turns, count), 64)
+        session = np.repeat(np.arange(count), turns)
+        m = len(session)
+        first = np.cumsum(turns) - turns
+        start = self.arrivals.draw(rng, count, rate / c.mean_turns) - lead_s
+        gaps = rng.exponential(c.think_s, m)
+        gaps[first] = 0.0
+        since = np.cumsum(gaps)
+        arrival = start[session] + since - since[first][session]
+        said, answered = self.prompt.draw(rng, m), self.output.draw(rng, m)
+        both = np.cumsum(said + answered)
+        before = both - (said + answered)
+        context = c.system_prompt_tokens + before - before[first][session]
+        prompt = context + said
+        popularity = (1.0 + np.arange(c.num_system_prompts)) ** -c.zipf
+        system = rng.choice(c.num_system_prompts, count, p=popularity / popularity.sum())
+        keep = np.flatnonzero((arrival >= 0) & (prompt + answered <= c.max_context_tokens))
+        keep = keep[np.argsort(arrival[keep], kind="stable")][:num]
+        if len(keep) < num:
+            return self._conversations(rng, num, rate, c, 2.0 * spare)
+        salt = int(rng.integers(1, 1 << 40))
+        keys = np.empty((num, 2), np.int64)
+        keys[:, 0] = 1 + system[session[keep]]
+        keys[:, 1] = (salt << 20) + session[keep]
+        ends = np.empty((num, 2), np.int32)
+        ends[:, 0] = c.system_prompt_tokens
+        ends[:, 1] = np.iinfo(np.int32).max
+        return RequestTable.build(
+            arrival[keep],
+            prompt[keep],
+            answered[keep],
+            session=session[keep],
+            prefix_offsets=2 * np.arange(num + 1),
+            prefix_keys=keys.ravel(),
+            prefix_ends=ends.ravel(),
+        )
+
+
+class TraceConfig(_Config):
+    """A replayed trace; each seed plays another window of it."""
+
+    kind: Literal["trace"] = "trace"
+    path: str
+    max_context_tokens: int = Field(131072, ge=2)
+
+    @property
+    def rate_rps(self) -> float:
+        """Mean rate of the whole trace."""
+        return _trace(self.path, self.max_context_tokens).rate_rps
+
+    def table(
+        self,
+        rng: np.random.Generator,
+        *,
+        num_requests: int,
+        load: float = 1.0,
+        class_shares: Sequence[float] = (1.0,),
+    ) -> RequestTable:
+        """Take `num_requests` successive requests from a random place, at `load` times the rate."""
+        whole = _trace(self.path, self.max_context_tokens)
+        num = min(num_requests, len(whole))
+        first = int(rng.integers(0, len(whole) - num + 1))
+        part = whole.take(np.arange(first, first + num))
+        part = replace(part, arrival_s=part.arrival_s - part.arrival_s[0]).scaled(load)
+        if len(class_shares) > 1 and not part.slo_class.any():
+            shares = np.cumsum(class_shares) / np.sum(class_shares)
+            draw = np.searchsorted(shares[:-1], rng.random(num), side="right")
+            part = replace(part, slo_class=draw.astype(np.int16))
+        return part
+
+
+@cache
+def _trace(path: str, max_context_tokens: int) -> RequestTable:
+    """Read a trace once; requests beyond the context limit are cut to it, as a client would."""
+    table = read_trace(Path(path)).table
+    output = np.minimum(table.output_tokens, max(1, max_context_tokens // 2))
+    prompt = np.minimum(table.prompt_tokens, max_context_tokens - output)
+    return replace(
+        table, prompt_tokens=prompt.astype(np.int32), output_tokens=output.astype(np.int32)
+    )
+
+
+WorkloadConfig = Annotated[GeneratedConfig | TraceConfig, Field(discriminator="kind")]
