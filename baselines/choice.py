@@ -1,0 +1,50 @@
+"""Picking from costs: the part every rule shares."""
+
+from __future__ import annotations
+
+from servegym.cluster.jit import inlined
+from servegym.cluster.rng import next_uniform
+from servegym.cluster.state import HOLD, REJECT, VIEW_GENERATED, VIEW_OUTSTANDING_PREDICTED
+from servegym.typing import BoolArray, FloatArray, UInt64Array
+
+
+@inlined
+def num_replicas(mask: BoolArray) -> int:
+    """Columns that stand for replicas."""
+    return mask.shape[0] - 2
+
+
+@inlined
+def no_replica(mask: BoolArray) -> int:
+    """What is left when no replica may be chosen."""
+    return HOLD if mask[mask.shape[0] - 2] else REJECT
+
+
+@inlined
+def better(cost: float, r: int, best_cost: float, best: int) -> bool:
+    """Whether a replica beats the best so far; the first of equals stays."""
+    return best < 0 or cost < best_cost
+
+
+@inlined
+def random_allowed(mask: BoolArray, rng: UInt64Array) -> int:
+    """Draw one of the allowed replicas, -1 if there is none."""
+    count = 0
+    for r in range(mask.shape[0] - 2):
+        count += mask[r]
+    if count == 0:
+        return -1
+    pick = int(next_uniform(rng) * count)
+    for r in range(mask.shape[0] - 2):
+        if mask[r]:
+            if pick == 0:
+                return r
+            pick -= 1
+    return -1
+
+
+@inlined
+def decode_tokens_left(replicas: FloatArray, r: int) -> float:
+    """Predicted output tokens that the outstanding requests of a replica still want."""
+    return max(0.0, replicas[VIEW_OUTSTANDING_PREDICTED, r] - replicas[VIEW_GENERATED, r])
+

@@ -1,0 +1,54 @@
+"""Least work left: predicted seconds until the replica has run dry."""
+
+from __future__ import annotations
+
+from servegym.baselines.choice import (
+    better,
+    decode_tokens_left,
+    no_replica,
+    num_replicas,
+)
+from servegym.policy.contract import Group, ReplicaFeature
+from servegym.policy.policy import Heuristic
+from servegym.policy.rule import rule
+from servegym.typing import BoolArray, FloatArray, UInt64Array
+
+_OUT = int(ReplicaFeature["OUTSTANDING_REQUESTS"])
+_PENDING = int(ReplicaFeature["PENDING_PREFILL_TOKENS"])
+_RATE = int(ReplicaFeature["PREFILL_TOKENS_PER_S"])
+_STEP = int(ReplicaFeature["DECODE_STEP_S"])
+_SEQ = int(ReplicaFeature["DECODE_SEQ_S"])
+_MAXSEQ = int(ReplicaFeature["MAX_NUM_SEQS"])
+
+
+@rule
+def decide(
+    replicas: FloatArray,
+    request: FloatArray,
+    mask: BoolArray,
+    params: FloatArray,
+    memory: FloatArray,
+    rng: UInt64Array,
+) -> int:
+    """Decide; see `policy.rule`."""
+    best, best_cost = -1, 0.0
+    for r in range(num_replicas(mask)):
+        if mask[r]:
+            prefill_s = replicas[_PENDING, r] / replicas[_RATE, r]
+            batch = min(max(1.0, replicas[_OUT, r]), replicas[_MAXSEQ, r])
+            step_s = replicas[_STEP, r] + replicas[_SEQ, r] * (batch - 1.0)
+            cost = prefill_s + decode_tokens_left(replicas, r) * step_s / batch
+            if better(cost, r, best_cost, best):
+                best, best_cost = r, cost
+    return best if best >= 0 else no_replica(mask)
+
+
+def least_work_left() -> Heuristic:
+    """Least work left: predicted seconds until the replica has run dry."""
+    return Heuristic(
+        name="least-work-left",
+        information="predictive",
+        needs=Group.COUNTERS | Group.METRICS,
+        decide=decide,
+        reference="",
+    )

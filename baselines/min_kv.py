@@ -1,0 +1,42 @@
+"""Smallest share of KV blocks held; then fewest outstanding."""
+
+from __future__ import annotations
+
+from servegym.baselines.choice import better, no_replica, num_replicas
+from servegym.policy.contract import Group, ReplicaFeature
+from servegym.policy.policy import Heuristic
+from servegym.policy.rule import rule
+from servegym.typing import BoolArray, FloatArray, UInt64Array
+
+_OUT = int(ReplicaFeature["OUTSTANDING_REQUESTS"])
+_KV = int(ReplicaFeature["KV_CACHE_USAGE"])
+
+
+@rule
+def decide(
+    replicas: FloatArray,
+    request: FloatArray,
+    mask: BoolArray,
+    params: FloatArray,
+    memory: FloatArray,
+    rng: UInt64Array,
+) -> int:
+    """Decide; see `policy.rule`."""
+    best, best_cost = -1, 0.0
+    for r in range(num_replicas(mask)):
+        if mask[r]:
+            cost = replicas[_KV, r] + 1e-6 * replicas[_OUT, r]
+            if better(cost, r, best_cost, best):
+                best, best_cost = r, cost
+    return best if best >= 0 else no_replica(mask)
+
+
+def min_kv() -> Heuristic:
+    """Smallest share of KV blocks held; then fewest outstanding."""
+    return Heuristic(
+        name="min-kv",
+        information="metric",
+        needs=Group.COUNTERS | Group.METRICS,
+        decide=decide,
+        reference="",
+    )

@@ -1,0 +1,39 @@
+"""Power of two choices: the less loaded of two random replicas."""
+
+from __future__ import annotations
+
+from servegym.baselines.choice import no_replica, random_allowed
+from servegym.policy.contract import Group, ReplicaFeature
+from servegym.policy.policy import Heuristic
+from servegym.policy.rule import rule
+from servegym.typing import BoolArray, FloatArray, UInt64Array
+
+_OUT = int(ReplicaFeature["OUTSTANDING_REQUESTS"])
+
+
+@rule
+def decide(
+    replicas: FloatArray,
+    request: FloatArray,
+    mask: BoolArray,
+    params: FloatArray,
+    memory: FloatArray,
+    rng: UInt64Array,
+) -> int:
+    """Decide; see `policy.rule`."""
+    first = random_allowed(mask, rng)
+    second = random_allowed(mask, rng)
+    if first < 0:
+        return no_replica(mask)
+    return second if replicas[_OUT, second] < replicas[_OUT, first] else first
+
+
+def power_of_two() -> Heuristic:
+    """Power of two choices: the less loaded of two random replicas."""
+    return Heuristic(
+        name="power-of-two",
+        information="blind",
+        needs=Group.COUNTERS,
+        decide=decide,
+        reference="Mitzenmacher 2001; two draws may coincide",
+    )

@@ -1,0 +1,72 @@
+"""SGLang cache-aware: balance when loads are far apart, else follow the longest prefix.
+
+Without a match above the threshold the replica with the smallest prefix tree is taken; here
+that is the one with the fewest prompt tokens sent so far."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from servegym.baselines.choice import no_replica, num_replicas
+from servegym.policy.contract import Group, ReplicaFeature, RequestFeature
+from servegym.policy.policy import Heuristic
+from servegym.policy.rule import rule
+from servegym.typing import BoolArray, FloatArray, UInt64Array
+
+_OUT = int(ReplicaFeature["OUTSTANDING_REQUESTS"])
+_HIT = int(ReplicaFeature["PREFIX_HIT_TOKENS"])
+_QPROMPT = int(RequestFeature["PROMPT_TOKENS"])
+
+
+@rule
+def decide(
+    replicas: FloatArray,
+    request: FloatArray,
+    mask: BoolArray,
+    params: FloatArray,
+    memory: FloatArray,
+    rng: UInt64Array,
+) -> int:
+    """Decide; see `policy.rule`."""
+    most, least, idle = -1.0, 1e300, -1
+    hit, hit_at, small = -1.0, -1, -1
+    for r in range(num_replicas(mask)):
+        if mask[r]:
+            load = replicas[_OUT, r]
+            most = max(most, load)
+            if load < least:
+                least, idle = load, r
+            if replicas[_HIT, r] > hit:
+                hit, hit_at = replicas[_HIT, r], r
+            if small < 0 or memory[r] < memory[small]:
+                small = r
+    if idle < 0:
+        return no_replica(mask)
+    if most - least > params[1] and most > params[2] * least:
+        chosen = idle
+    elif hit > params[0] * request[_QPROMPT]:
+        chosen = hit_at
+    else:
+        chosen = small
+    memory[chosen] += request[_QPROMPT] - replicas[_HIT, chosen]
+    return chosen
+
+
+def sglang(
+    cache_threshold: float = 0.3, balance_abs: float = 64.0, balance_rel: float = 1.5
+) -> Heuristic:
+    """SGLang cache-aware: balance when loads are far apart, else follow the longest prefix."""
+    return Heuristic(
+        name="sglang",
+        information="metric",
+        needs=Group.COUNTERS | Group.PREFIX,
+        decide=decide,
+        params=np.array([cache_threshold, balance_abs, balance_rel], np.float64),
+        param_names=(
+            "cache_threshold",
+            "balance_abs",
+            "balance_rel",
+        ),
+        memory_size=1024,
+        reference="sgl-router cache_aware; older defaults 0.5, 32, 1.0001",
+    )

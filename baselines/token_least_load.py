@@ -1,0 +1,41 @@
+"""Fewest outstanding prompt tokens."""
+
+from __future__ import annotations
+
+from servegym.baselines.choice import better, no_replica, num_replicas
+from servegym.policy.contract import Group, ReplicaFeature
+from servegym.policy.policy import Heuristic
+from servegym.policy.rule import rule
+from servegym.typing import BoolArray, FloatArray, UInt64Array
+
+_PROMPT = int(ReplicaFeature["OUTSTANDING_PROMPT_TOKENS"])
+
+
+@rule
+def decide(
+    replicas: FloatArray,
+    request: FloatArray,
+    mask: BoolArray,
+    params: FloatArray,
+    memory: FloatArray,
+    rng: UInt64Array,
+) -> int:
+    """Decide; see `policy.rule`."""
+    best, best_cost = -1, 0.0
+    for r in range(num_replicas(mask)):
+        if mask[r]:
+            cost = replicas[_PROMPT, r]
+            if better(cost, r, best_cost, best):
+                best, best_cost = r, cost
+    return best if best >= 0 else no_replica(mask)
+
+
+def token_least_load() -> Heuristic:
+    """Fewest outstanding prompt tokens."""
+    return Heuristic(
+        name="token-least-load",
+        information="blind",
+        needs=Group.COUNTERS,
+        decide=decide,
+        reference="Splitwise token_jsq",
+    )

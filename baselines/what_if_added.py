@@ -1,0 +1,41 @@
+"""Forward simulation of each choice: least time added to all requests there."""
+
+from __future__ import annotations
+
+from servegym.baselines.choice import better, no_replica, num_replicas
+from servegym.policy.contract import Group, ReplicaFeature
+from servegym.policy.policy import Heuristic
+from servegym.policy.rule import rule
+from servegym.typing import BoolArray, FloatArray, UInt64Array
+
+_ADDED = int(ReplicaFeature["WHAT_IF_ADDED_S"])
+
+
+@rule
+def decide(
+    replicas: FloatArray,
+    request: FloatArray,
+    mask: BoolArray,
+    params: FloatArray,
+    memory: FloatArray,
+    rng: UInt64Array,
+) -> int:
+    """Decide; see `policy.rule`."""
+    best, best_cost = -1, 0.0
+    for r in range(num_replicas(mask)):
+        if mask[r]:
+            cost = replicas[_ADDED, r]
+            if better(cost, r, best_cost, best):
+                best, best_cost = r, cost
+    return best if best >= 0 else no_replica(mask)
+
+
+def what_if_added() -> Heuristic:
+    """Forward simulation of each choice: least time added to all requests there."""
+    return Heuristic(
+        name="what-if-added",
+        information="predictive",
+        needs=Group.COUNTERS | Group.WHAT_IF,
+        decide=decide,
+        reference="Block, arXiv 2508.03611, marginal objective",
+    )
