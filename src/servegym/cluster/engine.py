@@ -442,6 +442,28 @@ def cut_stretch(p: Params, s: State, e: int, r: int, now_s: float) -> None:
         set_event(s, e, r, v.seg_begin_s + v.seg_factor * span)
 
 
+@inlined
+def catch_up(p: Params, s: State, e: int, r: int, now_s: float) -> None:
+    """Book the ended steps of a decode stretch, so that the prefix cache shows what they evicted.
+
+    The stretch goes on from the step in progress, and ends when it would have ended.
+    """
+    v = s.replica[e, r]
+    if v.mode != DECODE or v.seg_steps == 1:
+        return
+    steps = steps_ended_by(p, s, e, r, now_s)
+    if steps == 0:
+        return
+    kv = v.kv_tokens + v.num_decodes
+    span = decode_span_s(p, v.type_idx, v.num_decodes, kv, steps)
+    end_s = v.seg_begin_s + v.seg_factor * span
+    log_steps(p, s, e, r, end_s, steps, 0)
+    settle_decodes(p, s, e, r, steps)
+    take_for_decodes(p, s, e, r, s.phase[e, r, v.iteration % p.block_size])
+    v.seg_begin_s = end_s
+    v.seg_steps -= steps
+
+
 @kernel
 def stop_replica(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     """Fail-stop: ended steps count, the running one is lost, all requests go back."""
@@ -528,11 +550,11 @@ def clear_replica(p: Params, s: State, e: int, r: int) -> None:
     reset_blocks(p, s, e, r)
 
 
-@inlined
-def prefix_hit_tokens(p: Params, s: State, e: int, r: int, request: int) -> int:
+@kernel
+def prefix_hit_tokens(p: Params, s: State, e: int, r: int, request: int, now_s: float) -> int:
     """Leading prompt tokens of a request in a replica's cache; its last token never counts."""
-    q = s.request[e, request]
     if not p.prefix_caching:
         return 0
+    catch_up(p, s, e, r, now_s)
     size = p.block_size
-    return size * count_hits(p, s, e, r, request, (q.prompt - 1) // size)
+    return size * count_hits(p, s, e, r, request, (s.request[e, request].prompt - 1) // size)

@@ -211,7 +211,7 @@ def apply(p: Params, s: State, e: int, action: int) -> None:
     q.dispatch_s = now_s
     v.emitted += q.generated
     log_event(p, s, e, now_s, EV_DISPATCH, request, r, 0.0)
-    hint = prefix_hit_tokens(p, s, e, r, request)
+    hint = prefix_hit_tokens(p, s, e, r, request, now_s) if p.prefix_caching else 0
     q.hit_hint = hint
     s.shown[e, VIEW_OUTSTANDING, r] += 1
     s.shown[e, VIEW_OUTSTANDING_PROMPT, r] += q.prompt

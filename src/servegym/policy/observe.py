@@ -92,7 +92,7 @@ def observe(
     if needs & _PREFIX and p.prefix_caching:
         for r in range(num_replicas):
             view[VIEW_PREFIX_HIT, r] = (
-                prefix_hit_tokens(p, s, e, r, i) if view[VIEW_UP, r] > 0.0 else 0
+                prefix_hit_tokens(p, s, e, r, i, now_s) if view[VIEW_UP, r] > 0.0 else 0
             )
 
 

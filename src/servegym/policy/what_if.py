@@ -91,7 +91,7 @@ def _copy_engine(p: Params, s: State, e: int, r: int, scratch: State, added: int
         slot += 1
         i = q.next_request
     if added >= 0:
-        hit = prefix_hit_tokens(p, s, e, r, added)
+        hit = prefix_hit_tokens(p, s, e, r, added, s.env[e].now_s)
         _copy_request(s, e, added, s.request[e, added].generated, hit, scratch, slot)
         slot += 1
     env = scratch.env[0]

@@ -1,0 +1,130 @@
+"""Random clusters and episodes, small enough that blocks, slots and budgets run out often."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from servegym.cluster.spec import ClusterSpec, Episode, Faults, ReplicaType
+from servegym.cluster.state import FAULT_DOWN, FAULT_SLOW, FAULT_UP, HOLD, REJECT
+from servegym.costs.grid import (
+    NUM_BATCH_KNOTS,
+    NUM_CHUNK_KNOTS,
+    NUM_CONTEXT_KNOTS,
+    NUM_DENSE_KNOTS,
+    NUM_KV_KNOTS,
+    CostGrid,
+)
+from servegym.workloads.table import RequestTable
+
+
+def random_grid(rng: np.random.Generator) -> CostGrid:
+    def knots(num: int, high: float) -> np.ndarray:
+        return np.sort(rng.uniform(0, high, num)) + np.arange(num) * 1e-3
+
+    dense = knots(NUM_DENSE_KNOTS, 256)
+    chunk, context = knots(NUM_CHUNK_KNOTS, 128), knots(NUM_CONTEXT_KNOTS, 400)
+    batch, kv = knots(NUM_BATCH_KNOTS, 16), knots(NUM_KV_KNOTS, 2000)
+    return CostGrid(
+        cpu_s=float(rng.uniform(0.001, 0.01)),
+        dense_tokens=dense,
+        dense_s=np.cumsum(rng.uniform(0, 1e-3, NUM_DENSE_KNOTS)),
+        prefill_chunk=chunk,
+        prefill_context=context,
+        prefill_s=rng.uniform(0.2, 1) * 1e-6 * np.outer(chunk, 1 + context),
+        decode_batch=batch,
+        decode_kv=kv,
+        decode_s=np.add.outer(1e-4 * batch, np.cumsum(rng.uniform(0, 1e-3, NUM_KV_KNOTS))),
+    )
+
+
+def random_case(seed: int) -> tuple[ClusterSpec, Episode]:
+    rng = np.random.default_rng(seed)
+    size = int(rng.choice([1, 2, 4, 16]))
+    num_types = int(rng.integers(1, 3))
+    seqs = int(rng.choice([1, 2, 4, 12]))
+    chunked = bool(rng.random() < 0.85)
+    budget = int(max(seqs, rng.choice([4, 16, 64]))) if chunked else 400
+    longest = 120
+    types = tuple(
+        ReplicaType(
+            name=f"t{i}",
+            grid=random_grid(rng),
+            num_blocks=-(-longest // size) + int(rng.integers(0, 1 + 300 // size)),
+            max_num_batched_tokens=budget,
+            max_num_seqs=seqs,
+        )
+        for i in range(num_types)
+    )
+    spec = ClusterSpec(
+        types=types,
+        block_size=size,
+        prefix_caching=bool(rng.random() < 0.7),
+        chunked_prefill=chunked,
+        allow_hold=bool(rng.random() < 0.3),
+        allow_reject=bool(rng.random() < 0.3),
+        hold_s=float(rng.uniform(0.01, 0.5)),
+        metrics_interval_s=float(rng.choice([0.0, 0.0371])),
+        noise_sigma=float(rng.choice([0.0, 0.3])),
+        noise_period_steps=int(rng.integers(1, 6)),
+    )
+    n = int(rng.integers(1, 60))
+    gaps = rng.exponential(rng.choice([0.001, 0.02, 0.2]), n) * (rng.random(n) < 0.9)
+    prompt = rng.integers(1, 70, n)
+    output = rng.integers(1, 50, n) * (rng.random(n) < 0.9) + 1
+    counts = rng.integers(0, 4, n)
+    offsets = np.concatenate(([0], np.cumsum(counts)))
+    keys, ends = [], []
+    for c in counts:
+        key, end = 0, 0
+        for _ in range(c):
+            key = key * 7 + int(rng.integers(1, 4))
+            end += [8, 16, 40][key % 3]
+            keys.append(key)
+            ends.append(end)
+    table = RequestTable.build(
+        np.cumsum(gaps),
+        prompt,
+        output,
+        predicted_output_tokens=output * np.exp(0.3 * rng.standard_normal(n)) + 1,
+        prefix_offsets=offsets,
+        prefix_keys=np.array(keys, np.int64),
+        prefix_ends=np.array(ends, np.int32),
+    )
+    replicas = int(rng.integers(1, 5))
+    rows = []
+    for r in range(replicas):
+        t = 0.0
+        for _ in range(int(rng.integers(0, 3))):
+            t += rng.exponential(0.5)
+            if rng.random() < 0.5:
+                rows.append((t, r, FAULT_SLOW, rng.uniform(0.2, 2.0)))
+            else:
+                rows.append((t, r, FAULT_DOWN, 0.0))
+                t += rng.exponential(0.3)
+                rows.append((t, r, FAULT_UP, 0.0))
+    rows.sort()
+    faults = Faults(
+        np.array([x[0] for x in rows], float),
+        np.array([x[1] for x in rows], np.int16),
+        np.array([x[2] for x in rows], np.int8),
+        np.array([x[3] for x in rows], float),
+    )
+    episode = Episode(
+        table,
+        rng.integers(0, num_types, replicas).astype(np.int16),
+        rng.uniform(0.5, 2.0, replicas),
+        faults,
+        int(rng.integers(1 << 60)),
+    )
+    return spec, episode
+
+
+def choose(request: int, visit: int, allowed: list[bool]) -> int:
+    """Pick an allowed action from the request and how often it was decided, nothing else."""
+    rng = np.random.default_rng((request, visit))
+    options = [r for r, ok in enumerate(allowed[:-2]) if ok]
+    if allowed[-2] and visit < 3:
+        options.append(HOLD)
+    if allowed[-1] and rng.random() < 0.2:
+        options.append(REJECT)
+    return int(options[rng.integers(len(options))])

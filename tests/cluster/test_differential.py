@@ -1,0 +1,81 @@
+"""The compiled simulator does what the plain one does, event by event."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from servegym.cluster.outcome import outcomes_from_events
+from servegym.cluster.reference import ReferenceSimulator
+from servegym.cluster.simulator import Simulator
+from servegym.cluster.state import DECISION
+from servegym.policy.contract import Group, ReplicaFeature
+from servegym.policy.observe import observe_batch
+
+from .strategies import choose, random_case
+
+
+def play_reference(spec, episode):
+    sim = ReferenceSimulator(spec, episode)
+    visits: dict[int, int] = {}
+    seen = []
+
+    def dispatch(s, request):
+        visits[request] = visits.get(request, -1) + 1
+        metrics = s.scraped if spec.metrics_interval_s else [e.metrics() for e in s.replicas]
+        hits = [s.prefix_hit_tokens(request, r) if e.up else 0 for r, e in enumerate(s.replicas)]
+        seen.append([*map(list, zip(*metrics, strict=True)), hits])
+        return choose(request, visits[request], s.allowed(request))
+
+    sim.run(dispatch)
+    return sim, seen
+
+
+def play_compiled(spec, episode):
+    sim = Simulator(spec, [episode], record=True)
+    visits: dict[int, int] = {}
+    seen = []
+    rows = [
+        int(ReplicaFeature[name])
+        for name in (
+            "NUM_RUNNING",
+            "NUM_WAITING",
+            "KV_CACHE_USAGE",
+            "GENERATED_TOKENS",
+            "PREFIX_HIT_TOKENS",
+        )
+    ]
+    while sim.advance()[0] == DECISION:
+        request = int(sim.state.env[0]["deciding"])
+        visits[request] = visits.get(request, -1) + 1
+        observations, _ = observe_batch(sim, Group.METRICS | Group.PREFIX)
+        seen.append([observations.replicas[0, row].tolist() for row in rows])
+        mask = observations.mask[0].tolist()
+        sim.apply(np.array([choose(request, visits[request], mask)]))
+    return sim, seen
+
+
+def assert_equal(seed: int) -> None:
+    spec, episode = random_case(seed)
+    slow, slow_seen = play_reference(spec, episode)
+    fast, fast_seen = play_compiled(spec, episode)
+    want, got = slow.events(), fast.events()
+    for kind in range(9):
+        a, b = want[want["kind"] == kind], got[got["kind"] == kind]
+        a, b = (np.sort(x, order=["request", "time_s"]) for x in (a, b))
+        assert a["request"].tolist() == b["request"].tolist(), f"kind {kind}"
+        assert a["replica"].tolist() == b["replica"].tolist(), f"kind {kind}"
+        assert a["value"].tolist() == b["value"].tolist(), f"kind {kind}"
+        np.testing.assert_allclose(b["time_s"], a["time_s"], rtol=1e-9, atol=1e-12)
+    assert int(fast.state.env[0]["engine_steps"]) == slow.engine_steps
+    np.testing.assert_allclose(float(fast.state.env[0]["area"]), slow.area, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(np.array(fast_seen), np.array(slow_seen), rtol=1e-9, atol=1e-9)
+    derived, direct = outcomes_from_events(got, episode.table), fast.outcomes()
+    for column in direct.dtype.names or ():
+        np.testing.assert_array_equal(direct[column], derived[column], err_msg=column)
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_compiled_and_plain_simulator_agree_on_random_scenarios(block):
+    for seed in range(40 * block, 40 * block + 40):
+        assert_equal(seed)
