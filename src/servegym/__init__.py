@@ -1,3 +1,12 @@
 """servegym: train, judge and ship schedulers for LLM serving clusters."""
 
+from gymnasium.envs.registration import register
+
 __version__ = "0.1.0"
+
+# strings, not callables: only these can be serialised, and nothing is compiled by the import
+register(
+    id="servegym/Dispatch-v0",
+    entry_point="servegym.envs.dispatch:DispatchEnv",
+    vector_entry_point="servegym.envs.vector:DispatchVectorEnv",
+)

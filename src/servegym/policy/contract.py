@@ -32,20 +32,26 @@ class Feature(NamedTuple):
     meaning: str
 
 
-INF = float("inf")
+#: Stands for "no bound": spaces must be finite.
+NO_BOUND = 1e9
 
 REPLICA_FEATURES: tuple[Feature, ...] = (
     Feature("up", 0, 1, "-", Group.COUNTERS, "1 if the replica takes requests"),
     Feature(
-        "outstanding_requests", 0, INF, "requests", Group.COUNTERS, "dispatched to it and not ended"
+        "outstanding_requests",
+        0,
+        NO_BOUND,
+        "requests",
+        Group.COUNTERS,
+        "dispatched to it and not ended",
     ),
     Feature(
-        "outstanding_prompt_tokens", 0, INF, "tokens", Group.COUNTERS, "prompt tokens of those"
+        "outstanding_prompt_tokens", 0, NO_BOUND, "tokens", Group.COUNTERS, "prompt tokens of those"
     ),
     Feature(
         "pending_prefill_tokens",
         0,
-        INF,
+        NO_BOUND,
         "tokens",
         Group.COUNTERS,
         "prompt tokens, less the prefix believed cached, of those without a first token",
@@ -53,7 +59,7 @@ REPLICA_FEATURES: tuple[Feature, ...] = (
     Feature(
         "outstanding_predicted_tokens",
         0,
-        INF,
+        NO_BOUND,
         "tokens",
         Group.COUNTERS,
         "predicted output tokens of the outstanding requests",
@@ -61,7 +67,7 @@ REPLICA_FEATURES: tuple[Feature, ...] = (
     Feature(
         "recent_ttft_s",
         0,
-        INF,
+        NO_BOUND,
         "s",
         Group.COUNTERS,
         "moving average of TTFT (weight 0.1 on the newest), 0 before the first",
@@ -69,7 +75,7 @@ REPLICA_FEATURES: tuple[Feature, ...] = (
     Feature(
         "recent_tpot_s",
         0,
-        INF,
+        NO_BOUND,
         "s",
         Group.COUNTERS,
         "moving average of TPOT of ended requests (weight 0.1), 0 before the first",
@@ -85,7 +91,7 @@ REPLICA_FEATURES: tuple[Feature, ...] = (
     Feature(
         "relative_speed",
         0,
-        INF,
+        NO_BOUND,
         "-",
         Group.COUNTERS,
         "known throughput on a reference request, the fastest replica of the fleet being 1",
@@ -93,7 +99,7 @@ REPLICA_FEATURES: tuple[Feature, ...] = (
     Feature(
         "prefill_tokens_per_s",
         0,
-        INF,
+        NO_BOUND,
         "tokens/s",
         Group.COUNTERS,
         "known prefill rate at a full token budget",
@@ -101,7 +107,7 @@ REPLICA_FEATURES: tuple[Feature, ...] = (
     Feature(
         "decode_step_s",
         0,
-        INF,
+        NO_BOUND,
         "s",
         Group.COUNTERS,
         "known duration of a step that decodes one sequence",
@@ -109,30 +115,32 @@ REPLICA_FEATURES: tuple[Feature, ...] = (
     Feature(
         "decode_seq_s",
         0,
-        INF,
+        NO_BOUND,
         "s",
         Group.COUNTERS,
         "known extra step time of each further decoding sequence of 1,024 tokens",
     ),
-    Feature("kv_capacity_tokens", 0, INF, "tokens", Group.COUNTERS, "KV cache size"),
-    Feature("max_num_seqs", 0, INF, "requests", Group.COUNTERS, "running requests at most"),
-    Feature("max_num_batched_tokens", 0, INF, "tokens", Group.COUNTERS, "token budget of a step"),
-    Feature("num_running", 0, INF, "requests", Group.METRICS, "requests in its running list"),
-    Feature("num_waiting", 0, INF, "requests", Group.METRICS, "requests in its waiting queue"),
+    Feature("kv_capacity_tokens", 0, NO_BOUND, "tokens", Group.COUNTERS, "KV cache size"),
+    Feature("max_num_seqs", 0, NO_BOUND, "requests", Group.COUNTERS, "running requests at most"),
+    Feature(
+        "max_num_batched_tokens", 0, NO_BOUND, "tokens", Group.COUNTERS, "token budget of a step"
+    ),
+    Feature("num_running", 0, NO_BOUND, "requests", Group.METRICS, "requests in its running list"),
+    Feature("num_waiting", 0, NO_BOUND, "requests", Group.METRICS, "requests in its waiting queue"),
     Feature("kv_cache_usage", 0, 1, "-", Group.METRICS, "share of KV blocks held"),
     Feature(
         "generated_tokens",
         0,
-        INF,
+        NO_BOUND,
         "tokens",
         Group.METRICS,
         "output tokens emitted so far by its requests that have not ended",
     ),
-    Feature("metrics_age_s", 0, INF, "s", Group.METRICS, "age of the engine metrics"),
+    Feature("metrics_age_s", 0, NO_BOUND, "s", Group.METRICS, "age of the engine metrics"),
     Feature(
         "prefix_hit_tokens",
         0,
-        INF,
+        NO_BOUND,
         "tokens",
         Group.PREFIX,
         "leading prompt tokens of this request in its prefix cache",
@@ -140,7 +148,7 @@ REPLICA_FEATURES: tuple[Feature, ...] = (
     Feature(
         "what_if_e2e_s",
         0,
-        INF,
+        NO_BOUND,
         "s",
         Group.WHAT_IF,
         "simulated time to the end of this request there, with predicted lengths",
@@ -148,7 +156,7 @@ REPLICA_FEATURES: tuple[Feature, ...] = (
     Feature(
         "what_if_added_s",
         0,
-        INF,
+        NO_BOUND,
         "s",
         Group.WHAT_IF,
         "simulated growth of the summed times to the end of all its requests",
@@ -156,29 +164,29 @@ REPLICA_FEATURES: tuple[Feature, ...] = (
 )
 
 REQUEST_FEATURES: tuple[Feature, ...] = (
-    Feature("prompt_tokens", 1, INF, "tokens", Group.COUNTERS, "prompt length"),
+    Feature("prompt_tokens", 1, NO_BOUND, "tokens", Group.COUNTERS, "prompt length"),
     Feature(
         "predicted_output_tokens",
         1,
-        INF,
+        NO_BOUND,
         "tokens",
         Group.COUNTERS,
         "output length as predicted; the true one only for an oracle",
     ),
     Feature("ttft_slo_s", 0, 1e6, "s", Group.COUNTERS, "TTFT limit of its class, at most 1e6"),
     Feature("tpot_slo_s", 0, 1e6, "s", Group.COUNTERS, "TPOT limit of its class, at most 1e6"),
-    Feature("slo_weight", 0, INF, "-", Group.COUNTERS, "worth of meeting them"),
-    Feature("waited_s", 0, INF, "s", Group.COUNTERS, "since it arrived"),
+    Feature("slo_weight", 0, NO_BOUND, "-", Group.COUNTERS, "worth of meeting them"),
+    Feature("waited_s", 0, NO_BOUND, "s", Group.COUNTERS, "since it arrived"),
     Feature(
         "arrival_rate_rps",
         0,
-        INF,
+        NO_BOUND,
         "requests/s",
         Group.COUNTERS,
         "one over the moving average of inter-arrival times (weight 0.02)",
     ),
-    Feature("num_up", 0, INF, "replicas", Group.COUNTERS, "replicas that take requests"),
-    Feature("num_held", 0, INF, "requests", Group.COUNTERS, "requests on hold"),
+    Feature("num_up", 0, NO_BOUND, "replicas", Group.COUNTERS, "replicas that take requests"),
+    Feature("num_held", 0, NO_BOUND, "requests", Group.COUNTERS, "requests on hold"),
 )
 
 #: Row of each feature by name, e.g. `ReplicaFeature.OUTSTANDING_REQUESTS`.

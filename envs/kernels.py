@@ -1,0 +1,122 @@
+"""Stepping a batch of dispatch environments in one compiled call."""
+
+from __future__ import annotations
+
+from servegym.cluster.jit import kernel
+from servegym.cluster.kernels import advance, apply, is_allowed
+from servegym.cluster.state import DECISION, HOLD, REJECT, Params, State
+from servegym.policy.observe import observe
+from servegym.typing import BoolArray, Float32Array, FloatArray, Int8Array, IntArray
+
+
+@kernel
+def core_action(p: Params, num_replicas: int, action: int) -> int:
+    """Translate an index of the action space to a replica, `HOLD` or `REJECT`."""
+    if action < num_replicas:
+        return action
+    if p.allow_hold and action == num_replicas:
+        return HOLD
+    return REJECT
+
+
+@kernel
+def first_invalid(p: Params, s: State, actions: IntArray, active: BoolArray) -> int:
+    """Return the first active environment whose action is not allowed, or -1."""
+    width = s.shown.shape[2]
+    size = width + p.allow_hold + p.allow_reject
+    for e in range(actions.shape[0]):
+        if not active[e]:
+            continue
+        action = actions[e]
+        if action < 0 or action >= size:
+            return e
+        chosen = core_action(p, width, action)
+        if not is_allowed(p, s, e, s.env[e].deciding, chosen):
+            return e
+    return -1
+
+
+@kernel
+def write_observation(
+    p: Params,
+    s: State,
+    e: int,
+    needs: int,
+    num_rows: int,
+    request: FloatArray,
+    mask: BoolArray,
+    replicas_out: Float32Array,
+    request_out: Float32Array,
+    mask_out: Int8Array,
+) -> None:
+    """Write the observation of one pending decision; replicas by row, features by column."""
+    observe(p, s, e, needs, request, mask)
+    width = s.shown.shape[2]
+    for f in range(num_rows):
+        for r in range(width):
+            replicas_out[e, r, f] = s.shown[e, f, r]
+    for g in range(request.shape[0]):
+        request_out[e, g] = request[g]
+    for r in range(width):
+        mask_out[e, r] = mask[r]
+    place = width
+    if p.allow_hold:
+        mask_out[e, place] = 1
+        place += 1
+    if p.allow_reject:
+        mask_out[e, place] = 1
+
+
+@kernel
+def step_range(
+    p: Params,
+    s: State,
+    first: int,
+    stop: int,
+    actions: IntArray,
+    active: BoolArray,
+    needs: int,
+    num_rows: int,
+    goodput: bool,
+    scale: float,
+    request: FloatArray,
+    mask: BoolArray,
+    replicas_out: Float32Array,
+    request_out: Float32Array,
+    mask_out: Int8Array,
+    reward_out: Float32Array,
+    done_out: BoolArray,
+    dt_out: FloatArray,
+) -> None:
+    """Apply, advance, reward and observe environments `first..stop-1` that are active."""
+    width = s.shown.shape[2]
+    for e in range(first, stop):
+        if not active[e]:
+            continue
+        env = s.env[e]
+        before_s = env.now_s
+        earned = env.good if goodput else _waited(s, e)
+        apply(p, s, e, core_action(p, width, actions[e]))
+        reason = advance(p, s, e)
+        dt_out[e] = env.now_s - before_s
+        if goodput:
+            reward_out[e] = (env.good - earned) / scale
+        else:
+            reward_out[e] = -(_waited(s, e) - earned) / scale
+        done_out[e] = reason != DECISION
+        if reason == DECISION:
+            write_observation(
+                p, s, e, needs, num_rows, request, mask, replicas_out, request_out, mask_out
+            )
+        else:
+            replicas_out[e] = 0.0
+            request_out[e] = 0.0
+            mask_out[e] = 0
+            mask_out[e, 0] = 1  # a mask without any action breaks samplers
+
+
+@kernel
+def _waited(s: State, e: int) -> float:
+    """Integral of the requests in the system up to now, request-seconds."""
+    env = s.env[e]
+    return env.area + env.in_system * (env.now_s - env.area_until_s)
