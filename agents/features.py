@@ -1,0 +1,98 @@
+"""From raw observations to network inputs; part of the exported graph, so ONNX takes raw units."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from servegym.policy.contract import ReplicaFeature, RequestFeature
+
+_R = {f.name: int(f) for f in ReplicaFeature}
+_Q = {f.name: int(f) for f in RequestFeature}
+#: Width of `replica_inputs`.
+NUM_INPUTS = 22
+
+
+def column(replicas: Tensor, name: str) -> Tensor:
+    """Return one raw feature of every replica, `float32[batch, R]`."""
+    return replicas[..., _R[name]]
+
+
+def entry(request: Tensor, name: str) -> Tensor:
+    """Return one raw feature of the request beside every replica, `float32[batch, 1]`."""
+    return request[..., _Q[name]].unsqueeze(-1)
+
+
+def replica_inputs(replicas: Tensor, request: Tensor) -> Tensor:
+    """Describe every (replica, request) pair by numbers of order one.
+
+    Loads are stated in seconds of work at the replica's own speed, and latencies against the
+    request's limits.
+
+    Args:
+        replicas: Raw features, `float32[batch, R, >= NUM_OBSERVED_FEATURES]`.
+        request: Raw features, `float32[batch, NUM_REQUEST_FEATURES]`.
+
+    Returns:
+        `float32[batch, R, NUM_INPUTS]`; rows of absent replicas are meaningless but finite.
+    """
+    outstanding = column(replicas, "OUTSTANDING_REQUESTS")
+    rate = column(replicas, "PREFILL_TOKENS_PER_S").clamp(min=1.0)
+    max_seqs = column(replicas, "MAX_NUM_SEQS").clamp(min=1.0)
+    capacity = column(replicas, "KV_CAPACITY_TOKENS").clamp(min=1.0)
+    prompt, predicted = entry(request, "PROMPT_TOKENS"), entry(request, "PREDICTED_OUTPUT_TOKENS")
+    hit = column(replicas, "PREFIX_HIT_TOKENS")
+    pending_s = column(replicas, "PENDING_PREFILL_TOKENS") / rate
+    new_s = (prompt - hit).clamp(min=0.0) / rate
+    batch = torch.minimum((outstanding + 1.0), max_seqs)
+    step_s = column(replicas, "DECODE_STEP_S") + column(replicas, "DECODE_SEQ_S") * (batch - 1.0)
+    left = column(replicas, "OUTSTANDING_PREDICTED_TOKENS") - column(replicas, "GENERATED_TOKENS")
+    drain_s = left.clamp(min=0.0) / batch * step_s
+    ttft_slo = entry(request, "TTFT_SLO_S").clamp(min=1e-3)
+    tpot_slo = entry(request, "TPOT_SLO_S").clamp(min=1e-4)
+    ones = torch.ones_like(outstanding)
+    inputs = [
+        torch.log1p(outstanding),
+        outstanding / max_seqs,
+        torch.log1p(10.0 * pending_s),
+        torch.log1p(10.0 * new_s),
+        torch.log1p(drain_s),
+        torch.log1p(10.0 * predicted * step_s) - 3.0,
+        hit / prompt.clamp(min=1.0),
+        100.0 * column(replicas, "DECODE_STEP_S"),
+        column(replicas, "RELATIVE_SPEED"),
+        torch.log1p(column(replicas, "NUM_WAITING")),
+        column(replicas, "NUM_RUNNING") / max_seqs,
+        column(replicas, "KV_CACHE_USAGE"),
+        column(replicas, "OUTSTANDING_PROMPT_TOKENS") / capacity,
+        (prompt + predicted) / capacity,
+        torch.log1p(10.0 * column(replicas, "RECENT_TTFT_S")),
+        torch.log1p(100.0 * column(replicas, "RECENT_TPOT_S")),
+        torch.log1p(column(replicas, "SINCE_DISPATCH_S")).clamp(max=3.0),
+        column(replicas, "METRICS_AGE_S").clamp(max=2.0),
+        ((pending_s + new_s) / ttft_slo).clamp(max=4.0),
+        (step_s / tpot_slo).clamp(max=4.0),
+        (torch.log1p(prompt) - 6.0) * ones,
+        (torch.log1p(predicted) - 5.0) * ones,
+    ]
+    return torch.stack(inputs, -1)
+
+
+def base_cost(name: str, replicas: Tensor, request: Tensor, params: tuple[float, ...]) -> Tensor:
+    """Cost per replica of the heuristic a residual policy starts from, `float32[batch, R]`.
+
+    The same formulas as `servegym.baselines`, in the same order of parameters.
+    """
+    load = column(replicas, "OUTSTANDING_REQUESTS")
+    speed = column(replicas, "RELATIVE_SPEED").clamp(min=1e-6)
+    if name == "least-outstanding":
+        return load
+    if name == "speed-family":
+        return (load + 1.0) / speed ** params[0]
+    if name == "prefix-load":
+        hit = column(replicas, "PREFIX_HIT_TOKENS")
+        new = (entry(request, "PROMPT_TOKENS") - hit).clamp(min=0.0)
+        rate = column(replicas, "PREFILL_TOKENS_PER_S").clamp(min=1.0)
+        prefill_s = (column(replicas, "PENDING_PREFILL_TOKENS") + new) / rate
+        return prefill_s + params[0] * (load + 1.0) / speed ** params[1]
+    raise ValueError(f"no base cost {name!r}")

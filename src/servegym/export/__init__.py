@@ -1,0 +1,1 @@
+"""Policy files: ONNX graph and manifest."""

@@ -1,0 +1,105 @@
+"""Exporting a network to ONNX, checked against PyTorch before anything is kept."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import servegym
+from servegym.agents.network import DispatchNetwork
+from servegym.errors import ExportError
+from servegym.export.manifest import Manifest, digest
+from servegym.typing import Float32Array
+
+OPSET = 17
+
+
+def export_policy(
+    network: DispatchNetwork,
+    folder: Path,
+    samples: tuple[Float32Array, Float32Array, Float32Array],
+    *,
+    scenario: str = "",
+    training: dict[str, float | int | str] | None = None,
+) -> Path:
+    """Write `policy.onnx` and `manifest.json`.
+
+    Args:
+        network: What to export.
+        folder: Where to.
+        samples: Observations from training (replicas, request, mask), to check the file with and
+            to state the range of each feature.
+        scenario: What it was trained on.
+        training: Summary for the manifest.
+
+    Returns:
+        Path of the ONNX file.
+
+    Raises:
+        ExportError: If the exported file does not answer as the network does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    network = network.cpu().eval()
+    part, path = folder / "policy.part.onnx", folder / "policy.onnx"
+    few = tuple(torch.from_numpy(a[:2]) for a in samples)
+    torch.onnx.export(
+        network,
+        few,
+        str(part),
+        input_names=["replicas", "request", "mask"],
+        output_names=["logits"],
+        dynamic_axes={
+            "replicas": {0: "batch", 1: "R"},
+            "request": {0: "batch"},
+            "mask": {0: "batch", 1: "A"},
+            "logits": {0: "batch", 1: "A"},
+        },
+        opset_version=OPSET,
+        dynamo=False,
+    )
+    _check(network, part, samples)
+    os.replace(part, path)
+    replicas, request, _ = samples
+    present = replicas[replicas[..., 0] > 0]
+    manifest = Manifest(
+        num_extra_actions=network.config.num_extra,
+        scenario=scenario,
+        sha256=digest(path),
+        servegym_version=servegym.__version__,
+        training=training or {},
+        replica_ranges=_ranges(present),
+        request_ranges=_ranges(request),
+    )
+    (folder / "manifest.json").write_text(manifest.model_dump_json(indent=2) + "\n")
+    return path
+
+
+def _ranges(values: Float32Array) -> tuple[tuple[float, float], ...]:
+    low, high = np.quantile(values, (0.01, 0.99), axis=0)
+    return tuple((float(a), float(b)) for a, b in zip(low, high, strict=True))
+
+
+def _check(
+    network: DispatchNetwork,
+    path: Path,
+    samples: tuple[Float32Array, Float32Array, Float32Array],
+) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = ("replicas", "request", "mask")
+    got = session.run(None, dict(zip(names, samples, strict=True)))[0]
+    with torch.inference_mode():
+        want = network(*(torch.from_numpy(a) for a in samples)).numpy()
+    allowed = samples[2] > 0
+    worst = float(np.abs((got - want)[allowed]).max())
+    agree = float((got.argmax(-1) == want.argmax(-1)).mean())
+    if worst > 1e-2 or agree < 0.999:
+        path.unlink()
+        raise ExportError(
+            f"the exported graph differs from the network: largest logit error {worst:g}, "
+            f"same action in {agree:.4%} of {len(got)} observations"
+        )

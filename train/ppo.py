@@ -1,0 +1,361 @@
+"""Masked PPO over the vector environment: one straight loop."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.distributions import Categorical
+from torch.utils.tensorboard import SummaryWriter
+
+import servegym
+from servegym.agents.network import DispatchNetwork, NetworkConfig
+from servegym.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Settings of a training run."""
+
+    scenario: str = "mixed-chat"
+    """Bundled scenario name or YAML file."""
+    total_decisions: int = 2_000_000
+    """Dispatch decisions to train on."""
+    max_minutes: float = math.inf
+    """Stop earlier after this wall-clock time."""
+    num_envs: int = 64
+    """Environments stepped together."""
+    group_size: int = 4
+    """Environments that play the same requests; the group is the baseline of its members."""
+    num_steps: int = 64
+    """Decisions of each environment per update."""
+    num_requests: int = 512
+    """Requests per episode."""
+    load: tuple[float, float] = (0.6, 1.1)
+    """Range of the load factor, drawn per episode."""
+    learning_rate: float = 5e-4
+    """Adam's, falling linearly to 0."""
+    horizon_s: float = 20.0
+    """Discount: a reward t seconds ahead counts exp(-t / horizon)."""
+    gae_lambda: float = 0.95
+    """Of generalised advantage estimation."""
+    epochs: int = 3
+    """Passes over each batch."""
+    minibatch: int = 1024
+    """Decisions per gradient step."""
+    clip: float = 0.2
+    """PPO's ratio clip."""
+    entropy: float = 0.002
+    """Entropy bonus, falling linearly to a tenth."""
+    value_weight: float = 0.5
+    """Weight of the critic's loss."""
+    max_grad_norm: float = 0.5
+    """Gradient clip."""
+    target_kl: float = 0.03
+    """An update ends early above this divergence."""
+    warmup_updates: int = 5
+    """First updates train the critic alone, so that it cannot spoil the heuristic start."""
+    seed: int = 0
+    """Of everything."""
+    device: str = "cpu"
+    """`cpu` or `cuda`."""
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    """Network and base heuristic."""
+
+    def __post_init__(self) -> None:
+        if self.num_envs % self.group_size:
+            raise ConfigError(
+                f"num_envs ({self.num_envs}) must be a multiple of group_size ({self.group_size})"
+            )
+        if self.total_decisions < self.num_envs * self.num_steps:
+            raise ConfigError(
+                f"total_decisions must be at least num_envs * num_steps = "
+                f"{self.num_envs * self.num_steps}, got {self.total_decisions}"
+            )
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device cuda was asked for, but PyTorch finds no GPU: use cpu")
+
+
+class Trainer:
+    """A training run in a folder: config, TensorBoard log and checkpoint."""
+
+    def __init__(self, config: PPOConfig, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(config.seed)
+        self.device = torch.device(config.device)
+        self.network = DispatchNetwork(config.network).to(self.device)
+        self.optimizer = torch.optim.Adam(
+            self.network.parameters(), lr=config.learning_rate, eps=1e-5
+        )
+        self.env: Any = gymnasium.make_vec(
+            "servegym/Dispatch-v0",
+            num_envs=config.num_envs,
+            scenario=config.scenario,
+            autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP,
+            num_requests=config.num_requests,
+            load=config.load,
+            group_size=config.group_size,
+        )
+        self.update = 0
+        self.scale = RunningScale(config.num_envs, config.horizon_s)
+        self.history: list[dict[str, float]] = []
+
+    @property
+    def num_updates(self) -> int:
+        """Updates of the whole run."""
+        c = self.config
+        return c.total_decisions // (c.num_envs * c.num_steps)
+
+    def run(self, *, progress: bool = True) -> DispatchNetwork:
+        """Train to the end (or the time limit), resuming from a checkpoint if there is one."""
+        c = self.config
+        self._write_config()
+        self._resume()
+        begin = time.perf_counter()
+        first_update = self.update
+        observation, _ = self.env.reset(seed=c.seed + 1000 * self.update)
+        writer = SummaryWriter(str(self.folder / "tensorboard"))
+        columns = (
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[s]}"),
+        )
+        with Progress(*columns, TimeRemainingColumn(), disable=not progress) as bar:
+            task = bar.add_task("PPO", total=self.num_updates, completed=self.update, s="")
+            while self.update < self.num_updates:
+                elapsed = time.perf_counter() - begin
+                if elapsed > 60 * c.max_minutes:
+                    break
+                done_share = self.update / self.num_updates
+                if math.isfinite(c.max_minutes):
+                    done_share = max(done_share, elapsed / (60 * c.max_minutes))
+                observation, batch, episodes = self._rollout(observation)
+                stats = self._learn(batch, min(1.0, done_share))
+                self.update += 1
+                decisions = (self.update - first_update) * c.num_envs * c.num_steps
+                stats["time/fps"] = decisions / (time.perf_counter() - begin)
+                if episodes:
+                    stats["rollout/mean_e2e_s"] = float(np.mean(episodes))
+                for key, value in stats.items():
+                    writer.add_scalar(key, value, self.update * c.num_envs * c.num_steps)
+                self.history.append(stats)
+                e2e = stats.get("rollout/mean_e2e_s", float("nan"))
+                text = f"{stats['time/fps']:,.0f} decisions/s  mean E2E {e2e:.2f} s"
+                bar.update(task, completed=self.update, s=text)
+                if self.update % 10 == 0:
+                    self._save()
+        self._save()
+        writer.close()
+        self.env.close()
+        return self.network
+
+    def _tensors(self, observation: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        return (
+            torch.from_numpy(observation["replicas"]).to(self.device),
+            torch.from_numpy(observation["request"]).to(self.device),
+            torch.from_numpy(observation["action_mask"]).to(self.device, torch.float32),
+        )
+
+    def _rollout(
+        self, observation: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Tensor], list[float]]:
+        c = self.config
+        rows: dict[str, list[Tensor]] = {}
+        episodes: list[float] = []
+        for _ in range(c.num_steps):
+            replicas, request, mask = self._tensors(observation)
+            with torch.no_grad():
+                policy = Categorical(logits=self.network.logits(replicas, request, mask))
+                action = policy.sample()
+                value = self.network.values(replicas, request)
+            observation, reward, terminated, _, info = self.env.step(action.cpu().numpy())
+            for metrics in info.get("episode_metrics", []):
+                if metrics is not None:
+                    episodes.append(metrics["mean_e2e_s"])
+            scaled = self.scale(reward, info["dt_s"], terminated)
+            row = {
+                "replicas": replicas,
+                "request": request,
+                "mask": mask,
+                "action": action,
+                "log_prob": policy.log_prob(action),
+                "value": value,
+                "reward": torch.from_numpy(scaled).float().to(self.device),
+                "gamma": torch.from_numpy(np.exp(-info["dt_s"] / c.horizon_s))
+                .float()
+                .to(self.device)
+                * torch.from_numpy(~terminated).float().to(self.device),
+            }
+            for key, tensor in row.items():
+                rows.setdefault(key, []).append(tensor)
+        batch = {key: torch.stack(tensors) for key, tensors in rows.items()}
+        with torch.no_grad():
+            replicas, request, _ = self._tensors(observation)
+            last = self.network.values(replicas, request)
+        advantage = gae(batch["reward"], batch["value"], batch["gamma"], last, c.gae_lambda)
+        batch["target"] = advantage + batch["value"]
+        batch["advantage"] = less_group_mean(advantage, c.group_size)
+        return observation, {k: v.flatten(0, 1) for k, v in batch.items()}, episodes
+
+    def _learn(self, batch: dict[str, Tensor], done_share: float) -> dict[str, float]:
+        c = self.config
+        self.optimizer.param_groups[0]["lr"] = c.learning_rate * (1.0 - done_share)
+        entropy_weight = c.entropy * (1.0 - 0.9 * done_share)
+        advantage = batch["advantage"]
+        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+        size = len(advantage)
+        warm = self.update < c.warmup_updates
+        kl, clipped, losses = 0.0, 0.0, []
+        for _ in range(c.epochs):
+            for rows in torch.randperm(size, device=self.device).split(c.minibatch):
+                replicas, request = batch["replicas"][rows], batch["request"][rows]
+                policy = Categorical(
+                    logits=self.network.logits(replicas, request, batch["mask"][rows])
+                )
+                log_ratio = policy.log_prob(batch["action"][rows]) - batch["log_prob"][rows]
+                ratio = log_ratio.exp()
+                a = advantage[rows]
+                gain = torch.minimum(ratio * a, ratio.clamp(1 - c.clip, 1 + c.clip) * a).mean()
+                value = self.network.values(replicas, request)
+                value_loss = 0.5 * (value - batch["target"][rows]).square().mean()
+                entropy = policy.entropy().mean()
+                loss = c.value_weight * value_loss
+                if not warm:
+                    loss = loss - gain - entropy_weight * entropy
+                self.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                nn.utils.clip_grad_norm_(self.network.parameters(), c.max_grad_norm)
+                self.optimizer.step()
+                with torch.no_grad():
+                    kl = float((ratio - 1 - log_ratio).mean())
+                    clipped = float(((ratio - 1).abs() > c.clip).float().mean())
+                losses.append(float(value_loss))
+            if kl > c.target_kl:
+                break
+        variance = float(batch["target"].var())
+        residual = float((batch["target"] - batch["value"]).var())
+        return {
+            "train/value_loss": float(np.mean(losses)),
+            "train/approx_kl": kl,
+            "train/clip_fraction": clipped,
+            "train/entropy": float(entropy),
+            "train/explained_variance": 1.0 - residual / max(variance, 1e-9),
+            "train/learning_rate": self.optimizer.param_groups[0]["lr"],
+        }
+
+    def _write_config(self) -> None:
+        described = asdict(self.config) | {"network": self.config.network.model_dump()}
+        described["max_minutes"] = str(self.config.max_minutes)
+        described["servegym_version"] = servegym.__version__
+        described["git_revision"] = _git_revision()
+        (self.folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+
+    def _save(self) -> None:
+        """Write the checkpoint whole or not at all."""
+        content = {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "update": self.update,
+            "scale": torch.tensor([self.scale.mean, self.scale.square, self.scale.count]),
+            "rng": torch.get_rng_state(),
+        }
+        part = self.folder / "checkpoint.part"
+        torch.save(content, part)
+        os.replace(part, self.folder / "checkpoint.pt")
+
+    def _resume(self) -> None:
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():
+            return
+        content = torch.load(path, weights_only=True, map_location=self.device)
+        try:
+            self.network.load_state_dict(content["network"])
+        except RuntimeError as error:
+            raise ConfigError(
+                f"{path} is of a network of another shape: choose a new output folder"
+            ) from error
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.update = int(content["update"])
+        self.scale.mean, self.scale.square, self.scale.count = content["scale"].tolist()
+        torch.set_rng_state(content["rng"].cpu())
+
+
+class RunningScale:
+    """Divide rewards by the running standard deviation of discounted returns."""
+
+    def __init__(self, num_envs: int, horizon_s: float) -> None:
+        self._returns = np.zeros(num_envs)
+        self._horizon_s = horizon_s
+        self.mean = self.square = self.count = 0.0
+
+    def __call__(self, reward: np.ndarray, dt_s: np.ndarray, done: np.ndarray) -> np.ndarray:
+        """Scale one step's rewards, `float[num_envs]`."""
+        self._returns = self._returns * np.exp(-dt_s / self._horizon_s) + reward
+        n = len(reward)
+        self.count += n
+        self.mean += float((self._returns - self.mean).sum()) / self.count
+        self.square += (float((self._returns**2).mean()) - self.square) * n / self.count
+        self._returns[done] = 0.0
+        return reward / math.sqrt(max(self.square - self.mean**2, 1e-8))
+
+
+def gae(reward: Tensor, value: Tensor, gamma: Tensor, last: Tensor, lam: float) -> Tensor:
+    """Generalised advantage estimation with a discount per step.
+
+    Args:
+        reward: `float32[steps, envs]`.
+        value: Of the states acted in, same shape.
+        gamma: Discount to the next state, 0 at the end of an episode, same shape.
+        last: Value of the state after the last step, `float32[envs]`.
+        lam: Lambda.
+
+    Returns:
+        Advantages, `float32[steps, envs]`.
+    """
+    advantage = torch.zeros_like(reward)
+    running, following = torch.zeros_like(last), last
+    for t in range(len(reward) - 1, -1, -1):
+        delta = reward[t] + gamma[t] * following - value[t]
+        running = delta + gamma[t] * lam * running
+        advantage[t] = running
+        following = value[t]
+    return advantage
+
+
+def less_group_mean(advantage: Tensor, group_size: int) -> Tensor:
+    """Subtract from each environment the mean of the others that play the same requests.
+
+    An input-dependent baseline (Mao et al. 2019): what the arrivals alone did to the return is
+    the same for the whole group. Leaving oneself out keeps the gradient unbiased.
+
+    Args:
+        advantage: `float32[steps, envs]`, groups are neighbours.
+        group_size: Environments per group; 1 changes nothing.
+    """
+    if group_size == 1:
+        return advantage
+    groups = advantage.unflatten(1, (-1, group_size))
+    others = (groups.sum(-1, keepdim=True) - groups) / (group_size - 1)
+    return (groups - others).flatten(1)
+
+
+def _git_revision() -> str:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, timeout=5
+        )
+    except OSError:
+        return ""
+    return done.stdout.strip()
