@@ -241,7 +241,7 @@ class Trainer:
                 with torch.no_grad():
                     kl = float((ratio - 1 - log_ratio).mean())
                     clipped = float(((ratio - 1).abs() > c.clip).float().mean())
-                losses.append(float(value_loss))
+                losses.append(float(value_loss.detach()))
             if kl > c.target_kl:
                 break
         variance = float(batch["target"].var())
@@ -250,7 +250,7 @@ class Trainer:
             "train/value_loss": float(np.mean(losses)),
             "train/approx_kl": kl,
             "train/clip_fraction": clipped,
-            "train/entropy": float(entropy),
+            "train/entropy": float(entropy.detach()),
             "train/explained_variance": 1.0 - residual / max(variance, 1e-9),
             "train/learning_rate": self.optimizer.param_groups[0]["lr"],
         }

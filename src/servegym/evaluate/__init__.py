@@ -1,0 +1,1 @@
+"""Judging policies: metrics, paired comparisons, tables and reports."""

@@ -1,0 +1,71 @@
+"""The comparison as JSON; the schema is described in docs/evaluation.md."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import servegym
+from servegym.evaluate.harness import Evaluation
+
+
+def evaluation_document(result: Evaluation) -> dict[str, Any]:
+    """Return the comparison as plain data; NaN becomes null."""
+    text = result.scenario.model_dump_json()
+    aggregates = []
+    for load in result.loads:
+        best = result.best_heuristic(load)
+        for name, information in result.policies:
+            r = result.ratio(name, best, load, "e2e_mean_s")
+            keys = [x.metrics for x in result.runs if x.policy == name and x.load == load][0]
+            aggregates.append(
+                {
+                    "policy": name,
+                    "information": information,
+                    "load": load,
+                    "metrics": {k: result.mean(name, load, k) for k in keys},
+                    "e2e_mean_ratio": {
+                        "reference": best,
+                        "value": r.value,
+                        "ci95": [r.low, r.high],
+                        "num_pairs": r.num_pairs,
+                    },
+                }
+            )
+    document = {
+        "schema": "servegym-evaluation-1",
+        "servegym_version": servegym.__version__,
+        "command": " ".join(sys.argv[1:]),
+        "scenario": json.loads(text),
+        "scenario_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "loads": result.loads,
+        "seeds": result.seeds,
+        "decision_s": {k: {"p50": a, "p99": b} for k, (a, b) in result.decision_s.items()},
+        "aggregates": aggregates,
+        "runs": [
+            {"policy": r.policy, "load": r.load, "seed": r.seed, "metrics": r.metrics}
+            for r in result.runs
+        ],
+    }
+    cleaned: dict[str, Any] = _without_nan(document)
+    return cleaned
+
+
+def write_json(result: Evaluation, path: Path) -> None:
+    """Write the comparison to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(evaluation_document(result), indent=1, sort_keys=True) + "\n")
+
+
+def _without_nan(value: Any) -> Any:  # noqa: ANN401
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

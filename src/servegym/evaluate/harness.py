@@ -1,0 +1,148 @@
+"""Policies x loads x seeds, with the same requests under every policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from servegym.cluster.simulator import Simulator
+from servegym.errors import ConfigError
+from servegym.evaluate.compare import Ratio, paired_ratio
+from servegym.evaluate.metrics import measure
+from servegym.policy.policy import Policy
+from servegym.policy.run import run, time_decisions
+from servegym.scenario import Scenario
+
+#: Held-out seeds start here; training and tuning use smaller ones or none.
+FIRST_SEED = 1_000_000
+
+
+@dataclass(frozen=True)
+class Run:
+    """One policy on one episode."""
+
+    policy: str
+    load: float
+    seed: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Trail:
+    """What plots need of one run."""
+
+    outcomes: NDArray[np.void]
+    steps: NDArray[np.void]
+
+
+@dataclass
+class Evaluation:
+    """All runs of a comparison.
+
+    Attributes:
+        scenario: What was played.
+        policies: Name and information class, in the order given.
+        loads: Load factors.
+        seeds: Seeds of the episodes.
+        runs: One per policy, load and seed.
+        decision_s: Median and 99th percentile of a decision's time by policy, seconds.
+        trails: The first seed's run by (policy, load).
+    """
+
+    scenario: Scenario
+    policies: list[tuple[str, str]]
+    loads: list[float]
+    seeds: list[int]
+    runs: list[Run] = field(default_factory=list)
+    decision_s: dict[str, tuple[float, float]] = field(default_factory=dict)
+    trails: dict[tuple[str, float], Trail] = field(default_factory=dict)
+
+    def values(self, policy: str, load: float, metric: str) -> NDArray[np.float64]:
+        """One metric over the seeds, `float64[seeds]`."""
+        return np.array(
+            [
+                r.metrics.get(metric, np.nan)
+                for r in self.runs
+                if r.policy == policy and r.load == load
+            ]
+        )
+
+    def mean(self, policy: str, load: float, metric: str) -> float:
+        """Mean of a metric over the seeds."""
+        return float(np.nanmean(self.values(policy, load, metric)))
+
+    def best_heuristic(self, load: float, metric: str = "e2e_mean_s") -> str:
+        """Name of the best policy that is neither an oracle nor learned."""
+        names = [n for n, info in self.policies if info != "oracle" and n not in self.learned]
+        return min(names or [self.policies[0][0]], key=lambda n: self.mean(n, load, metric))
+
+    #: Names of learned policies, which are compared with the best of the others.
+    learned: list[str] = field(default_factory=list)
+
+    def ratio(self, policy: str, reference: str, load: float, metric: str) -> Ratio:
+        """Paired ratio of a metric, policy over reference."""
+        return paired_ratio(self.values(policy, load, metric), self.values(reference, load, metric))
+
+
+def evaluate(
+    scenario: Scenario,
+    policies: Sequence[Policy],
+    *,
+    loads: Sequence[float] = (1.0,),
+    num_seeds: int = 10,
+    first_seed: int = FIRST_SEED,
+    num_requests: int | None = None,
+    progress: Callable[[str, float], None] = lambda text, share: None,
+) -> Evaluation:
+    """Play every policy on the same episodes.
+
+    Args:
+        scenario: What to play.
+        policies: What to compare; names must differ.
+        loads: Factors on the arrival rate.
+        num_seeds: Episodes per load.
+        first_seed: Their seeds count from here.
+        num_requests: Requests per episode, else the scenario's own.
+        progress: Called with what is done and the share of the work.
+    """
+    names = [p.name for p in policies]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"every policy needs its own name, got {', '.join(names)}")
+    if num_seeds < 1:
+        raise ConfigError(f"seeds must be at least 1, got {num_seeds}")
+    seeds = [first_seed + i for i in range(num_seeds)]
+    result = Evaluation(
+        scenario,
+        [(p.name, p.information) for p in policies],
+        list(loads),
+        seeds,
+        learned=[p.name for p in policies if not hasattr(p, "decide")],
+    )
+    spec = scenario.spec
+    done = 0
+    for load in loads:
+        episodes = [scenario.episode(s, load=load, num_requests=num_requests) for s in seeds]
+        for policy in policies:
+            progress(f"{policy.name} at load {load:g}", done / (len(loads) * len(policies)))
+            simulator = Simulator(spec, episodes, record=True)
+            run(simulator, policy, seed=first_seed)
+            for env, seed in enumerate(seeds):
+                outcomes, steps = simulator.outcomes(env), simulator.steps(env)
+                metrics = measure(
+                    outcomes, steps, simulator.itl_histogram(env), spec, episodes[env]
+                )
+                result.runs.append(Run(policy.name, load, seed, metrics))
+                if env == 0:
+                    result.trails[policy.name, load] = Trail(outcomes, steps)
+            if policy.name not in result.decision_s:
+                taken = time_decisions(policy, Simulator(spec, episodes[:1]))
+                result.decision_s[policy.name] = (
+                    float(np.median(taken)),
+                    float(np.percentile(taken, 99)),
+                )
+            done += 1
+    progress("done", 1.0)
+    return result

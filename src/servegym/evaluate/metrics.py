@@ -1,0 +1,135 @@
+"""Metrics of one run, from its outcomes, inter-token histogram and step log."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from servegym.cluster.nominal import reference_request_s
+from servegym.cluster.spec import ClusterSpec, Episode, ReplicaType
+from servegym.cluster.state import ITL_BINS_PER_DECADE, ITL_FIRST_S
+from servegym.typing import BoolArray, FloatArray, IntArray
+
+PERCENTILES = (50, 90, 95, 99)
+
+
+def within_slo(outcomes: NDArray[np.void], spec: ClusterSpec) -> BoolArray:
+    """Which requests met all limits of their class; rejected ones did not."""
+    ttft, tpot, _ = latencies(outcomes)
+    limits = np.array([(c.ttft_s, c.tpot_s) for c in spec.slo_classes])[outcomes["slo_class"]]
+    ok = (ttft <= limits[:, 0]) & (np.nan_to_num(tpot, nan=0.0) <= limits[:, 1])
+    return np.asarray(ok & ~outcomes["rejected"])
+
+
+def latencies(outcomes: NDArray[np.void]) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Return TTFT, TPOT (NaN for one token) and E2E in seconds, NaN for rejected requests."""
+    served = ~outcomes["rejected"]
+    ttft = np.where(served, outcomes["first_token_s"] - outcomes["arrival_s"], np.nan)
+    e2e = np.where(served, outcomes["finish_s"] - outcomes["arrival_s"], np.nan)
+    decode = outcomes["finish_s"] - outcomes["first_token_s"]
+    more = outcomes["output_tokens"] - 1
+    tpot = np.where(served & (more > 0), decode / np.maximum(more, 1), np.nan)
+    return ttft, tpot, e2e
+
+
+def unloaded_s(outcomes: NDArray[np.void], spec: ClusterSpec) -> FloatArray:
+    """E2E of each request alone on the fastest replica type, nothing cached; seconds."""
+    fastest = min(spec.types, key=reference_request_s)
+    prompt, output = outcomes["prompt_tokens"], outcomes["output_tokens"]
+    grid, budget = fastest.grid, fastest.max_num_batched_tokens
+    sizes = np.unique(np.geomspace(1, max(2, prompt.max()), 24).astype(int))
+    prefill = [_prefill_s(fastest, int(size), budget) for size in sizes]
+    steps = np.array([grid.step_s([], 1, int(kv)) for kv in (1, prompt.max() + output.max())])
+    slope = (steps[1] - steps[0]) / max(1, prompt.max() + output.max() - 1)
+    middle = prompt + 0.5 * output
+    decode = (output - 1) * (steps[0] + slope * middle)
+    return np.interp(prompt, sizes, prefill) + decode
+
+
+def _prefill_s(replica: ReplicaType, prompt: int, budget: int) -> float:
+    total, done = 0.0, 0
+    while done < prompt:
+        chunk = min(budget, prompt - done)
+        total += replica.grid.step_s([(chunk, done)])
+        done += chunk
+    return total
+
+
+def itl_percentile(histogram: IntArray, q: float) -> float:
+    """Read a percentile off the histogram of inter-token times; its bins are 4.7 % wide."""
+    total = histogram.sum()
+    if total == 0:
+        return float("nan")
+    i = int(np.searchsorted(np.cumsum(histogram), q / 100 * total))
+    return float(ITL_FIRST_S * 10 ** ((i + 0.5) / ITL_BINS_PER_DECADE))
+
+
+def measure(
+    outcomes: NDArray[np.void],
+    steps: NDArray[np.void],
+    histogram: IntArray,
+    spec: ClusterSpec,
+    episode: Episode,
+    warmup: float = 0.1,
+) -> dict[str, float]:
+    """Reduce a drained run to numbers.
+
+    Args:
+        outcomes: `OUTCOME_DTYPE[n]`.
+        steps: `STEP_DTYPE[m]`.
+        histogram: Inter-token times.
+        spec: The cluster.
+        episode: What was played.
+        warmup: Share of the requests, by arrival, that is left out of latencies.
+
+    Returns:
+        Metrics by name; see `docs/evaluation.md`.
+    """
+    kept = outcomes[int(warmup * len(outcomes)) :]
+    ttft, tpot, e2e = latencies(kept)
+    out: dict[str, float] = {}
+    for name, values in (("ttft", ttft), ("tpot", tpot), ("e2e", e2e)):
+        real = values[~np.isnan(values)]
+        out[f"{name}_mean_s"] = float(real.mean()) if len(real) else float("nan")
+        for q in PERCENTILES:
+            out[f"{name}_p{q}_s"] = float(np.percentile(real, q)) if len(real) else float("nan")
+    for q in PERCENTILES:
+        out[f"itl_p{q}_s"] = itl_percentile(histogram, q)
+    queue = kept["scheduled_s"] - kept["arrival_s"]
+    out["queue_mean_s"] = float(np.nanmean(queue)) if len(queue) else float("nan")
+    good = within_slo(kept, spec)
+    span = float(np.nanmax(outcomes["finish_s"]) - kept["arrival_s"][0])
+    types = [spec.types[t] for t in episode.type_idx]
+    gpus, usd_per_s = sum(t.num_gpus for t in types), sum(t.price_usd_per_h for t in types) / 3600
+    out["slo_attainment"] = float(good.mean())
+    for c, level in enumerate(spec.slo_classes):
+        mine = kept["slo_class"] == c
+        if mine.any():
+            out[f"slo_attainment_{level.name}"] = float(good[mine].mean())
+    out["goodput_rps"] = float(good.sum() / span)
+    out["goodput_rps_per_gpu"] = out["goodput_rps"] / gpus
+    out["goodput_per_usd"] = out["goodput_rps"] / usd_per_s if usd_per_s else float("nan")
+    out["normalised_latency_s"] = float(np.nanmean(e2e / kept["output_tokens"]))
+    slowdown = e2e / unloaded_s(kept, spec)
+    out["slowdown_mean"] = float(np.nanmean(slowdown))
+    out["slowdown_p99"] = float(np.nanpercentile(slowdown, 99))
+    groups = [np.nanmean(slowdown[kept["tenant"] == t]) for t in np.unique(kept["tenant"])]
+    out["fairness_jain"] = float(np.sum(groups) ** 2 / (len(groups) * np.sum(np.square(groups))))
+    out["max_wait_s"] = float(np.nanmax(queue)) if len(queue) else float("nan")
+    for name, column in (
+        ("preemptions", "num_preemptions"),
+        ("restarts", "num_restarts"),
+        ("holds", "num_holds"),
+        ("rejected", "rejected"),
+    ):
+        out[name] = float(outcomes[column].sum())
+    out["prefix_hit_rate"] = float(kept["cached_tokens"].sum() / kept["prompt_tokens"].sum())
+    if len(steps):
+        length = steps["end_s"] - steps["begin_s"]
+        blocks = np.array([t.num_blocks for t in types])[steps["replica"]]
+        out["kv_use_mean"] = float(np.average(steps["used_blocks"] / blocks, weights=length))
+        out["kv_use_max"] = float((steps["used_blocks"] / blocks).max())
+        out["batch_mean"] = float(np.average(steps["num_decodes"], weights=length))
+        busy = np.bincount(steps["replica"], weights=length, minlength=len(types))
+        out["busy_cv"] = float(busy.std() / busy.mean())
+    return out

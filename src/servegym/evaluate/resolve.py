@@ -1,0 +1,26 @@
+"""From a policy's name or file to the policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from servegym.baselines.registry import policy
+from servegym.export.manifest import read_manifest
+from servegym.policy.frozen import FrozenPolicy
+from servegym.policy.policy import Policy
+
+
+def resolve_policy(text: str) -> Policy:
+    """Return a rule by name (`"speed-family:eta=0.5"`) or an exported policy by its `.onnx` path.
+
+    Raises:
+        ConfigError: If there is no such rule or parameter.
+        ExportError: If the file is not a valid policy.
+    """
+    if not text.endswith(".onnx"):
+        return policy(text)
+    path = Path(text)
+    manifest = read_manifest(path)
+    return FrozenPolicy(
+        path, num_extra=manifest.num_extra_actions, information=manifest.information
+    )
