@@ -47,4 +47,3 @@ def random_allowed(mask: BoolArray, rng: UInt64Array) -> int:
 def decode_tokens_left(replicas: FloatArray, r: int) -> float:
     """Predicted output tokens that the outstanding requests of a replica still want."""
     return max(0.0, replicas[VIEW_OUTSTANDING_PREDICTED, r] - replicas[VIEW_GENERATED, r])
-

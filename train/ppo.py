@@ -34,11 +34,11 @@ class PPOConfig:
     """Dispatch decisions to train on."""
     max_minutes: float = math.inf
     """Stop earlier after this wall-clock time."""
-    num_envs: int = 64
+    num_envs: int = 32
     """Environments stepped together."""
     group_size: int = 4
     """Environments that play the same requests; the group is the baseline of its members."""
-    num_steps: int = 64
+    num_steps: int = 256
     """Decisions of each environment per update."""
     num_requests: int = 512
     """Requests per episode."""
@@ -48,8 +48,8 @@ class PPOConfig:
     """Adam's, falling linearly to 0."""
     horizon_s: float = 20.0
     """Discount: a reward t seconds ahead counts exp(-t / horizon)."""
-    gae_lambda: float = 0.95
-    """Of generalised advantage estimation."""
+    credit_s: float = 5.0
+    """Time constant of generalised advantage estimation: lambda is exp(-dt / credit_s)."""
     epochs: int = 3
     """Passes over each batch."""
     minibatch: int = 1024
@@ -193,6 +193,7 @@ class Trainer:
                 "log_prob": policy.log_prob(action),
                 "value": value,
                 "reward": torch.from_numpy(scaled).float().to(self.device),
+                "lam": torch.from_numpy(np.exp(-info["dt_s"] / c.credit_s)).float().to(self.device),
                 "gamma": torch.from_numpy(np.exp(-info["dt_s"] / c.horizon_s))
                 .float()
                 .to(self.device)
@@ -204,7 +205,7 @@ class Trainer:
         with torch.no_grad():
             replicas, request, _ = self._tensors(observation)
             last = self.network.values(replicas, request)
-        advantage = gae(batch["reward"], batch["value"], batch["gamma"], last, c.gae_lambda)
+        advantage = gae(batch["reward"], batch["value"], batch["gamma"], last, batch["lam"])
         batch["target"] = advantage + batch["value"]
         batch["advantage"] = less_group_mean(advantage, c.group_size)
         return observation, {k: v.flatten(0, 1) for k, v in batch.items()}, episodes
@@ -311,15 +312,18 @@ class RunningScale:
         return reward / math.sqrt(max(self.square - self.mean**2, 1e-8))
 
 
-def gae(reward: Tensor, value: Tensor, gamma: Tensor, last: Tensor, lam: float) -> Tensor:
-    """Generalised advantage estimation with a discount per step.
+def gae(reward: Tensor, value: Tensor, gamma: Tensor, last: Tensor, lam: Tensor) -> Tensor:
+    """Generalised advantage estimation with a discount and a lambda per step.
+
+    Steps last differently long, and a decision shows its effect over seconds, not over a number
+    of later decisions; so both are exponentials of time.
 
     Args:
         reward: `float32[steps, envs]`.
         value: Of the states acted in, same shape.
         gamma: Discount to the next state, 0 at the end of an episode, same shape.
         last: Value of the state after the last step, `float32[envs]`.
-        lam: Lambda.
+        lam: Lambda of each step, same shape.
 
     Returns:
         Advantages, `float32[steps, envs]`.
@@ -328,7 +332,7 @@ def gae(reward: Tensor, value: Tensor, gamma: Tensor, last: Tensor, lam: float) 
     running, following = torch.zeros_like(last), last
     for t in range(len(reward) - 1, -1, -1):
         delta = reward[t] + gamma[t] * following - value[t]
-        running = delta + gamma[t] * lam * running
+        running = delta + gamma[t] * lam[t] * running
         advantage[t] = running
         following = value[t]
     return advantage

@@ -18,7 +18,7 @@ from servegym.cluster.spec import ClusterSpec, Episode, Faults, ReplicaType, Slo
 from servegym.cluster.state import FAULT_DOWN, FAULT_SLOW, FAULT_UP
 from servegym.costs.step import StepCost
 from servegym.errors import ConfigError, unknown_name
-from servegym.workloads.config import WorkloadConfig
+from servegym.workloads.config import TraceConfig, WorkloadConfig
 from servegym.workloads.prediction import PredictorConfig
 
 
@@ -217,6 +217,37 @@ class Scenario(_Config):
             np.array([x[2] for x in rows], np.int8),
             np.array([x[3] for x in rows], np.float64),
         )
+
+
+def with_trace(scenario: Scenario, path: str, rate_rps: float | None = None) -> Scenario:
+    """Replace a scenario's workload by a trace.
+
+    Args:
+        scenario: Gives fleet, service levels and disturbances.
+        path: The trace.
+        rate_rps: Rate at load 1; without it 80 % of what the cost model says the fleet can bear
+            of this trace, prefixes not counted.
+    """
+    spec = scenario.spec
+    episode = scenario.episode(0, num_requests=1)
+    longest = max(spec.types[t].num_blocks for t in episode.type_idx) * spec.block_size
+    workload = TraceConfig(path=path, max_context_tokens=min(131072, longest))
+    if rate_rps is None:
+        table = workload.whole()
+        prompt, output = float(table.prompt_tokens.mean()), float(table.output_tokens.mean())
+        capacity = 0.0
+        for t, speed in zip(episode.type_idx, episode.speed, strict=True):
+            replica = spec.types[t]
+            fit = replica.num_blocks * spec.block_size / (prompt + output)
+            batch = int(max(1, min(32, fit, replica.max_num_seqs)))
+            step_s = replica.grid.step_s([], batch, int(batch * (prompt + output / 2)))
+            budget = replica.max_num_batched_tokens
+            prefill_s = prompt / budget * replica.grid.step_s([(budget, int(prompt / 2))])
+            capacity += speed / (prefill_s + output * step_s / batch)
+        rate_rps = 0.8 * capacity
+    workload = workload.model_copy(update={"rate_rps": rate_rps})
+    name = f"{scenario.name} + {Path(path).name}"
+    return scenario.model_copy(update={"workload": workload, "name": name})
 
 
 def scenario_names() -> list[str]:

@@ -173,16 +173,19 @@ class GeneratedConfig(_Config):
 
 
 class TraceConfig(_Config):
-    """A replayed trace; each seed plays another window of it."""
+    """A replayed trace; each seed plays another window of it.
+
+    `rate_rps` is the rate at load 1; without it the trace keeps its own.
+    """
 
     kind: Literal["trace"] = "trace"
     path: str
+    rate_rps: float | None = Field(None, gt=0)
     max_context_tokens: int = Field(131072, ge=2)
 
-    @property
-    def rate_rps(self) -> float:
-        """Mean rate of the whole trace."""
-        return _trace(self.path, self.max_context_tokens).rate_rps
+    def whole(self) -> RequestTable:
+        """Return the whole trace, as fast as it was."""
+        return _trace(self.path, self.max_context_tokens)
 
     def table(
         self,
@@ -193,11 +196,12 @@ class TraceConfig(_Config):
         class_shares: Sequence[float] = (1.0,),
     ) -> RequestTable:
         """Take `num_requests` successive requests from a random place, at `load` times the rate."""
-        whole = _trace(self.path, self.max_context_tokens)
+        whole = self.whole()
         num = min(num_requests, len(whole))
         first = int(rng.integers(0, len(whole) - num + 1))
         part = whole.take(np.arange(first, first + num))
-        part = replace(part, arrival_s=part.arrival_s - part.arrival_s[0]).scaled(load)
+        factor = load * (self.rate_rps / whole.rate_rps if self.rate_rps else 1.0)
+        part = replace(part, arrival_s=part.arrival_s - part.arrival_s[0]).scaled(factor)
         if len(class_shares) > 1 and not part.slo_class.any():
             shares = np.cumsum(class_shares) / np.sum(class_shares)
             draw = np.searchsorted(shares[:-1], rng.random(num), side="right")

@@ -1,0 +1,16 @@
+.PHONY: demo test check bench setup
+
+setup:
+	@scripts/setup
+
+demo: setup  ## train briefly, evaluate against the baselines, show the result
+	.venv/bin/servegym demo
+
+test: setup  ## the whole test suite
+	.venv/bin/python -m pytest
+
+check: setup  ## lint, types, import directions
+	scripts/check
+
+bench: setup  ## measure speeds
+	.venv/bin/servegym bench

@@ -1,0 +1,71 @@
+"""The `servegym` program."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from servegym.commands.bench import Bench
+from servegym.commands.costs import Costs
+from servegym.commands.demo import Demo
+from servegym.commands.evaluate import Evaluate
+from servegym.commands.export import Export
+from servegym.commands.fit import Fit
+from servegym.commands.policies import Policies
+from servegym.commands.scenarios import Scenarios
+from servegym.commands.simulate import Simulate
+from servegym.commands.train import Train
+from servegym.commands.tune import Tune
+from servegym.errors import ServeGymError, unknown_name
+
+COMMANDS = {
+    "demo": Demo,
+    "simulate": Simulate,
+    "evaluate": Evaluate,
+    "train": Train,
+    "tune": Tune,
+    "export": Export,
+    "fit": Fit,
+    "scenarios": Scenarios,
+    "policies": Policies,
+    "costs": Costs,
+    "bench": Bench,
+}
+
+DESCRIPTION = """Train, judge and ship schedulers for LLM serving clusters.
+
+First steps: `servegym scenarios` and `servegym policies` list what there is;
+`servegym evaluate --scenario mixed-chat` compares all rules; `servegym train --minutes 5` learns
+one; `servegym evaluate --policies prefix-load runs/ppo/policy/policy.onnx` judges it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; wrong input ends with one sentence and exit code 2."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        command = _parse(words)
+        command.run()
+    except ServeGymError as error:
+        print(f"servegym: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _parse(words: list[str]) -> object:
+    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+        raise ServeGymError(unknown_name("command", words[0], COMMANDS))
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.extras.subcommand_cli_from_dict(
+                COMMANDS, prog="servegym", description=DESCRIPTION, args=words or ["--help"]
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise
+        text = " ".join(re.sub(r"[│╭╮╰╯─┃]|\x1b\[[0-9;]*m", " ", said.getvalue()).split())
+        raise ServeGymError(text.removeprefix("Parsing error ") or "wrong arguments") from None

@@ -1,0 +1,1 @@
+"""The commands of the `servegym` program, one a file."""

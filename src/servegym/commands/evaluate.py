@@ -1,0 +1,114 @@
+"""`servegym evaluate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from servegym.commands.workload import chosen_scenario
+from servegym.evaluate.document import write_json
+from servegym.evaluate.harness import Evaluation, evaluate
+from servegym.evaluate.resolve import resolve_policy
+from servegym.evaluate.saturation import saturation_load
+from servegym.evaluate.table import comparison_table
+from servegym.policy.policy import Policy
+from servegym.scenario import Scenario
+
+DEFAULT_POLICIES = (
+    "random",
+    "round-robin",
+    "least-outstanding",
+    "power-of-two",
+    "speed-family",
+    "token-least-load",
+    "least-work-left",
+    "sglang",
+    "llm-d",
+    "dynamo",
+    "prefix-load",
+    "hexgen",
+    "mct",
+    "mct-oracle",
+)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Compare policies on the same requests: a table, JSON and a report page."""
+
+    scenario: str = "mixed-chat"
+    """Bundled scenario name or YAML file; gives the fleet."""
+    trace: str | None = None
+    """Replay this trace instead of the scenario's workload."""
+    rate_rps: float | None = None
+    """Rate of the trace at load 1; by default 80 % of what the fleet can bear."""
+    policies: tuple[str, ...] = DEFAULT_POLICIES
+    """Rules (see `servegym policies`) and exported policy.onnx files."""
+    loads: tuple[float, ...] = (0.6, 0.8, 1.0)
+    """Factors on the arrival rate."""
+    seeds: int = 10
+    """Episodes per load, the same for every policy."""
+    num_requests: int | None = None
+    """Requests per episode, instead of the scenario's own number."""
+    json: Path | None = None
+    """Write all numbers here; see docs/evaluation.md."""
+    report: Path | None = None
+    """Write a self-contained HTML page here."""
+    saturation: bool = False
+    """Also find the largest load at which 90 % and 99 % of requests meet their limits."""
+
+    def run(self) -> None:
+        """Evaluate, print and write."""
+        scenario = chosen_scenario(self.scenario, self.trace, self.rate_rps)
+        policies = [resolve_policy(text) for text in self.policies]
+        result = evaluated(
+            scenario, policies, self.loads, self.seeds, num_requests=self.num_requests
+        )
+        publish(result, self.json, self.report)
+        if self.saturation:
+            console = Console()
+            for policy in policies:
+                loads = [saturation_load(scenario, policy, share) for share in (0.9, 0.99)]
+                console.print(
+                    f"{policy.name}: 90 % within limits up to load {loads[0]:.2f}, "
+                    f"99 % up to {loads[1]:.2f}"
+                )
+
+
+def evaluated(
+    scenario: Scenario,
+    policies: list[Policy],
+    loads: tuple[float, ...],
+    seeds: int,
+    *,
+    num_requests: int | None = None,
+) -> Evaluation:
+    """Evaluate with a progress bar."""
+    with Progress(transient=True) as bar:
+        task = bar.add_task("evaluate", total=1.0)
+        return evaluate(
+            scenario,
+            policies,
+            loads=loads,
+            num_seeds=seeds,
+            num_requests=num_requests,
+            progress=lambda text, share: bar.update(task, description=text, completed=share),
+        )
+
+
+def publish(result: Evaluation, json: Path | None, report: Path | None) -> None:
+    """Print the tables and write the files asked for."""
+    console = Console()
+    for load in result.loads:
+        console.print(comparison_table(result, load))
+    if json:
+        write_json(result, json)
+        console.print(f"numbers: {json}")
+    if report:
+        from servegym.evaluate.report import write_report
+
+        write_report(result, report)
+        console.print(f"report: {report}")

@@ -1,0 +1,52 @@
+"""`servegym export`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from servegym.commands.train import exported, require_torch
+from servegym.errors import ExportError
+
+
+@dataclass(frozen=True)
+class Export:
+    """Export the checkpoint of a training run to policy.onnx and manifest.json."""
+
+    run_folder: Path
+    """Folder that `servegym train --out` has written."""
+    out: Path | None = None
+    """Where to; by default `policy/` in the run's folder."""
+
+    def run(self) -> None:
+        """Export."""
+        require_torch()
+        import torch
+
+        from servegym.agents.network import DispatchNetwork, NetworkConfig
+        from servegym.train.ppo import PPOConfig
+
+        checkpoint, settings = self.run_folder / "checkpoint.pt", self.run_folder / "config.json"
+        if not (checkpoint.is_file() and settings.is_file()):
+            raise ExportError(
+                f"{self.run_folder} holds no training run: it must have checkpoint.pt and config.json"
+            )
+        raw = json.loads(settings.read_text())
+        network_config = NetworkConfig.model_validate(raw["network"])
+        content = torch.load(checkpoint, weights_only=True, map_location="cpu")
+        network = DispatchNetwork(network_config)
+        network.load_state_dict(content["network"])
+        config = PPOConfig(
+            scenario=raw["scenario"],
+            num_envs=raw["num_envs"],
+            num_steps=raw["num_steps"],
+            load=tuple(raw["load"]),
+            seed=raw["seed"],
+            network=network_config,
+        )
+        folder = self.out or self.run_folder / "policy"
+        path = exported(network, config, folder, int(content["update"]), {})
+        Console().print(f"policy: {path}")

@@ -1,0 +1,40 @@
+"""`servegym fit`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from servegym.workloads.fit import QUANTILES, fit_quality, fit_workload
+from servegym.workloads.readers import read_trace
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Fit a workload generator to a trace, and print it beside the trace's quantiles."""
+
+    trace: Annotated[str, tyro.conf.Positional]
+    """Trace file."""
+    on_bad_row: str = "error"
+    """`error` refuses the file at a malformed row, `skip` counts and leaves out."""
+
+    def run(self) -> None:
+        """Fit and print."""
+        trace = read_trace(self.trace, on_bad_row="skip" if self.on_bad_row == "skip" else "error")
+        console = Console()
+        if trace.num_skipped:
+            console.print(f"skipped {trace.num_skipped} rows; the first: {trace.first_bad}")
+        config = fit_workload(trace.table)
+        console.print(yaml.safe_dump({"workload": config.model_dump(mode="json")}, sort_keys=False))
+        table = Table(title=f"{trace.name}: {len(trace.table)} requests, {config.rate_rps:.3g}/s")
+        for heading in ("quantity", "", *(f"p{q}" for q in QUANTILES), "Kolmogorov"):
+            table.add_column(heading, justify="right")
+        for row in fit_quality(trace.table, config):
+            table.add_row(row.quantity, "trace", *(f"{x:.4g}" for x in row.trace), "")
+            table.add_row("", "fit", *(f"{x:.4g}" for x in row.fit), f"{row.kolmogorov:.3f}")
+        console.print(table)

@@ -1,0 +1,26 @@
+"""`servegym scenarios`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from servegym.scenario import load_scenario, scenario_names
+
+
+@dataclass(frozen=True)
+class Scenarios:
+    """List the bundled scenarios."""
+
+    def run(self) -> None:
+        """Print the list."""
+        table = Table()
+        for heading in ("scenario", "fleet", "rate at load 1", "what it is"):
+            table.add_column(heading)
+        for name in scenario_names():
+            s = load_scenario(name)
+            fleet = ", ".join(f"{e.count} {e.gpu}" for e in s.fleet)
+            table.add_row(name, fleet, f"{s.workload.rate_rps:g}/s", s.description)
+        Console().print(table)

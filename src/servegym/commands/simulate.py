@@ -1,0 +1,57 @@
+"""`servegym simulate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from servegym.commands.workload import chosen_scenario
+from servegym.costs.explain import costs_table
+from servegym.evaluate.harness import evaluate
+from servegym.evaluate.resolve import resolve_policy
+
+
+@dataclass(frozen=True)
+class Simulate:
+    """Play one policy on a scenario or trace and print all metrics."""
+
+    scenario: str = "mixed-chat"
+    """Bundled scenario name or YAML file; gives the fleet."""
+    trace: str | None = None
+    """Replay this trace instead of the scenario's workload."""
+    rate_rps: float | None = None
+    """Rate of the trace at load 1; by default 80 % of what the fleet can bear."""
+    policy: str = "prefix-load"
+    """Rule (see `servegym policies`) or exported policy.onnx."""
+    load: float = 1.0
+    """Factor on the arrival rate."""
+    seeds: int = 3
+    """Episodes."""
+    num_requests: int | None = None
+    """Requests per episode, instead of the scenario's own number."""
+    explain: bool = False
+    """Also show what the steps of each replica type cost."""
+
+    def run(self) -> None:
+        """Simulate and print."""
+        scenario = chosen_scenario(self.scenario, self.trace, self.rate_rps)
+        console = Console()
+        if self.explain:
+            for entry in scenario.fleet:
+                console.print(costs_table(entry.gpu, scenario.step_cost(entry)))
+        policy = resolve_policy(self.policy)
+        result = evaluate(
+            scenario,
+            [policy],
+            loads=[self.load],
+            num_seeds=self.seeds,
+            num_requests=self.num_requests,
+        )
+        table = Table(title=f"{policy.name} on {scenario.name}, load {self.load:g}")
+        table.add_column("metric")
+        table.add_column("mean over seeds", justify="right")
+        for key in result.runs[0].metrics:
+            table.add_row(key, f"{result.mean(policy.name, self.load, key):.5g}")
+        console.print(table)

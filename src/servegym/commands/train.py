@@ -1,0 +1,115 @@
+"""`servegym train`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from servegym.errors import ConfigError
+
+if TYPE_CHECKING:
+    from servegym.agents.network import DispatchNetwork
+    from servegym.train.ppo import PPOConfig
+
+
+def require_torch() -> None:
+    """Say what to install if the training extra is missing."""
+    try:
+        import tensorboard  # noqa: F401
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"training needs {error.name}: pip install 'servegym[train]'") from error
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a PPO dispatcher and export it; a killed run goes on where its checkpoint is."""
+
+    scenario: str = "mixed-chat"
+    """Bundled scenario name or YAML file."""
+    out: Path = field(default_factory=lambda: Path("runs/ppo"))
+    """Folder of the run: config.json, tensorboard/, checkpoint.pt, policy/."""
+    decisions: int = 4_000_000
+    """Dispatch decisions to train on."""
+    minutes: float = float("inf")
+    """Stop earlier after this wall-clock time."""
+    base: str = "prefix-load:weight=0.05,eta=1"
+    """Rule the policy starts from: prefix-load, speed-family or least-outstanding."""
+    context: str = "mean"
+    """How replicas see each other: mean or attention."""
+    num_envs: int = 32
+    """Environments stepped together."""
+    seed: int = 0
+    """Of everything."""
+    device: str = "cpu"
+    """cpu or cuda."""
+
+    def run(self) -> None:
+        """Train and export."""
+        require_torch()
+        path = trained(
+            self.out,
+            base=self.base,
+            context=self.context,
+            scenario=self.scenario,
+            total_decisions=self.decisions,
+            max_minutes=self.minutes,
+            num_envs=self.num_envs,
+            seed=self.seed,
+            device=self.device,
+        )
+        Console().print(f"policy: {path}\ntensorboard --logdir {self.out}")
+
+
+def trained(out: Path, *, base: str, context: str = "mean", **settings: Any) -> Path:  # noqa: ANN401
+    """Train as `PPOConfig` says and export to `out/policy`; return the ONNX file."""
+    from servegym.baselines.registry import policy
+    from servegym.train.ppo import PPOConfig, Trainer
+
+    rule = policy(base)
+    name = base.partition(":")[0]
+    if name not in ("prefix-load", "speed-family", "least-outstanding"):
+        raise ConfigError(
+            f"base must be prefix-load, speed-family or least-outstanding, got {base!r}"
+        )
+    config = PPOConfig(
+        **settings,
+        network=network_config(settings["scenario"], name, tuple(rule.params.tolist()), context),
+    )
+    trainer = Trainer(config, out)
+    network = trainer.run()
+    last = trainer.history[-1] if trainer.history else {}
+    return exported(network, config, out / "policy", trainer.update, last)
+
+
+def network_config(scenario: str, base: str, params: tuple[float, ...], context: str) -> Any:  # noqa: ANN401
+    """Shape of the network for a scenario's action space."""
+    from servegym.agents.network import NetworkConfig
+    from servegym.scenario import load_scenario
+
+    actions = load_scenario(scenario).actions
+    return NetworkConfig(
+        base=base, base_params=params, context=context, num_extra=actions.hold + actions.reject
+    )
+
+
+def exported(
+    network: DispatchNetwork, config: PPOConfig, folder: Path, update: int, last: dict[str, float]
+) -> Path:
+    """Export with observations from the training scenario to check against."""
+    from servegym.export.from_torch import export_policy
+    from servegym.export.sample import sample_observations
+
+    samples = sample_observations(config.scenario, load=config.load, num=2048)
+    decisions = update * config.num_envs * config.num_steps
+    training: dict[str, float | int | str] = {
+        "algorithm": "ppo",
+        "decisions": decisions,
+        "seed": config.seed,
+        "base": config.network.base,
+        "mean_e2e_s": last.get("rollout/mean_e2e_s", 0.0),
+    }
+    return export_policy(network, folder, samples, scenario=config.scenario, training=training)

@@ -1,0 +1,37 @@
+"""`servegym tune`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import track
+
+from servegym.scenario import load_scenario
+from servegym.train.tune import candidates, mean_e2e
+
+
+@dataclass(frozen=True)
+class Tune:
+    """Tune a rule's parameters on training seeds (never the held-out ones of `evaluate`)."""
+
+    policy: str = "prefix-load"
+    """Rule with tunable parameters."""
+    scenario: str = "mixed-chat"
+    """Bundled scenario name or YAML file."""
+    loads: tuple[float, ...] = (0.8, 1.0)
+    """Loads whose mean E2E is averaged."""
+    budget: int = 200
+    """Parameter settings to try."""
+    seeds: int = 4
+    """Training episodes per load."""
+
+    def run(self) -> None:
+        """Search and print the best setting."""
+        scenario = load_scenario(self.scenario)
+        best, best_score = "", float("inf")
+        for text in track(candidates(self.policy, self.budget), "tuning", transient=True):
+            score = mean_e2e(scenario, text, self.loads, self.seeds)
+            if score < best_score:
+                best, best_score = text, score
+        Console().print(f"{best}  (mean E2E {best_score:.3f} s on training seeds)")

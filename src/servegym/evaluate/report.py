@@ -1,0 +1,117 @@
+"""The comparison as one self-contained page."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+
+import servegym
+from servegym.evaluate.harness import Evaluation
+from servegym.evaluate.plots import (
+    balance_figure,
+    cdf_figure,
+    gantt_figure,
+    load_figure,
+    ratio_figure,
+)
+from servegym.evaluate.table import COLUMNS
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8882; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; }
+th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
+tr.learned { font-weight: 600; background: var(--soft); } tr.oracle { opacity: .65; }
+img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
+p.note { color: #777; font-size: .9rem; }
+"""
+
+
+def write_report(result: Evaluation, path: Path) -> None:
+    """Write the page; it needs nothing but itself."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(report_page(result), encoding="utf-8")
+
+
+def report_page(result: Evaluation) -> str:
+    """Return the page's HTML."""
+    top = result.loads[-1]
+    best = result.best_heuristic(top)
+    compared = list(dict.fromkeys([*result.learned[:1], best, "round-robin"]))
+    names = [n for n in compared if any(n == p for p, _ in result.policies)][:2]
+    verdict = "".join(f"<p>{_verdict(result, load)}</p>" for load in result.loads)
+    tables = "".join(_table(result, load) for load in result.loads)
+    few = (
+        ""
+        if len(result.seeds) >= 10
+        else f'<p class="note">Only {len(result.seeds)} seeds: read the intervals with care.</p>'
+    )
+    scenario = result.scenario
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>servegym: {html.escape(scenario.name)}</title><style>{_STYLE}</style></head><body>
+<h1>{html.escape(scenario.name)}</h1>
+<p>{html.escape(scenario.description)}</p>
+{verdict}{few}
+<h2>Results</h2>{tables}
+<p class="note">Means over {len(result.seeds)} held-out episodes, the same for every policy; the first
+10 % of the requests are left out, runs are drained. Ratio: mean E2E over that of the best rule
+that is no oracle, paired by episode, with its 95 % bootstrap interval. Oracles know the true
+output lengths.</p>
+<h2>How far from the best rule (load {top:g})</h2>{ratio_figure(result, top)}
+<p class="note">Left of the line is faster. Learned policies are orange.</p>
+<h2>Latency distributions (load {top:g}, first episode)</h2>{cdf_figure(result, top)}
+<p class="note">Higher and further left is better. TTFT shows queueing and prefill, E2E the whole.</p>
+<h2>Over the load</h2>{load_figure(result)}
+<h2>What the replicas do</h2>{gantt_figure(result, top, names)}
+<p class="note">A few seconds from the middle of the first episode; gaps are idle time.</p>
+<h2>Load of the replicas over time</h2>{balance_figure(result, top, names)}
+<p class="note">On a mixed fleet equal curves are not the aim: a fast replica should carry more.</p>
+<p class="note">servegym {servegym.__version__}</p>
+</body></html>
+"""
+
+
+def _verdict(result: Evaluation, load: float) -> str:
+    best = result.best_heuristic(load)
+    parts = []
+    for name in result.learned:
+        r = result.ratio(name, best, load, "e2e_mean_s")
+        if r.high < 1:
+            word = "faster than"
+        elif r.low > 1:
+            word = "slower than"
+        else:
+            word = "not distinguishable from"
+        parts.append(
+            f"{html.escape(name)} is {word} {html.escape(best)}: ratio {r.value:.3f} "
+            f"[{r.low:.3f}, {r.high:.3f}]"
+        )
+    head = f"Load {load:g}: the best rule is <b>{html.escape(best)}</b>. "
+    return head + "; ".join(parts) + ("." if parts else "")
+
+
+def _table(result: Evaluation, load: float) -> str:
+    best = result.best_heuristic(load)
+    order = sorted(result.policies, key=lambda p: result.mean(p[0], load, "e2e_mean_s"))
+    rows = []
+    for name, information in order:
+        r = result.ratio(name, best, load, "e2e_mean_s")
+        kind = "learned" if name in result.learned else information
+        cells = "".join(
+            f"<td>{k * result.mean(name, load, m):,.{d}f}</td>" for _, m, k, d in COLUMNS
+        )
+        p50 = result.decision_s[name][0] * 1e6
+        rows.append(
+            f'<tr class="{kind}"><td>{html.escape(name)}</td><td>{information}</td>{cells}'
+            f"<td>{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]</td><td>{p50:,.0f}</td></tr>"
+        )
+    heads = "".join(f"<th>{h}</th>" for h, *_ in COLUMNS)
+    return (
+        f"<h3>Load {load:g}</h3><div class='scroll'><table><tr><th>policy</th><th>information</th>"
+        f"{heads}<th>ratio</th><th>µs/decision</th></tr>{''.join(rows)}</table></div>"
+    )

@@ -1,0 +1,61 @@
+"""Tuning a rule: the same budget for every rival of a learned policy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from servegym.baselines.registry import RANGES, policy
+from servegym.cluster.simulator import Simulator
+from servegym.errors import ConfigError, unknown_name
+from servegym.policy.run import run
+from servegym.scenario import Scenario
+
+
+def candidates(name: str, budget: int) -> list[str]:
+    """Spread parameter settings of a rule evenly over their ranges, the defaults first.
+
+    Args:
+        name: A rule with tunable parameters.
+        budget: How many settings.
+
+    Returns:
+        Policies in text form.
+
+    Raises:
+        ConfigError: If the rule has nothing to tune.
+    """
+    if name not in RANGES:
+        raise ConfigError(unknown_name("tunable policy", name, RANGES))
+    ranges = RANGES[name]
+    # Kronecker sequence: low discrepancy in any dimension without a library
+    root = 2.0
+    for _ in range(40):
+        root = (1.0 + root) ** (1.0 / (len(ranges) + 1))
+    texts = [name]
+    for i in range(1, budget):
+        values = []
+        for k, (key, (low, high, logarithmic)) in enumerate(ranges.items()):
+            u = (0.5 + i * root ** -(k + 1)) % 1.0
+            if logarithmic:
+                value = math.exp(math.log(low) + u * math.log(high / low))
+            else:
+                value = low + u * (high - low)
+            values.append(f"{key}={value:.4g}")
+        texts.append(f"{name}:{','.join(values)}")
+    return texts
+
+
+def mean_e2e(scenario: Scenario, text: str, loads: Sequence[float], num_seeds: int) -> float:
+    """Mean E2E latency of a rule on training seeds, averaged over loads; seconds."""
+    total = 0.0
+    for load in loads:
+        episodes = [scenario.episode(seed, load=load) for seed in range(num_seeds)]
+        simulator = Simulator(scenario.spec, episodes)
+        run(simulator, policy(text))
+        for env in range(num_seeds):
+            done = simulator.outcomes(env)
+            total += float(np.mean(done["finish_s"] - done["arrival_s"]))
+    return total / (num_seeds * len(loads))
