@@ -47,5 +47,5 @@ def llumnix() -> Heuristic:
         information="metric",
         needs=Group.COUNTERS | Group.METRICS,
         decide=decide,
-        reference="Llumnix, dispatch part; demand of the head of the queue taken as the mean prompt",
+        reference="Llumnix, dispatch part; the head of the queue wants a mean prompt",
     )

@@ -1,7 +1,8 @@
 """Tunable: seconds of prefill, with the prefix taken off, plus seconds of decode load.
 
 The speed-normalised relative of the Dynamo cost, and the strongest cheap rival of a learned
-policy: prefill + weight * (requests + 1) / speed^eta."""
+policy: prefill + weight * (requests + 1) / speed^eta.
+"""
 
 from __future__ import annotations
 

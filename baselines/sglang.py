@@ -1,7 +1,8 @@
 """SGLang cache-aware: balance when loads are far apart, else follow the longest prefix.
 
 Without a match above the threshold the replica with the smallest prefix tree is taken; here
-that is the one with the fewest prompt tokens sent so far."""
+that is the one with the fewest prompt tokens sent so far.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -176,7 +177,7 @@ class EpisodeBatch:
         edges = np.linspace(0, self.num_envs, self._num_threads + 1).astype(int).tolist()
         jobs = [
             self._pool.submit(self._step_range, first, stop, actions, active)
-            for first, stop in zip(edges[:-1], edges[1:], strict=True)
+            for first, stop in itertools.pairwise(edges)
         ]
         for job in jobs:
             job.result()

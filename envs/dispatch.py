@@ -30,7 +30,7 @@ def feature_table(features: tuple[Feature, ...]) -> str:
     return "\n".join(rows)
 
 
-class DispatchEnv(gymnasium.Env[dict[str, Any], int]):
+class DispatchEnv(gymnasium.Env[dict[str, Any], Any]):
     __doc__ = f"""Dispatch requests of an LLM serving cluster to its replicas.
 
 ## Description

@@ -17,7 +17,7 @@ from servegym.typing import IntArray
 class DispatchVecEnv(VecEnv):
     """`DispatchVectorEnv` for SB3 and sb3-contrib; takes its arguments."""
 
-    def __init__(self, num_envs: int, scenario: str = "mixed-chat", **settings: Any) -> None:  # noqa: ANN401
+    def __init__(self, num_envs: int, scenario: str = "mixed-chat", **settings: Any) -> None:
         self._env = DispatchVectorEnv(
             num_envs, scenario, autoreset_mode=AutoresetMode.SAME_STEP, **settings
         )
@@ -28,7 +28,7 @@ class DispatchVecEnv(VecEnv):
             num_envs, self._env.single_observation_space, self._env.single_action_space
         )
 
-    def reset(self) -> dict[str, Any]:  # type: ignore[override]
+    def reset(self) -> dict[str, Any]:
         """Start all episodes."""
         seed = next((s for s in self._seeds if s is not None), None)
         self._reset_seeds()
@@ -41,7 +41,7 @@ class DispatchVecEnv(VecEnv):
         """Keep the actions for `step_wait`."""
         self._actions = actions
 
-    def step_wait(self) -> Any:  # noqa: ANN401 - SB3's type is a loose union
+    def step_wait(self) -> Any:
         """Step all environments."""
         observation, reward, terminated, _, info = self._env.step(self._actions)
         self._returns += reward
@@ -67,7 +67,7 @@ class DispatchVecEnv(VecEnv):
         method_name: str,
         *args: Any,
         indices: Any = None,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> list[Any]:
         """Answer `action_masks`, the one method algorithms call."""
         if method_name != "action_masks":
@@ -78,18 +78,18 @@ class DispatchVecEnv(VecEnv):
         """Whether environments have an attribute."""
         return attr_name == "action_masks" or hasattr(self._env, attr_name)
 
-    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:  # noqa: ANN401
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
         """Return an attribute for each environment."""
         return [getattr(self._env, attr_name, None) for _ in self._get_indices(indices)]
 
-    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:  # noqa: ANN401
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
         """Set an attribute of all environments."""
         setattr(self._env, attr_name, value)
 
     def env_is_wrapped(
         self,
         wrapper_class: type[gymnasium.Wrapper[Any, Any, Any, Any]],
-        indices: Any = None,  # noqa: ANN401
+        indices: Any = None,
     ) -> list[bool]:
         """No environment is wrapped."""
         return [False for _ in self._get_indices(indices)]
@@ -98,5 +98,5 @@ class DispatchVecEnv(VecEnv):
         """Nothing is drawn."""
         return []
 
-    def _get_indices(self, indices: Any) -> Iterable[int]:  # noqa: ANN401
+    def _get_indices(self, indices: Any) -> Iterable[int]:
         return super()._get_indices(indices)

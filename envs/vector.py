@@ -15,7 +15,7 @@ from servegym.scenario import Scenario
 from servegym.typing import BoolArray, Float32Array, IntArray
 
 
-class DispatchVectorEnv(VectorEnv[dict[str, Any], IntArray, IntArray]):
+class DispatchVectorEnv(VectorEnv[dict[str, Any], IntArray, Any]):
     """`num_envs` dispatch environments; see `DispatchEnv` for spaces and rewards.
 
     Episodes depend on the seed, the environment's number (its group's, with `group_size` above 1)
@@ -117,6 +117,6 @@ class DispatchVectorEnv(VectorEnv[dict[str, Any], IntArray, IntArray]):
             "input_id": self.batch.input_id.copy(),
         }
 
-    def close_extras(self, **kwargs: Any) -> None:  # noqa: ANN401 - Gymnasium's signature
+    def close_extras(self, **kwargs: Any) -> None:
         """Release threads."""
         self.batch.close()

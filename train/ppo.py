@@ -70,7 +70,7 @@ class PPOConfig:
     """Of everything."""
     device: str = "cpu"
     """`cpu` or `cuda`."""
-    network: NetworkConfig = field(default_factory=NetworkConfig)
+    network: NetworkConfig = field(default_factory=lambda: NetworkConfig())
     """Network and base heuristic."""
 
     def __post_init__(self) -> None:

@@ -6,7 +6,8 @@ import contextlib
 import io
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import tyro
 
@@ -23,7 +24,15 @@ from servegym.commands.train import Train
 from servegym.commands.tune import Tune
 from servegym.errors import ServeGymError, unknown_name
 
-COMMANDS = {
+
+class Command(Protocol):
+    """What the words of the command line are parsed into."""
+
+    def run(self) -> None:
+        """Do it."""
+
+
+COMMANDS: dict[str, Callable[..., Command]] = {
     "demo": Demo,
     "simulate": Simulate,
     "evaluate": Evaluate,
@@ -55,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from None
 
 
-def _parse(words: list[str]) -> object:
+def _parse(words: list[str]) -> Command:
     if words and not words[0].startswith("-") and words[0] not in COMMANDS:
         raise ServeGymError(unknown_name("command", words[0], COMMANDS))
     said = io.StringIO()

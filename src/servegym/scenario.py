@@ -288,7 +288,7 @@ def parse_scenario(text: str, origin: str) -> Scenario:
         raise ConfigError(f"{origin}: {_one_sentence(error, data)}") from error
 
 
-def _one_sentence(error: ValidationError, data: Any) -> str:  # noqa: ANN401
+def _one_sentence(error: ValidationError, data: Any) -> str:
     first = error.errors()[0]
     place = ".".join(str(p) for p in first["loc"])
     if first["type"] == "extra_forbidden":

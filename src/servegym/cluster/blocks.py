@@ -40,7 +40,7 @@ def reset_blocks(p: Params, s: State, e: int, r: int) -> None:
 
 @inlined
 def _slot_of(identity: int, mask: int) -> int:
-    return np.int64(mix64(np.uint64(identity)) & np.uint64(mask))
+    return np.int64(mix64(np.uint64(identity)) & np.uint64(mask))  # type: ignore[return-value]
 
 
 @inlined

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from numba import njit
 
@@ -11,7 +11,7 @@ _F = TypeVar("_F", bound=Callable[..., object])
 
 #: Kernels only read and write arrays that their caller owns. Without Numba's runtime (`_nrt`) no
 #: reference counts are kept for them; with it, atomic counting took 95 % of a run's time.
-OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy", "_nrt": False}
+OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy", "_nrt": False}
 
 
 def kernel(function: _F) -> _F:

@@ -63,7 +63,7 @@ def advance(p: Params, s: State, e: int) -> int:
     """Run one environment until a decision is due, all requests have ended, or a log is full.
 
     Returns:
-        `DECISION` (for request `s.env[e].deciding`), `DONE` or `LOG_FULL` (call again with more room).
+        `DECISION` (for request `s.env[e].deciding`), `DONE` or `LOG_FULL` (call again, with room).
     """
     env = s.env[e]
     if env.deciding >= 0:

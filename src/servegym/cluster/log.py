@@ -63,5 +63,5 @@ def log_steps(
 def count_itl(p: Params, s: State, e: int, gap_s: float, count: int) -> None:
     """Count `count` inter-token times of `gap_s` seconds."""
     if p.record and gap_s > 0.0:
-        i = int(math.floor(math.log10(gap_s / ITL_FIRST_S) * ITL_BINS_PER_DECADE))
+        i = math.floor(math.log10(gap_s / ITL_FIRST_S) * ITL_BINS_PER_DECADE)
         s.itl_count[e, min(max(i, 0), s.itl_count.shape[1] - 1)] += count

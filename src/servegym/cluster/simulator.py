@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,6 +89,8 @@ class Simulator:
         need = Capacity.of([episode], record=bool(self.params.record))
         merged = Capacity(self.num_envs, *map(max, self._capacity[1:], need[1:]))
         bigger = make_state(self.spec, merged)
+        old: Any
+        new: Any
         for old, new in zip(self.state, bigger, strict=True):
             new[tuple(slice(size) for size in old.shape)] = old
         for i, env in enumerate(bigger.env):  # rings wrap at the old size: unroll them
@@ -190,9 +193,10 @@ class Simulator:
 
     def snapshot(self) -> State:
         """Copy the whole state."""
-        return State(*(array.copy() for array in self.state))
+        return State._make(array.copy() for array in self.state)
 
     def restore(self, snapshot: State) -> None:
         """Go back to a snapshot of this simulator."""
+        array: Any
         for array, saved in zip(self.state, snapshot, strict=True):
             array[...] = saved

@@ -127,7 +127,9 @@ class Faults:
             raise ConfigError("the speed multiplier of a slow fault must be above 0")
         down: set[int] = set()
         for replica, kind in zip(self.replica.tolist(), self.kind.tolist(), strict=True):
-            if kind == FAULT_DOWN and replica in down or kind == FAULT_UP and replica not in down:
+            if (kind == FAULT_DOWN and replica in down) or (
+                kind == FAULT_UP and replica not in down
+            ):
                 raise ConfigError(f"replica {replica} must go down and up by turns")
             if kind == FAULT_DOWN:
                 down.add(replica)

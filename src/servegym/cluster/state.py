@@ -226,8 +226,8 @@ class State(NamedTuple):
 SCRAPED_RUNNING, SCRAPED_WAITING, SCRAPED_KV_USAGE, SCRAPED_EMITTED = range(4)
 NUM_SCRAPED = 4
 
-#: Rows of `State.shown`, in the order of `policy.contract.REPLICA_FEATURES`. The simulator keeps the
-#: router's rows up to date event by event; `policy.observe` fills the others when they are asked for.
+#: Rows of `State.shown`, in the order of `policy.contract.REPLICA_FEATURES`. The simulator keeps
+#: the router's rows up to date event by event; `policy.observe` fills the others when asked for.
 (
     VIEW_UP,
     VIEW_OUTSTANDING,

@@ -78,7 +78,7 @@ def decode_span_s(p: Params, t: int, batch: int, kv_tokens: int, num_steps: int)
         slope = (high - low) / (kk[j + 1] - kk[j])
         m = left
         if j < last:
-            m = min(left, max(1, int(math.ceil((kk[j + 1] - kv) / batch))))
+            m = min(left, max(1, math.ceil((kk[j + 1] - kv) / batch)))
         first = base + low + slope * (kv - kk[j])
         total += m * first + slope * batch * (0.5 * m * (m - 1))
         left -= m
@@ -109,7 +109,7 @@ def decode_steps_past(
         slope = (high - low) / (kk[j + 1] - kk[j])
         m = max_steps - done
         if j < last:
-            m = min(m, max(1, int(math.ceil((kk[j + 1] - kv) / batch))))
+            m = min(m, max(1, math.ceil((kk[j + 1] - kv) / batch)))
         first = base + low + slope * (kv - kk[j])
         growth = slope * batch
         whole = m * first + growth * (0.5 * m * (m - 1))

@@ -32,7 +32,7 @@ class Export:
         checkpoint, settings = self.run_folder / "checkpoint.pt", self.run_folder / "config.json"
         if not (checkpoint.is_file() and settings.is_file()):
             raise ExportError(
-                f"{self.run_folder} holds no training run: it must have checkpoint.pt and config.json"
+                f"{self.run_folder} is no training run: it needs checkpoint.pt and config.json"
             )
         raw = json.loads(settings.read_text())
         network_config = NetworkConfig.model_validate(raw["network"])

@@ -64,7 +64,7 @@ class Train:
         Console().print(f"policy: {path}\ntensorboard --logdir {self.out}")
 
 
-def trained(out: Path, *, base: str, context: str = "mean", **settings: Any) -> Path:  # noqa: ANN401
+def trained(out: Path, *, base: str, context: str = "mean", **settings: Any) -> Path:
     """Train as `PPOConfig` says and export to `out/policy`; return the ONNX file."""
     from servegym.baselines.registry import policy
     from servegym.train.ppo import PPOConfig, Trainer
@@ -85,7 +85,7 @@ def trained(out: Path, *, base: str, context: str = "mean", **settings: Any) -> 
     return exported(network, config, out / "policy", trainer.update, last)
 
 
-def network_config(scenario: str, base: str, params: tuple[float, ...], context: str) -> Any:  # noqa: ANN401
+def network_config(scenario: str, base: str, params: tuple[float, ...], context: str) -> Any:
     """Shape of the network for a scenario's action space."""
     from servegym.agents.network import NetworkConfig
     from servegym.scenario import load_scenario

@@ -21,7 +21,7 @@ def evaluation_document(result: Evaluation) -> dict[str, Any]:
         best = result.best_heuristic(load)
         for name, information in result.policies:
             r = result.ratio(name, best, load, "e2e_mean_s")
-            keys = [x.metrics for x in result.runs if x.policy == name and x.load == load][0]
+            keys = next(x.metrics for x in result.runs if x.policy == name and x.load == load)
             aggregates.append(
                 {
                     "policy": name,
@@ -61,7 +61,7 @@ def write_json(result: Evaluation, path: Path) -> None:
     path.write_text(json.dumps(evaluation_document(result), indent=1, sort_keys=True) + "\n")
 
 
-def _without_nan(value: Any) -> Any:  # noqa: ANN401
+def _without_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _without_nan(v) for k, v in value.items()}
     if isinstance(value, list):

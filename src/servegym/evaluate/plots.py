@@ -26,7 +26,7 @@ PALETTE = (
 _LINES = ("-", "--", ":")
 
 
-def pyplot() -> Any:  # noqa: ANN401
+def pyplot() -> Any:
     """Return matplotlib's pyplot, drawing to memory."""
     try:
         import matplotlib
@@ -49,7 +49,7 @@ def pyplot() -> Any:  # noqa: ANN401
     return plt
 
 
-def as_image(figure: Any, alt: str) -> str:  # noqa: ANN401
+def as_image(figure: Any, alt: str) -> str:
     """Return a figure as an HTML image with its data inside."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")

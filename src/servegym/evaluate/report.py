@@ -58,14 +58,14 @@ def report_page(result: Evaluation) -> str:
 <p>{html.escape(scenario.description)}</p>
 {verdict}{few}
 <h2>Results</h2>{tables}
-<p class="note">Means over {len(result.seeds)} held-out episodes, the same for every policy; the first
-10 % of the requests are left out, runs are drained. Ratio: mean E2E over that of the best rule
-that is no oracle, paired by episode, with its 95 % bootstrap interval. Oracles know the true
-output lengths.</p>
+<p class="note">Means over {len(result.seeds)} held-out episodes, the same for every policy;
+the first 10 % of the requests are left out, runs are drained. Ratio: mean E2E over that of
+the best rule that is no oracle, paired by episode, with its 95 % bootstrap interval. Oracles know
+the true output lengths.</p>
 <h2>How far from the best rule (load {top:g})</h2>{ratio_figure(result, top)}
 <p class="note">Left of the line is faster. Learned policies are orange.</p>
 <h2>Latency distributions (load {top:g}, first episode)</h2>{cdf_figure(result, top)}
-<p class="note">Higher and further left is better. TTFT shows queueing and prefill, E2E the whole.</p>
+<p class="note">Higher and further left is better. TTFT shows queueing and prefill, E2E all.</p>
 <h2>Over the load</h2>{load_figure(result)}
 <h2>What the replicas do</h2>{gantt_figure(result, top, names)}
 <p class="note">A few seconds from the middle of the first episode; gaps are idle time.</p>

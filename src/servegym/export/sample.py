@@ -27,7 +27,7 @@ def sample_observations(
     env = gymnasium.make_vec("servegym/Dispatch-v0", num_envs=16, scenario=scenario, load=load)
     rng = np.random.default_rng(seed)
     observation, _ = env.reset(seed=seed)
-    rows = []
+    rows: list[dict[str, np.ndarray]] = []
     while len(rows) * 16 < num:
         rows.append(observation)
         draw = rng.random(observation["action_mask"].shape) * observation["action_mask"]

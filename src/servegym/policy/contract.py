@@ -190,10 +190,10 @@ REQUEST_FEATURES: tuple[Feature, ...] = (
 )
 
 #: Row of each feature by name, e.g. `ReplicaFeature.OUTSTANDING_REQUESTS`.
-ReplicaFeature = IntEnum(
+ReplicaFeature = IntEnum(  # type: ignore[misc]
     "ReplicaFeature", [(f.name.upper(), i) for i, f in enumerate(REPLICA_FEATURES)]
 )
-RequestFeature = IntEnum(
+RequestFeature = IntEnum(  # type: ignore[misc]
     "RequestFeature", [(f.name.upper(), i) for i, f in enumerate(REQUEST_FEATURES)]
 )
 

@@ -102,7 +102,7 @@ class Heuristic:
         """Zero the memory and seed one random stream per environment."""
         self.memory = np.zeros((num_envs, self.memory_size))
         streams = np.random.SeedSequence(seed).generate_state(num_envs, np.uint64)
-        self.rng = streams.reshape(num_envs, 1)
+        self.rng = streams.reshape(num_envs, 1).astype(np.uint64)
 
     def act(self, observations: Observations, env_ids: IntArray) -> IntArray:
         """Apply the rule row by row."""

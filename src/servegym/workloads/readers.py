@@ -103,7 +103,7 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
         yield from enumerate(parquet.read_table(path).to_pylist(), start=1)
         return
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8", newline="") as raw:  # type: ignore[operator]
+    with opener(path, "rt", encoding="utf-8", newline="") as raw:
         stream = io.StringIO(raw.read())
     if ".jsonl" in path.name:
         for line, text in enumerate(stream, start=1):
