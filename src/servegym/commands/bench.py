@@ -15,11 +15,11 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from servegym.baselines.registry import policy
 from servegym.cluster.simulator import Simulator
+from servegym.commands.console import make_console
 from servegym.policy.run import run
 from servegym.scenario import Scenario, load_scenario
 
@@ -43,7 +43,7 @@ class Bench:
 
     def run(self) -> None:
         """Measure and print."""
-        console = Console()
+        console = make_console()
         result: dict[str, Any] = {"requests_per_s": {}, "engine_steps_per_s": {}}
         for replicas in (1, 8, 64, 512):
             console.print(f"simulator, {replicas} replicas")

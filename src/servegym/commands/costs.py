@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rich.console import Console
-
 from servegym.assets.specs import gpu, model
+from servegym.commands.console import make_console
 from servegym.costs.explain import costs_table
 from servegym.costs.step import StepCost
 
@@ -30,6 +29,6 @@ class Costs:
         """Print the table."""
         cost = StepCost(gpu(self.gpu), model(self.model), self.tp, self.fp8)
         title = f"{self.model} on {self.tp} x {self.gpu} ({cost.operators.name})"
-        console = Console()
+        console = make_console()
         console.print(costs_table(title, cost, context=self.context))
         console.print(f"KV cache: {cost.kv_capacity_tokens():,} tokens at 90 % of memory")

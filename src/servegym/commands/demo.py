@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
-
+from servegym.commands.console import make_console
 from servegym.commands.evaluate import evaluated, publish
 from servegym.commands.train import require_torch, trained
 from servegym.commands.workload import chosen_scenario
@@ -50,7 +49,7 @@ class Demo:
     def run(self) -> None:
         """Do it all."""
         require_torch()
-        console = Console()
+        console = make_console()
         console.rule("1. train")
         console.print(
             f"PPO on {self.scenario} for about {self.minutes:g} minutes; compiling takes a minute "
@@ -77,7 +76,7 @@ class Demo:
             else chosen_scenario("azure-conv-fit", None, None)
         )
         on_trace = evaluated(traced, policies, (1.0,), self.seeds)
-        console.print(comparison_table(on_trace, 1.0))
+        console.print(comparison_table(on_trace, 1.0, console.width))
         write_json(on_trace, self.out / "results-trace.json")
         write_report(on_trace, self.out / "report-trace.html")
         console.rule("where everything is")

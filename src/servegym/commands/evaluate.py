@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, track
 
+from servegym.commands.console import make_console
 from servegym.commands.workload import chosen_scenario
 from servegym.evaluate.document import write_json
 from servegym.evaluate.harness import Evaluation, evaluate
 from servegym.evaluate.resolve import resolve_policy
 from servegym.evaluate.saturation import saturation_load
-from servegym.evaluate.table import comparison_table
+from servegym.evaluate.table import comparison_table, saturation_table
 from servegym.policy.policy import Policy
 from servegym.scenario import Scenario
 
@@ -67,15 +67,12 @@ class Evaluate:
         result = evaluated(
             scenario, policies, self.loads, self.seeds, num_requests=self.num_requests
         )
-        publish(result, self.json, self.report)
         if self.saturation:
-            console = Console()
-            for policy in policies:
-                loads = [saturation_load(scenario, policy, share) for share in (0.9, 0.99)]
-                console.print(
-                    f"{policy.name}: 90 % within limits up to load {loads[0]:.2f}, "
-                    f"99 % up to {loads[1]:.2f}"
-                )
+            for policy in track(policies, "saturation", transient=True):
+                result.saturation[policy.name] = {
+                    share: saturation_load(scenario, policy, share) for share in (0.9, 0.99)
+                }
+        publish(result, self.json, self.report)
 
 
 def evaluated(
@@ -101,9 +98,11 @@ def evaluated(
 
 def publish(result: Evaluation, json: Path | None, report: Path | None) -> None:
     """Print the tables and write the files asked for."""
-    console = Console()
+    console = make_console()
     for load in result.loads:
-        console.print(comparison_table(result, load))
+        console.print(comparison_table(result, load, console.width))
+    if result.saturation:
+        console.print(saturation_table(result))
     if json:
         write_json(result, json)
         console.print(f"numbers: {json}")

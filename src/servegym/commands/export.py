@@ -6,8 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
+from servegym.commands.console import make_console
 from servegym.commands.train import exported, require_torch
 from servegym.errors import ExportError
 
@@ -49,4 +48,4 @@ class Export:
         )
         folder = self.out or self.run_folder / "policy"
         path = exported(network, config, folder, int(content["update"]), {})
-        Console().print(f"policy: {path}")
+        make_console().print(f"policy: {path}")

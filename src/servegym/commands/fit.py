@@ -7,9 +7,9 @@ from typing import Annotated
 
 import tyro
 import yaml
-from rich.console import Console
 from rich.table import Table
 
+from servegym.commands.console import make_console
 from servegym.workloads.fit import QUANTILES, fit_quality, fit_workload
 from servegym.workloads.readers import read_trace
 
@@ -26,7 +26,7 @@ class Fit:
     def run(self) -> None:
         """Fit and print."""
         trace = read_trace(self.trace, on_bad_row="skip" if self.on_bad_row == "skip" else "error")
-        console = Console()
+        console = make_console()
         if trace.num_skipped:
             console.print(f"skipped {trace.num_skipped} rows; the first: {trace.first_bad}")
         config = fit_workload(trace.table)

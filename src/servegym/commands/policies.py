@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.table import Table
 
 from servegym.baselines.registry import describe, names, policy
+from servegym.commands.console import make_console
 
 
 @dataclass(frozen=True)
@@ -22,4 +22,4 @@ class Policies:
         for name in names():
             params, text, source = describe(name)
             table.add_row(name, policy(name).information, params, text, source)
-        Console().print(table)
+        make_console().print(table)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.table import Table
 
+from servegym.commands.console import make_console
 from servegym.scenario import load_scenario, scenario_names
 
 
@@ -23,4 +23,4 @@ class Scenarios:
             s = load_scenario(name)
             fleet = ", ".join(f"{e.count} {e.gpu}" for e in s.fleet)
             table.add_row(name, fleet, f"{s.workload.rate_rps:g}/s", s.description)
-        Console().print(table)
+        make_console().print(table)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.table import Table
 
+from servegym.commands.console import make_console
 from servegym.commands.workload import chosen_scenario
 from servegym.costs.explain import costs_table
 from servegym.evaluate.harness import evaluate
@@ -37,7 +37,7 @@ class Simulate:
     def run(self) -> None:
         """Simulate and print."""
         scenario = chosen_scenario(self.scenario, self.trace, self.rate_rps)
-        console = Console()
+        console = make_console()
         if self.explain:
             for entry in scenario.fleet:
                 console.print(costs_table(entry.gpu, scenario.step_cost(entry)))

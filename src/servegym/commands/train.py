@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
+from servegym.commands.console import make_console
 from servegym.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ class Train:
             seed=self.seed,
             device=self.device,
         )
-        Console().print(f"policy: {path}\ntensorboard --logdir {self.out}")
+        make_console().print(f"policy: {path}\ntensorboard --logdir {self.out}")
 
 
 def trained(out: Path, *, base: str, context: str = "mean", **settings: Any) -> Path:

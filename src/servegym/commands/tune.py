@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.progress import track
 
+from servegym.commands.console import make_console
 from servegym.scenario import load_scenario
 from servegym.train.tune import candidates, mean_e2e
 
@@ -34,4 +34,4 @@ class Tune:
             score = mean_e2e(scenario, text, self.loads, self.seeds)
             if score < best_score:
                 best, best_score = text, score
-        Console().print(f"{best}  (mean E2E {best_score:.3f} s on training seeds)")
+        make_console().print(f"{best}  (mean E2E {best_score:.3f} s on training seeds)")

@@ -46,6 +46,10 @@ def evaluation_document(result: Evaluation) -> dict[str, Any]:
         "seeds": result.seeds,
         "decision_s": {k: {"p50": a, "p99": b} for k, (a, b) in result.decision_s.items()},
         "aggregates": aggregates,
+        "saturation_load": {
+            name: {f"{share:g}": load for share, load in loads.items()}
+            for name, loads in result.saturation.items()
+        },
         "runs": [
             {"policy": r.policy, "load": r.load, "seed": r.seed, "metrics": r.metrics}
             for r in result.runs

@@ -50,6 +50,8 @@ class Evaluation:
         runs: One per policy, load and seed.
         decision_s: Median and 99th percentile of a decision's time by policy, seconds.
         trails: The first seed's run by (policy, load).
+        learned: Names of learned policies, which are compared with the best of the others.
+        saturation: Largest load by policy and share of requests within their limits, if searched.
     """
 
     scenario: Scenario
@@ -59,6 +61,8 @@ class Evaluation:
     runs: list[Run] = field(default_factory=list)
     decision_s: dict[str, tuple[float, float]] = field(default_factory=dict)
     trails: dict[tuple[str, float], Trail] = field(default_factory=dict)
+    learned: list[str] = field(default_factory=list)
+    saturation: dict[str, dict[float, float]] = field(default_factory=dict)
 
     def values(self, policy: str, load: float, metric: str) -> NDArray[np.float64]:
         """One metric over the seeds, `float64[seeds]`."""
@@ -78,9 +82,6 @@ class Evaluation:
         """Name of the best policy that is neither an oracle nor learned."""
         names = [n for n, info in self.policies if info != "oracle" and n not in self.learned]
         return min(names or [self.policies[0][0]], key=lambda n: self.mean(n, load, metric))
-
-    #: Names of learned policies, which are compared with the best of the others.
-    learned: list[str] = field(default_factory=list)
 
     def ratio(self, policy: str, reference: str, load: float, metric: str) -> Ratio:
         """Paired ratio of a metric, policy over reference."""

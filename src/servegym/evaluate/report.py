@@ -23,7 +23,8 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
+th:first-child, td:first-child { text-align: left; white-space: nowrap; }
+td:nth-last-child(2) { white-space: nowrap; }
 tr.learned { font-weight: 600; background: var(--soft); } tr.oracle { opacity: .65; }
 img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
 p.note { color: #777; font-size: .9rem; }
@@ -59,14 +60,14 @@ def report_page(result: Evaluation) -> str:
 {verdict}{few}
 <h2>Results</h2>{tables}
 <p class="note">Means over {len(result.seeds)} held-out episodes, the same for every policy;
-the first 10 % of the requests are left out, runs are drained. Ratio: mean E2E over that of
+the first 20 % of the requests are left out, runs are drained. Ratio: mean E2E over that of
 the best rule that is no oracle, paired by episode, with its 95 % bootstrap interval. Oracles know
 the true output lengths.</p>
 <h2>How far from the best rule (load {top:g})</h2>{ratio_figure(result, top)}
 <p class="note">Left of the line is faster. Learned policies are orange.</p>
 <h2>Latency distributions (load {top:g}, first episode)</h2>{cdf_figure(result, top)}
 <p class="note">Higher and further left is better. TTFT shows queueing and prefill, E2E all.</p>
-<h2>Over the load</h2>{load_figure(result)}
+<h2>Over the load</h2>{load_figure(result)}{_saturation(result)}
 <h2>What the replicas do</h2>{gantt_figure(result, top, names)}
 <p class="note">A few seconds from the middle of the first episode; gaps are idle time.</p>
 <h2>Load of the replicas over time</h2>{balance_figure(result, top, names)}
@@ -95,6 +96,20 @@ def _verdict(result: Evaluation, load: float) -> str:
     return head + "; ".join(parts) + ("." if parts else "")
 
 
+def _saturation(result: Evaluation) -> str:
+    if not result.saturation:
+        return ""
+    shares = sorted({share for loads in result.saturation.values() for share in loads})
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td>"
+        + "".join(f"<td>{loads[share]:.2f}</td>" for share in shares)
+        + "</tr>"
+        for name, loads in sorted(result.saturation.items(), key=lambda x: -x[1][shares[0]])
+    )
+    heads = "".join(f"<th>{100 * share:g} % within limits</th>" for share in shares)
+    return f"<h3>Largest load</h3><table><tr><th>policy</th>{heads}</tr>{rows}</table>"
+
+
 def _table(result: Evaluation, load: float) -> str:
     best = result.best_heuristic(load)
     order = sorted(result.policies, key=lambda p: result.mean(p[0], load, "e2e_mean_s"))
@@ -103,7 +118,7 @@ def _table(result: Evaluation, load: float) -> str:
         r = result.ratio(name, best, load, "e2e_mean_s")
         kind = "learned" if name in result.learned else information
         cells = "".join(
-            f"<td>{k * result.mean(name, load, m):,.{d}f}</td>" for _, m, k, d in COLUMNS
+            f"<td>{k * result.mean(name, load, m):,.{d}f}</td>" for _, m, k, d, _ in COLUMNS
         )
         p50 = result.decision_s[name][0] * 1e6
         rows.append(
@@ -112,6 +127,6 @@ def _table(result: Evaluation, load: float) -> str:
         )
     heads = "".join(f"<th>{h}</th>" for h, *_ in COLUMNS)
     return (
-        f"<h3>Load {load:g}</h3><div class='scroll'><table><tr><th>policy</th><th>information</th>"
+        f"<h3>Load {load:g}</h3><div class='scroll'><table><tr><th>policy</th><th>knows</th>"
         f"{heads}<th>ratio</th><th>µs/decision</th></tr>{''.join(rows)}</table></div>"
     )

@@ -21,6 +21,11 @@ def resolve_policy(text: str) -> Policy:
         return policy(text)
     path = Path(text)
     manifest = read_manifest(path)
+    # training writes <run>/policy/policy.onnx: the run's name says more than "policy"
+    folder = path.resolve().parent
     return FrozenPolicy(
-        path, num_extra=manifest.num_extra_actions, information=manifest.information
+        path,
+        num_extra=manifest.num_extra_actions,
+        information=manifest.information,
+        name=folder.parent.name if folder.name == "policy" else folder.name,
     )

@@ -18,9 +18,7 @@ class FrozenPolicy:
 
     needs = Group.COUNTERS | Group.METRICS | Group.PREFIX
 
-    def __init__(
-        self, path: Path, *, num_extra: int, information: Information, name: str = ""
-    ) -> None:
+    def __init__(self, path: Path, *, num_extra: int, information: Information, name: str) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -35,7 +33,7 @@ class FrozenPolicy:
         )
         self._num_extra = num_extra
         self.information: Information = information
-        self.name = name or path.parent.name
+        self.name = name
 
     def reset(self, num_envs: int, seed: int) -> None:
         """Do nothing: the graph has no memory."""
