@@ -9,8 +9,10 @@ from servegym.policy.contract import ReplicaFeature, RequestFeature
 
 _R = {f.name: int(f) for f in ReplicaFeature}
 _Q = {f.name: int(f) for f in RequestFeature}
+#: Rules a residual policy can start from.
+BASES = ("added-delay", "prefix-load", "speed-family", "least-outstanding")
 #: Width of `replica_inputs`.
-NUM_INPUTS = 22
+NUM_INPUTS = 25
 
 
 def column(replicas: Tensor, name: str) -> Tensor:
@@ -50,6 +52,9 @@ def replica_inputs(replicas: Tensor, request: Tensor) -> Tensor:
     drain_s = left.clamp(min=0.0) / batch * step_s
     ttft_slo = entry(request, "TTFT_SLO_S").clamp(min=1e-3)
     tpot_slo = entry(request, "TPOT_SLO_S").clamp(min=1e-4)
+    delayed_s = outstanding * new_s
+    slowed_s = outstanding * column(replicas, "DECODE_SEQ_S") * predicted
+    own_s = pending_s + new_s + predicted * step_s
     ones = torch.ones_like(outstanding)
     inputs = [
         torch.log1p(outstanding),
@@ -72,6 +77,9 @@ def replica_inputs(replicas: Tensor, request: Tensor) -> Tensor:
         column(replicas, "METRICS_AGE_S").clamp(max=2.0),
         ((pending_s + new_s) / ttft_slo).clamp(max=4.0),
         (step_s / tpot_slo).clamp(max=4.0),
+        torch.log1p(delayed_s),
+        torch.log1p(slowed_s),
+        torch.log1p(own_s) - 1.0,
         (torch.log1p(prompt) - 6.0) * ones,
         (torch.log1p(predicted) - 5.0) * ones,
     ]
@@ -95,4 +103,12 @@ def base_cost(name: str, replicas: Tensor, request: Tensor, params: tuple[float,
         rate = column(replicas, "PREFILL_TOKENS_PER_S").clamp(min=1.0)
         prefill_s = (column(replicas, "PENDING_PREFILL_TOKENS") + new) / rate
         return prefill_s + params[0] * (load + 1.0) / speed ** params[1]
+    if name == "added-delay":
+        hit = column(replicas, "PREFIX_HIT_TOKENS")
+        rate = column(replicas, "PREFILL_TOKENS_PER_S").clamp(min=1.0)
+        new_s = (entry(request, "PROMPT_TOKENS") - hit).clamp(min=0.0) / rate
+        slowed_s = entry(request, "PREDICTED_OUTPUT_TOKENS") * column(replicas, "DECODE_SEQ_S")
+        alone_s = entry(request, "PREDICTED_OUTPUT_TOKENS") * column(replicas, "DECODE_STEP_S")
+        own_s = column(replicas, "PENDING_PREFILL_TOKENS") / rate + new_s + alone_s
+        return own_s + load * (params[0] * new_s + (1.0 + params[1]) * slowed_s)
     raise ValueError(f"no base cost {name!r}")

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import replace
 
+from servegym.baselines.added_delay import added_delay
 from servegym.baselines.dynamo import dynamo
 from servegym.baselines.hexgen import hexgen
 from servegym.baselines.least_outstanding import least_outstanding
@@ -41,6 +42,7 @@ _RULES: dict[str, Callable[..., Heuristic]] = {
     "llm-d": llm_d,
     "dynamo": dynamo,
     "prefix-load": prefix_load,
+    "added-delay": added_delay,
     "hexgen": hexgen,
     "llumnix": llumnix,
     "mct": mct,
@@ -48,12 +50,13 @@ _RULES: dict[str, Callable[..., Heuristic]] = {
     "what-if-added": what_if_added,
 }
 #: Rules that also exist with the true lengths in place of predictions.
-_ORACLES = ("least-work-left", "mct", "what-if", "what-if-added")
+_ORACLES = ("added-delay", "least-work-left", "mct", "what-if", "what-if-added")
 
 #: `(low, high, logarithmic)` within which a parameter is tuned.
 RANGES: dict[str, dict[str, tuple[float, float, bool]]] = {
     "speed-family": {"eta": (0.0, 2.0, False)},
     "prefix-load": {"weight": (0.002, 1.0, True), "eta": (0.0, 2.0, False)},
+    "added-delay": {"prefill": (0.05, 20.0, True), "decode": (0.05, 20.0, True)},
     "dynamo": {
         "overlap": (0.2, 3.0, True),
         "prefill_scale": (0.1, 10.0, True),

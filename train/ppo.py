@@ -16,11 +16,10 @@ import numpy as np
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.distributions import Categorical
 from torch.utils.tensorboard import SummaryWriter
 
 import servegym
-from servegym.agents.network import DispatchNetwork, NetworkConfig
+from servegym.agents.network import DispatchNetwork, NetworkConfig, Prepared
 from servegym.errors import ConfigError
 
 
@@ -40,7 +39,7 @@ class PPOConfig:
     """Environments that play the same requests; the group is the baseline of its members."""
     num_steps: int = 256
     """Decisions of each environment per update."""
-    num_requests: int = 512
+    num_requests: int = 2048
     """Requests per episode."""
     load: tuple[float, float] = (0.6, 1.1)
     """Range of the load factor, drawn per episode."""
@@ -70,6 +69,9 @@ class PPOConfig:
     """Of everything."""
     device: str = "cpu"
     """`cpu` or `cuda`."""
+    torch_threads: int = 1
+    """Of PyTorch on the CPU: the matrices are small, and threads that wait for each other on a
+    busy machine cost more than they bring."""
     network: NetworkConfig = field(default_factory=lambda: NetworkConfig())
     """Network and base heuristic."""
 
@@ -94,6 +96,7 @@ class Trainer:
         self.config, self.folder = config, folder
         folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(config.seed)
+        torch.set_num_threads(config.torch_threads)
         self.device = torch.device(config.device)
         self.network = DispatchNetwork(config.network).to(self.device)
         self.optimizer = torch.optim.Adam(
@@ -133,16 +136,13 @@ class Trainer:
             TextColumn("{task.fields[s]}"),
         )
         with Progress(*columns, TimeRemainingColumn(), disable=not progress) as bar:
-            task = bar.add_task("PPO", total=self.num_updates, completed=self.update, s="")
+            task = bar.add_task("PPO", total=1.0, s="")
             while self.update < self.num_updates:
-                elapsed = time.perf_counter() - begin
-                if elapsed > 60 * c.max_minutes:
+                done_share = self._share(begin)
+                if done_share >= 1.0:
                     break
-                done_share = self.update / self.num_updates
-                if math.isfinite(c.max_minutes):
-                    done_share = max(done_share, elapsed / (60 * c.max_minutes))
-                observation, batch, episodes = self._rollout(observation)
-                stats = self._learn(batch, min(1.0, done_share))
+                observation, batch, rows, episodes = self._rollout(observation)
+                stats = self._learn(batch, rows, done_share)
                 self.update += 1
                 decisions = (self.update - first_update) * c.num_envs * c.num_steps
                 stats["time/fps"] = decisions / (time.perf_counter() - begin)
@@ -153,7 +153,7 @@ class Trainer:
                 self.history.append(stats)
                 e2e = stats.get("rollout/mean_e2e_s", float("nan"))
                 text = f"{stats['time/fps']:,.0f} decisions/s  mean E2E {e2e:.2f} s"
-                bar.update(task, completed=self.update, s=text)
+                bar.update(task, completed=self._share(begin), s=text)
                 if self.update % 10 == 0:
                     self._save()
         self._save()
@@ -161,56 +161,66 @@ class Trainer:
         self.env.close()
         return self.network
 
-    def _tensors(self, observation: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        return (
+    def _share(self, begin: float) -> float:
+        """Share of the run that is over, by decisions or by the clock."""
+        minutes = (time.perf_counter() - begin) / 60
+        return min(1.0, max(self.update / self.num_updates, minutes / self.config.max_minutes))
+
+    def _prepare(self, observation: dict[str, Any]) -> Prepared:
+        return self.network.prepare(
             torch.from_numpy(observation["replicas"]).to(self.device),
             torch.from_numpy(observation["request"]).to(self.device),
             torch.from_numpy(observation["action_mask"]).to(self.device, torch.float32),
         )
 
+    def _on_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device, torch.float32)
+
+    @torch.no_grad()
     def _rollout(
         self, observation: dict[str, Any]
-    ) -> tuple[dict[str, Any], dict[str, Tensor], list[float]]:
+    ) -> tuple[dict[str, Any], dict[str, Tensor], Prepared, list[float]]:
         c = self.config
-        rows: dict[str, list[Tensor]] = {}
+        seen: list[Prepared] = []
+        logits: list[Tensor] = []
+        actions: list[Tensor] = []
+        rewards, dts, ends = (np.empty((c.num_steps, c.num_envs)) for _ in range(3))
         episodes: list[float] = []
-        for _ in range(c.num_steps):
-            replicas, request, mask = self._tensors(observation)
-            with torch.no_grad():
-                policy = Categorical(logits=self.network.logits(replicas, request, mask))
-                action = policy.sample()
-                value = self.network.values(replicas, request)
+        for step in range(c.num_steps):
+            prepared = self._prepare(observation)
+            scores = self.network.logits(prepared)
+            # the Gumbel trick: one exponential draw per action instead of a distribution object
+            noise = torch.empty_like(scores).exponential_().log_()
+            action = (scores - noise).argmax(-1)
             observation, reward, terminated, _, info = self.env.step(action.cpu().numpy())
             for metrics in info.get("episode_metrics", []):
                 if metrics is not None:
                     episodes.append(metrics["mean_e2e_s"])
-            scaled = self.scale(reward, info["dt_s"], terminated)
-            row = {
-                "replicas": replicas,
-                "request": request,
-                "mask": mask,
-                "action": action,
-                "log_prob": policy.log_prob(action),
-                "value": value,
-                "reward": torch.from_numpy(scaled).float().to(self.device),
-                "lam": torch.from_numpy(np.exp(-info["dt_s"] / c.credit_s)).float().to(self.device),
-                "gamma": torch.from_numpy(np.exp(-info["dt_s"] / c.horizon_s))
-                .float()
-                .to(self.device)
-                * torch.from_numpy(~terminated).float().to(self.device),
-            }
-            for key, tensor in row.items():
-                rows.setdefault(key, []).append(tensor)
-        batch = {key: torch.stack(tensors) for key, tensors in rows.items()}
-        with torch.no_grad():
-            replicas, request, _ = self._tensors(observation)
-            last = self.network.values(replicas, request)
-        advantage = gae(batch["reward"], batch["value"], batch["gamma"], last, batch["lam"])
-        batch["target"] = advantage + batch["value"]
-        batch["advantage"] = less_group_mean(advantage, c.group_size)
-        return observation, {k: v.flatten(0, 1) for k, v in batch.items()}, episodes
+            rewards[step] = self.scale(reward, info["dt_s"], terminated)
+            dts[step], ends[step] = info["dt_s"], terminated
+            seen.append(prepared)
+            logits.append(scores)
+            actions.append(action)
+        rows = Prepared(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
+        shape = (c.num_steps, c.num_envs)
+        value = self.network.values(rows).view(shape)
+        last = self.network.values(self._prepare(observation))
+        gamma = self._on_device(np.exp(-dts / c.horizon_s) * (1.0 - ends))
+        lam = self._on_device(np.exp(-dts / c.credit_s))
+        advantage = gae(self._on_device(rewards), value, gamma, last, lam)
+        action = torch.cat(actions)
+        batch = {
+            "action": action,
+            "log_prob": chosen(torch.cat(logits).log_softmax(-1), action),
+            "value": value.flatten(),
+            "target": (advantage + value).flatten(),
+            "advantage": less_group_mean(advantage, c.group_size).flatten(),
+        }
+        return observation, batch, rows, episodes
 
-    def _learn(self, batch: dict[str, Tensor], done_share: float) -> dict[str, float]:
+    def _learn(
+        self, batch: dict[str, Tensor], rows: Prepared, done_share: float
+    ) -> dict[str, float]:
         c = self.config
         self.optimizer.param_groups[0]["lr"] = c.learning_rate * (1.0 - done_share)
         entropy_weight = c.entropy * (1.0 - 0.9 * done_share)
@@ -220,18 +230,16 @@ class Trainer:
         warm = self.update < c.warmup_updates
         kl, clipped, losses = 0.0, 0.0, []
         for _ in range(c.epochs):
-            for rows in torch.randperm(size, device=self.device).split(c.minibatch):
-                replicas, request = batch["replicas"][rows], batch["request"][rows]
-                policy = Categorical(
-                    logits=self.network.logits(replicas, request, batch["mask"][rows])
-                )
-                log_ratio = policy.log_prob(batch["action"][rows]) - batch["log_prob"][rows]
+            for part in torch.randperm(size, device=self.device).split(c.minibatch):
+                prepared = Prepared(*(tensor[part] for tensor in rows))
+                log_probs = self.network.logits(prepared).log_softmax(-1)
+                log_ratio = chosen(log_probs, batch["action"][part]) - batch["log_prob"][part]
                 ratio = log_ratio.exp()
-                a = advantage[rows]
+                a = advantage[part]
                 gain = torch.minimum(ratio * a, ratio.clamp(1 - c.clip, 1 + c.clip) * a).mean()
-                value = self.network.values(replicas, request)
-                value_loss = 0.5 * (value - batch["target"][rows]).square().mean()
-                entropy = policy.entropy().mean()
+                value = self.network.values(prepared)
+                value_loss = 0.5 * (value - batch["target"][part]).square().mean()
+                entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
                 loss = c.value_weight * value_loss
                 if not warm:
                     loss = loss - gain - entropy_weight * entropy
@@ -336,6 +344,11 @@ def gae(reward: Tensor, value: Tensor, gamma: Tensor, last: Tensor, lam: Tensor)
         advantage[t] = running
         following = value[t]
     return advantage
+
+
+def chosen(values: Tensor, actions: Tensor) -> Tensor:
+    """Pick each row's value at its action, `float32[batch]`."""
+    return values.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
 
 
 def less_group_mean(advantage: Tensor, group_size: int) -> Tensor:

@@ -19,7 +19,9 @@ from servegym.workloads.table import RequestTable
 
 def random_grid(rng: np.random.Generator) -> CostGrid:
     def knots(num: int, high: float) -> np.ndarray:
-        return np.sort(rng.uniform(0, high, num)) + np.arange(num) * 1e-3
+        drawn = np.sort(rng.uniform(0, high, num))
+        drawn[0] = 0.0  # below the first knot a random slope could lead to negative times
+        return drawn + np.arange(num) * 1e-3
 
     dense = knots(NUM_DENSE_KNOTS, 256)
     chunk, context = knots(NUM_CHUNK_KNOTS, 128), knots(NUM_CONTEXT_KNOTS, 400)

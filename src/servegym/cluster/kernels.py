@@ -244,7 +244,8 @@ def _fault(p: Params, s: State, e: int) -> None:
     now_s = s.fault[e, i].time_s
     if kind == FAULT_SLOW:
         s.replica[e, r].speed = s.replica[e, r].base_speed * s.fault[e, i].value
-        cut_stretch(p, s, e, r, now_s)
+        # faults come before step ends: a step that ends right now is still the one in progress
+        cut_stretch(p, s, e, r, np.nextafter(now_s, -math.inf))
     elif kind == FAULT_DOWN:
         if s.due[e, s.replica[e, r].event_pos].time_s <= now_s and s.replica[e, r].mode != WAKING:
             end_step(p, s, e, r, now_s)

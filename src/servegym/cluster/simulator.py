@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from servegym.cluster.jit import kernel
 from servegym.cluster.kernels import advance, apply, is_allowed
 from servegym.cluster.outcome import OUTCOME_DTYPE
 from servegym.cluster.spec import ClusterSpec, Episode
-from servegym.cluster.state import DECISION, LOG_FULL, REJECTED, Params, State
+from servegym.cluster.state import DECISION, DONE, LOG_FULL, REJECTED, Params, State
 from servegym.errors import InvalidAction
 from servegym.typing import IntArray
 
@@ -25,15 +25,25 @@ def _advance_all(p: Params, s: State, reasons: IntArray) -> None:
 
 
 @kernel
-def _apply_all(p: Params, s: State, reasons: IntArray, actions: IntArray) -> int:
+def _apply_all(p: Params, s: State, actions: IntArray) -> int:
     """Apply the actions of all environments that wait; return the first bad one or -1."""
-    for e in range(reasons.shape[0]):
-        if reasons[e] == DECISION and not is_allowed(p, s, e, s.env[e].deciding, actions[e]):
+    for e in range(actions.shape[0]):
+        request = s.env[e].deciding
+        if request >= 0 and not is_allowed(p, s, e, request, actions[e]):
             return e
-    for e in range(reasons.shape[0]):
-        if reasons[e] == DECISION:
+    for e in range(actions.shape[0]):
+        if s.env[e].deciding >= 0:
             apply(p, s, e, actions[e])
     return -1
+
+
+class Snapshot(NamedTuple):
+    """A simulator at one moment; see `Simulator.snapshot`."""
+
+    state: State
+    capacity: Capacity
+    episodes: tuple[Episode, ...]
+    reasons: IntArray
 
 
 class Simulator:
@@ -83,6 +93,7 @@ class Simulator:
         if not self._capacity.covers(episode):
             self._grow(episode)
         self.episodes[env] = episode
+        self.reasons[env] = DONE  # no decision is due before it has been advanced
         load_episode(self.params, self.state, env, episode)
 
     def _grow(self, episode: Episode) -> None:
@@ -132,12 +143,7 @@ class Simulator:
         Raises:
             InvalidAction: If an action is not allowed; then none has been taken.
         """
-        bad = _apply_all(
-            self.params,
-            self.state,
-            self.reasons,
-            np.ascontiguousarray(actions, np.int64),
-        )
+        bad = _apply_all(self.params, self.state, np.ascontiguousarray(actions, np.int64))
         if bad >= 0:
             allowed = [
                 a
@@ -185,18 +191,22 @@ class Simulator:
 
     def steps(self, env: int = 0) -> NDArray[np.void]:
         """Return the step log in order of step ends, `STEP_DTYPE[m]`; empty unless recorded."""
-        return self.state.steps[env, : int(self.state.env[env]["step_len"])].copy()
+        logged = self.state.steps[env, : int(self.state.env[env]["step_len"])]
+        # a stretch is logged when it is settled, which can be after later steps of other replicas
+        return logged[np.argsort(logged["end_s"], kind="stable")]
 
     def itl_histogram(self, env: int = 0) -> IntArray:
         """Return counts of inter-token times in the log bins of `state`, `int64[bins]`."""
         return self.state.itl_count[env].copy()
 
-    def snapshot(self) -> State:
-        """Copy the whole state."""
-        return State._make(array.copy() for array in self.state)
+    def snapshot(self) -> Snapshot:
+        """Copy everything that changes."""
+        state = State._make(array.copy() for array in self.state)
+        return Snapshot(state, self._capacity, tuple(self.episodes), self.reasons.copy())
 
-    def restore(self, snapshot: State) -> None:
-        """Go back to a snapshot of this simulator."""
-        array: Any
-        for array, saved in zip(self.state, snapshot, strict=True):
-            array[...] = saved
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot of this simulator, whatever has been played or loaded since."""
+        self.state = State._make(array.copy() for array in snapshot.state)
+        self._capacity = snapshot.capacity
+        self.episodes = list(snapshot.episodes)
+        self.reasons = snapshot.reasons.copy()

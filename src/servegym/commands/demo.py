@@ -25,6 +25,7 @@ RULES = (
     "llm-d",
     "dynamo",
     "prefix-load",
+    "added-delay",
     "hexgen",
     "mct",
     "mct-oracle",
@@ -57,7 +58,7 @@ class Demo:
         )
         path = trained(
             self.out / "ppo",
-            base="prefix-load",
+            base="added-delay",
             scenario=self.scenario,
             total_decisions=20_000_000,
             max_minutes=self.minutes,

@@ -29,6 +29,7 @@ DEFAULT_POLICIES = (
     "llm-d",
     "dynamo",
     "prefix-load",
+    "added-delay",
     "hexgen",
     "mct",
     "mct-oracle",

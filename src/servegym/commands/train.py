@@ -35,8 +35,9 @@ class Train:
     """Dispatch decisions to train on."""
     minutes: float = float("inf")
     """Stop earlier after this wall-clock time."""
-    base: str = "prefix-load:weight=0.05,eta=1"
-    """Rule the policy starts from: prefix-load, speed-family or least-outstanding."""
+    base: str = "added-delay"
+    """Rule the policy starts from, with its parameters: added-delay, prefix-load, speed-family
+    or least-outstanding."""
     context: str = "mean"
     """How replicas see each other: mean or attention."""
     num_envs: int = 32
@@ -65,15 +66,14 @@ class Train:
 
 def trained(out: Path, *, base: str, context: str = "mean", **settings: Any) -> Path:
     """Train as `PPOConfig` says and export to `out/policy`; return the ONNX file."""
+    from servegym.agents.features import BASES
     from servegym.baselines.registry import policy
     from servegym.train.ppo import PPOConfig, Trainer
 
     rule = policy(base)
     name = base.partition(":")[0]
-    if name not in ("prefix-load", "speed-family", "least-outstanding"):
-        raise ConfigError(
-            f"base must be prefix-load, speed-family or least-outstanding, got {base!r}"
-        )
+    if name not in BASES:
+        raise ConfigError(f"base must be one of {', '.join(BASES)}, got {base!r}")
     config = PPOConfig(
         **settings,
         network=network_config(settings["scenario"], name, tuple(rule.params.tolist()), context),

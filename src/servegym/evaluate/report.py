@@ -118,7 +118,7 @@ def _table(result: Evaluation, load: float) -> str:
         r = result.ratio(name, best, load, "e2e_mean_s")
         kind = "learned" if name in result.learned else information
         cells = "".join(
-            f"<td>{k * result.mean(name, load, m):,.{d}f}</td>" for _, m, k, d, _ in COLUMNS
+            f"<td>{k * result.mean(name, load, m):,.{d}f}</td>" for _, m, k, d in COLUMNS
         )
         p50 = result.decision_s[name][0] * 1e6
         rows.append(

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from servegym.evaluate.harness import Evaluation
 
-#: Column heading, metric, factor, digits and the least terminal width at which it is shown.
+#: Column heading, metric, factor and digits.
 COLUMNS = (
-    ("TTFT ms", "ttft_mean_s", 1e3, 0, 0),
-    ("p99", "ttft_p99_s", 1e3, 0, 90),
-    ("TPOT ms", "tpot_mean_s", 1e3, 1, 100),
-    ("E2E s", "e2e_mean_s", 1, 2, 0),
-    ("p99", "e2e_p99_s", 1, 1, 90),
-    ("SLO %", "slo_attainment", 100, 1, 0),
-    ("goodput/s", "goodput_rps", 1, 1, 115),
-    ("preempt", "preemptions", 1, 0, 115),
-    ("hit %", "prefix_hit_rate", 100, 0, 100),
+    ("TTFT ms", "ttft_mean_s", 1e3, 0),
+    ("p99", "ttft_p99_s", 1e3, 0),
+    ("TPOT ms", "tpot_mean_s", 1e3, 1),
+    ("E2E s", "e2e_mean_s", 1, 2),
+    ("p99", "e2e_p99_s", 1, 1),
+    ("SLO %", "slo_attainment", 100, 1),
+    ("goodput/s", "goodput_rps", 1, 1),
+    ("preempted", "preemptions", 1, 0),
+    ("hit %", "prefix_hit_rate", 100, 0),
+)
+#: What a narrow terminal does without, first to go first.
+_DISPENSABLE = (
+    "preemptions",
+    "goodput_rps",
+    "prefix_hit_rate",
+    "tpot_mean_s",
+    "e2e_p99_s",
+    "ttft_p99_s",
 )
 
 
-def comparison_table(result: Evaluation, load: float, width: int = 120) -> Table:
+def comparison_table(result: Evaluation, load: float, width: int = 132) -> Table:
     """Tabulate one load, best first by the scenario's objective.
 
     Args:
@@ -29,19 +41,28 @@ def comparison_table(result: Evaluation, load: float, width: int = 120) -> Table
         load: One of its loads.
         width: Of the terminal; a narrow one gets fewer columns.
     """
+    measuring = Console(width=1000)
+    for dropped in range(len(_DISPENSABLE) + 1):
+        table = _comparison(result, load, _DISPENSABLE[:dropped])
+        if measuring.measure(table).maximum <= width:
+            break
+    return table
+
+
+def _comparison(result: Evaluation, load: float, without: Collection[str]) -> Table:
     goodput = result.scenario.objective == "goodput"
     metric = "goodput_rps" if goodput else "e2e_mean_s"
     best = result.best_heuristic(load)
-    columns = [column for column in COLUMNS if column[-1] <= width]
+    columns = [column for column in COLUMNS if column[1] not in without]
     table = Table(
         title=f"{result.scenario.name}, load {load:g}: means over {len(result.seeds)} seeds",
-        caption=f"ratio: mean E2E over that of {best} (best rule, no oracle), paired, 95 % interval",
+        caption=f"ratio: mean E2E over that of {best} (best rule, no oracle), paired, 95 % CI",
         box=box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
         pad_edge=False,
     )
-    table.add_column("policy", no_wrap=True)
-    if width >= 100:
-        table.add_column("knows", no_wrap=True)
+    for heading in ("policy", "knows"):
+        table.add_column(heading, no_wrap=True)
     for heading, *_ in columns:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("ratio", justify="right", no_wrap=True)
@@ -50,11 +71,10 @@ def comparison_table(result: Evaluation, load: float, width: int = 120) -> Table
     )
     for name, information in order:
         r = result.ratio(name, best, load, "e2e_mean_s")
-        cells = [f"{k * result.mean(name, load, m):,.{d}f}" for _, m, k, d, _ in columns]
-        if width >= 100:
-            cells.insert(0, information)
+        cells = [f"{k * result.mean(name, load, m):,.{d}f}" for _, m, k, d in columns]
         style = "bold" if name in result.learned else ("dim" if information == "oracle" else "")
-        table.add_row(name, *cells, f"{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]", style=style)
+        ratio = f"{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]"
+        table.add_row(name, information, *cells, ratio, style=style)
     return table
 
 

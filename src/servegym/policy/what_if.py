@@ -55,7 +55,9 @@ def _copy_request(
 
 
 @kernel
-def _copy_engine(p: Params, s: State, e: int, r: int, scratch: State, added: int) -> int:
+def _copy_engine(
+    p: Params, quiet: Params, s: State, e: int, r: int, scratch: State, added: int
+) -> int:
     """Rebuild replica `r` in the scratch environment; return how many requests it has.
 
     Running requests enter first and in order, with what they have computed as given; so they are
@@ -71,7 +73,7 @@ def _copy_engine(p: Params, s: State, e: int, r: int, scratch: State, added: int
     scratch.replica[0, 0].base_speed = v.base_speed
     count = v.num_running + v.num_waiting + (1 if added >= 0 else 0)
     scratch.env[0].num_requests = count
-    reset_env(p, scratch, 0)
+    reset_env(quiet, scratch, 0)
     slot = 0
     i = v.run_head
     while i >= 0:
@@ -126,9 +128,9 @@ def _fill(p: Params, quiet: Params, s: State, e: int, scratch: State) -> None:
         delay = 0.0
         if v.mode == STEP:
             delay = s.due[e, v.event_pos].time_s - s.env[e].now_s
-        count = _copy_engine(p, s, e, r, scratch, -1)
+        count = _copy_engine(p, quiet, s, e, r, scratch, -1)
         before = _run_engine(quiet, scratch, count)
-        count = _copy_engine(p, s, e, r, scratch, i)
+        count = _copy_engine(p, quiet, s, e, r, scratch, i)
         after = _run_engine(quiet, scratch, count)
         view[VIEW_WHAT_IF_E2E, r] = delay + scratch.request[0, count - 1].finish_s
         view[VIEW_WHAT_IF_ADDED, r] = delay + after - before
