@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -21,6 +22,8 @@ from torch.utils.tensorboard import SummaryWriter
 import servegym
 from servegym.agents.network import DispatchNetwork, NetworkConfig, Prepared
 from servegym.errors import ConfigError
+from servegym.scenario import load_scenario
+from servegym.train.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class PPOConfig:
     """An update ends early above this divergence."""
     warmup_updates: int = 5
     """First updates train the critic alone, so that it cannot spoil the heuristic start."""
+    validate_every: int = 10
+    """Updates between validations; the network that did best there is the one exported."""
     seed: int = 0
     """Of everything."""
     device: str = "cpu"
@@ -114,6 +119,13 @@ class Trainer:
         self.update = 0
         self.scale = RunningScale(config.num_envs, config.horizon_s)
         self.history: list[dict[str, float]] = []
+        low, high = config.load
+        self.validation = Validation(
+            load_scenario(config.scenario), loads=np.linspace(low, high, 4).tolist()
+        )
+        self.best = copy.deepcopy(self.network.state_dict())
+        self.best_scores = self.first_scores = self.validation.scores(self.network.cpu())
+        self.network.to(self.device)
 
     @property
     def num_updates(self) -> int:
@@ -154,12 +166,29 @@ class Trainer:
                 e2e = stats.get("rollout/mean_e2e_s", float("nan"))
                 text = f"{stats['time/fps']:,.0f} decisions/s  mean E2E {e2e:.2f} s"
                 bar.update(task, completed=self._share(begin), s=text)
-                if self.update % 10 == 0:
+                if self.update % c.validate_every == 0:
+                    gain = self._keep_the_better()
+                    writer.add_scalar(
+                        "validation/gain", gain, self.update * c.num_envs * c.num_steps
+                    )
                     self._save()
+        self._keep_the_better()
         self._save()
         writer.close()
         self.env.close()
+        self.network.load_state_dict(self.best)
         return self.network
+
+    def _keep_the_better(self) -> float:
+        """Validate, and return by how much this network is better than the first one.
+
+        Under the `latency` objective 0.05 means a mean E2E latency lower by about 5 %.
+        """
+        scores = self.validation.scores(self.network.cpu())
+        self.network.to(self.device)
+        if scores.mean() < self.best_scores.mean():
+            self.best, self.best_scores = copy.deepcopy(self.network.state_dict()), scores
+        return float((self.first_scores - scores).mean())
 
     def _share(self, begin: float) -> float:
         """Share of the run that is over, by decisions or by the clock."""
@@ -276,6 +305,8 @@ class Trainer:
         content = {
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "best": self.best,
+            "best_scores": torch.from_numpy(self.best_scores),
             "update": self.update,
             "scale": torch.tensor([self.scale.mean, self.scale.square, self.scale.count]),
             "rng": torch.get_rng_state(),
@@ -296,6 +327,7 @@ class Trainer:
                 f"{path} is of a network of another shape: choose a new output folder"
             ) from error
         self.optimizer.load_state_dict(content["optimizer"])
+        self.best, self.best_scores = content["best"], content["best_scores"].cpu().numpy()
         self.update = int(content["update"])
         self.scale.mean, self.scale.square, self.scale.count = content["scale"].tolist()
         torch.set_rng_state(content["rng"].cpu())

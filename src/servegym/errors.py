@@ -43,5 +43,5 @@ def unknown_name(kind: str, got: str, allowed: Iterable[str]) -> str:
     """
     names = sorted(allowed)
     near = difflib.get_close_matches(got, names, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]}?" if near else ""
     return f"unknown {kind} {got!r}: choose one of {', '.join(names)}{hint}"

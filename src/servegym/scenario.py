@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import numpy as np
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
 
 from servegym.assets.specs import gpu, model
 from servegym.cluster.spec import ClusterSpec, Episode, Faults, ReplicaType, SloClass
@@ -23,7 +25,19 @@ from servegym.workloads.prediction import PredictorConfig
 
 
 class _Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+_Count = Annotated[int, Field(ge=1)]
+_Factor = Annotated[float, Field(gt=0)]
+_T = TypeVar("_T")
+
+
+def _ascending(value: _T) -> _T:
+    """Refuse a pair that is no range."""
+    if isinstance(value, tuple) and value[0] > value[1]:
+        raise ValueError("a range must go from low to high")
+    return value
 
 
 class EngineConfig(_Config):
@@ -41,10 +55,12 @@ class FleetEntry(_Config):
     """Equal replicas; a pair of numbers is a range, drawn anew for every episode."""
 
     gpu: str
-    count: int | tuple[int, int] = 1
+    count: _Count | tuple[_Count, _Count] = 1
     tp: int = Field(1, ge=1)
-    speed: float | tuple[float, float] = 1.0
+    speed: _Factor | tuple[_Factor, _Factor] = 1.0
     num_blocks: int | None = Field(None, ge=1)
+
+    _check_ranges = field_validator("count", "speed")(_ascending)
 
 
 class SloConfig(_Config):
@@ -62,7 +78,9 @@ class FailSlowConfig(_Config):
 
     rate_per_replica_hour: float = Field(0.0, ge=0)
     duration_s: float = Field(30.0, gt=0)
-    multiplier: tuple[float, float] = (0.2, 0.6)
+    multiplier: tuple[_Factor, _Factor] = (0.2, 0.6)
+
+    _check_range = field_validator("multiplier")(_ascending)
 
 
 class FailStopConfig(_Config):
@@ -101,7 +119,9 @@ class Scenario(_Config):
     engine: EngineConfig = EngineConfig()
     fleet: tuple[FleetEntry, ...] = Field(min_length=1)
     workload: WorkloadConfig
-    slo_classes: tuple[SloConfig, ...] = (SloConfig(name="default", ttft_s=2.0, tpot_s=0.1),)
+    slo_classes: tuple[SloConfig, ...] = Field(
+        (SloConfig(name="default", ttft_s=2.0, tpot_s=0.1),), min_length=1
+    )
     disturbances: DisturbanceConfig = DisturbanceConfig()
     objective: Literal["latency", "goodput"] = "latency"
     actions: ActionConfig = ActionConfig()
@@ -158,20 +178,26 @@ class Scenario(_Config):
             seed: Of all randomness of the episode.
             load: Multiplies the arrival rate.
             num_requests: Instead of the scenario's own.
+
+        Raises:
+            ConfigError: If the load or the number of requests is impossible.
         """
-        if not load > 0:
-            raise ConfigError(f"load must be above 0, got {load}")
+        if not 0 < load < np.inf:
+            raise ConfigError(f"load must be above 0 and finite, got {load}")
+        if num_requests is None:
+            num_requests = self.num_requests
+        elif num_requests < 1:
+            raise ConfigError(f"num_requests must be at least 1, got {num_requests}")
         requests, lengths, fleet, faults, noise = np.random.SeedSequence(seed).spawn(5)
         table = self.workload.table(
             np.random.default_rng(requests),
-            num_requests=num_requests or self.num_requests,
+            num_requests=num_requests,
             load=load,
             class_shares=[c.share for c in self.slo_classes],
         )
         predicted = self.disturbances.predictor.predict(
             np.random.default_rng(lengths), table.output_tokens
         )
-        object.__setattr__(table, "predicted_output_tokens", predicted)
         rng = np.random.default_rng(fleet)
         types: list[int] = []
         speeds: list[float] = []
@@ -183,7 +209,7 @@ class Scenario(_Config):
                 speeds.append(speed if isinstance(speed, float | int) else rng.uniform(*speed))
                 types.append(index)
         return Episode(
-            table=table,
+            table=replace(table, predicted_output_tokens=predicted),
             type_idx=np.array(types, np.int16),
             speed=np.array(speeds, np.float64),
             faults=self._faults(np.random.default_rng(faults), len(types), table.arrival_s[-1]),
@@ -227,7 +253,12 @@ def with_trace(scenario: Scenario, path: str, rate_rps: float | None = None) -> 
         path: The trace.
         rate_rps: Rate at load 1; without it 80 % of what the cost model says the fleet can bear
             of this trace, prefixes not counted.
+
+    Raises:
+        ConfigError: If `rate_rps` is impossible.
     """
+    if rate_rps is not None and not 0 < rate_rps < np.inf:
+        raise ConfigError(f"rate_rps must be above 0 and finite, got {rate_rps}")
     spec = scenario.spec
     episode = scenario.episode(0, num_requests=1)
     longest = max(spec.types[t].num_blocks for t in episode.type_idx) * spec.block_size
@@ -269,7 +300,9 @@ def load_scenario(name_or_path: str | Path) -> Scenario:
             raise ConfigError(f"no scenario file at {text}")
         return parse_scenario(path.read_text(encoding="utf-8"), text)
     if text not in scenario_names():
-        raise ConfigError(unknown_name("scenario", text, scenario_names()) + ", or a .yaml file")
+        message = unknown_name("scenario", text, scenario_names())
+        also = " Or" if message.endswith("?") else ", or"
+        raise ConfigError(f"{message}{also} give a .yaml file")
     file = resources.files("servegym.assets").joinpath("scenarios", f"{text}.yaml")
     return parse_scenario(file.read_text(encoding="utf-8"), text)
 
@@ -278,6 +311,9 @@ def parse_scenario(text: str, origin: str) -> Scenario:
     """Check a scenario's YAML text; `origin` names it in errors."""
     try:
         data = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{origin}{line}: not YAML ({error.problem})") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{origin} is not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(data, Mapping):
@@ -289,28 +325,49 @@ def parse_scenario(text: str, origin: str) -> Scenario:
 
 
 def _one_sentence(error: ValidationError, data: Any) -> str:
-    first = error.errors()[0]
-    place = ".".join(str(p) for p in first["loc"])
+    # an unknown key explains a missing one; of the choices of a union, the one that got furthest
+    first = max(error.errors(), key=lambda e: (e["type"] == "extra_forbidden", len(e["loc"])))
+    place = _place(first, data)
+    models = _models_at(first["loc"])
+    if first["type"].startswith("union_tag"):
+        kinds = [m.model_fields["kind"].default for m in models]
+        if "tag" in first["ctx"]:
+            return f"{place}: {unknown_name('kind', first['ctx']['tag'], kinds)}"
+        return f"{place}.kind is missing: choose one of {', '.join(kinds)}"
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(first["loc"][-1]), _known_keys(), n=1)
-        return f"unknown key {place}" + (f"; did you mean {near[0]}?" if near else "")
-    got = "" if first["type"] == "missing" else f", got {first['input']!r}"
-    return f"{place}: {first['msg'][0].lower()}{first['msg'][1:]}{got}"
+        keys = sorted({key for m in models for key in m.model_fields})
+        near = difflib.get_close_matches(str(first["loc"][-1]), keys, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f": choose one of {', '.join(keys)}"
+        return f"unknown key {place}{hint}"
+    message = str(first.get("ctx", {}).get("error", first["msg"]))
+    got = "" if isinstance(first["input"], Mapping) else f", got {first['input']!r}"
+    return f"{place}: {message[0].lower()}{message[1:]}{got}"
 
 
-def _known_keys() -> list[str]:
-    keys: set[str] = set()
-    models: list[type[BaseModel]] = [
-        Scenario,
-        EngineConfig,
-        FleetEntry,
-        SloConfig,
-        FailSlowConfig,
-        FailStopConfig,
-        DisturbanceConfig,
-        ActionConfig,
-        PredictorConfig,
-    ]
-    for m in models:
-        keys |= set(m.model_fields)
-    return sorted(keys)
+def _place(error: ErrorDetails, data: Any) -> str:
+    """Join the keys to an error's place, without pydantic's names for the choices of a union."""
+    keys: list[str] = []
+    for key in error["loc"]:
+        known = key in data if isinstance(data, Mapping) else isinstance(key, int)
+        if known:
+            data = data[key]
+        if known or (error["type"] == "missing" and key == error["loc"][-1]):
+            keys.append(str(key))
+    return ".".join(keys)
+
+
+def _models_at(loc: tuple[int | str, ...]) -> list[type[BaseModel]]:
+    """Models that the innermost mapping on the way to a place can be."""
+    models: list[type[BaseModel]] = [Scenario]
+    for key in loc:
+        fields = [m.model_fields[key] for m in models if key in m.model_fields]
+        inner = [found for field in fields for found in _models_in(field.annotation)]
+        kinds = {m.model_fields["kind"].default: m for m in models if "kind" in m.model_fields}
+        models = inner or ([kinds[key]] if key in kinds else models)
+    return models
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for part in get_args(annotation) for found in _models_in(part)]

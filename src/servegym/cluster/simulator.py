@@ -13,7 +13,7 @@ from servegym.cluster.jit import kernel
 from servegym.cluster.kernels import advance, apply, is_allowed
 from servegym.cluster.outcome import OUTCOME_DTYPE
 from servegym.cluster.spec import ClusterSpec, Episode
-from servegym.cluster.state import DECISION, DONE, LOG_FULL, REJECTED, Params, State
+from servegym.cluster.state import DONE, LOG_FULL, REJECTED, Params, State
 from servegym.errors import InvalidAction
 from servegym.typing import IntArray
 

@@ -37,7 +37,7 @@ class Export:
         network_config = NetworkConfig.model_validate(raw["network"])
         content = torch.load(checkpoint, weights_only=True, map_location="cpu")
         network = DispatchNetwork(network_config)
-        network.load_state_dict(content["network"])
+        network.load_state_dict(content["best"])
         config = PPOConfig(
             scenario=raw["scenario"],
             num_envs=raw["num_envs"],

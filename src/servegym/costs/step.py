@@ -21,8 +21,9 @@ from servegym.errors import ConfigError
 from servegym.typing import FloatArray
 
 _ACTIVATION_BYTES = 2.0
-#: Weights, KV cache and this share of memory must fit: activations, graphs, fragmentation.
-_RESERVED_BYTES = 2.0e9
+#: Memory of a GPU beside weights and KV cache: driver, activations, CUDA graphs. What vLLM 0.19
+#: left on an RTX 4090 (Llama-3.1-8B, 2,048 tokens a step); larger steps of larger models need more.
+_RESERVED_BYTES = 1.7e9
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class StepCost:
     source: CostSource | None = None
 
     def __post_init__(self) -> None:
-        if self.model.heads % self.tp or self.tp < 1:
+        if self.tp < 1 or self.model.heads % self.tp:
             raise ConfigError(f"tp must divide the {self.model.heads} heads, got {self.tp}")
         if self.fp8 and not self.gpu.fp8_flops:
             raise ConfigError("this GPU has no fp8 units: choose precision bf16")
@@ -141,7 +142,9 @@ class StepCost:
                 f"the weights take {weights / 1e9:.0f} GB and do not fit the {budget / 1e9:.0f} GB "
                 f"of {self.tp} GPU(s): raise tp, use fp8 or a smaller model"
             )
-        return int(free / self.model.kv_bytes_per_token)
+        # GPUs beyond the KV heads hold copies of them
+        copies = max(1, self.model.kv_heads // self.tp) * self.tp / self.model.kv_heads
+        return int(free / (self.model.kv_bytes_per_token * copies))
 
     def compile(self, max_tokens: int = 8192, max_context: int = 131072) -> CostGrid:
         """Sample the terms on the grids that the simulator interpolates.
@@ -154,7 +157,10 @@ class StepCost:
         kv_heads = max(1, model.kv_heads // self.tp)
         heads = model.heads // self.tp
         dense = _knots(1.0, max_tokens, NUM_DENSE_KNOTS)
-        chunk = _knots(1.0, max_tokens, NUM_CHUNK_KNOTS)
+        # short chunks cost next to nothing: one knot below a quarter of the budget, or 256
+        chunk = np.concatenate(
+            ([1.0], _knots(min(256.0, max_tokens / 4), max_tokens, NUM_CHUNK_KNOTS - 1))
+        )
         context = np.concatenate(([0.0], _knots(64.0, max_context, NUM_CONTEXT_KNOTS - 1)))
         batch = _knots(1.0, 1024.0, NUM_BATCH_KNOTS)
         kv = _knots(1.0, 4.0e6, NUM_KV_KNOTS)

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from servegym.typing import FloatArray, IntArray
+from servegym.errors import WorkloadError
+from servegym.typing import FloatArray, Int16Array, IntArray
 from servegym.workloads import arrivals
 from servegym.workloads.readers import read_trace
 from servegym.workloads.table import RequestTable
 
+_MAX_SPARE = 64.0  # turns drawn for each one that fits the context
+
 
 class _Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ArrivalConfig(_Config):
@@ -49,11 +52,27 @@ class ArrivalConfig(_Config):
 class LengthConfig(_Config):
     """A mixture of lognormal lengths: medians in tokens, sigmas of the logarithm."""
 
-    medians_tokens: tuple[float, ...] = (200.0,)
-    sigmas: tuple[float, ...] = (0.8,)
-    weights: tuple[float, ...] = (1.0,)
+    medians_tokens: tuple[Annotated[float, Field(gt=0)], ...] = Field((200.0,), min_length=1)
+    sigmas: tuple[Annotated[float, Field(ge=0)], ...] = (0.8,)
+    weights: tuple[Annotated[float, Field(ge=0)], ...] = (1.0,)
     min_tokens: int = Field(1, ge=1)
     max_tokens: int = Field(8192, ge=1)
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> Self:
+        counts = len(self.medians_tokens), len(self.sigmas), len(self.weights)
+        if len(set(counts)) > 1:
+            raise ValueError(
+                "medians_tokens, sigmas and weights need one number a part each, got "
+                "{}, {} and {}".format(*counts)
+            )
+        if not any(self.weights):
+            raise ValueError("one of the weights must be above 0")
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})"
+            )
+        return self
 
     def draw(self, rng: np.random.Generator, num: int) -> IntArray:
         """Draw lengths, `int64[num]`."""
@@ -81,6 +100,15 @@ class SessionConfig(_Config):
     system_prompt_tokens: int = Field(512, ge=0)
     zipf: float = Field(1.0, ge=0)
     max_context_tokens: int = Field(8192, ge=1)
+
+    @model_validator(mode="after")
+    def _leave_room(self) -> Self:
+        if self.max_context_tokens <= self.system_prompt_tokens:
+            raise ValueError(
+                f"max_context_tokens ({self.max_context_tokens}) must exceed "
+                f"system_prompt_tokens ({self.system_prompt_tokens})"
+            )
+        return self
 
 
 class GeneratedConfig(_Config):
@@ -119,20 +147,17 @@ class GeneratedConfig(_Config):
             )
         else:
             table = self._conversations(rng, num_requests, rate, self.sessions)
-        shares = np.cumsum(class_shares) / np.sum(class_shares)
-        draw = rng.random(num_requests)
-        return replace(
-            table,
-            slo_class=np.searchsorted(shares[:-1], draw, side="right").astype(np.int16),
-            tenant=rng.integers(0, self.num_tenants, num_requests).astype(np.int32),
-        )
+        slo_class = _draw_classes(rng, table, class_shares)
+        tenant = rng.integers(0, self.num_tenants, num_requests)[table.conversation]
+        return replace(table, slo_class=slo_class, tenant=tenant.astype(np.int32))
 
     def _conversations(
         self, rng: np.random.Generator, num: int, rate: float, c: SessionConfig, spare: float = 1.4
     ) -> RequestTable:
         # start conversations that together have a few turns to spare, some before time 0, so that
-        # the stream is in its steady state from the first request on
-        lead_s = 1.5 * c.mean_turns * c.think_s
+        # the stream is in its steady state from the first request on: lengths are about
+        # exponential, so that exp(-5) of the older conversations are missing
+        lead_s = 5.0 * c.mean_turns * c.think_s
         count = int(spare * (num + rate * lead_s) / c.mean_turns) + 16
         turns = np.minimum(rng.geometric(1.0 / c.mean_turns, count), 64)
         session = np.repeat(np.arange(count), turns)
@@ -153,6 +178,12 @@ class GeneratedConfig(_Config):
         keep = np.flatnonzero((arrival >= 0) & (prompt + answered <= c.max_context_tokens))
         keep = keep[np.argsort(arrival[keep], kind="stable")][:num]
         if len(keep) < num:
+            if spare > _MAX_SPARE:
+                raise WorkloadError(
+                    f"next to no turn fits max_context_tokens ({c.max_context_tokens}) beside "
+                    f"system_prompt_tokens ({c.system_prompt_tokens}): raise it, or make prompt "
+                    "and output shorter"
+                )
             return self._conversations(rng, num, rate, c, 2.0 * spare)
         salt = int(rng.integers(1, 1 << 40))
         keys = np.empty((num, 2), np.int64)
@@ -185,7 +216,9 @@ class TraceConfig(_Config):
 
     def whole(self) -> RequestTable:
         """Return the whole trace, as fast as it was."""
-        return _trace(self.path, self.max_context_tokens)
+        path = Path(self.path)
+        version = (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None
+        return _trace(path, version, self.max_context_tokens)
 
     def table(
         self,
@@ -197,22 +230,37 @@ class TraceConfig(_Config):
     ) -> RequestTable:
         """Take `num_requests` successive requests from a random place, at `load` times the rate."""
         whole = self.whole()
+        if self.rate_rps and not np.isfinite(whole.rate_rps):
+            raise WorkloadError(
+                f"{self.path} cannot be played at rate_rps {self.rate_rps:g}: all of its requests "
+                "arrive at one time; leave rate_rps out"
+            )
         num = min(num_requests, len(whole))
         first = int(rng.integers(0, len(whole) - num + 1))
         part = whole.take(np.arange(first, first + num))
         factor = load * (self.rate_rps / whole.rate_rps if self.rate_rps else 1.0)
         part = replace(part, arrival_s=part.arrival_s - part.arrival_s[0]).scaled(factor)
         if len(class_shares) > 1 and not part.slo_class.any():
-            shares = np.cumsum(class_shares) / np.sum(class_shares)
-            draw = np.searchsorted(shares[:-1], rng.random(num), side="right")
-            part = replace(part, slo_class=draw.astype(np.int16))
+            part = replace(part, slo_class=_draw_classes(rng, part, class_shares))
         return part
 
 
-@cache
-def _trace(path: str, max_context_tokens: int) -> RequestTable:
-    """Read a trace once; requests beyond the context limit are cut to it, as a client would."""
-    table = read_trace(Path(path)).table
+def _draw_classes(
+    rng: np.random.Generator, table: RequestTable, shares: Sequence[float]
+) -> Int16Array:
+    """Draw an SLO class for each conversation, `int16[n]`."""
+    below = np.cumsum(shares) / np.sum(shares)
+    draw = rng.random(len(table))[table.conversation]
+    return np.searchsorted(below[:-1], draw, side="right").astype(np.int16)
+
+
+@lru_cache(maxsize=8)
+def _trace(path: Path, version: tuple[int, int] | None, max_context_tokens: int) -> RequestTable:
+    """Read a trace once for each `version` (size and time of change) of its file.
+
+    Requests beyond the context limit are cut to it, as a client would.
+    """
+    table = read_trace(path).table
     output = np.minimum(table.output_tokens, max(1, max_context_tokens // 2))
     prompt = np.minimum(table.prompt_tokens, max_context_tokens - output)
     return replace(

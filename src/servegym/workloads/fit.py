@@ -6,11 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from servegym.errors import WorkloadError
 from servegym.typing import FloatArray, Int32Array
 from servegym.workloads.config import ArrivalConfig, GeneratedConfig, LengthConfig
 from servegym.workloads.table import RequestTable
 
 QUANTILES = (5, 25, 50, 75, 95, 99)
+_MIN_CV = 0.01  # a clock's arrivals have none, a gamma process needs some
 
 
 class FitRow(NamedTuple):
@@ -30,11 +32,18 @@ def fit_workload(table: RequestTable) -> GeneratedConfig:
 
     Returns:
         A generator of independent requests.
+
+    Raises:
+        WorkloadError: If all requests arrive at one time.
     """
+    if table.arrival_s[0] == table.arrival_s[-1]:
+        raise WorkloadError(
+            f"a rate needs arrivals at two times or more, got {len(table)} request(s) at one"
+        )
     gaps = np.diff(table.arrival_s)
     return GeneratedConfig(
         rate_rps=table.rate_rps,
-        arrivals=ArrivalConfig(kind="gamma", cv=float(gaps.std() / gaps.mean())),
+        arrivals=ArrivalConfig(kind="gamma", cv=max(_MIN_CV, float(gaps.std() / gaps.mean()))),
         prompt=_mixture(table.prompt_tokens),
         output=_mixture(table.output_tokens),
     )

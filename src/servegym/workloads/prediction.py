@@ -18,7 +18,7 @@ class PredictorConfig(BaseModel):
     neighbour, and answers that class's median; `mean` knows the average alone.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: Literal["lognormal", "bucket", "mean", "perfect"] = "lognormal"
     sigma: float = Field(0.5, ge=0)
@@ -45,7 +45,9 @@ class PredictorConfig(BaseModel):
         edges = np.quantile(truth, np.linspace(0, 1, self.num_buckets + 1)[1:-1])
         bucket = np.searchsorted(edges, truth, side="right")
         wrong = rng.random(len(truth)) >= self.accuracy
+        last = self.num_buckets - 1
         shift = np.where(rng.random(len(truth)) < 0.5, -1, 1)
-        guess = np.clip(bucket + wrong * shift, 0, self.num_buckets - 1)
+        shift = np.where(bucket == 0, 1, np.where(bucket == last, -1, shift))
+        guess = bucket + wrong * shift
         medians = np.quantile(truth, (np.arange(self.num_buckets) + 0.5) / self.num_buckets)
         return np.maximum(1.0, medians[guess])

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from servegym.errors import WorkloadError
+from servegym.typing import Int32Array, IntArray
+from servegym.workloads.records import json_object, records
 from servegym.workloads.table import RequestTable
 
 _BLOCK_TOKENS = 512  # of Mooncake's hash ids
+_INT16_MAX = 2**15 - 1
+_INT32_MAX = 2**31 - 1
 _ALIASES = {
     "arrival_s": ("arrival_s", "TIMESTAMP", "Timestamp", "timestamp"),
     "prompt": ("prompt_tokens", "ContextTokens", "input_tokens", "input_length", "Request tokens"),
@@ -46,6 +46,16 @@ class Trace:
     first_bad: str = ""
 
 
+class _Row(NamedTuple):
+    arrival_s: float
+    prompt_tokens: int
+    output_tokens: int
+    slo_class: int
+    tenant: int
+    session: int
+    hashes: list[int]
+
+
 def read_trace(path: str | Path, *, on_bad_row: Literal["error", "skip"] = "error") -> Trace:
     """Read a trace in any supported format, told by its columns.
 
@@ -60,30 +70,27 @@ def read_trace(path: str | Path, *, on_bad_row: Literal["error", "skip"] = "erro
         WorkloadError: If the file or a row cannot be used; it names file, line and column.
     """
     path = Path(path)
-    if not path.is_file():
-        raise WorkloadError(f"no trace at {path}: give the path of a CSV, JSONL or Parquet file")
-    rows: list[tuple[float, int, int, list[int], int, int, int]] = []
+    rows: list[_Row] = []
     bad: list[str] = []
-    for line, record in _records(path):
+    for line, record in records(path):
         try:
-            rows.append(_parse(path, line, record))
+            rows.append(_parse(path.name, line, record))
         except WorkloadError as error:
             if on_bad_row == "error":
                 raise
             bad.append(str(error))
     if not rows:
         raise WorkloadError(f"{path.name} has no usable request" + (f": {bad[0]}" if bad else ""))
-    rows.sort(key=lambda row: row[0])
-    hashes = [row[3] for row in rows]
-    keys, ends, offsets = _segments(hashes)
-    arrival = np.array([row[0] for row in rows])
+    rows.sort(key=lambda row: row.arrival_s)
+    keys, ends, offsets = _segments([row.hashes for row in rows])
+    arrival = np.array([row.arrival_s for row in rows])
     table = RequestTable.build(
         arrival - arrival[0],
-        np.array([row[1] for row in rows]),
-        np.array([row[2] for row in rows]),
-        slo_class=np.array([row[4] for row in rows]),
-        tenant=np.array([row[5] for row in rows]),
-        session=np.array([row[6] for row in rows]),
+        np.array([row.prompt_tokens for row in rows]),
+        np.array([row.output_tokens for row in rows]),
+        slo_class=np.array([row.slo_class for row in rows]),
+        tenant=np.array([row.tenant for row in rows]),
+        session=np.array([row.session for row in rows]),
         prefix_offsets=offsets,
         prefix_keys=keys,
         prefix_ends=ends,
@@ -91,103 +98,106 @@ def read_trace(path: str | Path, *, on_bad_row: Literal["error", "skip"] = "erro
     return Trace(table, path.name, len(bad), bad[0] if bad else "")
 
 
-def _records(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    """Yield `(line, record)`; the header of a CSV is line 1."""
-    if path.suffix == ".parquet":
-        try:
-            import pyarrow.parquet as parquet
-        except ImportError as error:
-            raise WorkloadError(
-                "reading Parquet needs pyarrow: pip install 'servegym[parquet]'"
-            ) from error
-        yield from enumerate(parquet.read_table(path).to_pylist(), start=1)
-        return
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8", newline="") as raw:
-        stream = io.StringIO(raw.read())
-    if ".jsonl" in path.name:
-        for line, text in enumerate(stream, start=1):
-            if text.strip():
-                try:
-                    yield line, json.loads(text)
-                except json.JSONDecodeError as error:
-                    raise WorkloadError(
-                        f"{path.name}, line {line}: not JSON ({error.msg})"
-                    ) from error
-        return
-    import csv
-
-    for line, record in enumerate(csv.DictReader(stream), start=2):
-        yield line, dict(record)
-
-
-def _parse(
-    path: Path, line: int, record: dict[str, object]
-) -> tuple[float, int, int, list[int], int, int, int]:
-    where = f"{path.name}, line {line}"
+def _parse(name: str, line: int, record: str | dict[str, object]) -> _Row:
+    where = f"{name}, line {line}"
+    holder = name  # of the columns: the file, or each JSON line for itself
+    if isinstance(record, str):
+        record, holder = json_object(where, record), where
     found = {}
     for want, names in _ALIASES.items():
         column = next((name for name in names if name in record), None)
         if column is None:
             raise WorkloadError(
-                f"{path.name} has no column for {want}: it has {', '.join(map(str, record))}; "
+                f"{holder} has no column for {want}: it has {', '.join(map(str, record))}; "
                 f"needed is one of {', '.join(names)}"
             )
         found[want] = column
-    arrival = _time(where, found["arrival_s"], record)
-    prompt = _count(where, found["prompt"], record[found["prompt"]])
-    output = _count(where, found["output"], record[found["output"]])
-    raw = record.get("hash_ids", record.get("prefix_hashes"))
-    hashes: list[int] = []
-    if isinstance(raw, str):
-        hashes = [int(part) for part in raw.split()]
-    elif raw is not None:
-        hashes = [int(part) for part in raw]  # type: ignore[attr-defined]
-    extra = [
-        int(float(str(record.get(name) or default)))
-        for name, default in (("slo_class", 0), ("tenant", 0), ("session", -1))
-    ]
-    return arrival, prompt, output, hashes, extra[0], extra[1], extra[2]
+
+    def whole(column: str, low: int, high: int, default: int | None = None) -> int:
+        value = record.get(column)
+        if default is not None and value in (None, ""):
+            return default
+        return _whole(where, column, value, low, high)
+
+    return _Row(
+        arrival_s=_time(where, found["arrival_s"], record[found["arrival_s"]]),
+        prompt_tokens=whole(found["prompt"], 1, _INT32_MAX),
+        output_tokens=whole(found["output"], 1, _INT32_MAX),
+        slo_class=whole("slo_class", 0, _INT16_MAX, default=0),
+        tenant=whole("tenant", 0, _INT32_MAX, default=0),
+        session=whole("session", -1, _INT32_MAX, default=-1),
+        hashes=_hashes(where, "hash_ids" if "hash_ids" in record else "prefix_hashes", record),
+    )
 
 
-def _time(where: str, column: str, record: dict[str, object]) -> float:
-    value = record[column]
+def _time(where: str, column: str, value: object) -> float:
     if column == "TIMESTAMP":
         try:
-            return datetime.fromisoformat(str(value)[:26].rstrip("Z")).timestamp()
+            time = datetime.fromisoformat(str(value))
         except ValueError:
             raise WorkloadError(
                 f"{where}, column {column}: {value!r} is no time such as 2023-11-16 18:15:46.68"
             ) from None
-    try:
-        seconds = float(str(value))
-    except ValueError:
-        raise WorkloadError(f"{where}, column {column}: {value!r} is not a number") from None
+        # without an offset, UTC: the clock of this machine has no part in a trace
+        return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
+    seconds = _number(where, column, value)
     if not np.isfinite(seconds):
         raise WorkloadError(f"{where}, column {column}: {value!r} is not a finite time")
     return seconds / 1000.0 if column == "timestamp" else seconds  # Mooncake counts milliseconds
 
 
-def _count(where: str, column: str, value: object) -> int:
-    try:
-        number = float(str(value))
-    except ValueError:
-        raise WorkloadError(f"{where}, column {column}: {value!r} is not a number") from None
-    if not (number >= 1 and number == int(number)):
-        raise WorkloadError(f"{where}, column {column}: {value!r} must be a whole number from 1 on")
+def _whole(where: str, column: str, value: object, low: int, high: int) -> int:
+    number = _number(where, column, value)
+    if not (low <= number <= high and number == int(number)):
+        raise WorkloadError(
+            f"{where}, column {column}: {value!r} must be a whole number from {low} to {high}"
+        )
     return int(number)
 
 
-def _segments(hashes: list[list[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _number(where: str, column: str, value: object) -> float:
+    try:
+        return float(str(value))
+    except ValueError:
+        raise WorkloadError(f"{where}, column {column}: {value!r} is not a number") from None
+
+
+def _hashes(where: str, column: str, record: dict[str, object]) -> list[int]:
+    value = record.get(column)
+    parts = value.split() if isinstance(value, str) else [] if value is None else value
+    try:
+        if not isinstance(parts, list):
+            raise ValueError
+        hashes = [int(str(part)) for part in parts]
+        if not all(-(2**63) <= part < 2**64 for part in hashes):
+            raise ValueError
+    except ValueError:
+        raise WorkloadError(
+            f"{where}, column {column}: {value!r} is no list of whole numbers of 64 bits"
+        ) from None
+    return hashes
+
+
+def _segments(hashes: list[list[int]]) -> tuple[IntArray, Int32Array, IntArray]:
     """Chain block hashes into prefix keys: each key depends on all hashes up to its own."""
-    keys: list[int] = []
-    ends: list[int] = []
-    offsets = [0]
-    for row in hashes:
-        key = 0
-        for block, value in enumerate(row, start=1):
-            key = hash((key, value)) & 0x7FFFFFFFFFFFFFFF
-            keys.append(key)
-            ends.append(block * _BLOCK_TOKENS)
-        offsets.append(len(keys))
-    return np.array(keys, np.int64), np.array(ends, np.int32), np.array(offsets, np.int64)
+    counts = np.array([len(row) for row in hashes], np.int64)
+    offsets = np.concatenate((np.zeros(1, np.int64), np.cumsum(counts)))
+    mixed = _mix(np.array([value % 2**64 for row in hashes for value in row], np.uint64))
+    keys = np.zeros(len(mixed), np.uint64)
+    ends = np.zeros(len(mixed), np.int32)
+    key = np.zeros(len(hashes), np.uint64)
+    for block in range(int(counts.max())):  # the blocks of one depth of all requests at once
+        rows = np.flatnonzero(counts > block)
+        at = offsets[rows] + block
+        key[rows] = _mix(key[rows] ^ mixed[at])
+        keys[at] = key[rows]
+        ends[at] = (block + 1) * _BLOCK_TOKENS
+    return (keys >> np.uint64(1)).astype(np.int64), ends, offsets
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """Scramble `uint64[n]`, one to one (splitmix64; Steele, Lea and Flood, OOPSLA 2014)."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -156,6 +156,13 @@ class RequestTable:
         return replace(self, arrival_s=self.arrival_s / rate_factor)
 
     @property
+    def conversation(self) -> IntArray:
+        """Number of each request's conversation, from 0; a request without is one of its own."""
+        alone = np.arange(len(self))
+        owner = np.where(self.session < 0, alone, len(self) + self.session.astype(np.int64))
+        return np.unique(owner, return_inverse=True)[1]
+
+    @property
     def rate_rps(self) -> float:
         """Mean arrival rate in requests per second over the span of the stream."""
         span = float(self.arrival_s[-1] - self.arrival_s[0])

@@ -1,0 +1,126 @@
+"""GPU and model specifications: complete, sourced, consistent with published tables."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from servegym.assets.specs import gpu, gpu_names, model, model_names
+from servegym.errors import ConfigError
+
+DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the published tables are not here")
+
+
+def published(file, key):
+    with (DATA / "published" / file).open(newline="") as text:
+        return {row[key]: row for row in csv.DictReader(text)}
+
+
+@pytest.mark.parametrize("name", gpu_names())
+def test_a_gpu_says_where_its_numbers_are_from(name):
+    spec = gpu(name)
+    assert len(spec.source) > 10
+    assert len(spec.price_source) > 10
+    for fit in (spec.gemm, spec.prefill, spec.decode):
+        # a fit has a source and its error; what was not measured says that it is a prior
+        assert fit.prior != bool(fit.source)
+        assert fit.prior == (fit.error is None)
+
+
+@pytest.mark.parametrize("name", gpu_names())
+@pytest.mark.parametrize("operator", ["gemm", "prefill", "decode"])
+def test_an_efficiency_is_a_share_of_the_data_sheet(name, operator):
+    fit = getattr(gpu(name), operator)
+    assert 0 < fit.eff_bytes <= 1
+    assert 0 < fit.eff_flops <= 1
+    assert 0 < fit.c0_s < 1e-4
+    assert fit.p >= 1
+
+
+@pytest.mark.parametrize("name", gpu_names())
+def test_peaks_have_plausible_sizes(name):
+    spec = gpu(name)
+    assert 5e13 < spec.bf16_flops < 5e15
+    assert spec.fp8_flops == 0 or spec.fp8_flops == pytest.approx(2 * spec.bf16_flops, rel=0.02)
+    assert 2e10 <= spec.memory_bytes < 3e11
+    assert 2e11 < spec.memory_bytes_per_s < 1e13
+    assert 0.1 < spec.price_usd_per_h < 20
+
+
+@pytest.mark.parametrize("name", gpu_names())
+def test_a_bus_is_slower_than_the_memory(name):
+    spec = gpu(name)
+    assert spec.all_reduce
+    for fit in spec.all_reduce.values():
+        assert 0 < fit.bus_bytes_per_s < spec.memory_bytes_per_s
+        assert 1e-6 < fit.alpha_s < 1e-4
+
+
+@needs_data
+@pytest.mark.parametrize("name", gpu_names())
+def test_peaks_are_those_of_the_data_sheet(name):
+    sheet = published("gpus.csv", "gpu")[name]
+    spec = gpu(name)
+    assert spec.bf16_flops == pytest.approx(1e12 * float(sheet["bf16_dense_tflops"]))
+    assert spec.fp8_flops == pytest.approx(1e12 * float(sheet["fp8_dense_tflops"] or 0))
+    # sheets mean GiB; ECC takes up to 1/16 of it on boards with GDDR memory
+    assert 0.93 < spec.memory_bytes / (2**30 * float(sheet["hbm_gb"])) <= 1
+    assert spec.memory_bytes_per_s == pytest.approx(1e12 * float(sheet["hbm_tb_s"]))
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_parameters_are_those_of_the_architecture(name):
+    m = model(name)
+    attention = m.hidden * m.head_dim * (2 * m.heads + 2 * m.kv_heads)  # Q, O and K, V
+    if m.num_experts:
+        ffn = m.num_experts * (m.ffn_matrices * m.expert_ffn_dim + 1) * m.hidden  # 1: the router
+    else:
+        ffn = m.ffn_matrices * m.ffn_dim * m.hidden
+    params = m.layers * (attention + ffn) + 2 * m.vocab * m.hidden
+    assert m.num_params == pytest.approx(params, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_a_token_caches_two_bytes_of_k_and_v_of_every_layer(name):
+    m = model(name)
+    assert m.kv_bytes_per_token == 2 * 2 * m.layers * m.kv_heads * m.head_dim
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_a_model_is_consistent_and_sourced(name):
+    m = model(name)
+    assert m.heads % m.kv_heads == 0
+    assert m.active_experts <= m.num_experts
+    assert bool(m.num_experts) == bool(m.expert_ffn_dim)
+    assert len(m.source) > 10
+
+
+@needs_data
+@pytest.mark.parametrize("name", model_names())
+def test_an_architecture_is_the_published_one(name):
+    row = published("models.csv", "model")[name]
+    m = model(name)
+    same = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn_dim", "vocab")
+    assert [getattr(m, key) for key in same] == [int(row[key]) for key in same]
+    assert m.num_experts == int(row["n_experts"] or 0)
+    assert m.active_experts == int(row["active_experts"] or 0)
+
+
+@pytest.mark.parametrize(
+    ("find", "kind", "got", "near"),
+    [
+        (gpu, "GPU", "A100-SXM-80G", "A100-SXM-80GB"),
+        (model, "model", "Llama-3.1-8", "Llama-3.1-8B"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_all_and_the_nearest(find, kind, got, near):
+    with pytest.raises(ConfigError) as caught:
+        find(got)
+    message = str(caught.value)
+    assert message.startswith(f"unknown {kind} {got!r}: choose one of ")
+    assert message.endswith(f"did you mean {near}?")
+    for name in gpu_names() if find is gpu else model_names():
+        assert name in message

@@ -1,0 +1,268 @@
+"""The cost of a step: by hand, monotonic, bounded by the data sheet, split over GPUs."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from servegym.assets.specs import (
+    AllReduceFit,
+    GpuSpec,
+    KernelFit,
+    ModelSpec,
+    gpu,
+    gpu_names,
+    model,
+    model_names,
+)
+from servegym.costs.roofline import RooflineSource
+from servegym.costs.step import StepCost
+from servegym.errors import ConfigError
+
+# Moves 1 byte in 1 ns and computes for nothing, so that a step's time counts its bytes.
+PERFECT = KernelFit(c0_s=0.0, eff_flops=1.0, eff_bytes=1.0, p=1.0)
+BYTE_COUNTER = GpuSpec(
+    bf16_flops=1e30,
+    memory_bytes=10e9,
+    memory_bytes_per_s=1e9,
+    price_usd_per_h=1.0,
+    source="made up",
+    price_source="made up",
+    gemm=PERFECT,
+    prefill=PERFECT,
+    decode=KernelFit(c0_s=5e-9, eff_bytes=1.0),
+    all_reduce={2: AllReduceFit(alpha_s=0.0, bus_bytes_per_s=1e9, p=1.0)},
+)
+DENSE = ModelSpec(
+    layers=2,
+    hidden=8,
+    heads=4,
+    kv_heads=2,
+    head_dim=2,
+    ffn_dim=16,
+    num_experts=0,
+    active_experts=0,
+    expert_ffn_dim=0,
+    vocab=32,
+    ffn_matrices=3,
+    kv_bytes_per_token=4 * 2 * 2 * 2,
+    num_params=1e9,
+    source="made up",
+)
+EXPERTS = DENSE.model_copy(update={"num_experts": 4, "active_experts": 1, "expert_ffn_dim": 16})
+NS = 1e-9
+
+
+def toy(spec=DENSE, tp=1):
+    return StepCost(BYTE_COUNTER, spec, tp, source=RooflineSource(BYTE_COUNTER, cpu_overhead_s=0.0))
+
+
+# ---- by hand ----
+
+
+def test_the_terms_of_one_decode_count_its_bytes():
+    # a GEMM of one token moves 2 (n k + k) + 2 n bytes; two layers, one head
+    terms = toy().terms(1, batch=1, kv_tokens=10)
+    assert terms == pytest.approx(
+        {
+            "cpu": 0.0,
+            # QKV n = (4 + 2 * 2) * 2 = 16, k = 8: 304; out n = 8, k = 8: 160
+            "attention GEMMs": 2 * (304 + 160) * NS,
+            # gate and up n = 32, k = 8: 592; down n = 8, k = 16: 304
+            "MLP": 2 * (592 + 304) * NS,
+            "all-reduce": 0.0,
+            "output head": 592 * NS,  # n = 32, k = 8
+            "attention launch": 2 * 5 * NS,
+            "prefill attention": 0.0,
+            "decode attention": 2 * (4 * 2 * 2 * 10) * NS,  # K and V of 10 tokens
+        }
+    )
+
+
+def test_two_gpus_share_heads_and_ffn_and_add_two_all_reduces_a_layer():
+    terms = toy(tp=2).terms(1)
+    # QKV n = (2 + 2 * 1) * 2 = 8, k = 8: 160; out n = 8, k = 4: 2 * (32 + 4) + 16 = 88
+    assert terms["attention GEMMs"] == pytest.approx(2 * (160 + 88) * NS)
+    # gate and up n = 16, k = 8: 304; down n = 8, k = 8: 160
+    assert terms["MLP"] == pytest.approx(2 * (304 + 160) * NS)
+    # 16 bytes of one token, 2 * 1/2 of them over the bus, twice a layer
+    assert terms["all-reduce"] == pytest.approx(2 * 2 * 16 * NS)
+
+
+def test_one_token_touches_its_active_experts_alone():
+    # one expert: as the dense MLP of the same width
+    assert toy(EXPERTS).terms(1)["experts"] == pytest.approx(toy().terms(1)["MLP"])
+
+
+def test_two_tokens_touch_as_many_experts_as_uniform_routing_does():
+    # 2 tokens on 4 experts: 4 (1 - (3/4)^2) = 1.75 distinct ones with 8/7 tokens each
+    # one expert: 2 (32 * 8 + 8/7 * 8) + 2 * 8/7 * 32 and 2 (8 * 16 + 8/7 * 16) + 2 * 8/7 * 8
+    rows = 8 / 7
+    one = 2 * (256 + rows * 8) + 2 * rows * 32 + 2 * (128 + rows * 16) + 2 * rows * 8
+    # the launch of a grouped kernel, subtracted and added once, is 2 * 2 bytes of a 1 x 1 matrix
+    expected = 1.75 * (one - 4) + 4
+    assert toy(EXPERTS).terms(2)["experts"] == pytest.approx(2 * expected * NS, rel=1e-6)
+
+
+def test_the_output_head_sees_one_row_a_sequence_at_most():
+    long, longer = (toy().terms(tokens)["output head"] for tokens in (256, 4096))
+    assert long == longer
+
+
+def test_capacity_is_what_weights_and_reserve_leave():
+    # 0.9 * 10 GB - 2 GB of weights - 1.7 GB = 5.3 GB of 32 bytes
+    assert toy().kv_capacity_tokens(0.9) == 165_625_000
+    # fp8 halves the weights: 6.3 GB
+    fp8 = StepCost(BYTE_COUNTER.model_copy(update={"fp8_flops": 1e30}), DENSE, fp8=True)
+    assert fp8.kv_capacity_tokens(0.9) == 196_875_000
+
+
+#: GPU, model, share of memory, KV tokens, source.
+MEASURED = [
+    (
+        "RTX-4090",
+        "Llama-3.1-8B",
+        0.9,
+        41_408,
+        "vLLM 0.19.0 with 2,048 tokens a step: num_kv_tokens in the record of LLMServingSim's run",
+    ),
+]
+
+
+@pytest.mark.parametrize(("gpu_name", "model_name", "share", "tokens", "source"), MEASURED)
+def test_capacity_is_what_an_engine_reported(gpu_name, model_name, share, tokens, source):
+    cost = StepCost(gpu(gpu_name), model(model_name))
+    assert cost.kv_capacity_tokens(share) == pytest.approx(tokens, rel=0.05), source
+
+
+# ---- laws ----
+
+EVERY_MODEL = {name: StepCost(gpu("H200-SXM-141GB"), model(name), 4) for name in model_names()}
+
+
+@pytest.mark.parametrize("name", model_names())
+@settings(max_examples=40, deadline=None)
+@given(tokens=st.integers(1, 8192), more=st.integers(1, 512))
+def test_more_tokens_take_longer(name, tokens, more):
+    cost = EVERY_MODEL[name]
+    assert cost.dense_s(tokens + more) >= cost.dense_s(tokens)
+
+
+@pytest.mark.parametrize("name", model_names())
+@settings(max_examples=40, deadline=None)
+@given(chunk=st.integers(1, 4096), context=st.integers(0, 100_000), more=st.integers(1, 512))
+def test_more_prompt_and_more_context_take_longer(name, chunk, context, more):
+    cost = EVERY_MODEL[name]
+
+    def prefill_s(chunk, context):
+        return cost.terms(chunk, chunk=chunk, context=context)["prefill attention"]
+
+    assert prefill_s(chunk + more, context) > prefill_s(chunk, context)
+    assert prefill_s(chunk, context + more) > prefill_s(chunk, context)
+
+
+@pytest.mark.parametrize("name", model_names())
+@settings(max_examples=40, deadline=None)
+@given(batch=st.integers(1, 512), kv=st.integers(1, 10**6), more=st.integers(1, 512))
+def test_more_sequences_and_more_kv_take_longer(name, batch, kv, more):
+    cost = EVERY_MODEL[name]
+
+    def decode_s(batch, kv):
+        return cost.terms(batch, batch=batch, kv_tokens=kv)["decode attention"]
+
+    assert decode_s(batch + more, kv) > decode_s(batch, kv)
+    assert decode_s(batch, kv + more) > decode_s(batch, kv)
+
+
+@pytest.mark.parametrize("gpu_name", gpu_names())
+@pytest.mark.parametrize("model_name", ["Llama-3.1-8B", "Llama-2-7B", "Qwen3-32B", "Qwen2.5-72B"])
+@pytest.mark.parametrize("tokens", [1, 64, 2048])
+def test_no_step_beats_the_data_sheet(gpu_name, model_name, tokens):
+    spec, arch = gpu(gpu_name), model(model_name)
+    block_params = arch.num_params - 2 * arch.vocab * arch.hidden  # without embedding and head
+    for tp in (1, *spec.all_reduce):
+        if arch.heads % tp:
+            continue
+        step_s = StepCost(spec, arch, tp).dense_s(tokens)
+        assert step_s >= 2 * tokens * block_params / (tp * spec.bf16_flops) * 0.999
+        assert step_s >= 2 * block_params / (tp * spec.memory_bytes_per_s) * 0.999
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_two_gpus_halve_the_time_of_a_large_mlp(name):
+    # at 8192 tokens launches no longer count, and every GPU has half of every matrix
+    term = "experts" if model(name).num_experts else "MLP"
+    one, two = (StepCost(gpu("H200-SXM-141GB"), model(name), tp).terms(8192)[term] for tp in (1, 2))
+    assert one / two == pytest.approx(2.0, rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["H100-SXM-80GB", "A100-SXM-80GB", "B200-SXM-180GB"])
+def test_gpus_on_a_fast_bus_shorten_a_large_step(name):
+    steps = [StepCost(gpu(name), model("Llama-3.1-70B"), tp).dense_s(2048) for tp in (1, 2, 4, 8)]
+    assert steps == sorted(steps, reverse=True)
+
+
+# ---- every GPU with every model ----
+
+
+def combinations():
+    return [(g, m) for g in gpu_names() for m in model_names()]
+
+
+@pytest.mark.parametrize(("gpu_name", "model_name"), combinations())
+def test_a_gpu_holds_a_model_or_says_what_to_do(gpu_name, model_name):
+    spec, arch = gpu(gpu_name), model(model_name)
+    for tp in (1, *spec.all_reduce):
+        if arch.heads % tp:
+            with pytest.raises(ConfigError, match=f"tp must divide the {arch.heads} heads"):
+                StepCost(spec, arch, tp)
+            continue
+        for fp8 in (False, True) if spec.fp8_flops else (False,):
+            cost = StepCost(spec, arch, tp, fp8)
+            free = tp * (0.9 * spec.memory_bytes - 1.7e9) - (1 if fp8 else 2) * arch.num_params
+            if free <= 0:
+                with pytest.raises(ConfigError, match="do not fit"):
+                    cost.kv_capacity_tokens()
+                continue
+            tokens = cost.kv_capacity_tokens()
+            # more than one long conversation, less than an empty machine could hold
+            assert 4096 < tokens < tp * spec.memory_bytes / arch.kv_bytes_per_token
+            assert tokens * arch.kv_bytes_per_token <= free
+
+
+@pytest.mark.parametrize(
+    ("name", "tp"),
+    [
+        (name, tp)
+        for name in model_names()
+        for tp in (1, 2, 4, 8)
+        if model(name).heads % tp == 0 and 2 * model(name).num_params < tp * 120e9
+    ],
+)
+def test_gpus_beyond_the_kv_heads_hold_copies_of_them(name, tp):
+    spec, arch = gpu("H200-SXM-141GB"), model(name)
+    free = 0.9 * spec.memory_bytes - 1.7e9 - 2 * arch.num_params / tp
+    # each GPU caches K and V of its share of the heads, and of one head at least
+    per_gpu = 2 * 2 * arch.layers * max(1, arch.kv_heads // tp) * arch.head_dim
+    assert StepCost(spec, arch, tp).kv_capacity_tokens() == pytest.approx(free / per_gpu, abs=1)
+
+
+# ---- wrong input ----
+
+
+@pytest.mark.parametrize("tp", [0, -1, 3])
+def test_a_degree_that_does_not_divide_the_heads_is_refused(tp):
+    with pytest.raises(ConfigError, match=f"tp must divide the 4 heads, got {tp}"):
+        StepCost(BYTE_COUNTER, DENSE, tp)
+
+
+def test_a_degree_without_collectives_is_refused():
+    with pytest.raises(ConfigError, match=r"choose tp from \[1, 2\]"):
+        StepCost(gpu("A40"), model("Llama-3.1-8B"), 4)
+
+
+@pytest.mark.parametrize("name", [n for n in gpu_names() if not gpu(n).fp8_flops])
+def test_fp8_without_units_is_refused(name):
+    with pytest.raises(ConfigError, match="no fp8 units"):
+        StepCost(gpu(name), model("Llama-3.1-8B"), fp8=True)

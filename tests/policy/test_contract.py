@@ -1,0 +1,140 @@
+"""The observation contract: its rows, its words, and what the simulator fills."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from servegym.cluster import state
+from servegym.cluster.nominal import nominal_facts
+from servegym.cluster.simulator import Simulator
+from servegym.cluster.state import DECISION
+from servegym.policy import contract
+from servegym.policy.contract import (
+    NO_BOUND,
+    REPLICA_FEATURES,
+    REQUEST_FEATURES,
+    Group,
+    ReplicaFeature,
+    RequestFeature,
+)
+from servegym.policy.observe import observe_batch
+from servegym.scenario import load_scenario, scenario_names
+
+#: What the simulator calls the rows, where that is not the feature's name.
+ROW_NAMES = {
+    "OUTSTANDING": "OUTSTANDING_REQUESTS",
+    "OUTSTANDING_PROMPT": "OUTSTANDING_PROMPT_TOKENS",
+    "PENDING_PREFILL": "PENDING_PREFILL_TOKENS",
+    "OUTSTANDING_PREDICTED": "OUTSTANDING_PREDICTED_TOKENS",
+    "RECENT_TTFT": "RECENT_TTFT_S",
+    "RECENT_TPOT": "RECENT_TPOT_S",
+    "SINCE_DISPATCH": "SINCE_DISPATCH_S",
+    "PREFILL_RATE": "PREFILL_TOKENS_PER_S",
+    "DECODE_STEP": "DECODE_STEP_S",
+    "DECODE_SEQ": "DECODE_SEQ_S",
+    "KV_CAPACITY": "KV_CAPACITY_TOKENS",
+    "KV_USAGE": "KV_CACHE_USAGE",
+    "GENERATED": "GENERATED_TOKENS",
+    "METRICS_AGE": "METRICS_AGE_S",
+    "PREFIX_HIT": "PREFIX_HIT_TOKENS",
+    "WHAT_IF_E2E": "WHAT_IF_E2E_S",
+    "WHAT_IF_ADDED": "WHAT_IF_ADDED_S",
+}
+UNITS = {"-", "s", "requests", "tokens", "tokens/s", "requests/s", "replicas"}
+FEATURES = [*REPLICA_FEATURES, *REQUEST_FEATURES]
+
+
+def test_rows_of_the_state_are_the_features_in_order():
+    rows = {
+        ROW_NAMES.get(name.removeprefix("VIEW_"), name.removeprefix("VIEW_")): getattr(state, name)
+        for name in dir(state)
+        if name.startswith("VIEW_")
+    }
+    assert rows == {f.name.upper(): i for i, f in enumerate(REPLICA_FEATURES)}
+    assert state.NUM_VIEW_ROWS == contract.NUM_REPLICA_FEATURES == len(REPLICA_FEATURES)
+
+
+@pytest.mark.parametrize("feature", FEATURES, ids=lambda f: f.name)
+def test_a_feature_has_name_range_unit_and_meaning(feature):
+    assert feature.name.isidentifier()
+    assert feature.name == feature.name.lower()
+    assert 0 <= feature.low < feature.high <= NO_BOUND
+    assert feature.unit in UNITS
+    assert feature.name.endswith("_s") == (feature.unit == "s") or feature.unit == "tokens/s"
+    assert isinstance(feature.group, Group)
+    assert len(feature.meaning.split()) >= 2
+
+
+@pytest.mark.parametrize("features", [REPLICA_FEATURES, REQUEST_FEATURES])
+def test_feature_names_and_meanings_are_unique(features):
+    assert len({f.name for f in features}) == len(features)
+    assert len({f.meaning for f in features}) == len(features)
+
+
+def test_what_environments_show_is_everything_but_the_planners_rows():
+    shown = REPLICA_FEATURES[: contract.NUM_OBSERVED_FEATURES]
+    hidden = REPLICA_FEATURES[contract.NUM_OBSERVED_FEATURES :]
+    assert all(f.group != Group.WHAT_IF for f in shown)
+    assert [f.name for f in hidden] == ["what_if_e2e_s", "what_if_added_s"]
+
+
+def test_predicted_lengths_are_there_for_the_request_and_for_each_replica():
+    assert REQUEST_FEATURES[RequestFeature.PREDICTED_OUTPUT_TOKENS].unit == "tokens"
+    assert REPLICA_FEATURES[ReplicaFeature.OUTSTANDING_PREDICTED_TOKENS].unit == "tokens"
+    assert not any("output_tokens" in f.name for f in FEATURES if "predicted" not in f.name)
+
+
+def test_nominal_rows_are_the_known_facts_at_the_replicas_speed():
+    scenario = load_scenario("mixed-chat")
+    episode = scenario.episode(0, num_requests=1)
+    episode.speed[:] = np.linspace(0.5, 2.0, len(episode.speed))
+    simulator = Simulator(scenario.spec, [episode])
+    simulator.advance()
+    observed = observe_batch(simulator, Group.COUNTERS)[0].replicas[0]
+    facts = nominal_facts(scenario.spec)[episode.type_idx]
+    speed = episode.speed
+    names = [f.name for f in REPLICA_FEATURES[contract.FIRST_NOMINAL :][: contract.NUM_NOMINAL]]
+    factors = {
+        "relative_speed": speed,
+        "prefill_tokens_per_s": speed,
+        "decode_step_s": 1 / speed,
+        "decode_seq_s": 1 / speed,
+        "kv_capacity_tokens": 1,
+        "max_num_seqs": 1,
+        "max_num_batched_tokens": 1,
+    }
+    assert names == list(factors)
+    for column, (name, factor) in enumerate(factors.items()):
+        row = observed[ReplicaFeature[name.upper()]]
+        np.testing.assert_allclose(row, facts[:, column] * factor, rtol=1e-12, err_msg=name)
+
+
+def test_relative_speed_has_the_fastest_replica_of_the_fleet_at_one():
+    scenario = load_scenario("hetero-prefix")
+    simulator = Simulator(scenario.spec, [scenario.episode(0, num_requests=1)])
+    simulator.advance()
+    observed = observe_batch(simulator, Group.COUNTERS)[0].replicas[0]
+    speed = observed[ReplicaFeature.RELATIVE_SPEED]
+    assert speed.max() == 1.0
+    assert speed.argmax() == 0  # the H100
+    assert speed[1] == speed[2] > speed[3] == speed[5]  # A100s, A40s
+
+
+@pytest.mark.parametrize("name", scenario_names())
+def test_observations_stay_within_the_ranges_of_the_contract(name):
+    scenario = load_scenario(name)
+    simulator = Simulator(scenario.spec, [scenario.episode(1, num_requests=150)])
+    low, high = (
+        np.array([getattr(f, x) for f in REPLICA_FEATURES])[:, None] for x in ("low", "high")
+    )
+    low_q, high_q = (np.array([getattr(f, x) for f in REQUEST_FEATURES]) for x in ("low", "high"))
+    rng = np.random.default_rng(2)
+    while simulator.advance()[0] == DECISION:
+        seen, _ = observe_batch(simulator, Group.COUNTERS | Group.METRICS | Group.PREFIX)
+        assert (seen.replicas[0] >= low).all()
+        assert (seen.replicas[0] <= high).all()
+        assert (seen.request[0] >= low_q).all()
+        assert (seen.request[0] <= high_q).all()
+        simulator.apply(np.array([rng.choice(np.flatnonzero(seen.mask[0, :-2]))]))
+    assert simulator.state.env[0]["num_ended"] == 150

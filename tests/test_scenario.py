@@ -1,0 +1,372 @@
+"""Scenarios: the bundled ones play, wrong ones are refused in one sentence, draws are fair."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import yaml
+
+from servegym.cluster.state import FAULT_DOWN, FAULT_SLOW, FAULT_UP
+from servegym.errors import ConfigError, ServeGymError
+from servegym.scenario import load_scenario, parse_scenario, scenario_names, with_trace
+
+BASE = {
+    "name": "tiny",
+    "fleet": [{"gpu": "A100-SXM-80GB", "count": 2}],
+    "workload": {"kind": "generated", "rate_rps": 5.0},
+    "num_requests": 30,
+}
+
+
+def text(*without, **changes):
+    data = {key: value for key, value in {**BASE, **changes}.items() if key not in without}
+    return yaml.safe_dump(data)
+
+
+def scenario(**changes):
+    return parse_scenario(text(**changes), "tiny.yaml")
+
+
+def fleet(**entry):
+    return {"fleet": [{"gpu": "A100-SXM-80GB", **entry}]}
+
+
+def workload(**changes):
+    return {"workload": {**BASE["workload"], **changes}}
+
+
+def same(a, b):
+    return all(np.array_equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
+
+
+# ---- bundled ----
+
+
+def test_names_are_sorted_and_include_both_controls():
+    names = scenario_names()
+    assert names == sorted(names)
+    assert {"hetero-prefix", "homogeneous-light", "mixed-chat"} <= set(names)
+
+
+@pytest.mark.parametrize("name", scenario_names())
+def test_a_bundled_scenario_gives_a_valid_episode(name):
+    bundled = load_scenario(name)
+    assert bundled.name == name
+    assert bundled.description
+    episode = bundled.episode(0)
+    episode.validate(bundled.spec)
+    assert len(episode.table) == bundled.num_requests
+    assert 1 <= episode.num_replicas <= bundled.max_replicas
+
+
+@pytest.mark.parametrize("name", scenario_names())
+def test_a_seed_gives_one_episode(name):
+    bundled = load_scenario(name)
+    first, again, other = (bundled.episode(seed, num_requests=64) for seed in (1, 1, 2))
+    assert same(first.table, again.table)
+    assert same(first.faults, again.faults)
+    assert first.noise_seed == again.noise_seed != other.noise_seed
+    assert not np.isclose(first.table.arrival_s, other.table.arrival_s).all()
+
+
+def test_a_path_loads_as_a_name_does(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text())
+    assert load_scenario(path) == load_scenario(str(path)) == scenario()
+
+
+# ---- episodes ----
+
+
+def test_the_requests_of_a_seed_are_the_same_on_every_fleet():
+    small, large = scenario(**fleet(count=1)), scenario(**fleet(count=[3, 9], speed=[0.5, 2.0]))
+    assert same(small.episode(4).table, large.episode(4).table)
+
+
+def test_load_halves_the_gaps():
+    once, twice = scenario().episode(4), scenario().episode(4, load=2.0)
+    np.testing.assert_allclose(twice.table.arrival_s, once.table.arrival_s / 2)
+    assert np.array_equal(twice.table.prompt_tokens, once.table.prompt_tokens)
+
+
+def test_ranges_are_drawn_for_every_episode():
+    ranged = scenario(**fleet(count=[2, 4], speed=[0.5, 1.5]))
+    episodes = [ranged.episode(seed, num_requests=1) for seed in range(60)]
+    assert {e.num_replicas for e in episodes} == {2, 3, 4}
+    speeds = np.concatenate([e.speed for e in episodes])
+    assert 0.5 <= speeds.min() < 0.6
+    assert 1.4 < speeds.max() <= 1.5
+    assert ranged.max_replicas == 4
+
+
+def test_replicas_come_in_the_order_of_the_fleet():
+    mixed = scenario(
+        fleet=[{"gpu": "L40S", "count": 2, "num_blocks": 77}, {"gpu": "A40", "speed": 0.5}]
+    )
+    episode = mixed.episode(0)
+    assert episode.type_idx.tolist() == [0, 0, 1]
+    assert episode.speed.tolist() == [1.0, 1.0, 0.5]
+    assert [t.name for t in mixed.spec.types] == ["L40S x1", "A40 x1"]
+    assert mixed.spec.types[0].num_blocks == 77
+
+
+def test_a_replica_of_several_gpus_costs_their_rent_and_holds_what_fits():
+    spec = scenario(**fleet(tp=2)).spec
+    one = scenario().spec.types[0]
+    two = spec.types[0]
+    assert two.num_gpus == 2
+    assert two.price_usd_per_h == 2 * one.price_usd_per_h
+    # 0.9 * 80 GiB - 16.06 GB of weights - 1.7 GB = 59.549 GB of 16 * 131,072 bytes: 28,395 blocks
+    assert one.num_blocks == 28_395
+    # 2 * 0.9 * 80 GiB - 16.06 GB - 3.4 GB = 135.159 GB: 64,448 blocks
+    assert two.num_blocks == 64_448
+
+
+def test_predictions_have_the_error_of_the_scenario():
+    predictor = {"disturbances": {"predictor": {"kind": "lognormal", "sigma": 0.3}}}
+    lengths = workload(output={"medians_tokens": [5000.0], "max_tokens": 100_000})
+    table = scenario(num_requests=5000, **predictor, **lengths).episode(0).table
+    error = np.log(table.predicted_output_tokens / table.output_tokens)
+    assert error.std() == pytest.approx(0.3, rel=0.05)
+
+
+def test_predictions_do_not_move_the_requests():
+    sure = scenario(disturbances={"predictor": {"kind": "perfect"}}).episode(0).table
+    vague = scenario(disturbances={"predictor": {"kind": "mean"}}).episode(0).table
+    assert np.array_equal(sure.arrival_s, vague.arrival_s)
+    assert np.array_equal(sure.output_tokens, vague.output_tokens)
+    assert not np.array_equal(sure.predicted_output_tokens, vague.predicted_output_tokens)
+
+
+def test_faults_come_at_their_rates_and_end_after_their_time():
+    # 4 replicas for some 10,000 s at 36 faults an hour each: 4 * 10,000 * 0.01 = 400 less those
+    # that fall into the 10 s of another one: the cycle is 110 s, so 364
+    trouble = {"rate_per_replica_hour": 36.0}
+    troubled = scenario(
+        num_requests=10_000,
+        **fleet(count=4),
+        **workload(rate_rps=1.0),
+        disturbances={
+            "fail_slow": {**trouble, "duration_s": 10.0, "multiplier": [0.2, 0.6]},
+            "fail_stop": {**trouble, "recovery_s": 10.0},
+        },
+    )
+    episode = troubled.episode(0)
+    faults = episode.faults
+    episode.validate(troubled.spec)
+    slow = (faults.kind == FAULT_SLOW) & (faults.value < 1)
+    assert ((faults.value[slow] >= 0.2) & (faults.value[slow] <= 0.6)).all()
+    assert slow.sum() == pytest.approx(364, abs=60)  # a standard deviation of 19 or less
+    assert (faults.kind == FAULT_DOWN).sum() == pytest.approx(364, abs=60)
+    for replica in range(4):
+        mine = faults.replica == replica
+        down = faults.time_s[mine & (faults.kind == FAULT_DOWN)]
+        up = faults.time_s[mine & (faults.kind == FAULT_UP)]
+        np.testing.assert_allclose(up - down, 10.0)
+
+
+# ---- wrong input ----
+
+WRONG = {
+    "unknown key": (text(num_request=5), ["num_request", "num_requests"]),
+    "key like none": (text(zzz=5), ["zzz", "num_requests", "workload"]),
+    "key in workload": (text(**workload(num_tenant=5)), ["num_tenant", "num_tenants"]),
+    "misspelt required key": (
+        text(workload={"kind": "generated", "rate_rp": 5}),
+        ["did you mean rate_rps"],
+    ),
+    "unknown GPU": (text(**{"fleet": [{"gpu": "H100"}]}), ["'H100'", "H100-SXM-80GB", "L40S"]),
+    "unknown model": (text(model="Llama-3"), ["'Llama-3'", "Llama-3.1-8B", "Mixtral-8x7B"]),
+    "unknown kind": (text(**workload(kind="generatd")), ["generatd", "generated", "trace"]),
+    "no kind": (text(workload={"rate_rps": 5.0}), ["kind", "generated", "trace"]),
+    "unknown precision": (text(precision="fp16"), ["fp16", "bf16", "fp8"]),
+    "negative rate": (text(**workload(rate_rps=-1.0)), ["rate_rps", "greater than 0", "-1.0"]),
+    "rate is a word": (text(**workload(rate_rps="fast")), ["rate_rps", "number", "fast"]),
+    "rate without end": (text(**workload(rate_rps=float("inf"))), ["rate_rps", "inf"]),
+    "negative SLO": (
+        text(slo_classes=[{"name": "a", "ttft_s": -1, "tpot_s": 1}]),
+        ["slo_classes.0.ttft_s", "greater than 0", "-1"],
+    ),
+    "no SLO class": (text(slo_classes=[]), ["slo_classes", "at least 1"]),
+    "empty fleet": (text(fleet=[]), ["fleet", "at least 1"]),
+    "no fleet": (text("fleet"), ["fleet", "required"]),
+    "no replica": (text(**fleet(count=0)), ["count", "0"]),
+    "negative count": (text(**fleet(count=-2)), ["count", "-2"]),
+    "count is a word": (text(**fleet(count="two")), ["count", "integer", "two"]),
+    "count range upside down": (text(**fleet(count=[3, 1])), ["count", "3", "1"]),
+    "speed 0": (text(**fleet(speed=0)), ["speed", "greater than 0", "got 0"]),
+    "speed range upside down": (text(**fleet(speed=[2.0, 1.0])), ["speed", "2.0", "1.0"]),
+    "multiplier upside down": (
+        text(
+            disturbances={
+                "fail_slow": {"rate_per_replica_hour": 36_000.0, "multiplier": [0.6, 0.2]}
+            }
+        ),
+        ["multiplier", "0.6", "0.2"],
+    ),
+    "no request": (text(num_requests=0), ["num_requests", "1", "0"]),
+    "tp 3": (text(**fleet(tp=3)), ["tp", "32 heads", "3"]),
+    "tp 4 of A40": (text(fleet=[{"gpu": "A40", "tp": 4}]), ["4", "[1, 2]"]),
+    "too large a model": (text(model="Llama-3.1-70B"), ["141 GB", "77 GB", "tp"]),
+    "no fp8 units": (text(precision="fp8"), ["fp8", "bf16"]),
+    "budget below sequences": (
+        text(engine={"max_num_seqs": 4096}),
+        ["max_num_batched_tokens", "2048", "4096"],
+    ),
+    "request beyond all memory": (
+        text(
+            **fleet(num_blocks=10), **workload(prompt={"medians_tokens": [5000.0], "sigmas": [0.0]})
+        ),
+        ["160"],
+    ),
+    "missing trace": (
+        text(workload={"kind": "trace", "path": "nowhere.csv"}),
+        ["nowhere.csv", "CSV", "Parquet"],
+    ),
+    "bad YAML": ("name: tiny\nfleet: [1, 2\nworkload: }\n", ["tiny.yaml", "YAML", "line 3"]),
+    "tab in YAML": ("name: tiny\n\tfleet: 1\n", ["tiny.yaml", "YAML", "line 2"]),
+    "list": ("- 1\n- 2\n", ["tiny.yaml", "fleet", "workload"]),
+    "empty": ("", ["tiny.yaml", "fleet", "workload"]),
+}
+
+
+def open_and_draw(content):
+    opened = parse_scenario(content, "tiny.yaml")
+    opened.episode(0).validate(opened.spec)
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_scenario_is_refused_in_one_sentence(case):
+    content, words = WRONG[case]
+    with pytest.raises(ServeGymError) as caught:
+        open_and_draw(content)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 400
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("change", "near"),
+    [
+        ({"engine": {"max_num_seq": 5}}, "max_num_seqs"),
+        (workload(arrivals={"burst_ratios": 5}), "burst_ratio"),
+        (workload(sessions={"mean_turn": 5}), "mean_turns"),
+        (workload(prompt={"max_token": 5}), "max_tokens"),
+        ({"disturbances": {"predictor": {"sigmas": 0.5}}}, "sigma"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_the_nearest_key_is_suggested(change, near):
+    with pytest.raises(ConfigError, match=rf"did you mean {near}\?"):
+        scenario(**change)
+
+
+def test_a_context_without_room_for_the_system_prompt_is_refused():
+    # no conversation would ever fit; checked without drawing one
+    narrow = {"system_prompt_tokens": 5000, "max_context_tokens": 4096}
+    with pytest.raises(ConfigError, match="max_context_tokens"):
+        scenario(**workload(sessions=narrow))
+
+
+def test_a_trace_of_unknown_extension_is_refused(tmp_path):
+    path = tmp_path / "trace.xlsx"
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n0,1,1\n1,1,1\n")
+    with pytest.raises(ServeGymError) as caught:
+        scenario(workload={"kind": "trace", "path": str(path)}).episode(0)
+    for word in ("trace.xlsx", "csv", "jsonl", "parquet"):
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("mixed-cht", ["'mixed-cht'", "did you mean mixed-chat? Or give a .yaml file", "bench"]),
+        ("zzz", ["'zzz'", "mixed-chat, or give a .yaml file"]),
+        ("nowhere.yaml", ["nowhere.yaml"]),
+        ("nowhere.yml", ["nowhere.yml"]),
+    ],
+)
+def test_a_scenario_that_is_not_there_is_refused(name, words):
+    with pytest.raises(ConfigError) as caught:
+        load_scenario(name)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("load", [0.0, -1.0, float("nan"), float("inf")])
+def test_an_impossible_load_is_refused(load):
+    with pytest.raises(ConfigError, match="load"):
+        scenario().episode(0, load=load)
+
+
+@pytest.mark.parametrize("num_requests", [0, -3])
+def test_an_impossible_number_of_requests_is_refused(num_requests):
+    with pytest.raises(ConfigError, match="num_requests"):
+        scenario().episode(0, num_requests=num_requests)
+
+
+# ---- traces ----
+
+
+@pytest.fixture
+def trace(tmp_path):
+    path = tmp_path / "steady.csv"
+    rows = "\n".join(f"{i / 10},1000,100" for i in range(500))
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n" + rows)
+    return str(path)
+
+
+def test_with_trace_plays_the_trace_on_the_same_fleet(trace):
+    replayed = with_trace(scenario(), trace, rate_rps=4.0)
+    assert replayed.name == "tiny + steady.csv"
+    assert replayed.fleet == scenario().fleet
+    episode = replayed.episode(0)
+    assert episode.table.prompt_tokens.tolist() == [1000] * 30
+    np.testing.assert_allclose(np.diff(episode.table.arrival_s), 0.25)  # 10 a second, now 4
+
+
+def test_with_trace_asks_four_fifths_of_what_the_fleet_can_bear(trace):
+    tiny = scenario(**fleet(count=1))
+    rate = with_trace(tiny, trace).workload.rate_rps
+    grid = tiny.spec.types[0].grid
+    # a batch of 32 gives 32 tokens a step; a prompt of 1000 fills 1000 / 2048 of a prefill step
+    decode_s = grid.step_s([], 32, 32 * 1050) / 32 * 100
+    prefill_s = grid.step_s([(2048, 500)]) * 1000 / 2048
+    assert rate == pytest.approx(0.8 / (prefill_s + decode_s))
+
+
+def test_with_trace_rate_grows_with_fleet_and_speed(trace):
+    one, three = (with_trace(scenario(**fleet(count=n)), trace) for n in (1, 3))
+    fast = with_trace(scenario(**fleet(count=1, speed=2.0)), trace)
+    assert three.workload.rate_rps == pytest.approx(3 * one.workload.rate_rps)
+    assert fast.workload.rate_rps == pytest.approx(2 * one.workload.rate_rps)
+
+
+def test_with_trace_cuts_requests_to_the_largest_replica(trace):
+    small = scenario(**fleet(num_blocks=20))  # 320 tokens
+    episode = with_trace(small, trace, rate_rps=1.0).episode(0)
+    episode.validate(small.spec)
+    assert (episode.table.prompt_tokens + episode.table.output_tokens).max() == 320
+
+
+def test_a_trace_of_one_request_has_no_rate_to_set(tmp_path):
+    path = tmp_path / "one.csv"
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n0,1000,100\n")
+    with pytest.raises(ServeGymError, match=r"one\.csv cannot be played at rate_rps 4"):
+        with_trace(scenario(), str(path), rate_rps=4.0).episode(0)
+
+
+@pytest.mark.parametrize("rate_rps", [None, 5.0])
+def test_with_trace_refuses_a_missing_file(rate_rps):
+    with pytest.raises(ServeGymError, match=r"nowhere\.csv"):
+        with_trace(scenario(), "nowhere.csv", rate_rps).episode(0)
+
+
+@pytest.mark.parametrize("rate_rps", [0.0, -2.0])
+def test_with_trace_refuses_an_impossible_rate(trace, rate_rps):
+    with pytest.raises(ServeGymError, match="rate_rps"):
+        with_trace(scenario(), trace, rate_rps)
