@@ -27,16 +27,16 @@ def better(cost: float, r: int, best_cost: float, best: int) -> bool:
 
 
 @inlined
-def random_allowed(mask: BoolArray, rng: UInt64Array) -> int:
-    """Draw one of the allowed replicas, -1 if there is none."""
+def random_allowed(mask: BoolArray, rng: UInt64Array, other_than: int) -> int:
+    """Draw one of the allowed replicas but `other_than`, -1 if there is none."""
     count = 0
     for r in range(mask.shape[0] - 2):
-        count += mask[r]
+        count += mask[r] and r != other_than
     if count == 0:
         return -1
     pick = int(next_uniform(rng) * count)
     for r in range(mask.shape[0] - 2):
-        if mask[r]:
+        if mask[r] and r != other_than:
             if pick == 0:
                 return r
             pick -= 1

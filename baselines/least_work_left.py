@@ -1,4 +1,4 @@
-"""Least work left: predicted seconds until the replica has run dry."""
+"""Least work left: smallest sum of the predicted times its requests still want."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def decide(
             prefill_s = replicas[_PENDING, r] / replicas[_RATE, r]
             batch = min(max(1.0, replicas[_OUT, r]), replicas[_MAXSEQ, r])
             step_s = replicas[_STEP, r] + replicas[_SEQ, r] * (batch - 1.0)
-            cost = prefill_s + decode_tokens_left(replicas, r) * step_s / batch
+            cost = prefill_s + decode_tokens_left(replicas, r) * step_s
             if better(cost, r, best_cost, best):
                 best, best_cost = r, cost
     return best if best >= 0 else no_replica(mask)
 
 
 def least_work_left() -> Heuristic:
-    """Least work left: predicted seconds until the replica has run dry."""
+    """Least work left: smallest sum of the predicted times its requests still want."""
     return Heuristic(
         name="least-work-left",
         information="predictive",

@@ -1,4 +1,4 @@
-"""Power of two choices: the less loaded of two random replicas."""
+"""Power of two choices: the less loaded of two different random replicas."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def decide(
     rng: UInt64Array,
 ) -> int:
     """Decide; see `policy.rule`."""
-    first = random_allowed(mask, rng)
-    second = random_allowed(mask, rng)
+    first = random_allowed(mask, rng, -1)
     if first < 0:
         return no_replica(mask)
-    return second if replicas[_OUT, second] < replicas[_OUT, first] else first
+    second = random_allowed(mask, rng, first)
+    return second if second >= 0 and replicas[_OUT, second] < replicas[_OUT, first] else first
 
 
 def power_of_two() -> Heuristic:
-    """Power of two choices: the less loaded of two random replicas."""
+    """Power of two choices: the less loaded of two different random replicas."""
     return Heuristic(
         name="power-of-two",
         information="blind",
         needs=Group.COUNTERS,
         decide=decide,
-        reference="Mitzenmacher 2001; two draws may coincide",
+        reference="Mitzenmacher 2001",
     )

@@ -19,7 +19,7 @@ def decide(
     rng: UInt64Array,
 ) -> int:
     """Decide; see `policy.rule`."""
-    r = random_allowed(mask, rng)
+    r = random_allowed(mask, rng, -1)
     return r if r >= 0 else no_replica(mask)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ from servegym.baselines.power_of_two import power_of_two
 from servegym.baselines.prefix_load import prefix_load
 from servegym.baselines.random_choice import random_choice
 from servegym.baselines.round_robin import round_robin
-from servegym.baselines.sglang import sglang
+from servegym.baselines.sglang import sglang, sglang_older
 from servegym.baselines.speed_family import speed_family
 from servegym.baselines.token_least_load import token_least_load
 from servegym.baselines.weighted_round_robin import weighted_round_robin
@@ -39,6 +40,7 @@ _RULES: dict[str, Callable[..., Heuristic]] = {
     "least-work-left": least_work_left,
     "min-kv": min_kv,
     "sglang": sglang,
+    "sglang-older": sglang_older,
     "llm-d": llm_d,
     "dynamo": dynamo,
     "prefix-load": prefix_load,
@@ -69,6 +71,13 @@ RANGES: dict[str, dict[str, tuple[float, float, bool]]] = {
         "balance_rel": (1.0, 4.0, True),
     },
     "hexgen": {"alpha": (0.0, 0.9, False)},
+}
+
+#: `(low, high)` of the parameters that are not just any number of at least 0.
+_BOUNDS = {
+    ("hexgen", "alpha"): (0.0, 1.0),
+    ("sglang", "cache_threshold"): (0.0, 1.0),
+    ("dynamo", "block_tokens"): (1.0, 1e6),
 }
 
 
@@ -104,16 +113,26 @@ def policy(text: str) -> Heuristic:
                 if known
                 else f"{name} has no parameters, got {key!r}"
             )
-        try:
-            values[key] = float(value)
-        except ValueError:
-            raise ConfigError(
-                f"parameter {key} of {name} must be a number, got {value!r}"
-            ) from None
+        if key in values:
+            raise ConfigError(f"parameter {key} of {name} must be given once, got {given!r}")
+        values[key] = _number(name, key, value)
     made = factory(**values)
     if oracle:
         return replace(made, name=name, information="oracle")
     return replace(made, name=text if given else name)
+
+
+def _number(name: str, key: str, text: str) -> float:
+    low, high = _BOUNDS.get((name.removesuffix("-oracle"), key), (0.0, 1e9))
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high:
+        raise ConfigError(
+            f"parameter {key} of {name} must be a number from {low:g} to {high:g}, got {text!r}"
+        )
+    return value
 
 
 def describe(name: str) -> tuple[str, str, str]:

@@ -6,6 +6,8 @@ that is the one with the fewest prompt tokens sent so far.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from servegym.baselines.choice import no_replica, num_replicas
@@ -69,5 +71,13 @@ def sglang(
             "balance_rel",
         ),
         memory_size=1024,
-        reference="sgl-router cache_aware; older defaults 0.5, 32, 1.0001",
+        reference="sgl-router cache_aware",
     )
+
+
+def sglang_older(
+    cache_threshold: float = 0.5, balance_abs: float = 32.0, balance_rel: float = 1.0001
+) -> Heuristic:
+    """SGLang cache-aware with the defaults of its older router."""
+    made = sglang(cache_threshold, balance_abs, balance_rel)
+    return replace(made, name="sglang-older", reference="sgl-router cache_aware, older defaults")

@@ -1,4 +1,4 @@
-"""Fewest outstanding prompt tokens."""
+"""Token JSQ: fewest prompt tokens still to be computed, plus one for each request."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from servegym.policy.policy import Heuristic
 from servegym.policy.rule import rule
 from servegym.typing import BoolArray, FloatArray, UInt64Array
 
-_PROMPT = int(ReplicaFeature["OUTSTANDING_PROMPT_TOKENS"])
+_OUT = int(ReplicaFeature["OUTSTANDING_REQUESTS"])
+_PENDING = int(ReplicaFeature["PENDING_PREFILL_TOKENS"])
 
 
 @rule
@@ -24,14 +25,14 @@ def decide(
     best, best_cost = -1, 0.0
     for r in range(num_replicas(mask)):
         if mask[r]:
-            cost = replicas[_PROMPT, r]
+            cost = replicas[_PENDING, r] + replicas[_OUT, r]
             if better(cost, r, best_cost, best):
                 best, best_cost = r, cost
     return best if best >= 0 else no_replica(mask)
 
 
 def token_least_load() -> Heuristic:
-    """Fewest outstanding prompt tokens."""
+    """Token JSQ: fewest prompt tokens still to be computed, plus one for each request."""
     return Heuristic(
         name="token-least-load",
         information="blind",

@@ -1,8 +1,10 @@
 """Forward simulation of each choice, with predicted lengths: the planner's features.
 
 For every replica that may take the pending request, its engine is copied twice into scratch
-environments with nothing else in them: once as it is, once with the request added. Both run until
-all their requests have ended; arrivals after now do not exist there (Block, arXiv 2508.03611).
+environments with nothing else in them: once as it is, once with the request added. Both start at
+the end of the step in progress and run until all their requests have ended; arrivals after now do
+not exist there (Block, arXiv 2508.03611). The planner looks at the engines themselves, so it is
+not held back by stale metrics as other policies are.
 """
 
 from __future__ import annotations
@@ -27,18 +29,21 @@ from servegym.cluster.state import (
     Params,
     State,
 )
+from servegym.cluster.steptime import decode_span_s
 
 
 @kernel
 def _copy_request(
-    s: State, e: int, i: int, generated: int, cached: int, scratch: State, slot: int
+    p: Params, s: State, e: int, i: int, generated: int, cached: int, scratch: State, slot: int
 ) -> None:
     """Put request `i` at the end of the scratch engine's queue, its length as predicted."""
+    capacity_tokens = p.num_blocks[scratch.replica[0, 0].type_idx] * p.block_size
     source = s.request[e, i]
     q = scratch.request[0, slot]
     q.arrival_s = 0.0
     q.prompt = source.prompt + generated
-    q.output = max(1, int(np.round(source.predicted)) - generated)
+    room = capacity_tokens - q.prompt + 1  # a longer answer would never end
+    q.output = max(1, min(int(np.round(source.predicted)) - generated, room))
     q.predicted = q.output
     q.slo_class = source.slo_class
     q.preset_hit = cached
@@ -64,9 +69,11 @@ def _copy_engine(
     admitted at once, as far as the predicted lengths and the blocks allow.
     """
     v = s.replica[e, r]
-    ended = 0
-    if v.mode == DECODE:
-        ended = steps_ended_by(p, s, e, r, s.env[e].now_s)
+    ended = 0  # steps of the stretch in progress that count as done, the running one included
+    if v.mode == STEP:
+        ended = 1
+    elif v.mode == DECODE:
+        ended = steps_ended_by(p, s, e, r, s.env[e].now_s) + 1
     scratch.env[0].num_replicas = 1
     scratch.env[0].num_faults = 0
     scratch.replica[0, 0].type_idx = v.type_idx
@@ -83,18 +90,22 @@ def _copy_engine(
             steps = v.iteration + ended - q.join_iter
             generated += steps
             cached += steps
-        _copy_request(s, e, i, generated, cached, scratch, slot)
+        elif v.mode == STEP:
+            cached += q.chunk
+            if cached == q.prompt + generated:
+                generated += 1
+        _copy_request(p, s, e, i, generated, cached, scratch, slot)
         slot += 1
         i = q.next_request
     i = v.wait_head
     while i >= 0:
         q = s.request[e, i]
-        _copy_request(s, e, i, q.generated, 0 if q.generated else q.hit_hint, scratch, slot)
+        _copy_request(p, s, e, i, q.generated, 0 if q.generated else q.hit_hint, scratch, slot)
         slot += 1
         i = q.next_request
     if added >= 0:
         hit = prefix_hit_tokens(p, s, e, r, added, s.env[e].now_s)
-        _copy_request(s, e, added, s.request[e, added].generated, hit, scratch, slot)
+        _copy_request(p, s, e, added, s.request[e, added].generated, hit, scratch, slot)
         slot += 1
     env = scratch.env[0]
     env.next_arrival = slot
@@ -114,6 +125,21 @@ def _run_engine(p: Params, scratch: State, count: int) -> float:
 
 
 @kernel
+def _step_left_s(p: Params, s: State, e: int, r: int) -> float:
+    """Time until the step in progress ends, 0 if there is none."""
+    v = s.replica[e, r]
+    now_s = s.env[e].now_s
+    if v.mode == STEP:
+        return s.due[e, v.event_pos].time_s - now_s
+    if v.mode == DECODE:
+        steps = steps_ended_by(p, s, e, r, now_s) + 1
+        kv = v.kv_tokens + v.num_decodes
+        span = decode_span_s(p, v.type_idx, v.num_decodes, kv, steps)
+        return v.seg_begin_s + v.seg_factor * span - now_s
+    return 0.0
+
+
+@kernel
 def _fill(p: Params, quiet: Params, s: State, e: int, scratch: State) -> None:
     i = s.env[e].deciding
     need = kv_need(s, e, i)
@@ -123,11 +149,7 @@ def _fill(p: Params, quiet: Params, s: State, e: int, scratch: State) -> None:
         view[VIEW_WHAT_IF_ADDED, r] = 0.0
         if view[VIEW_UP, r] == 0.0 or need > view[VIEW_KV_CAPACITY, r]:
             continue
-        # the step in progress ends first; both copies start then
-        v = s.replica[e, r]
-        delay = 0.0
-        if v.mode == STEP:
-            delay = s.due[e, v.event_pos].time_s - s.env[e].now_s
+        delay = _step_left_s(p, s, e, r)
         count = _copy_engine(p, quiet, s, e, r, scratch, -1)
         before = _run_engine(quiet, scratch, count)
         count = _copy_engine(p, quiet, s, e, r, scratch, i)
