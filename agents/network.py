@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from servegym.agents.features import BASES, NUM_INPUTS, base_cost, replica_inputs
+from servegym.policy.contract import Group
 
 #: Added to the logits of forbidden actions (Huang and Ontañón 2022).
 MASKED = -1e8
@@ -67,6 +68,9 @@ class DispatchNetwork(nn.Module):
     Logits are `-eta * (cost - least cost) + f`, where `f` is zero at the start: the untrained
     policy is the heuristic, action for action.
     """
+
+    #: Feature groups it reads.
+    needs = Group.COUNTERS | Group.METRICS | Group.PREFIX
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ import torch
 
 from servegym.agents.network import DispatchNetwork
 from servegym.cluster.state import HOLD, REJECT
-from servegym.policy.contract import NUM_OBSERVED_FEATURES, Group
+from servegym.policy.contract import NUM_OBSERVED_FEATURES
 from servegym.policy.policy import Information, Observations
 from servegym.typing import Float32Array, IntArray
 
@@ -35,11 +35,18 @@ def to_core(actions: IntArray, width: int, observations: Observations) -> IntArr
     return np.where(actions < width, actions, extra).astype(np.int64)
 
 
+def from_core(chosen: IntArray, width: int, observations: Observations) -> IntArray:
+    """Translate replicas, `HOLD` and `REJECT` to indices of the action space."""
+    can_hold = bool(observations.mask[:, width].any())
+    reject = width + 1 if can_hold else width
+    return np.where(chosen >= 0, chosen, np.where(chosen == HOLD, width, reject)).astype(np.int64)
+
+
 class TorchPolicy:
     """The most probable action of a network."""
 
     information: Information = "predictive"
-    needs = Group.COUNTERS | Group.METRICS | Group.PREFIX
+    needs = DispatchNetwork.needs
 
     def __init__(self, network: DispatchNetwork, name: str = "ppo") -> None:
         self.network = network.eval()

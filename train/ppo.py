@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 import os
 import subprocess
@@ -21,9 +22,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 import servegym
 from servegym.agents.network import DispatchNetwork, NetworkConfig, Prepared
+from servegym.baselines.registry import policy
 from servegym.errors import ConfigError
 from servegym.scenario import load_scenario
+from servegym.train.imitation import demonstrations, imitate
 from servegym.train.validation import Validation
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,10 @@ class PPOConfig:
     """First updates train the critic alone, so that it cannot spoil the heuristic start."""
     validate_every: int = 10
     """Updates between validations; the network that did best there is the one exported."""
+    imitate: str = ""
+    """Policy to imitate first, such as what-if-added; none: start as the base rule."""
+    imitate_decisions: int = 50_000
+    """Decisions of it to learn from."""
     seed: int = 0
     """Of everything."""
     device: str = "cpu"
@@ -138,6 +147,8 @@ class Trainer:
         c = self.config
         self._write_config()
         self._resume()
+        if c.imitate and self.update == 0:
+            self._imitate()
         begin = time.perf_counter()
         first_update = self.update
         observation, _ = self.env.reset(seed=c.seed + 1000 * self.update)
@@ -178,6 +189,22 @@ class Trainer:
         self.env.close()
         self.network.load_state_dict(self.best)
         return self.network
+
+    def _imitate(self) -> None:
+        c = self.config
+        teacher = policy(c.imitate)
+        if teacher.information == "oracle":
+            raise ConfigError(f"cannot imitate {c.imitate}: it decides by what no policy can see")
+        data = demonstrations(
+            load_scenario(c.scenario),
+            teacher,
+            c.imitate_decisions,
+            num_extra=c.network.num_extra,
+            load=c.load,
+        )
+        agreed = imitate(self.network, data)
+        _log.info("imitates %s in %.1f %% of unseen decisions", c.imitate, 100 * agreed)
+        self._keep_the_better()
 
     def _keep_the_better(self) -> float:
         """Validate, and return by how much this network is better than the first one.

@@ -38,6 +38,8 @@ class Train:
     base: str = "added-delay"
     """Rule the policy starts from, with its parameters: added-delay, prefix-load, speed-family
     or least-outstanding."""
+    imitate: str = ""
+    """Policy to imitate before PPO begins, such as what-if-added."""
     context: str = "mean"
     """How replicas see each other: mean or attention."""
     num_envs: int = 32
@@ -54,6 +56,7 @@ class Train:
             self.out,
             base=self.base,
             context=self.context,
+            imitate=self.imitate,
             scenario=self.scenario,
             total_decisions=self.decisions,
             max_minutes=self.minutes,
@@ -102,7 +105,7 @@ def exported(
     from servegym.export.from_torch import export_policy
     from servegym.export.sample import sample_observations
 
-    samples = sample_observations(config.scenario, load=config.load, num=2048)
+    samples = sample_observations(network, config.scenario, load=config.load)
     decisions = update * config.num_envs * config.num_steps
     training: dict[str, float | int | str] = {
         "algorithm": "ppo",

@@ -1,20 +1,28 @@
-"""Observations to check an exported policy with."""
+"""Observations to check an exported policy with, and to state what it was trained on."""
 
 from __future__ import annotations
 
 import gymnasium
 import numpy as np
+import torch
 
 import servegym
+from servegym.agents.network import DispatchNetwork
 from servegym.typing import Float32Array
 
 
 def sample_observations(
-    scenario: str, *, load: float | tuple[float, float] = 1.0, num: int = 2048, seed: int = 0
+    network: DispatchNetwork,
+    scenario: str,
+    *,
+    load: float | tuple[float, float] = 1.0,
+    num: int = 4096,
+    seed: int = 0,
 ) -> tuple[Float32Array, Float32Array, Float32Array]:
-    """Collect observations under random allowed actions.
+    """Collect observations where the policy goes: its own actions, one in ten at random.
 
     Args:
+        network: The policy.
         scenario: Name or path.
         load: Factor on the rate, or a range.
         num: How many, at least.
@@ -30,8 +38,16 @@ def sample_observations(
     rows: list[dict[str, np.ndarray]] = []
     while len(rows) * 16 < num:
         rows.append(observation)
-        draw = rng.random(observation["action_mask"].shape) * observation["action_mask"]
-        observation, *_ = env.step(draw.argmax(-1))
+        mask = observation["action_mask"]
+        with torch.inference_mode():
+            logits = network(
+                torch.from_numpy(observation["replicas"]),
+                torch.from_numpy(observation["request"]),
+                torch.from_numpy(mask).float(),
+            )
+        drawn = (rng.random(mask.shape) * mask).argmax(-1)
+        action = np.where(rng.random(len(mask)) < 0.1, drawn, logits.numpy().argmax(-1))
+        observation, *_ = env.step(action)
     env.close()
     replicas, request, mask = (
         np.concatenate([row[key] for row in rows]) for key in ("replicas", "request", "action_mask")
