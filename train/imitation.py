@@ -60,8 +60,8 @@ def demonstrations(
             observations, envs = observe_batch(simulator, teacher.needs | DispatchNetwork.needs)
             chosen = teacher.act(observations, envs)
             arrays = network_arrays(observations, num_extra)
-            action = from_core(chosen, width, observations)
-            kept.append(tuple(torch.from_numpy(a) for a in (*arrays, action)))
+            done = from_core(chosen, width, observations)
+            kept.append(tuple(torch.from_numpy(a) for a in (*arrays, done)))
             actions = np.zeros(episodes_each, np.int64)
             actions[envs] = chosen
             simulator.apply(actions)
@@ -90,8 +90,8 @@ def imitate(
         progress: Called with the share that is done.
 
     Returns:
-        Share of the last tenth of the demonstrations, which is not trained on, in which the network's
-        most probable action is the teacher's.
+        Share of the last tenth of the demonstrations, which is not trained on, in which the
+        network's most probable action is the teacher's.
     """
     device = next(network.parameters()).device
     replicas, request, mask, action = (tensor.to(device) for tensor in data)
