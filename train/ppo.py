@@ -51,7 +51,7 @@ class PPOConfig:
     """Requests per episode."""
     load: tuple[float, float] = (0.6, 1.1)
     """Range of the load factor, drawn per episode."""
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     """Adam's, falling linearly to 0."""
     horizon_s: float = 20.0
     """Discount: a reward t seconds ahead counts exp(-t / horizon)."""

@@ -107,10 +107,19 @@ def load_figure(result: Evaluation) -> str:
     return as_image(figure, "Mean latency, goodput and SLO attainment over the load")
 
 
-def gantt_figure(result: Evaluation, load: float, names: list[str], span_s: float = 6.0) -> str:
-    """What each replica does in a stretch of the run: prefill, decode or nothing."""
+def gantt_figure(result: Evaluation, load: float, names: list[str]) -> str:
+    """What each replica does in a stretch of the run, as an image."""
+    return as_image(
+        draw_gantt(result, load, names), "Gantt chart of the replicas under " + " and ".join(names)
+    )
+
+
+def draw_gantt(result: Evaluation, load: float, names: list[str], span_s: float = 6.0) -> Any:
+    """Draw what each replica does in a stretch of the run: prefill, decode or nothing."""
     plt = pyplot()
     figure, axes = plt.subplots(len(names), 1, figsize=(12, 2.6 * len(names)), squeeze=False)
+    fleet = result.scenario.episode(result.seeds[0], num_requests=1).type_idx
+    gpus = [result.scenario.spec.types[t].name for t in fleet]
     for axis, name in zip(axes[:, 0], names, strict=True):
         steps = result.trails[name, load].steps
         begin = float(np.median(steps["begin_s"]))
@@ -126,14 +135,13 @@ def gantt_figure(result: Evaluation, load: float, names: list[str], span_s: floa
                 label=label,
                 linewidth=0,
             )
-        count = int(steps["replica"].max()) + 1
-        axis.set(title=name, ylabel="replica", xlim=(0, span_s), yticks=range(count))
+        axis.set(title=name, xlim=(0, span_s), yticks=range(len(gpus)), yticklabels=gpus)
         axis.grid(visible=False)
         axis.invert_yaxis()
     axes[-1, 0].set_xlabel("s")
     axes[0, 0].legend(fontsize=8, ncol=2, loc="lower right", bbox_to_anchor=(1, 1))
     figure.tight_layout()
-    return as_image(figure, "Gantt chart of the replicas under " + " and ".join(names))
+    return figure
 
 
 def balance_figure(result: Evaluation, load: float, names: list[str]) -> str:

@@ -16,7 +16,7 @@ from servegym.policy.contract import (
 )
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-NOTE = "<!-- Written by scripts/write-docs; do not edit. -->\n"
+NOTE = "<!-- Written by scripts/write_docs.py; do not edit. -->\n"
 
 
 def observation_page() -> str:
@@ -24,10 +24,10 @@ def observation_page() -> str:
     return f"""{NOTE}
 # The observation
 
-What a policy sees of a replica and of the request, schema version {SCHEMA_VERSION}. The same rows are filled by the
-simulator and by a live adapter. Values are raw, in the units given; a learned policy carries its own normalisation.
-A policy sees what a router can know: true output lengths and future arrivals are not in it. An *oracle* gets the true
-output length in place of the predicted one.
+What a policy sees of a replica and of the request, schema version {SCHEMA_VERSION}. The same
+rows are filled by the simulator and by a live adapter. Values are raw, in the units given; a learned
+policy carries its own normalisation. A policy sees what a router can know: true output lengths and
+future arrivals are not in it. An *oracle* gets the true output length in place of the predicted one.
 
 ## Per replica
 {feature_table(REPLICA_FEATURES[:NUM_OBSERVED_FEATURES])}
@@ -36,7 +36,8 @@ output length in place of the predicted one.
 {feature_table(REQUEST_FEATURES)}
 
 ## For planners only
-Filled when a policy asks for them, by simulating each choice forward; not in the environment's observation.
+Filled when a policy asks for them, by simulating each choice forward; not in the environment's
+observation.
 
 {feature_table(REPLICA_FEATURES[NUM_OBSERVED_FEATURES:])}
 
@@ -63,8 +64,8 @@ def policies_page() -> str:
     return f"""{NOTE}
 # Dispatch policies
 
-Parameters are given after a colon: `--policies speed-family:eta=0.5,prefix-load:weight=0.01`. `servegym tune` searches
-them on training seeds. Each rule is one file in `baselines/`.
+Parameters are given after a colon: `--policies prefix-load:weight=0.01,eta=0.5 llm-d:kv=1`.
+`servegym tune` searches them on training seeds. Each rule is one file in `baselines/`.
 
 {table}
 
@@ -83,7 +84,7 @@ def main() -> None:
         else:
             path.write_text(text)
     if stale:
-        sys.exit(f"out of date: {', '.join(stale)}; run scripts/write-docs")
+        sys.exit(f"out of date: {', '.join(stale)}; run scripts/write_docs.py")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,85 @@
+#!/usr/bin/env python3
+"""Write the result tables from a folder of evaluations, as EXPERIMENTS.md says."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+COLUMNS = (
+    ("TTFT mean ms", "ttft_mean_s", 1e3, 0),
+    ("p99", "ttft_p99_s", 1e3, 0),
+    ("TPOT mean ms", "tpot_mean_s", 1e3, 1),
+    ("E2E mean s", "e2e_mean_s", 1, 2),
+    ("p99", "e2e_p99_s", 1, 1),
+    ("SLO %", "slo_attainment", 100, 1),
+    ("hit %", "prefix_hit_rate", 100, 0),
+)
+
+
+def comparison(document: dict[str, Any], load: float) -> str:
+    """Tabulate one load of an evaluation, best mean E2E first."""
+    rows = [a for a in document["aggregates"] if a["load"] == load]
+    rows.sort(key=lambda a: a["metrics"]["e2e_mean_s"])
+    heads = ["policy", "knows", *(h for h, *_ in COLUMNS), "E2E ratio [95 % CI]"]
+    lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
+    for a in rows:
+        cells = [f"{k * a['metrics'][m]:,.{d}f}" for _, m, k, d in COLUMNS]
+        ratio = a["e2e_mean_ratio"]
+        low, high = ratio["ci95"]
+        spread = f"{ratio['value']:.3f} [{low:.3f}, {high:.3f}]"
+        lines.append(
+            "| " + " | ".join([f"`{a['policy']}`", a["information"], *cells, spread]) + " |"
+        )
+    return "\n".join(lines)
+
+
+def speeds(bench: dict[str, Any]) -> str:
+    """Tabulate `servegym bench`."""
+    rows = []
+    for key, value in bench.items():
+        if not isinstance(value, dict):
+            rows.append((key, {"median": value, "min": value, "max": value}))
+        elif "median" in value:
+            rows.append((key, value))
+        else:
+            rows += [(f"{key}, {size} replicas", v) for size, v in value.items()]
+    lines = ["| what | median | least | most |", "|---|---:|---:|---:|"]
+    for name, spread in rows:
+        values = [spread[k] for k in ("median", "min", "max")]
+        cells = " | ".join(f"{v:,.3g}" if v < 100 else f"{v:,.0f}" for v in values)
+        lines.append(f"| `{name}` | {cells} |")
+    return "\n".join(lines)
+
+
+def insert(path: Path, name: str, text: str) -> None:
+    """Replace what stands between `<!-- name -->` and `<!-- /name -->`."""
+    page = path.read_text()
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    if not pattern.search(page):
+        sys.exit(f"{path} has no place for {name}")
+    path.write_text(pattern.sub(lambda m: m[1] + text + "\n" + m[2], page))
+
+
+def main() -> None:
+    """Write all tables whose evaluation is there."""
+    folder = Path(sys.argv[1])
+    results = ROOT / "docs" / "results.md"
+    for path in sorted(folder.glob("*.json")):
+        document = json.loads(path.read_text())
+        if path.stem == "bench":
+            insert(results, "bench", speeds(document))
+            continue
+        for load in document["loads"]:
+            insert(results, f"{path.stem} {load:g}", comparison(document, load))
+        if path.stem == "mixed":
+            insert(ROOT / "README.md", "results", comparison(document, document["loads"][-1]))
+        print(f"{path.stem}: {len(document['seeds'])} seeds, loads {document['loads']}")
+
+
+if __name__ == "__main__":
+    main()
