@@ -25,9 +25,10 @@ def observation_page() -> str:
 # The observation
 
 What a policy sees of a replica and of the request, schema version {SCHEMA_VERSION}. The same
-rows are filled by the simulator and by a live adapter. Values are raw, in the units given; a learned
-policy carries its own normalisation. A policy sees what a router can know: true output lengths and
-future arrivals are not in it. An *oracle* gets the true output length in place of the predicted one.
+rows are filled by the simulator and by a live adapter. Values are raw, in the units given; a
+learned policy carries its own normalisation. A policy sees what a router can know: true output
+lengths and future arrivals are not in it. An *oracle* gets the true output length in place of the
+predicted one.
 
 ## Per replica
 {feature_table(REPLICA_FEATURES[:NUM_OBSERVED_FEATURES])}
