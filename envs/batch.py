@@ -165,6 +165,11 @@ class EpisodeBatch:
         """
         simulator = self.simulator
         actions = np.ascontiguousarray(actions, np.int64)
+        if actions.shape != (self.num_envs,):
+            raise InvalidAction(
+                f"there must be one action for each of {self.num_envs} environments, "
+                f"got shape {actions.shape}"
+            )
         bad = first_invalid(simulator.params, simulator.state, actions, active)
         if bad >= 0:
             raise InvalidAction(

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import subprocess
 import time
 from dataclasses import asdict, dataclass, field
@@ -90,6 +91,19 @@ class PPOConfig:
     """Network and base heuristic."""
 
     def __post_init__(self) -> None:
+        if self.num_envs < 1 or self.group_size < 1:
+            raise ConfigError(
+                f"num_envs and group_size must be at least 1, got {self.num_envs} and "
+                f"{self.group_size}"
+            )
+        if not self.max_minutes > 0:
+            raise ConfigError(f"minutes must be above 0, got {self.max_minutes:g}")
+        if self.device not in ("cpu", "cuda"):
+            raise ConfigError(f"device must be cpu or cuda, got {self.device!r}")
+        if self.imitate and policy(self.imitate).information == "oracle":
+            raise ConfigError(
+                f"cannot imitate {self.imitate}, an oracle: it decides by what no policy can see"
+            )
         if self.num_envs % self.group_size:
             raise ConfigError(
                 f"num_envs ({self.num_envs}) must be a multiple of group_size ({self.group_size})"
@@ -108,7 +122,10 @@ class Trainer:
 
     def __init__(self, config: PPOConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{folder} cannot be made a folder: {error.strerror}") from error
         torch.manual_seed(config.seed)
         torch.set_num_threads(config.torch_threads)
         self.device = torch.device(config.device)
@@ -145,8 +162,8 @@ class Trainer:
     def run(self, *, progress: bool = True) -> DispatchNetwork:
         """Train to the end (or the time limit), resuming from a checkpoint if there is one."""
         c = self.config
-        self._write_config()
         self._resume()
+        self._write_config()
         if c.imitate and self.update == 0:
             self._imitate()
         begin = time.perf_counter()
@@ -192,12 +209,9 @@ class Trainer:
 
     def _imitate(self) -> None:
         c = self.config
-        teacher = policy(c.imitate)
-        if teacher.information == "oracle":
-            raise ConfigError(f"cannot imitate {c.imitate}: it decides by what no policy can see")
         data = demonstrations(
             load_scenario(c.scenario),
-            teacher,
+            policy(c.imitate),
             c.imitate_decisions,
             num_extra=c.network.num_extra,
             load=c.load,
@@ -327,6 +341,11 @@ class Trainer:
         described["git_revision"] = _git_revision()
         (self.folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
 
+    def _base(self) -> list[Any]:
+        """Return what the learned residual was added to."""
+        network = self.config.network
+        return [network.base, list(network.base_params), network.eta]
+
     def _save(self) -> None:
         """Write the checkpoint whole or not at all."""
         content = {
@@ -335,8 +354,9 @@ class Trainer:
             "best": self.best,
             "best_scores": torch.from_numpy(self.best_scores),
             "update": self.update,
-            "scale": torch.tensor([self.scale.mean, self.scale.square, self.scale.count]),
+            "scale": [self.scale.mean, self.scale.square, self.scale.count],
             "rng": torch.get_rng_state(),
+            "base": self._base(),
         }
         part = self.folder / "checkpoint.part"
         torch.save(content, part)
@@ -346,7 +366,12 @@ class Trainer:
         path = self.folder / "checkpoint.pt"
         if not path.exists():
             return
-        content = torch.load(path, weights_only=True, map_location=self.device)
+        content = read_checkpoint(path, self.device)
+        if content["base"] != self._base():
+            raise ConfigError(
+                f"{path} was trained on the base {content['base']}, not {self._base()}: "
+                "choose a new output folder"
+            )
         try:
             self.network.load_state_dict(content["network"])
         except RuntimeError as error:
@@ -356,8 +381,17 @@ class Trainer:
         self.optimizer.load_state_dict(content["optimizer"])
         self.best, self.best_scores = content["best"], content["best_scores"].cpu().numpy()
         self.update = int(content["update"])
-        self.scale.mean, self.scale.square, self.scale.count = content["scale"].tolist()
+        self.scale.mean, self.scale.square, self.scale.count = content["scale"]
         torch.set_rng_state(content["rng"].cpu())
+
+
+def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read what a run has saved; no code in it is ever run."""
+    try:
+        content: dict[str, Any] = torch.load(path, weights_only=True, map_location=device)
+    except (EOFError, RuntimeError, pickle.UnpicklingError, ValueError) as error:
+        raise ConfigError(f"{path} is broken: delete it to start anew") from error
+    return content
 
 
 class RunningScale:

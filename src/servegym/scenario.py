@@ -298,7 +298,10 @@ def load_scenario(name_or_path: str | Path) -> Scenario:
         path = Path(text)
         if not path.is_file():
             raise ConfigError(f"no scenario file at {text}")
-        return parse_scenario(path.read_text(encoding="utf-8"), text)
+        try:
+            return parse_scenario(path.read_text(encoding="utf-8"), text)
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{text} is not UTF-8 text") from error
     if text not in scenario_names():
         message = unknown_name("scenario", text, scenario_names())
         also = " Or" if message.endswith("?") else ", or"

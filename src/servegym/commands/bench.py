@@ -19,7 +19,7 @@ from rich.table import Table
 
 from servegym.baselines.registry import policy
 from servegym.cluster.simulator import Simulator
-from servegym.commands.console import make_console
+from servegym.commands.console import make_console, require_writable
 from servegym.policy.run import run
 from servegym.scenario import Scenario, load_scenario
 
@@ -43,6 +43,7 @@ class Bench:
 
     def run(self) -> None:
         """Measure and print."""
+        require_writable(self.json)
         console = make_console()
         result: dict[str, Any] = {"requests_per_s": {}, "engine_steps_per_s": {}}
         for replicas in (1, 8, 64, 512):

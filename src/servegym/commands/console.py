@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 
 from rich.console import Console
 
+from servegym.errors import ConfigError
+
 #: Width of the output where it is no terminal, such as a file or a CI log.
 PLAIN_WIDTH = 132
+
+
+def require_writable(*paths: Path | None) -> None:
+    """Refuse an output file that cannot be written before any work is done for it."""
+    for path in paths:
+        if path is None:
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fits = not path.is_dir() and os.access(path if path.exists() else path.parent, os.W_OK)
+        except OSError:
+            fits = False
+        if not fits:
+            raise ConfigError(f"{path} cannot be written: give the name of a file in a folder")
 
 
 def make_console() -> Console:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.progress import Progress, track
 
-from servegym.commands.console import make_console
+from servegym.commands.console import make_console, require_writable
 from servegym.commands.workload import chosen_scenario
 from servegym.evaluate.document import write_json
 from servegym.evaluate.harness import Evaluation, evaluate
@@ -63,6 +63,7 @@ class Evaluate:
 
     def run(self) -> None:
         """Evaluate, print and write."""
+        require_writable(self.json, self.report)
         scenario = chosen_scenario(self.scenario, self.trace, self.rate_rps)
         policies = [resolve_policy(text) for text in self.policies]
         result = evaluated(

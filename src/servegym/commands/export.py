@@ -23,19 +23,20 @@ class Export:
     def run(self) -> None:
         """Export."""
         require_torch()
-        import torch
-
         from servegym.agents.network import DispatchNetwork, NetworkConfig
-        from servegym.train.ppo import PPOConfig
+        from servegym.train.ppo import PPOConfig, read_checkpoint
 
         checkpoint, settings = self.run_folder / "checkpoint.pt", self.run_folder / "config.json"
         if not (checkpoint.is_file() and settings.is_file()):
             raise ExportError(
                 f"{self.run_folder} is no training run: it needs checkpoint.pt and config.json"
             )
-        raw = json.loads(settings.read_text())
-        network_config = NetworkConfig.model_validate(raw["network"])
-        content = torch.load(checkpoint, weights_only=True, map_location="cpu")
+        content = read_checkpoint(checkpoint)
+        try:
+            raw = json.loads(settings.read_text())
+            network_config = NetworkConfig.model_validate(raw["network"])
+        except (KeyError, ValueError) as error:
+            raise ExportError(f"{settings} does not describe a training run") from error
         network = DispatchNetwork(network_config)
         network.load_state_dict(content["best"])
         config = PPOConfig(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 import yaml
@@ -20,12 +20,12 @@ class Fit:
 
     trace: Annotated[str, tyro.conf.Positional]
     """Trace file."""
-    on_bad_row: str = "error"
+    on_bad_row: Literal["error", "skip"] = "error"
     """`error` refuses the file at a malformed row, `skip` counts and leaves out."""
 
     def run(self) -> None:
         """Fit and print."""
-        trace = read_trace(self.trace, on_bad_row="skip" if self.on_bad_row == "skip" else "error")
+        trace = read_trace(self.trace, on_bad_row=self.on_bad_row)
         console = make_console()
         if trace.num_skipped:
             console.print(f"skipped {trace.num_skipped} rows; the first: {trace.first_bad}")

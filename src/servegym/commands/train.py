@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from servegym.commands.console import make_console
 from servegym.errors import ConfigError
@@ -40,14 +40,14 @@ class Train:
     or least-outstanding."""
     imitate: str = ""
     """Policy to imitate before PPO begins, such as what-if-added."""
-    context: str = "mean"
+    context: Literal["mean", "attention"] = "mean"
     """How replicas see each other: mean or attention."""
     num_envs: int = 32
     """Environments stepped together."""
     seed: int = 0
     """Of everything."""
-    device: str = "cpu"
-    """cpu or cuda."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to learn."""
 
     def run(self) -> None:
         """Train and export."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from rich.progress import track
 
 from servegym.commands.console import make_console
+from servegym.errors import ConfigError
 from servegym.scenario import load_scenario
 from servegym.train.tune import candidates, mean_e2e
 
@@ -29,6 +30,8 @@ class Tune:
     def run(self) -> None:
         """Search and print the best setting."""
         scenario = load_scenario(self.scenario)
+        if self.seeds < 1 or self.budget < 1 or not self.loads:
+            raise ConfigError("tune needs at least one seed, one setting to try and one load")
         best, best_score = "", float("inf")
         for text in track(candidates(self.policy, self.budget), "tuning", transient=True):
             score = mean_e2e(scenario, text, self.loads, self.seeds)

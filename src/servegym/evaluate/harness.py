@@ -75,8 +75,10 @@ class Evaluation:
         )
 
     def mean(self, policy: str, load: float, metric: str) -> float:
-        """Mean of a metric over the seeds."""
-        return float(np.nanmean(self.values(policy, load, metric)))
+        """Mean of a metric over the seeds that have it, NaN if none has."""
+        values = self.values(policy, load, metric)
+        known = values[~np.isnan(values)]
+        return float(known.mean()) if len(known) else float("nan")
 
     def best_heuristic(self, load: float, metric: str = "e2e_mean_s") -> str:
         """Name of the best policy that is neither an oracle nor learned."""
@@ -112,6 +114,10 @@ def evaluate(
     names = [p.name for p in policies]
     if len(set(names)) < len(names):
         raise ConfigError(f"every policy needs its own name, got {', '.join(names)}")
+    if not policies:
+        raise ConfigError("there must be at least one policy to evaluate, got none")
+    if not loads or len(set(loads)) < len(loads):
+        raise ConfigError(f"loads must be given, each once, got {list(loads)}")
     if num_seeds < 1:
         raise ConfigError(f"seeds must be at least 1, got {num_seeds}")
     seeds = [first_seed + i for i in range(num_seeds)]

@@ -23,7 +23,8 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; white-space: nowrap; }
+th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
+td:first-child, td:nth-child(2) { white-space: nowrap; }
 td:nth-last-child(2) { white-space: nowrap; }
 tr.learned { font-weight: 600; background: var(--soft); } tr.oracle { opacity: .65; }
 img { max-width: 100%; height: auto; background: white; border-radius: 4px; }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from servegym.errors import ExportError
 from servegym.policy.contract import (
@@ -28,7 +28,7 @@ class Manifest(BaseModel):
     schema_version: int = SCHEMA_VERSION
     replica_features: tuple[str, ...] = REPLICA_NAMES
     request_features: tuple[str, ...] = REQUEST_NAMES
-    num_extra_actions: int = 0
+    num_extra_actions: int = Field(0, ge=0, le=2)
     information: Information = "predictive"
     scenario: str = ""
     sha256: str
@@ -55,8 +55,9 @@ def read_manifest(onnx_path: Path) -> Manifest:
         raise ExportError(f"{onnx_path} must exist with a manifest.json beside it")
     try:
         manifest = Manifest.model_validate_json(path.read_text(encoding="utf-8"))
-    except ValidationError as error:
-        raise ExportError(f"{path} is not a policy manifest: {error.errors()[0]['msg']}") from error
+    except (ValidationError, UnicodeDecodeError) as error:
+        why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else "it is not text"
+        raise ExportError(f"{path} is not a policy manifest: {why}") from error
     if manifest.sha256 != digest(onnx_path):
         raise ExportError(f"{onnx_path} is not the file its manifest was written for: export again")
     wanted = (SCHEMA_VERSION, REPLICA_NAMES, REQUEST_NAMES)

@@ -8,7 +8,7 @@ import numpy as np
 
 from servegym.cluster.state import HOLD, REJECT
 from servegym.errors import ExportError
-from servegym.policy.contract import NUM_OBSERVED_FEATURES, Group
+from servegym.policy.contract import NUM_OBSERVED_FEATURES, NUM_REQUEST_FEATURES, Group
 from servegym.policy.policy import Information, Observations
 from servegym.typing import IntArray
 
@@ -28,12 +28,27 @@ class FrozenPolicy:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+            self._check_actions(num_extra)
+        except Exception as error:  # onnxruntime's own have no common base
+            raise ExportError(f"{path} cannot be run: {str(error).splitlines()[0]}") from error
         self._num_extra = num_extra
         self.information: Information = information
         self.name = name
+
+    def _check_actions(self, num_extra: int) -> None:
+        """Decide about two replicas, to see whether the graph has the actions it should."""
+        feeds = {
+            "replicas": np.zeros((1, 2, NUM_OBSERVED_FEATURES), np.float32),
+            "request": np.zeros((1, NUM_REQUEST_FEATURES), np.float32),
+            "mask": np.ones((1, 2 + num_extra), np.float32),
+        }
+        shape = self._session.run(None, feeds)[0].shape
+        if shape != (1, 2 + num_extra):
+            raise ExportError(f"it gives {shape[-1] - 2} extra actions, its manifest {num_extra}")
 
     def reset(self, num_envs: int, seed: int) -> None:
         """Do nothing: the graph has no memory."""

@@ -1,0 +1,131 @@
+"""The untrained network is its base rule, action for action, on real episodes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from servegym.agents.features import BASES, base_cost
+from servegym.agents.network import DispatchNetwork, NetworkConfig
+from servegym.agents.torch_policy import TorchPolicy
+from servegym.baselines.registry import policy
+from servegym.cluster.simulator import Simulator
+from servegym.policy.contract import ReplicaFeature, RequestFeature
+from servegym.policy.run import run
+from servegym.scenario import load_scenario
+
+RULES = (
+    *BASES,
+    "speed-family:eta=0.5",
+    "prefix-load:weight=0.3,eta=0.7",
+    "added-delay:prefill=3,decode=0.2",
+)
+
+
+def network_on(rule, **settings) -> DispatchNetwork:
+    return DispatchNetwork(
+        NetworkConfig(
+            base=rule.name.partition(":")[0], base_params=tuple(rule.params.tolist()), **settings
+        )
+    )
+
+
+class Twins:
+    """Acts as the rule does and counts how often the network would not."""
+
+    name, information = "twins", "predictive"
+
+    def __init__(self, rule, network: DispatchNetwork) -> None:
+        self.rule, self.learned = rule, TorchPolicy(network)
+        self.needs = self.learned.needs
+        self.num_decisions = self.num_different = 0
+        self.chosen: set[int] = set()
+
+    def reset(self, num_envs: int, seed: int) -> None:
+        self.rule.reset(num_envs, seed)
+
+    def act(self, observations, env_ids):
+        action = self.rule.act(observations, env_ids)
+        self.num_decisions += len(action)
+        self.num_different += int((action != self.learned.act(observations, env_ids)).sum())
+        self.chosen |= set(action.tolist())
+        return action
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("scenario", ["mixed-chat", "hetero-prefix", "failures"])
+def test_untrained_network_is_its_base_action_for_action(rule, scenario):
+    loaded = load_scenario(scenario)
+    episodes = [loaded.episode(seed, num_requests=400) for seed in range(3)]
+    twins = Twins(policy(rule), network_on(policy(rule)))
+    run(Simulator(loaded.spec, episodes), twins)
+    assert twins.num_decisions >= 1200
+    assert twins.num_different == 0
+    assert len(twins.chosen) >= 3
+
+
+def test_trained_network_is_not_its_base():
+    loaded = load_scenario("mixed-chat")
+    rule = policy("added-delay")
+    network = network_on(rule)
+    with torch.no_grad():
+        network.score.weight.normal_()
+    twins = Twins(rule, network)
+    run(Simulator(loaded.spec, [loaded.episode(0, num_requests=200)]), twins)
+    assert twins.num_different > 20
+
+
+@pytest.mark.parametrize(
+    "extras", [{"hold": True}, {"reject": True}, {"hold": True, "reject": True}]
+)
+def test_untrained_network_neither_holds_nor_rejects(extras):
+    loaded = load_scenario("mixed-chat").model_copy(
+        update={"actions": load_scenario("mixed-chat").actions.model_copy(update=extras)}
+    )
+    network = network_on(policy("least-outstanding"), num_extra=len(extras))
+    simulator = Simulator(loaded.spec, [loaded.episode(0, num_requests=200)])
+    run(simulator, TorchPolicy(network))
+    fate = simulator.outcomes()
+    assert not fate["rejected"].any()
+    assert not fate["num_holds"].any()
+
+
+def test_network_runs_on_fleets_it_was_not_made_for():
+    network = network_on(policy("added-delay"))
+    for name, size in (("homogeneous-light", 4), ("bench", 16)):
+        loaded = load_scenario(name)
+        simulator = Simulator(loaded.spec, [loaded.episode(0, num_requests=150)])
+        run(simulator, TorchPolicy(network))
+        fate = simulator.outcomes()
+        assert set(fate["replica"].tolist()) == set(range(size))
+        assert np.isfinite(fate["finish_s"]).all()
+
+
+def test_base_costs_agree_with_a_hand_computation():
+    replicas = torch.zeros(1, 1, 21)
+    request = torch.zeros(1, 9)
+    for name, value in (
+        ("OUTSTANDING_REQUESTS", 3.0),
+        ("RELATIVE_SPEED", 0.25),
+        ("PENDING_PREFILL_TOKENS", 400.0),
+        ("PREFILL_TOKENS_PER_S", 1000.0),
+        ("PREFIX_HIT_TOKENS", 100.0),
+        ("DECODE_STEP_S", 0.02),
+        ("DECODE_SEQ_S", 0.001),
+    ):
+        replicas[..., ReplicaFeature[name]] = value
+    request[..., RequestFeature.PROMPT_TOKENS] = 300.0
+    request[..., RequestFeature.PREDICTED_OUTPUT_TOKENS] = 50.0
+
+    def cost(name: str, *params: float) -> float:
+        return float(base_cost(name, replicas, request, params))
+
+    assert cost("least-outstanding") == 3.0
+    assert cost("speed-family", 0.5) == pytest.approx(8.0)  # (3 + 1) / 0.25^0.5
+    # prefill (400 + 300 - 100) / 1000 = 0.6 s; load 0.05 * 4 / 0.25 = 0.8
+    assert cost("prefix-load", 0.05, 1.0) == pytest.approx(1.4)
+    # own: 0.4 + 0.2 + 50 * (0.02 + 3 * 0.001) = 1.75; to the others: 3 * (2 * 0.2 + 4 * 0.05)
+    assert cost("added-delay", 2.0, 4.0) == pytest.approx(1.75 + 1.8)
+    with pytest.raises(ValueError, match="no base cost 'random'"):
+        cost("random")

@@ -1,0 +1,276 @@
+"""Exported policies: the same decisions as the network, and refusal of what was tampered with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import servegym
+from servegym.agents.network import DispatchNetwork, NetworkConfig
+from servegym.agents.torch_policy import TorchPolicy
+from servegym.errors import ExportError
+from servegym.evaluate.harness import evaluate
+from servegym.evaluate.resolve import resolve_policy
+from servegym.export import from_torch
+from servegym.export.from_torch import export_policy
+from servegym.export.manifest import digest, read_manifest
+from servegym.export.sample import sample_observations
+from servegym.policy.contract import (
+    NUM_OBSERVED_FEATURES,
+    NUM_REPLICA_FEATURES,
+    NUM_REQUEST_FEATURES,
+    REPLICA_FEATURES,
+    REQUEST_FEATURES,
+    SCHEMA_VERSION,
+    ReplicaFeature,
+    RequestFeature,
+)
+from servegym.policy.policy import Observations
+from servegym.scenario import load_scenario
+
+SHAPES = [("mean", 0), ("attention", 0), ("mean", 1), ("attention", 2)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def make_network(context: str = "mean", num_extra: int = 0) -> DispatchNetwork:
+    """Make a network whose every weight counts, as after training."""
+    torch.manual_seed(2)
+    network = DispatchNetwork(NetworkConfig(context=context, num_extra=num_extra))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        network.extra.weight.mul_(0.1)
+        network.extra.bias.fill_(1.0)  # holds and rejects now and then
+    return network.eval()
+
+
+def draw(batch: int, size: int, num_extra: int, seed: int):
+    """Draw observations of plausible size."""
+    rng = np.random.default_rng(seed)
+    replicas = rng.uniform(0, 20, (batch, size, NUM_OBSERVED_FEATURES)).astype(np.float32)
+    replicas[..., ReplicaFeature.UP] = rng.random((batch, size)) < 0.9
+    replicas[..., ReplicaFeature.PREFILL_TOKENS_PER_S] = rng.uniform(2e3, 5e4, (batch, size))
+    replicas[..., ReplicaFeature.DECODE_STEP_S] = rng.uniform(0.005, 0.03, (batch, size))
+    replicas[..., ReplicaFeature.DECODE_SEQ_S] = rng.uniform(1e-5, 1e-3, (batch, size))
+    replicas[..., ReplicaFeature.KV_CAPACITY_TOKENS] = 1e5
+    request = rng.uniform(0, 1, (batch, NUM_REQUEST_FEATURES)).astype(np.float32)
+    request[:, RequestFeature.PROMPT_TOKENS] = rng.integers(1, 4000, batch)
+    request[:, RequestFeature.PREDICTED_OUTPUT_TOKENS] = rng.integers(1, 500, batch)
+    mask = (rng.random((batch, size + num_extra)) < 0.7).astype(np.float32)
+    mask[:, 0] = 1.0
+    return replicas, request, mask
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return sample_observations(make_network(), "mixed-chat", num=512)
+
+
+@pytest.fixture(scope="module")
+def exported(samples, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "policy"
+    return export_policy(
+        make_network(), folder, samples, scenario="mixed-chat", training={"seed": 3}
+    )
+
+
+@pytest.fixture
+def copy(exported, tmp_path) -> Path:
+    """A copy of the exported policy that a test may spoil."""
+    for name in ("policy.onnx", "manifest.json"):
+        (tmp_path / name).write_bytes((exported.parent / name).read_bytes())
+    return tmp_path / "policy.onnx"
+
+
+def edit(path: Path, **changes: object) -> None:
+    manifest = path.parent / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | changes))
+
+
+@pytest.mark.parametrize(("context", "num_extra"), SHAPES)
+def test_onnx_answers_as_the_network_for_every_fleet_size(tmp_path, context, num_extra):
+    import onnxruntime
+
+    network = make_network(context, num_extra)
+    path = export_policy(network, tmp_path, draw(64, 8, num_extra, 0))
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    count = different = 0
+    for size in range(1, 41):
+        feeds = draw(64, size, num_extra, size)
+        names = ("replicas", "request", "mask")
+        got = session.run(None, dict(zip(names, feeds, strict=True)))[0]
+        with torch.inference_mode():
+            want = network(*map(torch.from_numpy, feeds)).numpy()
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
+        gap = np.sort(want, -1)
+        clear = np.ones(64, bool) if want.shape[1] == 1 else gap[:, -1] - gap[:, -2] > 1e-3
+        different += int((got.argmax(-1) != want.argmax(-1))[clear].sum())
+        count += int(clear.sum())
+    assert count > 2500  # of 40 * 64; the others are ties
+    assert different == 0
+
+
+def test_samples_are_real_observations(samples):
+    replicas, request, mask = samples
+    assert len(replicas) == len(request) == len(mask) >= 500
+    assert replicas.dtype == request.dtype == mask.dtype == np.float32
+    assert (mask.sum(-1) >= 1).all()
+    assert (request[:, RequestFeature.PROMPT_TOKENS] >= 1).all()
+    assert replicas[..., ReplicaFeature.OUTSTANDING_REQUESTS].max() >= 3
+
+
+def test_manifest_says_what_the_file_is(exported, samples):
+    manifest = read_manifest(exported)
+    assert manifest.sha256 == hashlib.sha256(exported.read_bytes()).hexdigest() == digest(exported)
+    assert manifest.schema_version == SCHEMA_VERSION
+    observed = [f.name for f in REPLICA_FEATURES[:NUM_OBSERVED_FEATURES]]
+    assert list(manifest.replica_features) == observed
+    assert list(manifest.request_features) == [f.name for f in REQUEST_FEATURES]
+    assert manifest.num_extra_actions == 0
+    assert manifest.information == "predictive"
+    assert manifest.scenario == "mixed-chat"
+    assert manifest.training == {"seed": 3}
+    assert manifest.servegym_version == servegym.__version__
+    assert len(manifest.replica_ranges) == NUM_OBSERVED_FEATURES
+    assert len(manifest.request_ranges) == NUM_REQUEST_FEATURES
+    low, high = manifest.request_ranges[RequestFeature.PROMPT_TOKENS]
+    prompts = samples[1][:, RequestFeature.PROMPT_TOKENS]
+    one_more = 0.01 + 1 / len(prompts)  # quantiles are interpolated
+    assert 0 < (prompts < low).mean() <= one_more
+    assert 0 < (prompts > high).mean() <= one_more
+    assert not list(exported.parent.glob("*.part*"))
+
+
+def test_resolved_policy_has_the_name_of_its_run(exported):
+    policy = resolve_policy(str(exported))
+    assert policy.name == exported.parent.parent.name
+    assert policy.information == "predictive"
+
+
+def append_a_byte(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"x")
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def not_onnx_but_the_hash_fits(path: Path) -> None:
+    path.write_text("not a graph")
+    edit(path, sha256=digest(path))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (append_a_byte, "is not the file its manifest was written for: export again"),
+        (flip_a_byte, "is not the file its manifest was written for: export again"),
+        (lambda p: edit(p, sha256="0" * 64), "is not the file its manifest was written for"),
+        (lambda p: edit(p, schema_version=99), "speaks observation schema 99, .* export .* again"),
+        (lambda p: edit(p, replica_features=["up"]), "train and export the policy again"),
+        (lambda p: edit(p, request_features=[]), "train and export the policy again"),
+        (lambda p: edit(p, colour="red"), "is not a policy manifest: "),
+        (lambda p: edit(p, num_extra_actions="many"), "is not a policy manifest: "),
+        (lambda p: edit(p, information="clairvoyant"), "is not a policy manifest: "),
+        (lambda p: edit(p, num_extra_actions=2), "policy.onnx"),
+        (lambda p: edit(p, num_extra_actions=-1), "manifest"),
+        (lambda p: (p.parent / "manifest.json").write_text("{"), "is not a policy manifest: "),
+        (lambda p: (p.parent / "manifest.json").write_bytes(b"\xff\xfe"), "manifest"),
+        (lambda p: (p.parent / "manifest.json").unlink(), "with a manifest.json beside it"),
+        (lambda p: p.unlink(), "must exist"),
+        (lambda p: (p.unlink(), p.mkdir()), "must exist"),
+        (not_onnx_but_the_hash_fits, "policy.onnx"),
+    ],
+    ids=[
+        "appended byte",
+        "flipped byte",
+        "other hash",
+        "other schema",
+        "other replica features",
+        "other request features",
+        "unknown key",
+        "wrong type",
+        "unknown information",
+        "too many actions",
+        "negative actions",
+        "no json",
+        "no text",
+        "no manifest",
+        "no graph",
+        "a folder",
+        "not onnx",
+    ],
+)
+def test_spoilt_policy_is_refused_in_one_sentence(copy, spoil, sentence):
+    resolve_policy(str(copy))  # it was good before
+    spoil(copy)
+    with pytest.raises(ExportError, match=sentence) as refused:
+        resolve_policy(str(copy))
+    assert "\n" not in str(refused.value)
+
+
+def test_frozen_policy_plays_the_same_runs_as_the_network(exported):
+    scenario = load_scenario("mixed-chat")
+    learned = TorchPolicy(make_network(), "torch")
+    frozen = resolve_policy(str(exported))
+    result = evaluate(scenario, [learned, frozen], loads=[0.7, 1.1], num_seeds=2, num_requests=300)
+    for a in (run for run in result.runs if run.policy == "torch"):
+        (b,) = (
+            run
+            for run in result.runs
+            if (run.policy, run.load, run.seed) == (frozen.name, a.load, a.seed)
+        )
+        assert a.metrics == b.metrics
+    assert result.learned == ["torch", frozen.name]
+
+
+@pytest.mark.parametrize(
+    ("num_extra", "hold", "reject"),
+    [(1, True, False), (1, False, True), (2, True, False), (2, False, True), (2, True, True)],
+)
+def test_frozen_policy_holds_and_rejects_as_the_network_does(tmp_path, num_extra, hold, reject):
+    network = make_network(num_extra=num_extra)
+    path = export_policy(network, tmp_path, draw(64, 6, num_extra, 0))
+    replicas, request, mask = draw(2000, 6, 0, 1)
+    mask[:200] = 0.0  # nothing but hold and reject is left
+    wide = np.zeros((2000, NUM_REPLICA_FEATURES, 6))
+    wide[:, :NUM_OBSERVED_FEATURES] = replicas.transpose(0, 2, 1)
+    both = np.tile([hold, reject], (2000, 1))
+    seen = Observations(wide, request.astype(float), np.concatenate((mask > 0, both), 1))
+    envs = np.arange(2000)
+    got = resolve_policy(str(path)).act(seen, envs)
+    np.testing.assert_array_equal(got, TorchPolicy(network).act(seen, envs))
+    # -1 holds, -2 rejects
+    assert (got[:200] < 0).all()
+    assert (got >= 0).sum() > 200
+    allowed = np.where(got >= 0, seen.mask[envs, np.maximum(got, 0)], True)
+    assert allowed.all()
+    assert hold or not (got == -1).any()
+    assert reject or not (got == -2).any()
+
+
+def test_export_that_answers_differently_is_refused_and_leaves_nothing(
+    samples, tmp_path, monkeypatch
+):
+    network = make_network()
+    real = torch.onnx.export
+
+    def export_other(other, *arguments, **settings):
+        changed = DispatchNetwork(network.config).eval()  # untrained weights
+        return real(changed, *arguments, **settings)
+
+    monkeypatch.setattr(from_torch.torch.onnx, "export", export_other)
+    with pytest.raises(ExportError, match="differs from the network: largest logit error"):
+        export_policy(network, tmp_path, samples)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,384 @@
+"""The program: help that teaches, every command end to end, and one sentence for wrong input."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from servegym.baselines.registry import names
+from servegym.cli import COMMANDS, main
+from servegym.scenario import scenario_names
+
+SCENARIO = {
+    "name": "tiny",
+    "engine": {"block_size": 16, "max_num_seqs": 16},
+    "fleet": [{"gpu": "H100-SXM-80GB"}, {"gpu": "L40S", "count": 2}],
+    "workload": {
+        "kind": "generated",
+        "rate_rps": 30.0,
+        "prompt": {"medians_tokens": [200.0], "max_tokens": 1000},
+        "output": {"medians_tokens": [30.0], "max_tokens": 100},
+    },
+    "num_requests": 60,
+}
+TINY = ["--scenario", "tiny.yaml", "--seeds", "2"]
+#: One update, in case it is not refused.
+SHORT_TRAIN = ["train", "--scenario", "tiny.yaml", "--decisions", "8192"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """A working directory with a scenario, a trace and broken files of all kinds."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(SCENARIO))
+    rows = (f"{0.05 * i},{100 + i % 7},{10 + i % 5}" for i in range(200))
+    header = "arrival_s,prompt_tokens,output_tokens\n"
+    (tmp_path / "trace.csv").write_text(header + "\n".join(rows) + "\n")
+    (tmp_path / "bad.csv").write_text(header + "0.0,100,10\n0.1,many,10\n")
+    (tmp_path / "columns.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe\x00\x01")
+    (tmp_path / "list.jsonl").write_text("[1, 2]\n")
+    (tmp_path / "broken.yaml").write_text("name: [")
+    (tmp_path / "typo.yaml").write_text(yaml.safe_dump(SCENARIO | {"num_request": 5}))
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    (tmp_path / "policy.onnx").write_text("no graph")
+    (tmp_path / "file").write_text("in the way of a folder")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.pt").write_text("no checkpoint")
+    (tmp_path / "run" / "config.json").write_text("{}")
+    return tmp_path
+
+
+def contents(place: Path) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(place)): p.read_bytes() if p.is_file() else b"" for p in place.rglob("*")
+    }
+
+
+@pytest.fixture
+def refused(place, capsys) -> Callable[..., str]:
+    """Return a runner of wrong commands that returns the one sentence they end with."""
+
+    def run(*words: str) -> str:
+        before = contents(place)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main(words)
+        said = capsys.readouterr().err
+        assert end.value.code == 2
+        assert said.startswith("servegym: ")
+        assert said.endswith("\n")
+        assert said.count("\n") == 1
+        assert len(said) > 20
+        assert "Traceback" not in said
+        assert contents(place) == before  # nothing is half-written
+        return said.strip()
+
+    return run
+
+
+def help_of(capsys, *words: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        main([*words, "--help"])
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_program_runs_as_a_process():
+    done = subprocess.run(
+        [sys.executable, "-c", "from servegym.cli import main; main()", "simulate", "--seeds", "0"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "servegym: seeds must be at least 1, got 0\n"
+
+
+def test_help_names_every_command_and_the_first_steps(capsys):
+    text = help_of(capsys)
+    for name in COMMANDS:
+        assert name in text
+    for step in ("servegym evaluate --scenario mixed-chat", "servegym train --minutes 5"):
+        assert step in " ".join(text.replace("│", " ").split())
+
+
+def test_no_words_mean_help(capsys):
+    with pytest.raises(SystemExit) as end:
+        main([])
+    assert end.value.code == 0
+    assert "simulate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_help_of_a_command_says_what_it_does_and_what_each_option_means(capsys, name):
+    text = " ".join(help_of(capsys, name).replace("│", " ").split())
+    command = COMMANDS[name]
+    first = " ".join(command.__doc__.split())[:40]
+    assert first in text
+    # a field's sentence is the string below it in the class
+    body = ast.parse(inspect.getsource(command)).body[0].body
+    for field, below in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign):
+            sentence = " ".join(below.value.value.split())
+            assert sentence[:30] in text, field.target.id
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("simulate", "Replay this trace instead"),
+        ("evaluate", "Episodes per load, the same for every policy."),
+        ("train", "Rule the policy starts from"),
+        ("tune", "Parameter settings to try."),
+        ("export", "by default `policy/` in the run's folder"),
+        ("fit", "refuses the file at a malformed row"),
+        ("costs", "Tensor-parallel degree."),
+        ("demo", "Held-out episodes per load."),
+    ],
+)
+def test_help_explains_an_option(capsys, name, words):
+    assert words in " ".join(help_of(capsys, name).replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["simulat"], "unknown command 'simulat'.*did you mean simulate"),
+        (["42"], "unknown command '42': choose one of bench, "),
+        (["simulate", "--sceario", "tiny.yaml"], "--sceario"),
+        (["simulate", "--seeds", "many"], "--seeds.*'many'"),
+        (["simulate", "--load", "1,5"], "--load.*'1,5'"),
+        (["simulate", "--seeds"], "--seeds"),
+        (["simulate", "--scenario", "mixd-chat"], "unknown scenario.*did you mean mixed-chat"),
+        (["simulate", "--scenario", "none.yaml"], "no scenario file at none.yaml"),
+        (["simulate", "--scenario", "broken.yaml"], "broken.yaml.*not YAML"),
+        (["simulate", "--scenario", "typo.yaml"], "did you mean num_requests"),
+        (["simulate", "--scenario", "bytes.yaml"], "bytes.yaml"),
+        (["simulate", "--policy", "prefix-lod"], "unknown policy.*did you mean prefix-load"),
+        (["simulate", "--policy", "speed-family:mu=1"], "unknown parameter of speed-family 'mu'"),
+        (["simulate", "--policy", "speed-family:eta=a"], "eta of speed-family must be a number"),
+        (["simulate", "--policy", "speed-family:eta=nan"], "eta"),
+        (["simulate", "--policy", "none.onnx"], "none.onnx must exist with a manifest.json"),
+        (["simulate", "--policy", "policy.onnx"], "policy.onnx must exist with a manifest.json"),
+        (["simulate", *TINY[:2], "--seeds", "0"], "seeds must be at least 1, got 0"),
+        (["simulate", *TINY, "--load", "0"], "load must be above 0"),
+        (["simulate", *TINY, "--load", "nan"], "load must be above 0"),
+        (["simulate", *TINY, "--load", "inf"], "load must be"),
+        (["simulate", *TINY, "--num-requests", "0"], "num_requests must be at least 1, got 0"),
+        (["simulate", *TINY, "--num-requests", "-3"], "num_requests must be at least 1, got -3"),
+        (["simulate", "--trace", "none.csv"], "no trace at none.csv"),
+        (["simulate", "--trace", "bad.csv"], "bad.csv, line 3, column prompt_tokens: 'many'"),
+        (["simulate", "--trace", "columns.csv"], "columns.csv"),
+        (["simulate", "--trace", "empty.csv"], "empty.csv has no usable request"),
+        (["simulate", "--trace", "bytes.csv"], "bytes.csv"),
+        (["simulate", "--trace", "list.jsonl"], "list.jsonl, line 1"),
+        (["simulate", "--trace", "trace.csv", "--rate-rps", "-1"], "rate_rps must be above 0"),
+        (["evaluate", *TINY, "--policies", "random", "random"], "its own name"),
+        (["evaluate", *TINY, "--policies"], "polic"),
+        (["evaluate", *TINY, "--loads"], "load"),
+        (["evaluate", *TINY, "--loads", "1", "heavy"], "--loads.*heavy"),
+        (["evaluate", *TINY, "--loads", "1", "1", "--policies", "random"], "load"),
+        (["costs", "--gpu", "H10"], "unknown GPU 'H10'"),
+        (["costs", "--model", "Lama"], "unknown model 'Lama'"),
+        (["costs", "--tp", "0"], "tp must"),
+        (["costs", "--context", "-5"], "context"),
+        (["fit"], "Trace file"),
+        (["fit", "none.csv"], "no trace at none.csv"),
+        (["fit", "bad.csv"], "bad.csv, line 3, column prompt_tokens"),
+        (["fit", "trace.csv", "--on-bad-row", "ignore"], "on.bad.row"),
+        (["tune", "--policy", "random"], "unknown tunable policy 'random'"),
+        (["tune", *TINY[:2], "--seeds", "0", "--budget", "2"], "seeds must be at least 1, got 0"),
+        (["tune", *TINY, "--budget", "0"], "budget must be at least 1, got 0"),
+        (["tune", *TINY, "--loads"], "load"),
+        (["train", "--base", "random"], "base must be one of"),
+        (["train", "--base", "least-outstandin"], "did you mean least-outstanding"),
+        ([*SHORT_TRAIN, "--context", "max"], "context"),
+        ([*SHORT_TRAIN, "--imitate", "mct-oracle"], "cannot imitate mct-oracle"),
+        ([*SHORT_TRAIN, "--imitate", "what-iff"], "unknown policy.*did you mean what-if"),
+        (["train", "--scenario", "none.yaml"], "no scenario file at none.yaml"),
+        (["train", "--decisions", "10"], "total_decisions must be at least"),
+        ([*SHORT_TRAIN, "--num-envs", "6"], r"num_envs \(6\) must be a multiple of group_size"),
+        ([*SHORT_TRAIN, "--num-envs", "0"], "num_envs.* must be at least 1"),
+        ([*SHORT_TRAIN, "--device", "tpu"], "device"),
+        ([*SHORT_TRAIN, "--minutes", "0"], "minutes"),
+        ([*SHORT_TRAIN, "--minutes", "-1"], "minutes"),
+        ([*SHORT_TRAIN, "--minutes", "nan"], "minutes"),
+        ([*SHORT_TRAIN, "--out", "file"], "file"),
+        (["export"], "run-folder"),
+        (["export", "--run-folder", "nowhere"], "nowhere is no training run"),
+        (["export", "--run-folder", "folder"], "folder is no training run"),
+        (["export", "--run-folder", "run"], "run"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_input_ends_with_one_sentence(refused, words, sentence):
+    assert re.search(sentence, refused(*words))
+
+
+@pytest.mark.parametrize(
+    "words", [["simulate", "--nope", "1"], ["simulate", "--seeds", "x"], ["fit"]]
+)
+def test_sentence_about_options_has_no_ruled_lines(refused, words):
+    assert "---" not in refused(*words).replace("--nope", "").replace("--seeds", "")
+
+
+@pytest.mark.parametrize(
+    ("option", "target"),
+    [
+        ("--json", "file/result.json"),
+        ("--json", "folder"),
+        ("--report", "file/report.html"),
+        ("--report", "folder"),
+    ],
+)
+def test_unwritable_output_is_refused(refused, option, target):
+    # both are asked for: neither may be left behind without the other
+    words = ["evaluate", *TINY, "--loads", "1", "--policies", "random"]
+    other = ("--report", "r.html") if option == "--json" else ("--json", "r.json")
+    assert target.partition("/")[0] in refused(*words, option, target, *other)
+
+
+@pytest.mark.parametrize("command", ["policies", "scenarios", "costs"])
+def test_lists_name_everything(place, capsys, command):
+    main([command])
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    for name in {"policies": names(), "scenarios": scenario_names(), "costs": ["H100"]}[command]:
+        assert name in shown.out
+
+
+def test_costs_grow_with_the_context(place, capsys):
+    def step_costs(context: str) -> str:
+        main(["costs", "--gpu", "L40S", "--context", context])
+        return capsys.readouterr().out
+
+    assert step_costs("1024") != step_costs("16384")
+    assert "L40S" in step_costs("1024")
+
+
+def test_simulate_prints_metrics_and_costs(place, capsys):
+    main(["simulate", *TINY, "--policy", "speed-family:eta=0.5", "--explain"])
+    text = capsys.readouterr().out
+    assert "speed-family:eta=0.5 on tiny, load 1" in text
+    for word in ("ttft_mean_s", "goodput_rps", "prefix_hit_rate", "H100-SXM-80GB", "L40S"):
+        assert word in text
+
+
+def test_simulate_is_the_same_twice_and_depends_on_the_load(place, capsys):
+    def said(*more: str) -> str:
+        main(["simulate", *TINY, "--policy", "random", *more])
+        return capsys.readouterr().out
+
+    assert said() == said()
+    assert said() != said("--load", "2")
+
+
+def test_simulate_replays_a_trace(place, capsys):
+    main(["simulate", *TINY, "--trace", "trace.csv", "--num-requests", "50"])
+    assert "prefix-load on tiny + trace.csv" in capsys.readouterr().out
+
+
+def test_evaluate_prints_a_table_and_writes_json_and_report(place, capsys):
+    pytest.importorskip("matplotlib")
+    main(
+        [
+            *("evaluate", *TINY, "--loads", "0.5", "1", "--policies", "random", "mct-oracle"),
+            *("--json", "out/result.json", "--report", "out/report.html", "--saturation"),
+        ]
+    )
+    text = capsys.readouterr().out
+    for word in ("tiny, load 0.5", "tiny, load 1", "oracle", "largest load", "out/result.json"):
+        assert word in text
+    document = json.loads((place / "out" / "result.json").read_text())
+    assert document["loads"] == [0.5, 1.0]
+    assert len(document["runs"]) == 2 * 2 * 2
+    assert set(document["saturation_load"]) == {"random", "mct-oracle"}
+    assert document["scenario"]["name"] == "tiny"
+    assert (place / "out" / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_json_differs_between_runs_only_in_times(place, capsys):
+    def document(path: str) -> dict[str, object]:
+        words = ["evaluate", *TINY, "--loads", "1", "--policies", "random", "round-robin"]
+        main([*words, "--json", path])
+        made = json.loads(Path(path).read_text())
+        return {k: v for k, v in made.items() if k not in ("decision_s", "command")}
+
+    assert document("a.json") == document("b.json")
+
+
+def test_fit_prints_a_workload_that_a_scenario_can_use(place, capsys):
+    main(["fit", "trace.csv"])
+    text = capsys.readouterr().out
+    assert "200 requests, 20/s" in text  # one each 0.05 s
+    workload = yaml.safe_load(text[text.index("workload:") : text.index("trace.csv")].strip())
+    (place / "fitted.yaml").write_text(yaml.safe_dump(SCENARIO | workload))
+    main(["simulate", "--scenario", "fitted.yaml", "--seeds", "1"])
+    assert "ttft_mean_s" in capsys.readouterr().out
+
+
+def test_fit_counts_the_rows_it_skips(place, capsys):
+    good = (place / "trace.csv").read_text()
+    (place / "mixed.csv").write_text(good + "x,1,1\n")
+    main(["fit", "mixed.csv", "--on-bad-row", "skip"])
+    assert "skipped 1 rows; the first: mixed.csv, line 202, column arrival_s" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+def test_tune_prints_the_best_of_its_budget(place, capsys):
+    main(["tune", *TINY, "--policy", "speed-family", "--budget", "3"])
+    text = capsys.readouterr().out
+    assert text.strip().startswith("speed-family")
+    assert "s on training seeds" in text
+
+
+@pytest.mark.slow
+def test_train_export_and_evaluate_a_policy(place, capsys):
+    pytest.importorskip("torch")
+    train = ["train", *TINY[:2], "--out", "runs/a", "--num-envs", "4", "--base", "speed-family"]
+    main([*train, "--decisions", "2048"])
+    assert "policy: runs/a/policy/policy.onnx" in capsys.readouterr().out
+    run = place / "runs" / "a"
+    assert {p.name for p in run.iterdir()} == {
+        "checkpoint.pt",
+        "config.json",
+        "policy",
+        "tensorboard",
+    }
+    manifest = json.loads((run / "policy" / "manifest.json").read_text())
+    assert manifest["training"]["decisions"] == 2048
+    assert manifest["training"]["base"] == "speed-family"
+    assert manifest["scenario"] == "tiny.yaml"
+    # the same command again trains no further; with more decisions it goes on
+    main([*train, "--decisions", "3072"])
+    manifest = json.loads((run / "policy" / "manifest.json").read_text())
+    assert manifest["training"]["decisions"] == 3072
+    first = (run / "policy" / "policy.onnx").read_bytes()
+    main(["export", "--run-folder", "runs/a", "--out", "exported"])
+    assert (place / "exported" / "policy.onnx").read_bytes() == first
+    capsys.readouterr()
+    words = ["evaluate", *TINY, "--loads", "1", "--json", "r.json"]
+    main([*words, "--policies", "speed-family", "runs/a/policy/policy.onnx"])
+    text = capsys.readouterr().out
+    assert "speed-family" in text
+    document = json.loads((place / "r.json").read_text())
+    assert [a["policy"] for a in document["aggregates"]] == ["speed-family", "a"]
+    ratio = document["aggregates"][1]["e2e_mean_ratio"]
+    assert ratio["reference"] == "speed-family"  # never a learned policy
+    assert 0.5 < ratio["value"] < 2.0  # it began as that rule
+    main(["simulate", *TINY, "--policy", "exported/policy.onnx"])
+    assert "exported on tiny" in capsys.readouterr().out

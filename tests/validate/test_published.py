@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import pytest
+
+from servegym.errors import ConfigError, WorkloadError
+from servegym.validate.published import experiment, read_published
+
+
+def plan_of(write_table, **cells):
+    return experiment(read_published(write_table(cells))[0])
+
+
+def test_figures_are_read_in_seconds_and_only_those_given(write_table):
+    (row,) = read_published(write_table({"tput_out": "480"}))
+    assert row.measured == {"tpot_s": 0.008, "ttft_s": 0.02, "output_tokens_per_s": 480.0}
+
+
+def test_concurrency_makes_a_closed_loop_of_ten_requests_a_client(write_table):
+    plan = plan_of(write_table)
+    assert (plan.loop, plan.concurrency, plan.num_requests) == ("closed", 4, 40)
+    assert (plan.setup.gpu, plan.setup.tp, plan.setup.precision) == ("H100-SXM-80GB", 1, "bf16")
+
+
+def test_notes_tell_a_static_batch_from_clients(write_table):
+    plan = plan_of(write_table, notes="static batch offline")
+    assert (plan.loop, plan.num_requests) == ("batch", 4)
+
+
+def test_rate_makes_an_open_loop(write_table):
+    plan = plan_of(write_table, concurrency="", request_rate="~10 Poisson (300 req)")
+    assert (plan.loop, plan.rate_rps) == ("open", 10.0)
+
+
+def test_infinite_rate_queues_everything_at_once(write_table):
+    plan = plan_of(write_table, concurrency="", request_rate="inf (all queued)", isl="2000")
+    assert (plan.loop, plan.num_requests) == ("offline", 3000)
+
+
+@pytest.mark.parametrize(
+    ("notes", "lengths"),
+    [
+        ("lengths random in [0.8,1.0]x nominal", "shortened"),
+        ("ShareGPT 200 prompts, Poisson", "spread"),
+        ("", "fixed"),
+    ],
+)
+def test_notes_tell_how_lengths_are_spread(write_table, notes, lengths):
+    assert plan_of(write_table, notes=notes).lengths == lengths
+
+
+@pytest.mark.parametrize(
+    ("cells", "reason"),
+    [
+        ({"gpu": "Gaudi9"}, "unknown GPU"),
+        ({"model": "BERT"}, "unknown model"),
+        ({"precision_w": "int4_wo"}, "not modelled"),
+        ({"engine": "sambaflow"}, "engine 'sambaflow'"),
+        ({"isl": ""}, "lengths are not given"),
+        ({"tp": ""}, "degree not given"),
+        ({"pp": "2"}, "pipeline"),
+        ({"dp": "8"}, "data-parallel"),
+        ({"ep": "8"}, "expert parallelism"),
+        ({"gpu_count": "8"}, "8 GPUs for tp 1"),
+        ({"notes": "disagg P=1x D=1x"}, "disaggregated"),
+        ({"concurrency": ""}, "neither concurrency nor request rate"),
+        ({"tpot_mean": "", "ttft_mean": ""}, "no TPOT"),
+        ({"quality": "X"}, "graded X"),
+    ],
+)
+def test_row_is_refused_with_the_reason(write_table, cells, reason):
+    with pytest.raises(ConfigError, match=reason):
+        plan_of(write_table, **cells)
+
+
+def test_file_is_refused_when_it_is_missing_or_no_such_table(tmp_path):
+    with pytest.raises(WorkloadError, match="no file at"):
+        read_published(tmp_path / "nothing.csv")
+    other = tmp_path / "other.csv"
+    other.write_text("a,b\n1,2\n")
+    with pytest.raises(WorkloadError, match="no column row_id"):
+        read_published(other)

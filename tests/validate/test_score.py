@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from servegym.errors import ConfigError
+from servegym.validate.constants import fit
+from servegym.validate.document import validation_document
+from servegym.validate.engine import EngineConstants, EngineSetup
+from servegym.validate.experiments import play
+from servegym.validate.published import experiment, read_published
+from servegym.validate.ranking import kendall_tau, rankings
+from servegym.validate.runs import read_runs
+from servegym.validate.score import (
+    Comparison,
+    Validation,
+    aggregate,
+    aggregates,
+    score_published,
+    score_row,
+    score_run,
+    score_runs,
+    worst,
+)
+
+
+def test_error_is_relative_to_the_measured_figure():
+    assert Comparison(measured=8.0, simulated=6.0).error == -0.25
+
+
+def test_aggregate_takes_the_size_of_errors_and_keeps_the_sign_in_the_bias():
+    summed = aggregate([-0.3, -0.2, 0.1])
+    assert summed.num_rows == 3
+    assert summed.median == pytest.approx(0.2)
+    assert summed.p90 == pytest.approx(0.28)  # 0.2 + 0.8 * (0.3 - 0.2)
+    assert summed.bias == pytest.approx(-0.2)
+
+
+def test_kendall_tau_counts_pairs_in_equal_and_opposite_order():
+    measured = np.array([1.0, 2.0, 3.0, 4.0])
+    assert kendall_tau(measured, measured) == 1
+    assert kendall_tau(measured, -measured) == -1
+    # of six pairs one is swapped: (5 - 1) / 6
+    assert kendall_tau(measured, np.array([1.0, 2.0, 4.0, 3.0])) == pytest.approx(4 / 6)
+    # one of six pairs is tied in one order only: (5 - 0) / sqrt(6 * 5)
+    assert kendall_tau(measured, np.array([1.0, 2.0, 3.0, 3.0])) == pytest.approx(5 / 30**0.5)
+    assert np.isnan(kendall_tau(measured, np.ones(4)))
+
+
+def test_tau_of_the_same_work_compares_only_rows_with_equal_load(write_table):
+    rows, _ = score_published(
+        write_table(
+            {"tpot_mean": "9", "concurrency": "1"},
+            {"tpot_mean": "5", "concurrency": "1", "gpu": "h200_sxm"},
+            {"tpot_mean": "1", "concurrency": "64"},  # wrong against the others, on purpose
+        ),
+        {},
+    )
+    (ranking,) = rankings(rows)
+    assert (ranking.num_rows, ranking.num_pairs) == (3, 1)
+    assert ranking.tau_same_work == 1
+    assert ranking.tau == pytest.approx(-1 / 3)
+
+
+def test_every_row_is_scored_or_listed_with_its_reason(write_table):
+    table = write_table({}, {"gpu": "Gaudi9"}, {"model": "BERT"}, {"quality": "B"})
+    rows, skipped = score_published(table, {})
+    document = validation_document(Validation(rows=rows, skipped_rows=skipped))
+    assert [row["row_id"] for row in document["rows"]] == ["1", "4"]
+    assert [item["name"] for item in document["skipped_rows"]] == ["2", "3"]
+    assert document["skipped_rows"][0]["reason"] == "unknown GPU 'Gaudi9'"
+    assert list(aggregates(rows, lambda score: "all")) == [("all", "A"), ("all", "B")]
+
+
+def test_worst_row_is_the_one_off_by_the_largest_factor_either_way(write_table):
+    # a hundredth of the measured TPOT is a larger factor than ten times it
+    rows, _ = score_published(write_table({}, {"tpot_mean": "0.8"}, {"tpot_mean": "800"}), {})
+    assert [score.row.row_id for score in worst(rows, 2)] == ["3", "2"]
+
+
+def test_model_that_does_not_fit_is_listed_not_simulated(write_table):
+    rows, (skipped,) = score_published(write_table({"model": "Llama-3.1-70B"}), {})
+    assert not rows
+    assert "do not fit" in skipped.reason
+
+
+def test_same_row_is_simulated_the_same_in_any_table(write_table):
+    spread = {"notes": "ShareGPT 50 prompts", "concurrency": "", "request_rate": "3"}
+    (alone,), _ = score_published(write_table(spread), {})
+    (_, second), _ = score_published(write_table({}, spread), {})
+    assert alone.figures == second.figures
+
+
+def test_constants_add_to_every_step_and_sequence(write_table):
+    plan = experiment(read_published(write_table({"concurrency": "2"}))[0])
+    plain, _ = play(plan, EngineConstants())
+    constants = EngineConstants(step_s=1e-3, sequence_s=1e-4, request_s=0.5)
+    slower, _ = play(plan, constants)
+    # two clients in step: every decode step has two sequences
+    assert slower["tpot_s"] - plain["tpot_s"] == pytest.approx(1.2e-3, rel=1e-6)
+    assert slower["ttft_s"] - plain["ttft_s"] > 0.5
+
+
+def test_trtllm_admits_only_what_it_can_hold_to_the_end(write_table):
+    cells = {"engine": "TensorRT-LLM", "isl": "20000", "osl": "2000", "concurrency": "64"}
+    plan = experiment(read_published(write_table(cells))[0])
+    assert play(plan, EngineConstants())[1].num_preemptions == 0
+    evicting = replace(plan, family="vllm")
+    assert play(evicting, EngineConstants())[1].num_preemptions > 0
+
+
+def test_fit_finds_the_constant_that_made_the_measurements(write_table):
+    made = EngineConstants(step_s=4e-3)
+    cases = []
+    for row in read_published(write_table(*({"concurrency": str(c)} for c in (1, 2, 4, 8)))):
+        simulated, _ = play(experiment(row), made)
+        cases.append((replace(row, measured=simulated), experiment(row)))
+    found = fit(cases)
+    assert found.step_s == 4e-3
+    assert (found.dense_factor, found.sequence_s) == (1.0, 0.0)
+    assert found.request_s == pytest.approx(0, abs=1e-9)
+
+
+def test_run_is_scored_on_every_request_and_time(write_run):
+    (score,), _ = score_runs(write_run(), {})
+    assert score.figures["e2e_s", "p99"].measured == pytest.approx(0.6)
+    assert score.figures["makespan_s", "whole"].measured == pytest.approx(2.6)
+    assert score.figures["output_tokens_per_s", "whole"].measured == pytest.approx(33 / 2.6)
+    assert score.figures["running", "time mean"].measured == 1
+    assert score.replay.num_blocks == 500
+    assert score.setup == EngineSetup("RTX-4090", "Llama-3.1-8B", max_num_seqs=8, num_blocks=500)
+
+
+def test_independent_ranks_behind_a_router_are_refused(write_run):
+    (run,), _ = read_runs(write_run(data_parallel_size=2))
+    with pytest.raises(ConfigError, match="2 independent data-parallel ranks"):
+        score_run(run, EngineConstants())
+
+
+def test_ranks_with_shared_experts_hold_more_and_are_slower_than_one(write_run):
+    one = EngineSetup("RTX-PRO-6000", "Qwen3-30B-A3B").replica(EngineConstants())
+    two = EngineSetup("RTX-PRO-6000", "Qwen3-30B-A3B", expert_ranks=2).replica(EngineConstants())
+    assert two.num_blocks > 2 * one.num_blocks  # each rank holds half of the experts
+    assert two.max_num_seqs == 2 * one.max_num_seqs
+    batch, kv = 64, 64 * 1000
+    assert two.grid.step_s([], 2 * batch, 2 * kv) < 2 * one.grid.step_s([], batch, kv)
+
+
+def test_row_scores_only_what_was_published(write_table):
+    (row,) = read_published(write_table({"tpot_mean": "", "tput_out": "100"}))
+    score = score_row(row, experiment(row), EngineConstants())
+    assert set(score.figures) == {"ttft_s", "output_tokens_per_s"}
+    assert score.main is score.figures["output_tokens_per_s"]
