@@ -19,8 +19,21 @@ from servegym.costs.grid import (
 )
 
 COLUMNS = (
-    *("row_id", "file", "quality", "engine", "engine_version", "model", "precision_w", "gpu"),
-    *("gpu_count", "tp", "pp", "dp", "ep", "isl", "osl", "concurrency", "request_rate", "notes"),
+    *("row_id", "file", "quality", "engine", "engine_version", "model", "precision_w"),
+    *(
+        "precision_kv",
+        "gpu",
+        "gpu_count",
+        "tp",
+        "pp",
+        "dp",
+        "ep",
+        "isl",
+        "osl",
+        "concurrency",
+        "request_rate",
+        "notes",
+    ),
     *("tput_out", "ttft_mean", "tpot_mean", "itl_mean", "e2e_mean"),
 )
 ROW = {

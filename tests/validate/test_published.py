@@ -21,6 +21,13 @@ def test_concurrency_makes_a_closed_loop_of_ten_requests_a_client(write_table):
     assert (plan.setup.gpu, plan.setup.tp, plan.setup.precision) == ("H100-SXM-80GB", 1, "bf16")
 
 
+def test_kv_cache_has_the_stated_precision_or_the_engine_default(write_table):
+    fp8 = {"precision_w": "fp8", "engine": "TensorRT-LLM"}
+    assert plan_of(write_table, **fp8).setup.kv_precision == "fp8"
+    assert plan_of(write_table, **fp8, precision_kv="fp16").setup.kv_precision == "bf16"
+    assert plan_of(write_table, precision_w="fp8").setup.kv_precision == "bf16"
+
+
 def test_notes_tell_a_static_batch_from_clients(write_table):
     plan = plan_of(write_table, notes="static batch offline")
     assert (plan.loop, plan.num_requests) == ("batch", 4)

@@ -139,6 +139,16 @@ def test_independent_ranks_behind_a_router_are_refused(write_run):
         score_run(run, EngineConstants())
 
 
+def test_fp8_kv_cache_holds_twice_the_tokens_and_is_read_in_half_the_time():
+    full, half = (
+        EngineSetup("H100-SXM-80GB", "Llama-3.1-8B", kv_precision=kv).replica(EngineConstants())
+        for kv in ("bf16", "fp8")
+    )
+    assert half.num_blocks == pytest.approx(2 * full.num_blocks, abs=2)
+    knot = full.grid.decode_kv[-4]
+    assert half.grid.decode(8, knot) == pytest.approx(full.grid.decode(8, knot / 2))
+
+
 def test_ranks_with_shared_experts_hold_more_and_are_slower_than_one(write_run):
     one = EngineSetup("RTX-PRO-6000", "Qwen3-30B-A3B").replica(EngineConstants())
     two = EngineSetup("RTX-PRO-6000", "Qwen3-30B-A3B", expert_ranks=2).replica(EngineConstants())

@@ -30,8 +30,11 @@ class Tune:
     def run(self) -> None:
         """Search and print the best setting."""
         scenario = load_scenario(self.scenario)
-        if self.seeds < 1 or self.budget < 1 or not self.loads:
-            raise ConfigError("tune needs at least one seed, one setting to try and one load")
+        for what, value in (("seeds", self.seeds), ("budget", self.budget)):
+            if value < 1:
+                raise ConfigError(f"{what} must be at least 1, got {value}")
+        if not self.loads:
+            raise ConfigError("there must be at least one load, got none")
         best, best_score = "", float("inf")
         for text in track(candidates(self.policy, self.budget), "tuning", transient=True):
             score = mean_e2e(scenario, text, self.loads, self.seeds)

@@ -45,6 +45,7 @@ def export_policy(
     network = network.cpu().eval()
     part, path = folder / "policy.part.onnx", folder / "policy.onnx"
     few = tuple(torch.from_numpy(a[:2]) for a in samples)
+    # the exporter of torch.export unrolls the variable number of replicas; this one keeps it
     torch.onnx.export(
         network,
         few,
