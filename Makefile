@@ -1,4 +1,4 @@
-.PHONY: demo test check bench setup
+.PHONY: demo test test-vllm check bench setup
 
 setup:
 	@scripts/setup
@@ -8,6 +8,9 @@ demo: setup  ## train briefly, evaluate against the baselines, show the result
 
 test: setup  ## the whole test suite
 	.venv/bin/python -m pytest
+
+test-vllm: setup  ## compare with vLLM's real scheduler, in an environment of its own
+	scripts/test-vllm
 
 check: setup  ## lint, types, import directions
 	scripts/check

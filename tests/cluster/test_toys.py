@@ -245,15 +245,16 @@ def test_a_step_that_preempts_admits_nobody_and_the_victim_goes_first(play):
     # 2. A decode (kv 4), B chunk 2 over 1:        1.3 + 0.02 + 0.004   -> 2.724, B emits
     # 3. A (kv 5, takes the last block), B (kv 4): 1.2 + 0.009          -> 3.933
     # 4. A (kv 6); B needs a block and preempts itself, which frees one. Budget and that block
-    #    would hold 3 of its tokens, or all of C, but the step admits nobody: 1.106 -> 5.039
-    # 5. A (kv 7), B chunk 3 of 5, C lacks budget: 1.4 + 0.007          -> 6.446, A ends
-    # 6. B chunk 2 over 3, C 1:                    1.3 + 0.06           -> 7.806, C ends
-    # 7. B (kv 6):                                 1.1 + 0.006          -> 8.912
+    #    would hold all of C, but the step admits nobody: 1.1 + 0.006   -> 5.039
+    # 5. A (kv 7); B's 5 tokens do not fit whole, C stays behind it:    -> 6.146, A ends
+    # 6. B chunk 4 of 5, C lacks budget:           1.4                  -> 7.546
+    # 7. B chunk 1 over 4, C 1:                    1.2 + 0.04           -> 8.786, C ends
+    # 8. B (kv 6):                                 1.1 + 0.006          -> 9.892
     assert_times(
         played,
-        scheduled_s=[0, 0, 6.446],
-        first_token_s=[1.4, 2.724, 7.806],
-        finish_s=[6.446, 8.912, 7.806],
+        scheduled_s=[0, 0, 7.546],
+        first_token_s=[1.4, 2.724, 8.786],
+        finish_s=[6.146, 9.892, 8.786],
     )
     assert played.outcomes["num_preemptions"].tolist() == [0, 1, 0]
 

@@ -57,26 +57,24 @@ def find_block(s: State, e: int, r: int, identity: int) -> int:
 
 
 @kernel
-def _insert(s: State, e: int, r: int, identity: int, block: int) -> bool:
+def _insert(s: State, e: int, r: int, identity: int, block: int) -> None:
+    """Note which block has an identity; of several, `find_block` returns the first noted."""
     known = s.known[e, r]
     mask = known.shape[0] - 1
     i = _slot_of(identity, mask)
     while known[i].identity != 0:
-        if known[i].identity == identity:
-            return False
         i = (i + 1) & mask
     known[i].identity = identity
     known[i].block = block
-    return True
 
 
 @kernel
-def _forget(s: State, e: int, r: int, identity: int) -> None:
-    """Delete an identity; later ones of the same probe run move back, so no marks are left."""
+def _forget(s: State, e: int, r: int, identity: int, block: int) -> None:
+    """Delete a block's entry; later ones of its probe run move back in order, leaving no marks."""
     known = s.known[e, r]
     mask = known.shape[0] - 1
     i = _slot_of(identity, mask)
-    while known[i].identity != identity:
+    while known[i].identity != identity or known[i].block != block:
         i = (i + 1) & mask
     j = i
     while True:
@@ -100,7 +98,7 @@ def _take(s: State, e: int, r: int) -> int:
     blocks[end].after = blocks[block].after
     blocks[blocks[block].after].before = end
     if blocks[block].identity != 0:
-        _forget(s, e, r, blocks[block].identity)
+        _forget(s, e, r, blocks[block].identity, block)
         blocks[block].identity = 0
     blocks[block].holders = 1
     s.replica[e, r].free_blocks -= 1
@@ -148,7 +146,7 @@ def take_for_chunk(
 
 @kernel
 def _name(p: Params, s: State, e: int, r: int, request: int, first: int, end: int) -> None:
-    """Give blocks `first..end-1` of a request their identities where these are still free."""
+    """Give blocks `first..end-1` of a request their identities."""
     row = s.table[e, r, s.request[e, request].seq_slot]
     seg, seg_stop = s.request[e, request].seg_first, s.request[e, request].seg_stop
     for j in range(first, end):
@@ -157,8 +155,8 @@ def _name(p: Params, s: State, e: int, r: int, request: int, first: int, end: in
             seg += 1
         key = s.segment[e, seg].key if seg < seg_stop else private_key(request)
         identity = block_identity(key, j)
-        if _insert(s, e, r, identity, row[j]):
-            s.block[e, r, row[j]].identity = identity
+        _insert(s, e, r, identity, row[j])
+        s.block[e, r, row[j]].identity = identity
 
 
 @kernel
@@ -254,11 +252,13 @@ def release(p: Params, s: State, e: int, r: int, request: int, computed: int, jo
         block = row[j]
         blocks[block].holders -= 1
         if blocks[block].holders == 0:
-            tail = blocks[end].before
-            blocks[tail].after = block
-            blocks[block].before = tail
-            blocks[block].after = end
-            blocks[end].before = block
+            # of the blocks released at once at most one, the last, has no identity: it goes first
+            before = blocks[end].before if blocks[block].identity != 0 else end
+            after = blocks[before].after
+            blocks[before].after = block
+            blocks[block].before = before
+            blocks[block].after = after
+            blocks[after].before = block
             v.free_blocks += 1
     s.free_slots[e, r, v.num_free_slots] = slot
     v.num_free_slots += 1

@@ -199,8 +199,8 @@ def _admit(
         take = min(total - computed, budget)
         if not p.chunked_prefill and take < total - computed:
             break
-        need = (computed + take + size - 1) // size - hits
-        if need + unheld > v.free_blocks:
+        whole = (total + size - 1) // size - hits
+        if whole + unheld > v.free_blocks:
             break
         v.wait_head = q.next_request
         if v.wait_head < 0:

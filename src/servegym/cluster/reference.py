@@ -51,13 +51,13 @@ class BlockPool:
         self.free = list(range(num_blocks))
         self.holders = dict.fromkeys(range(num_blocks), 0)
         self.identity: dict[int, int] = {}
-        self.where: dict[int, int] = {}
+        self.where: dict[int, list[int]] = {}
 
     def take(self) -> int:
         """Take the least recently used free block."""
         block = self.free.pop(0)
         if block in self.identity:
-            del self.where[self.identity.pop(block)]
+            self.where[self.identity.pop(block)].remove(block)
         self.holders[block] = 1
         return block
 
@@ -68,17 +68,19 @@ class BlockPool:
         self.holders[block] += 1
 
     def name(self, block: int, identity: int) -> None:
-        """Give a filled block its identity, unless another block has it."""
-        if self.caching and identity not in self.where:
-            self.where[identity] = block
+        """Give a filled block its identity; others may have the same."""
+        if self.caching:
+            self.where.setdefault(identity, []).append(block)
             self.identity[block] = identity
 
     def release(self, blocks: list[int]) -> None:
-        """Take one holder off each block, last block first."""
+        """Take one holder off each block, last block first; those without identity go first."""
+        nameless: list[int] = []
         for block in reversed(blocks):
             self.holders[block] -= 1
             if self.holders[block] == 0:
-                self.free.append(block)
+                (self.free if block in self.identity else nameless).append(block)
+        self.free[:0] = nameless
 
 
 class Engine:
@@ -106,10 +108,10 @@ class Engine:
         """Blocks of the longest cached prefix, at most `limit` of them."""
         found: list[int] = []
         while self.sim.spec.prefix_caching and len(found) < limit:
-            block = self.pool.where.get(self.identity(q, len(found)))
-            if block is None:
+            same = self.pool.where.get(self.identity(q, len(found)))
+            if not same:
                 break
-            found.append(block)
+            found.append(same[0])
         return found
 
     def release(self, q: Request) -> None:
@@ -161,7 +163,8 @@ class Engine:
                 if not sim.spec.chunked_prefill and tokens < q.total - computed:
                     break
                 need = -(-(computed + tokens) // size) - len(hit)
-                if need + sum(self.pool.holders[b] == 0 for b in hit) > len(self.pool.free):
+                whole = -(-q.total // size) - len(hit)
+                if whole + sum(self.pool.holders[b] == 0 for b in hit) > len(self.pool.free):
                     break
                 self.waiting.pop(0)
                 self.running.append(q)

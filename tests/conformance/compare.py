@@ -1,0 +1,169 @@
+"""Draw workloads for vLLM, compare its runs with ours, keep some as recordings.
+
+python -m conformance.compare draw 500 workloads.json
+python -m conformance.compare report workloads.json runs.json
+python -m conformance.compare record workloads.json runs.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .simulated import first_difference, outcome_of, play_compiled, play_reference
+from .workloads import for_driver, random_workload, serving_workload
+
+RECORDED = Path(__file__).parent / "recorded"
+#: Seeds worth keeping: short, with preemptions, hits and cut prompts, and for each rule of
+#: admission and of the block pool a few that go otherwise without it.
+KEPT = (
+    *(41, 51, 73, 76, 144, 146, 165, 183, 256, 262, 275, 338, 401, 402, 435, 440, 461, 477, 487),
+    *(28, 343, 473),
+)
+STEP = (
+    "begin_s",
+    "scheduled",
+    "admitted",
+    "preempted",
+    "num_waiting",
+    "free_blocks",
+    "finished",
+)
+REQUEST = ("cached_tokens", "first_token_s", "finish_s")
+
+
+def draw(num_random: int) -> list[dict[str, Any]]:
+    """Draw small random workloads, the kept ones among them, and large ones to measure with."""
+    seeds = sorted({*range(num_random), *KEPT})
+    small = [for_driver(random_workload(seed), ["default"]) for seed in seeds]
+    large = [
+        for_driver(
+            serving_workload(seed, prefix_caching=caching, num_blocks=num_blocks),
+            ["default", "first_chunk", "overlap"],
+        )
+        for caching in (False, True)
+        for num_blocks in (500, 1500)
+        for seed in (0, 1)
+    ]
+    return small + large
+
+
+def report(workloads: list[dict[str, Any]], told: dict[str, Any]) -> bool:
+    """Print how many workloads agree and how large the differences are; True if all agree."""
+    print(f"vLLM {told['vllm']}, step by step, then the compiled simulator's requests:\n")
+    total: Counter[tuple[str, ...]] = Counter()
+    same: Counter[tuple[str, ...]] = Counter()
+    early: Counter[tuple[str, ...]] = Counter()
+    compiled: Counter[tuple[str, ...]] = Counter()
+    shown = 0
+    large = []
+    for workload, run in zip(workloads, told["runs"], strict=True):
+        if "overlap" in run:
+            large.append((workload, run))
+            continue
+        kind = (
+            "caching" if workload["prefix_caching"] else "no caching",
+            "chunked" if workload["chunked_prefill"] else "whole",
+        )
+        total[kind] += 1
+        difference = first_difference(play_reference(workload), run["default"])
+        same[kind] += difference is None
+        if difference is not None:
+            difference = first_difference(play_reference(workload, early=True), run["default"])
+        early[kind] += difference is None
+        compiled[kind] += same_outcome(play_compiled(workload), outcome_of(run["default"]))
+        if difference is not None and shown < 10:
+            shown += 1
+            print(f"  seed {workload['seed']}, {' '.join(kind)}: {difference[:160]}")
+    print("\nprefix caching / prefill | workloads | identical | and with early identity | compiled")
+    for kind in sorted(total):
+        counts = f"{total[kind]} | {same[kind]} | {early[kind]} | {compiled[kind]}"
+        print(f"{' / '.join(kind)} | {counts}")
+    if large:
+        report_sizes(large)
+    return early == total
+
+
+def same_outcome(ours: dict[str, Any], engine: dict[str, Any]) -> bool:
+    """Whether all requests went the same way, times within rounding."""
+    return all(np.allclose(ours[name], engine[name], rtol=1e-9, atol=1e-12) for name in engine)
+
+
+def report_sizes(large: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    """Print what differences mean for latencies on the large workloads."""
+    print("\nmean TTFT s, mean E2E s, share of prompt tokens cached, preemptions, steps:")
+    for workload, run in large:
+        print(
+            f"\nseed {workload['seed']}, caching {workload['prefix_caching']}, "
+            f"{workload['num_blocks']} blocks, {len(workload['requests'])} requests"
+        )
+        rows = {"engine": run["default"], "ours": play_reference(workload)}
+        rows["ours, early identity"] = play_reference(workload, early=True)
+        rows["engine, first chunk"] = run["first_chunk"]
+        rows["engine, overlapped"] = run["overlap"]
+        want = summary(workload, rows["engine"])
+        for name, row in rows.items():
+            got = summary(workload, row)
+            ttft, e2e = (100 * (got[k] / want[k] - 1) for k in (0, 1))
+            same = first_difference(row, run["default"]) is None
+            print(
+                f"  {name:22} {got[0]:8.4f} ({ttft:+6.2f} %) {got[1]:8.4f} ({e2e:+6.2f} %) "
+                f"{got[2]:7.4f} {got[3]:5.0f} {got[4]:6.0f}{'  identical' if same else ''}"
+            )
+
+
+def summary(workload: dict[str, Any], run: dict[str, Any]) -> tuple[float, ...]:
+    """Return mean TTFT and E2E, cached share, preemptions and steps."""
+    requests = workload["requests"]
+    arrival_s = np.array([r[0] for r in requests])
+    return (
+        float(np.mean(run["first_token_s"] - arrival_s)),
+        float(np.mean(run["finish_s"] - arrival_s)),
+        float(np.sum(run["cached_tokens"]) / sum(r[1] for r in requests)),
+        float(sum(len(s["preempted"]) for s in run["steps"])),
+        float(len(run["steps"])),
+    )
+
+
+def record(workloads: list[dict[str, Any]], told: dict[str, Any]) -> None:
+    """Write the kept workloads and what vLLM did, one step a line."""
+    RECORDED.mkdir(exist_ok=True)
+    for workload, run in zip(workloads, told["runs"], strict=True):
+        if workload["seed"] not in KEPT or "overlap" in run:
+            continue
+        row = run["default"]
+        given = {k: v for k, v in workload.items() if k not in ("grid", "modes")}
+        head = {"vllm": told["vllm"], "workload": given} | {k: row[k] for k in REQUEST}
+        lines = [json.dumps([s[k] for k in STEP], separators=(",", ":")) for s in row["steps"]]
+        text = json.dumps(head, separators=(",", ":"))[:-1] + ',"steps":[\n' + ",\n".join(lines)
+        (RECORDED / f"seed-{workload['seed']}.json").write_text(text + "\n]}\n")
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a recorded workload and vLLM's run of it."""
+    told = json.loads(path.read_text())
+    steps = [dict(zip(STEP, row, strict=True)) for row in told["steps"]]
+    return told["workload"], {"steps": steps} | {k: told[k] for k in REQUEST}
+
+
+def main() -> None:
+    """Draw, report or record."""
+    command, *given = sys.argv[1:]
+    if command == "draw":
+        workloads = {"workloads": draw(int(given[0]))}
+        Path(given[1]).write_text(json.dumps(workloads))
+        return
+    workloads, told = (json.loads(Path(name).read_text()) for name in given)
+    if command == "record":
+        record(workloads["workloads"], told)
+    elif not report(workloads["workloads"], told):
+        sys.exit("the simulator and vLLM differ")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Play a workload on our simulators, told in the driver's form, and find the first difference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from servegym.cluster import state as st
+from servegym.cluster.reference import Engine, ReferenceSimulator, Request
+from servegym.cluster.simulator import Simulator
+from servegym.cluster.state import DECISION
+
+from .workloads import cluster_and_episode
+
+
+class RecordingEngine(Engine):
+    """An engine that notes each of its steps as the driver does; decides nothing."""
+
+    def __init__(self, sim: ReferenceSimulator, r: int, early: bool) -> None:
+        super().__init__(sim, r)
+        self.early = early
+        self.rows: list[dict[str, Any]] = []
+        self.victims: list[int] = []
+
+    def preempt(self, q: Request) -> None:
+        self.victims.append(q.idx)
+        super().preempt(q)
+
+    def begin_step(self) -> None:
+        before = list(self.running)
+        super().begin_step()
+        if not self.stepping:
+            return
+        scheduled = [q for q in self.running if q.scheduled]
+        admitted = [q for q in scheduled if q not in before or q.idx in self.victims]
+        self.rows.append(
+            {
+                "begin_s": self.sim.now_s,
+                "step_s": self.due_s - self.sim.now_s,
+                "scheduled": [[q.idx, q.scheduled] for q in scheduled],
+                "admitted": [[q.idx, q.computed] for q in admitted],
+                "preempted": self.victims,
+                "num_waiting": len(self.waiting),
+                "free_blocks": len(self.pool.free),
+                "finished": [],
+            }
+        )
+        self.victims = []
+
+    def _give(self, q: Request, tokens: int, need: int) -> None:
+        super()._give(q, tokens, need)
+        if self.early:
+            filled = (q.computed + tokens) // self.sim.spec.block_size
+            for j in range(q.named, filled):
+                self.pool.name(q.blocks[j], self.identity(q, j))
+            q.named = max(q.named, filled)
+
+    def end_step(self) -> None:
+        before = list(self.running)
+        super().end_step()
+        self.rows[-1]["finished"] = [q.idx for q in before if q not in self.running]
+
+
+def play_reference(workload: dict[str, Any], *, early: bool = False) -> dict[str, Any]:
+    """Play on the plain simulator, step by step.
+
+    Args:
+        workload: See `workloads`.
+        early: Name blocks filled while decoding at once, as the engine does, instead of when the
+            request leaves.
+    """
+    sim = ReferenceSimulator(*cluster_and_episode(workload))
+    engine = RecordingEngine(sim, 0, early)
+    sim.replicas = [engine]
+    sim.run(lambda _, __: 0)
+    events = sim.events()
+    return {"steps": engine.rows} | _per_request(events, len(workload["requests"]))
+
+
+def play_compiled(workload: dict[str, Any]) -> dict[str, Any]:
+    """Play on the compiled simulator, which tells of each request and how many steps it took."""
+    spec, episode = cluster_and_episode(workload)
+    sim = Simulator(spec, [episode], record=True)
+    while sim.advance()[0] == DECISION:
+        sim.apply(np.zeros(1, np.int64))
+    told = _per_request(sim.events(), len(workload["requests"]))
+    victims = sim.outcomes()["num_preemptions"].tolist()
+    return told | {"num_steps": int(sim.state.env[0]["engine_steps"]), "preemptions": victims}
+
+
+def _per_request(events: np.ndarray, n: int) -> dict[str, Any]:
+    told: dict[str, Any] = {}
+    for name, kind, column in (
+        ("cached_tokens", st.EV_ADMIT, "value"),
+        ("first_token_s", st.EV_FIRST_TOKEN, "time_s"),
+        ("finish_s", st.EV_FINISH, "time_s"),
+    ):
+        values = np.full(n, np.nan)
+        part = events[events["kind"] == kind]
+        values[part["request"]] = part[column]
+        told[name] = values.tolist()
+    return told
+
+
+def outcome_of(engine: dict[str, Any]) -> dict[str, Any]:
+    """Sum up an engine's run as `play_compiled` does."""
+    victims = [0] * len(engine["finish_s"])
+    for step in engine["steps"]:
+        for i in step["preempted"]:
+            victims[i] += 1
+    names = ("cached_tokens", "first_token_s", "finish_s")
+    told = {name: engine[name] for name in names}
+    return told | {"num_steps": len(engine["steps"]), "preemptions": victims}
+
+
+def first_difference(run: dict[str, Any], engine: dict[str, Any]) -> str | None:
+    """Say where a step-by-step run first differs from the engine's; None if nowhere."""
+    for k, (a, b) in enumerate(zip(run["steps"], engine["steps"], strict=False)):
+        for name in b:
+            if name != "step_s" and a[name] != b[name]:
+                return f"step {k}, {name}: ours {a[name]}, the engine's {b[name]}"
+    if len(run["steps"]) != len(engine["steps"]):
+        return f"ours takes {len(run['steps'])} steps, the engine {len(engine['steps'])}"
+    for name in ("cached_tokens", "first_token_s", "finish_s"):
+        if run[name] != engine[name]:
+            return f"{name}: ours {run[name]}, the engine's {engine[name]}"
+    return None
