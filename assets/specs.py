@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 from functools import cache
 from importlib import resources
+from itertools import pairwise
 from typing import TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from servegym.errors import ConfigError, unknown_name
 
@@ -16,17 +19,69 @@ class _Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Correction(_Spec):
+    """How far measured times lie from the analytic form, over a few coordinates of the shape.
+
+    Attributes:
+        axes: Ascending knots of each coordinate (`servegym.costs.forms` names them).
+        percent: 100 log(measured / form) at every combination of knots, last axis fastest.
+    """
+
+    axes: dict[str, tuple[float, ...]]
+    percent: tuple[int, ...]
+
+    @model_validator(mode="after")
+    def _check_size(self) -> Correction:
+        size = math.prod(len(knots) for knots in self.axes.values())
+        if size != len(self.percent):
+            raise ValueError(f"a correction over {size} knots has {len(self.percent)} values")
+        if any(b <= a for k in self.axes.values() for a, b in pairwise(k)):
+            raise ValueError("the knots of a correction must ascend strictly")
+        return self
+
+
 class KernelFit(_Spec):
-    """Coefficients of one operator; the forms are in `gpus.yaml`."""
+    """Coefficients of one operator; the forms are in `gpus.yaml`.
+
+    Attributes:
+        c0_s: Launch.
+        eff_bytes: Share of the data-sheet bandwidth.
+        eff_flops: Share of the data-sheet FLOP rate.
+        p: Sharpness of the bend between the two roofs.
+        s_per_seq_head: Decode attention only: seconds a sequence and KV head.
+        cache_bytes: Weights or KV up to about this size stay in the cache of a benchmark that
+            repeats the operator; 0: no sign of that.
+        cache_speedup: How much faster they are then read.
+        correction: What the form misses; without it the form stands alone.
+        error: Median and 95th percentile of the error on held-out measurements, percent.
+        form_error: The same for the form without its correction.
+        num_held_out: Held-out measurements.
+        source: What was measured.
+        prior: Not measured on this GPU.
+    """
 
     c0_s: float
     eff_bytes: float
     eff_flops: float = 1.0
     p: float = 1.0
     s_per_seq_head: float = 0.0
+    cache_bytes: float = 0.0
+    cache_speedup: float = 1.0
+    correction: Correction | None = None
     error: tuple[float, float] | None = None
+    form_error: tuple[float, float] | None = None
+    num_held_out: int = 0
     source: str = ""
     prior: bool = False
+
+    @model_validator(mode="after")
+    def _check_physics(self) -> KernelFit:
+        if self.eff_flops > 1 or self.eff_bytes > 1:
+            raise ValueError(
+                "a kernel cannot be faster than the data sheet: eff_flops "
+                f"{self.eff_flops:g} and eff_bytes {self.eff_bytes:g} must be at most 1"
+            )
+        return self
 
 
 class AllReduceFit(_Spec):
@@ -35,26 +90,62 @@ class AllReduceFit(_Spec):
     alpha_s: float
     bus_bytes_per_s: float
     p: float
+    prior: bool = False
 
 
 class GpuSpec(_Spec):
-    """A GPU: peaks, memory, rent and kernel efficiencies."""
+    """A GPU: peaks, memory, rent and kernel efficiencies.
+
+    Attributes:
+        bf16_flops: Dense FLOP/s.
+        fp8_flops: The same in fp8; 0 without such units.
+        fp4_flops: The same in fp4.
+        memory_bytes: All of it.
+        memory_bytes_per_s: Bandwidth.
+        l2_bytes: Last cache; measurements that fit in it do not show the memory.
+        price_usd_per_h: Rent.
+        source: Of the peaks.
+        price_source: Of the rent.
+        aic_system: Name in AIConfigurator's tables, empty if not in them.
+        gemm: GEMM in bf16.
+        fp8_gemm: GEMM in fp8, if measured.
+        prefill: Attention of new tokens.
+        decode: Attention of one token a sequence.
+        moe: Grouped experts by precision and routing, e.g. `"bf16 balanced"`.
+        elementwise: Norms, rotary embedding and activation of a layer.
+        all_reduce: By number of GPUs.
+    """
 
     bf16_flops: float
     fp8_flops: float = 0.0
+    fp4_flops: float = 0.0
     memory_bytes: float
     memory_bytes_per_s: float
+    l2_bytes: float = 0.0
     price_usd_per_h: float
     source: str
     price_source: str
+    aic_system: str = ""
     gemm: KernelFit
+    fp8_gemm: KernelFit | None = None
     prefill: KernelFit
     decode: KernelFit
+    moe: dict[str, KernelFit] = {}
+    elementwise: KernelFit | None = None
     all_reduce: dict[int, AllReduceFit]
 
 
 class ModelSpec(_Spec):
-    """A decoder-only transformer; sizes in elements."""
+    """A decoder-only transformer; sizes in elements.
+
+    Attributes:
+        window_tokens: Tokens a sliding-window layer attends to; 0: no such layers.
+        window_layers: Layers with that window.
+        latent_dim: Multi-head latent attention (MLA): elements of the compressed K and V of a
+            token, shared by all heads; 0: ordinary heads.
+        latent_rope_dim: Elements of the rotary key beside it.
+        latent_query_dim: Elements of the compressed query; 0: the query is not compressed.
+    """
 
     layers: int
     hidden: int
@@ -70,6 +161,11 @@ class ModelSpec(_Spec):
     kv_bytes_per_token: int
     num_params: float
     source: str
+    window_tokens: int = 0
+    window_layers: int = 0
+    latent_dim: int = 0
+    latent_rope_dim: int = 0
+    latent_query_dim: int = 0
 
 
 _S = TypeVar("_S", bound=_Spec)
@@ -78,7 +174,7 @@ _S = TypeVar("_S", bound=_Spec)
 @cache
 def _read(file: str) -> dict[str, dict[str, object]]:
     text = resources.files("servegym.assets").joinpath(file).read_text(encoding="utf-8")
-    return dict(yaml.safe_load(text))
+    return dict(json.loads(text) if file.endswith(".json") else yaml.safe_load(text))
 
 
 def _find(kind: str, file: str, cls: type[_S], name: str) -> _S:
@@ -98,13 +194,36 @@ def model_names() -> list[str]:
     return sorted(_read("models.yaml"))
 
 
+@cache
 def gpu(name: str) -> GpuSpec:
-    """Return a GPU's specification.
+    """Return a GPU's specification: `gpus.yaml`, with what `kernels.json` measured of it.
 
     Raises:
-        ConfigError: If there is none of that name.
+        ConfigError: If there is none of that name, or its calibration is impossible.
     """
-    return _find("GPU", "gpus.yaml", GpuSpec, name)
+    entries = _read("gpus.yaml")
+    if name not in entries:
+        raise ConfigError(unknown_name("GPU", name, entries))
+    return calibrated(name, {**entries[name], **_read("kernels.json").get(name, {})})
+
+
+def calibrated(name: str, entry: dict[str, object]) -> GpuSpec:
+    """Check a GPU's peaks and coefficients.
+
+    Args:
+        name: Of the GPU, for the message.
+        entry: Fields of `GpuSpec`.
+
+    Raises:
+        ConfigError: If a coefficient is missing, malformed or faster than the data sheet.
+    """
+    try:
+        return GpuSpec.model_validate(entry)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        what = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"calibration of {name}, {where}: {what}") from None
 
 
 def model(name: str) -> ModelSpec:

@@ -19,9 +19,11 @@ from servegym.commands.export import Export
 from servegym.commands.fit import Fit
 from servegym.commands.policies import Policies
 from servegym.commands.scenarios import Scenarios
+from servegym.commands.schedule import ScheduleDag
 from servegym.commands.simulate import Simulate
 from servegym.commands.train import Train
 from servegym.commands.tune import Tune
+from servegym.commands.validate import Validate
 from servegym.errors import ServeGymError, unknown_name
 
 
@@ -43,6 +45,8 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "scenarios": Scenarios,
     "policies": Policies,
     "costs": Costs,
+    "validate": Validate,
+    "schedule": ScheduleDag,
     "bench": Bench,
 }
 
@@ -76,5 +80,18 @@ def _parse(words: list[str]) -> Command:
     except SystemExit as end:
         if not end.code:
             raise
-        text = " ".join(re.sub(r"[│╭╮╰╯─┃]|\x1b\[[0-9;]*m", " ", said.getvalue()).split())
-        raise ServeGymError(text.removeprefix("Parsing error ") or "wrong arguments") from None
+        help_of = f"servegym {words[0]}" if words and words[0] in COMMANDS else "servegym"
+        raise ServeGymError(f"{_sentence(said.getvalue())}; see {help_of} --help") from None
+
+
+def _sentence(box: str) -> str:
+    """Take the message out of the box that tyro draws around it: what stands between its rules."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    parts = [""]
+    for line in plain.splitlines():
+        text = line.strip("│| ")
+        if text.startswith("╭") or (text and not text.strip("─-")):
+            parts.append("")  # a rule; the title is in it, or above it where lines are ASCII
+        elif not text.startswith("╰"):
+            parts[-1] += f" {text}"
+    return " ".join(parts[1].split()).rstrip(".") if len(parts) > 1 else "wrong arguments"

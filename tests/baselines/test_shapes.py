@@ -155,7 +155,7 @@ CONVERSATIONS = parse_scenario(
     fleet: [{gpu: A100-SXM-80GB, count: 8, num_blocks: 2500}]
     workload:
       kind: generated
-      rate_rps: 7.0
+      rate_rps: 6.0
       prompt: {medians_tokens: [2000.0], sigmas: [1.0], max_tokens: 16000}
       output: {medians_tokens: [2.0], sigmas: [0.1], max_tokens: 4}
       sessions:

@@ -107,22 +107,22 @@ def exact_s(cost, chunk, context, batch, kv_tokens):
     batch=st.integers(0, 256),
     kv_of_each=st.integers(1, 15_000),
 )
-def test_the_grid_is_within_1_percent_of_the_step_cost(
+def test_the_grid_is_within_2_percent_of_the_step_cost(
     gpu_name, model_name, chunk, context, batch, kv_of_each
 ):
     cost, grid = compiled(gpu_name, model_name, 2048)
     kv_tokens = batch * kv_of_each
     expected = exact_s(cost, chunk, context, batch, kv_tokens)
-    assert grid.step_s([(chunk, context)], batch, kv_tokens) == pytest.approx(expected, rel=0.01)
+    assert grid.step_s([(chunk, context)], batch, kv_tokens) == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("model_name", model_names())
 @pytest.mark.parametrize("max_tokens", [512, 2048, 8192])
-def test_whole_prompts_are_within_1_percent_up_to_the_budget(model_name, max_tokens):
+def test_whole_prompts_are_within_2_percent_up_to_the_budget(model_name, max_tokens):
     cost, grid = compiled("H100-SXM-80GB", model_name, max_tokens)
     chunks = np.unique(np.geomspace(1, max_tokens, 120).astype(int)).tolist()
     expected = [exact_s(cost, chunk, 0, 0, 0) for chunk in chunks]
-    assert [grid.step_s([(chunk, 0)]) for chunk in chunks] == pytest.approx(expected, rel=0.01)
+    assert [grid.step_s([(chunk, 0)]) for chunk in chunks] == pytest.approx(expected, rel=0.02)
 
 
 @settings(max_examples=200, deadline=None)
@@ -132,11 +132,11 @@ def test_whole_prompts_are_within_1_percent_up_to_the_budget(model_name, max_tok
     batch=st.integers(1, 256),
     kv_of_each=st.integers(1, 15_000),
 )
-def test_pure_decode_is_within_1_percent(gpu_name, model_name, batch, kv_of_each):
+def test_pure_decode_is_within_2_percent(gpu_name, model_name, batch, kv_of_each):
     cost, grid = compiled(gpu_name, model_name, 2048)
     kv_tokens = batch * kv_of_each
     expected = sum(cost.terms(batch, batch=batch, kv_tokens=kv_tokens).values())
-    assert grid.step_s([], batch, kv_tokens) == pytest.approx(expected, rel=0.01)
+    assert grid.step_s([], batch, kv_tokens) == pytest.approx(expected, rel=0.02)
 
 
 def test_two_chunks_cost_their_attention_each_and_the_rest_once():
@@ -147,4 +147,4 @@ def test_two_chunks_cost_their_attention_each_and_the_rest_once():
         + cost.terms(1, chunk=200, context=1000)[attention]
         + cost.terms(1, chunk=400)[attention]
     )
-    assert grid.step_s([(200, 1000), (400, 0)]) == pytest.approx(expected, rel=0.01)
+    assert grid.step_s([(200, 1000), (400, 0)]) == pytest.approx(expected, rel=0.02)

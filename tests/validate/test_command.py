@@ -54,6 +54,40 @@ def test_command_writes_numbers_tables_and_page(capsys, tmp_path, write_run, wri
     assert "not simulated: 1 of 2" in capsys.readouterr().out.lower()
 
 
+def test_proposed_constants_are_applied_to_the_family_they_are_of(tmp_path, write_table):
+    table = write_table({}, {"engine_version": "0.5.4 (2024)"})
+    tpot_s = {}
+    for flag in ("--no-proposed", "--proposed"):
+        path = tmp_path / f"{flag}.json"
+        main(["validate", "--published", str(table), flag, "--json", str(path)])
+        rows = json.loads(path.read_text())["rows"]
+        tpot_s[flag] = {row["family"]: row["figures"]["tpot_s"]["simulated"] for row in rows}
+    added = {
+        family: tpot_s["--proposed"][family] - tpot_s["--no-proposed"][family]
+        for family in ("vllm", "vllm-v0")
+    }
+    assert added["vllm"] == 0
+    assert added["vllm-v0"] > 2e-3  # every step lasts 2 ms more
+
+
+def test_refit_asks_for_published_rows(capsys, write_run):
+    assert "give --published FILE" in refused(capsys, "--e2e", write_run(), "--refit")
+
+
+def test_refit_writes_the_constants_of_a_family_and_its_left_out_error(
+    tmp_path, capsys, write_table
+):
+    rows = [{"file": name, "concurrency": str(c)} for name in "ab" for c in range(1, 11)]
+    document = tmp_path / "fit.md"
+    main(
+        ["validate", "--published", str(write_table(*rows)), "--refit", "--markdown", str(document)]
+    )
+    text = document.read_text()
+    assert "| vllm |" in text
+    assert ", b " in text
+    assert "Proposed constants" in text
+
+
 @pytest.mark.skipif(not (DATA / "e2e").is_dir(), reason="the real runs are not here")
 def test_real_runs_are_all_replayed_and_the_other_file_is_named(tmp_path, capsys):
     main(["validate", "--e2e", str(DATA / "e2e"), "--json", str(tmp_path / "a.json")])

@@ -50,6 +50,7 @@ def test_gpu_label_is_refused_when_it_names_none_or_several(label):
 def test_precisions_are_told_by_their_first_word():
     assert known_precision("fp16") == "bf16"
     assert known_precision("fp8 (assumed; declared fp16)") == "fp8"
+    assert known_precision("nvfp4") == "fp4"
     with pytest.raises(ConfigError, match="int4_wo are not modelled"):
         known_precision("int4_wo")
 

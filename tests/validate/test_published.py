@@ -72,6 +72,9 @@ def test_notes_tell_how_lengths_are_spread(write_table, notes, lengths):
         ({"concurrency": ""}, "neither concurrency nor request rate"),
         ({"tpot_mean": "", "ttft_mean": ""}, "no TPOT"),
         ({"quality": "X"}, "graded X"),
+        # 15 GB of weights at 3.35 TB/s: 4.5 ms
+        ({"tpot_mean": "4.2"}, "inconsistent"),
+        ({"tpot_mean": "", "tput_out": "1000"}, "inconsistent"),  # 4 clients: 4 ms each
     ],
 )
 def test_row_is_refused_with_the_reason(write_table, cells, reason):

@@ -80,3 +80,13 @@ def test_series_counts_requests_and_blocks_at_each_time(second_steps):
     np.testing.assert_array_equal(series["running"], [1, 1, 0])
     np.testing.assert_array_equal(series["waiting"], [1, 0, 0])
     np.testing.assert_allclose(series["kv_cache_pct"], [10, 10, 0])
+
+
+def test_ranks_take_turns_while_they_are_equally_loaded(second_steps):
+    # two slots in all: each rank serves one request at a time, the third waits for either
+    replica = engine(second_steps, max_num_seqs=1)
+    replay = replay_open(
+        replica, np.array([0.0, 0.5, 0.6]), np.full(3, 4), np.full(3, 2), num_replicas=2
+    )
+    np.testing.assert_allclose(replay.e2e_s, [2, 2, 1.4 + 2])
+    assert replay.num_blocks == 200

@@ -5,14 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from servegym.errors import ConfigError
 from servegym.validate.constants import fit
 from servegym.validate.document import validation_document
 from servegym.validate.engine import EngineConstants, EngineSetup
 from servegym.validate.experiments import play
 from servegym.validate.published import experiment, read_published
 from servegym.validate.ranking import kendall_tau, rankings
-from servegym.validate.runs import read_runs
 from servegym.validate.score import (
     Comparison,
     Validation,
@@ -20,7 +18,6 @@ from servegym.validate.score import (
     aggregates,
     score_published,
     score_row,
-    score_run,
     score_runs,
     worst,
 )
@@ -53,8 +50,8 @@ def test_tau_of_the_same_work_compares_only_rows_with_equal_load(write_table):
     rows, _ = score_published(
         write_table(
             {"tpot_mean": "9", "concurrency": "1"},
-            {"tpot_mean": "5", "concurrency": "1", "gpu": "h200_sxm"},
-            {"tpot_mean": "1", "concurrency": "64"},  # wrong against the others, on purpose
+            {"tpot_mean": "6", "concurrency": "1", "gpu": "h200_sxm"},
+            {"tpot_mean": "5", "concurrency": "64"},  # wrong against the others, on purpose
         ),
         {},
     )
@@ -75,13 +72,17 @@ def test_every_row_is_scored_or_listed_with_its_reason(write_table):
 
 
 def test_worst_row_is_the_one_off_by_the_largest_factor_either_way(write_table):
-    # a hundredth of the measured TPOT is a larger factor than ten times it
-    rows, _ = score_published(write_table({}, {"tpot_mean": "0.8"}, {"tpot_mean": "800"}), {})
+    # the simulator says some thousand tokens a second: 5, 50 and 400 times off
+    columns = ({"tpot_mean": "", "tput_out": str(rate)} for rate in (1_000, 100, 2_000_000))
+    offline = ({**column, "concurrency": "", "request_rate": "inf"} for column in columns)
+    rows, _ = score_published(write_table(*offline), {})
     assert [score.row.row_id for score in worst(rows, 2)] == ["3", "2"]
 
 
 def test_model_that_does_not_fit_is_listed_not_simulated(write_table):
-    rows, (skipped,) = score_published(write_table({"model": "Llama-3.1-70B"}), {})
+    rows, (skipped,) = score_published(
+        write_table({"model": "Llama-3.1-70B", "tpot_mean": "60"}), {}
+    )
     assert not rows
     assert "do not fit" in skipped.reason
 
@@ -101,6 +102,11 @@ def test_constants_add_to_every_step_and_sequence(write_table):
     # two clients in step: every decode step has two sequences
     assert slower["tpot_s"] - plain["tpot_s"] == pytest.approx(1.2e-3, rel=1e-6)
     assert slower["ttft_s"] - plain["ttft_s"] > 0.5
+
+
+def test_way_from_the_client_is_no_part_of_a_batch(write_table):
+    plan = experiment(read_published(write_table({"notes": "static batch"}))[0])
+    assert play(plan, EngineConstants(request_s=9.0))[0] == play(plan, EngineConstants())[0]
 
 
 def test_trtllm_admits_only_what_it_can_hold_to_the_end(write_table):
@@ -133,10 +139,10 @@ def test_run_is_scored_on_every_request_and_time(write_run):
     assert score.setup == EngineSetup("RTX-4090", "Llama-3.1-8B", max_num_seqs=8, num_blocks=500)
 
 
-def test_independent_ranks_behind_a_router_are_refused(write_run):
-    (run,), _ = read_runs(write_run(data_parallel_size=2))
-    with pytest.raises(ConfigError, match="2 independent data-parallel ranks"):
-        score_run(run, EngineConstants())
+def test_independent_ranks_share_the_requests(write_run):
+    (score,), _ = score_runs(write_run(data_parallel_size=2), {})
+    assert score.setup.expert_ranks == 1
+    assert score.replay.num_blocks == 2 * 500
 
 
 def test_fp8_kv_cache_holds_twice_the_tokens_and_is_read_in_half_the_time():

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from servegym.assets.specs import gpu, model
 from servegym.commands.console import make_console
-from servegym.costs.explain import costs_table
+from servegym.costs.explain import costs_table, evidence_table
+from servegym.costs.source import Routing
 from servegym.costs.step import StepCost
+from servegym.costs.tables import source_of
+from servegym.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Show what engine steps cost on a replica, and which term dominates."""
+    """Show what engine steps cost on a replica, which term dominates and what was measured."""
 
     gpu: str = "H100-SXM-80GB"
     """GPU type."""
@@ -20,15 +24,28 @@ class Costs:
     """Model served."""
     tp: int = 1
     """Tensor-parallel degree."""
+    source: Literal["fits", "tables"] = "fits"
+    """Fits of assets, or measured tables of the package aiconfigurator-core if installed."""
     fp8: bool = False
     """Weights and GEMMs in fp8."""
+    fp4: bool = False
+    """Weights in fp4."""
+    routing: Routing = "uniform"
+    """How a mixture's experts are hit: all alike, or as the benchmarks' power law."""
     context: int = 1024
     """KV tokens of each decoding sequence."""
 
     def run(self) -> None:
-        """Print the table."""
-        cost = StepCost(gpu(self.gpu), model(self.model), self.tp, self.fp8)
-        title = f"{self.model} on {self.tp} x {self.gpu} ({cost.operators.name})"
+        """Print the tables."""
+        if self.context < 1:
+            raise ConfigError(f"context must be at least 1 token, got {self.context}")
+        spec = gpu(self.gpu)
+        source, note = source_of(spec, self.source, fp8=self.fp8, fp4=self.fp4)
+        cost = StepCost(spec, model(self.model), self.tp, self.fp8, source, self.fp4, self.routing)
+        title = f"{self.model} on {self.tp} x {self.gpu} ({source.name}, {cost.status})"
         console = make_console()
+        if note:
+            console.print(note)
         console.print(costs_table(title, cost, context=self.context))
+        console.print(evidence_table(cost))
         console.print(f"KV cache: {cost.kv_capacity_tokens():,} tokens at 90 % of memory")

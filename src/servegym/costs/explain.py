@@ -43,3 +43,17 @@ def costs_table(title: str, cost: StepCost, *, context: int = 1024) -> Table:
             f"{most} ({terms[most] / total:.0%})",
         )
     return table
+
+
+def evidence_table(cost: StepCost) -> Table:
+    """Tabulate what stands behind every operator.
+
+    Args:
+        cost: A replica's step cost.
+    """
+    table = Table(title=f"{cost.status}: what stands behind these times")
+    for heading in ("operator", "kind", "source or reason"):
+        table.add_column(heading)
+    for evidence in cost.evidence:
+        table.add_row(evidence.operator, evidence.kind, evidence.note)
+    return table

@@ -1,68 +1,240 @@
-"""The fitted source: rooflines whose efficiencies were fitted on measured kernel tables."""
+"""The fitted source: rooflines and corrections fitted on measured kernel tables."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
-from servegym.assets.specs import GpuSpec
+import numpy as np
+
+from servegym.assets.specs import GpuSpec, KernelFit
+from servegym.costs import forms
+from servegym.costs.curve import Surface
+from servegym.costs.forms import ELEMENT_BYTES, LogTable, Operator, table_of
+from servegym.costs.source import Evidence, Routing
 from servegym.errors import ConfigError
+from servegym.typing import FloatArray
 
-_KV_BYTES = 2.0  # an element of activations and KV cache
-#: Time of an iteration that no kernel accounts for; a prior, no source measures it directly
-#: (residuals of measured iterations against kernel sums lie between 0 and 3 ms).
-CPU_S = 1.0e-3
+Precision = Literal["bf16", "fp8", "fp4"]
+#: Bytes of a weight; fp4 has a scale of one byte every 16 elements.
+WEIGHT_BYTES: dict[Precision, float] = {"bf16": 2.0, "fp8": 1.0, "fp4": 0.5625}
+
+#: Time of an iteration that no kernel accounts for: what measured iterations of vLLM 0.19 on two
+#: GPUs lasted beyond the sum of their kernels (-0.3 to 1.7 ms). A prior on all others.
+CPU_S = 0.5e-3
+#: Norms, rotary embedding and activation where they were not measured.
+ELEMENTWISE = KernelFit(c0_s=9.5e-6, eff_bytes=1.0, prior=True)
+#: Sizes at which operators are sampled before they are interpolated.
+_TOKENS = np.unique(np.round(np.geomspace(1, 65536, 97)))
+_CHUNKS = np.unique(np.round(np.geomspace(1, 32768, 61)))
+_CONTEXTS = np.concatenate(([1e-3], np.geomspace(16, 262144, 36)))
+_BATCHES = np.geomspace(1, 2048, 23)
+_KV_TOKENS = np.geomspace(1, 2.0**24, 97)
 
 
 @dataclass(frozen=True)
 class RooflineSource:
-    """Operator times of a GPU from the fits in `assets/gpus.yaml`.
+    """Operator times of a GPU from the fits in `assets`.
+
+    A measured operator is never faster than the memory: benchmarks repeat an operator on data
+    that stays in the cache, an engine streams its weights and KV through it between two uses.
 
     Attributes:
         gpu: Peaks and coefficients.
-        fp8: Whether GEMMs run in fp8. One analytic form fits fp8 badly (median error 17-27 %).
+        fp8: Whether GEMMs run in fp8.
         cpu_overhead_s: Time of an iteration outside the device.
+        fp4: Whether weights have four bits.
     """
 
     gpu: GpuSpec
     fp8: bool = False
     cpu_overhead_s: float = CPU_S
+    fp4: bool = False
+    _surfaces: dict[tuple[object, ...], Surface] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+    _tables: dict[str, LogTable | None] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def name(self) -> str:
         """Where the numbers come from."""
-        return "fitted roofline" + (" (prior)" if self.gpu.gemm.prior else "")
+        return "fits" + (" (prior)" if self.gpu.gemm.prior else "")
+
+    @property
+    def precision(self) -> Precision:
+        """Of weights."""
+        return "fp4" if self.fp4 else "fp8" if self.fp8 else "bf16"
+
+    @property
+    def peak_flops(self) -> float:
+        """Of GEMMs."""
+        peaks = {"fp4": self.gpu.fp4_flops or self.gpu.bf16_flops, "fp8": self.gpu.fp8_flops}
+        return peaks.get(self.precision, self.gpu.bf16_flops)
+
+    # ---- what a subclass replaces: the fit of an operator, and its correction ----
+
+    def _gemm_fit(self, n: float, k: float) -> tuple[KernelFit, LogTable | None]:
+        fp8 = self.gpu.fp8_gemm if self.fp8 else None
+        return self._with_table("gemm", fp8 or self.gpu.gemm)
+
+    def _prefill_fit(
+        self, heads: int, kv_heads: int, head_dim: int
+    ) -> tuple[KernelFit, LogTable | None]:
+        return self._with_table("prefill", self.gpu.prefill)
+
+    def _decode_fit(
+        self, heads: int, kv_heads: int, head_dim: int
+    ) -> tuple[KernelFit, LogTable | None]:
+        return self._with_table("decode", self.gpu.decode)
+
+    def _experts_fit(
+        self, hidden: int, width: int, num_experts: int, active: int, routing: Routing
+    ) -> tuple[KernelFit, LogTable | None] | None:
+        fit = self.gpu.moe.get(f"{self.precision} {routing}")
+        return self._with_table(f"experts {routing}", fit) if fit else None
+
+    def _with_table(self, operator: str, fit: KernelFit) -> tuple[KernelFit, LogTable | None]:
+        if operator not in self._tables:
+            self._tables[operator] = table_of(fit)
+        return fit, self._tables[operator]
+
+    # ---- seconds ----
 
     def gemm_s(self, m: float, n: int, k: int, weight_bytes: float) -> float:
         """Seconds of `[m, k] x [k, n]`."""
-        fit = self.gpu.gemm
-        peak = self.gpu.fp8_flops if self.fp8 else self.gpu.bf16_flops
-        moved = weight_bytes * (n * k + m * k) + _KV_BYTES * m * n
-        flops_s = 2.0 * m * n * k / peak / fit.eff_flops
-        bytes_s = moved / self.gpu.memory_bytes_per_s / fit.eff_bytes
-        return fit.c0_s + _pnorm(flops_s, bytes_s, fit.p)
+        fit, table = self._gemm_fit(n, k)
+        if table is None:
+            operator = forms.gemm(m, n, k, weight_bytes)
+            return float(operator.form_s(fit, self.peak_flops, self.gpu.memory_bytes_per_s))
+        key = ("gemm", n, k, weight_bytes)
+        if key not in self._surfaces:
+            seconds = self._cold(forms.gemm(_TOKENS, n, k, weight_bytes), fit, table)
+            self._surfaces[key] = _curve(_TOKENS, seconds)
+        return self._surfaces[key](m, 1.0)
+
+    def experts_s(
+        self,
+        tokens: float,
+        hidden: int,
+        width: int,
+        num_experts: int,
+        active: int,
+        matrices: int,
+        weight_bytes: float,
+        routing: Routing,
+    ) -> float:
+        """Seconds of the experts of a layer; without a fit GEMMs of the experts touched."""
+        found = self._experts_fit(hidden, width, num_experts, active, routing)
+        if found is None:
+            return self._experts_as_gemms(
+                tokens, hidden, width, num_experts, active, matrices, weight_bytes
+            )
+        fit, table = found
+        key = ("experts", hidden, width, num_experts, active, matrices, weight_bytes, routing)
+        if key not in self._surfaces:
+            operator = forms.experts(
+                _TOKENS, hidden, width, num_experts, active, matrices, weight_bytes
+            )
+            self._surfaces[key] = _curve(_TOKENS, self._cold(operator, fit, table))
+        return self._surfaces[key](tokens, 1.0)
+
+    def _experts_as_gemms(
+        self,
+        tokens: float,
+        hidden: int,
+        width: int,
+        num_experts: int,
+        active: int,
+        matrices: int,
+        weight_bytes: float,
+    ) -> float:
+        # uniform routing: expected number of distinct experts that `tokens` tokens touch
+        touched = num_experts * (1.0 - (1.0 - active / num_experts) ** tokens)
+        rows = tokens * active / touched
+        one = self.gemm_s(rows, (matrices - 1) * width, hidden, weight_bytes)
+        one += self.gemm_s(rows, hidden, width, weight_bytes)
+        # experts run in one grouped kernel: its launch is paid once, not once per expert
+        launch = 2.0 * self._gemm_fit(width, hidden)[0].c0_s
+        weights = weight_bytes * matrices * width * hidden
+        return touched * max(one - launch, weights / self.gpu.memory_bytes_per_s) + launch
 
     def prefill_attention_s(
         self, chunk: float, context: float, heads: int, kv_heads: int, head_dim: int
     ) -> float:
-        """Seconds of causal attention of a chunk; the cached part is extrapolated from 0."""
-        fit = self.gpu.prefill
-        pairs = chunk * (context + 0.5 * (chunk + 1.0))
-        flops_s = 4.0 * heads * head_dim * pairs / self.gpu.bf16_flops / fit.eff_flops
-        moved = _KV_BYTES * head_dim * (2.0 * chunk * heads + 2.0 * (chunk + context) * kv_heads)
-        return flops_s + moved / self.gpu.memory_bytes_per_s / fit.eff_bytes
+        """Seconds of causal attention of a chunk over what is cached, without the launch."""
+        fit, table = self._prefill_fit(heads, kv_heads, head_dim)
+        if table is None:
+            operator = forms.prefill(chunk, context, heads, kv_heads, head_dim)
+            seconds = operator.form_s(fit, self.gpu.bf16_flops, self.gpu.memory_bytes_per_s)
+            return float(seconds) - fit.c0_s
+        key = ("prefill", heads, kv_heads, head_dim)
+        if key not in self._surfaces:
+            attention = (self.gpu.bf16_flops, self.attention_launch_s())
+            operator = forms.prefill(
+                _CHUNKS[:, None], _CONTEXTS[None, :], heads, kv_heads, head_dim
+            )
+            seconds = self._cold(operator, fit, table, *attention)
+            if table.axes["heads"][0] >= 1:
+                chain = self._chain_s(_CHUNKS[:, None] + _CONTEXTS[None, :], head_dim, fit, table)
+                seconds = np.maximum(seconds, chain)
+            self._surfaces[key] = Surface.through(_CHUNKS, _CONTEXTS, seconds)
+        whole_s = self._surfaces[key](chunk, max(context, _CONTEXTS[0]))
+        return max(whole_s - self.attention_launch_s(), 0.0)
+
+    def _chain_s(
+        self, kv_tokens: FloatArray, head_dim: int, fit: KernelFit, table: LogTable
+    ) -> FloatArray:
+        """Seconds of one tile of queries walking along all its keys.
+
+        A few new tokens over a long context have too few tiles to fill the GPU. What one tile
+        takes shows in prompts of one head; beyond the longest of these it grows in proportion.
+        """
+        longest = table.axes["length"][-1]
+        operator = forms.prefill(np.minimum(kv_tokens, longest), 0.0, 1, 1, head_dim)
+        one_s = operator.measured_s(fit, table, self.gpu.bf16_flops, self.gpu.memory_bytes_per_s)
+        return one_s * np.maximum(kv_tokens / longest, 1.0)
 
     def decode_attention_s(
         self, batch: float, kv_tokens: float, heads: int, kv_heads: int, head_dim: int
     ) -> float:
-        """Seconds of one token each of `batch` sequences over `kv_tokens` in all."""
-        fit = self.gpu.decode
-        moved = 2.0 * _KV_BYTES * kv_heads * head_dim * kv_tokens
-        read_s = moved / self.gpu.memory_bytes_per_s / fit.eff_bytes
-        return read_s + fit.s_per_seq_head * batch * kv_heads
+        """Seconds of one token each of `batch` sequences over `kv_tokens` in all, no launch."""
+        fit, table = self._decode_fit(heads, kv_heads, head_dim)
+        if table is None:
+            operator = forms.decode(batch, kv_tokens, heads, kv_heads, head_dim)
+            seconds = operator.form_s(fit, self.gpu.bf16_flops, self.gpu.memory_bytes_per_s)
+            return float(seconds) - fit.c0_s
+        key = ("decode", heads, kv_heads, head_dim)
+        if key not in self._surfaces:
+            attention = (self.gpu.bf16_flops, self.attention_launch_s())
+            operator = forms.decode(
+                _BATCHES[:, None], _KV_TOKENS[None, :], heads, kv_heads, head_dim
+            )
+            seconds = self._cold(operator, fit, table, *attention)
+            self._surfaces[key] = Surface.through(_BATCHES, _KV_TOKENS, seconds)
+        return max(self._surfaces[key](batch, kv_tokens) - self.attention_launch_s(), 0.0)
+
+    def latent_decode_s(
+        self, batch: float, kv_tokens: float, heads: int, latent: int, rope: int
+    ) -> float:
+        """Seconds of decoding with absorbed MLA, by the efficiencies of ordinary attention."""
+        flops = 2.0 * heads * (2.0 * latent + rope) * kv_tokens
+        moved = ELEMENT_BYTES * ((latent + rope) * kv_tokens + 2.0 * heads * latent * batch)
+        flops_s = flops / (self.gpu.bf16_flops * self.gpu.prefill.eff_flops)
+        return max(flops_s, moved / (self.gpu.memory_bytes_per_s * self.gpu.decode.eff_bytes))
 
     def attention_launch_s(self) -> float:
         """Constant part of one attention kernel."""
         return self.gpu.decode.c0_s
+
+    def elementwise_s(self, tokens: float, hidden: int, qk_width: int, ffn_width: int) -> float:
+        """Seconds of a layer's norms, rotary embedding and activation."""
+        fit, table = self._with_table("elementwise", self.gpu.elementwise or ELEMENTWISE)
+        key = ("elementwise", hidden, qk_width, ffn_width)
+        if key not in self._surfaces:
+            operator = forms.elementwise(_TOKENS, hidden, qk_width, ffn_width)
+            peaks = (self.gpu.bf16_flops, self.gpu.memory_bytes_per_s)
+            self._surfaces[key] = _curve(_TOKENS, operator.measured_s(fit, table, *peaks))
+        return self._surfaces[key](tokens, 1.0)
 
     def all_reduce_s(self, num_bytes: float, num_gpus: int) -> float:
         """Seconds of an all-reduce.
@@ -78,14 +250,82 @@ class RooflineSource:
                 f"choose tp from {[1, *sorted(self.gpu.all_reduce)]}"
             )
         fit = self.gpu.all_reduce[num_gpus]
-        volume = 2.0 * (num_gpus - 1) / num_gpus * num_bytes
-        return _pnorm(fit.alpha_s, volume / fit.bus_bytes_per_s, fit.p)
+        volume_s = 2.0 * (num_gpus - 1) / num_gpus * num_bytes / fit.bus_bytes_per_s
+        high, low = max(fit.alpha_s, volume_s), min(fit.alpha_s, volume_s)
+        return float(high * (1.0 + (low / high) ** fit.p) ** (1.0 / fit.p)) if high > 0 else 0.0
 
     def cpu_s(self) -> float:
         """Time of an engine iteration outside the device."""
         return self.cpu_overhead_s
 
+    def _cold(
+        self,
+        operator: Operator,
+        fit: KernelFit,
+        table: LogTable | None,
+        peak_flops: float | None = None,
+        launch_s: float = 0.0,
+    ) -> FloatArray:
+        peaks = (peak_flops or self.peak_flops, self.gpu.memory_bytes_per_s)
+        warm = operator.measured_s(fit, table, *peaks)
+        return np.maximum(warm, launch_s + operator.floor_s(fit, *peaks))
 
-def _pnorm(a: float, b: float, p: float) -> float:
-    high, low = max(a, b), min(a, b)
-    return float(high * (1.0 + (low / high) ** p) ** (1.0 / p)) if high > 0 else 0.0
+    # ---- what stands behind them ----
+
+    def gemm_evidence(self, n: int, k: int) -> Evidence:
+        """Between the fitted shapes or beyond them."""
+        operator = f"GEMM {n} x {k} {self.precision}"
+        fit, _ = self._gemm_fit(n, k)
+        if self.fp4 or (self.fp8 and self.gpu.fp8_gemm is None):
+            note = f"not measured in {self.precision} on this GPU: the form of bf16 with its peak"
+            return Evidence(operator, "prior", note)
+        coordinates = forms.gemm(1, n, k, 2.0).coordinates
+        return _fit_evidence(operator, fit, {x: coordinates[x] for x in coordinates if x != "m"})
+
+    def experts_evidence(
+        self, hidden: int, width: int, num_experts: int, active: int, routing: Routing
+    ) -> Evidence:
+        """Between the fitted mixtures or beyond them."""
+        operator = f"{num_experts} experts {hidden} x {width} {self.precision}, {routing} routing"
+        found = self._experts_fit(hidden, width, num_experts, active, routing)
+        if found is None:
+            note = "not measured: GEMMs of the experts that uniform routing touches"
+            return Evidence(operator, "prior", note)
+        at = forms.experts(1, hidden, width, num_experts, active, 3, 2.0).coordinates
+        shape = {name: at[name] for name in ("matrix", "experts")}
+        return _fit_evidence(operator, found[0], shape)
+
+    def attention_evidence(self, heads: int, kv_heads: int, head_dim: int) -> list[Evidence]:
+        """Prefill, then decode."""
+        shape = f"{heads} heads, {kv_heads} KV, size {head_dim}"
+        found = []
+        for operator, fit in (("prefill", self.gpu.prefill), ("decode", self.gpu.decode)):
+            evidence = _fit_evidence(f"{operator} attention, {shape}", fit, {})
+            if head_dim != 128 and evidence.kind == "interpolated":
+                note = "fitted on heads of 128 elements"
+                evidence = Evidence(evidence.operator, "extrapolated", note)
+            found.append(evidence)
+        return found
+
+    def all_reduce_evidence(self, num_gpus: int) -> Evidence:
+        """A fit by size, or a prior."""
+        prior = num_gpus in self.gpu.all_reduce and self.gpu.all_reduce[num_gpus].prior
+        kind: Literal["prior", "interpolated"] = "prior" if prior else "interpolated"
+        return Evidence(f"all-reduce over {num_gpus}", kind, "fit over message sizes")
+
+
+def _curve(x: FloatArray, seconds: FloatArray) -> Surface:
+    return Surface.through(x, np.array([1.0, 2.0]), np.stack([seconds, seconds], axis=1))
+
+
+def _fit_evidence(operator: str, fit: KernelFit, shape: dict[str, FloatArray]) -> Evidence:
+    if fit.prior:
+        return Evidence(operator, "prior", "not measured on this GPU: median of measured ones")
+    if fit.correction:
+        for name, value in shape.items():
+            knots = fit.correction.axes.get(name)
+            if knots and not knots[0] * 0.999 <= float(value) <= knots[-1] * 1.001:
+                reach = f"{knots[0]:g} to {knots[-1]:g}"
+                note = f"{name} {float(value):g} is outside the measured {reach}"
+                return Evidence(operator, "extrapolated", note)
+    return Evidence(operator, "interpolated", fit.source)

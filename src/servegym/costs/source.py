@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+#: How the experts of a mixture are hit: all alike, or as the benchmarks' power law (exponent 1.2).
+Routing = Literal["uniform", "skewed"]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What stands behind the time of one operator at one shape.
+
+    Attributes:
+        operator: E.g. `"GEMM 6144 x 4096"`.
+        kind: `measured` at this shape on this GPU; `interpolated` between shapes measured on it;
+            `extrapolated` beyond them; `prior`: not measured on this GPU at all.
+        note: Source, or why.
+    """
+
+    operator: str
+    kind: Literal["measured", "interpolated", "extrapolated", "prior"]
+    note: str = ""
 
 
 class CostSource(Protocol):
     """Seconds of single operators on one device; `StepCost` adds them up to a step.
 
-    Sources: fitted rooflines (`costs.roofline`); measured tables answer the same questions.
+    Sources: fits (`costs.roofline`) and measured tables (`costs.tables`).
     """
 
     @property
@@ -18,6 +39,20 @@ class CostSource(Protocol):
 
     def gemm_s(self, m: float, n: int, k: int, weight_bytes: float) -> float:
         """Seconds of `[m, k] x [k, n]` with weights of `weight_bytes` bytes an element."""
+        ...
+
+    def experts_s(
+        self,
+        tokens: float,
+        hidden: int,
+        width: int,
+        num_experts: int,
+        active: int,
+        matrices: int,
+        weight_bytes: float,
+        routing: Routing,
+    ) -> float:
+        """Seconds of the experts of a layer, `width` of each on this GPU."""
         ...
 
     def prefill_attention_s(
@@ -32,8 +67,18 @@ class CostSource(Protocol):
         """Seconds of `batch` sequences, one token each, over `kv_tokens` in all, no launch."""
         ...
 
+    def latent_decode_s(
+        self, batch: float, kv_tokens: float, heads: int, latent: int, rope: int
+    ) -> float:
+        """Seconds of decoding with multi-head latent attention (MLA), projections absorbed."""
+        ...
+
     def attention_launch_s(self) -> float:
         """Constant part of one attention kernel."""
+        ...
+
+    def elementwise_s(self, tokens: float, hidden: int, qk_width: int, ffn_width: int) -> float:
+        """Seconds of a layer's norms, rotary embedding and activation."""
         ...
 
     def all_reduce_s(self, num_bytes: float, num_gpus: int) -> float:
@@ -42,4 +87,22 @@ class CostSource(Protocol):
 
     def cpu_s(self) -> float:
         """Time of an engine iteration outside the device."""
+        ...
+
+    def gemm_evidence(self, n: int, k: int) -> Evidence:
+        """What stands behind `gemm_s` of that shape."""
+        ...
+
+    def experts_evidence(
+        self, hidden: int, width: int, num_experts: int, active: int, routing: Routing
+    ) -> Evidence:
+        """What stands behind `experts_s` of that shape."""
+        ...
+
+    def attention_evidence(self, heads: int, kv_heads: int, head_dim: int) -> Sequence[Evidence]:
+        """What stands behind prefill and decode attention of that shape."""
+        ...
+
+    def all_reduce_evidence(self, num_gpus: int) -> Evidence:
+        """What stands behind `all_reduce_s` over that many GPUs."""
         ...

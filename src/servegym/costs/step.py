@@ -15,8 +15,8 @@ from servegym.costs.grid import (
     NUM_KV_KNOTS,
     CostGrid,
 )
-from servegym.costs.roofline import RooflineSource
-from servegym.costs.source import CostSource
+from servegym.costs.roofline import WEIGHT_BYTES, RooflineSource
+from servegym.costs.source import CostSource, Evidence, Routing
 from servegym.errors import ConfigError
 from servegym.typing import FloatArray
 
@@ -35,7 +35,9 @@ class StepCost:
         model: The architecture.
         tp: Tensor-parallel degree.
         fp8: Weights and GEMMs in fp8 (KV cache stays 16 bit).
-        source: Operator times.
+        source: Operator times; the fits of `assets` by default.
+        fp4: Weights in fp4.
+        routing: How a mixture's experts are hit.
     """
 
     gpu: GpuSpec
@@ -43,14 +45,19 @@ class StepCost:
     tp: int = 1
     fp8: bool = False
     source: CostSource | None = None
+    fp4: bool = False
+    routing: Routing = "uniform"
 
     def __post_init__(self) -> None:
         if self.tp < 1 or self.model.heads % self.tp:
             raise ConfigError(f"tp must divide the {self.model.heads} heads, got {self.tp}")
+        if self.fp8 and self.fp4:
+            raise ConfigError("weights are fp8 or fp4, not both")
         if self.fp8 and not self.gpu.fp8_flops:
             raise ConfigError("this GPU has no fp8 units: choose precision bf16")
         if self.source is None:
-            object.__setattr__(self, "source", RooflineSource(self.gpu, self.fp8))
+            source = RooflineSource(self.gpu, self.fp8, fp4=self.fp4)
+            object.__setattr__(self, "source", source)
         self.operators.all_reduce_s(1.0, self.tp)  # refuse a degree without collectives
 
     @property
@@ -62,7 +69,46 @@ class StepCost:
     @property
     def weight_bytes(self) -> float:
         """Bytes of a weight."""
-        return 1.0 if self.fp8 else 2.0
+        return WEIGHT_BYTES["fp4" if self.fp4 else "fp8" if self.fp8 else "bf16"]
+
+    @property
+    def evidence(self) -> tuple[Evidence, ...]:
+        """What stands behind the time of every operator of a step."""
+        m, op = self.model, self.operators
+        found = [op.gemm_evidence(n, k) for n, k in dict.fromkeys(self._gemms())]
+        if m.num_experts:
+            width = max(1, m.expert_ffn_dim // self.tp)
+            found.append(
+                op.experts_evidence(m.hidden, width, m.num_experts, m.active_experts, self.routing)
+            )
+        if m.latent_dim:
+            found.append(Evidence("latent attention", "prior", "roofline of ordinary attention"))
+        else:
+            found += op.attention_evidence(self._heads, self._kv_heads, m.head_dim)
+        if m.window_layers:
+            note = "a window computes as that many tokens without one"
+            found.append(Evidence("sliding window", "extrapolated", note))
+        if self.tp > 1:
+            found.append(op.all_reduce_evidence(self.tp))
+        return tuple(found)
+
+    @property
+    def validated(self) -> bool:
+        """Whether every operator was measured on this GPU, so that no prior stands in for one."""
+        return all(e.kind != "prior" for e in self.evidence)
+
+    @property
+    def status(self) -> str:
+        """`validated` (operators measured on this GPU) or `extrapolated` (some are priors)."""
+        return "validated" if self.validated else "extrapolated"
+
+    @property
+    def _heads(self) -> int:
+        return self.model.heads // self.tp
+
+    @property
+    def _kv_heads(self) -> int:
+        return max(1, self.model.kv_heads // self.tp)
 
     def terms(
         self,
@@ -85,26 +131,53 @@ class StepCost:
             Seconds by term.
         """
         m, op = self.model, self.operators
-        kv_heads = max(1, m.kv_heads // self.tp)
-        heads = m.heads // self.tp
-        qkv = op.gemm_s(tokens, (heads + 2 * kv_heads) * m.head_dim, m.hidden, self.weight_bytes)
-        out = op.gemm_s(tokens, m.hidden, heads * m.head_dim, self.weight_bytes)
+        attention = sum(op.gemm_s(tokens, n, k, self.weight_bytes) for n, k in self._projections())
         reduce_s = 2.0 * op.all_reduce_s(_ACTIVATION_BYTES * tokens * m.hidden, self.tp)
         head = op.gemm_s(min(tokens, 256.0), m.vocab // self.tp, m.hidden, self.weight_bytes)
+        qk_width = (self._heads + self._kv_heads) * m.head_dim
+        # the kernel of a mixture holds its activation
+        ffn_width = 0 if m.num_experts else m.ffn_dim // self.tp
+        router = {}
+        if m.num_experts:
+            one = op.gemm_s(tokens, m.num_experts, m.hidden, self.weight_bytes)
+            router["router"] = m.layers * one
         return {
             "cpu": op.cpu_s(),
-            "attention GEMMs": m.layers * (qkv + out),
+            "attention GEMMs": m.layers * attention,
             "MLP" if not m.num_experts else "experts": m.layers * self._mlp_s(tokens),
+            **router,
+            "norms, activation": m.layers * op.elementwise_s(tokens, m.hidden, qk_width, ffn_width),
             "all-reduce": m.layers * reduce_s,
             "output head": head,
             "attention launch": m.layers * op.attention_launch_s(),
-            "prefill attention": m.layers
-            * (op.prefill_attention_s(chunk, context, heads, kv_heads, m.head_dim) if chunk else 0),
-            "decode attention": m.layers
-            * (
-                op.decode_attention_s(batch, kv_tokens, heads, kv_heads, m.head_dim) if batch else 0
-            ),
+            "prefill attention": self._prefill_s(chunk, context) if chunk else 0.0,
+            "decode attention": self._decode_s(batch, kv_tokens) if batch else 0.0,
         }
+
+    def _projections(self) -> list[tuple[int, int]]:
+        """`(n, k)` of the GEMMs around attention, on one GPU."""
+        m, heads = self.model, self._heads
+        if not m.latent_dim:
+            qkv = (heads + 2 * self._kv_heads) * m.head_dim
+            return [(qkv, m.hidden), (m.hidden, heads * m.head_dim)]
+        query = heads * (m.head_dim + m.latent_rope_dim)
+        found = [(query, m.latent_query_dim or m.hidden)]
+        if m.latent_query_dim:
+            found.append((m.latent_query_dim, m.hidden))
+        # latent K and V are computed on every GPU; their expansion is absorbed or done after
+        found.append((m.latent_dim + m.latent_rope_dim, m.hidden))
+        found += [(m.latent_dim, heads * m.head_dim)] * 2
+        return [*found, (m.hidden, heads * m.head_dim)]
+
+    def _gemms(self) -> list[tuple[int, int]]:
+        m = self.model
+        found = self._projections()
+        if m.num_experts:
+            found.append((m.num_experts, m.hidden))
+        else:
+            width = m.ffn_dim // self.tp
+            found += [((m.ffn_matrices - 1) * width, m.hidden), (m.hidden, width)]
+        return [*found, (m.vocab // self.tp, m.hidden)]
 
     def _mlp_s(self, tokens: float) -> float:
         m, op = self.model, self.operators
@@ -112,16 +185,46 @@ class StepCost:
             width = m.ffn_dim // self.tp
             up = op.gemm_s(tokens, (m.ffn_matrices - 1) * width, m.hidden, self.weight_bytes)
             return up + op.gemm_s(tokens, m.hidden, width, self.weight_bytes)
-        # uniform routing: expected number of distinct experts that `tokens` tokens touch
-        miss = (1.0 - m.active_experts / m.num_experts) ** tokens
-        touched = m.num_experts * (1.0 - miss)
-        rows = tokens * m.active_experts / touched
-        width = max(1, m.expert_ffn_dim // self.tp)
-        one = op.gemm_s(rows, (m.ffn_matrices - 1) * width, m.hidden, self.weight_bytes)
-        one += op.gemm_s(rows, m.hidden, width, self.weight_bytes)
-        # experts run in one grouped kernel: its launch is paid once, not once per expert
-        launch = 2.0 * op.gemm_s(1e-9, 1, 1, self.weight_bytes)
-        return touched * (one - launch) + launch
+        return op.experts_s(
+            tokens,
+            m.hidden,
+            max(1, m.expert_ffn_dim // self.tp),
+            m.num_experts,
+            m.active_experts,
+            m.ffn_matrices,
+            self.weight_bytes,
+            self.routing,
+        )
+
+    def _prefill_s(self, chunk: float, context: float) -> float:
+        m, op = self.model, self.operators
+        if m.latent_dim:  # prefill expands K and V: as many of them as heads
+            shape = (self._heads, self._heads, m.head_dim)
+        else:
+            shape = (self._heads, self._kv_heads, m.head_dim)
+        total = (m.layers - m.window_layers) * op.prefill_attention_s(chunk, context, *shape)
+        if m.window_layers:
+            # each query sees a window: as blocks of one window over half of one, which has the
+            # same number of pairs
+            block = min(chunk, float(m.window_tokens))
+            before = max(min(context, m.window_tokens - 0.5 * block), 0.0)
+            if chunk > block:
+                before = 0.5 * block
+            one = op.prefill_attention_s(block, before, *shape)
+            total += m.window_layers * chunk / block * one
+        return total
+
+    def _decode_s(self, batch: float, kv_tokens: float) -> float:
+        m, op = self.model, self.operators
+        if m.latent_dim:
+            one = op.latent_decode_s(batch, kv_tokens, self._heads, m.latent_dim, m.latent_rope_dim)
+            return m.layers * one
+        shape = (self._heads, self._kv_heads, m.head_dim)
+        total = (m.layers - m.window_layers) * op.decode_attention_s(batch, kv_tokens, *shape)
+        if m.window_layers:
+            seen = min(kv_tokens, batch * m.window_tokens)
+            total += m.window_layers * op.decode_attention_s(batch, seen, *shape)
+        return total
 
     def dense_s(self, tokens: float) -> float:
         """Seconds of everything in a step that depends on its tokens alone."""
@@ -149,46 +252,69 @@ class StepCost:
     def compile(self, max_tokens: int = 8192, max_context: int = 131072) -> CostGrid:
         """Sample the terms on the grids that the simulator interpolates.
 
+        Knots go where a straight line between their neighbours would be furthest off.
+
         Args:
             max_tokens: Largest token budget of a step.
             max_context: Longest context.
         """
-        model = self.model
-        kv_heads = max(1, model.kv_heads // self.tp)
-        heads = model.heads // self.tp
-        dense = _knots(1.0, max_tokens, NUM_DENSE_KNOTS)
-        # short chunks cost next to nothing: one knot below a quarter of the budget, or 256
-        chunk = np.concatenate(
-            ([1.0], _knots(min(256.0, max_tokens / 4), max_tokens, NUM_CHUNK_KNOTS - 1))
-        )
-        context = np.concatenate(([0.0], _knots(64.0, max_context, NUM_CONTEXT_KNOTS - 1)))
-        batch = _knots(1.0, 1024.0, NUM_BATCH_KNOTS)
-        kv = _knots(1.0, 4.0e6, NUM_KV_KNOTS)
-        op = self.operators
+        tokens = np.unique(np.round(np.geomspace(1, max_tokens, 400)))
+        dense = np.array([self.dense_s(t) for t in tokens])
+        cpu_s = self.operators.cpu_s()
+        at = _knots(dense[:, None], tokens, cpu_s + dense[:, None], NUM_DENSE_KNOTS)
+        step_s = cpu_s + dense[0]
+
+        chunks = np.unique(np.round(np.geomspace(1, max_tokens, 60)))
+        contexts = np.concatenate(([0.0], np.geomspace(16, max_context, 40)))
+        prefill = np.array([[self._prefill_s(c, h) for h in contexts] for c in chunks])
+        prefill = _growing(prefill)
+        beside = prefill + cpu_s + np.interp(chunks, tokens, dense)[:, None]
+        c = _knots(prefill, chunks, beside, NUM_CHUNK_KNOTS)
+        h = _knots(prefill.T, contexts, beside.T, NUM_CONTEXT_KNOTS)
+
+        batches = np.unique(np.round(np.geomspace(1, 1024, 40)))
+        kv = np.geomspace(1, 4.0e6, 73)
+        decode = _growing(np.array([[self._decode_s(b, k) for k in kv] for b in batches]))
+        b = _knots(decode, batches, decode + step_s, NUM_BATCH_KNOTS)
+        k = _knots(decode.T, kv, decode.T + step_s, NUM_KV_KNOTS)
         return CostGrid(
-            cpu_s=op.cpu_s(),
-            dense_tokens=dense,
-            dense_s=np.array([self.dense_s(t) for t in dense]),
-            prefill_chunk=chunk,
-            prefill_context=context,
-            prefill_s=model.layers
-            * np.array(
-                [
-                    [op.prefill_attention_s(c, h, heads, kv_heads, model.head_dim) for h in context]
-                    for c in chunk
-                ]
-            ),
-            decode_batch=batch,
-            decode_kv=kv,
-            decode_s=model.layers
-            * np.array(
-                [
-                    [op.decode_attention_s(b, k, heads, kv_heads, model.head_dim) for k in kv]
-                    for b in batch
-                ]
-            ),
+            cpu_s=cpu_s,
+            dense_tokens=tokens[at],
+            dense_s=dense[at],
+            prefill_chunk=chunks[c],
+            prefill_context=contexts[h],
+            prefill_s=prefill[np.ix_(c, h)],
+            decode_batch=batches[b],
+            decode_kv=kv[k],
+            decode_s=decode[np.ix_(b, k)],
         )
 
 
-def _knots(low: float, high: float, count: int) -> FloatArray:
-    return np.geomspace(low, high, count)
+def _growing(values: FloatArray) -> FloatArray:
+    return np.maximum.accumulate(np.maximum.accumulate(values, axis=0), axis=1)
+
+
+def _knots(values: FloatArray, x: FloatArray, scale: FloatArray, count: int) -> list[int]:
+    """Choose knots along the first axis, so that lines between them follow all columns.
+
+    Args:
+        values: Samples, `float64[N, columns]`.
+        x: Where, ascending, `float64[N]`.
+        scale: What an error is measured against, same shape as the samples.
+        count: Knots to choose; first and last are among them.
+
+    Returns:
+        Indices, ascending.
+    """
+    chosen = [0, len(x) - 1]
+    while len(chosen) < min(count, len(x)):
+        i = np.searchsorted(x[chosen], x, side="right").clip(1, len(chosen) - 1)
+        low, high = np.array(chosen)[i - 1], np.array(chosen)[i]
+        share = ((x - x[low]) / (x[high] - x[low]))[:, None]
+        line = values[low] + share * (values[high] - values[low])
+        off = np.max(np.abs(line - values) / scale, axis=1)
+        off[chosen] = -1.0
+        chosen = sorted([*chosen, int(np.argmax(off))])
+    if len(chosen) < count:
+        raise ConfigError(f"max_tokens must leave {count} sizes to sample, got {int(x[-1])}")
+    return chosen

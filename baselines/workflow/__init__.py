@@ -1,0 +1,1 @@
+"""Static DAG schedulers, one rule a file."""

@@ -1,0 +1,12 @@
+"""Longest processing time."""
+
+from __future__ import annotations
+
+from servegym.baselines.workflow.dispatching import dispatch, own_duration_s
+from servegym.workflow.graph import Workflow
+from servegym.workflow.schedule import Schedule
+
+
+def lpt(workflow: Workflow) -> Schedule:
+    """Start the longest operation."""
+    return dispatch(workflow, -own_duration_s(workflow), "lpt")

@@ -1,0 +1,168 @@
+"""`servegym schedule`."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import math
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+import servegym
+from servegym.baselines.workflow.cp_sat import cp_sat
+from servegym.baselines.workflow.registry import EXACT_RULES, WorkflowRule, workflow_rule
+from servegym.commands.console import make_console, require_writable
+from servegym.errors import ConfigError
+from servegym.evaluate.plots import PALETTE, pyplot
+from servegym.workflow.bounds import critical_path_s, lower_bound_s
+from servegym.workflow.graph import Workflow
+from servegym.workflow.plot import draw_gantt
+from servegym.workflow.reader import read_workflow
+from servegym.workflow.schedule import Schedule
+from servegym.workflow.wfformat import Fleet
+
+#: Formats of the chart are those of matplotlib; a wrong one is refused before any work.
+_PLOT_SUFFIXES = (".png", ".pdf", ".svg")
+
+
+@dataclass(frozen=True)
+class ScheduleDag:
+    """Schedule a DAG of tasks on heterogeneous devices with HEFT and others, and compare."""
+
+    dag: Path
+    """File with the DAG: servegym-dag-1, WfFormat or a job shop; see docs/workflow.md."""
+    policies: tuple[str, ...] = ("heft", "cpop", "peft")
+    """Rules, separated by commas or spaces; see docs/workflow.md."""
+    speeds: tuple[float, ...] = (1.0, 1.0, 2.0, 4.0)
+    """Devices for a WfFormat file: the speed of each against the machine of the record."""
+    link_gb_per_s: float = 1.25
+    """Bandwidth between those devices."""
+    link_latency_s: float = 0.0
+    """Latency between those devices."""
+    time_limit_s: float = 10.0
+    """Of cp-sat."""
+    json: Path | None = None
+    """Write assignment, start and finish of every task here; see docs/workflow.md."""
+    plot: Path | None = None
+    """Draw the Gantt charts here (png, pdf or svg)."""
+
+    def run(self) -> None:
+        """Schedule, print and write."""
+        require_writable(self.json, self.plot)
+        if self.plot and self.plot.suffix not in _PLOT_SUFFIXES:
+            raise ConfigError(f"{self.plot} must end in {', '.join(_PLOT_SUFFIXES)}")
+        if not 0.0 < self.time_limit_s < math.inf:
+            raise ConfigError(f"time_limit_s must be above 0, got {self.time_limit_s:g}")
+        fleet = Fleet(self.speeds, self.link_gb_per_s * 1e9, self.link_latency_s)
+        rules = self._rules()
+        workflow = read_workflow(self.dag, fleet)
+        schedules = {name: rule(workflow) for name, rule in rules.items()}
+        console = make_console()
+        console.print(schedules_table(workflow, schedules))
+        if self.json:
+            document = schedule_document(self.dag, workflow, schedules)
+            self.json.write_text(jsonlib.dumps(document, indent=1) + "\n", encoding="utf-8")
+            console.print(f"numbers: {self.json}")
+        if self.plot:
+            draw_schedules(schedules, self.plot)
+            console.print(f"chart: {self.plot}")
+
+    def _rules(self) -> dict[str, WorkflowRule]:
+        names = [name for text in self.policies for name in text.split(",") if name]
+        if not names:
+            raise ConfigError("give at least one policy")
+        return {
+            name: partial(cp_sat, time_limit_s=self.time_limit_s)
+            if name in EXACT_RULES
+            else workflow_rule(name)
+            for name in names
+        }
+
+
+def schedules_table(workflow: Workflow, schedules: dict[str, Schedule]) -> Table:
+    """Return one line a policy: how long, and how good."""
+    table = Table(
+        title=f"{workflow.name}: {workflow.num_tasks} tasks on {workflow.num_devices} devices;"
+        f" no schedule takes less than {lower_bound_s(workflow):.6g} s"
+    )
+    table.add_column("policy")
+    for header in ("makespan, s", "SLR", "speed-up", "efficiency", "mean flow, s"):
+        table.add_column(header, justify="right")
+    table.add_column("status")
+    for name, schedule in schedules.items():
+        bound = "" if schedule.bound_s is None else f", bound {schedule.bound_s:.6g} s"
+        table.add_row(
+            name,
+            f"{schedule.makespan_s:.6g}",
+            *(
+                f"{x:.4g}" if math.isfinite(x) else "-"
+                for x in (schedule.slr, schedule.speedup, schedule.efficiency)
+            ),
+            f"{schedule.mean_flow_s:.6g}",
+            schedule.status + bound,
+        )
+    return table
+
+
+def schedule_document(
+    dag: Path, workflow: Workflow, schedules: dict[str, Schedule]
+) -> dict[str, Any]:
+    """Return the schedules as plain data; the schema is described in docs/workflow.md."""
+    return {
+        "schema": "servegym-schedule-1",
+        "servegym_version": servegym.__version__,
+        "command": " ".join(sys.argv[1:]),
+        "dag": str(dag),
+        "name": workflow.name,
+        "devices": list(workflow.devices),
+        "critical_path_s": critical_path_s(workflow),
+        "lower_bound_s": lower_bound_s(workflow),
+        "schedules": [
+            {
+                "policy": name,
+                "status": schedule.status,
+                "bound_s": schedule.bound_s,
+                "makespan_s": schedule.makespan_s,
+                "slr": _number(schedule.slr),
+                "speedup": _number(schedule.speedup),
+                "efficiency": _number(schedule.efficiency),
+                "mean_flow_s": schedule.mean_flow_s,
+                "tasks": [
+                    {
+                        "task": workflow.tasks[v],
+                        "device": workflow.devices[schedule.device_idx[v]],
+                        "start_s": float(schedule.start_s[v]),
+                        "finish_s": float(schedule.finish_s[v]),
+                    }
+                    for v in range(workflow.num_tasks)
+                ],
+            }
+            for name, schedule in schedules.items()
+        ],
+    }
+
+
+def draw_schedules(schedules: dict[str, Schedule], path: Path) -> None:
+    """Draw a Gantt chart of each schedule, one below the other, on the same time axis."""
+    plt = pyplot()
+    rows = len(next(iter(schedules.values())).workflow.devices)
+    height = 0.8 + 0.3 * rows
+    figure, axes = plt.subplots(
+        len(schedules), 1, figsize=(12, height * len(schedules)), squeeze=False
+    )
+    span_s = max(schedule.makespan_s for schedule in schedules.values()) or 1.0
+    for axis, (name, schedule) in zip(axes[:, 0], schedules.items(), strict=True):
+        draw_gantt(axis, schedule, PALETTE[:7], span_s)
+        axis.set_title(f"{name}, {schedule.makespan_s:.6g} s", loc="left", fontsize=10)
+    axes[-1, 0].set_xlabel("s")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

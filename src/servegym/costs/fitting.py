@@ -1,0 +1,224 @@
+"""Fit the coefficients of an operator to measurements, and state the error on the rest."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from servegym.assets.specs import Correction, GpuSpec, KernelFit
+from servegym.costs.forms import corners, table_of
+from servegym.costs.measurements import Measurements
+from servegym.errors import ConfigError
+from servegym.typing import BoolArray, FloatArray
+
+Kind = Literal["gemm", "prefill", "decode", "experts", "elementwise"]
+
+_POWERS = tuple(float(2**i) for i in range(32))
+#: Coordinates and knots of the correction of each operator.
+AXES: dict[Kind, dict[str, tuple[float, ...]]] = {
+    "gemm": {
+        "m": (1, 16, 32, 64, 128, 192, 256, 512, 1024, 2048, 4096, 16384, 131072),
+        "n*k": tuple(
+            2.0**i
+            for i in (10, 14, 17, 19, 20, 21, 21.5, 22, 22.5, 23, 23.5, 24, 24.5, 25, 26, 28, 32)
+        ),
+        "n/k": tuple(2.0**i for i in (-11, -5, -3, -1, 0, 1, 3, 5, 11)),
+    },
+    "prefill": {
+        "length": (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
+        "heads": _POWERS[:15],
+        "group": (1, 2, 8, 64),
+    },
+    "decode": {
+        "context": tuple(2.0**i for i in (1, 4, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 17)),
+        "sequence heads": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192),
+        "batch": (1, 4, 16, 64, 256),
+        "group": (1, 2),  # without groups another kernel path is taken
+    },
+    "experts": {
+        "rows": tuple(2.0**i for i in (-9, -6, -4, -2, -1, 0, 1, 2, 3, 4, 5, 6, 8, 10, 13)),
+        "matrix": tuple(2.0**i for i in (16, 19, 21, 22, 23, 24, 28)),
+        "experts": (8, 32, 128, 512),
+    },
+    "elementwise": {"bytes": tuple(2.0**i for i in range(18, 31))},
+}
+_SMOOTHNESS = 0.01
+_SMALL_RESIDUAL = 0.03
+
+
+def error(predicted_s: FloatArray, measured_s: FloatArray) -> tuple[float, float]:
+    """Median and 95th percentile of the relative error in percent."""
+    off = 100.0 * np.abs(predicted_s / measured_s - 1.0)
+    return round(float(np.median(off)), 1), round(float(np.percentile(off, 95)), 1)
+
+
+def held_out_error(
+    fit: KernelFit, data: Measurements, peak_flops: float, bytes_per_s: float
+) -> tuple[float, float]:
+    """Error of a fit on what it has not seen, as measured (caches warm)."""
+    predicted = data.operator.measured_s(fit, table_of(fit), peak_flops, bytes_per_s)
+    return error(predicted[data.held_out], data.seconds[data.held_out])
+
+
+def fit_operator(
+    kind: Kind,
+    data: Measurements,
+    gpu: GpuSpec,
+    peak_flops: float,
+    axes: dict[str, tuple[float, ...]] | None = None,
+) -> KernelFit:
+    """Fit form and correction to the half that is not held out.
+
+    The form's coefficients are what the best tenth of the measurements reach where one term
+    dominates; the correction is a smoothed least-absolute-deviation fit of the rest.
+
+    Args:
+        kind: Operator.
+        data: Measurements.
+        gpu: Its peaks and cache size.
+        peak_flops: Of the precision.
+        axes: Coordinates and knots of the correction, instead of `AXES`.
+
+    Raises:
+        ConfigError: If the measurements are faster than the data sheet allows.
+    """
+    seen = ~data.held_out
+    refuse_impossible(data, peak_flops, gpu.memory_bytes_per_s, gpu.l2_bytes)
+    form = _form(kind, data, seen, gpu, peak_flops)
+    at = (peak_flops, gpu.memory_bytes_per_s)
+    residual = np.log(data.seconds / data.operator.form_s(form, *at))
+    knots = {name: np.array(k, np.float64) for name, k in (axes or AXES[kind]).items()}
+    coordinates = {name: data.operator.coordinates[name][seen] for name in knots}
+    values = _smooth_table(knots, coordinates, residual[seen])
+    percent = np.round(100.0 * values).astype(int)
+    correction = Correction(
+        axes={name: tuple(float(f"{x:.6g}") for x in k) for name, k in knots.items()},
+        percent=tuple(percent.ravel().tolist()),
+    )
+    fit = form.model_copy(update={"correction": correction, "source": data.source})
+    return fit.model_copy(
+        update={
+            "error": held_out_error(fit, data, *at),
+            "form_error": held_out_error(form, data, *at),
+            "num_held_out": int(data.held_out.sum()),
+        }
+    )
+
+
+def refuse_impossible(
+    data: Measurements, peak_flops: float, bytes_per_s: float, cache_bytes: float
+) -> None:
+    """Refuse a table that is faster than the data sheet where no cache can explain it.
+
+    Raises:
+        ConfigError: If more than 1 % of the times beat the FLOP rate by over 10 %, or the
+            bandwidth on over twice the last cache.
+    """
+    compute = data.operator.flops / peak_flops
+    uncached = data.operator.cold_bytes > 2.0 * cache_bytes
+    memory = np.where(uncached, data.operator.cold_bytes / bytes_per_s, 0.0)
+    impossible = data.seconds < np.maximum(compute, memory) / 1.1
+    if impossible.mean() > 0.01:
+        worst = np.max(np.maximum(compute, memory) / data.seconds)
+        raise ConfigError(
+            f"{data.source}: {impossible.mean():.0%} of the times are faster than the data sheet "
+            f"allows, up to {worst:.1f} times; check the units and the GPU's peaks"
+        )
+
+
+def _form(
+    kind: Kind, data: Measurements, seen: BoolArray, gpu: GpuSpec, peak_flops: float
+) -> KernelFit:
+    op, t = data.operator, data.seconds
+    compute_s = op.flops / peak_flops
+    memory_s = op.num_bytes / gpu.memory_bytes_per_s
+    uncached = seen & (op.cold_bytes > 2.0 * gpu.l2_bytes) & (memory_s > 2.0 * compute_s)
+    work_s = np.maximum(compute_s, memory_s)[seen]
+    least = float(np.percentile(t[seen], 1))
+    if kind == "gemm" and np.percentile(work_s, 1) > 0.3 * least:
+        # no shape is so small that its launch is all: what the shortest take beyond their work
+        short = t[seen] <= np.percentile(t[seen], 10)
+        least = max(float(np.percentile((t[seen] - work_s)[short], 10)), 1e-6)
+    busy = seen & (compute_s > 2.0 * memory_s) & (compute_s > 1e-4)
+    s_per_seq_head = 0.0
+    if kind == "decode":
+        short = seen & (memory_s < 0.1 * t) & (op.seq_heads >= 256)
+        if short.sum() > 10:
+            s_per_seq_head = float(np.median((t[short] - least) / op.seq_heads[short]))
+    form = KernelFit(
+        c0_s=float(f"{least:.3g}"),
+        eff_bytes=_best(memory_s[uncached] / t[uncached], 0.8),
+        eff_flops=_best(compute_s[busy] / t[busy], 0.7 if kind != "decode" else 1.0),
+        p=2.0 if kind in ("gemm", "experts") else 1.0,
+        s_per_seq_head=float(f"{max(s_per_seq_head, 0.0):.3g}"),
+    )
+    return _with_cache(form, data, seen, gpu, peak_flops) if kind in ("gemm", "decode") else form
+
+
+def _with_cache(
+    form: KernelFit, data: Measurements, seen: BoolArray, gpu: GpuSpec, peak_flops: float
+) -> KernelFit:
+    """Choose size and speed of the cache with the least mean error; none if that is no gain."""
+
+    def off(fit: KernelFit) -> float:
+        seconds = data.operator.form_s(fit, peak_flops, gpu.memory_bytes_per_s)
+        return float(np.mean(np.abs(np.log(seconds / data.seconds))[seen]))
+
+    tried = [
+        form.model_copy(update={"cache_bytes": share * gpu.l2_bytes, "cache_speedup": speedup})
+        for share in (0.12, 0.17, 0.25, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.15, 1.3)
+        for speedup in (1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0)
+    ]
+    best = min(tried, key=off)
+    return best if gpu.l2_bytes and off(best) < 0.98 * off(form) else form
+
+
+def _best(share: FloatArray, otherwise: float) -> float:
+    """What the best tenth reaches of the data sheet, at most all of it."""
+    return round(min(float(np.percentile(share, 90)), 1.0), 3) if len(share) > 10 else otherwise
+
+
+def _smooth_table(
+    axes: dict[str, FloatArray], coordinates: dict[str, FloatArray], y: FloatArray
+) -> FloatArray:
+    """Least absolute deviations with a penalty on bends, by reweighted least squares."""
+    shape = tuple(len(knots) for knots in axes.values())
+    size = int(np.prod(shape))
+    pairs = [
+        (np.broadcast_to(np.ravel_multi_index(index, shape), y.shape), weight)
+        for index, weight in corners(axes, coordinates)
+    ]
+    stiff = 1e-3 * np.eye(size) + _SMOOTHNESS * _bends(axes)
+    weight = np.ones(len(y))
+    values: FloatArray = np.zeros(size)
+    rows = np.concatenate([a * size + b for a, _ in pairs for b, _ in pairs])
+    products = [u * v for _, u in pairs for _, v in pairs]
+    for _ in range(6):
+        matrix = np.bincount(
+            rows, np.concatenate([weight * p for p in products]), minlength=size * size
+        ).reshape(size, size)
+        right = np.zeros(size)
+        for index, share in pairs:
+            right += np.bincount(index, share * weight * y, minlength=size)
+        values = np.asarray(np.linalg.solve(matrix + stiff, right), np.float64)
+        predicted = sum(share * values[index] for index, share in pairs)
+        weight = _SMALL_RESIDUAL / np.maximum(np.abs(y - predicted), _SMALL_RESIDUAL)
+    return values.reshape(shape)
+
+
+def _bends(axes: dict[str, FloatArray]) -> FloatArray:
+    """Squared second differences along every axis, as one quadratic form."""
+    shape = [len(knots) for knots in axes.values()]
+    total = np.zeros((int(np.prod(shape)),) * 2)
+    for axis, knots in enumerate(axes.values()):
+        if len(knots) < 3:
+            continue
+        step = np.diff(np.log(knots))
+        bend = np.zeros((len(knots) - 2, len(knots)))
+        for i in range(len(knots) - 2):
+            bend[i, i : i + 3] = (1 / step[i], -1 / step[i] - 1 / step[i + 1], 1 / step[i + 1])
+        square = step.mean() * bend.T @ bend
+        before, after = int(np.prod(shape[:axis])), int(np.prod(shape[axis + 1 :]))
+        total += np.kron(np.kron(np.eye(before), square), np.eye(after))
+    return total

@@ -1,0 +1,373 @@
+"""The measured source: operator latencies in the tables of the package aiconfigurator-core.
+
+Each table becomes a correction of the roofline with a knot at every measured size: at a measured
+shape it gives the measured time, between shapes it interpolates the ratio to the roofline.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from servegym.assets.specs import GpuSpec, KernelFit
+from servegym.costs import forms
+from servegym.costs.fitting import refuse_impossible
+from servegym.costs.forms import LogTable, Operator
+from servegym.costs.measurements import Measurements
+from servegym.costs.roofline import WEIGHT_BYTES, Precision, RooflineSource
+from servegym.costs.source import Evidence, Routing
+from servegym.errors import ConfigError, unknown_name
+from servegym.typing import FloatArray
+
+_PACKAGE = "aiconfigurator_core"
+_GEMM_TYPES = {"bf16": "bfloat16", "fp8": "fp8", "fp4": "nvfp4"}
+_MOE_TYPES = {"bf16": "bfloat16", "fp8": "fp8", "fp4": "w4a16_mxfp4"}
+_ROUTINGS = {"uniform": "balanced", "skewed": "power_law_1.2"}
+_Rows = dict[str, FloatArray]
+
+
+def tables_installed() -> bool:
+    """Whether the optional package with the tables is there."""
+    return find_spec(_PACKAGE) is not None
+
+
+@dataclass(frozen=True)
+class TableSource(RooflineSource):
+    """Operator times of a GPU from measured tables; what they lack comes from the fits.
+
+    Raises:
+        ConfigError: If the package is missing, has no tables of the GPU, or holds times that the
+            GPU cannot reach.
+    """
+
+    def __post_init__(self) -> None:
+        if not tables_installed():
+            raise ConfigError(
+                "measured tables need the package aiconfigurator-core: pip install "
+                "'servegym[calibration]', or use --source fits"
+            )
+        if not self.gpu.aic_system:
+            raise ConfigError("there are no measured tables of this GPU: use --source fits")
+
+    @property
+    def name(self) -> str:
+        """Where the numbers come from."""
+        return "measured tables"
+
+    def _gemm_fit(self, n: float, k: float) -> tuple[KernelFit, LogTable | None]:
+        table = _gemm_table(_Device.of(self.gpu), self.precision)
+        if table is None:
+            return RooflineSource._gemm_fit(self, n, k)
+        return _plain(table.source), table.log_table
+
+    def _prefill_fit(
+        self, heads: int, kv_heads: int, head_dim: int
+    ) -> tuple[KernelFit, LogTable | None]:
+        found = _attention_table(_Device.of(self.gpu), "prefill", heads, kv_heads, head_dim)
+        if found is None:
+            return RooflineSource._prefill_fit(self, heads, kv_heads, head_dim)
+        return _plain(found.source), found.log_table
+
+    def _decode_fit(
+        self, heads: int, kv_heads: int, head_dim: int
+    ) -> tuple[KernelFit, LogTable | None]:
+        found = _attention_table(_Device.of(self.gpu), "decode", heads, kv_heads, head_dim)
+        if found is None:
+            return RooflineSource._decode_fit(self, heads, kv_heads, head_dim)
+        return _plain(found.source), found.log_table
+
+    def _experts_fit(
+        self, hidden: int, width: int, num_experts: int, active: int, routing: Routing
+    ) -> tuple[KernelFit, LogTable | None] | None:
+        shape = (hidden, width, num_experts, active)
+        found = _experts_table(_Device.of(self.gpu), self.precision, routing, shape)
+        if found is None:
+            return RooflineSource._experts_fit(self, hidden, width, num_experts, active, routing)
+        return _plain(found.source), found.log_table
+
+    # ---- what stands behind them ----
+
+    def gemm_evidence(self, n: int, k: int) -> Evidence:
+        """Measured, between measured matrices, or beyond them."""
+        table = _gemm_table(_Device.of(self.gpu), self.precision)
+        if table is None:
+            return RooflineSource.gemm_evidence(self, n, k)
+        operator = f"GEMM {n} x {k} {self.precision}"
+        axes = table.log_table.axes
+        if (n, k) in table.matrices:
+            return Evidence(operator, "measured", table.source)
+        if axes["n"][0] <= n <= axes["n"][-1] and axes["k"][0] <= k <= axes["k"][-1]:
+            near = [axis[np.argmin(np.abs(np.log(axis / x)))] for axis, x in _pairs(axes, n, k)]
+            note = f"between measured matrices, nearest {near[0]:.0f} x {near[1]:.0f}"
+            return Evidence(operator, "interpolated", note)
+        return Evidence(operator, "extrapolated", "larger or smaller than every measured matrix")
+
+    def experts_evidence(
+        self, hidden: int, width: int, num_experts: int, active: int, routing: Routing
+    ) -> Evidence:
+        """Measured, or scaled from the nearest measured mixture."""
+        shape = (hidden, width, num_experts, active)
+        found = _experts_table(_Device.of(self.gpu), self.precision, routing, shape)
+        if found is None:
+            return RooflineSource.experts_evidence(
+                self, hidden, width, num_experts, active, routing
+            )
+        operator = f"{num_experts} experts {hidden} x {width} {self.precision}, {routing} routing"
+        return _family_evidence(operator, found, shape)
+
+    def attention_evidence(self, heads: int, kv_heads: int, head_dim: int) -> list[Evidence]:
+        """Prefill, then decode."""
+        evidence = RooflineSource.attention_evidence(self, heads, kv_heads, head_dim)
+        for i, name in enumerate(("prefill", "decode")):
+            found = _attention_table(_Device.of(self.gpu), name, heads, kv_heads, head_dim)
+            if found is not None:
+                shape = (heads, kv_heads, head_dim)
+                evidence[i] = _family_evidence(evidence[i].operator, found, shape)
+        return evidence
+
+
+class _Device(NamedTuple):
+    """What tables are read and judged by; hashable, unlike `GpuSpec`."""
+
+    system: str
+    flops: tuple[float, float, float]  # bf16, fp8, fp4
+    bytes_per_s: float
+    cache_bytes: float
+
+    @classmethod
+    def of(cls, gpu: GpuSpec) -> _Device:
+        """Pick them from a specification."""
+        flops = (gpu.bf16_flops, gpu.fp8_flops, gpu.fp4_flops)
+        return cls(gpu.aic_system, flops, gpu.memory_bytes_per_s, gpu.l2_bytes)
+
+    def peak(self, precision: Precision) -> float:
+        """FLOP/s; fp4 weights are computed with in bf16 where there are no fp4 units."""
+        return self.flops[("bf16", "fp8", "fp4").index(precision)] or self.flops[0]
+
+
+@dataclass(frozen=True)
+class _Family:
+    """A table of one shape family.
+
+    Attributes:
+        log_table: Ratio to the roofline.
+        shape: Of the family.
+        source: Backend and version.
+        matrices: `(n, k)` measured, for GEMMs.
+    """
+
+    log_table: LogTable
+    shape: tuple[int, ...]
+    source: str
+    matrices: frozenset[tuple[float, float]] = frozenset()
+
+
+def _plain(source: str) -> KernelFit:
+    # a launch of 1 us keeps ratios of tiny shapes in bounds; the ratios restore what was measured
+    return KernelFit(c0_s=1e-6, eff_bytes=1.0, p=2.0, source=source)
+
+
+def _family_evidence(operator: str, found: _Family, wanted: tuple[int, ...]) -> Evidence:
+    if found.shape == wanted:
+        return Evidence(operator, "measured", found.source)
+    near = " x ".join(str(size) for size in found.shape)
+    return Evidence(operator, "interpolated", f"ratio to the roofline of the nearest, {near}")
+
+
+def _pairs(axes: dict[str, FloatArray], n: int, k: int) -> list[tuple[FloatArray, int]]:
+    return [(axes["n"], n), (axes["k"], k)]
+
+
+# ---- reading ----
+
+
+@lru_cache(maxsize=64)
+def _read(system: str, operator: str, file: str) -> tuple[_Rows, str] | None:
+    """Rows of the newest vLLM table, or SGLang's where vLLM has less than half as many."""
+    spec = find_spec(_PACKAGE)
+    assert spec is not None
+    assert spec.origin is not None
+    root = Path(spec.origin).parent / "systems" / "data" / system / operator
+    best: tuple[_Rows, str] | None = None
+    for backend in ("vllm", "sglang"):
+        versions = [p for p in (root / backend).glob("*") if (p / file).is_file()]
+        if not versions:
+            continue
+        newest = max(versions, key=_version)
+        rows = _columns(newest / file)
+        if best is None or len(rows["latency"]) > 2 * len(best[0]["latency"]):
+            best = rows, f"AIConfigurator {operator} table of {system}, {backend} {newest.name}"
+    return best
+
+
+def _version(path: Path) -> list[int]:
+    return [int(part) if part.isdigit() else -1 for part in path.name.split(".")]
+
+
+def _columns(path: Path) -> _Rows:
+    from pyarrow import parquet
+
+    text = {"gemm_dtype", "moe_dtype", "kv_cache_dtype", "distribution", "kernel_source"}
+    unused = {"framework", "version", "device", "op_name", "beam_width", "attn_dtype"}
+    names = [n for n in parquet.read_schema(path).names if n not in unused]
+    table = parquet.read_table(path, columns=names)
+    return {
+        name: np.asarray(table.column(name).to_numpy(), None if name in text else np.float64)
+        for name in names
+    }
+
+
+def _where(rows: _Rows, **equal: object) -> _Rows:
+    keep = np.ones(len(rows["latency"]), bool)
+    for name, value in equal.items():
+        if name in rows:  # older tables lack the columns of features they did not vary
+            keep &= np.asarray(rows[name] == value)
+    return {name: column[keep] for name, column in rows.items()}
+
+
+@lru_cache(maxsize=32)
+def _gemm_table(gpu: _Device, precision: Precision) -> _Family | None:
+    read = _read(gpu.system, "gemm", "gemm_perf.parquet")
+    if read is None:
+        return None
+    rows = _where(read[0], gemm_dtype=_GEMM_TYPES[precision])
+    if not len(rows["latency"]):
+        return None
+    operator = forms.gemm(rows["m"], rows["n"], rows["k"], WEIGHT_BYTES[precision])
+    axes = ("m", "n", "k")
+    log_table = _log_table(operator, rows, axes, gpu, gpu.peak(precision), read[1])
+    matrices = frozenset(zip(rows["n"].tolist(), rows["k"].tolist(), strict=True))
+    return _Family(log_table, (), read[1], matrices)
+
+
+@lru_cache(maxsize=256)
+def _attention_table(
+    gpu: _Device, name: str, heads: int, kv_heads: int, head_dim: int
+) -> _Family | None:
+    file = {"prefill": "context", "decode": "generation"}[name] + "_attention_perf.parquet"
+    read = _read(gpu.system, "attention", file)
+    if read is None:
+        return None
+    rows = _where(read[0], kv_cache_dtype="bfloat16", window_size=0.0, head_dim=float(head_dim))
+    if not len(rows["latency"]):
+        return None
+    shape = _nearest(rows, ("num_heads", "num_key_value_heads"), (heads, kv_heads))
+    h, k = shape
+    rows = _where(rows, num_heads=float(h), num_key_value_heads=float(k))
+    size = rows["batch_size"]
+    if name == "prefill":
+        operator = forms.prefill(rows["isl"], 0.0, h, k, float(head_dim), size)
+        axes: tuple[str, ...] = ("length", "heads")
+    else:
+        operator = forms.decode(size, size * (rows["step"] + 1), h, k, float(head_dim))
+        axes = ("batch", "context")
+    log_table = _log_table(operator, rows, axes, gpu, gpu.peak("bf16"), read[1])
+    return _Family(log_table, (h, k, head_dim), read[1])
+
+
+@lru_cache(maxsize=256)
+def _experts_table(
+    gpu: _Device, precision: Precision, routing: Routing, shape: tuple[int, int, int, int]
+) -> _Family | None:
+    read = _read(gpu.system, "moe", "moe_perf.parquet")
+    if read is None:
+        return None
+    rows = _where(
+        read[0],
+        moe_dtype=_MOE_TYPES[precision],
+        distribution=_ROUTINGS[routing],
+        moe_ep_size=1.0,
+    )
+    if not len(rows["latency"]):
+        return None
+    rows["width"] = rows["inter_size"] / np.maximum(rows["moe_tp_size"], 1.0)
+    names = ("hidden_size", "width", "num_experts", "topk")
+    found = _nearest(rows, names, shape)
+    rows = _where(rows, **{n: float(x) for n, x in zip(names, found, strict=True)})
+    hidden, width, num, active = found
+    operator = forms.experts(
+        rows["num_tokens"], hidden, width, num, active, 3.0, WEIGHT_BYTES[precision]
+    )
+    log_table = _log_table(operator, rows, ("tokens",), gpu, gpu.peak(precision), read[1])
+    return _Family(log_table, tuple(int(x) for x in found), read[1])
+
+
+def _nearest(rows: _Rows, names: tuple[str, ...], wanted: tuple[int, ...]) -> tuple[int, ...]:
+    families = np.unique(np.stack([rows[name] for name in names], axis=1), axis=0)
+    distance = np.abs(np.log(families / np.array(wanted, np.float64))).sum(axis=1)
+    return tuple(int(x) for x in families[np.argmin(distance)])
+
+
+def _log_table(
+    operator: Operator,
+    rows: _Rows,
+    axes: tuple[str, ...],
+    gpu: _Device,
+    peak_flops: float,
+    source: str,
+) -> LogTable:
+    """Put the ratios on their grid; where a size was not measured the nearest one's holds."""
+    seconds = 1e-3 * rows["latency"]
+    data = Measurements(operator, seconds, np.zeros(len(seconds), bool), source)
+    refuse_impossible(data, peak_flops, gpu.bytes_per_s, gpu.cache_bytes)
+    form = operator.form_s(_plain(source), peak_flops, gpu.bytes_per_s)
+    knots, index = {}, []
+    for name in axes:
+        values, where = np.unique(operator.coordinates[name], return_inverse=True)
+        knots[name] = values
+        index.append(where)
+    shape = tuple(len(values) for values in knots.values())
+    flat = np.ravel_multi_index(index, shape)
+    count = np.bincount(flat, minlength=int(np.prod(shape)))
+    total = np.bincount(flat, np.log(seconds / form), minlength=int(np.prod(shape)))
+    ratio = np.where(count > 0, total / np.maximum(count, 1), np.nan).reshape(shape)
+    for axis in reversed(range(ratio.ndim)):
+        ratio = np.moveaxis(_fill(np.moveaxis(ratio, axis, -1)), -1, axis)
+    return LogTable(knots, np.nan_to_num(ratio))
+
+
+def _fill(values: FloatArray) -> FloatArray:
+    """Carry the last known value forward along the last axis, then the first one back."""
+    for _ in range(2):
+        known = np.where(np.isnan(values), -1, np.arange(values.shape[-1]))
+        last = np.maximum.accumulate(known, axis=-1)
+        carried = np.take_along_axis(values, np.maximum(last, 0), axis=-1)
+        values = np.where(last >= 0, carried, values)[..., ::-1]
+    return values
+
+
+def source_of(
+    gpu: GpuSpec, kind: str, *, fp8: bool = False, fp4: bool = False
+) -> tuple[RooflineSource, str]:
+    """Choose a source by name; fits stand in where there are no tables.
+
+    Args:
+        gpu: The GPU.
+        kind: `"fits"` or `"tables"`.
+        fp8: Weights and GEMMs in fp8.
+        fp4: Weights in fp4.
+
+    Returns:
+        The source, and a note if it is not the one asked for.
+
+    Raises:
+        ConfigError: If there is no such kind, or the tables are physically impossible.
+    """
+    if kind not in ("fits", "tables"):
+        raise ConfigError(unknown_name("cost source", kind, ("fits", "tables")))
+    fits = RooflineSource(gpu, fp8, fp4=fp4)
+    if kind == "fits":
+        return fits, ""
+    if not gpu.aic_system:
+        return fits, "There are no measured tables of this GPU: the fits stand in."
+    if not tables_installed():
+        return fits, (
+            "The package aiconfigurator-core with the measured tables is not installed "
+            "(pip install 'servegym[calibration]'): the fits stand in."
+        )
+    return TableSource(gpu, fp8, fp4=fp4), ""

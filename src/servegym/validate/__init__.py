@@ -1,0 +1,1 @@
+"""The simulator scored against real engines: replayed runs and published measurements."""

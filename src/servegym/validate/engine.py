@@ -1,0 +1,170 @@
+"""Replicas as real engines run them: step costs with the constants of an engine family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+
+from servegym.assets.specs import gpu, model
+from servegym.cluster.spec import ReplicaType
+from servegym.costs.grid import CostGrid
+from servegym.costs.step import StepCost
+
+
+@dataclass(frozen=True)
+class EngineConstants:
+    """What one engine family adds to the kernels, the same for every GPU and model.
+
+    Attributes:
+        step_s: Added to every step: scheduling, launches and kernels that no table holds.
+        sequence_s: Added for every decoding sequence of a step: sampling, detokenising.
+        dense_factor: On GEMMs, experts and collectives.
+        request_s: From the client to the scheduler and back; added to TTFT and E2E.
+    """
+
+    step_s: float = 0.0
+    sequence_s: float = 0.0
+    dense_factor: float = 1.0
+    request_s: float = 0.0
+
+    def apply(self, grid: CostGrid) -> CostGrid:
+        """Return the step cost with these constants."""
+        return replace(
+            grid,
+            cpu_s=max(0.0, grid.cpu_s + self.step_s),
+            dense_s=grid.dense_s * self.dense_factor,
+            decode_s=grid.decode_s + self.sequence_s * grid.decode_batch[:, np.newaxis],
+        )
+
+
+@dataclass(frozen=True)
+class EngineSetup:
+    """One engine instance: what it runs on and its limits.
+
+    Attributes:
+        gpu: Name in `assets/gpus.yaml`.
+        model: Name in `assets/models.yaml`.
+        tp: Tensor-parallel degree.
+        precision: Of weights and GEMMs, `bf16`, `fp8` or `fp4`.
+        kv_precision: Of the KV cache, `bf16` or `fp8`.
+        max_num_seqs: Running requests.
+        max_num_batched_tokens: Token budget of a step.
+        block_size: Tokens in a KV block.
+        num_blocks: KV blocks; None: what the memory model gives.
+        memory_fraction: Share of GPU memory the engine may use.
+        expert_ranks: Data-parallel ranks that share their experts and run in lockstep.
+    """
+
+    gpu: str
+    model: str
+    tp: int = 1
+    precision: str = "bf16"
+    kv_precision: str = "bf16"
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    block_size: int = 16
+    num_blocks: int | None = None
+    memory_fraction: float = 0.9
+    expert_ranks: int = 1
+
+    def replica(self, constants: EngineConstants) -> ReplicaType:
+        """Return the replica type to simulate.
+
+        Raises:
+            ConfigError: If the GPU, the model or the degree is not allowed, or the weights do
+                not fit.
+        """
+        grid, kv_tokens = _cost(
+            self.gpu, self.model, self.tp, self.precision, self.memory_fraction, self.expert_ranks
+        )
+        if self.kv_precision == "fp8":
+            grid, kv_tokens = half_kv(grid), 2 * kv_tokens
+        ranks = self.expert_ranks
+        blocks = self.num_blocks or kv_tokens // self.block_size
+        return ReplicaType(
+            name=f"{self.gpu} x{self.tp * ranks}",
+            grid=constants.apply(grid),
+            num_blocks=max(1, blocks * ranks),
+            max_num_batched_tokens=max(self.max_num_batched_tokens, self.max_num_seqs) * ranks,
+            max_num_seqs=self.max_num_seqs * ranks,
+            num_gpus=self.tp * ranks,
+        )
+
+
+@lru_cache(maxsize=1024)
+def step_cost(gpu_name: str, model_name: str, tp: int, precision: str) -> StepCost:
+    """Return the step cost of a model on a number of GPUs.
+
+    Raises:
+        ConfigError: If the GPU, the model or the degree is not allowed.
+    """
+    fp8, fp4 = precision == "fp8", precision == "fp4"
+    return StepCost(gpu(gpu_name), model(model_name), tp, fp8, fp4=fp4)
+
+
+@lru_cache(maxsize=1024)
+def _cost(
+    gpu_name: str, model_name: str, tp: int, precision: str, fraction: float, ranks: int
+) -> tuple[CostGrid, int]:
+    cost = step_cost(gpu_name, model_name, tp, precision)
+    if ranks == 1:
+        return cost.compile(), cost.kv_capacity_tokens(fraction)
+    return _lockstep(cost, ranks), _rank_capacity(cost, ranks, fraction)
+
+
+def half_kv(grid: CostGrid) -> CostGrid:
+    """Return the step cost with a KV cache of half the bytes: decodes read half as much.
+
+    Step costs know 16-bit KV only; a token of eight bits costs what half a token does there.
+    """
+    decode = [
+        [grid.decode(b, max(1.0, kv / 2)) for kv in grid.decode_kv] for b in grid.decode_batch
+    ]
+    return replace(grid, decode_s=np.array(decode))
+
+
+def _lockstep(cost: StepCost, ranks: int) -> CostGrid:
+    """Merge data-parallel ranks with shared experts into one engine.
+
+    Their steps begin and end together. Decoding tokens are spread evenly over the ranks; a
+    prefill chunk lies on one of them, so the attention GEMMs of its other share come on top.
+    Every rank computes its share of the experts for the tokens of all, after an all-gather of
+    tokens and router logits and before a reduce-scatter; each moves half of an all-reduce.
+    """
+    grid = cost.compile()
+
+    def attention(tokens: float) -> float:
+        return cost.terms(tokens)["attention GEMMs"]
+
+    def dense(tokens: float) -> float:
+        share = max(1.0, tokens / ranks)
+        terms, all_tokens = cost.terms(share), cost.terms(tokens)
+        exchange = 2.0 * cost.operators.all_reduce_s(tokens * cost.model.hidden, ranks)
+        exchange += cost.operators.all_reduce_s(tokens * cost.model.num_experts, ranks)
+        rest = sum(terms.values()) - terms["cpu"] - terms["experts"]
+        return rest + all_tokens["experts"] / ranks + cost.model.layers * exchange
+
+    extra = np.array([attention(c) - attention(max(1.0, c / ranks)) for c in grid.prefill_chunk])
+    return replace(
+        grid,
+        dense_s=np.array([dense(t) for t in grid.dense_tokens]),
+        prefill_s=grid.prefill_s + np.maximum(extra, 0.0)[:, np.newaxis],
+        decode_s=np.array(
+            [
+                [grid.decode(max(1.0, b / ranks), max(1.0, k / ranks)) for k in grid.decode_kv]
+                for b in grid.decode_batch
+            ]
+        ),
+    )
+
+
+def _rank_capacity(cost: StepCost, ranks: int, fraction: float) -> int:
+    """KV tokens of one rank that holds its share of the experts."""
+    spec = cost.model
+    experts = spec.layers * spec.num_experts * spec.ffn_matrices * spec.hidden * spec.expert_ffn_dim
+    lighter = spec.model_copy(
+        update={"num_params": spec.num_params - experts * (1.0 - 1.0 / ranks)}
+    )
+    return replace(cost, model=lighter).kv_capacity_tokens(fraction)

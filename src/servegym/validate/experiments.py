@@ -1,0 +1,77 @@
+"""Playing the experiments behind published measurements."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import replace
+
+import numpy as np
+
+from servegym.errors import ConfigError
+from servegym.typing import IntArray
+from servegym.validate.engine import EngineConstants
+from servegym.validate.published import Experiment
+from servegym.validate.replay import Replay, replay_closed, replay_open
+
+
+def play(plan: Experiment, constants: EngineConstants) -> tuple[dict[str, float], Replay]:
+    """Simulate what a row measured.
+
+    Args:
+        plan: The experiment.
+        constants: Of the engine family.
+
+    Returns:
+        `tpot_s`, `ttft_s`, `e2e_s` (means) and `output_tokens_per_s`, and the replay.
+
+    Raises:
+        ConfigError: If the model does not fit the GPUs, or a request the KV cache.
+    """
+    replica = plan.setup.replica(constants)
+    if plan.family.startswith("trtllm"):
+        # its scheduler admits what cannot be evicted later: KV for whole outputs is set aside
+        tokens = replica.num_blocks * plan.setup.block_size
+        whole = int(tokens / (plan.prompt_tokens + plan.output_tokens))
+        replica = replace(replica, max_num_seqs=max(1, min(replica.max_num_seqs, whole)))
+    # the same requests for the same experiment, whatever else is in the table
+    seed = zlib.crc32(repr((plan.prompt_tokens, plan.output_tokens, plan.num_requests)).encode())
+    rng = np.random.default_rng(seed)
+    longest = replica.num_blocks * plan.setup.block_size
+    prompt = _lengths(rng, plan, plan.prompt_tokens)
+    output = _lengths(rng, plan, plan.output_tokens)
+    if plan.lengths == "spread":  # engines cut what is beyond their context
+        prompt = np.minimum(prompt, max(1, longest // 2))
+        output = np.minimum(output, max(1, longest // 2))
+    if int((prompt + output).max()) - 1 > longest:
+        raise ConfigError(
+            f"a request of {int((prompt + output).max())} tokens does not fit the {longest} KV "
+            "tokens beside the weights"
+        )
+    if plan.loop == "closed":
+        replay = replay_closed(replica, plan.concurrency, prompt, output)
+    else:
+        arrival = np.zeros(plan.num_requests)
+        if plan.loop == "open":
+            arrival = np.cumsum(rng.exponential(1.0 / plan.rate_rps, plan.num_requests))
+            arrival -= arrival[0]
+        replay = replay_open(replica, arrival, prompt, output)
+    tpot = replay.tpot_s[~np.isnan(replay.tpot_s)]
+    # benchmarks of batches and of maximum throughput call the engine, without a server between
+    way_s = constants.request_s if plan.loop in ("closed", "open") else 0.0
+    simulated = {
+        "ttft_s": float(replay.ttft_s.mean()) + way_s,
+        "e2e_s": float(replay.e2e_s.mean()) + way_s,
+        "output_tokens_per_s": replay.output_tokens_per_s,
+    }
+    if len(tpot):
+        simulated["tpot_s"] = float(tpot.mean())
+    return simulated, replay
+
+
+def _lengths(rng: np.random.Generator, plan: Experiment, mean: float) -> IntArray:
+    n = plan.num_requests
+    if plan.lengths == "shortened":
+        return np.maximum(1, rng.integers(round(0.8 * mean), round(mean) + 1, n))
+    if plan.lengths == "spread":
+        return np.maximum(1, np.rint(rng.exponential(mean, n))).astype(np.int64)
+    return np.full(n, max(1, round(mean)), np.int64)

@@ -1,0 +1,307 @@
+"""Published measurements: rows of a table, and what of each can be replayed."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from servegym.assets.specs import gpu, model
+from servegym.errors import ConfigError, WorkloadError
+from servegym.validate.engine import EngineSetup, step_cost
+from servegym.validate.names import engine_family, known_gpu, known_model, known_precision
+from servegym.workloads.records import records
+
+_COLUMNS = (
+    *("row_id", "file", "quality", "engine", "model", "precision_w", "gpu", "gpu_count"),
+    *("tp", "pp", "dp", "ep", "isl", "osl", "concurrency", "request_rate", "notes"),
+    *("tput_out", "ttft_mean", "tpot_mean", "itl_mean"),
+)
+Loop = Literal["closed", "open", "batch", "offline"]
+Lengths = Literal["fixed", "shortened", "spread"]
+
+
+@dataclass(frozen=True)
+class FamilyLimits:
+    """Settings of an engine family that publications leave out: its defaults on a large GPU."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    memory_fraction: float
+
+
+#: vLLM V1 takes 8,192 tokens a step on GPUs of 70 GB and more, 2,048 on others (below);
+#: trtllm-bench 2,048 sequences and 8,192 tokens; SGLang chunks prefills to 8,192.
+FAMILIES = {
+    "vllm": FamilyLimits(256, 8192, 0.9),
+    "vllm-v0": FamilyLimits(256, 8192, 0.9),
+    "trtllm": FamilyLimits(2048, 8192, 0.95),
+    "sglang": FamilyLimits(512, 8192, 0.88),
+    "tgi": FamilyLimits(256, 4096, 0.9),
+    "deepspeed": FamilyLimits(256, 2048, 0.9),
+}
+_LARGE_GPU_BYTES = 70e9
+
+
+@dataclass(frozen=True)
+class Row:
+    """One published measurement.
+
+    Attributes:
+        row_id: Of the table.
+        source: Its `file` column; one file holds the runs of two laboratories, told apart.
+        quality: Grade, see the table's notes.
+        engine: As published.
+        engine_version: As published.
+        model: As published.
+        precision: Of the weights, as published.
+        gpu: As published.
+        notes: As collected.
+        measured: `tpot_s`, `ttft_s`, `output_tokens_per_s`, `e2e_s`: those that were published.
+        text: All cells.
+    """
+
+    row_id: str
+    source: str
+    quality: str
+    engine: str
+    engine_version: str
+    model: str
+    precision: str
+    gpu: str
+    notes: str
+    measured: dict[str, float]
+    text: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a row measured, as the simulator can replay it.
+
+    Attributes:
+        setup: The engine.
+        family: `vllm`, `trtllm`, ...
+        loop: `closed` at a concurrency, `open` at a rate, `batch` of so many requests at once,
+            `offline` with all requests queued.
+        prompt_tokens: Mean.
+        output_tokens: Mean.
+        lengths: `fixed`, `shortened` (uniform in 0.8 to 1 of nominal) or `spread` (exponential).
+        concurrency: Clients or batch size.
+        rate_rps: Of the open loop.
+        num_requests: To replay.
+    """
+
+    setup: EngineSetup
+    family: str
+    loop: Loop
+    prompt_tokens: float
+    output_tokens: float
+    lengths: Lengths
+    concurrency: int = 0
+    rate_rps: float = 0.0
+    num_requests: int = 0
+
+
+def read_published(path: Path) -> list[Row]:
+    """Read a table of published measurements.
+
+    Raises:
+        WorkloadError: If the file is no such table.
+    """
+    if not path.is_file():
+        raise WorkloadError(f"no file at {path}: give the path of a table of measurements (CSV)")
+    rows = []
+    for line, record in records(path):
+        if not isinstance(record, dict):
+            raise WorkloadError(f"{path.name} is no CSV table of measurements")
+        missing = [name for name in _COLUMNS if name not in record]
+        if missing:
+            raise WorkloadError(
+                f"{path.name} is no table of published measurements: it has no column {missing[0]}"
+            )
+        text = {str(key): str(value or "").strip() for key, value in record.items()}
+        measured = _measured(text)
+        rows.append(
+            Row(
+                row_id=text["row_id"] or str(line),
+                source=_source(text),
+                quality=text["quality"],
+                engine=text["engine"],
+                engine_version=text.get("engine_version", ""),
+                model=text["model"],
+                precision=text["precision_w"],
+                gpu=text["gpu"],
+                notes=text["notes"],
+                measured=measured,
+                text=text,
+            )
+        )
+    if not rows:
+        raise WorkloadError(f"{path.name} has no rows")
+    return rows
+
+
+def experiment(row: Row) -> Experiment:
+    """Say how to replay a row.
+
+    Raises:
+        ConfigError: If that is not possible; the message is the reason.
+    """
+    text = row.text
+    if row.quality in ("X", "Q"):
+        raise ConfigError(f"graded {row.quality}: inconsistent or limited by its queue")
+    if not row.measured:
+        raise ConfigError("no TPOT, TTFT, throughput or latency was published")
+    _refuse_parallelism(row)
+    family = engine_family(row.engine, row.engine_version, row.gpu)
+    gpu_name, model_name = known_gpu(row.gpu), known_model(row.model)
+    precision = known_precision(row.precision)
+    prompt, output = _number(text["isl"]), _number(text["osl"])
+    if prompt is None or output is None:
+        raise ConfigError(f"lengths are not given: {text['isl'] or '-'}/{text['osl'] or '-'}")
+    loop, concurrency, rate, count = _loop(row, prompt + output)
+    limits = FAMILIES[family.removesuffix("-rocm")]
+    budget = limits.max_num_batched_tokens
+    if family.startswith("vllm") and gpu(gpu_name).memory_bytes < _LARGE_GPU_BYTES:
+        budget = 2048
+    seqs = max(limits.max_num_seqs, concurrency)
+    setup = EngineSetup(
+        gpu=gpu_name,
+        model=model_name,
+        tp=int(text["tp"]),
+        precision=precision,
+        kv_precision=_kv_precision(row, family, precision),
+        max_num_seqs=seqs,
+        max_num_batched_tokens=max(budget, seqs),
+        memory_fraction=limits.memory_fraction,
+    )
+    floor_s = _read_weights_s(setup)
+    per_token_s = row.measured.get("tpot_s", math.inf)
+    if concurrency and "output_tokens_per_s" in row.measured:
+        per_token_s = min(per_token_s, concurrency / row.measured["output_tokens_per_s"])
+    if per_token_s < floor_s:
+        raise ConfigError("inconsistent: a token takes less than reading the weights once")
+    return Experiment(
+        setup=setup,
+        family=family,
+        loop=loop,
+        prompt_tokens=max(1.0, prompt),
+        output_tokens=max(1.0, output),
+        lengths=_lengths(row),
+        concurrency=concurrency,
+        rate_rps=rate,
+        num_requests=count,
+    )
+
+
+def _read_weights_s(setup: EngineSetup) -> float:
+    """Seconds to read the weights that one token touches, at the GPU's peak bandwidth."""
+    arch = model(setup.model)
+    params = arch.num_params - arch.vocab * arch.hidden  # of the embedding one row is read
+    if arch.num_experts:
+        idle = arch.num_experts - arch.active_experts
+        params -= arch.layers * idle * arch.ffn_matrices * arch.hidden * arch.expert_ffn_dim
+    cost = step_cost(setup.gpu, setup.model, setup.tp, setup.precision)
+    return params * cost.weight_bytes / (cost.gpu.memory_bytes_per_s * setup.tp)
+
+
+def _kv_precision(row: Row, family: str, precision: str) -> str:
+    """Return the stated precision of the KV cache, else the engine's default."""
+    stated = row.text.get("precision_kv", "")
+    if stated:
+        return known_precision(stated)
+    # NVIDIA's fp8 and fp4 checkpoints carry scales for an fp8 KV cache
+    return "fp8" if family == "trtllm" and precision != "bf16" else "bf16"
+
+
+def _refuse_parallelism(row: Row) -> None:
+    text, notes = row.text, row.notes.lower()
+    if "disagg" in notes or re.search(r"\d+p\d+d|pd disaggregation", notes):
+        raise ConfigError("prefill and decode disaggregated")
+    if not text["tp"].isdigit():
+        raise ConfigError("tensor-parallel degree not given")
+    tp = int(text["tp"])
+    if _whole(text["pp"]) > 1:
+        raise ConfigError("pipeline parallelism")
+    if _whole(text["dp"]) > 1:
+        raise ConfigError("data-parallel attention or several replicas")
+    if _whole(text["ep"]) > tp:
+        raise ConfigError("expert parallelism beyond the tensor-parallel degree")
+    if "attention dp" in notes and known_is_moe(row.model):
+        raise ConfigError("attention data-parallel with experts of unknown parallelism")
+    if text["gpu_count"].isdigit() and int(text["gpu_count"]) not in (0, tp):  # 0: not recorded
+        raise ConfigError(f"{text['gpu_count']} GPUs for tp {tp}: parallelism not clear")
+
+
+def known_is_moe(label: str) -> bool:
+    """Whether a model label names a known mixture of experts."""
+    try:
+        return model(known_model(label)).num_experts > 0
+    except ConfigError:
+        return False
+
+
+def _loop(row: Row, tokens: float) -> tuple[Loop, int, float, int]:
+    """Return the kind of load, concurrency, rate and number of requests."""
+    notes, rate_text = row.notes.lower(), row.text["request_rate"]
+    concurrency = _number(row.text["concurrency"])
+    if concurrency is not None and concurrency >= 1:
+        clients = int(concurrency)
+        at_once = ("static batch", "first-token latency", "all requests", "sent at once")
+        if any(mark in notes for mark in at_once) or re.match(r"batch \d", notes):
+            return "batch", clients, 0.0, clients
+        return "closed", clients, 0.0, max(2 * clients, min(10 * clients, 20_000))
+    stated = re.search(r"n=(\d+)|(\d+) (?:sharegpt )?prompts|(?:sharegpt )(\d+) prompts", notes)
+    count = int(next(g for g in stated.groups() if g)) if stated else 0
+    if rate_text.lower().startswith("inf"):
+        # as in NVIDIA's benchmark instructions: more requests where they are short
+        by_length = ((256, 30_000), (3_000, 3_000), (6_000, 1_500), (math.inf, 1_000))
+        default = next(n for limit, n in by_length if tokens <= limit)
+        return "offline", 0, 0.0, count or default
+    rate = _number(rate_text.split(" ")[0].lstrip("~"))
+    if rate is None or rate <= 0:
+        raise ConfigError("neither concurrency nor request rate given")
+    return "open", 0, rate, count or 300
+
+
+def _lengths(row: Row) -> Lengths:
+    notes = row.notes.lower()
+    if "random in [" in notes:
+        return "shortened"
+    if any(mark in notes for mark in ("sharegpt", "trace", "means", "per-request")):
+        return "spread"
+    return "fixed"
+
+
+def _source(text: dict[str, str]) -> str:
+    return "nvidia_gap_analysis" if "gap-analysis" in text["notes"] else text["file"]
+
+
+def _measured(text: dict[str, str]) -> dict[str, float]:
+    found = {}
+    for name, columns, unit in (
+        ("tpot_s", ("tpot_mean", "tpot_p50", "itl_mean"), 1e-3),
+        ("ttft_s", ("ttft_mean", "ttft_p50"), 1e-3),
+        ("e2e_s", ("e2e_mean", "e2e_p50"), 1e-3),
+        ("output_tokens_per_s", ("tput_out",), 1.0),
+    ):
+        values = [_number(text.get(column, "")) for column in columns]
+        value = next((v for v in values if v is not None and v > 0), None)
+        if value is not None:
+            found[name] = value * unit
+    return found
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _whole(text: str) -> int:
+    value = _number(text)
+    return 0 if value is None else int(value)

@@ -1,0 +1,194 @@
+"""One engine played to the end: open loop by arrivals, or closed loop by completions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from servegym.cluster.engine import end_step, form_step
+from servegym.cluster.jit import kernel
+from servegym.cluster.kernels import apply
+from servegym.cluster.simulator import Simulator
+from servegym.cluster.spec import ClusterSpec, Episode, ReplicaType
+from servegym.cluster.state import DONE, WAKING, Params, State
+from servegym.typing import FloatArray, IntArray
+from servegym.validate.runs import tpot
+from servegym.workloads.table import RequestTable
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a replayed engine did to each request, in order of arrival.
+
+    Attributes:
+        arrival_s: `float64[n]`.
+        ttft_s: `float64[n]`.
+        tpot_s: NaN for requests of one token, `float64[n]`.
+        e2e_s: `float64[n]`.
+        output_tokens: `int64[n]`.
+        num_preemptions: Of all requests.
+        steps: `STEP_DTYPE[m]`; empty unless recorded.
+        num_blocks: KV blocks of all replicas.
+    """
+
+    arrival_s: FloatArray
+    ttft_s: FloatArray
+    tpot_s: FloatArray
+    e2e_s: FloatArray
+    output_tokens: IntArray
+    num_preemptions: int
+    steps: NDArray[np.void]
+    num_blocks: int
+
+    @property
+    def makespan_s(self) -> float:
+        """From the first arrival to the last end."""
+        return float((self.arrival_s + self.e2e_s).max() - self.arrival_s.min())
+
+    @property
+    def output_tokens_per_s(self) -> float:
+        """Output tokens of all requests over the makespan."""
+        return float(self.output_tokens.sum()) / self.makespan_s
+
+    def series(self, at_s: FloatArray) -> dict[str, FloatArray]:
+        """Return running and waiting requests and KV use in percent at the given times."""
+        waiting, used = np.zeros(len(at_s)), np.zeros(len(at_s))
+        for replica in np.unique(self.steps["replica"]):
+            steps = self.steps[self.steps["replica"] == replica]
+            last = np.searchsorted(steps["begin_s"], at_s, side="right") - 1
+            busy = (last >= 0) & (at_s <= steps["end_s"][last])
+            waiting += np.where(busy, steps["num_waiting"][last], 0)
+            used += np.where(busy, steps["used_blocks"][last], 0)
+        ends = np.sort(self.arrival_s + self.e2e_s)
+        arrived = np.searchsorted(self.arrival_s, at_s, side="right")
+        inside = arrived - np.searchsorted(ends, at_s, side="right")
+        return {
+            "running": np.maximum(inside - waiting, 0.0),
+            "waiting": waiting,
+            "kv_cache_pct": 100.0 * used / self.num_blocks,
+        }
+
+
+@kernel
+def _play(p: Params, s: State, e: int, concurrency: int) -> None:
+    """Play an episode on replica 0; with a concurrency, requests arrive when others end.
+
+    The compiled loop of the simulator stops at every arrival and never at an end; this one is for
+    a single replica without faults, holds and records, made of the same step functions.
+    """
+    env = s.env[e]
+    released = env.num_requests
+    if concurrency > 0:
+        released = min(concurrency, released)
+    while env.num_ended < env.num_requests:
+        replica_s = s.due[e, 0].time_s
+        arrival_s = math.inf
+        if env.next_arrival < released:
+            arrival_s = s.request[e, env.next_arrival].arrival_s
+        if replica_s <= arrival_s:  # at equal times a step ends before a request arrives
+            env.now_s = replica_s
+            if s.replica[e, 0].mode != WAKING:
+                ended = env.num_ended
+                end_step(p, s, e, 0, replica_s)
+                for _ in range(env.num_ended - ended):
+                    if released < env.num_requests:
+                        s.request[e, released].arrival_s = replica_s
+                        released += 1
+            form_step(p, s, e, 0, replica_s)
+        else:
+            env.now_s = arrival_s
+            env.deciding = env.next_arrival
+            env.next_arrival += 1
+            env.in_system += 1
+            apply(p, s, e, 0)
+
+
+def replay_open(
+    replica: ReplicaType,
+    arrival_s: FloatArray,
+    prompt_tokens: IntArray,
+    output_tokens: IntArray,
+    *,
+    block_size: int = 16,
+    prefix_caching: bool = False,
+    num_replicas: int = 1,
+    record: bool = False,
+) -> Replay:
+    """Replay requests that arrive at given times; all at 0 is a static batch.
+
+    Several replicas are data-parallel ranks: a request goes to the one with the smallest sum of
+    running and four times its waiting requests, as in vLLM's coordinator.
+
+    Args:
+        replica: The engine.
+        arrival_s: Ascending, `float64[n]`.
+        prompt_tokens: `int64[n]`.
+        output_tokens: `int64[n]`.
+        block_size: Tokens in a KV block.
+        prefix_caching: Requests share no text; it lets a preempted one find its own blocks.
+        num_replicas: Equal engines that share the requests.
+        record: Keep the steps, which `Replay.series` needs.
+    """
+    spec = ClusterSpec((replica,), block_size=block_size, prefix_caching=prefix_caching)
+    table = RequestTable.build(arrival_s, prompt_tokens, output_tokens)
+    simulator = _simulator(spec, table, num_replicas, record)
+    if num_replicas == 1 and not record:
+        _play(simulator.params, simulator.state, 0, 0)
+    while simulator.advance()[0] != DONE:
+        ranks = simulator.state.replica[0]
+        score = 4 * ranks["num_waiting"] + ranks["num_running"]
+        simulator.apply(np.array([np.argmin(score)]))
+    return _replay(simulator, replica)
+
+
+def replay_closed(
+    replica: ReplicaType,
+    concurrency: int,
+    prompt_tokens: IntArray,
+    output_tokens: IntArray,
+    *,
+    block_size: int = 16,
+) -> Replay:
+    """Replay clients that each send a request, wait for its end and send the next.
+
+    A request arrives exactly when another one ends, so it misses the step that begins at that
+    instant and is admitted to the next one.
+
+    Args:
+        replica: The engine.
+        concurrency: Number of clients.
+        prompt_tokens: Of each request, in the order they are sent, `int64[n]`.
+        output_tokens: Likewise.
+        block_size: Tokens in a KV block.
+    """
+    spec = ClusterSpec((replica,), block_size=block_size)
+    table = RequestTable.build(np.zeros(len(prompt_tokens)), prompt_tokens, output_tokens)
+    simulator = _simulator(spec, table, 1, record=False)
+    _play(simulator.params, simulator.state, 0, int(concurrency))
+    return _replay(simulator, replica)
+
+
+def _simulator(
+    spec: ClusterSpec, table: RequestTable, num_replicas: int, record: bool
+) -> Simulator:
+    episode = Episode(table, np.zeros(num_replicas, np.int16), np.ones(num_replicas))
+    return Simulator(spec, [episode], record=record)
+
+
+def _replay(simulator: Simulator, replica: ReplicaType) -> Replay:
+    out = simulator.outcomes()
+    ttft, e2e = out["first_token_s"] - out["arrival_s"], out["finish_s"] - out["arrival_s"]
+    output = out["output_tokens"].astype(np.int64)
+    return Replay(
+        arrival_s=out["arrival_s"].copy(),
+        ttft_s=ttft,
+        tpot_s=tpot(ttft, e2e, output),
+        e2e_s=e2e,
+        output_tokens=output,
+        num_preemptions=int(out["num_preemptions"].sum()),
+        steps=simulator.steps(),
+        num_blocks=replica.num_blocks * simulator.max_replicas,
+    )

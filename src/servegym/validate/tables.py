@@ -1,0 +1,322 @@
+"""The tables of a validation, once, for terminal, Markdown and HTML."""
+
+from __future__ import annotations
+
+import html
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from rich import box
+from rich.table import Table
+
+from servegym.validate.constants import PROPOSED, Fit
+from servegym.validate.engine import EngineConstants
+from servegym.validate.ranking import rankings
+from servegym.validate.score import (
+    DIMENSIONS,
+    METRICS,
+    STATISTICS,
+    Aggregate,
+    Comparison,
+    RowScore,
+    RunScore,
+    Skipped,
+    Validation,
+    aggregates,
+    worst,
+)
+
+#: Heading, factor and digits of each metric.
+UNITS = {
+    "ttft_s": ("TTFT, ms", 1e3, 1),
+    "tpot_s": ("TPOT, ms", 1e3, 2),
+    "e2e_s": ("E2E, s", 1.0, 2),
+    "makespan_s": ("makespan, s", 1.0, 1),
+    "output_tokens_per_s": ("output tokens/s", 1.0, 0),
+    "running": ("running requests", 1.0, 1),
+    "waiting": ("waiting requests", 1.0, 1),
+    "kv_cache_pct": ("KV use, %", 1.0, 1),
+}
+_CONSTANT_HEADS = ("family", "step, ms", "sequence, us", "dense factor", "request, ms")
+_NAMES = {"tpot_s": "TPOT", "ttft_s": "TTFT", "output_tokens_per_s": "throughput", "e2e_s": "E2E"}
+
+
+class TextTable(NamedTuple):
+    """A table of strings; the first column is a label."""
+
+    title: str
+    heads: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    note: str = ""
+
+    def rich(self) -> Table:
+        """For the terminal."""
+        table = Table(title=self.title, caption=self.note or None, box=box.SIMPLE_HEAD)
+        for i, head in enumerate(self.heads):
+            table.add_column(head, justify="right" if i else "left", overflow="fold")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> str:
+        """For a document."""
+        lines = [f"**{self.title}**", "", "| " + " | ".join(self.heads) + " |"]
+        lines.append("| --- |" + " ---: |" * (len(self.heads) - 1))
+        lines += ["| " + " | ".join(row) + " |" for row in self.rows]
+        return "\n".join([*lines, "", *([self.note, ""] if self.note else [])])
+
+    def html(self) -> str:
+        """For a page."""
+        heads = "".join(f"<th>{html.escape(head)}</th>" for head in self.heads)
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in self.rows
+        )
+        note = f'<p class="note">{html.escape(self.note)}</p>' if self.note else ""
+        return (
+            f"<h3>{html.escape(self.title)}</h3><div class='scroll'><table><tr>{heads}</tr>"
+            f"{rows}</table></div>{note}"
+        )
+
+
+def run_tables(result: Validation) -> list[TextTable]:
+    """A summary of all replayed runs, and each in full."""
+    if not result.runs:
+        return []
+    summary = TextTable(
+        "Replayed runs: error of the simulator",
+        ("run", "throughput", "TPOT mean", "TTFT mean", "TTFT p99", "E2E mean", "E2E p99", "costs"),
+        [
+            (
+                score.run.name,
+                _percent(score.figures["output_tokens_per_s", "whole"].error),
+                *(
+                    _percent(score.figures[place].error)
+                    for place in (
+                        ("tpot_s", "mean"),
+                        ("ttft_s", "mean"),
+                        ("ttft_s", "p99"),
+                        ("e2e_s", "mean"),
+                        ("e2e_s", "p99"),
+                    )
+                ),
+                "extrapolated" if score.extrapolated else "validated",
+            )
+            for score in result.runs
+        ],
+        _constants_note(result),
+    )
+    return [summary, *(run_table(score) for score in result.runs)]
+
+
+def run_table(score: RunScore) -> TextTable:
+    """Every figure of one replayed run."""
+    rows = []
+    for metric in UNITS:
+        for statistic in (*STATISTICS, "time mean", "whole"):
+            figure = score.figures.get((metric, statistic))
+            if figure is not None:
+                rows.append((f"{UNITS[metric][0]}, {statistic}", *_cells(metric, figure)))
+    run = score.run
+    why = "; ".join(score.extrapolated) or "costs measured on this GPU"
+    return TextTable(
+        f"{run.name} ({run.engine}, {len(run.arrival_s)} requests)",
+        ("figure", "measured", "simulated", "error"),
+        rows,
+        f"{why}. KV blocks: {score.replay.num_blocks} simulated, "
+        f"{run.num_blocks or 'not'} logged. Preemptions simulated: {score.replay.num_preemptions}.",
+    )
+
+
+def published_tables(result: Validation) -> list[TextTable]:
+    """Errors by source, GPU, model, engine; orders; the worst rows; what was left out."""
+    if not (result.rows or result.skipped_rows):
+        return []
+    tables = [_dimension_table(result, "all rows", lambda score: "all")] if result.rows else []
+    tables += [_dimension_table(result, f"by {name}", key) for name, key in DIMENSIONS.items()]
+    return [*tables, ranking_table(result), worst_table(result), skipped_table(result)]
+
+
+def _dimension_table(result: Validation, name: str, key: Callable[[RowScore], str]) -> TextTable:
+    heads = (name.removeprefix("by "), "grade", "rows", *(_NAMES[m] for m in METRICS))
+    rows = []
+    for (place, grade), group in aggregates(result.rows, key).items():
+        num_rows = max(x.num_rows for x in group.values())
+        cells = (_aggregate_cell(group.get(metric)) for metric in METRICS)
+        rows.append((place, grade, str(num_rows), *cells))
+    return TextTable(
+        f"Published measurements, error in % ({name})",
+        heads,
+        rows,
+        "Median of the absolute error / its 90th percentile / median with sign (rows with that "
+        "figure). " + _constants_note(result),
+    )
+
+
+def ranking_table(result: Validation) -> TextTable:
+    """Kendall's tau by source."""
+    return TextTable(
+        "Order of configurations (Kendall's tau-b between simulated and measured)",
+        ("source", "figure", "rows", "all rows", "same work", "pairs"),
+        [
+            (
+                r.source,
+                _NAMES[r.metric],
+                str(r.num_rows),
+                f"{r.tau:.2f}",
+                f"{r.tau_same_work:.2f}" if r.tau_same_work == r.tau_same_work else "-",
+                str(r.num_pairs),
+            )
+            for r in rankings(result.rows)
+        ],
+        "same work: pairs with the same model, lengths and load, which differ in GPU, degree, "
+        "precision or engine.",
+    )
+
+
+def worst_table(result: Validation) -> TextTable:
+    """The twenty rows farthest off, with a guess at why."""
+    return TextTable(
+        "The twenty worst rows",
+        ("row", "source", "what", "figure", "measured", "simulated", "error", "guess"),
+        [
+            (
+                score.row.row_id,
+                f"{score.row.source} ({score.row.quality})",
+                what(score),
+                *_main_cells(score),
+                score.guess,
+            )
+            for score in worst(result.rows)
+        ],
+    )
+
+
+def skipped_table(result: Validation) -> TextTable:
+    """Reasons for which rows were not simulated, with counts."""
+    rows = _by_reason(result.skipped_rows)
+    total = len(result.rows) + len(result.skipped_rows)
+    return TextTable(
+        f"Not simulated: {len(result.skipped_rows)} of {total} rows",
+        ("reason", "rows", "sources"),
+        [(reason, str(count), ", ".join(sources)) for reason, count, sources in rows],
+        "Every row is listed with its reason in the JSON file.",
+    )
+
+
+def skipped_files_table(result: Validation) -> TextTable:
+    """Files that are no run."""
+    return TextTable(
+        "Files left out",
+        ("file", "reason"),
+        [(skipped.name, skipped.reason) for skipped in result.skipped_files],
+    )
+
+
+def fit_table(fits: list[Fit]) -> TextTable:
+    """Fitted constants of the engine families and what they are worth."""
+    rows = []
+    for fit in fits:
+        left_out = ", ".join(
+            f"{source} {100 * fit.left_out_before[source]:.0f} -> {100 * error:.0f}"
+            for source, error in fit.left_out.items()
+        )
+        rows.append(
+            (
+                fit.family,
+                *constant_cells(fit.constants),
+                str(fit.num_rows),
+                f"{100 * fit.before:.1f}",
+                f"{100 * fit.after:.1f}",
+                left_out or "only one source",
+            )
+        )
+    return TextTable(
+        "Fitted constants of engine families",
+        (
+            *_CONSTANT_HEADS,
+            "rows",
+            "error without, %",
+            "with, %",
+            "source left out: without -> with, %",
+        ),
+        rows,
+        "Median absolute error of TPOT, or of throughput where no TPOT was published, rows of "
+        "grade A and B. Left out: constants fitted on the other sources only.",
+    )
+
+
+def proposed_table() -> TextTable:
+    """The constants that `--proposed` applies."""
+    return TextTable(
+        "Proposed constants, of those fitted the ones that hold on other sources",
+        _CONSTANT_HEADS,
+        [(family, *constant_cells(constants)) for family, constants in PROPOSED.items()],
+    )
+
+
+def constant_cells(constants: EngineConstants) -> tuple[str, str, str, str]:
+    """Constants in print units."""
+    return (
+        f"{1e3 * constants.step_s:.1f}",
+        f"{1e6 * constants.sequence_s:.0f}",
+        f"{constants.dense_factor:.2f}",
+        f"{1e3 * constants.request_s:.0f}",
+    )
+
+
+def what(score: RowScore) -> str:
+    """Say in a few words what a row measured."""
+    plan = score.plan
+    load = {
+        "closed": f"{plan.concurrency} clients",
+        "batch": f"batch {plan.concurrency}",
+        "open": f"{plan.rate_rps:g}/s",
+        "offline": "offline",
+    }[plan.loop]
+    lengths = f"{plan.prompt_tokens:g}/{plan.output_tokens:g}"
+    setup = plan.setup
+    return (
+        f"{plan.family}, {setup.model} {setup.precision}, {setup.tp} x {setup.gpu}, {lengths}, "
+        f"{load}"
+    )
+
+
+def _main_cells(score: RowScore) -> tuple[str, str, str, str]:
+    name = next(name for name, figure in score.figures.items() if figure is score.main)
+    return (UNITS[name][0], *_cells(name, score.main))
+
+
+def _cells(metric: str, figure: Comparison) -> tuple[str, str, str]:
+    _, factor, digits = UNITS[metric]
+    return (
+        f"{factor * figure.measured:,.{digits}f}",
+        f"{factor * figure.simulated:,.{digits}f}",
+        _percent(figure.error),
+    )
+
+
+def _aggregate_cell(group: Aggregate | None) -> str:
+    if group is None:
+        return "-"
+    median, p90, bias = 100 * group.median, 100 * group.p90, 100 * group.bias
+    return f"{median:.1f} / {p90:.0f} / {bias:+.1f} ({group.num_rows})"
+
+
+def _percent(error: float) -> str:
+    return f"{100 * error:+.1f} %"
+
+
+def _constants_note(result: Validation) -> str:
+    if not result.constants:
+        return "Simulator as it is, without constants of engine families."
+    return "With the proposed constants of engine families."
+
+
+def _by_reason(skipped: list[Skipped]) -> list[tuple[str, int, list[str]]]:
+    counts = Counter(item.reason for item in skipped)
+    return [
+        (reason, count, sorted({item.source for item in skipped if item.reason == reason}))
+        for reason, count in counts.most_common()
+    ]

@@ -1,0 +1,1 @@
+"""Workflows: DAGs of tasks on heterogeneous devices, their files, schedules and bounds."""

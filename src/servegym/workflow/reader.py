@@ -1,0 +1,41 @@
+"""Reading a workflow from a file of any known kind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from servegym.workflow.dag_file import dag_from_document
+from servegym.workflow.graph import Workflow, WorkflowError
+from servegym.workflow.jobshop import job_shop_from_text
+from servegym.workflow.wfformat import Fleet, workflow_from_wfformat
+
+
+def read_workflow(path: Path, fleet: Fleet | None = None) -> Workflow:
+    """Read a DAG (`servegym-dag-1`), a WfFormat record or a job shop; the content says which.
+
+    Args:
+        path: The file.
+        fleet: Devices for WfFormat, which names none.
+
+    Raises:
+        WorkflowError: If the file cannot be read or its content is wrong.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise WorkflowError(f"{path} cannot be read: {reason}") from error
+    if not text.lstrip().startswith(("{", "[")):
+        return job_shop_from_text(text, path.name)
+    try:
+        document = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise WorkflowError(f"{path.name} is not JSON: {error}") from error
+    if isinstance(document, dict) and "workflow" in document:
+        return workflow_from_wfformat(document, path.name, fleet or Fleet())
+    if not isinstance(document, dict) or "schema" not in document:
+        raise WorkflowError(
+            f'{path.name} must be an object with "schema": "servegym-dag-1", or WfFormat'
+        )
+    return dag_from_document(document, path.name)

@@ -1,0 +1,128 @@
+"""Fits find what made the data, refuse the impossible, and their stated errors are true."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from servegym.assets.specs import GpuSpec, calibrated, gpu, gpu_names
+from servegym.costs import forms
+from servegym.costs import measurements as data
+from servegym.costs.fitting import error, fit_operator, held_out_error, refuse_impossible
+from servegym.costs.measurements import Measurements
+from servegym.errors import ConfigError
+
+KERNELS = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "kernels"
+needs_data = pytest.mark.skipif(not KERNELS.is_dir(), reason="the kernel tables are not here")
+
+TOY = {
+    "bf16_flops": 1e12,
+    "memory_bytes": 1e10,
+    "memory_bytes_per_s": 1e9,
+    "price_usd_per_h": 1.0,
+    "source": "made up",
+    "price_source": "made up",
+    "gemm": {"c0_s": 1e-6, "eff_bytes": 0.5},
+    "prefill": {"c0_s": 1e-6, "eff_bytes": 0.5},
+    "decode": {"c0_s": 1e-6, "eff_bytes": 0.5},
+    "all_reduce": {},
+}
+
+
+FEW_KNOTS = {"m": (1, 64, 4096), "n*k": (1, 4096, 2.0**24)}
+
+
+def toy_gemms(factor=1.0):
+    """Times on a grid: 5 us, and work at 80 % of both peaks, both roofs bent with p = 2."""
+    m, n, k = (x.ravel() for x in np.meshgrid(*[2.0 ** np.arange(0, 13, 2)] * 3))
+    operator = forms.gemm(m, n, k, 2.0)
+    work = np.hypot(operator.flops / 0.8e12, operator.num_bytes / 0.8e9)
+    held_out = (np.log2(n) + np.log2(k)) % 4 == 2
+    return Measurements(operator, factor * (5e-6 + work), held_out, "made up")
+
+
+def test_a_fit_finds_launch_and_efficiencies():
+    fit = fit_operator("gemm", toy_gemms(), GpuSpec.model_validate(TOY), 1e12, FEW_KNOTS)
+    assert fit.c0_s == pytest.approx(5e-6, rel=0.2)
+    assert fit.eff_bytes == pytest.approx(0.8, abs=0.03)
+    assert fit.error[0] < 2
+    assert fit.num_held_out == toy_gemms().held_out.sum()
+
+
+def test_what_is_held_out_does_not_move_a_fit():
+    whole, changed = toy_gemms(), toy_gemms()
+    changed.seconds[changed.held_out] *= 3.0
+    spec = GpuSpec.model_validate(TOY)
+    one, other = (fit_operator("gemm", table, spec, 1e12, FEW_KNOTS) for table in (whole, changed))
+    assert one.correction == other.correction
+    assert one.c0_s == other.c0_s
+    assert other.error[0] == pytest.approx(100 * (1 - 1 / 3), abs=2)  # and its error shows it
+
+
+def test_errors_are_median_and_95th_percentile():
+    measured = np.ones(101)
+    assert error(1.0 + np.arange(101) / 100.0, measured) == (50.0, 95.0)
+
+
+def test_a_table_faster_than_the_peak_is_refused():
+    # the wrong unit: milliseconds read as 100 ms
+    with pytest.raises(ConfigError, match="faster than the data sheet allows, up to"):
+        refuse_impossible(toy_gemms(factor=0.01), 1e12, 1e9, 0.0)
+
+
+def test_a_table_faster_than_the_memory_is_excused_within_the_cache_only():
+    operator = forms.decode(1.0, np.full(50, 1000.0), 1, 1, 1)  # 4 kB at 1 kB/s: 4 s
+    table = Measurements(operator, np.full(50, 1.0), np.zeros(50, bool), "made up")
+    refuse_impossible(table, 1.0, 1e3, cache_bytes=4000.0)
+    with pytest.raises(ConfigError, match=r"100% of the times.*up to 4.0 times"):
+        refuse_impossible(table, 1.0, 1e3, cache_bytes=1000.0)
+
+
+def test_a_coefficient_above_the_data_sheet_is_refused():
+    entry = {**TOY, "gemm": {"c0_s": 1e-6, "eff_bytes": 1.2}}
+    with pytest.raises(ConfigError, match=r"^calibration of X, gemm: a kernel cannot be faster"):
+        calibrated("X", entry)
+
+
+def test_a_correction_of_the_wrong_size_is_refused():
+    bad = {"c0_s": 1e-6, "eff_bytes": 1.0, "correction": {"axes": {"m": [1, 2]}, "percent": [0]}}
+    with pytest.raises(ConfigError, match="a correction over 2 knots has 1 values"):
+        calibrated("X", {**TOY, "gemm": bad})
+
+
+# ---- the committed coefficients ----
+
+
+@needs_data
+def test_the_committed_errors_of_the_h100_are_those_of_its_held_out_measurements():
+    spec = gpu("H100-SXM-80GB")
+    for fit, table, peak in (
+        (spec.gemm, data.aic_gemm(KERNELS, "h100_sxm", "bf16"), spec.bf16_flops),
+        (spec.fp8_gemm, data.aic_gemm(KERNELS, "h100_sxm", "fp8"), spec.fp8_flops),
+        (spec.prefill, data.aic_prefill(KERNELS, "h100_sxm"), spec.bf16_flops),
+        (spec.decode, data.aic_decode(KERNELS, "h100_sxm"), spec.bf16_flops),
+    ):
+        assert held_out_error(fit, table, peak, spec.memory_bytes_per_s) == fit.error
+        assert 0.4 < table.held_out.mean() < 0.6
+
+
+@needs_data
+def test_fitting_the_decode_attention_of_the_l40s_again_gives_the_committed_coefficients():
+    spec = gpu("L40S")
+    table = data.aic_decode(KERNELS, "l40s")
+    again = fit_operator("decode", table, spec, spec.bf16_flops)
+    assert again.model_dump(exclude={"correction"}) == spec.decode.model_dump(
+        exclude={"correction"}
+    )
+    off = np.array(again.correction.percent) - np.array(spec.decode.correction.percent)
+    assert np.abs(off).max() <= 1  # rounding
+
+
+@pytest.mark.parametrize("name", [n for n in gpu_names() if gpu(n).aic_system])
+def test_decode_and_prefill_attention_are_within_4_percent_in_the_median(name):
+    assert gpu(name).decode.error[0] <= 4
+    assert gpu(name).prefill.error[0] <= 4
+    # the correction is what makes it so
+    assert gpu(name).decode.form_error[0] > 4

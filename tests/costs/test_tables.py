@@ -1,0 +1,139 @@
+"""Measured tables give measured times at measured shapes, and say what lies between."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from servegym.assets.specs import gpu, model
+from servegym.costs import tables
+from servegym.costs.step import StepCost
+from servegym.costs.tables import TableSource, source_of, tables_installed
+from servegym.errors import ConfigError
+
+H100 = gpu("H100-SXM-80GB")
+needs_tables = pytest.mark.skipif(
+    not tables_installed(), reason="the package aiconfigurator-core is not installed"
+)
+
+
+@pytest.fixture
+def small_tables(monkeypatch):
+    """Two matrices at two sizes, ten times slower than the H100's data sheet."""
+    n, k, m = (x.ravel() for x in np.meshgrid([4096.0, 16384.0], [4096.0], [64.0, 4096.0]))
+    rows = {
+        "gemm_dtype": np.full(4, "bfloat16"),
+        "m": m,
+        "n": n,
+        "k": k,
+        "latency": 1e3 * 10.0 * np.maximum(2 * m * n * k / 989e12, 2 * n * k / 3.35e12),
+    }
+    monkeypatch.setattr(tables, "tables_installed", lambda: True)
+    monkeypatch.setattr(
+        tables,
+        "_read",
+        lambda system, operator, file: (rows, "toy") if operator == "gemm" else None,
+    )
+    tables._gemm_table.cache_clear()
+    tables._attention_table.cache_clear()
+    yield rows
+    tables._gemm_table.cache_clear()
+    tables._attention_table.cache_clear()
+
+
+def test_a_measured_gemm_takes_what_was_measured(small_tables):
+    source = TableSource(H100)
+    for m, n, k, ms in zip(*(small_tables[x] for x in ("m", "n", "k", "latency")), strict=True):
+        # sizes between which curves are interpolated are not exactly the measured ones
+        assert source.gemm_s(m, n, k, 2.0) == pytest.approx(1e-3 * ms, rel=0.02)
+
+
+def test_a_matrix_between_two_measured_ones_keeps_their_ratio_to_the_roofline(small_tables):
+    # half way in the logarithm of n; both neighbours are ten times over the data sheet
+    floor_s = 2 * 4096 * 8192 * 4096 / 989e12
+    assert TableSource(H100).gemm_s(4096, 8192, 4096, 2.0) == pytest.approx(10 * floor_s, rel=0.02)
+
+
+def test_each_shape_says_whether_it_was_measured(small_tables):
+    source = TableSource(H100)
+    kinds = {n: source.gemm_evidence(n, 4096) for n in (4096, 6144, 128256)}
+    assert [e.kind for e in kinds.values()] == ["measured", "interpolated", "extrapolated"]
+    assert kinds[6144].note == "between measured matrices, nearest 4096 x 4096"
+
+
+def test_what_the_tables_lack_comes_from_the_fits(small_tables):
+    source, fits = TableSource(H100), source_of(H100, "fits")[0]
+    shape = (8, 8 * 1024, 32, 8, 128)
+    assert source.decode_attention_s(*shape) == fits.decode_attention_s(*shape)
+    fp8 = TableSource(H100, fp8=True)
+    assert fp8.gemm_s(64, 4096, 4096, 1.0) == source_of(H100, "fits", fp8=True)[0].gemm_s(
+        64, 4096, 4096, 1.0
+    )
+
+
+def test_impossible_tables_are_refused(small_tables):
+    small_tables["latency"][:] /= 100.0
+    with pytest.raises(ConfigError, match="faster than the data sheet allows"):
+        TableSource(H100).gemm_s(64, 4096, 4096, 2.0)
+
+
+def test_without_the_package_the_fits_stand_in_with_a_note(monkeypatch):
+    monkeypatch.setattr(tables, "tables_installed", lambda: False)
+    source, note = source_of(H100, "tables")
+    assert source == source_of(H100, "fits")[0]
+    assert "aiconfigurator-core" in note
+    assert "the fits stand in" in note
+    with pytest.raises(ConfigError, match="use --source fits"):
+        TableSource(H100)
+
+
+def test_a_gpu_without_tables_is_served_by_its_fits_with_a_note():
+    source, note = source_of(gpu("RTX-4090"), "tables")
+    assert source == source_of(gpu("RTX-4090"), "fits")[0]
+    assert note == "There are no measured tables of this GPU: the fits stand in."
+
+
+def test_an_unknown_source_is_refused():
+    with pytest.raises(ConfigError, match=r"unknown cost source 'table': .*did you mean tables"):
+        source_of(H100, "table")
+
+
+# ---- the real tables ----
+
+
+@needs_tables
+@pytest.mark.parametrize("name", ["H100-SXM-80GB", "A100-SXM-80GB", "L40S", "RTX-PRO-6000"])
+def test_tables_and_fits_agree_on_steps_of_an_8b_model_within_10_percent(name):
+    spec, arch = gpu(name), model("Llama-3.1-8B")
+    fits, measured = (
+        StepCost(spec, arch, source=source_of(spec, kind)[0]) for kind in ("fits", "tables")
+    )
+    for step in (
+        {"tokens": 1, "batch": 1, "kv_tokens": 1024},
+        {"tokens": 64, "batch": 64, "kv_tokens": 65536},
+        {"tokens": 2048, "chunk": 2048},
+    ):
+        a, b = (sum(cost.terms(**step).values()) for cost in (fits, measured))
+        assert a == pytest.approx(b, rel=0.10)
+
+
+@needs_tables
+def test_a_measured_head_count_is_found_and_another_takes_the_nearest():
+    source = TableSource(H100)
+    assert {e.kind for e in source.attention_evidence(32, 8, 128)} == {"measured"}
+    prefill, _ = source.attention_evidence(28, 4, 128)
+    assert prefill.kind == "interpolated"
+    assert prefill.note == "ratio to the roofline of the nearest, 32 x 4 x 128"
+
+
+@needs_tables
+def test_fp4_is_measured_where_there_are_fp4_units():
+    cost = StepCost(
+        gpu("B200-SXM-180GB"),
+        model("Llama-3.1-8B"),
+        fp4=True,
+        source=TableSource(gpu("B200-SXM-180GB"), fp4=True),
+    )
+    assert cost.status == "validated"
+    fits = StepCost(gpu("B200-SXM-180GB"), model("Llama-3.1-8B"), fp4=True)
+    assert fits.status == "extrapolated"
