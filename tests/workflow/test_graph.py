@@ -65,12 +65,12 @@ def test_cycle_is_refused_by_the_names_of_its_tasks():
     # e lies behind the cycle, a ahead of it: neither is part of it
     tasks = ["a", "b", "c", "d", "e"]
     edges = [(0, 1), (1, 2), (2, 3), (3, 1), (3, 4)]
-    with pytest.raises(WorkflowError, match="in a cycle: b -> c -> d -> b$"):
+    with pytest.raises(WorkflowError, match=r"in a cycle: b -> c -> d -> b$"):
         make_workflow(tasks, TWO, [[1, 1]] * 5, edges)
 
 
 def test_task_that_waits_for_itself_is_refused():
-    with pytest.raises(WorkflowError, match="in a cycle: b -> b$"):
+    with pytest.raises(WorkflowError, match=r"in a cycle: b -> b$"):
         chain(edges=[(1, 1)])
 
 

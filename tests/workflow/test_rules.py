@@ -145,9 +145,7 @@ def test_transfers_depend_on_the_link_they_go_over():
 
 def test_peft_looks_ahead_where_heft_does_not():
     # a ends sooner on p, but its only child runs on q and the data takes 10 s
-    flow = make_workflow(
-        ["a", "b"], ["p", "q"], [[2, 3], [100, 1]], [(0, 1)], transfer_s=[10.0]
-    )
+    flow = make_workflow(["a", "b"], ["p", "q"], [[2, 3], [100, 1]], [(0, 1)], transfer_s=[10.0])
     assert optimistic_costs(flow).tolist() == [[11, 1], [0, 0]]
     assert heft(flow).makespan_s == 13
     assert peft(flow).makespan_s == 4
@@ -163,7 +161,7 @@ def test_task_without_duration_still_waits_for_its_parent():
 def test_cpop_refuses_a_critical_path_that_no_device_can_run():
     inf = float("inf")
     flow = make_workflow(["a", "b"], ["p", "q"], [[1, inf], [inf, 1]], [(0, 1)])
-    with pytest.raises(WorkflowError, match="none can run a -> b$"):
+    with pytest.raises(WorkflowError, match=r"none can run a -> b$"):
         cpop(flow)
 
 

@@ -75,6 +75,9 @@ class ScheduleDag:
         names = [name for text in self.policies for name in text.split(",") if name]
         if not names:
             raise ConfigError("give at least one policy")
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"policy {name} is given twice")
         return {
             name: partial(cp_sat, time_limit_s=self.time_limit_s)
             if name in EXACT_RULES

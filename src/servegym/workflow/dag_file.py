@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from pathlib import Path
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from servegym.errors import unknown_name
 from servegym.typing import FloatArray
-from servegym.workflow.graph import Workflow, WorkflowError, make_workflow
+from servegym.workflow.graph import Workflow, WorkflowError, make_workflow, require_names
 
 SCHEMA = "servegym-dag-1"
 _Seconds = Annotated[float, Field(ge=0)]
@@ -92,12 +93,16 @@ def dag_from_document(document: Any, origin: str) -> Workflow:
         dag = DagFile.model_validate(document)
     except ValidationError as error:
         raise WorkflowError(f"{origin}: {_one_sentence(error, document)}") from error
-    task_idx = {task.name: v for v, task in enumerate(dag.tasks)}
-    device_idx = {device.name: p for p, device in enumerate(dag.devices)}
+    tasks = [task.name for task in dag.tasks]
+    devices = [device.name for device in dag.devices]
+    require_names("task", tasks)
+    require_names("device", devices)
+    task_idx = {name: v for v, name in enumerate(tasks)}
+    device_idx = {name: p for p, name in enumerate(devices)}
     latency_s, s_per_byte = _links(dag, device_idx, origin)
     return make_workflow(
-        [task.name for task in dag.tasks],
-        [device.name for device in dag.devices],
+        tasks,
+        devices,
         _durations(dag),
         [
             (
@@ -194,8 +199,11 @@ def _links(dag: DagFile, device_idx: dict[str, int], origin: str) -> tuple[Float
 
 def _position(kind: str, name: str, known: dict[str, int], origin: str) -> int:
     if name not in known:
-        few = known if len(known) <= 20 else [*list(known)[:20]]
-        raise WorkflowError(f"{origin}: {unknown_name(kind, name, few)}")
+        if len(known) > 20:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise WorkflowError(f"{origin}: unknown {kind} {name!r}{hint}")
+        raise WorkflowError(f"{origin}: {unknown_name(kind, name, known)}")
     return known[name]
 
 

@@ -124,8 +124,8 @@ def make_workflow(
             or the edges form a cycle.
     """
     num_tasks, num_devices = len(tasks), len(devices)
-    _require_names("task", tasks)
-    _require_names("device", devices)
+    require_names("task", tasks)
+    require_names("device", devices)
     work = np.array(duration_s, float).reshape(num_tasks, num_devices)
     _require_durations(tasks, devices, work)
     ends = np.array(edges, np.int64).reshape(-1, 2)
@@ -169,7 +169,8 @@ def make_workflow(
     return Workflow(name, tuple(tasks), tuple(devices), graph)
 
 
-def _require_names(kind: str, names: Sequence[str]) -> None:
+def require_names(kind: str, names: Sequence[str]) -> None:
+    """Refuse an empty list and a name that occurs twice."""
     if not names:
         raise WorkflowError(f"a workflow needs at least one {kind}, got none")
     seen: set[str] = set()
