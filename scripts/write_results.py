@@ -29,7 +29,7 @@ def comparison(document: dict[str, Any], load: float) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
     for a in rows:
         cells = [f"{k * a['metrics'][m]:,.{d}f}" for _, m, k, d in COLUMNS]
-        ratio = a["e2e_mean_ratio"]
+        ratio = a["ratio"]
         low, high = ratio["ci95"]
         spread = f"{ratio['value']:.3f} [{low:.3f}, {high:.3f}]"
         lines.append(

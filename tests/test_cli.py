@@ -377,7 +377,7 @@ def test_train_export_and_evaluate_a_policy(place, capsys):
     assert "speed-family" in text
     document = json.loads((place / "r.json").read_text())
     assert [a["policy"] for a in document["aggregates"]] == ["speed-family", "a"]
-    ratio = document["aggregates"][1]["e2e_mean_ratio"]
+    ratio = document["aggregates"][1]["ratio"]
     assert ratio["reference"] == "speed-family"  # never a learned policy
     assert 0.5 < ratio["value"] < 2.0  # it began as that rule
     main(["simulate", *TINY, "--policy", "exported/policy.onnx"])

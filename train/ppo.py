@@ -96,6 +96,8 @@ class PPOConfig:
                 f"num_envs and group_size must be at least 1, got {self.num_envs} and "
                 f"{self.group_size}"
             )
+        if not 0 < self.load[0] <= self.load[1]:
+            raise ConfigError(f"load must be two ascending numbers above 0, got {self.load}")
         if not self.max_minutes > 0:
             raise ConfigError(f"minutes must be above 0, got {self.max_minutes:g}")
         if self.device not in ("cpu", "cuda"):

@@ -71,8 +71,8 @@ def place_batches(
 ) -> None:
     """Fill `device`, `start_s` and `finish_s`.
 
-    `cost_s` and `choice` keep the best and second-best device of each ready task; they change only
-    when one of the two has just got a task.
+    `cost_s` and `choice` keep the best and second-best device of each ready task. They are found
+    anew when the device has just got a task; only Sufferage needs the second to be up to date.
     """
     num_tasks, num_devices = g.duration_s.shape
     num_ready = 0
@@ -103,7 +103,7 @@ def place_batches(
         avail_s[p] = finish_s[v]
         for i in range(num_ready):
             u = ready[i]
-            if choice[u, 0] == p or choice[u, 1] == p:
+            if choice[u, 0] == p or (preference == _SUFFERAGE and choice[u, 1] == p):
                 rank_devices(g, preference, u, ready_s, avail_s, cost_s, choice)
         for e in range(g.succ_start[v], g.succ_start[v + 1]):
             w = g.child[e]

@@ -134,16 +134,17 @@ def _add_transfers(
     g = workflow.graph
     begin, end = times
     at, to = devices
+    between_s = g.transfer_s[e] + g.over_link[e] * g.latency_s + g.data_bytes[e] * g.s_per_byte
+    wait = np.ceil(between_s / unit_s).astype(int)
     for p in range(workflow.num_devices):
-        for q in range(workflow.num_devices):
-            between_s = (
-                g.transfer_s[e]
-                + g.over_link[e] * g.latency_s[p, q]
-                + g.data_bytes[e] * g.s_per_byte[p, q]
-            )
-            wait = 0 if p == q else _units(float(between_s), unit_s)
-            if wait:
-                model.add(begin >= end + wait).only_enforce_if(at[p], to[q])
+        elsewhere = [q for q in range(workflow.num_devices) if q != p]
+        # one constraint for the least wait; where links are alike, no further ones are needed
+        least = min((int(wait[p, q]) for q in elsewhere), default=0)
+        if least:
+            model.add(begin >= end + least).only_enforce_if(at[p], to[p].negated())
+        for q in elsewhere:
+            if wait[p, q] > least:
+                model.add(begin >= end + int(wait[p, q])).only_enforce_if(at[p], to[q])
 
 
 def _timed(workflow: Workflow, device: IntArray, order_units: IntArray) -> Schedule:

@@ -136,7 +136,7 @@ def test_one_way_links_may_differ(read):
             transfer_s=[0.5, 0.0],
             data_bytes=[math.nan, 8.0],
             latency_s=[[0, 1], [2, 0]],
-            s_per_byte=[[0, 0.25], [0.5, 0]],
+            s_per_byte=[[0, 0.25], [0, 0]],
             name="both",
         ),
     ],

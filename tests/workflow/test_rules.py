@@ -174,3 +174,15 @@ def test_unknown_rule_is_refused_with_the_nearest_one():
     with pytest.raises(ConfigError, match="did you mean heft"):
         workflow_rule("heff")
     assert len(set(rule_names())) == len(rule_names()) == 18
+
+
+@pytest.mark.parametrize(
+    ("second_s", "first"),
+    [
+        (0.1 + 0.2, "a"),  # 0.3 but for its last bit: a tie, so the file decides
+        (0.3 + 1e-9, "b"),
+    ],
+)
+def test_only_ranks_that_differ_by_no_more_than_rounding_are_ties(second_s, first):
+    flow = make_workflow(["a", "b"], ["p"], [[0.3], [second_s]], [])
+    assert placed(heft(flow))[first][1] == 0

@@ -42,6 +42,8 @@ class Train:
     """Policy to imitate before PPO begins, such as what-if-added."""
     context: Literal["mean", "attention"] = "mean"
     """How replicas see each other: mean or attention."""
+    load: tuple[float, float] = (0.6, 1.1)
+    """Range of the load factor, drawn per episode."""
     num_envs: int = 32
     """Environments stepped together."""
     seed: int = 0
@@ -60,6 +62,7 @@ class Train:
             scenario=self.scenario,
             total_decisions=self.decisions,
             max_minutes=self.minutes,
+            load=self.load,
             num_envs=self.num_envs,
             seed=self.seed,
             device=self.device,

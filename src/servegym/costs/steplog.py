@@ -20,7 +20,7 @@ class StepLogFit:
     """Step time as a sum of terms, none negative.
 
     `overhead_s + s_per_prefill_token * prefill + s_per_sequence * sequences
-    + s_per_kv_token * kv_tokens`
+    + s_per_kv_token * kv_tokens + s_per_prefill_pair * prefill_pairs`
 
     Attributes:
         overhead_s: Every step: scheduler, launches, reading the weights.
@@ -29,6 +29,7 @@ class StepLogFit:
         s_per_kv_token: Reading a cached token.
         error: Median and 95th percentile of the error in percent, on every second step, which
             the fit has not seen.
+        s_per_prefill_pair: Attention of a prompt token to one before it; 0 if not in the log.
     """
 
     overhead_s: float
@@ -36,17 +37,20 @@ class StepLogFit:
     s_per_sequence: float
     s_per_kv_token: float
     error: tuple[float, float]
+    s_per_prefill_pair: float = 0.0
 
     def step_s(
         self,
         prefill_tokens: npt.ArrayLike,
         decode_sequences: npt.ArrayLike,
         kv_tokens: npt.ArrayLike,
+        prefill_pairs: npt.ArrayLike = 0,
     ) -> FloatArray:
         """Seconds of steps."""
-        return _columns(prefill_tokens, decode_sequences, kv_tokens) @ np.array(
+        known_s = _columns(prefill_tokens, decode_sequences, kv_tokens) @ np.array(
             [self.overhead_s, self.s_per_prefill_token, self.s_per_sequence, self.s_per_kv_token]
         )
+        return known_s + self.s_per_prefill_pair * np.asarray(prefill_pairs, np.float64)
 
 
 def fit_step_log(
@@ -54,6 +58,7 @@ def fit_step_log(
     decode_sequences: npt.ArrayLike,
     kv_tokens: npt.ArrayLike,
     duration_s: npt.ArrayLike,
+    prefill_pairs: npt.ArrayLike | None = None,
 ) -> StepLogFit:
     """Fit by non-negative least squares on relative errors.
 
@@ -62,6 +67,7 @@ def fit_step_log(
         decode_sequences: Sequences that decoded a token, `[N]`.
         kv_tokens: Cached tokens these attended to in all, `[N]`.
         duration_s: Of each step, `[N]`.
+        prefill_pairs: Pairs of a prompt token and one it attended to, `[N]`, if logged.
 
     Returns:
         Coefficients, with their error on the half not fitted on.
@@ -70,7 +76,9 @@ def fit_step_log(
         ConfigError: If the log is too short, its columns differ in length, or it holds values
             that are negative or not finite.
     """
-    terms = [np.asarray(x, np.float64) for x in (prefill_tokens, decode_sequences, kv_tokens)]
+    logged = [prefill_tokens, decode_sequences, kv_tokens]
+    logged += [] if prefill_pairs is None else [prefill_pairs]
+    terms = [np.asarray(x, np.float64) for x in logged]
     seconds = np.asarray(duration_s, np.float64)
     if len({column.shape for column in (*terms, seconds)}) != 1:
         raise ConfigError("the columns of a step log must have the same length")
@@ -82,8 +90,8 @@ def fit_step_log(
     seen = np.arange(len(seconds)) % 2 == 0
     found = _non_negative(columns[seen] / seconds[seen, None])
     off = error(columns[~seen] @ found, seconds[~seen])
-    overhead, prompt, sequence, kv = (float(x) for x in found)
-    return StepLogFit(overhead, prompt, sequence, kv, off)
+    overhead, prompt, sequence, kv, *pair = (float(x) for x in found)
+    return StepLogFit(overhead, prompt, sequence, kv, off, *pair)
 
 
 def _columns(*terms: npt.ArrayLike) -> FloatArray:
@@ -92,7 +100,7 @@ def _columns(*terms: npt.ArrayLike) -> FloatArray:
 
 
 def _non_negative(columns: FloatArray) -> FloatArray:
-    """Minimise |columns x - 1| with x >= 0: the best of all subsets of terms, as there are four."""
+    """Minimise |columns x - 1| with x >= 0: the best of all subsets of the few terms."""
     count = columns.shape[1]
     ones = np.ones(len(columns))
     best, least = np.zeros(count), float(len(columns))

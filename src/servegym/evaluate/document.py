@@ -20,7 +20,7 @@ def evaluation_document(result: Evaluation) -> dict[str, Any]:
     for load in result.loads:
         best = result.best_heuristic(load)
         for name, information in result.policies:
-            r = result.ratio(name, best, load, "e2e_mean_s")
+            r = result.ratio(name, best, load)
             keys = next(x.metrics for x in result.runs if x.policy == name and x.load == load)
             aggregates.append(
                 {
@@ -28,7 +28,8 @@ def evaluation_document(result: Evaluation) -> dict[str, Any]:
                     "information": information,
                     "load": load,
                     "metrics": {k: result.mean(name, load, k) for k in keys},
-                    "e2e_mean_ratio": {
+                    "ratio": {
+                        "metric": result.judged_by,
                         "reference": best,
                         "value": r.value,
                         "ci95": [r.low, r.high],

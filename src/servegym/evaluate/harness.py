@@ -80,13 +80,30 @@ class Evaluation:
         known = values[~np.isnan(values)]
         return float(known.mean()) if len(known) else float("nan")
 
-    def best_heuristic(self, load: float, metric: str = "e2e_mean_s") -> str:
-        """Name of the best policy that is neither an oracle nor learned."""
-        names = [n for n, info in self.policies if info != "oracle" and n not in self.learned]
-        return min(names or [self.policies[0][0]], key=lambda n: self.mean(n, load, metric))
+    @property
+    def judged_by(self) -> str:
+        """The metric of the scenario's objective: mean E2E latency or goodput."""
+        return "goodput_rps" if self.scenario.objective == "goodput" else "e2e_mean_s"
 
-    def ratio(self, policy: str, reference: str, load: float, metric: str) -> Ratio:
-        """Paired ratio of a metric, policy over reference."""
+    @property
+    def judged_name(self) -> str:
+        """What tables and figures call that metric."""
+        return "goodput" if self.judged_by == "goodput_rps" else "mean E2E"
+
+    def ranking(self, load: float) -> list[tuple[str, str]]:
+        """Name and information class of all policies, the best by the objective first."""
+        sign = -1 if self.judged_by == "goodput_rps" else 1
+        return sorted(self.policies, key=lambda p: sign * self.mean(p[0], load, self.judged_by))
+
+    def best_heuristic(self, load: float) -> str:
+        """Name of the best policy that is neither an oracle nor learned."""
+        ranked = self.ranking(load)
+        rules = [n for n, info in ranked if info != "oracle" and n not in self.learned]
+        return (rules or [ranked[0][0]])[0]
+
+    def ratio(self, policy: str, reference: str, load: float, metric: str = "") -> Ratio:
+        """Paired ratio of a metric, by default the objective's, policy over reference."""
+        metric = metric or self.judged_by
         return paired_ratio(self.values(policy, load, metric), self.values(reference, load, metric))
 
 

@@ -169,7 +169,7 @@ def ratio_figure(result: Evaluation, load: float) -> str:
     """Paired ratios of mean E2E to the best rule, with intervals."""
     plt = pyplot()
     best = result.best_heuristic(load)
-    rows = [(n, result.ratio(n, best, load, "e2e_mean_s")) for n, _ in result.policies]
+    rows = [(n, result.ratio(n, best, load)) for n, _ in result.policies]
     rows.sort(key=lambda row: row[1].value, reverse=True)
     figure, axis = plt.subplots(figsize=(8, 0.32 * len(rows) + 1.2))
     for y, (name, r) in enumerate(rows):
@@ -182,6 +182,6 @@ def ratio_figure(result: Evaluation, load: float) -> str:
         xscale="log",
         yticks=range(len(rows)),
         yticklabels=[n for n, _ in rows],
-        xlabel=f"mean E2E over that of {best}, 95 % interval",
+        xlabel=f"{result.judged_name} over that of {best}, 95 % interval",
     )
-    return as_image(figure, "Paired ratios of mean E2E latency with intervals")
+    return as_image(figure, f"Paired ratios of {result.judged_name} with intervals")

@@ -61,11 +61,11 @@ def report_page(result: Evaluation) -> str:
 {verdict}{few}
 <h2>Results</h2>{tables}
 <p class="note">Means over {len(result.seeds)} held-out episodes, the same for every policy;
-the first 20 % of the requests are left out, runs are drained. Ratio: mean E2E over that of
-the best rule that is no oracle, paired by episode, with its 95 % bootstrap interval. Oracles know
-the true output lengths.</p>
+the first 20 % of the requests are left out, runs are drained. Ratio: {result.judged_name} over
+that of the best rule that is no oracle, paired by episode, with its 95 % bootstrap interval.
+Oracles know the true output lengths.</p>
 <h2>How far from the best rule (load {top:g})</h2>{ratio_figure(result, top)}
-<p class="note">Left of the line is faster. Learned policies are orange.</p>
+<p class="note">The line is the best rule. Learned policies are orange.</p>
 <h2>Latency distributions (load {top:g}, first episode)</h2>{cdf_figure(result, top)}
 <p class="note">Higher and further left is better. TTFT shows queueing and prefill, E2E all.</p>
 <h2>Over the load</h2>{load_figure(result)}{_saturation(result)}
@@ -82,11 +82,12 @@ def _verdict(result: Evaluation, load: float) -> str:
     best = result.best_heuristic(load)
     parts = []
     for name in result.learned:
-        r = result.ratio(name, best, load, "e2e_mean_s")
+        r = result.ratio(name, best, load)
+        goodput = result.judged_by == "goodput_rps"
         if r.high < 1:
-            word = "faster than"
+            word = "behind" if goodput else "faster than"
         elif r.low > 1:
-            word = "slower than"
+            word = "ahead of" if goodput else "slower than"
         else:
             word = "not distinguishable from"
         parts.append(
@@ -113,10 +114,9 @@ def _saturation(result: Evaluation) -> str:
 
 def _table(result: Evaluation, load: float) -> str:
     best = result.best_heuristic(load)
-    order = sorted(result.policies, key=lambda p: result.mean(p[0], load, "e2e_mean_s"))
     rows = []
-    for name, information in order:
-        r = result.ratio(name, best, load, "e2e_mean_s")
+    for name, information in result.ranking(load):
+        r = result.ratio(name, best, load)
         kind = "learned" if name in result.learned else information
         cells = "".join(
             f"<td>{k * result.mean(name, load, m):,.{d}f}</td>" for _, m, k, d in COLUMNS

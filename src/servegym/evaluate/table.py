@@ -50,13 +50,11 @@ def comparison_table(result: Evaluation, load: float, width: int = 132) -> Table
 
 
 def _comparison(result: Evaluation, load: float, without: Collection[str]) -> Table:
-    goodput = result.scenario.objective == "goodput"
-    metric = "goodput_rps" if goodput else "e2e_mean_s"
     best = result.best_heuristic(load)
     columns = [column for column in COLUMNS if column[1] not in without]
     table = Table(
         title=f"{result.scenario.name}, load {load:g}: means over {len(result.seeds)} seeds",
-        caption=f"ratio: mean E2E over that of {best} (best rule, no oracle), paired, 95 % CI",
+        caption=f"ratio: {result.judged_name} over that of {best} (best rule, no oracle), 95 % CI",
         box=box.SIMPLE_HEAD,
         padding=(0, 0, 0, 1),
         pad_edge=False,
@@ -66,11 +64,8 @@ def _comparison(result: Evaluation, load: float, without: Collection[str]) -> Ta
     for heading, *_ in columns:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("ratio", justify="right", no_wrap=True)
-    order = sorted(
-        result.policies, key=lambda p: (-1 if goodput else 1) * result.mean(p[0], load, metric)
-    )
-    for name, information in order:
-        r = result.ratio(name, best, load, "e2e_mean_s")
+    for name, information in result.ranking(load):
+        r = result.ratio(name, best, load)
         cells = [f"{k * result.mean(name, load, m):,.{d}f}" for _, m, k, d in columns]
         style = "bold" if name in result.learned else ("dim" if information == "oracle" else "")
         ratio = f"{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]"

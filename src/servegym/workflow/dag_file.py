@@ -31,10 +31,14 @@ class DeviceEntry(_Part):
 
 
 class LinkSpeed(_Part):
-    """What moving data costs."""
+    """What moving data costs; null bandwidth: latency only, whatever the size."""
 
     latency_s: _Seconds = 0.0
-    bytes_per_s: Annotated[float, Field(gt=0)]
+    bytes_per_s: Annotated[float, Field(gt=0)] | None
+
+    @property
+    def s_per_byte(self) -> float:
+        return 1.0 / self.bytes_per_s if self.bytes_per_s else 0.0
 
 
 class LinkEntry(LinkSpeed):
@@ -154,7 +158,7 @@ def write_dag(workflow: Workflow, path: Path) -> None:
             {
                 "between": [workflow.devices[p], workflow.devices[q]],
                 "latency_s": float(g.latency_s[p, q]),
-                "bytes_per_s": 1.0 / float(g.s_per_byte[p, q]),
+                "bytes_per_s": 1.0 / float(g.s_per_byte[p, q]) if g.s_per_byte[p, q] else None,
                 "one_way": True,
             }
             for p in range(workflow.num_devices)
@@ -181,7 +185,7 @@ def _links(dag: DagFile, device_idx: dict[str, int], origin: str) -> tuple[Float
     shape = len(dag.devices), len(dag.devices)
     default = dag.default_link
     latency_s = np.full(shape, default.latency_s if default else math.inf)
-    s_per_byte = np.full(shape, 1.0 / default.bytes_per_s if default else math.inf)
+    s_per_byte = np.full(shape, default.s_per_byte if default else math.inf)
     given: set[tuple[int, int]] = set()
     for link in dag.links:
         p, q = (_position("device", name, device_idx, origin) for name in link.between)
@@ -193,7 +197,7 @@ def _links(dag: DagFile, device_idx: dict[str, int], origin: str) -> tuple[Float
                 )
             given.add(ends)
             latency_s[ends] = link.latency_s
-            s_per_byte[ends] = 1.0 / link.bytes_per_s
+            s_per_byte[ends] = link.s_per_byte
     return latency_s, s_per_byte
 
 
