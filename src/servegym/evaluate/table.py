@@ -59,8 +59,8 @@ def _comparison(result: Evaluation, load: float, without: Collection[str]) -> Ta
         padding=(0, 0, 0, 1),
         pad_edge=False,
     )
-    for heading in ("policy", "knows"):
-        table.add_column(heading, no_wrap=True)
+    table.add_column("policy", overflow="fold", max_width=36)  # parameters make names long
+    table.add_column("knows", no_wrap=True)
     for heading, *_ in columns:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("ratio", justify="right", no_wrap=True)
