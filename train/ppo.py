@@ -168,9 +168,12 @@ class Trainer:
         self._write_config()
         if c.imitate and self.update == 0:
             self._imitate()
+        # the first step compiles, for a minute on first use: before the clock starts
+        _, info = self.env.reset(seed=c.seed)
+        self.env.step(info["action_mask"].argmax(-1))
+        observation, _ = self.env.reset(seed=c.seed + 1000 * self.update)
         begin = time.perf_counter()
         first_update = self.update
-        observation, _ = self.env.reset(seed=c.seed + 1000 * self.update)
         writer = SummaryWriter(str(self.folder / "tensorboard"))
         columns = (
             TextColumn("[bold]{task.description}"),

@@ -38,7 +38,7 @@ class Demo:
 
     trace: str | None = None
     """Evaluate on this trace too, instead of the bundled synthetic one."""
-    scenario: str = "mixed-chat"
+    scenario: str = "slo-chat"
     """Bundled scenario name or YAML file."""
     minutes: float = 2.0
     """Training time."""
@@ -62,13 +62,14 @@ class Demo:
             scenario=self.scenario,
             total_decisions=20_000_000,
             max_minutes=self.minutes,
+            load=(0.7, 1.3),
         )
         console.rule("2. export and reload")
         policies = [resolve_policy(name) for name in RULES] + [resolve_policy(str(path))]
         console.print(f"exported to {path}, verified against PyTorch, reloaded with ONNX Runtime")
         console.rule("3. evaluate on held-out seeds")
         scenario = chosen_scenario(self.scenario, None, None)
-        result = evaluated(scenario, policies, (0.7, 1.0), self.seeds)
+        result = evaluated(scenario, policies, (0.8, 1.0, 1.2), self.seeds)
         publish(result, self.out / "results.json", self.out / "report.html")
         console.rule("4. evaluate on " + (self.trace or "the bundled synthetic trace"))
         traced = (
