@@ -180,6 +180,7 @@ class Trainer:
             BarColumn(),
             TextColumn("{task.fields[s]}"),
         )
+        latest = ""
         with Progress(*columns, TimeRemainingColumn(), disable=not progress) as bar:
             task = bar.add_task("PPO", total=1.0, s="")
             while self.update < self.num_updates:
@@ -196,8 +197,10 @@ class Trainer:
                 for key, value in stats.items():
                     writer.add_scalar(key, value, self.update * c.num_envs * c.num_steps)
                 self.history.append(stats)
-                e2e = stats.get("rollout/mean_e2e_s", float("nan"))
-                text = f"{stats['time/fps']:,.0f} decisions/s  mean E2E {e2e:.2f} s"
+                text = f"{stats['time/fps']:,.0f} decisions/s"
+                if "rollout/mean_e2e_s" in stats:  # only when an episode has just ended
+                    latest = f"  mean E2E {stats['rollout/mean_e2e_s']:.2f} s"
+                text += latest
                 bar.update(task, completed=self._share(begin), s=text)
                 if self.update % c.validate_every == 0:
                     gain = self._keep_the_better()
