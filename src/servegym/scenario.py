@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails
 
 from servegym.assets.specs import gpu, model
+from servegym.calibrate.calibration import calibrated_cost
 from servegym.cluster.spec import ClusterSpec, Episode, Faults, ReplicaType, SloClass
 from servegym.cluster.state import FAULT_DOWN, FAULT_SLOW, FAULT_UP
 from servegym.costs.step import StepCost
@@ -52,13 +53,17 @@ class EngineConfig(_Config):
 
 
 class FleetEntry(_Config):
-    """Equal replicas; a pair of numbers is a range, drawn anew for every episode."""
+    """Equal replicas; a pair of numbers is a range, drawn anew for every episode.
+
+    `calibration` names a file of `servegym calibrate`, made for this GPU, model and tp.
+    """
 
     gpu: str
     count: _Count | tuple[_Count, _Count] = 1
     tp: int = Field(1, ge=1)
     speed: _Factor | tuple[_Factor, _Factor] = 1.0
     num_blocks: int | None = Field(None, ge=1)
+    calibration: str | None = None
 
     _check_ranges = field_validator("count", "speed")(_ascending)
 
@@ -148,7 +153,14 @@ class Scenario(_Config):
         )
 
     def step_cost(self, entry: FleetEntry) -> StepCost:
-        """Return the step cost of a fleet entry's replicas."""
+        """Return the step cost of a fleet entry's replicas.
+
+        Raises:
+            ConfigError: If its calibration file is wrong, or made for others.
+        """
+        if entry.calibration:
+            path = Path(entry.calibration)
+            return calibrated_cost(path, entry.gpu, self.model, entry.tp, self.precision)
         return StepCost(gpu(entry.gpu), model(self.model), entry.tp, self.precision == "fp8")
 
     def _replica_type(self, entry: FleetEntry) -> ReplicaType:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from servegym.assets.specs import gpu, model
+from servegym.calibrate.calibration import cost_from, read_calibration
 from servegym.commands.console import make_console
 from servegym.costs.explain import costs_table, evidence_table
 from servegym.costs.source import Routing
@@ -32,6 +34,8 @@ class Costs:
     """Weights in fp4."""
     routing: Routing = "uniform"
     """How a mixture's experts are hit: all alike, or as the benchmarks' power law."""
+    calibration: Path | None = None
+    """File of `servegym calibrate` to show instead; it names its own GPU, model and tp."""
     context: int = 1024
     """KV tokens of each decoding sequence."""
 
@@ -39,6 +43,9 @@ class Costs:
         """Print the tables."""
         if self.context < 1:
             raise ConfigError(f"context must be at least 1 token, got {self.context}")
+        if self.calibration:
+            self._show_calibration(self.calibration)
+            return
         spec = gpu(self.gpu)
         source, note = source_of(spec, self.source, fp8=self.fp8, fp4=self.fp4)
         cost = StepCost(spec, model(self.model), self.tp, self.fp8, source, self.fp4, self.routing)
@@ -49,3 +56,10 @@ class Costs:
         console.print(costs_table(title, cost, context=self.context))
         console.print(evidence_table(cost))
         console.print(f"KV cache: {cost.kv_capacity_tokens():,} tokens at 90 % of memory")
+
+    def _show_calibration(self, path: Path) -> None:
+        cost, made = cost_from(path), read_calibration(path)
+        title = f"{made.model} on {made.tp} x {made.gpu} ({cost.operators.name}, {cost.status})"
+        console = make_console()
+        console.print(costs_table(title, cost, context=self.context))
+        console.print(evidence_table(cost))
