@@ -22,10 +22,12 @@ COLUMNS = (
 
 
 def comparison(document: dict[str, Any], load: float) -> str:
-    """Tabulate one load of an evaluation, best mean E2E first."""
+    """Tabulate one load of an evaluation, best first by what it was judged by."""
     rows = [a for a in document["aggregates"] if a["load"] == load]
-    rows.sort(key=lambda a: a["metrics"]["e2e_mean_s"])
-    heads = ["policy", "knows", *(h for h, *_ in COLUMNS), "E2E ratio [95 % CI]"]
+    judged = rows[0]["ratio"].get("metric", "e2e_mean_s")
+    rows.sort(key=lambda a: a["metrics"][judged], reverse=judged == "goodput_rps")
+    name = "goodput" if judged == "goodput_rps" else "E2E"
+    heads = ["policy", "knows", *(h for h, *_ in COLUMNS), f"{name} ratio [95 % CI]"]
     lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
     for a in rows:
         cells = [f"{k * a['metrics'][m]:,.{d}f}" for _, m, k, d in COLUMNS]
