@@ -12,6 +12,7 @@ from typing import Protocol
 import tyro
 
 from servegym.commands.bench import Bench
+from servegym.commands.calibrate import Calibrate
 from servegym.commands.costs import Costs
 from servegym.commands.demo import Demo
 from servegym.commands.evaluate import Evaluate
@@ -45,6 +46,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "scenarios": Scenarios,
     "policies": Policies,
     "costs": Costs,
+    "calibrate": Calibrate,
     "validate": Validate,
     "schedule": ScheduleDag,
     "bench": Bench,
