@@ -339,6 +339,17 @@ def test_fit_counts_the_rows_it_skips(place, capsys):
     )
 
 
+def test_simulate_counts_the_rows_of_a_trace_it_skips(place, capsys):
+    (place / "holes.csv").write_text(
+        "arrival_s,prompt_tokens,output_tokens\n0,10,5\n1,many,5\n2,20,5\n3,30,0\n4,10,5\n"
+    )
+    words = ["simulate", "--scenario", "tiny.yaml", "--trace", "holes.csv", "--seeds", "1"]
+    main([*words, "--on-bad-row", "skip"])
+    assert "skipped 2 rows; the first: holes.csv, line 3, column prompt_tokens" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
 def test_tune_prints_the_best_of_its_budget(place, capsys):
     main(["tune", *TINY, "--policy", "speed-family", "--budget", "3"])
     text = capsys.readouterr().out

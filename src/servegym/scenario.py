@@ -23,6 +23,7 @@ from servegym.costs.step import StepCost
 from servegym.errors import ConfigError, unknown_name
 from servegym.workloads.config import TraceConfig, WorkloadConfig
 from servegym.workloads.prediction import PredictorConfig
+from servegym.workloads.readers import OnBadRow
 
 
 class _Config(BaseModel):
@@ -257,7 +258,9 @@ class Scenario(_Config):
         )
 
 
-def with_trace(scenario: Scenario, path: str, rate_rps: float | None = None) -> Scenario:
+def with_trace(
+    scenario: Scenario, path: str, rate_rps: float | None = None, on_bad_row: OnBadRow = "error"
+) -> Scenario:
     """Replace a scenario's workload by a trace.
 
     Args:
@@ -265,6 +268,7 @@ def with_trace(scenario: Scenario, path: str, rate_rps: float | None = None) -> 
         path: The trace.
         rate_rps: Rate at load 1; without it 80 % of what the cost model says the fleet can bear
             of this trace, prefixes not counted.
+        on_bad_row: Refuse the file at a malformed row, or leave the row out.
 
     Raises:
         ConfigError: If `rate_rps` is impossible.
@@ -274,7 +278,9 @@ def with_trace(scenario: Scenario, path: str, rate_rps: float | None = None) -> 
     spec = scenario.spec
     episode = scenario.episode(0, num_requests=1)
     longest = max(spec.types[t].num_blocks for t in episode.type_idx) * spec.block_size
-    workload = TraceConfig(path=path, max_context_tokens=min(131072, longest))
+    workload = TraceConfig(
+        path=path, max_context_tokens=min(131072, longest), on_bad_row=on_bad_row
+    )
     if rate_rps is None:
         table = workload.whole()
         prompt, output = float(table.prompt_tokens.mean()), float(table.output_tokens.mean())

@@ -68,14 +68,14 @@ class Demo:
         policies = [resolve_policy(name) for name in RULES] + [resolve_policy(str(path))]
         console.print(f"exported to {path}, verified against PyTorch, reloaded with ONNX Runtime")
         console.rule("3. evaluate on held-out seeds")
-        scenario = chosen_scenario(self.scenario, None, None)
+        scenario = chosen_scenario(self.scenario)
         result = evaluated(scenario, policies, (0.8, 1.0, 1.2), self.seeds)
         publish(result, self.out / "results.json", self.out / "report.html")
         console.rule("4. evaluate on " + (self.trace or "the bundled synthetic trace"))
         traced = (
-            chosen_scenario(self.scenario, self.trace, None)
+            chosen_scenario(self.scenario, self.trace)
             if self.trace
-            else chosen_scenario("azure-conv-fit", None, None)
+            else chosen_scenario("azure-conv-fit")
         )
         on_trace = evaluated(traced, policies, (1.0,), self.seeds)
         console.print(comparison_table(on_trace, 1.0, console.width))

@@ -16,6 +16,7 @@ from servegym.evaluate.saturation import saturation_load
 from servegym.evaluate.table import comparison_table, saturation_table
 from servegym.policy.policy import Policy
 from servegym.scenario import Scenario
+from servegym.workloads.readers import OnBadRow
 
 DEFAULT_POLICIES = (
     "random",
@@ -44,6 +45,8 @@ class Evaluate:
     """Bundled scenario name or YAML file; gives the fleet."""
     trace: str | None = None
     """Replay this trace instead of the scenario's workload."""
+    on_bad_row: OnBadRow = "error"
+    """`skip` leaves malformed rows of the trace out and says how many; `error` refuses the file."""
     rate_rps: float | None = None
     """Rate of the trace at load 1; by default 80 % of what the fleet can bear."""
     policies: tuple[str, ...] = DEFAULT_POLICIES
@@ -64,7 +67,7 @@ class Evaluate:
     def run(self) -> None:
         """Evaluate, print and write."""
         require_writable(self.json, self.report)
-        scenario = chosen_scenario(self.scenario, self.trace, self.rate_rps)
+        scenario = chosen_scenario(self.scenario, self.trace, self.rate_rps, self.on_bad_row)
         policies = [resolve_policy(text) for text in self.policies]
         result = evaluated(
             scenario, policies, self.loads, self.seeds, num_requests=self.num_requests

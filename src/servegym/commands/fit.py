@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 import yaml
@@ -11,7 +11,7 @@ from rich.table import Table
 
 from servegym.commands.console import make_console
 from servegym.workloads.fit import QUANTILES, fit_quality, fit_workload
-from servegym.workloads.readers import read_trace
+from servegym.workloads.readers import OnBadRow, read_trace
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Fit:
 
     trace: Annotated[str, tyro.conf.Positional]
     """Trace file."""
-    on_bad_row: Literal["error", "skip"] = "error"
+    on_bad_row: OnBadRow = "error"
     """`error` refuses the file at a malformed row, `skip` counts and leaves out."""
 
     def run(self) -> None:

@@ -11,6 +11,7 @@ from servegym.commands.workload import chosen_scenario
 from servegym.costs.explain import costs_table
 from servegym.evaluate.harness import evaluate
 from servegym.evaluate.resolve import resolve_policy
+from servegym.workloads.readers import OnBadRow
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class Simulate:
     """Bundled scenario name or YAML file; gives the fleet."""
     trace: str | None = None
     """Replay this trace instead of the scenario's workload."""
+    on_bad_row: OnBadRow = "error"
+    """`skip` leaves malformed rows of the trace out and says how many; `error` refuses the file."""
     rate_rps: float | None = None
     """Rate of the trace at load 1; by default 80 % of what the fleet can bear."""
     policy: str = "prefix-load"
@@ -36,7 +39,7 @@ class Simulate:
 
     def run(self) -> None:
         """Simulate and print."""
-        scenario = chosen_scenario(self.scenario, self.trace, self.rate_rps)
+        scenario = chosen_scenario(self.scenario, self.trace, self.rate_rps, self.on_bad_row)
         console = make_console()
         if self.explain:
             for entry in scenario.fleet:

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from servegym.commands.console import make_console
 from servegym.scenario import Scenario, load_scenario, with_trace
+from servegym.workloads.config import TraceConfig
+from servegym.workloads.readers import OnBadRow
 
 
-def chosen_scenario(scenario: str, trace: str | None, rate_rps: float | None) -> Scenario:
-    """Load a scenario, with its workload replaced if a trace is given."""
+def chosen_scenario(
+    scenario: str,
+    trace: str | None = None,
+    rate_rps: float | None = None,
+    on_bad_row: OnBadRow = "error",
+) -> Scenario:
+    """Load a scenario, with its workload replaced if a trace is given; say what was skipped."""
     loaded = load_scenario(scenario)
-    return with_trace(loaded, trace, rate_rps) if trace else loaded
+    if not trace:
+        return loaded
+    chosen = with_trace(loaded, trace, rate_rps, on_bad_row)
+    if isinstance(chosen.workload, TraceConfig):
+        read = chosen.workload.read()
+        if read.num_skipped:
+            make_console().print(f"skipped {read.num_skipped} rows; the first: {read.first_bad}")
+    return chosen

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from servegym.errors import WorkloadError
 from servegym.typing import FloatArray, Int16Array, IntArray
 from servegym.workloads import arrivals
-from servegym.workloads.readers import read_trace
+from servegym.workloads.readers import OnBadRow, Trace, read_trace
 from servegym.workloads.table import RequestTable
 
 _MAX_SPARE = 64.0  # turns drawn for each one that fits the context
@@ -213,12 +213,17 @@ class TraceConfig(_Config):
     path: str
     rate_rps: float | None = Field(None, gt=0)
     max_context_tokens: int = Field(131072, ge=2)
+    on_bad_row: OnBadRow = "error"
 
     def whole(self) -> RequestTable:
         """Return the whole trace, as fast as it was."""
+        return self.read().table
+
+    def read(self) -> Trace:
+        """Read the trace; says how many rows were left out with `on_bad_row: skip`."""
         path = Path(self.path)
         version = (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None
-        return _trace(path, version, self.max_context_tokens)
+        return _trace(path, version, self.max_context_tokens, self.on_bad_row)
 
     def table(
         self,
@@ -255,17 +260,21 @@ def _draw_classes(
 
 
 @lru_cache(maxsize=8)
-def _trace(path: Path, version: tuple[int, int] | None, max_context_tokens: int) -> RequestTable:
+def _trace(
+    path: Path, version: tuple[int, int] | None, max_context_tokens: int, on_bad_row: OnBadRow
+) -> Trace:
     """Read a trace once for each `version` (size and time of change) of its file.
 
     Requests beyond the context limit are cut to it, as a client would.
     """
-    table = read_trace(path).table
+    trace = read_trace(path, on_bad_row=on_bad_row)
+    table = trace.table
     output = np.minimum(table.output_tokens, max(1, max_context_tokens // 2))
     prompt = np.minimum(table.prompt_tokens, max_context_tokens - output)
-    return replace(
+    cut = replace(
         table, prompt_tokens=prompt.astype(np.int32), output_tokens=output.astype(np.int32)
     )
+    return replace(trace, table=cut)
 
 
 WorkloadConfig = Annotated[GeneratedConfig | TraceConfig, Field(discriminator="kind")]

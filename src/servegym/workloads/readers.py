@@ -28,6 +28,9 @@ _ALIASES = {
     ),
 }
 
+#: What happens at a malformed row: the file is refused, or the row is counted and left out.
+OnBadRow = Literal["error", "skip"]
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -56,7 +59,7 @@ class _Row(NamedTuple):
     hashes: list[int]
 
 
-def read_trace(path: str | Path, *, on_bad_row: Literal["error", "skip"] = "error") -> Trace:
+def read_trace(path: str | Path, *, on_bad_row: OnBadRow = "error") -> Trace:
     """Read a trace in any supported format, told by its columns.
 
     Args:
