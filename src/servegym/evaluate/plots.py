@@ -169,13 +169,14 @@ def ratio_figure(result: Evaluation, load: float) -> str:
     """Paired ratios of mean E2E to the best rule, with intervals."""
     plt = pyplot()
     best = result.best_heuristic(load)
-    rows = [(n, result.ratio(n, best, load)) for n, _ in result.policies]
-    rows.sort(key=lambda row: row[1].value, reverse=True)
+    ranked = reversed(result.ranking(load))  # the best on top
+    rows = [(n, result.ratio(n, best, load)) for n, _ in ranked]
     figure, axis = plt.subplots(figsize=(8, 0.32 * len(rows) + 1.2))
     for y, (name, r) in enumerate(rows):
         color = PALETTE[1] if name in result.learned else PALETTE[0]
-        high = min(r.high, 20 * r.value)
-        axis.plot([max(r.low, 0.05), high], [y, y], color=color, linewidth=2)
+        # a single seed has no bounds
+        low, high = max(r.low, r.value / 20), min(r.high, 20 * r.value)
+        axis.plot([low, high], [y, y], color=color, linewidth=2)
         axis.plot(r.value, y, "o", color=color)
     axis.axvline(1.0, color="gray", linewidth=1)
     axis.set(
