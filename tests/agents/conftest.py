@@ -18,8 +18,9 @@ Arrays = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
+def one_thread_and_one_seed() -> None:
     torch.set_num_threads(1)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
