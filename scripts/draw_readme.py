@@ -8,7 +8,7 @@ from pathlib import Path
 
 from servegym.evaluate.harness import evaluate
 from servegym.evaluate.plots import draw_gantt
-from servegym.evaluate.resolve import resolve_policy
+from servegym.export.resolve import resolve_policy
 from servegym.scenario import load_scenario
 
 

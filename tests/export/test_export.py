@@ -15,7 +15,7 @@ from servegym.agents.network import DispatchNetwork, NetworkConfig
 from servegym.agents.torch_policy import TorchPolicy
 from servegym.errors import ExportError
 from servegym.evaluate.harness import evaluate
-from servegym.evaluate.resolve import resolve_policy
+from servegym.export.resolve import resolve_policy
 from servegym.export import from_torch
 from servegym.export.from_torch import export_policy
 from servegym.export.manifest import digest, read_manifest

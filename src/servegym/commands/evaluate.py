@@ -11,7 +11,7 @@ from servegym.commands.console import make_console, require_writable
 from servegym.commands.workload import chosen_scenario
 from servegym.evaluate.document import write_json
 from servegym.evaluate.harness import Evaluation, evaluate
-from servegym.evaluate.resolve import resolve_policy
+from servegym.export.resolve import resolve_policy
 from servegym.evaluate.saturation import saturation_load
 from servegym.evaluate.table import comparison_table, saturation_table
 from servegym.policy.policy import Policy

@@ -10,7 +10,7 @@ from servegym.commands.console import make_console
 from servegym.commands.workload import chosen_scenario
 from servegym.costs.explain import costs_table
 from servegym.evaluate.harness import evaluate
-from servegym.evaluate.resolve import resolve_policy
+from servegym.export.resolve import resolve_policy
 from servegym.workloads.readers import OnBadRow
 
 

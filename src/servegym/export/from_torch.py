@@ -12,6 +12,8 @@ import servegym
 from servegym.agents.network import DispatchNetwork
 from servegym.errors import ExportError
 from servegym.export.manifest import Manifest, digest
+from servegym.export.weights import NUM_PROBES, write_weights
+from servegym.policy.numpy_network import FAMILY, NetworkShape
 from servegym.typing import Float32Array
 
 OPSET = 17
@@ -25,7 +27,7 @@ def export_policy(
     scenario: str = "",
     training: dict[str, float | int | str] | None = None,
 ) -> Path:
-    """Write `policy.onnx` and `manifest.json`.
+    """Write `policy.onnx`, `weights.npz` and `manifest.json`.
 
     Args:
         network: What to export.
@@ -62,6 +64,8 @@ def export_policy(
         dynamo=False,
     )
     _check(network, part, samples)
+    shape = _shape(network)
+    weights_sha256 = write_weights(folder, shape, _weights(network), _probes(network, samples))
     os.replace(part, path)
     replicas, request, _ = samples
     present = replicas[replicas[..., 0] > 0]
@@ -69,13 +73,41 @@ def export_policy(
         num_extra_actions=network.config.num_extra,
         scenario=scenario,
         sha256=digest(path),
+        weights_sha256=weights_sha256,
+        network=shape,
         servegym_version=servegym.__version__,
         training=training or {},
         replica_ranges=_ranges(present),
         request_ranges=_ranges(request),
     )
-    (folder / "manifest.json").write_text(manifest.model_dump_json(indent=2) + "\n")
+    draft = folder / "manifest.part.json"
+    draft.write_text(manifest.model_dump_json(indent=2) + "\n")
+    os.replace(draft, folder / "manifest.json")
     return path
+
+
+def _shape(network: DispatchNetwork) -> NetworkShape:
+    config = network.config
+    return NetworkShape(
+        FAMILY, config.context, config.base, config.base_params, config.eta, config.num_extra
+    )
+
+
+def _weights(network: DispatchNetwork) -> dict[str, Float32Array]:
+    """All but the critic's: nobody asks for values after training."""
+    kept = ("actor.", "score.", "extra.")
+    state = network.state_dict()
+    return {name: state[name].numpy() for name in state if name.startswith(kept)}
+
+
+def _probes(
+    network: DispatchNetwork, samples: tuple[Float32Array, Float32Array, Float32Array]
+) -> tuple[Float32Array, Float32Array, Float32Array, Float32Array]:
+    few = np.linspace(0, len(samples[0]) - 1, min(NUM_PROBES, len(samples[0]))).astype(int)
+    replicas, request, mask = (a[few] for a in samples)
+    with torch.inference_mode():
+        logits = network(*(torch.from_numpy(a) for a in (replicas, request, mask)))
+    return replicas, request, mask, logits.numpy()
 
 
 def _ranges(values: Float32Array) -> tuple[tuple[float, float], ...]:

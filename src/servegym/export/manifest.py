@@ -14,6 +14,7 @@ from servegym.policy.contract import (
     REQUEST_FEATURES,
     SCHEMA_VERSION,
 )
+from servegym.policy.numpy_network import NetworkShape
 from servegym.policy.policy import Information
 
 REPLICA_NAMES = tuple(f.name for f in REPLICA_FEATURES[:NUM_OBSERVED_FEATURES])
@@ -32,6 +33,9 @@ class Manifest(BaseModel):
     information: Information = "predictive"
     scenario: str = ""
     sha256: str
+    #: Of `weights.npz`; the network it is for. Absent for graphs of other families.
+    weights_sha256: str = ""
+    network: NetworkShape | None = None
     servegym_version: str = ""
     training: dict[str, float | int | str] = {}
     #: 1st and 99th percentile of each feature in training.

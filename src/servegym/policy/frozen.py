@@ -1,4 +1,4 @@
-"""An exported policy, run by ONNX Runtime."""
+"""Exported policies: our own network family in NumPy, any other graph in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -9,14 +9,67 @@ import numpy as np
 from servegym.cluster.state import HOLD, REJECT
 from servegym.errors import ExportError
 from servegym.policy.contract import NUM_OBSERVED_FEATURES, NUM_REQUEST_FEATURES, Group
+from servegym.policy.numpy_network import NumpyNetwork
 from servegym.policy.policy import Information, Observations
-from servegym.typing import IntArray
+from servegym.typing import BoolArray, IntArray
+
+_NEEDS = Group.COUNTERS | Group.METRICS | Group.PREFIX
+
+
+def shown_actions(mask: BoolArray, num_extra: int) -> list[int]:
+    """Columns of the mask that a policy with `num_extra` actions besides the replicas is shown.
+
+    With one it is hold where a hold is possible, else reject.
+
+    Args:
+        mask: `bool[batch, R + 2]`.
+        num_extra: 0, 1 or 2.
+    """
+    width = mask.shape[1] - 2
+    if num_extra == 0:
+        return list(range(width))
+    if num_extra == 2:
+        return list(range(width + 2))
+    return [*range(width), width if mask[:, width].any() else width + 1]
+
+
+def _to_core(chosen: IntArray, mask: BoolArray) -> IntArray:
+    """Translate indices of `shown_actions` to replicas, `HOLD` and `REJECT`."""
+    width = mask.shape[1] - 2
+    other = np.where((chosen == width) & mask[:, width].any(), HOLD, REJECT)
+    return np.where(chosen < width, chosen, other).astype(np.int64)
+
+
+class NumpyPolicy:
+    """`weights.npz` as a `Policy`; needs nothing but NumPy."""
+
+    needs = _NEEDS
+
+    def __init__(self, network: NumpyNetwork, *, information: Information, name: str) -> None:
+        self._network = network
+        self.information: Information = information
+        self.name = name
+
+    def reset(self, num_envs: int, seed: int) -> None:
+        """Do nothing: the network has no memory."""
+
+    def act(self, observations: Observations, env_ids: IntArray) -> IntArray:
+        """Decide; see `Policy.act`."""
+        replicas, request, mask = observations
+        keep = shown_actions(mask, self._network.shape.num_extra)
+        shown = mask[:, keep]
+        chosen = np.empty(len(request), np.int64)
+        for row in range(len(request)):
+            logits = self._network.logits(replicas[row], request[row], shown[row])
+            # NaN would win an argmax and pass for a choice
+            chosen[row] = logits.argmax() if np.isfinite(logits).all() else REJECT
+        return _to_core(chosen, mask)
 
 
 class FrozenPolicy:
-    """`policy.onnx` as a `Policy`; the file and its manifest are verified when it is loaded."""
+    """`policy.onnx` as a `Policy`."""
 
-    needs = Group.COUNTERS | Group.METRICS | Group.PREFIX
+    needs = _NEEDS
 
     def __init__(self, path: Path, *, num_extra: int, information: Information, name: str) -> None:
         try:
@@ -56,15 +109,11 @@ class FrozenPolicy:
     def act(self, observations: Observations, env_ids: IntArray) -> IntArray:
         """Decide; see `Policy.act`."""
         replicas = observations.replicas[:, :NUM_OBSERVED_FEATURES].transpose(0, 2, 1)
-        width = replicas.shape[1]
-        can_hold = bool(observations.mask[:, width].any())
-        extra = [width, width + 1] if self._num_extra == 2 else [width if can_hold else width + 1]
-        keep = [*range(width), *(extra if self._num_extra else [])]
+        keep = shown_actions(observations.mask, self._num_extra)
         feeds = {
             "replicas": np.ascontiguousarray(replicas, np.float32),
             "request": observations.request.astype(np.float32),
             "mask": observations.mask[:, keep].astype(np.float32),
         }
         chosen = self._session.run(None, feeds)[0].argmax(-1)
-        other = np.where((chosen == width) & can_hold, HOLD, REJECT)
-        return np.where(chosen < width, chosen, other).astype(np.int64)
+        return _to_core(chosen, observations.mask)

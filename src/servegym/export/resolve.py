@@ -1,0 +1,41 @@
+"""From a policy's name or file to the policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from servegym.baselines.registry import policy
+from servegym.export.manifest import Manifest, read_manifest
+from servegym.export.weights import read_network
+from servegym.policy.frozen import FrozenPolicy, NumpyPolicy
+from servegym.policy.policy import Policy
+
+
+def resolve_policy(text: str) -> Policy:
+    """Return a rule by name (`"speed-family:eta=0.5"`) or an exported policy by its `.onnx` path.
+
+    Raises:
+        ConfigError: If there is no such rule or parameter.
+        ExportError: If the file is not a valid policy.
+    """
+    if not text.endswith(".onnx"):
+        return policy(text)
+    path = Path(text)
+    return exported_policy(path, read_manifest(path))
+
+
+def exported_policy(path: Path, manifest: Manifest) -> Policy:
+    """Return the policy of a verified manifest: in NumPy where its weights are there, else ONNX.
+
+    Raises:
+        ExportError: If the files cannot be run.
+    """
+    # training writes <run>/policy/policy.onnx: the run's name says more than "policy"
+    folder = path.resolve().parent
+    name = folder.parent.name if folder.name == "policy" else folder.name
+    network = read_network(path.parent, manifest)
+    if network is not None:
+        return NumpyPolicy(network, information=manifest.information, name=name)
+    return FrozenPolicy(
+        path, num_extra=manifest.num_extra_actions, information=manifest.information, name=name
+    )

@@ -1,0 +1,153 @@
+"""When a policy may not decide: the reasons, their counts and the circuit breaker."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from enum import IntEnum, StrEnum
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Reason(StrEnum):
+    """Why a decision was made by whom it was made."""
+
+    POLICY = "policy"  # nothing spoke against the policy
+    SHADOW = "shadow"  # the policy is only watched
+    CANARY = "canary"  # the request is not in the policy's share
+    BREAKER = "breaker"  # the circuit breaker is open
+    NO_POLICY = "no_policy"  # none could be loaded
+    FORCED = "forced"  # no replica may be chosen: hold if possible, else reject
+    SCHEMA = "schema"  # the observation has not the contract's shape
+    MISSING = "missing_state"  # engine metrics were never seen
+    STALE = "stale_state"  # engine metrics are too old
+    NAN = "nan"  # a feature is not finite
+    OUT_OF_RANGE = "out_of_range"  # too many features are far from what training has shown
+    TIMEOUT = "timeout"  # the policy took too long
+    INVALID = "invalid_action"  # the policy chose what is not allowed
+    ERROR = "error"  # the policy raised
+    LAST_RESORT = "last_resort"  # the fallback itself was of no use
+
+
+#: The policy's own faults: these open the breaker. The others say something about the state.
+FAULTS = frozenset({Reason.TIMEOUT, Reason.INVALID, Reason.ERROR})
+
+
+class Circuit(IntEnum):
+    """State of a breaker."""
+
+    CLOSED = 0  # the policy decides
+    OPEN = 1  # the policy is not asked
+    HALF_OPEN = 2  # the policy is asked and checked, the fallback acts
+
+
+class BreakerConfig(BaseModel):
+    """When a breaker opens and how it closes again.
+
+    Attributes:
+        window_decisions: Latest decisions of the policy that are looked at.
+        open_faults: Faults among them that open the breaker.
+        cooldown_s: How long it stays open; doubled each time the policy fails on trial.
+        max_cooldown_s: The longest it stays open.
+        close_successes: Decisions on trial that must all be good before it closes.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    window_decisions: int = Field(100, ge=1)
+    open_faults: int = Field(5, ge=1)
+    cooldown_s: float = Field(10.0, gt=0)
+    max_cooldown_s: float = Field(300.0, gt=0)
+    close_successes: int = Field(20, ge=1)
+
+
+class CircuitBreaker:
+    """Takes a faulty policy out of service, and back in after it has proved itself.
+
+    The hysteresis: it opens after a few faults in a window, but closes only after a row of good
+    decisions made on trial, and waits longer before each new trial.
+
+    Attributes:
+        num_opened: How often it has opened.
+    """
+
+    def __init__(self, config: BreakerConfig) -> None:
+        self.config = config
+        self.num_opened = 0
+        self._circuit = Circuit.CLOSED
+        self._recent: deque[bool] = deque(maxlen=config.window_decisions)
+        self._num_faults = 0  # in `_recent`
+        self._good_in_row = 0
+        self._cooldown_s = config.cooldown_s
+        self._open_until_s = -math.inf
+
+    def state(self, now_s: float) -> Circuit:
+        """Return what is to be done now; an open breaker whose time is over goes on trial.
+
+        Args:
+            now_s: Of any clock that never goes back.
+        """
+        if self._circuit is Circuit.OPEN and now_s >= self._open_until_s:
+            self._circuit = Circuit.HALF_OPEN
+            self._good_in_row = 0
+        return self._circuit
+
+    def record(self, fault: bool, now_s: float) -> None:
+        """Count a decision of the policy, good or faulty."""
+        if self._circuit is Circuit.HALF_OPEN:
+            if fault:
+                self._cooldown_s = min(2.0 * self._cooldown_s, self.config.max_cooldown_s)
+                self._open(now_s)
+                return
+            self._good_in_row += 1
+            if self._good_in_row >= self.config.close_successes:
+                self.reset()
+            return
+        if len(self._recent) == self._recent.maxlen:
+            self._num_faults -= self._recent[0]
+        self._recent.append(fault)
+        self._num_faults += fault
+        if self._circuit is Circuit.CLOSED and self._num_faults >= self.config.open_faults:
+            self._open(now_s)
+
+    def reset(self) -> None:
+        """Close it and forget all faults."""
+        self._circuit = Circuit.CLOSED
+        self._recent.clear()
+        self._num_faults = 0
+        self._cooldown_s = self.config.cooldown_s
+
+    def _open(self, now_s: float) -> None:
+        self._circuit = Circuit.OPEN
+        self._open_until_s = now_s + self._cooldown_s
+        self._recent.clear()
+        self._num_faults = 0
+        self.num_opened += 1
+
+
+class Counters:
+    """Decisions by reason, and who made them.
+
+    Attributes:
+        by_reason: How often each reason was given.
+        num_policy: Decisions of the policy that were acted on.
+        num_fallback: Decisions of the fallback.
+        num_agreed: Decisions of the fallback in which the policy, asked too, chose the same.
+        num_differed: Those in which it chose another action.
+        num_reloads: Policies put in place of another.
+        num_refused: Policies that failed their checks when they should have been.
+    """
+
+    def __init__(self) -> None:
+        self.by_reason: dict[Reason, int] = dict.fromkeys(Reason, 0)
+        self.num_policy = 0
+        self.num_fallback = 0
+        self.num_agreed = 0
+        self.num_differed = 0
+        self.num_reloads = 0
+        self.num_refused = 0
+
+    def snapshot(self) -> dict[str, int]:
+        """Return all counts by name."""
+        counts = {name: value for name, value in vars(self).items() if name.startswith("num_")}
+        return {**counts, **{f"reason_{reason}": n for reason, n in self.by_reason.items()}}

@@ -1,0 +1,469 @@
+"""The policy runtime: one request's observation in, a guarded decision out."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from servegym.baselines.registry import policy as rule
+from servegym.cluster.state import HOLD, REJECT
+from servegym.errors import ConfigError, ExportError, ServeGymError
+from servegym.export.manifest import Manifest, read_manifest
+from servegym.export.resolve import exported_policy
+from servegym.policy.contract import (
+    FIRST_NOMINAL,
+    NUM_NOMINAL,
+    NUM_OBSERVED_FEATURES,
+    NUM_REPLICA_FEATURES,
+    NUM_REQUEST_FEATURES,
+    Group,
+    ReplicaFeature,
+    RequestFeature,
+)
+from servegym.policy.policy import Observations, Policy
+from servegym.serve.guards import (
+    FAULTS,
+    BreakerConfig,
+    Circuit,
+    CircuitBreaker,
+    Counters,
+    Reason,
+)
+from servegym.serve.histogram import Histogram
+from servegym.typing import BoolArray, FloatArray
+
+_log = logging.getLogger(__name__)
+
+Mode = Literal["live", "shadow"]
+#: Upper bounds of the decision-latency histogram, seconds.
+LATENCY_BOUNDS_S = (20e-6, 50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 50e-3)
+_AGE = int(ReplicaFeature["METRICS_AGE_S"])
+_UP = int(ReplicaFeature["UP"])
+_ENV = np.zeros(1, np.int64)
+#: Fleet sizes that a policy is tried on before it is put in place.
+_TRIAL_SIZES = (1, 2, 16)
+
+
+class RuntimeConfig(BaseModel):
+    """Which policy decides, who steps in for it, and when.
+
+    Attributes:
+        policy: A rule (`"added-delay:prefill=1.9"`) or the path of a `policy.onnx`.
+        fallback: The rule that decides whenever the policy may not.
+        require_policy: Refuse to start without the policy; else the fallback decides until a
+            reload brings a good one.
+        mode: `live` acts by the policy, `shadow` only watches it.
+        canary_fraction: Share of the requests, told by their keys, that the policy decides.
+        timeout_s: A slower decision counts as a fault of the policy.
+        max_metrics_age_s: Older engine metrics of an allowed replica are stale.
+        range_margin: A feature is far from training if it is outside the range its manifest
+            states by more than so many widths of that range.
+        max_features_out: With more features than this far from training the fallback decides.
+        breaker: Of the circuit breaker.
+        seed: Of rules that draw.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    policy: str = "added-delay"
+    fallback: str = "least-outstanding"
+    require_policy: bool = True
+    mode: Mode = "live"
+    canary_fraction: float = Field(1.0, ge=0, le=1)
+    timeout_s: float = Field(0.005, gt=0)
+    max_metrics_age_s: float = Field(5.0, gt=0)
+    range_margin: float = Field(1.0, ge=0)
+    max_features_out: int = Field(3, ge=0)
+    breaker: BreakerConfig = BreakerConfig()
+    seed: int = Field(0, ge=0)
+
+
+class Decision(NamedTuple):
+    """What to do with a request, and why.
+
+    Attributes:
+        action: Replica index, or `cluster.state.HOLD` (-1) or `REJECT` (-2).
+        by: Whose choice it is.
+        reason: Why that one decided.
+        duration_s: Wall-clock seconds from the observation to the decision.
+        proposed: What the policy answered, where it was asked and did not fail.
+    """
+
+    action: int
+    by: Literal["policy", "fallback"]
+    reason: Reason
+    duration_s: float
+    proposed: int | None
+
+
+@dataclass(frozen=True)
+class LoadedPolicy:
+    """A policy that has passed its checks.
+
+    Attributes:
+        text: What it was loaded from.
+        policy: It.
+        manifest: Of an exported policy.
+        low: Smallest values that are not far from training, `float64[F + G, 1]`; `None` for rules.
+        high: Largest ones.
+    """
+
+    text: str
+    policy: Policy
+    manifest: Manifest | None = None
+    low: FloatArray | None = None
+    high: FloatArray | None = None
+
+    @property
+    def version(self) -> str:
+        """First digits of the file's checksum; a rule's own text."""
+        return self.manifest.sha256[:12] if self.manifest else self.text
+
+
+def load_policy(text: str, config: RuntimeConfig) -> LoadedPolicy:
+    """Load a policy and try it; nothing that fails here ever decides.
+
+    Args:
+        text: A rule's name with parameters, or the path of a `policy.onnx`.
+        config: For the ranges and the seed.
+
+    Raises:
+        ConfigError: If there is no such rule, or it cannot be live.
+        ExportError: If the file is not a valid policy, or decides what it may not.
+    """
+    manifest = None
+    if text.endswith(".onnx"):
+        manifest = read_manifest(Path(text))
+        found: Policy = exported_policy(Path(text), manifest)
+    else:
+        found = rule(text)
+    if found.information == "oracle" or found.needs & Group.WHAT_IF:
+        raise ConfigError(
+            f"{text} cannot be live: it needs what only a simulator knows; "
+            "choose another rule or an exported policy"
+        )
+    found.reset(1, config.seed)
+    low, high = _ranges(manifest, config.range_margin) if manifest else (None, None)
+    loaded = LoadedPolicy(text, found, manifest, low, high)
+    _try_out(loaded)
+    found.reset(1, config.seed)
+    return loaded
+
+
+def _ranges(manifest: Manifest, margin: float) -> tuple[FloatArray, FloatArray] | tuple[None, None]:
+    if not (manifest.replica_ranges and manifest.request_ranges):
+        return None, None
+    ranges = np.array([*manifest.replica_ranges, *manifest.request_ranges], np.float64)
+    low, high = ranges[:, 0], ranges[:, 1]
+    # a feature that training kept still has no width: a tenth of its value stands for it
+    width = np.maximum(high - low, 0.1 * np.maximum(np.abs(low), np.abs(high)))
+    return (low - margin * width)[:, None], (high + margin * width)[:, None]
+
+
+def _try_out(loaded: LoadedPolicy) -> None:
+    for width in _TRIAL_SIZES:
+        replicas = np.zeros((NUM_REPLICA_FEATURES, width))
+        request = np.ones(NUM_REQUEST_FEATURES)
+        if loaded.manifest and loaded.manifest.replica_ranges:
+            middle = np.mean(loaded.manifest.replica_ranges, axis=1)
+            replicas[:NUM_OBSERVED_FEATURES] = middle[:, None]
+            request[:] = np.mean(loaded.manifest.request_ranges, axis=1)
+        replicas[_UP] = 1.0
+        static = replicas[FIRST_NOMINAL : FIRST_NOMINAL + NUM_NOMINAL]
+        static[static == 0.0] = 1.0  # rules divide by them
+        request[RequestFeature["NUM_UP"]] = width
+        mask = np.ones(width + 2, np.bool_)
+        mask[width:] = False
+        seen = Observations(replicas[None], request[None], mask[None])
+        try:
+            action = int(loaded.policy.act(seen, _ENV)[0])
+        except Exception as error:
+            raise ExportError(f"{loaded.text} fails on a fleet of {width}: {error}") from error
+        if not _is_allowed(action, mask):
+            raise ExportError(
+                f"{loaded.text} chooses {action} of {width} replicas: export the policy again"
+            )
+
+
+def _is_allowed(action: int, mask: BoolArray) -> bool:
+    width = len(mask) - 2
+    if 0 <= action < width:
+        return bool(mask[action])
+    if action == HOLD:
+        return bool(mask[width])
+    return action == REJECT and bool(mask[width + 1])
+
+
+class PolicyRuntime:
+    """Decides for one request at a time, whatever happens to the policy.
+
+    Not for use from several threads at once; `prepare` may run in another thread.
+
+    Args:
+        config: What to load and when to trust it.
+        clock: Seconds that never go back, for the breaker and for durations.
+
+    Attributes:
+        config: As given.
+        mode: `live` or `shadow`; may be changed.
+        canary_fraction: May be changed.
+        counters: Decisions by reason.
+        breaker: The circuit breaker.
+        latency: Seconds per decision.
+        features_out: How often each feature was far from training, by name.
+
+    Raises:
+        ConfigError: If the fallback, or a policy by name, is unknown or cannot be live.
+        ExportError: If the policy's file is not valid.
+    """
+
+    def __init__(
+        self, config: RuntimeConfig, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.config = config
+        self.mode: Mode = config.mode
+        self.canary_fraction = config.canary_fraction
+        self.counters = Counters()
+        self.breaker = CircuitBreaker(config.breaker)
+        self.latency = Histogram(LATENCY_BOUNDS_S)
+        self.features_out: dict[str, int] = {}
+        self._clock = clock
+        self._turn = 0
+        self._loaded: LoadedPolicy | None = None
+        if config.fallback.endswith(".onnx"):
+            raise ConfigError(f"the fallback must be a rule by name, got {config.fallback!r}")
+        self._fallback = load_policy(config.fallback, config).policy
+        if self._fallback.needs & Group.METRICS and config.fallback != config.policy:
+            _log.warning("the fallback %s reads engine metrics itself", config.fallback)
+        try:
+            self._loaded = self.prepare(config.policy)
+        except ServeGymError as error:
+            if config.require_policy:
+                raise
+            self.counters.num_refused += 1
+            _log.error("%s; %s decides", error, config.fallback)
+
+    @property
+    def loaded(self) -> LoadedPolicy | None:
+        """The policy in place, if there is one."""
+        return self._loaded
+
+    @property
+    def fallback(self) -> Policy:
+        """The rule that decides when the policy may not."""
+        return self._fallback
+
+    def prepare(self, text: str) -> LoadedPolicy:
+        """Load and try a policy without putting it in place; takes up to seconds."""
+        return load_policy(text, self.config)
+
+    def install(self, loaded: LoadedPolicy) -> None:
+        """Put a policy in place, between two decisions; the breaker starts afresh."""
+        if self._loaded is not None:
+            self.counters.num_reloads += 1
+        self._loaded = loaded
+        self.breaker.reset()
+
+    def reload(self, text: str | None = None) -> LoadedPolicy:
+        """Load a policy, by default the same again, and put it in place.
+
+        Raises:
+            ServeGymError: If it fails its checks; then the old one stays.
+        """
+        current = self._loaded.text if self._loaded else self.config.policy
+        try:
+            loaded = self.prepare(text or current)
+        except ServeGymError:
+            self.counters.num_refused += 1
+            raise
+        self.install(loaded)
+        return loaded
+
+    def decide(self, observations: Observations, key: str = "") -> Decision:
+        """Decide for one request; never raises.
+
+        Args:
+            observations: A batch of one. Metrics that were never seen have an age of infinity.
+            key: Of the request; the same key is always inside or outside of the canary's share.
+        """
+        begin_s = self._clock()
+        proposed: int | None = None
+        reason = self._forbidden(observations) or self._choose_side(key, begin_s)
+        if self._is_asked(reason, begin_s):
+            doubt = self._doubt(observations)
+            if doubt is not None:
+                reason = doubt
+            else:
+                proposed, fault = self._ask(observations, begin_s)
+                reason = fault or reason
+        by: Literal["policy", "fallback"] = "fallback"
+        if proposed is not None and (reason is None or self._may_be_late(reason, begin_s)):
+            action, by = proposed, "policy"
+            reason = reason or Reason.POLICY
+        else:
+            assert reason is not None
+            action, reason = self._fall_back(observations, reason)
+        duration_s = self._clock() - begin_s
+        self._count(by, action, proposed, reason, duration_s)
+        return Decision(action, by, reason, duration_s, proposed)
+
+    def _forbidden(self, observations: Observations) -> Reason | None:
+        """Say why no policy can decide this, if so."""
+        replicas, request, mask = observations
+        if (
+            replicas.ndim != 3
+            or replicas.shape[:2] != (1, NUM_REPLICA_FEATURES)
+            or request.shape != (1, NUM_REQUEST_FEATURES)
+            or mask.shape != (1, replicas.shape[2] + 2)
+        ):
+            return Reason.SCHEMA
+        if not mask[0, :-2].any():
+            return Reason.FORCED
+        return Reason.NO_POLICY if self._loaded is None else None
+
+    def _is_asked(self, reason: Reason | None, now_s: float) -> bool:
+        """Whether the policy is asked, be it to act or to be watched."""
+        if reason is Reason.BREAKER:
+            return self.breaker.state(now_s) is Circuit.HALF_OPEN
+        return reason is None or reason is Reason.SHADOW
+
+    def _may_be_late(self, reason: Reason, now_s: float) -> bool:
+        """Whether a late answer is acted on: asking another now would only be later."""
+        on_trial = self.mode == "shadow" or self.breaker.state(now_s) is not Circuit.CLOSED
+        return reason is Reason.TIMEOUT and not on_trial
+
+    def _choose_side(self, key: str, now_s: float) -> Reason | None:
+        if self.breaker.state(now_s) is not Circuit.CLOSED:
+            return Reason.BREAKER
+        if self.mode == "shadow":
+            return Reason.SHADOW
+        if self.canary_fraction < 1.0 and not in_share(key, self.canary_fraction):
+            return Reason.CANARY
+        return None
+
+    def _doubt(self, observations: Observations) -> Reason | None:
+        """Say why the policy should not judge by what is seen, if so."""
+        loaded = self._loaded
+        assert loaded is not None
+        replicas, request = observations.replicas[0], observations.request[0]
+        if loaded.policy.needs & Group.METRICS:
+            oldest_s = replicas[_AGE].max(
+                where=observations.mask[0, :-2], initial=0.0
+            )  # NaN is found below
+            if oldest_s == np.inf:
+                return Reason.MISSING
+            if oldest_s > self.config.max_metrics_age_s:
+                return Reason.STALE
+        shown = replicas[:NUM_OBSERVED_FEATURES]
+        if not (np.isfinite(shown).all() and np.isfinite(request).all()):
+            return Reason.NAN
+        if loaded.low is not None and loaded.high is not None:
+            out = (shown < loaded.low[:NUM_OBSERVED_FEATURES]) | (
+                shown > loaded.high[:NUM_OBSERVED_FEATURES]
+            )
+            far = (out & (replicas[_UP] > 0.0)).any(1)
+            far_request = (request < loaded.low[NUM_OBSERVED_FEATURES:, 0]) | (
+                request > loaded.high[NUM_OBSERVED_FEATURES:, 0]
+            )
+            count = int(far.sum() + far_request.sum())
+            if count:
+                self._count_far(far, far_request)
+            if count > self.config.max_features_out:
+                return Reason.OUT_OF_RANGE
+        return None
+
+    def _count_far(self, far: BoolArray, far_request: BoolArray) -> None:
+        names = [ReplicaFeature(i).name for i in np.flatnonzero(far).tolist()]
+        names += [RequestFeature(i).name for i in np.flatnonzero(far_request).tolist()]
+        for name in names:
+            self.features_out[name.lower()] = self.features_out.get(name.lower(), 0) + 1
+
+    def _ask(self, observations: Observations, begin_s: float) -> tuple[int | None, Reason | None]:
+        """Ask the policy; return its answer, if it is one, and its fault, if any."""
+        assert self._loaded is not None
+        fault: Reason | None = None
+        action: int | None = None
+        try:
+            action = int(self._loaded.policy.act(observations, _ENV)[0])
+        except Exception:
+            _log.exception("%s failed", self._loaded.text)
+            fault = Reason.ERROR
+        now_s = self._clock()
+        if action is not None and not _is_allowed(action, observations.mask[0]):
+            action, fault = None, Reason.INVALID
+        if fault is None and now_s - begin_s > self.config.timeout_s:
+            fault = Reason.TIMEOUT
+        self.breaker.record(fault in FAULTS, now_s)
+        return action, fault
+
+    def _fall_back(self, observations: Observations, reason: Reason) -> tuple[int, Reason]:
+        mask = observations.mask[0]
+        if reason in (Reason.SCHEMA, Reason.FORCED):
+            return self._last_resort(mask), reason
+        try:
+            if not np.isfinite(observations.replicas).all():
+                finite = np.nan_to_num(observations.replicas, nan=0.0, posinf=1e9, neginf=0.0)
+                request = np.nan_to_num(observations.request, nan=0.0, posinf=1e9, neginf=0.0)
+                observations = Observations(finite, request, observations.mask)
+            action = int(self._fallback.act(observations, _ENV)[0])
+            if _is_allowed(action, mask):
+                return action, reason
+        except Exception:
+            _log.exception("the fallback %s failed", self.config.fallback)
+        return self._last_resort(mask), Reason.LAST_RESORT
+
+    def _last_resort(self, mask: BoolArray) -> int:
+        """Take the allowed replicas in turn: no rule is simpler, and none needs less."""
+        allowed = np.flatnonzero(mask[:-2])
+        if len(allowed):
+            self._turn += 1
+            return int(allowed[self._turn % len(allowed)])
+        return HOLD if len(mask) >= 2 and mask[-2] else REJECT
+
+    def _count(
+        self, by: str, action: int, proposed: int | None, reason: Reason, duration_s: float
+    ) -> None:
+        counters = self.counters
+        counters.by_reason[reason] += 1
+        if by == "policy":
+            counters.num_policy += 1
+        else:
+            counters.num_fallback += 1
+            if proposed is not None:
+                counters.num_agreed += proposed == action
+                counters.num_differed += proposed != action
+        self.latency.add(duration_s)
+
+    def status(self) -> dict[str, object]:
+        """Return what an operator wants to know, as plain values."""
+        now_s = self._clock()
+        return {
+            "policy": self._loaded.text if self._loaded else None,
+            "version": self._loaded.version if self._loaded else None,
+            "fallback": self.config.fallback,
+            "mode": self.mode,
+            "canary_fraction": self.canary_fraction,
+            "breaker": self.breaker.state(now_s).name.lower(),
+            "breaker_opened": self.breaker.num_opened,
+            "counters": self.counters.snapshot(),
+            "features_out": dict(self.features_out),
+        }
+
+
+def in_share(key: str, fraction: float) -> bool:
+    """Whether a key belongs to a fraction of all keys; a larger fraction keeps those of a smaller.
+
+    Args:
+        key: Any text.
+        fraction: 0 to 1.
+    """
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2.0**64

@@ -1,0 +1,295 @@
+"""The runtime: the same choice as the policy, or the fallback's, and always counted why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from servegym.errors import ConfigError, ExportError
+from servegym.policy.contract import Group, ReplicaFeature
+from servegym.policy.policy import Observations
+from servegym.serve.guards import BreakerConfig, Circuit, Reason
+from servegym.serve.runtime import LoadedPolicy, PolicyRuntime, RuntimeConfig, in_share
+
+from .observations import observe
+
+HOLD, REJECT = -1, -2
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Scripted:
+    """A policy that does as it is told."""
+
+    name = "scripted"
+    information = "metric"
+    needs = Group.COUNTERS | Group.METRICS
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.action: int | Exception = 1
+        self.takes_s = 0.0
+        self.asked = 0
+
+    def reset(self, num_envs: int, seed: int) -> None:
+        """Nothing to forget."""
+
+    def act(self, observations, env_ids):
+        self.asked += 1
+        self.clock.now_s += self.takes_s
+        if isinstance(self.action, Exception):
+            raise self.action
+        return np.array([self.action])
+
+
+def scripted(**settings) -> tuple[PolicyRuntime, Scripted, Clock]:
+    """A runtime whose policy chooses replica 1 while its fallback, the least loaded, chooses 0."""
+    clock = Clock()
+    settings = {"policy": "round-robin", "fallback": "least-outstanding"} | settings
+    runtime = PolicyRuntime(RuntimeConfig(**settings), clock)
+    policy = Scripted(clock)
+    runtime.install(LoadedPolicy("scripted", policy))
+    return runtime, policy, clock
+
+
+SEEN = observe([0, 5, 5])
+
+
+def test_acts_by_the_policy():
+    runtime, _, _ = scripted()
+    assert runtime.decide(SEEN) == (1, "policy", Reason.POLICY, 0.0, 1)
+    assert runtime.counters.num_policy == 1
+    assert runtime.latency.count == 1
+
+
+@pytest.mark.parametrize(
+    ("seen", "reason"),
+    [
+        (observe([0, 5, 5], metrics_age_s=np.inf), Reason.MISSING),
+        (observe([0, 5, 5], metrics_age_s=5.1), Reason.STALE),
+        (observe([0, 5, 5], metrics_age_s=np.nan), Reason.NAN),
+        (observe([0, 5, 5], recent_ttft_s=np.nan), Reason.NAN),
+        (observe([0, 5, 5], request={"waited_s": np.inf}), Reason.NAN),
+        (Observations(SEEN.replicas[:, :20], SEEN.request, SEEN.mask), Reason.SCHEMA),
+        (Observations(SEEN.replicas, SEEN.request[:, :3], SEEN.mask), Reason.SCHEMA),
+        (Observations(SEEN.replicas[0], SEEN.request, SEEN.mask), Reason.SCHEMA),
+    ],
+)
+def test_a_doubtful_state_is_left_to_the_fallback(seen, reason):
+    runtime, policy, _ = scripted()
+    decision = runtime.decide(seen)
+    assert (decision.by, decision.reason) == ("fallback", reason)
+    assert policy.asked == 0
+    if reason is not Reason.SCHEMA:  # the fallback cannot read it either
+        assert decision.action == 0
+    assert SEEN.mask[0, decision.action]
+    assert runtime.counters.by_reason[reason] == 1
+    assert runtime.breaker.state(0.0) is Circuit.CLOSED  # the policy is not to blame
+
+
+def test_only_replicas_that_may_be_chosen_can_be_stale():
+    age = np.array([0.1, 99.0, 0.1])
+    down = observe([0, 5, 5], metrics_age_s=age, up=np.array([1.0, 0.0, 1.0]))
+    runtime, policy, _ = scripted()
+    policy.action = 2
+    assert runtime.decide(down).by == "policy"
+    assert runtime.decide(observe([0, 5, 5], metrics_age_s=age)).reason is Reason.STALE
+
+
+@pytest.mark.parametrize(
+    ("action", "reason"),
+    [(3, Reason.INVALID), (HOLD, Reason.INVALID), (REJECT, Reason.INVALID), (-7, Reason.INVALID)],
+)
+def test_an_action_that_is_not_allowed_is_not_taken(action, reason):
+    runtime, policy, _ = scripted()
+    policy.action = action
+    assert runtime.decide(SEEN)[:3] == (0, "fallback", reason)
+
+
+def test_holds_and_rejects_where_allowed():
+    runtime, policy, _ = scripted()
+    seen = observe([0, 5], hold=True, reject=True)
+    for action in (HOLD, REJECT):
+        policy.action = action
+        assert runtime.decide(seen)[:2] == (action, "policy")
+
+
+def test_a_policy_that_raises_does_no_harm():
+    runtime, policy, _ = scripted()
+    policy.action = ValueError("no")
+    assert runtime.decide(SEEN)[:3] == (0, "fallback", Reason.ERROR)
+
+
+def test_a_late_answer_is_taken_and_counted_until_the_breaker_opens():
+    runtime, policy, clock = scripted(breaker=BreakerConfig(open_faults=3, cooldown_s=10.0))
+    policy.takes_s = 0.006
+    for _ in range(2):
+        decision = runtime.decide(SEEN)
+        assert decision[:3] == (1, "policy", Reason.TIMEOUT)
+        assert decision.duration_s == pytest.approx(0.006)
+    assert runtime.decide(SEEN).by == "fallback"  # the third opens it
+    assert runtime.decide(SEEN)[:3] == (0, "fallback", Reason.BREAKER)
+    assert policy.asked == 3
+    clock.now_s += 10.0
+    policy.takes_s = 0.0
+    for _ in range(20):  # on trial it is asked, and watched
+        assert runtime.decide(SEEN) == (0, "fallback", Reason.BREAKER, 0.0, 1)
+    assert runtime.decide(SEEN).by == "policy"
+
+
+def test_shadow_asks_and_counts_but_acts_by_the_fallback():
+    runtime, policy, _ = scripted(mode="shadow")
+    assert runtime.decide(SEEN) == (0, "fallback", Reason.SHADOW, 0.0, 1)
+    policy.action = 0
+    runtime.decide(SEEN)
+    policy.action = 9
+    assert runtime.decide(SEEN).reason is Reason.INVALID
+    assert (runtime.counters.num_differed, runtime.counters.num_agreed) == (1, 1)
+    policy.action, policy.takes_s = 1, 1.0
+    assert runtime.decide(SEEN)[:3] == (0, "fallback", Reason.TIMEOUT)
+    runtime.mode = "live"
+    policy.takes_s = 0.0
+    assert runtime.decide(SEEN).by == "policy"
+
+
+def test_a_canary_share_is_told_by_the_key_and_only_grows():
+    runtime, policy, _ = scripted(canary_fraction=0.2)
+    keys = [f"request-{i}" for i in range(2000)]
+    first = {key for key in keys if runtime.decide(SEEN, key).by == "policy"}
+    assert 0.17 < len(first) / len(keys) < 0.23
+    assert policy.asked == len(first)
+    assert first == {key for key in keys if runtime.decide(SEEN, key).by == "policy"}
+    assert first <= {key for key in keys if in_share(key, 0.5)}
+    runtime.canary_fraction = 0.0
+    assert {runtime.decide(SEEN, key).reason for key in keys} == {Reason.CANARY}
+
+
+def test_no_replica_left_forces_hold_or_reject_without_asking():
+    runtime, policy, _ = scripted()
+    down = np.zeros(2)
+    assert runtime.decide(observe([0, 0], up=down, hold=True)).action == HOLD
+    assert runtime.decide(observe([0, 0], up=down, reject=True)).action == REJECT
+    assert runtime.decide(observe([0, 0], up=down)).action == REJECT
+    assert runtime.counters.by_reason[Reason.FORCED] == 3
+    assert policy.asked == 0
+
+
+def test_a_broken_fallback_leaves_the_allowed_replicas_in_turn(monkeypatch):
+    runtime, policy, _ = scripted()
+    policy.action = ValueError("no")
+
+    def broken(observations, env_ids):
+        raise RuntimeError
+
+    monkeypatch.setattr(runtime.fallback, "act", broken)
+    seen = observe([0, 5, 5], up=np.array([1.0, 0.0, 1.0]))
+    decisions = [runtime.decide(seen) for _ in range(4)]
+    assert [d.action for d in decisions] == [2, 0, 2, 0]
+    assert {d.reason for d in decisions} == {Reason.LAST_RESORT}
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "sentence"),
+    [
+        ("least-outstandin", ConfigError, "did you mean least-outstanding"),
+        ("what-if", ConfigError, "what-if cannot be live: it needs what only a simulator knows"),
+        ("mct-oracle", ConfigError, "mct-oracle cannot be live"),
+        ("nowhere/policy.onnx", ExportError, "must exist with a manifest.json beside it"),
+    ],
+)
+def test_what_cannot_be_live_is_refused_in_one_sentence(text, kind, sentence):
+    with pytest.raises(kind, match=sentence):
+        PolicyRuntime(RuntimeConfig(policy=text))
+    runtime = PolicyRuntime(RuntimeConfig(policy=text, require_policy=False))
+    assert runtime.decide(SEEN)[:3] == (0, "fallback", Reason.NO_POLICY)
+    runtime.reload("round-robin")
+    assert runtime.decide(SEEN).by == "policy"
+
+
+def test_a_fallback_must_be_a_rule():
+    with pytest.raises(ConfigError, match="the fallback must be a rule by name"):
+        PolicyRuntime(RuntimeConfig(fallback="x/policy.onnx"))
+
+
+def test_a_reload_that_fails_keeps_the_old_policy(tmp_path):
+    runtime, _, _ = scripted()
+    (tmp_path / "policy.onnx").write_bytes(b"no graph")
+    (tmp_path / "manifest.json").write_text(json.dumps({"sha256": "0" * 64}))
+    with pytest.raises(ExportError, match="not the file its manifest was written for"):
+        runtime.reload(str(tmp_path / "policy.onnx"))
+    assert runtime.loaded is not None
+    assert runtime.loaded.text == "scripted"
+    assert runtime.decide(SEEN).by == "policy"
+    assert runtime.counters.num_refused == 1
+    runtime.reload("added-delay:prefill=1.9")
+    assert runtime.status()["policy"] == "added-delay:prefill=1.9"
+    assert runtime.counters.num_reloads == 2
+
+
+def test_every_rule_that_can_be_live_decides_as_in_the_simulator():
+    from servegym.baselines.registry import names, policy
+
+    seen = observe(
+        [3, 1, 2], relative_speed=np.array([1.0, 0.2, 0.5]), num_running=np.array([3.0, 1.0, 2.0])
+    )
+    for name in names():
+        rule = policy(name)
+        if rule.information == "oracle" or rule.needs & Group.WHAT_IF:
+            continue
+        rule.reset(1, 0)
+        runtime = PolicyRuntime(RuntimeConfig(policy=name))
+        for _ in range(3):
+            want = int(rule.act(seen, np.zeros(1, np.int64))[0])
+            assert runtime.decide(seen)[:2] == (want, "policy"), name
+
+
+class TestRanges:
+    """Features far from what training has shown."""
+
+    @staticmethod
+    def runtime(**settings) -> PolicyRuntime:
+        runtime, policy, _ = scripted(**settings)
+        low, high = np.full((30, 1), -1e12), np.full((30, 1), 1e12)
+        for name in ("OUTSTANDING_REQUESTS", "NUM_WAITING", "NUM_RUNNING"):
+            low[ReplicaFeature[name]], high[ReplicaFeature[name]] = -10.0, 20.0
+        high[21] = 4000.0  # prompt tokens
+        runtime.install(LoadedPolicy("scripted", policy, None, low, high))
+        return runtime
+
+    def test_a_few_features_may_be_far(self):
+        runtime = self.runtime(max_features_out=2)
+        seen = observe([0, 21, 21], num_waiting=30)
+        assert runtime.decide(seen).by == "policy"
+        assert runtime.features_out == {"outstanding_requests": 1, "num_waiting": 1}
+
+    def test_too_many_are_left_to_the_fallback(self):
+        runtime = self.runtime(max_features_out=2)
+        seen = observe([0, 21, 21], num_waiting=30, request={"prompt_tokens": 4001})
+        assert runtime.decide(seen)[:3] == (0, "fallback", Reason.OUT_OF_RANGE)
+        assert runtime.features_out["prompt_tokens"] == 1
+
+    def test_replicas_that_are_down_do_not_count(self):
+        runtime = self.runtime(max_features_out=0)
+        up = np.array([1.0, 1.0, 0.0])
+        assert runtime.decide(observe([0, 5, 21], up=up)).by == "policy"
+        assert runtime.decide(observe([0, 5, 21])).reason is Reason.OUT_OF_RANGE
+
+
+def test_status_is_plain_json():
+    runtime, _, _ = scripted()
+    runtime.decide(SEEN)
+    status = json.loads(json.dumps(runtime.status()))
+    assert status["counters"]["reason_policy"] == 1
+    assert status["breaker"] == "closed"
+    assert Path(status["policy"]).name == "scripted"
