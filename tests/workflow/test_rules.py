@@ -173,7 +173,7 @@ def test_job_shop_rule_refuses_other_workflows(classic):
 def test_unknown_rule_is_refused_with_the_nearest_one():
     with pytest.raises(ConfigError, match="did you mean heft"):
         workflow_rule("heff")
-    assert len(set(rule_names())) == len(rule_names()) == 18
+    assert len(set(rule_names())) == len(rule_names()) == 26
 
 
 @pytest.mark.parametrize(

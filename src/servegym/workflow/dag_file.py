@@ -53,6 +53,8 @@ class TaskEntry(_Part):
 
     name: str
     duration_s: dict[str, _Seconds | None]
+    due_s: float | None = None
+    weight: Annotated[float, Field(gt=0)] = 1.0
 
 
 class EdgeEntry(_Part):
@@ -119,6 +121,8 @@ def dag_from_document(document: Any, origin: str) -> Workflow:
         data_bytes=[math.nan if edge.bytes is None else edge.bytes for edge in dag.edges],
         latency_s=latency_s,
         s_per_byte=s_per_byte,
+        due_s=_due_s(dag),
+        weight=_weights(dag),
         name=dag.name,
     )
 
@@ -137,8 +141,9 @@ def write_dag(workflow: Workflow, path: Path) -> None:
                     device: work_s if math.isfinite(work_s) else None
                     for device, work_s in zip(workflow.devices, row, strict=True)
                 },
+                **_due_entry(workflow, v),
             }
-            for task, row in zip(workflow.tasks, g.duration_s.tolist(), strict=True)
+            for v, (task, row) in enumerate(zip(workflow.tasks, g.duration_s.tolist(), strict=True))
         ],
         "edges": [
             {
@@ -179,6 +184,27 @@ def _durations(dag: DagFile) -> FloatArray:
         for task in dag.tasks
     ]
     return np.array(rows, float).reshape(len(dag.tasks), len(types))
+
+
+def _due_s(dag: DagFile) -> list[float] | None:
+    if all(task.due_s is None for task in dag.tasks):
+        return None
+    return [math.inf if task.due_s is None else task.due_s for task in dag.tasks]
+
+
+def _weights(dag: DagFile) -> list[float] | None:
+    weights = [task.weight for task in dag.tasks]
+    return weights if set(weights) != {1.0} else None
+
+
+def _due_entry(workflow: Workflow, v: int) -> dict[str, float]:
+    """What a task's entry says of its due date and weight."""
+    entry = {}
+    if workflow.due_s is not None and math.isfinite(workflow.due_s[v]):
+        entry["due_s"] = float(workflow.due_s[v])
+    if workflow.weight is not None:
+        entry["weight"] = float(workflow.weight[v])
+    return entry
 
 
 def _links(dag: DagFile, device_idx: dict[str, int], origin: str) -> tuple[FloatArray, FloatArray]:

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from servegym.cluster.jit import inlined
 from servegym.errors import ServeGymError
-from servegym.typing import FloatArray, IntArray
+from servegym.typing import BoolArray, FloatArray, IntArray
 
 
 class WorkflowError(ServeGymError):
@@ -52,12 +52,17 @@ def moving_s(g: Graph, e: int, p: int, q: int) -> float:
 
 @dataclass(frozen=True)
 class Workflow:
-    """A named DAG; make it with `make_workflow`, which checks it."""
+    """A named DAG; make it with `make_workflow`, which checks it.
+
+    Due dates and weights are read by rules and scores of tardiness alone.
+    """
 
     name: str
     tasks: tuple[str, ...]
     devices: tuple[str, ...]
     graph: Graph
+    due_s: FloatArray | None = None  # [num_tasks]; inf where a task has none
+    weight: FloatArray | None = None  # [num_tasks]; None: all 1
 
     @property
     def num_tasks(self) -> int:
@@ -103,6 +108,8 @@ def make_workflow(
     data_bytes: ArrayLike | None = None,
     latency_s: ArrayLike = 0.0,
     s_per_byte: ArrayLike = 0.0,
+    due_s: ArrayLike | None = None,
+    weight: ArrayLike | None = None,
     name: str = "workflow",
 ) -> Workflow:
     """Check a DAG and bring it into the form that kernels read.
@@ -117,6 +124,8 @@ def make_workflow(
         latency_s: Of the link from device to device, `float64[num_devices, num_devices]` or one for
             all; inf where there is no link. Read where an edge has a size.
         s_per_byte: Inverse of the link's bandwidth, likewise.
+        due_s: When each task should be finished, `float64[num_tasks]`; inf for no matter when.
+        weight: What a second of each task's flow or tardiness counts, likewise.
         name: Shown in results.
 
     Raises:
@@ -128,6 +137,10 @@ def make_workflow(
     require_names("device", devices)
     work = np.array(duration_s, float).reshape(num_tasks, num_devices)
     _require_durations(tasks, devices, work)
+    due = None if due_s is None else np.array(due_s, float).reshape(num_tasks)
+    _require_numbers("due_s", tasks, due, due is None or ~np.isnan(due))
+    worth = None if weight is None else np.array(weight, float).reshape(num_tasks)
+    _require_numbers("weight", tasks, worth, worth is None or (worth > 0.0) & np.isfinite(worth))
     ends = np.array(edges, np.int64).reshape(-1, 2)
     if ends.size and (ends.min() < 0 or ends.max() >= num_tasks):
         raise WorkflowError(f"an edge of {name} leads to a task that does not exist")
@@ -166,7 +179,7 @@ def make_workflow(
         latency_s=links[0],
         s_per_byte=links[1],
     )
-    return Workflow(name, tuple(tasks), tuple(devices), graph)
+    return Workflow(name, tuple(tasks), tuple(devices), graph, due, worth)
 
 
 def require_names(kind: str, names: Sequence[str]) -> None:
@@ -190,6 +203,17 @@ def _require_durations(tasks: Sequence[str], devices: Sequence[str], work: Float
         )
     for v in np.flatnonzero(np.isinf(work).all(1))[:1]:
         raise WorkflowError(f"task {tasks[v]} can run on none of the devices")
+
+
+def _require_numbers(
+    what: str, tasks: Sequence[str], values: FloatArray | None, right: BoolArray | bool
+) -> None:
+    if values is not None:
+        for v in np.flatnonzero(~np.asarray(right))[:1]:
+            above = " above 0" if what == "weight" else ""
+            raise WorkflowError(
+                f"{what} of task {tasks[v]} must be a number{above}, got {values[v]:g}"
+            )
 
 
 def _require_once(tasks: Sequence[str], ends: IntArray) -> None:
