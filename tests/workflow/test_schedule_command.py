@@ -72,6 +72,28 @@ def test_wfformat_runs_on_the_devices_given(place, capsys):
     assert document["schedules"][0]["makespan_s"] == 2
 
 
+def test_page_shows_every_task_of_every_policy_with_its_relatives(place):
+    main(["schedule", "--dag", "dag.json", "--policies", "heft,cpop", "--plot", "out.html"])
+    page = (place / "out.html").read_text()
+    assert page.count('<rect class="task"') == 20
+    assert page.count("<svg ") == 2
+    assert "<h2>heft, 80 s</h2>" in page
+    assert "<title>T1 on P3: 0 to 9 s</title>" in page
+    # T8 (number 7) waits for T2, T4 and T6, and T10 for it
+    assert 'data-task="7" data-parent="1 3 5" data-child="9"' in page
+    assert "http" not in page.replace("http://www.w3.org", "")  # needs nothing but itself
+
+
+def test_page_shows_names_as_text(place):
+    document = json.loads((place / "dag.json").read_text())
+    document["name"] = "<b>a & b</b>"
+    (place / "dag.json").write_text(json.dumps(document))
+    main(["schedule", "--dag", "dag.json", "--policies", "heft", "--plot", "out.html"])
+    page = (place / "out.html").read_text()
+    assert "<b>" not in page
+    assert "&lt;b&gt;a &amp; b&lt;/b&gt;" in page
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -80,7 +102,7 @@ def test_wfformat_runs_on_the_devices_given(place, capsys):
         ("--dag dag.json --policies ,", "give at least one policy"),
         ("--dag dag.json --policies heft,heft", "policy heft is given twice"),
         ("--dag dag.json --policies spt", "spt is a job-shop rule"),
-        ("--dag dag.json --plot out.gif", "out.gif must end in .png, .pdf, .svg"),
+        ("--dag dag.json --plot out.gif", "out.gif must end in .html, .png, .pdf, .svg"),
         ("--dag dag.json --json .", "cannot be written"),
         ("--dag dag.json --speeds 0", "speeds must be numbers above 0"),
         ("--dag dag.json --time-limit-s 0", "time_limit_s must be above 0, got 0"),

@@ -16,25 +16,32 @@ import servegym
 from servegym.baselines.workflow.cp_sat import cp_sat
 from servegym.baselines.workflow.registry import EXACT_RULES, WorkflowRule, workflow_rule
 from servegym.commands.console import make_console, require_writable
+from servegym.commands.schedule_benchmark import Benchmark, run_benchmark
 from servegym.errors import ConfigError
 from servegym.evaluate.plots import PALETTE, pyplot
 from servegym.workflow.bounds import critical_path_s, lower_bound_s
+from servegym.workflow.gantt_page import gantt_page
 from servegym.workflow.graph import Workflow
 from servegym.workflow.plot import draw_gantt
 from servegym.workflow.reader import read_workflow
 from servegym.workflow.schedule import Schedule
+from servegym.workflow.tardiness import due_date_scores
 from servegym.workflow.wfformat import Fleet
 
-#: Formats of the chart are those of matplotlib; a wrong one is refused before any work.
-_PLOT_SUFFIXES = (".png", ".pdf", ".svg")
+#: A page, or what matplotlib writes; another one is refused before any work.
+_PLOT_SUFFIXES = (".html", ".png", ".pdf", ".svg")
 
 
 @dataclass(frozen=True)
 class ScheduleDag:
     """Schedule a DAG of tasks on heterogeneous devices with HEFT and others, and compare."""
 
-    dag: Path
+    dag: Path | None = None
     """File with the DAG: servegym-dag-1, WfFormat or a job shop; see docs/workflow.md."""
+    benchmark: Benchmark | None = None
+    """Instead of a file: gaps to the best known, on Taillard's job shops or single machines."""
+    instances: str = "1-50"
+    """Of the benchmark, numbers and ranges: taillard has 80, tardiness 75."""
     policies: tuple[str, ...] = ("heft", "cpop", "peft")
     """Rules, separated by commas or spaces; see docs/workflow.md."""
     speeds: tuple[float, ...] = (1.0, 1.0, 2.0, 4.0)
@@ -44,11 +51,11 @@ class ScheduleDag:
     link_latency_s: float = 0.0
     """Latency between those devices."""
     time_limit_s: float = 10.0
-    """Of cp-sat."""
+    """Of cp-sat, for each schedule."""
     json: Path | None = None
     """Write assignment, start and finish of every task here; see docs/workflow.md."""
     plot: Path | None = None
-    """Draw the Gantt charts here (png, pdf or svg)."""
+    """Draw the Gantt charts here (html, png, pdf or svg)."""
 
     def run(self) -> None:
         """Schedule, print and write."""
@@ -57,6 +64,15 @@ class ScheduleDag:
             raise ConfigError(f"{self.plot} must end in {', '.join(_PLOT_SUFFIXES)}")
         if not 0.0 < self.time_limit_s < math.inf:
             raise ConfigError(f"time_limit_s must be above 0, got {self.time_limit_s:g}")
+        if (self.dag is None) == (self.benchmark is None):
+            raise ConfigError("give either --dag FILE or --benchmark taillard or tardiness")
+        if self.benchmark:
+            if self.plot:
+                raise ConfigError("--plot draws the schedules of one DAG, not of a benchmark")
+            rules = self._rules()
+            run_benchmark(self.benchmark, self.instances, rules, self.time_limit_s, self.json)
+            return
+        assert self.dag is not None
         fleet = Fleet(self.speeds, self.link_gb_per_s * 1e9, self.link_latency_s)
         rules = self._rules()
         workflow = read_workflow(self.dag, fleet)
@@ -95,6 +111,9 @@ def schedules_table(workflow: Workflow, schedules: dict[str, Schedule]) -> Table
     table.add_column("policy")
     for header in ("makespan, s", "SLR", "speed-up", "efficiency", "mean flow, s"):
         table.add_column(header, justify="right")
+    if workflow.due_s is not None:
+        for header in ("tardiness, s", "late", "max lateness, s"):
+            table.add_column(header, justify="right")
     table.add_column("status")
     for name, schedule in schedules.items():
         bound = "" if schedule.bound_s is None else f", bound {schedule.bound_s:.6g} s"
@@ -106,6 +125,7 @@ def schedules_table(workflow: Workflow, schedules: dict[str, Schedule]) -> Table
                 for x in (schedule.slr, schedule.speedup, schedule.efficiency)
             ),
             f"{schedule.mean_flow_s:.6g}",
+            *_due_date_cells(schedule),
             schedule.status + bound,
         )
     return table
@@ -134,6 +154,9 @@ def schedule_document(
                 "speedup": _number(schedule.speedup),
                 "efficiency": _number(schedule.efficiency),
                 "mean_flow_s": schedule.mean_flow_s,
+                "due_dates": due_date_scores(schedule)._asdict()
+                if workflow.due_s is not None
+                else None,
                 "tasks": [
                     {
                         "task": workflow.tasks[v],
@@ -151,6 +174,9 @@ def schedule_document(
 
 def draw_schedules(schedules: dict[str, Schedule], path: Path) -> None:
     """Draw a Gantt chart of each schedule, one below the other, on the same time axis."""
+    if path.suffix == ".html":
+        path.write_text(gantt_page(schedules, PALETTE[:7]), encoding="utf-8")
+        return
     plt = pyplot()
     rows = len(next(iter(schedules.values())).workflow.devices)
     height = 0.8 + 0.3 * rows
@@ -165,6 +191,13 @@ def draw_schedules(schedules: dict[str, Schedule], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _due_date_cells(schedule: Schedule) -> list[str]:
+    if schedule.workflow.due_s is None:
+        return []
+    scores = due_date_scores(schedule)
+    return [f"{scores.tardiness_s:.6g}", str(scores.num_late), f"{scores.max_lateness_s:.6g}"]
 
 
 def _number(value: float) -> float | None:
