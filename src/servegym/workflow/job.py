@@ -161,7 +161,9 @@ class JobBuilder:
             template=self.template,
             label=np.array(label, np.int64),
             kind=np.array(kind, np.int64),
-            duration_s=np.array([row or (0.0,) * types for row in rows], float).reshape(-1, types),
+            duration_s=np.array([row or (0.0,) * types for row in rows], float).reshape(
+                count, types
+            ),
             tool_s=np.array(tool_s, float),
             expected_tool_s=np.array(expected_s, float),
             prompt_tokens=np.array(prompt, np.int64),

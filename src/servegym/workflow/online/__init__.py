@@ -1,0 +1,1 @@
+"""Jobs that arrive over time: the compiled simulator, its plain reference and online policies."""
