@@ -1,0 +1,143 @@
+"""What is known of each replica without asking it: from its hardware, or from given numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from servegym.assets.specs import gpu, model
+from servegym.calibrate.calibration import calibrated_cost
+from servegym.cluster.nominal import (
+    REFERENCE_BATCH,
+    REFERENCE_OUTPUT_TOKENS,
+    REFERENCE_PROMPT_TOKENS,
+    nominal_facts,
+    reference_request_s,
+)
+from servegym.cluster.spec import ClusterSpec, ReplicaType
+from servegym.costs.step import StepCost
+from servegym.typing import FloatArray
+
+
+class Hardware(BaseModel):
+    """A replica whose costs servegym knows.
+
+    Attributes:
+        gpu: Type, as in `gpus.yaml`.
+        model: As in `models.yaml`.
+        tp: Tensor-parallel degree.
+        precision: Of weights.
+        calibration: File of `servegym calibrate` for this GPU, model and degree.
+        speed: Factor on its speed, 1 is nominal.
+        max_num_seqs: Engine setting.
+        max_num_batched_tokens: Engine setting.
+        kv_memory_fraction: Share of the memory that the engine may use.
+        kv_capacity_tokens: Size of the KV cache, if it is known better.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    gpu: str
+    model: str
+    tp: int = Field(1, ge=1)
+    precision: Literal["bf16", "fp8"] = "bf16"
+    calibration: Path | None = None
+    speed: float = Field(1.0, gt=0)
+    max_num_seqs: int = Field(256, ge=1)
+    max_num_batched_tokens: int = Field(2048, ge=1)
+    kv_memory_fraction: float = Field(0.9, gt=0, le=1)
+    kv_capacity_tokens: int | None = Field(None, ge=1)
+
+    def replica_type(self) -> ReplicaType:
+        """Make it a replica of the simulator.
+
+        Raises:
+            ConfigError: If a name is unknown or the calibration was made for another.
+        """
+        if self.calibration is not None:
+            cost = calibrated_cost(self.calibration, self.gpu, self.model, self.tp, self.precision)
+        else:
+            cost = StepCost(gpu(self.gpu), model(self.model), self.tp, self.precision == "fp8")
+        tokens = self.kv_capacity_tokens or cost.kv_capacity_tokens(self.kv_memory_fraction)
+        return ReplicaType(
+            name=f"{self.gpu} x{self.tp}",
+            grid=cost.compile(max_tokens=max(self.max_num_batched_tokens, 64)),
+            num_blocks=tokens,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_num_seqs=self.max_num_seqs,
+        )
+
+
+class Rates(BaseModel):
+    """A replica described by its numbers; the names are the contract's.
+
+    Attributes:
+        prefill_tokens_per_s: Prefill rate at a full token budget.
+        decode_step_s: Duration of a step that decodes one sequence.
+        decode_seq_s: Extra step time of each further decoding sequence of 1,024 tokens.
+        kv_capacity_tokens: Size of the KV cache; 0: ask the engine's metrics.
+        max_num_seqs: Engine setting.
+        max_num_batched_tokens: Engine setting.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    prefill_tokens_per_s: float = Field(gt=0)
+    decode_step_s: float = Field(gt=0)
+    decode_seq_s: float = Field(0.0, ge=0)
+    kv_capacity_tokens: int = Field(0, ge=0)
+    max_num_seqs: int = Field(256, ge=1)
+    max_num_batched_tokens: int = Field(2048, ge=1)
+
+    def reference_request_s(self) -> float:
+        """Engine seconds of the simulator's reference request, as far as these numbers tell."""
+        batch = min(REFERENCE_BATCH, self.max_num_seqs)
+        step_s = self.decode_step_s + (batch - 1) * self.decode_seq_s
+        prefill_s = REFERENCE_PROMPT_TOKENS / self.prefill_tokens_per_s
+        return prefill_s + REFERENCE_OUTPUT_TOKENS * step_s / batch
+
+
+def fleet_facts(replicas: Sequence[Hardware | Rates]) -> FloatArray:
+    """Return the static rows of a fleet's observation.
+
+    Args:
+        replicas: One entry each.
+
+    Returns:
+        `float64[NUM_NOMINAL, R]`, in the order of the contract; the fastest replica's relative
+        speed is 1.
+
+    Raises:
+        ConfigError: If a name is unknown or a calibration was made for another replica.
+    """
+    known: dict[Hardware, tuple[FloatArray, float]] = {}  # equal replicas are compiled once
+    columns = []
+    for entry in replicas:
+        if isinstance(entry, Rates):
+            columns.append(
+                [
+                    1.0 / entry.reference_request_s(),
+                    entry.prefill_tokens_per_s,
+                    entry.decode_step_s,
+                    entry.decode_seq_s,
+                    entry.kv_capacity_tokens,
+                    entry.max_num_seqs,
+                    entry.max_num_batched_tokens,
+                ]
+            )
+            continue
+        if entry not in known:
+            made = entry.replica_type()
+            facts = nominal_facts(ClusterSpec((made,), block_size=1))[0]
+            known[entry] = facts, reference_request_s(made)
+        facts, request_s = known[entry]
+        _, prefill, step_s, seq_s, *sizes = facts.tolist()
+        speed = entry.speed
+        columns.append([speed / request_s, prefill * speed, step_s / speed, seq_s / speed, *sizes])
+    rows = np.array(columns, np.float64).T
+    rows[0] /= rows[0].max()
+    return np.ascontiguousarray(rows)

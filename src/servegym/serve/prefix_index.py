@@ -1,0 +1,120 @@
+"""Which leading blocks of a prompt each replica has probably cached."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+
+from servegym.typing import FloatArray, IntArray, UInt64Array
+
+#: Bytes hashed at once where no tokens are known, as a multiple of 8.
+WORD_BYTES = 8
+
+
+def _mix(x: UInt64Array) -> UInt64Array:
+    """Scramble `uint64[n]`, one to one (splitmix64; Steele, Lea and Flood, OOPSLA 2014)."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def block_keys(words: UInt64Array, block_words: int) -> UInt64Array:
+    """Name every whole block of a text together with all that comes before it.
+
+    Equal keys mean equal prefixes, up to collisions of 64 bits. The keys are the same on every
+    machine. All blocks are hashed at once: prompts have thousands.
+
+    Args:
+        words: The text, `uint64[n]`.
+        block_words: Words in a block.
+
+    Returns:
+        `uint64[n // block_words]`.
+    """
+    count = len(words) // block_words
+    place = np.arange(block_words, dtype=np.uint64)
+    blocks = _mix(words[: count * block_words].reshape(count, block_words) ^ _mix(place))
+    content = _mix(blocks.sum(1, dtype=np.uint64))
+    # a sum over all blocks so far; each is mixed with its position, so their order counts
+    position = _mix(np.arange(count, dtype=np.uint64))
+    return _mix(np.cumsum(_mix(content ^ position), dtype=np.uint64))
+
+
+def token_keys(token_ids: Sequence[int] | IntArray, block_tokens: int) -> UInt64Array:
+    """Name the blocks of a tokenised prompt; see `block_keys`."""
+    return block_keys(np.asarray(token_ids, np.int64).view(np.uint64), block_tokens)
+
+
+def text_keys(text: bytes, block_bytes: int) -> UInt64Array:
+    """Name the blocks of a text of unknown tokens; see `block_keys`.
+
+    Args:
+        text: The prompt.
+        block_bytes: Bytes in a block, a multiple of 8.
+    """
+    whole = len(text) // WORD_BYTES * WORD_BYTES
+    words = np.frombuffer(text, np.dtype("<u8"), whole // WORD_BYTES)
+    return block_keys(words.astype(np.uint64), block_bytes // WORD_BYTES)
+
+
+class PrefixIndex:
+    """Blocks by replica, the least recently used forgotten first.
+
+    Within one prompt the first blocks count as used last, as in an engine's cache: what stays of
+    a prompt is always its beginning, and a search for the last known block can halve.
+
+    Args:
+        capacity_blocks: Blocks that each replica remembers, `[R]`.
+    """
+
+    def __init__(self, capacity_blocks: Sequence[int]) -> None:
+        self._capacity = [max(0, int(size)) for size in capacity_blocks]
+        self._known: list[OrderedDict[int, None]] = [OrderedDict() for _ in self._capacity]
+
+    def leading_blocks(self, keys: UInt64Array, limit: int | None = None) -> FloatArray:
+        """Count the leading blocks of a prompt that each replica knows.
+
+        Args:
+            keys: Of the prompt.
+            limit: Count at most so many.
+
+        Returns:
+            `float64[R]`.
+        """
+        names = keys.tolist() if limit is None else keys[:limit].tolist()
+        counts = np.zeros(len(self._known))
+        if not names:
+            return counts
+        first = names[0]
+        for r, known in enumerate(self._known):
+            if first not in known:
+                continue
+            low, high = 1, len(names)  # names[low - 1] is known, names[high:] are not
+            while low < high:
+                middle = (low + high + 1) // 2
+                if names[middle - 1] in known:
+                    low = middle
+                else:
+                    high = middle - 1
+            counts[r] = low
+        return counts
+
+    def add(self, replica: int, keys: UInt64Array) -> None:
+        """A replica has computed a prompt."""
+        known, capacity = self._known[replica], self._capacity[replica]
+        for key in reversed(keys[:capacity].tolist()):
+            known[key] = None
+            known.move_to_end(key)
+        while len(known) > capacity:
+            known.popitem(last=False)
+
+    def clear(self, replica: int) -> None:
+        """A replica has lost its cache."""
+        self._known[replica].clear()
+
+    def sizes(self) -> list[int]:
+        """Blocks known of each replica."""
+        return [len(known) for known in self._known]

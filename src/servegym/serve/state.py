@@ -1,0 +1,372 @@
+"""The live state: the contract's features from what a router does and sees itself.
+
+Every number means what it means in the simulator (`cluster.kernels`, `policy.observe`); a test
+feeds simulated runs through this class and compares the observations feature by feature.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from servegym.cluster.spec import SloClass
+from servegym.policy.contract import (
+    FIRST_NOMINAL,
+    NUM_NOMINAL,
+    NUM_REPLICA_FEATURES,
+    NUM_REQUEST_FEATURES,
+    REPLICA_FEATURES,
+    ReplicaFeature,
+)
+from servegym.policy.policy import Observations
+from servegym.typing import BoolArray, FloatArray
+
+#: Weights of the newest value in the moving averages of the contract.
+_LATENCY_WEIGHT = 0.1
+_ARRIVAL_WEIGHT = 0.02
+_FAR_S = 1e6
+
+_UP = int(ReplicaFeature["UP"])
+_OUTSTANDING = int(ReplicaFeature["OUTSTANDING_REQUESTS"])
+_PROMPT = int(ReplicaFeature["OUTSTANDING_PROMPT_TOKENS"])
+_PENDING = int(ReplicaFeature["PENDING_PREFILL_TOKENS"])
+_PREDICTED = int(ReplicaFeature["OUTSTANDING_PREDICTED_TOKENS"])
+_TTFT = int(ReplicaFeature["RECENT_TTFT_S"])
+_TPOT = int(ReplicaFeature["RECENT_TPOT_S"])
+_SINCE = int(ReplicaFeature["SINCE_DISPATCH_S"])
+_CAPACITY = int(ReplicaFeature["KV_CAPACITY_TOKENS"])
+_RUNNING = int(ReplicaFeature["NUM_RUNNING"])
+_WAITING = int(ReplicaFeature["NUM_WAITING"])
+_USAGE = int(ReplicaFeature["KV_CACHE_USAGE"])
+_GENERATED = int(ReplicaFeature["GENERATED_TOKENS"])
+_AGE = int(ReplicaFeature["METRICS_AGE_S"])
+_HIT = int(ReplicaFeature["PREFIX_HIT_TOKENS"])
+
+
+class EngineMetrics(NamedTuple):
+    """What one engine says of itself.
+
+    Attributes:
+        num_running: Requests in its running list.
+        num_waiting: Requests in its waiting queue.
+        kv_cache_usage: Share of KV blocks held, 0 to 1.
+        generated_tokens: Output tokens of its requests that have not ended; `None` where the
+            engine does not say, then the router's own count stands.
+        kv_capacity_tokens: Size of the KV cache; `None` where the engine does not say.
+        age_s: How old they were when they were read.
+    """
+
+    num_running: float
+    num_waiting: float
+    kv_cache_usage: float
+    generated_tokens: float | None = None
+    kv_capacity_tokens: float | None = None
+    age_s: float = 0.0
+
+
+class LiveRequest:
+    """One request on its way.
+
+    Attributes:
+        key: Names it; the canary's share is drawn by it.
+        arrival_s: When it arrived, on the state's clock.
+        prompt_tokens: Length of the prompt, known or estimated.
+        predicted_output_tokens: As predicted.
+        slo_class: Index of its service level.
+        replica: Where it is, -1: nowhere.
+        dispatch_s: Last dispatch, NaN before.
+        first_token_s: First token, NaN before.
+        generated_tokens: Output tokens seen so far.
+        held: Whether it is on hold.
+    """
+
+    __slots__ = (
+        "arrival_s",
+        "believed_cached",
+        "dispatch_s",
+        "first_token_s",
+        "generated_tokens",
+        "held",
+        "key",
+        "predicted_output_tokens",
+        "prefill_is_pending",
+        "prompt_tokens",
+        "replica",
+        "slo_class",
+    )
+
+    def __init__(
+        self,
+        key: str,
+        arrival_s: float,
+        prompt_tokens: float,
+        predicted_output_tokens: float,
+        slo_class: int,
+    ) -> None:
+        self.key = key
+        self.arrival_s = arrival_s
+        self.prompt_tokens = prompt_tokens
+        self.predicted_output_tokens = predicted_output_tokens
+        self.slo_class = slo_class
+        self.replica = -1
+        self.dispatch_s = math.nan
+        self.first_token_s = math.nan
+        self.generated_tokens = 0
+        self.held = False
+        self.believed_cached = 0.0  # prompt tokens, at dispatch
+        self.prefill_is_pending = False
+
+
+class LiveState:
+    """Counters of a fleet, kept event by event.
+
+    Args:
+        facts: Static rows of every replica, `float64[NUM_NOMINAL, R]`; see `serve.facts`. A
+            `kv_capacity_tokens` of 0 is filled in from the engine's metrics.
+        slo_classes: Service levels; requests name them by index.
+        allow_hold: Whether a request may be held.
+        allow_reject: Whether a policy may reject a request.
+
+    Attributes:
+        view: Replica rows of the observation, `float64[NUM_REPLICA_FEATURES, R]`. The rows of
+            metrics are as of the last `observe`.
+    """
+
+    def __init__(
+        self,
+        facts: FloatArray,
+        slo_classes: Sequence[SloClass] = (SloClass(),),
+        *,
+        allow_hold: bool = False,
+        allow_reject: bool = False,
+    ) -> None:
+        width = facts.shape[1]
+        assert facts.shape == (NUM_NOMINAL, width)
+        self.view: FloatArray = np.zeros((NUM_REPLICA_FEATURES, width))
+        self.view[_UP] = 1.0
+        self.view[FIRST_NOMINAL : FIRST_NOMINAL + NUM_NOMINAL] = facts
+        self._slo_rows = [
+            (min(c.ttft_s, _FAR_S), min(c.tpot_s, _FAR_S), c.weight) for c in slo_classes
+        ]
+        self._last_dispatch_s = np.full(width, -np.inf)
+        self._last_metrics_s = np.full(width, -np.inf)
+        self._generated = np.zeros(width)  # own count
+        self._engine_counts = np.zeros(width, np.bool_)  # the engine says `generated_tokens`
+        self._arrival_gap_s = math.nan
+        self._last_arrival_s = math.nan
+        self._num_held = 0
+        self._request = np.zeros((1, NUM_REQUEST_FEATURES))
+        self._mask = np.zeros((1, width + 2), np.bool_)
+        self._mask[0, width] = allow_hold
+        self._mask[0, width + 1] = allow_reject
+        self._allow_hold = allow_hold
+
+    @property
+    def num_replicas(self) -> int:
+        """Size of the fleet, replicas that are down included."""
+        return self.view.shape[1]
+
+    @property
+    def num_held(self) -> int:
+        """Requests on hold."""
+        return self._num_held
+
+    @property
+    def arrival_rate_rps(self) -> float:
+        """One over the moving average of inter-arrival times; 0 before the second arrival."""
+        return 1.0 / self._arrival_gap_s if self._arrival_gap_s > 0.0 else 0.0
+
+    def arrive(
+        self,
+        now_s: float,
+        *,
+        key: str,
+        prompt_tokens: float,
+        predicted_output_tokens: float,
+        slo_class: int = 0,
+    ) -> LiveRequest:
+        """Count an arrival.
+
+        Args:
+            now_s: Of one clock that never goes back; all times must be of it.
+            key: Names the request.
+            prompt_tokens: At least 1.
+            predicted_output_tokens: At least 1.
+            slo_class: Index of its service level.
+        """
+        gap_s = now_s - self._last_arrival_s
+        if math.isnan(self._arrival_gap_s):
+            self._arrival_gap_s = gap_s  # still NaN at the very first
+        else:
+            self._arrival_gap_s += _ARRIVAL_WEIGHT * (gap_s - self._arrival_gap_s)
+        self._last_arrival_s = now_s
+        return LiveRequest(key, now_s, prompt_tokens, predicted_output_tokens, slo_class)
+
+    def observe(
+        self,
+        request: LiveRequest,
+        now_s: float,
+        *,
+        hit_tokens: FloatArray | None = None,
+        allowed: BoolArray | None = None,
+        may_hold: bool = True,
+    ) -> Observations:
+        """Describe a decision.
+
+        Args:
+            request: The one to decide about; a held one is no longer counted as held.
+            now_s: The time.
+            hit_tokens: Leading prompt tokens believed cached, `float64[R]`; `None`: unknown, 0.
+            allowed: Replicas that are in question, `bool[R]`; `None`: all that are up.
+            may_hold: Whether it may be held (again).
+
+        Returns:
+            A batch of one, in arrays that the next call overwrites. Metrics that were never seen
+            have an age of infinity.
+        """
+        view, mask, row = self.view, self._mask[0], self._request[0]
+        np.subtract(now_s, self._last_metrics_s, out=view[_AGE])
+        np.subtract(now_s, self._last_dispatch_s, out=view[_SINCE])
+        np.minimum(view[_SINCE], _FAR_S, out=view[_SINCE])
+        np.copyto(view[_GENERATED], self._generated, where=~self._engine_counts)
+        view[_HIT] = 0.0 if hit_tokens is None else hit_tokens
+        np.greater(view[_UP], 0.0, out=mask[:-2])
+        num_up = np.count_nonzero(mask[:-2])
+        need = request.prompt_tokens + request.predicted_output_tokens - 1.0
+        mask[:-2] &= (view[_CAPACITY] >= need) | (view[_CAPACITY] == 0.0)
+        if allowed is not None:
+            mask[:-2] &= allowed
+        mask[-2] = self._allow_hold and may_hold
+        row[0] = request.prompt_tokens
+        row[1] = request.predicted_output_tokens
+        row[2:5] = self._slo_rows[request.slo_class]
+        row[5] = now_s - request.arrival_s
+        row[6] = self.arrival_rate_rps
+        row[7] = num_up
+        row[8] = self._num_held - request.held
+        return Observations(view[None], self._request, self._mask)
+
+    def dispatch(self, request: LiveRequest, replica: int, now_s: float) -> None:
+        """A request goes to a replica; `observe` has just described the choice."""
+        self._resume(request)
+        request.replica = replica
+        request.dispatch_s = now_s
+        request.believed_cached = float(self.view[_HIT, replica])
+        self._last_dispatch_s[replica] = now_s
+        self.view[_OUTSTANDING, replica] += 1.0
+        self.view[_PROMPT, replica] += request.prompt_tokens
+        self.view[_PREDICTED, replica] += request.predicted_output_tokens
+        self._generated[replica] += request.generated_tokens
+        if math.isnan(request.first_token_s):
+            request.prefill_is_pending = True
+            self.view[_PENDING, replica] += request.prompt_tokens - request.believed_cached
+
+    def hold(self, request: LiveRequest) -> None:
+        """A request stays at the router for a while."""
+        if not request.held:
+            request.held = True
+            self._num_held += 1
+
+    def end_prefill(self, request: LiveRequest) -> None:
+        """The prompt is computed, as far as the router knows or assumes."""
+        if request.prefill_is_pending:
+            request.prefill_is_pending = False
+            r = request.replica
+            self.view[_PENDING, r] -= request.prompt_tokens - request.believed_cached
+
+    def first_token(self, request: LiveRequest, now_s: float) -> None:
+        """The first token has come; later calls for the same request change nothing."""
+        if not math.isnan(request.first_token_s):
+            return
+        self.end_prefill(request)
+        request.first_token_s = now_s
+        self._average(_TTFT, request.replica, now_s - request.arrival_s)
+
+    def tokens(self, request: LiveRequest, count: int) -> None:
+        """So many more output tokens have come."""
+        request.generated_tokens += count
+        self._generated[request.replica] += count
+
+    def finish(self, request: LiveRequest, now_s: float, output_tokens: int) -> None:
+        """A request has all its tokens.
+
+        Args:
+            request: It.
+            now_s: The time.
+            output_tokens: How many there are.
+        """
+        r = request.replica
+        first_s = request.first_token_s
+        self._forget(request)
+        if output_tokens > 1 and now_s > first_s:
+            self._average(_TPOT, r, (now_s - first_s) / (output_tokens - 1))
+
+    def leave(self, request: LiveRequest) -> None:
+        """A request is gone before its end: cancelled, failed, rejected, or decided again."""
+        self._resume(request)
+        if request.replica >= 0:
+            self._forget(request)
+
+    def set_up(self, replica: int, up: bool) -> None:
+        """A replica takes requests from now on, or does not."""
+        self.view[_UP, replica] = float(up)
+
+    def is_up(self, replica: int) -> bool:
+        """Whether a replica takes requests."""
+        return bool(self.view[_UP, replica] > 0.0)
+
+    def update_metrics(self, replica: int, metrics: EngineMetrics, now_s: float) -> None:
+        """Note what an engine says of itself.
+
+        Args:
+            replica: Whose.
+            metrics: Them.
+            now_s: When they were asked for.
+        """
+        self.view[_RUNNING, replica] = metrics.num_running
+        self.view[_WAITING, replica] = metrics.num_waiting
+        self.view[_USAGE, replica] = metrics.kv_cache_usage
+        self._engine_counts[replica] = metrics.generated_tokens is not None
+        if metrics.generated_tokens is not None:
+            self.view[_GENERATED, replica] = metrics.generated_tokens
+        if metrics.kv_capacity_tokens is not None and self.view[_CAPACITY, replica] == 0.0:
+            self.view[_CAPACITY, replica] = metrics.kv_capacity_tokens
+        self._last_metrics_s[replica] = now_s - metrics.age_s
+
+    def metrics_age_s(self, replica: int, now_s: float) -> float:
+        """Age of a replica's metrics; infinity before the first."""
+        return now_s - float(self._last_metrics_s[replica])
+
+    def prefill_left_s(self, replica: int) -> float:
+        """Seconds that the prompts on a replica still take at its known rate."""
+        rate = self.view[ReplicaFeature["PREFILL_TOKENS_PER_S"], replica]
+        return float(self.view[_PENDING, replica] / rate) if rate > 0 else 0.0
+
+    def describe(self, replica: int) -> dict[str, float]:
+        """Return a replica's row as of the last `observe`, by feature name."""
+        return {f.name: float(self.view[i, replica]) for i, f in enumerate(REPLICA_FEATURES)}
+
+    def _average(self, row: int, replica: int, value_s: float) -> None:
+        old = self.view[row, replica]
+        self.view[row, replica] = value_s if old == 0.0 else old + _LATENCY_WEIGHT * (value_s - old)
+
+    def _resume(self, request: LiveRequest) -> None:
+        if request.held:
+            request.held = False
+            self._num_held -= 1
+
+    def _forget(self, request: LiveRequest) -> None:
+        """Take a request out of the counters of its replica."""
+        r = request.replica
+        self.end_prefill(request)
+        self.view[_OUTSTANDING, r] -= 1.0
+        self.view[_PROMPT, r] -= request.prompt_tokens
+        self.view[_PREDICTED, r] -= request.predicted_output_tokens
+        self._generated[r] -= request.generated_tokens
+        if self.view[_OUTSTANDING, r] == 0.0:  # no rounding left behind
+            self.view[[_PROMPT, _PENDING, _PREDICTED], r] = 0.0
+            self._generated[r] = 0.0
+        request.replica = -1
