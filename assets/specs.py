@@ -48,7 +48,7 @@ class KernelFit(_Spec):
         eff_bytes: Share of the data-sheet bandwidth.
         eff_flops: Share of the data-sheet FLOP rate.
         p: Sharpness of the bend between the two roofs.
-        s_per_seq_head: Decode attention only: seconds a sequence and KV head.
+        s_per_seq_head: Decode attention only: seconds a sequence and KV head (`mixed`: and head).
         cache_bytes: Weights or KV up to about this size stay in the cache of a benchmark that
             repeats the operator; 0: no sign of that.
         cache_speedup: How much faster they are then read.
@@ -103,6 +103,7 @@ class GpuSpec(_Spec):
         memory_bytes: All of it.
         memory_bytes_per_s: Bandwidth.
         l2_bytes: Last cache; measurements that fit in it do not show the memory.
+        num_sms: Streaming multiprocessors or compute units; needed beside `mixed`.
         price_usd_per_h: Rent.
         source: Of the peaks.
         price_source: Of the rent.
@@ -111,6 +112,10 @@ class GpuSpec(_Spec):
         fp8_gemm: GEMM in fp8, if measured.
         prefill: Attention of new tokens.
         decode: Attention of one token a sequence.
+        mixed: The same in a step that also prefills, where the engine's kernel then treats a
+            decode like a chunk (FlashAttention 2: compute capability 8 and 12). Without it decodes
+            cost the same in both: kernels that pack the heads of a group (FlashAttention 3) or a
+            kernel of their own.
         moe: Grouped experts by precision and routing, e.g. `"bf16 balanced"`.
         elementwise: Norms, rotary embedding and activation of a layer.
         all_reduce: By number of GPUs.
@@ -122,6 +127,7 @@ class GpuSpec(_Spec):
     memory_bytes: float
     memory_bytes_per_s: float
     l2_bytes: float = 0.0
+    num_sms: int = 0
     price_usd_per_h: float
     source: str
     price_source: str
@@ -130,6 +136,7 @@ class GpuSpec(_Spec):
     fp8_gemm: KernelFit | None = None
     prefill: KernelFit
     decode: KernelFit
+    mixed: KernelFit | None = None
     moe: dict[str, KernelFit] = {}
     elementwise: KernelFit | None = None
     all_reduce: dict[int, AllReduceFit]

@@ -36,6 +36,7 @@ def random_grid(rng: np.random.Generator) -> CostGrid:
         decode_batch=batch,
         decode_kv=kv,
         decode_s=np.add.outer(1e-4 * batch, np.cumsum(rng.uniform(0, 1e-3, NUM_KV_KNOTS))),
+        mixed_s=np.add.outer(2e-4 * batch, np.cumsum(rng.uniform(0, 2e-3, NUM_KV_KNOTS))),
     )
 
 

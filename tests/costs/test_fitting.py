@@ -10,7 +10,7 @@ import pytest
 from servegym.assets.specs import GpuSpec, calibrated, gpu, gpu_names
 from servegym.costs import forms
 from servegym.costs import measurements as data
-from servegym.costs.fitting import error, fit_operator, held_out_error, refuse_impossible
+from servegym.costs.fitting import error, fit_mixed, fit_operator, held_out_error, refuse_impossible
 from servegym.costs.measurements import Measurements
 from servegym.errors import ConfigError
 
@@ -126,3 +126,32 @@ def test_decode_and_prefill_attention_are_within_4_percent_in_the_median(name):
     assert gpu(name).prefill.error[0] <= 4
     # the correction is what makes it so
     assert gpu(name).decode.form_error[0] > 4
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("name", "model", "tp"),
+    [
+        ("RTX-4090", "", 1),
+        ("RTX-PRO-6000", "", 1),
+        ("RTX-PRO-6000", "", 2),  # fitted on one GPU's share of Llama-3.1-8B alone
+        ("RTX-PRO-6000", "Qwen/Qwen3-30B-A3B-Instruct-2507", 1),
+        ("RTX-PRO-6000", "Qwen/Qwen3-30B-A3B-Instruct-2507", 2),
+    ],
+)
+def test_mixed_steps_are_nearer_than_the_sum_of_chunk_and_decodes(name, model, tp):
+    spec = gpu(name)
+    calls, chunk_s = data.llmss_mixed(KERNELS, name.replace("-", ""), spec, model, tp)
+    whole_s = chunk_s + calls.operator.form_s(spec.mixed, spec.bf16_flops, spec.memory_bytes_per_s)
+    median, _ = error(whole_s[calls.held_out], calls.seconds[calls.held_out])
+    batch = calls.operator.coordinates["sequence heads"] / (32 / tp)
+    usual = (batch >= 16) & (chunk_s > 0)
+    usual_median, _ = error(whole_s[usual], calls.seconds[usual])
+    assert median < 15.0
+    assert usual_median < 12.0
+
+
+@needs_data
+def test_fitting_mixed_steps_again_gives_the_committed_coefficients():
+    spec = gpu("RTX-4090")
+    assert fit_mixed(*data.llmss_mixed(KERNELS, "RTX4090", spec), spec) == spec.mixed

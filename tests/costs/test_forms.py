@@ -64,3 +64,28 @@ def test_a_surface_takes_the_running_maximum_and_is_straight_in_logarithms():
     assert surface(1, 2) == pytest.approx(2.0)  # half way from 1 to 4
     assert surface(64, 1) == pytest.approx(4.0)  # the last slope goes on
     assert surface(0.1, 1) == pytest.approx(1.0)  # before the first knot nothing is gained
+
+
+def unpacked(batch, kv_tokens, *, l2_bytes=1e9, num_sms=4):
+    """8 query heads on 2 KV heads of 4 elements."""
+    return forms.unpacked_decode(batch, kv_tokens, 8, 2, 4, l2_bytes, num_sms)
+
+
+def test_an_unpacked_decode_computes_a_whole_tile_for_every_query_head():
+    # 2 products of 64 rows and 4 elements with each of 100 tokens, for 8 heads; twice for
+    # multiplication and addition
+    assert unpacked(2, 100).flops == pytest.approx(4 * 64 * 4 * 8 * 100)
+
+
+def test_few_unpacked_decodes_leave_multiprocessors_idle():
+    # one sequence has 8 tiles for 32 multiprocessors
+    assert unpacked(1, 100, num_sms=32).flops == pytest.approx(4 * 4 * 64 * 4 * 8 * 100)
+    assert unpacked(8, 100, num_sms=32).flops == pytest.approx(4 * 64 * 4 * 8 * 100)
+
+
+def test_heads_of_a_group_read_keys_again_if_no_cache_holds_them_and_they_run_one_by_one():
+    once = 4 * 4 * 2 * 100  # K and V of 2 KV heads in 2 bytes
+    assert unpacked(100, 100).num_bytes == pytest.approx(once)
+    assert unpacked(100, 100, l2_bytes=1.0).num_bytes == pytest.approx(4 * once)
+    # as many multiprocessors as a group has tiles: its heads run at the same time
+    assert unpacked(100, 100, l2_bytes=1.0, num_sms=400).num_bytes == pytest.approx(once)

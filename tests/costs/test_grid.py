@@ -49,6 +49,15 @@ def test_a_step_adds_cpu_dense_chunks_and_decodes():
     assert step_s == pytest.approx(0.5 + 0.015 + 30e-6 + 70e-6 + 0.003 + 55e-6)
 
 
+def test_decodes_beside_a_chunk_cost_what_mixed_steps_cost():
+    grid = toy_grid()
+    dearer = toy_grid(mixed_s=3.0 * grid.decode_s)
+    alone, beside = ({"chunks": c, "num_decodes": 3, "kv_tokens": 55} for c in ([], [(5, 6)]))
+    assert dearer.step_s(**alone) == grid.step_s(**alone)
+    assert dearer.step_s(**beside) - grid.step_s(**beside) == pytest.approx(2 * (0.003 + 55e-6))
+    assert dearer.step_s([(5, 6)]) == grid.step_s([(5, 6)])
+
+
 def test_a_step_without_decodes_pays_none():
     assert toy_grid().step_s([(5, 0)]) == pytest.approx(0.5 + 0.005)
 

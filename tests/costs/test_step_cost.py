@@ -322,3 +322,14 @@ def test_a_degree_without_collectives_is_refused():
 def test_fp8_without_units_is_refused(name):
     with pytest.raises(ConfigError, match="no fp8 units"):
         StepCost(gpu(name), model("Llama-3.1-8B"), fp8=True)
+
+
+def test_decodes_cost_more_beside_a_chunk_where_that_was_measured_and_only_there():
+    shape = {"tokens": 1064, "batch": 64, "kv_tokens": 65536}
+    for name, dearer in (("RTX-PRO-6000", True), ("A100-SXM-80GB", True), ("H100-SXM-80GB", False)):
+        cost = StepCost(gpu(name), model("Llama-3.1-8B"))
+        alone, beside = (cost.terms(**shape, chunk=c)["decode attention"] for c in (0, 1000))
+        assert (beside > 1.3 * alone) if dearer else beside == alone
+        grid = cost.compile()
+        assert grid.mixed(64, 65536) == pytest.approx(beside, rel=0.05)
+        assert grid.decode(64, 65536) == pytest.approx(alone, rel=0.05)

@@ -153,6 +153,14 @@ class AdaptedSource(RooflineSource):
         shape = (batch, kv_tokens, heads, kv_heads, head_dim)
         return self.factors.decode * RooflineSource.decode_attention_s(self, *shape)
 
+    def mixed_attention_s(
+        self, batch: float, kv_tokens: float, heads: int, kv_heads: int, head_dim: int
+    ) -> float:
+        """Seconds of such decodes in a step that also prefills: tiles as of a prefill."""
+        shape = (batch, kv_tokens, heads, kv_heads, head_dim)
+        factor = self.factors.prefill if self.gpu.mixed else 1.0  # without, decode has its own
+        return factor * RooflineSource.mixed_attention_s(self, *shape)
+
     def attention_launch_s(self) -> float:
         """Constant part of one attention kernel."""
         return self.factors.overhead * RooflineSource.attention_launch_s(self)

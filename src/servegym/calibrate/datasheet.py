@@ -22,6 +22,8 @@ class DataSheet(BaseModel):
         memory_bytes: All of it.
         memory_bytes_per_s: Bandwidth.
         l2_bytes: Last cache.
+        num_sms: Multiprocessors, if the engine runs FlashAttention 2 there (compute capability 8
+            and 12), which makes decodes dearer beside prefills; 0: it does not.
         price_usd_per_h: Rent.
     """
 
@@ -32,6 +34,7 @@ class DataSheet(BaseModel):
     memory_bytes: float = Field(gt=0)
     memory_bytes_per_s: float = Field(gt=0)
     l2_bytes: float = Field(0.0, ge=0)
+    num_sms: int = Field(0, ge=0)
     price_usd_per_h: float = Field(0.0, ge=0)
 
 
@@ -78,11 +81,12 @@ def prior_spec(sheet: DataSheet | GpuSpec, others: Iterable[str] | None = None) 
     Every coefficient is the median over the measured GPUs, and marked as a prior.
 
     Args:
-        sheet: Peaks; of a `GpuSpec` nothing else is looked at.
+        sheet: Peaks; of a `GpuSpec` nothing else is looked at but whether it has `mixed`.
         others: Names of the GPUs to take the median over; all measured ones by default.
     """
     specs = [gpu(name) for name in (measured_gpus() if others is None else others)]
     own = DataSheet.model_fields.keys() - {"name"}
+    unpacked = sheet.mixed is not None if isinstance(sheet, GpuSpec) else sheet.num_sms > 0
     return GpuSpec(
         **{key: getattr(sheet, key) for key in sorted(own)},
         source="data sheet",
@@ -90,6 +94,7 @@ def prior_spec(sheet: DataSheet | GpuSpec, others: Iterable[str] | None = None) 
         gemm=_median([spec.gemm for spec in specs]),
         prefill=_median([spec.prefill for spec in specs]),
         decode=_median([spec.decode for spec in specs]),
+        mixed=_median([spec.mixed for spec in specs if spec.mixed]) if unpacked else None,
         all_reduce=_collectives(specs),
     )
 

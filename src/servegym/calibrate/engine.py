@@ -210,6 +210,12 @@ class EngineSource(CostSource):
         extra_s = (self.fit.s_per_sequence - self.s_per_token) * batch
         return (extra_s + self.fit.s_per_kv_token * kv_tokens) / self.layers
 
+    def mixed_attention_s(
+        self, batch: float, kv_tokens: float, heads: int, kv_heads: int, head_dim: int
+    ) -> float:
+        """The same: a log does not tell them apart."""
+        return self.decode_attention_s(batch, kv_tokens, heads, kv_heads, head_dim)
+
     def latent_decode_s(
         self, batch: float, kv_tokens: float, heads: int, latent: int, rope: int
     ) -> float:

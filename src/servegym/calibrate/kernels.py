@@ -186,10 +186,11 @@ class MeasuredSource(RooflineSource):
             "prefill": f"chunks to {size.max_tokens} tokens over {size.max_context}",
             "decode": f"to {size.max_batch} sequences, {size.max_kv_tokens} KV tokens",
         }
-        return [
+        found = [
             Evidence(f"{name} attention, {shape}", "measured", f"own benchmark, {note}")
             for name, note in notes.items()
         ]
+        return found + self._mixed_evidence(heads, kv_heads, head_dim)
 
     def all_reduce_evidence(self, num_gpus: int) -> Evidence:
         """Measured, if there was more than one device."""

@@ -40,10 +40,10 @@ from servegym.cluster.state import (
     State,
 )
 from servegym.cluster.steptime import (
-    decode_s,
     decode_span_s,
     decode_steps_past,
     dense_s,
+    mixed_s,
     prefill_s,
     step_factor,
 )
@@ -93,7 +93,7 @@ def form_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
         v.mode = STEP
         v.seg_steps = 1
         if batch > 0:
-            attention_s += decode_s(p, t, batch, v.kv_tokens + batch)
+            attention_s += mixed_s(p, t, batch, v.kv_tokens + batch)
         duration = (dense_s(p, t, tokens) + attention_s) * factor
         set_event(s, e, r, now_s + duration)
         return

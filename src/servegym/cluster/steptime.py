@@ -45,9 +45,9 @@ def prefill_s(p: Params, t: int, chunk: int, context: int) -> float:
 
 
 @inlined
-def decode_s(p: Params, t: int, batch: int, kv_tokens: int) -> float:
-    """Attention seconds of `batch` sequences attending to `kv_tokens` in all."""
-    bk, kk, v = p.decode_batch[t], p.decode_kv[t], p.decode_s[t]
+def mixed_s(p: Params, t: int, batch: int, kv_tokens: int) -> float:
+    """Attention seconds of `batch` decodes over `kv_tokens` in all, in a step that prefills."""
+    bk, kk, v = p.decode_batch[t], p.decode_kv[t], p.mixed_s[t]
     i, j = locate(bk, batch), locate(kk, kv_tokens)
     w = (batch - bk[i]) / (bk[i + 1] - bk[i])
     z = (kv_tokens - kk[j]) / (kk[j + 1] - kk[j])

@@ -106,6 +106,39 @@ def fit_operator(
     )
 
 
+def fit_mixed(data: Measurements, chunk_s: FloatArray, gpu: GpuSpec) -> KernelFit:
+    """Fit decodes beside prefill chunks, see `forms.unpacked_decode`; three coefficients.
+
+    Args:
+        data: Decodes as the operator, seconds of whole calls.
+        chunk_s: Seconds of the chunk of each call alone, `float64[N]`.
+        gpu: Its peaks.
+    """
+    seen = ~data.held_out
+    at = (gpu.bf16_flops, gpu.memory_bytes_per_s)
+
+    def off(fit: KernelFit) -> float:
+        whole_s = chunk_s + data.operator.form_s(fit, *at)
+        return float(np.mean(np.abs(np.log(whole_s / data.seconds))[seen]))
+
+    tried = [
+        # the two roofs are those of one loop: the slower decides
+        KernelFit(c0_s=0.0, eff_flops=flops, eff_bytes=share, s_per_seq_head=launch, p=8.0)
+        for flops in np.round(np.arange(0.3, 1.0, 0.02), 2).tolist()
+        for share in (0.8, 0.85, 0.9, 0.95)
+        for launch in (0.0, 5e-9, 1e-8, 1.5e-8, 2e-8, 2.5e-8, 3e-8, 4e-8, 5e-8)
+    ]
+    best = min(tried, key=off)
+    whole_s = chunk_s + data.operator.form_s(best, *at)
+    return best.model_copy(
+        update={
+            "source": data.source,
+            "error": error(whole_s[data.held_out], data.seconds[data.held_out]),
+            "num_held_out": int(data.held_out.sum()),
+        }
+    )
+
+
 def refuse_impossible(
     data: Measurements, peak_flops: float, bytes_per_s: float, cache_bytes: float
 ) -> None:

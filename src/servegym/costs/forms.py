@@ -14,6 +14,9 @@ from servegym.assets.specs import Correction, KernelFit
 from servegym.typing import FloatArray
 
 ELEMENT_BYTES = 2.0  # of activations and KV cache
+#: Query rows that a thread block of FlashAttention 2 computes at once on a paged KV cache
+#: (`kBlockM` of its split-KV kernels).
+TILE_ROWS = 64.0
 
 _Numbers = npt.ArrayLike
 
@@ -180,6 +183,48 @@ def decode(
             "group": heads / kv_heads,
         },
         seq_heads=b * kv_heads,
+    )
+
+
+def unpacked_decode(
+    batch: _Numbers,
+    kv_tokens: _Numbers,
+    heads: _Numbers,
+    kv_heads: _Numbers,
+    head_dim: float,
+    l2_bytes: float,
+    num_sms: int,
+) -> Operator:
+    """Decodes in one kernel call with prefill chunks, as FlashAttention 2 computes them.
+
+    Alone, decodes have the query heads of a group packed into one tile and their keys split over
+    thread blocks. In a call that also holds chunks neither is done: every head of every sequence
+    is a tile of `TILE_ROWS` rows of which one is used, and a thread block walks along all its
+    keys, so that few of them leave multiprocessors idle. The heads of a group find each other's
+    keys in the cache, if they run at the same time or all sequences' keys of one head fit in it.
+
+    Args:
+        batch: Decoding sequences.
+        kv_tokens: Tokens these attend to in all.
+        heads: Query heads.
+        kv_heads: KV heads.
+        head_dim: Elements of a head.
+        l2_bytes: Last cache.
+        num_sms: Multiprocessors.
+    """
+    b, tokens, heads, kv_heads = _arrays(batch, kv_tokens, heads, kv_heads)
+    group = heads / kv_heads
+    one_head = 2.0 * ELEMENT_BYTES * head_dim * tokens
+    at_once = np.clip(num_sms / b, 1.0, group)  # heads of a group
+    missed = 1.0 / (1.0 + (l2_bytes / one_head) ** 4)
+    reads = 1.0 + missed * (group / at_once - 1.0)
+    idle = np.maximum(num_sms / (b * heads), 1.0)
+    return Operator(
+        flops=4.0 * TILE_ROWS * head_dim * heads * tokens * idle,
+        num_bytes=kv_heads * one_head * reads,
+        cold_bytes=kv_heads * one_head,
+        coordinates={"kv bytes": kv_heads * one_head, "sequence heads": b * heads},
+        seq_heads=b * heads,
     )
 
 

@@ -22,7 +22,8 @@ class CostGrid:
     """Duration of one engine step of one replica type, as sums of piecewise-linear terms.
 
     `step_s = cpu_s + dense(tokens) + sum over chunks of prefill(chunk, context)
-    + decode(batch, kv_tokens) if batch > 0`. Between knots each term is linear (bilinear for the
+    + decode(batch, kv_tokens) if batch > 0`; in a step with both chunks and decodes `mixed` takes
+    the place of `decode`. Between knots each term is linear (bilinear for the
     two-dimensional ones), beyond the last knot it goes on with the last slope; below the first
     knot with the first slope. All knots ascend strictly.
 
@@ -40,6 +41,7 @@ class CostGrid:
         decode_kv: Knots of the tokens all of them attend to, new ones included,
             `float64[NUM_KV_KNOTS]`.
         decode_s: Attention seconds, `float64[NUM_BATCH_KNOTS, NUM_KV_KNOTS]`.
+        mixed_s: The same in a step that also prefills, same shape; left out: as `decode_s`.
     """
 
     cpu_s: float
@@ -51,8 +53,11 @@ class CostGrid:
     decode_batch: FloatArray
     decode_kv: FloatArray
     decode_s: FloatArray
+    mixed_s: FloatArray = None  # type: ignore[assignment]  # set below, never None
 
     def __post_init__(self) -> None:
+        if self.mixed_s is None:
+            object.__setattr__(self, "mixed_s", self.decode_s)
         expected = {
             "dense_tokens": (NUM_DENSE_KNOTS,),
             "dense_s": (NUM_DENSE_KNOTS,),
@@ -62,6 +67,7 @@ class CostGrid:
             "decode_batch": (NUM_BATCH_KNOTS,),
             "decode_kv": (NUM_KV_KNOTS,),
             "decode_s": (NUM_BATCH_KNOTS, NUM_KV_KNOTS),
+            "mixed_s": (NUM_BATCH_KNOTS, NUM_KV_KNOTS),
         }
         for name, shape in expected.items():
             values = getattr(self, name)
@@ -89,9 +95,16 @@ class CostGrid:
 
     def decode(self, batch: float, kv_tokens: float) -> float:
         """Return the attention seconds of `batch` sequences attending to `kv_tokens` in all."""
+        return self._decode(self.decode_s, batch, kv_tokens)
+
+    def mixed(self, batch: float, kv_tokens: float) -> float:
+        """Return the same for a step that also prefills."""
+        return self._decode(self.mixed_s, batch, kv_tokens)
+
+    def _decode(self, values: FloatArray, batch: float, kv_tokens: float) -> float:
         i, w = _locate(self.decode_batch, batch)
-        low = _linear(self.decode_kv, self.decode_s[i], kv_tokens)
-        high = _linear(self.decode_kv, self.decode_s[i + 1], kv_tokens)
+        low = _linear(self.decode_kv, values[i], kv_tokens)
+        high = _linear(self.decode_kv, values[i + 1], kv_tokens)
         return low + w * (high - low)
 
     def step_s(
@@ -111,7 +124,8 @@ class CostGrid:
         total = self.cpu_s + self.dense(tokens)
         total += sum(self.prefill(chunk, context) for chunk, context in chunks)
         if num_decodes:
-            total += self.decode(num_decodes, kv_tokens)
+            attention = self.mixed if chunks else self.decode
+            total += attention(num_decodes, kv_tokens)
         return total
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from servegym.assets.specs import GpuSpec
 from servegym.costs import forms
 from servegym.costs.forms import Operator
 from servegym.typing import BoolArray, FloatArray
@@ -192,6 +193,41 @@ def llmss_decode(folder: Path, device: str) -> Measurements:
         1e-6 * t["time_us"][pure],
         (_rank(batch) + _rank(context)) % 2 == 1,
         _LLMSS,
+    )
+
+
+def llmss_mixed(
+    folder: Path, device: str, gpu: GpuSpec, model: str = "", tp: int = 1
+) -> tuple[Measurements, FloatArray]:
+    """Chunks with decodes in one call, of LLMServingSim's profiles (vLLM 0.19).
+
+    Args:
+        folder: Of the tables.
+        device: Name in them.
+        gpu: Its cache and multiprocessors.
+        model: Profiled model, Llama-3.1-8B by default, or Qwen3-30B-A3B-Instruct-2507.
+        tp: Tensor-parallel degree, 1 or 2.
+
+    Returns:
+        Decodes as the operator, seconds of whole calls; and the seconds that their chunk takes
+        alone, measured, `float64[N]`.
+    """
+    t = _rows(
+        _table(folder / "llmss_attention.parquet"), device=device, tp=tp, model=model or _LLAMA
+    )
+    alone = t["n_decode"] == 0
+    chunks = zip(t["prefill_chunk"][alone], t["kv_prefill"][alone], strict=True)
+    chunk_s = dict(zip(chunks, 1e-6 * t["time_us"][alone], strict=True))
+    mixed = (t["n_decode"] > 0) & (t["prefill_chunk"] > 0)
+    t = {name: column[mixed] for name, column in t.items()}
+    batch, context = t["n_decode"], np.maximum(t["kv_decode"], 1.0)
+    shape = (32 / tp, (4 if "Qwen" in model else 8) / tp, 128.0)
+    operator = forms.unpacked_decode(batch, batch * context, *shape, gpu.l2_bytes, gpu.num_sms)
+    held_out = (_rank(batch) + _rank(context)) % 2 == 1
+    beside = zip(t["prefill_chunk"], t["kv_prefill"], strict=True)
+    return (
+        Measurements(operator, 1e-6 * t["time_us"], held_out, _LLMSS),
+        np.array([chunk_s[key] for key in beside]),
     )
 
 

@@ -213,6 +213,19 @@ class RooflineSource:
             self._surfaces[key] = Surface.through(_BATCHES, _KV_TOKENS, seconds)
         return max(self._surfaces[key](batch, kv_tokens) - self.attention_launch_s(), 0.0)
 
+    def mixed_attention_s(
+        self, batch: float, kv_tokens: float, heads: int, kv_heads: int, head_dim: int
+    ) -> float:
+        """Seconds of such decodes in a step that also prefills, no launch."""
+        alone_s = self.decode_attention_s(batch, kv_tokens, heads, kv_heads, head_dim)
+        fit = self.gpu.mixed
+        if fit is None:
+            return alone_s
+        operator = forms.unpacked_decode(
+            batch, kv_tokens, heads, kv_heads, head_dim, self.gpu.l2_bytes, self.gpu.num_sms
+        )
+        return float(operator.form_s(fit, self.gpu.bf16_flops, self.gpu.memory_bytes_per_s))
+
     def latent_decode_s(
         self, batch: float, kv_tokens: float, heads: int, latent: int, rope: int
     ) -> float:
@@ -305,7 +318,19 @@ class RooflineSource:
                 note = "fitted on heads of 128 elements"
                 evidence = Evidence(evidence.operator, "extrapolated", note)
             found.append(evidence)
-        return found
+        return found + self._mixed_evidence(heads, kv_heads, head_dim)
+
+    def _mixed_evidence(self, heads: int, kv_heads: int, head_dim: int) -> list[Evidence]:
+        fit = self.gpu.mixed
+        if fit is None:
+            return []
+        operator = f"decodes beside a prefill, {heads} heads, {kv_heads} KV, size {head_dim}"
+        note = "tiles of FlashAttention 2; FLOP share of long prefills, not measured in mixed steps"
+        return [
+            Evidence(operator, "prior", note)
+            if fit.prior
+            else Evidence(operator, "interpolated", fit.source)
+        ]
 
     def all_reduce_evidence(self, num_gpus: int) -> Evidence:
         """A fit by size, or a prior."""

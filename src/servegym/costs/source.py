@@ -67,6 +67,12 @@ class CostSource(Protocol):
         """Seconds of `batch` sequences, one token each, over `kv_tokens` in all, no launch."""
         ...
 
+    def mixed_attention_s(
+        self, batch: float, kv_tokens: float, heads: int, kv_heads: int, head_dim: int
+    ) -> float:
+        """Seconds of such decodes in a step that also prefills, no launch."""
+        ...
+
     def latent_decode_s(
         self, batch: float, kv_tokens: float, heads: int, latent: int, rope: int
     ) -> float:

@@ -124,7 +124,7 @@ class StepCost:
             tokens: All tokens of the step.
             chunk: Prompt tokens of one prefilling request.
             context: Its tokens already cached.
-            batch: Decoding sequences.
+            batch: Decoding sequences; beside a chunk they cost what a mixed step makes of them.
             kv_tokens: Tokens these attend to in all.
 
         Returns:
@@ -151,7 +151,7 @@ class StepCost:
             "output head": head,
             "attention launch": m.layers * op.attention_launch_s(),
             "prefill attention": self._prefill_s(chunk, context) if chunk else 0.0,
-            "decode attention": self._decode_s(batch, kv_tokens) if batch else 0.0,
+            "decode attention": self._decode_s(batch, kv_tokens, mixed=chunk > 0) if batch else 0.0,
         }
 
     def _projections(self) -> list[tuple[int, int]]:
@@ -214,16 +214,17 @@ class StepCost:
             total += m.window_layers * chunk / block * one
         return total
 
-    def _decode_s(self, batch: float, kv_tokens: float) -> float:
+    def _decode_s(self, batch: float, kv_tokens: float, *, mixed: bool) -> float:
         m, op = self.model, self.operators
         if m.latent_dim:
             one = op.latent_decode_s(batch, kv_tokens, self._heads, m.latent_dim, m.latent_rope_dim)
             return m.layers * one
         shape = (self._heads, self._kv_heads, m.head_dim)
-        total = (m.layers - m.window_layers) * op.decode_attention_s(batch, kv_tokens, *shape)
+        attention_s = op.mixed_attention_s if mixed else op.decode_attention_s
+        total = (m.layers - m.window_layers) * attention_s(batch, kv_tokens, *shape)
         if m.window_layers:
             seen = min(kv_tokens, batch * m.window_tokens)
-            total += m.window_layers * op.decode_attention_s(batch, seen, *shape)
+            total += m.window_layers * attention_s(batch, seen, *shape)
         return total
 
     def dense_s(self, tokens: float) -> float:
@@ -274,9 +275,17 @@ class StepCost:
 
         batches = np.unique(np.round(np.geomspace(1, 1024, 40)))
         kv = np.geomspace(1, 4.0e6, 73)
-        decode = _growing(np.array([[self._decode_s(b, k) for k in kv] for b in batches]))
-        b = _knots(decode, batches, decode + step_s, NUM_BATCH_KNOTS)
-        k = _knots(decode.T, kv, decode.T + step_s, NUM_KV_KNOTS)
+        decode, mixed = (
+            np.array([[self._decode_s(b, k, mixed=beside) for k in kv] for b in batches])
+            for beside in (False, True)
+        )
+        decode = _growing(decode)
+        # the same tokens in more sequences may take less time: they leave no multiprocessor idle
+        mixed = np.maximum.accumulate(mixed, axis=1)
+        both = np.concatenate((decode, mixed), axis=1)
+        b = _knots(both, batches, both + step_s, NUM_BATCH_KNOTS)
+        both = np.concatenate((decode, mixed), axis=0).T
+        k = _knots(both, kv, both + step_s, NUM_KV_KNOTS)
         return CostGrid(
             cpu_s=cpu_s,
             dense_tokens=tokens[at],
@@ -287,6 +296,7 @@ class StepCost:
             decode_batch=batches[b],
             decode_kv=kv[k],
             decode_s=decode[np.ix_(b, k)],
+            mixed_s=mixed[np.ix_(b, k)],
         )
 
 

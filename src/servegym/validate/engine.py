@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -11,6 +12,7 @@ from servegym.assets.specs import gpu, model
 from servegym.cluster.spec import ReplicaType
 from servegym.costs.grid import CostGrid
 from servegym.costs.step import StepCost
+from servegym.typing import FloatArray
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class EngineConstants:
             cpu_s=max(0.0, grid.cpu_s + self.step_s),
             dense_s=grid.dense_s * self.dense_factor,
             decode_s=grid.decode_s + self.sequence_s * grid.decode_batch[:, np.newaxis],
+            mixed_s=grid.mixed_s + self.sequence_s * grid.decode_batch[:, np.newaxis],
         )
 
 
@@ -55,6 +58,8 @@ class EngineSetup:
         num_blocks: KV blocks; None: what the memory model gives.
         memory_fraction: Share of GPU memory the engine may use.
         expert_ranks: Data-parallel ranks that share their experts and run in lockstep.
+        separate_attention: Whether chunks and decodes of a step have attention kernels of their
+            own, as in every engine but vLLM V1, which hands both to FlashAttention at once.
     """
 
     gpu: str
@@ -68,6 +73,7 @@ class EngineSetup:
     num_blocks: int | None = None
     memory_fraction: float = 0.9
     expert_ranks: int = 1
+    separate_attention: bool = False
 
     def replica(self, constants: EngineConstants) -> ReplicaType:
         """Return the replica type to simulate.
@@ -81,6 +87,8 @@ class EngineSetup:
         )
         if self.kv_precision == "fp8":
             grid, kv_tokens = half_kv(grid), 2 * kv_tokens
+        if self.separate_attention:
+            grid = replace(grid, mixed_s=grid.decode_s)
         ranks = self.expert_ranks
         blocks = self.num_blocks or kv_tokens // self.block_size
         return ReplicaType(
@@ -117,12 +125,13 @@ def _cost(
 def half_kv(grid: CostGrid) -> CostGrid:
     """Return the step cost with a KV cache of half the bytes: decodes read half as much.
 
-    Step costs know 16-bit KV only; a token of eight bits costs what half a token does there.
+    Step costs know 16-bit KV only; a token of eight bits costs what half a token does there, beside
+    prefills as well: kernels that read eight bits pack the heads of a group.
     """
     decode = [
         [grid.decode(b, max(1.0, kv / 2)) for kv in grid.decode_kv] for b in grid.decode_batch
     ]
-    return replace(grid, decode_s=np.array(decode))
+    return replace(grid, decode_s=np.array(decode), mixed_s=np.array(decode))
 
 
 def _lockstep(cost: StepCost, ranks: int) -> CostGrid:
@@ -146,17 +155,21 @@ def _lockstep(cost: StepCost, ranks: int) -> CostGrid:
         rest = sum(terms.values()) - terms["cpu"] - terms["experts"]
         return rest + all_tokens["experts"] / ranks + cost.model.layers * exchange
 
+    def of_one_rank(attention_s: Callable[[float, float], float]) -> FloatArray:
+        return np.array(
+            [
+                [attention_s(max(1.0, b / ranks), max(1.0, k / ranks)) for k in grid.decode_kv]
+                for b in grid.decode_batch
+            ]
+        )
+
     extra = np.array([attention(c) - attention(max(1.0, c / ranks)) for c in grid.prefill_chunk])
     return replace(
         grid,
         dense_s=np.array([dense(t) for t in grid.dense_tokens]),
         prefill_s=grid.prefill_s + np.maximum(extra, 0.0)[:, np.newaxis],
-        decode_s=np.array(
-            [
-                [grid.decode(max(1.0, b / ranks), max(1.0, k / ranks)) for k in grid.decode_kv]
-                for b in grid.decode_batch
-            ]
-        ),
+        decode_s=of_one_rank(grid.decode),
+        mixed_s=of_one_rank(grid.mixed),
     )
 
 

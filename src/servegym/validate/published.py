@@ -176,6 +176,7 @@ def experiment(row: Row) -> Experiment:
         max_num_seqs=seqs,
         max_num_batched_tokens=max(budget, seqs),
         memory_fraction=limits.memory_fraction,
+        separate_attention=family != "vllm",
     )
     floor_s = _read_weights_s(setup)
     per_token_s = row.measured.get("tpot_s", math.inf)
