@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -16,6 +14,7 @@ from servegym.baselines.llm_d import llm_d
 from servegym.baselines.llumnix import llumnix
 from servegym.baselines.mct import mct
 from servegym.baselines.min_kv import min_kv
+from servegym.baselines.parameters import read_parameters
 from servegym.baselines.power_of_two import power_of_two
 from servegym.baselines.prefix_load import prefix_load
 from servegym.baselines.random_choice import random_choice
@@ -75,9 +74,9 @@ RANGES: dict[str, dict[str, tuple[float, float, bool]]] = {
 
 #: `(low, high)` of the parameters that are not just any number of at least 0.
 _BOUNDS = {
-    ("hexgen", "alpha"): (0.0, 1.0),
-    ("sglang", "cache_threshold"): (0.0, 1.0),
-    ("dynamo", "block_tokens"): (1.0, 1e6),
+    "hexgen": {"alpha": (0.0, 1.0)},
+    "sglang": {"cache_threshold": (0.0, 1.0)},
+    "dynamo": {"block_tokens": (1.0, 1e6)},
 }
 
 
@@ -103,36 +102,10 @@ def policy(text: str) -> Heuristic:
         raise ConfigError(unknown_name("policy", name, names()))
     oracle = name not in _RULES
     factory = _RULES[name.removesuffix("-oracle") if oracle else name]
-    known = inspect.signature(factory).parameters
-    values: dict[str, float] = {}
-    for part in filter(None, given.split(",")):
-        key, _, value = part.partition("=")
-        if key not in known:
-            raise ConfigError(
-                unknown_name(f"parameter of {name}", key, known)
-                if known
-                else f"{name} has no parameters, got {key!r}"
-            )
-        if key in values:
-            raise ConfigError(f"parameter {key} of {name} must be given once, got {given!r}")
-        values[key] = _number(name, key, value)
-    made = factory(**values)
+    made = factory(**read_parameters(name, factory, given, _BOUNDS.get(name, {})))
     if oracle:
         return replace(made, name=name, information="oracle")
     return replace(made, name=text if given else name)
-
-
-def _number(name: str, key: str, text: str) -> float:
-    low, high = _BOUNDS.get((name.removesuffix("-oracle"), key), (0.0, 1e9))
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not low <= value <= high:
-        raise ConfigError(
-            f"parameter {key} of {name} must be a number from {low:g} to {high:g}, got {text!r}"
-        )
-    return value
 
 
 def describe(name: str) -> tuple[str, str, str]:

@@ -40,6 +40,23 @@ def step_row(requests: Iterable[tuple[int, int, int]]) -> tuple[int, int, int, i
     return prompt, decodes, kv_tokens, pairs
 
 
+def step_requests(output: Any, requests: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+    """List the requests of a step as `step_row` takes them.
+
+    Args:
+        output: vLLM's `SchedulerOutput`.
+        requests: vLLM's requests by id.
+    """
+    # new requests may have found a cached prefix; preempted ones begin anew
+    before = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+    cached = output.scheduled_cached_reqs
+    before |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    return [
+        (count, before[name], requests[name].num_tokens)
+        for name, count in output.num_scheduled_tokens.items()
+    ]
+
+
 class StepLog:
     """A CSV file of steps as `servegym calibrate engine` takes it.
 
@@ -126,17 +143,8 @@ def _scheduler_class() -> type:
         def schedule(self, *args: Any, **kwargs: Any) -> Any:
             """Schedule as vLLM does; keep what was scheduled."""
             start_s = time.monotonic()
-            before = {name: request.num_computed_tokens for name, request in self.requests.items()}
             output = super().schedule(*args, **kwargs)
-            # new requests may find a cached prefix; preempted ones begin anew
-            before |= {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
-            cached = output.scheduled_cached_reqs
-            before |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-            rows = [
-                (count, before[name], self.requests[name].num_tokens)
-                for name, count in output.num_scheduled_tokens.items()
-            ]
-            self._step_log.scheduled(output, start_s, rows)
+            self._step_log.scheduled(output, start_s, step_requests(output, self.requests))
             return output
 
         def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,18 @@
+"""First come, first served: the latest arrival is preempted first, as in vLLM."""
+
+from __future__ import annotations
+
+from servegym.policy.ordering import OrderingFeature, OrderingRule
+from servegym.typing import FloatArray
+
+_WAITED = int(OrderingFeature["WAITED_S"])
+
+
+def order(features: FloatArray, memory: FloatArray, params: FloatArray) -> FloatArray:
+    """Score; see `policy.ordering`."""
+    return -features[:, _WAITED]
+
+
+def fcfs() -> OrderingRule:
+    """First come, first served: the latest arrival is preempted first, as in vLLM."""
+    return OrderingRule("fcfs", "blind", order, reference="vLLM fcfs")

@@ -1,0 +1,31 @@
+"""A step cost as a file that needs nothing but NumPy to read."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from servegym.costs.grid import CostGrid
+from servegym.errors import ConfigError
+
+
+def save_grid(grid: CostGrid, path: Path) -> None:
+    """Write a step cost as `.npz`."""
+    with path.open("wb") as file:
+        np.savez(file, **asdict(grid))
+
+
+def load_grid(path: Path) -> CostGrid:
+    """Read a step cost that `save_grid` wrote.
+
+    Raises:
+        ConfigError: If the file is missing or is none.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        return CostGrid(**arrays | {"cpu_s": float(arrays["cpu_s"])})
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise ConfigError(f"{path} is not a step cost of servegym: {error}") from error
