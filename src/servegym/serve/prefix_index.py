@@ -111,6 +111,14 @@ class PrefixIndex:
         while len(known) > capacity:
             known.popitem(last=False)
 
+    def resize(self, replica: int, capacity_blocks: int) -> None:
+        """A replica remembers so many blocks from now on."""
+        self._capacity[replica] = max(0, capacity_blocks)
+
+    def capacity(self, replica: int) -> int:
+        """Blocks that a replica remembers."""
+        return self._capacity[replica]
+
     def clear(self, replica: int) -> None:
         """A replica has lost its cache."""
         self._known[replica].clear()

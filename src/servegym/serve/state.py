@@ -239,6 +239,12 @@ class LiveState:
         mask[:-2] &= (view[_CAPACITY] >= need) | (view[_CAPACITY] == 0.0)
         if allowed is not None:
             mask[:-2] &= allowed
+        if num_up and not mask[:-2].any():
+            # too long for all of them: the largest shall say so, in its own words
+            np.greater(view[_UP], 0.0, out=mask[:-2])
+            if allowed is not None:
+                mask[:-2] &= allowed
+            mask[:-2] &= view[_CAPACITY] == view[_CAPACITY].max(where=mask[:-2], initial=0.0)
         mask[-2] = self._allow_hold and may_hold
         row[0] = request.prompt_tokens
         row[1] = request.predicted_output_tokens
@@ -335,6 +341,10 @@ class LiveState:
         if metrics.kv_capacity_tokens is not None and self.view[_CAPACITY, replica] == 0.0:
             self.view[_CAPACITY, replica] = metrics.kv_capacity_tokens
         self._last_metrics_s[replica] = now_s - metrics.age_s
+
+    def kv_capacity_tokens(self, replica: int) -> float:
+        """Size of a replica's KV cache; 0 while it is unknown."""
+        return float(self.view[_CAPACITY, replica])
 
     def metrics_age_s(self, replica: int, now_s: float) -> float:
         """Age of a replica's metrics; infinity before the first."""

@@ -1,0 +1,391 @@
+"""One object for every way in: arrivals and outcomes go in, decisions come out.
+
+The router, Ray Serve, LiteLLM and plain Python code all use it. It owns the state, the policy,
+the prefix index, the length predictor and the decision log, and is not for several threads.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from servegym.cluster.spec import SloClass
+from servegym.cluster.state import HOLD
+from servegym.errors import unknown_name
+from servegym.policy.contract import NUM_OBSERVED_FEATURES, Group
+from servegym.policy.policy import Observations
+from servegym.serve.decision_log import (
+    TRACE_BLOCK_TOKENS,
+    DecisionLog,
+    DecisionLogConfig,
+    finite,
+)
+from servegym.serve.prediction import LengthPrediction, LengthPredictor
+from servegym.serve.prefix_index import PrefixIndex
+from servegym.serve.prompt import PrefixConfig, Prompt, PromptReader
+from servegym.serve.runtime import Decision, PolicyRuntime, RuntimeConfig
+from servegym.serve.state import EngineMetrics, LiveRequest, LiveState
+from servegym.typing import BoolArray, FloatArray
+
+Status = Literal["finished", "rejected", "cancelled", "failed"]
+
+
+class SloConfig(BaseModel):
+    """A service level; limits may be left out.
+
+    Attributes:
+        name: Clients and tenants name it.
+        ttft_s: Limit of the time to the first token.
+        tpot_s: Limit of the time per output token after the first.
+        weight: Worth of meeting them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: str
+    ttft_s: float | None = Field(None, gt=0)
+    tpot_s: float | None = Field(None, gt=0)
+    weight: float = Field(1.0, ge=0)
+
+
+class DispatchConfig(BaseModel):
+    """Everything that decides where requests go.
+
+    Attributes:
+        runtime: The policy, its fallback and its guards.
+        slo_classes: Service levels; the first is the default.
+        allow_hold: Whether the policy may hold a request.
+        allow_reject: Whether the policy may reject a request.
+        prediction: Of output lengths.
+        prefix: How prompts are read.
+        log: The decision log, if there is one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    runtime: RuntimeConfig = RuntimeConfig()
+    slo_classes: tuple[SloConfig, ...] = Field((SloConfig(name="default"),), min_length=1)
+    allow_hold: bool = False
+    allow_reject: bool = False
+    prediction: LengthPrediction = LengthPrediction()
+    prefix: PrefixConfig = PrefixConfig()
+    log: DecisionLogConfig | None = None
+
+
+class Job:
+    """A request from its arrival to its end.
+
+    Attributes:
+        request: Its place in the state.
+        prompt: Its prompt, measured.
+        tenant: Who asks.
+        model: For the log.
+        decisions: Rows of the log.
+        num_retries: Dispatches after the first that was taken back.
+    """
+
+    __slots__ = (
+        "cached_tokens",
+        "decisions",
+        "ended",
+        "first_dispatch_s",
+        "model",
+        "num_retries",
+        "prompt",
+        "reported_prompt_tokens",
+        "request",
+        "tenant",
+        "wall_s",
+    )
+
+    def __init__(
+        self, request: LiveRequest, prompt: Prompt, tenant: str, model: str, wall_s: float
+    ) -> None:
+        self.request = request
+        self.prompt = prompt
+        self.tenant = tenant
+        self.model = model
+        self.wall_s = wall_s
+        self.decisions: list[dict[str, Any]] = []
+        self.num_retries = 0
+        self.first_dispatch_s = math.nan
+        self.cached_tokens: int | None = None
+        self.reported_prompt_tokens: int | None = None
+        self.ended = False
+
+    @property
+    def replica(self) -> int:
+        """Where it is, -1: nowhere."""
+        return self.request.replica
+
+
+class Dispatcher:
+    """Decides for a fleet and keeps its books.
+
+    Args:
+        config: See `DispatchConfig`.
+        replicas: Their names.
+        facts: Static rows of each, `float64[NUM_NOMINAL, R]`; see `serve.facts.fleet_facts`.
+        clock: Seconds that never go back.
+
+    Attributes:
+        names: Of the replicas.
+        state: The live state.
+        runtime: The policy runtime.
+        index: The prefix index.
+        predictor: Of output lengths.
+        log: The decision log, if there is one.
+
+    Raises:
+        ServeGymError: If a part of the configuration cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: DispatchConfig,
+        replicas: Sequence[str],
+        facts: FloatArray,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config
+        self.names = list(replicas)
+        self.clock = clock
+        classes = [
+            SloClass(c.name, c.ttft_s or math.inf, c.tpot_s or math.inf, c.weight)
+            for c in config.slo_classes
+        ]
+        self.state = LiveState(
+            facts, classes, allow_hold=config.allow_hold, allow_reject=config.allow_reject
+        )
+        self.runtime = PolicyRuntime(config.runtime)
+        self.predictor = LengthPredictor(config.prediction)
+        self.reader = PromptReader(config.prefix)
+        self.index = PrefixIndex([0] * len(self.names))
+        self._share = config.prefix.share_of_cache
+        for r in range(len(self.names)):
+            self._size_index(r)
+        self._class_idx = {c.name: i for i, c in enumerate(config.slo_classes)}
+        self.log = DecisionLog(config.log) if config.log else None
+
+    def slo_class(self, name: str | None) -> int:
+        """Return the index of a service level; the default's for `None`.
+
+        Raises:
+            ValueError: If there is none of that name.
+        """
+        if name is None:
+            return 0
+        if name not in self._class_idx:
+            raise ValueError(unknown_name("SLO class", name, self._class_idx))
+        return self._class_idx[name]
+
+    def arrive(
+        self,
+        prompt: Prompt | str | Sequence[int],
+        *,
+        key: str,
+        tenant: str = "default",
+        slo_class: int = 0,
+        max_tokens: int | None = None,
+        model: str = "",
+    ) -> Job:
+        """Count an arrival.
+
+        Args:
+            prompt: Its text or token ids, or what `reader` made of them.
+            key: Names the request; the canary's share is drawn by it.
+            tenant: Who asks.
+            slo_class: Index of the service level.
+            max_tokens: What the client allows, if it says so.
+            model: For the log.
+        """
+        measured = prompt if isinstance(prompt, Prompt) else self.reader.read(prompt)
+        request = self.state.arrive(
+            self.clock(),
+            key=key,
+            prompt_tokens=measured.tokens,
+            predicted_output_tokens=self.predictor.predict(tenant, slo_class, max_tokens),
+            slo_class=slo_class,
+        )
+        return Job(request, measured, tenant, model, time.time())
+
+    def decide(
+        self, job: Job, *, allowed: BoolArray | None = None, may_hold: bool = True
+    ) -> Decision:
+        """Decide, and book the dispatch, the hold or the rejection.
+
+        A job that is at a replica is taken back first: that is a retry.
+
+        Args:
+            job: From `arrive`.
+            allowed: Replicas in question, `bool[R]`; `None`: all that are up.
+            may_hold: Whether it may be held (again).
+        """
+        request = job.request
+        if request.replica >= 0:
+            job.num_retries += 1
+            self.state.leave(request)
+        now_s = self.clock()
+        seen = self.state.observe(
+            request, now_s, hit_tokens=self._hits(job), allowed=allowed, may_hold=may_hold
+        )
+        decision = self.runtime.decide(seen, request.key)
+        if self.log is not None:
+            job.decisions.append(self._decision_row(job, decision, now_s, seen))
+        if decision.action >= 0:
+            self.state.dispatch(request, decision.action, now_s)
+            if math.isnan(job.first_dispatch_s):
+                job.first_dispatch_s = now_s
+        elif decision.action == HOLD:
+            self.state.hold(request)
+        else:
+            self.end(job, "rejected")
+        return decision
+
+    def end_prefill(self, job: Job) -> None:
+        """The prompt is computed, as far as is known or assumed."""
+        if job.request.prefill_is_pending:
+            self.index.add(job.replica, job.prompt.keys)
+            self.state.end_prefill(job.request)
+
+    def first_token(self, job: Job) -> None:
+        """The first token has come."""
+        self.end_prefill(job)
+        self.state.first_token(job.request, self.clock())
+
+    def tokens(self, job: Job, count: int) -> None:
+        """So many more output tokens have come."""
+        self.state.tokens(job.request, count)
+
+    def usage(self, job: Job, *, prompt_tokens: int, cached_tokens: int | None = None) -> None:
+        """An engine has said how long the prompt was."""
+        job.reported_prompt_tokens = prompt_tokens
+        job.cached_tokens = cached_tokens
+        self.reader.learn(job.prompt, prompt_tokens)
+
+    def finish(self, job: Job, output_tokens: int) -> None:
+        """A request has all its tokens.
+
+        Args:
+            job: It.
+            output_tokens: How many there are.
+        """
+        self.end_prefill(job)
+        row = self._row(job, "finished", output_tokens)
+        self.state.finish(job.request, self.clock(), output_tokens)
+        if output_tokens > 0:
+            self.predictor.learn(job.tenant, job.request.slo_class, output_tokens)
+        self._write(job, row)
+
+    def end(self, job: Job, status: Status) -> None:
+        """A request is gone without all its tokens; does nothing after its end."""
+        if job.ended:
+            return
+        row = self._row(job, status, job.request.generated_tokens)
+        self.state.leave(job.request)
+        self._write(job, row)
+
+    def set_up(self, replica: int, up: bool, *, lost_cache: bool = False) -> None:
+        """A replica takes requests from now on, or does not.
+
+        Args:
+            replica: Index.
+            up: Which.
+            lost_cache: Whether it was restarted.
+        """
+        self.state.set_up(replica, up)
+        if lost_cache:
+            self.index.clear(replica)
+
+    def update_metrics(self, replica: int, metrics: EngineMetrics, asked_s: float) -> None:
+        """Note what an engine says of itself; `asked_s` is of this dispatcher's clock."""
+        self.state.update_metrics(replica, metrics, asked_s)
+        if self.index.capacity(replica) == 0:
+            self._size_index(replica)
+
+    def close(self) -> None:
+        """Write what is left of the log."""
+        if self.log is not None:
+            self.log.close()
+
+    def _size_index(self, replica: int) -> None:
+        tokens = self.state.kv_capacity_tokens(replica) * self._share
+        self.index.resize(replica, int(tokens // self.config.prefix.block_tokens))
+
+    def _hits(self, job: Job) -> FloatArray | None:
+        """Tokens believed cached; the last token of a prompt is always computed."""
+        prompt = job.prompt
+        loaded = self.runtime.loaded
+        needs = self.runtime.fallback.needs | (loaded.policy.needs if loaded else Group(0))
+        if not needs & Group.PREFIX or not len(prompt.keys):
+            return None
+        blocks = self.index.leading_blocks(prompt.keys)
+        hits = blocks * prompt.block_tokens
+        whole = (prompt.tokens - 1.0) // prompt.block_tokens * prompt.block_tokens
+        return np.minimum(hits, max(0.0, whole))
+
+    def _decision_row(
+        self, job: Job, decision: Decision, now_s: float, seen: Observations
+    ) -> dict[str, Any]:
+        loaded = self.runtime.loaded
+        row: dict[str, Any] = {
+            "after_s": now_s - job.request.arrival_s,
+            "action": decision.action,
+            "by": decision.by,
+            "reason": decision.reason.value,
+            "duration_s": decision.duration_s,
+            "proposed": decision.proposed,
+            "policy": loaded.version if loaded else None,
+            "observation": None,
+        }
+        assert self.config.log is not None
+        if self.config.log.observations:
+            shown = np.nan_to_num(seen.replicas[0, :NUM_OBSERVED_FEATURES], nan=-1.0, posinf=1e9)
+            row["observation"] = {
+                "replicas": shown.T.tolist(),
+                "request": np.nan_to_num(seen.request[0], nan=-1.0, posinf=1e9).tolist(),
+                "mask": seen.mask[0].tolist(),
+            }
+        return row
+
+    def _row(self, job: Job, status: Status, output_tokens: int) -> dict[str, Any] | None:
+        if self.log is None:
+            return None
+        request, now_s = job.request, self.clock()
+        tokens = output_tokens
+        if status != "finished":  # how long it would have become is not known
+            tokens = max(output_tokens, round(request.predicted_output_tokens))
+        every = max(1, round(TRACE_BLOCK_TOKENS / job.prompt.block_tokens))
+        return {
+            "key": request.key,
+            "arrival_s": job.wall_s,
+            "prompt_tokens": int(job.reported_prompt_tokens or job.prompt.tokens),
+            "output_tokens": max(1, tokens),
+            "predicted_output_tokens": request.predicted_output_tokens,
+            "cached_tokens": job.cached_tokens,
+            "slo_class": request.slo_class,
+            "slo_class_name": self.config.slo_classes[request.slo_class].name,
+            "tenant": zlib.crc32(job.tenant.encode()) & 0x7FFFFFFF,
+            "tenant_name": job.tenant,
+            "model": job.model,
+            "hash_ids": job.prompt.keys[every - 1 :: every].tolist(),
+            "status": status,
+            "replica": request.replica,
+            "replica_name": self.names[request.replica] if request.replica >= 0 else None,
+            "dispatch_s": finite(job.first_dispatch_s - request.arrival_s),
+            "ttft_s": finite(request.first_token_s - request.arrival_s),
+            "e2e_s": now_s - request.arrival_s,
+            "num_retries": job.num_retries,
+            "decisions": job.decisions,
+        }
+
+    def _write(self, job: Job, row: dict[str, Any] | None) -> None:
+        job.ended = True
+        if self.log is not None and row is not None:
+            self.log.put(row)
