@@ -20,7 +20,7 @@ from servegym.costs.grid import (
 )
 from servegym.workflow.online.kernels import load_jobs
 from servegym.workflow.online.pool import Pool
-from servegym.workflow.online.spec import Episode, FleetSpec
+from servegym.workflow.online.spec import DeviceType, Episode, FleetSpec
 from servegym.workflow.online.state import (
     DEVICE_DTYPE,
     EDGE_DTYPE,
@@ -81,9 +81,17 @@ def make_params(spec: FleetSpec) -> Params:
         slots=np.array([t.num_slots for t in spec.types], np.int64),
         kv_tokens=np.array([spec.kv_tokens(i) for i in range(len(spec.types))], np.int64),
         typical_batch=np.array([min(t.typical_batch, t.num_slots) for t in spec.types], np.int64),
+        prefill_s_per_token=np.array([_prefill_s_per_token(t) for t in spec.types]),
         move_delay_s=float(spec.move_delay_s),
         move_on=moves[spec.move_on] if spec.move_delay_s > 0 else MOVE_NEVER,
     )
+
+
+def _prefill_s_per_token(kind: DeviceType) -> float:
+    if kind.engine is None:
+        return 0.0
+    budget = kind.engine.max_num_batched_tokens
+    return kind.engine.grid.step_s([(budget, 0)]) / budget
 
 
 def _no_engine() -> ReplicaType:

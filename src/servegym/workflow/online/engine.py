@@ -10,6 +10,7 @@ from servegym.cluster.jit import inlined
 from servegym.cluster.steptime import decode_span_s, dense_s, mixed_s, prefill_s
 from servegym.workflow.online.heap import drop_first, push
 from servegym.workflow.online.state import LLM, TASK, Params, State
+from servegym.workflow.online.view import prefix_hit_tokens, view
 
 
 @inlined
@@ -185,8 +186,8 @@ def give_slot(p: Params, s: State, e: int, d: int, stage: int) -> None:
     s.running[e, d, v.num_running] = stage
     v.num_running += 1
     if q.kind == LLM:
-        q.hit = prefix_hit_tokens(s, e, d, stage)
-        v.kv_reserved += s.truth[e, stage].kv
+        q.hit = prefix_hit_tokens(view(p, s, e), stage, d)
+        v.kv_reserved += s.stage[e, stage].kv
         v.evicted = max(v.evicted, v.released - (v.kv_capacity - v.kv_reserved))
         v.waiting_tokens += q.prompt - q.hit
 
@@ -203,32 +204,10 @@ def free_slot(s: State, e: int, d: int, stage: int) -> None:
         running[k] = running[k + 1]
     v.num_running -= 1
     if s.stage[e, stage].kind == LLM:
-        kv = s.truth[e, stage].kv
+        kv = s.stage[e, stage].kv
         v.kv_reserved -= kv
-        s.truth[e, stage].cached_at = v.released
+        s.stage[e, stage].cached_at = v.released
         v.released += kv
-
-
-@inlined
-def prefix_hit_tokens(s: State, e: int, d: int, stage: int) -> int:
-    """Leading prompt tokens of a stage that a parent has left in the cache of engine `d`.
-
-    Ended stages lie in the free KV memory in order of their ends; reserving memory overwrites the
-    oldest. At least one token is always computed.
-    """
-    q = s.stage[e, stage]
-    found = 0
-    for k in range(q.pred_first, q.pred_stop):
-        i = s.pred[e, k]
-        u = s.edge[e, i].parent
-        if (
-            s.edge[e, i].shared > found
-            and s.stage[e, u].device == d
-            and s.stage[e, u].kind == LLM
-            and s.truth[e, u].cached_at >= s.device[e, d].evicted
-        ):
-            found = s.edge[e, i].shared
-    return min(found, q.prompt - 1)
 
 
 @inlined

@@ -33,9 +33,6 @@ from servegym.workflow.online.state import (
     ENDED,
     FUTURE,
     LLM,
-    MOVE_JOB,
-    MOVE_NEVER,
-    MOVE_TEMPLATE,
     NOWHERE,
     READY,
     STARTED,
@@ -46,6 +43,7 @@ from servegym.workflow.online.state import (
     Params,
     State,
 )
+from servegym.workflow.online.view import can_start, data_there_s, move_s, view
 
 
 @inlined
@@ -217,7 +215,7 @@ def become_ready(s: State, e: int, stage: int) -> None:
     for t in range(env.num_types):
         s.ready_on[e, t] += (q.types >> t) & 1
     if q.kind == LLM:
-        env.least_kv = min(env.least_kv, s.truth[e, stage].kv)
+        env.least_kv = min(env.least_kv, s.stage[e, stage].kv)
     env.changed = 1
 
 
@@ -238,19 +236,6 @@ def _place_in_ready(s: State, e: int, stage: int) -> int:
 
 
 @inlined
-def can_start(s: State, e: int, stage: int, d: int) -> bool:
-    """Whether a ready stage could start on a device now."""
-    v = s.device[e, d]
-    if v.up == 0 or v.num_running >= v.slots:
-        return False
-    if (s.stage[e, stage].types >> v.type_idx) & 1 == 0:
-        return False
-    if s.stage[e, stage].kind == LLM:
-        return v.kv_reserved + s.truth[e, stage].kv <= v.kv_capacity
-    return True
-
-
-@inlined
 def something_can_start(p: Params, s: State, e: int) -> bool:
     """Whether any ready stage could start; looks at the stages only if KV memory is short."""
     env = s.env[e]
@@ -267,16 +252,16 @@ def something_can_start(p: Params, s: State, e: int) -> bool:
     for i in range(env.num_ready):
         stage = s.ready[e, i]
         if s.stage[e, stage].kind == LLM:
-            least = min(least, s.truth[e, stage].kv)
+            least = min(least, s.stage[e, stage].kv)
             for d in range(env.num_devices):
-                if can_start(s, e, stage, d):
+                if can_start(view(p, s, e), stage, d):
                     return True
     env.least_kv = least
     return False
 
 
 @inlined
-def is_allowed(s: State, e: int, action: int) -> bool:
+def is_allowed(p: Params, s: State, e: int, action: int) -> bool:
     """Whether `stage * num_devices + device` can start, or there is something to `WAIT` for."""
     env = s.env[e]
     if action == WAIT:
@@ -284,7 +269,7 @@ def is_allowed(s: State, e: int, action: int) -> bool:
     if action < 0 or action >= env.num_stages * env.num_devices:
         return False
     stage, d = action // env.num_devices, action % env.num_devices
-    return s.stage[e, stage].status == READY and can_start(s, e, stage, d)
+    return s.stage[e, stage].status == READY and can_start(view(p, s, e), stage, d)
 
 
 @kernel
@@ -313,7 +298,8 @@ def apply(p: Params, s: State, e: int, action: int) -> None:
     q.status = STARTED
     q.start_s = now_s
     q.device = d
-    q.begin_s = begin_s(p, s, e, stage, d)
+    w = view(p, s, e)
+    q.begin_s = max(now_s + move_s(w, stage, d), data_there_s(w, stage, d))
     q.due_s = q.begin_s + s.expected_s[e, stage, v.type_idx] / v.speed
     v.last_job = q.job
     v.last_template = job.template
@@ -326,33 +312,6 @@ def apply(p: Params, s: State, e: int, action: int) -> None:
     else:
         enter(p, s, e, d, stage, now_s)
     plan(p, s, e, d)
-
-
-@inlined
-def begin_s(p: Params, s: State, e: int, stage: int, d: int) -> float:
-    """When a stage that is given to a device now would begin: after the move and its data.
-
-    Data sets out for every device when the parent ends.
-    """
-    q, v = s.stage[e, stage], s.device[e, d]
-    first_s = s.env[e].now_s
-    if q.kind == TASK:
-        stays = p.move_on == MOVE_NEVER
-        if p.move_on == MOVE_JOB:
-            stays = v.last_job == q.job
-        elif p.move_on == MOVE_TEMPLATE:
-            stays = v.last_template == s.job[e, q.job].template
-        if not stays:
-            first_s += p.move_delay_s
-    for k in range(q.pred_first, q.pred_stop):
-        i = s.pred[e, k]
-        size = s.edge[e, i].data_bytes
-        u = s.edge[e, i].parent
-        at = s.stage[e, u].device
-        if size > 0.0 and at != NOWHERE and at != d:
-            there_s = s.stage[e, u].finish_s + s.latency_s[e, at, d] + size * s.s_per_byte[e, at, d]
-            first_s = max(first_s, there_s)
-    return first_s
 
 
 @kernel
@@ -490,13 +449,13 @@ def _draw_truth(p: Params, pool: Pool, s: State, e: int, stage: int, row: int) -
     truth.noise = factor
     truth.tool_s = given.tool_s * factor
     truth.output = 0
-    truth.kv = 0
+    q.kv = 0
     if q.kind == LLM:
         most = 0
         for d in range(env.num_devices):
             most = max(most, p.kv_tokens[s.device[e, d].type_idx])
         truth.output = max(1, min(int(given.output * factor + 0.5), most - q.prompt))
-        truth.kv = q.prompt + truth.output
+        q.kv = q.prompt + truth.output
     if env.oracle != 0:
         q.hidden = 0
         q.expected_output = truth.output
@@ -508,7 +467,7 @@ def _draw_truth(p: Params, pool: Pool, s: State, e: int, stage: int, row: int) -
             expected_s = pool.duration_s[row, p.column[t]]
             if env.oracle != 0:
                 expected_s *= factor
-        elif q.kind == LLM and truth.kv <= p.kv_tokens[t]:
+        elif q.kind == LLM and q.kv <= p.kv_tokens[t]:
             expected_s = llm_time_s(p, t, q.prompt, q.expected_output)
         s.expected_s[e, stage, t] = expected_s
         if expected_s < math.inf:
@@ -567,7 +526,7 @@ def reset_env(p: Params, s: State, e: int) -> None:
         q.device = NOWHERE
         q.hit = 0
         q.num_restarts = 0
-        s.truth[e, i].cached_at = -1
+        q.cached_at = -1
     derive_ranks(p, s, e)
 
 

@@ -13,7 +13,7 @@ from servegym.errors import InvalidAction
 from servegym.typing import IntArray
 from servegym.workflow.job import Job
 from servegym.workflow.online.allocate import Capacity, load_episode, make_params, make_state
-from servegym.workflow.online.kernels import advance, apply, can_start, is_allowed, load_jobs
+from servegym.workflow.online.kernels import advance, apply, is_allowed, load_jobs
 from servegym.workflow.online.outcome import (
     DEVICE_OUTCOME_DTYPE,
     JOB_OUTCOME_DTYPE,
@@ -22,6 +22,7 @@ from servegym.workflow.online.outcome import (
 from servegym.workflow.online.pool import Pool, make_pool
 from servegym.workflow.online.spec import Episode, FleetSpec, require_runnable
 from servegym.workflow.online.state import DONE, STAGE_DTYPE, Params, State
+from servegym.workflow.online.view import View, can_start, look, view
 
 
 @kernel
@@ -34,7 +35,7 @@ def _advance_all(p: Params, s: State, reasons: IntArray) -> None:
 def _apply_all(p: Params, s: State, actions: IntArray) -> int:
     """Apply the actions of all environments that wait for one; return the first bad one or -1."""
     for e in range(actions.shape[0]):
-        if s.env[e].deciding != 0 and not is_allowed(s, e, actions[e]):
+        if s.env[e].deciding != 0 and not is_allowed(p, s, e, actions[e]):
             return e
     for e in range(actions.shape[0]):
         if s.env[e].deciding != 0:
@@ -43,13 +44,13 @@ def _apply_all(p: Params, s: State, actions: IntArray) -> int:
 
 
 @kernel
-def _startable(s: State, e: int, out: IntArray) -> int:
+def _startable(p: Params, s: State, e: int, out: IntArray) -> int:
     """Write the allowed starts, by stage in order of the ready list, then by device."""
     env, count = s.env[e], 0
     for i in range(env.num_ready):
         stage = s.ready[e, i]
         for d in range(env.num_devices):
-            if can_start(s, e, stage, d):
+            if can_start(view(p, s, e), stage, d):
                 out[count] = stage * env.num_devices + d
                 count += 1
     return count
@@ -152,11 +153,15 @@ class Simulator:
         _advance_all(self.params, self.state, self.reasons)
         return self.reasons.copy()
 
+    def view(self, env: int = 0) -> View:
+        """Return what a scheduler sees of one environment; arrays, not copies."""
+        return look(self.params, self.state, env)
+
     def startable(self, env: int = 0) -> IntArray:
         """Return the starts that are allowed now, as actions, by falling rank of the stage."""
         row = self.state.env[env]
         out = np.empty(int(row["num_ready"]) * int(row["num_devices"]), np.int64)
-        return out[: _startable(self.state, env, out)]
+        return out[: _startable(self.params, self.state, env, out)]
 
     def apply(self, actions: IntArray) -> None:
         """Take the decisions that are due.

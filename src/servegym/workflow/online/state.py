@@ -35,6 +35,7 @@ class Params(NamedTuple):
     slots: IntArray  # [T] stages at the same time
     kv_tokens: IntArray  # [T] KV capacity, 0 for task devices
     typical_batch: IntArray  # [T] sequences an engine is expected to run together
+    prefill_s_per_token: FloatArray  # [T] at a full token budget
     move_delay_s: float
     move_on: int  # MOVE_NEVER, MOVE_JOB or MOVE_TEMPLATE
 
@@ -49,6 +50,7 @@ STAGE_DTYPE = np.dtype(
         ("hidden", "i8"),
         ("types", "i8"),  # bit t: device type t can run it
         ("prompt", "i8"),  # tokens
+        ("kv", "i8"),  # tokens an engine must have free: prompt and true output, for `can_start`
         ("expected_output", "f8"),  # tokens
         ("succ_first", "i8"),  # edges succ_first..succ_stop-1 of `edge` leave it
         ("succ_stop", "i8"),
@@ -69,6 +71,7 @@ STAGE_DTYPE = np.dtype(
         ("due_s", "f8"),  # when it is expected to end, from the beginning
         ("finish_s", "f8"),
         ("device", "i8"),
+        ("cached_at", "i8"),  # the engine's `released` before it ended there, -1 before
         ("hit", "i8"),  # prompt tokens that needed no prefill
         ("num_restarts", "i8"),
     ],
@@ -80,8 +83,6 @@ TRUTH_DTYPE = np.dtype(
         ("noise", "f8"),  # factor on durations of tasks
         ("tool_s", "f8"),
         ("output", "i8"),  # tokens
-        ("kv", "i8"),  # tokens to reserve
-        ("cached_at", "i8"),  # the engine's `released` before it ended there
     ],
     align=True,
 )
@@ -161,6 +162,7 @@ ENV_DTYPE = np.dtype(
         ("next_fault", "i8"),
         ("deciding", "i8"),
         ("changed", "i8"),  # whether something happened since the last WAIT
+        ("refused", "i8"),  # action of a rule that was not allowed
         ("num_ready", "i8"),
         ("num_fresh", "i8"),
         ("num_tools", "i8"),

@@ -1,0 +1,1 @@
+"""Schedulers of jobs that arrive over time: one family of rules a file."""
