@@ -1,0 +1,143 @@
+"""What clients ask for: the bodies of OpenAI's completions and chat completions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from servegym.errors import WorkloadError
+
+#: Tokens of an answer where a completion names no limit, as OpenAI has it.
+DEFAULT_COMPLETION_TOKENS = 16
+
+_Positive = Annotated[int, Field(ge=1)]
+
+
+class _Body(BaseModel):
+    # clients send sampling parameters that mean nothing here
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class StreamOptions(_Body):
+    """What a stream contains besides text."""
+
+    include_usage: bool = False
+
+
+class _Ask(_Body):
+    model: str | None = None
+    max_tokens: _Positive | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool = False
+    seed: int | None = None
+    priority: int = 0
+    n: Literal[1] = 1
+    output_tokens: _Positive | None = None  # ours: where the answer ends by itself
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the last event of a stream tells the numbers of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class Completion(_Ask):
+    """Body of `/v1/completions`; one prompt, as text or token ids."""
+
+    prompt: (
+        str
+        | list[Annotated[int, Field(ge=0)]]
+        | Annotated[list[str], Field(min_length=1, max_length=1)]
+        | Annotated[list[list[Annotated[int, Field(ge=0)]]], Field(min_length=1, max_length=1)]
+    )
+
+    @property
+    def text(self) -> str | list[int]:
+        """The prompt."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        first = self.prompt[0] if self.prompt else 0
+        return self.prompt if isinstance(first, int) else first  # type: ignore[return-value]
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens of the answer."""
+        return self.max_tokens or DEFAULT_COMPLETION_TOKENS
+
+
+class _Part(_Body):
+    type: Literal["text"]
+    text: str
+
+
+class _Message(_Body):
+    role: str
+    content: str | list[_Part] | None = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
+
+
+class Chat(_Ask):
+    """Body of `/v1/chat/completions`."""
+
+    messages: list[_Message] = Field(min_length=1)
+    max_completion_tokens: _Positive | None = None
+
+    @property
+    def text(self) -> str:
+        """The conversation as one text; an answer appended to it begins the next turn's."""
+        turns = "".join(f"<|{m.role}|>\n{m.text}\n" for m in self.messages)
+        return f"{turns}<|assistant|>\n"
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens of the answer; None is all that fit."""
+        return self.max_completion_tokens or self.max_tokens
+
+
+class Answer(NamedTuple):
+    """How long an answer gets, and why it ends there: `stop` by itself, `length` at its limit."""
+
+    tokens: int
+    finish_reason: str
+
+
+def parse(kind: type[Completion] | type[Chat], body: bytes) -> Completion | Chat:
+    """Read a body.
+
+    Raises:
+        WorkloadError: If it is not JSON, or not what is asked for here.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        first = max(error.errors(include_url=False), key=lambda e: len(e["loc"]))
+        place = ".".join(map(str, first["loc"]))
+        raise WorkloadError(f"{place}: {first['msg']}" if place else first["msg"]) from error
+
+
+def answer(ask: Completion | Chat, natural_tokens: int, room_tokens: int) -> Answer:
+    """Say how long the answer gets.
+
+    Args:
+        ask: What was asked.
+        natural_tokens: Length of the answer if nothing cuts it.
+        room_tokens: What fits beside the prompt.
+
+    Raises:
+        WorkloadError: If `max_tokens` does not fit.
+    """
+    limit = ask.limit if ask.limit is not None else room_tokens
+    if limit > room_tokens or room_tokens < 1:
+        raise WorkloadError(
+            f"{limit} output tokens were asked for, but beside this prompt there is room for "
+            f"{max(room_tokens, 0)}: shorten the prompt or lower max_tokens"
+        )
+    if ask.ignore_eos or natural_tokens > limit:
+        return Answer(limit, "length")
+    return Answer(natural_tokens, "stop")

@@ -1,0 +1,283 @@
+"""One replica's HTTP server: OpenAI's endpoints, vLLM's metrics, and faults."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+from collections.abc import Callable, Mapping
+
+from aiohttp import web
+
+from servegym.errors import ConfigError, ServeGymError, WorkloadError
+from servegym.serve.engine import asks
+from servegym.serve.engine.content import Content, answer_text, request_digest
+from servegym.serve.engine.faults import Fault
+from servegym.serve.engine.metrics import EngineMetrics
+from servegym.serve.engine.pacer import Pacer
+from servegym.serve.engine.replica import EngineRequest, Replica, Status
+from servegym.serve.engine.stream import Stream
+from servegym.serve.prometheus import CONTENT_TYPE
+
+#: Largest body taken, bytes: room for a prompt of 128k tokens, whatever the encoding.
+MAX_BODY_BYTES = 8 * 1024 * 1024
+#: Sets the length of an answer, as the field `output_tokens` of a body does.
+OUTPUT_TOKENS_HEADER = "X-Output-Tokens"
+#: Connections that may wait to be taken; a storm of clients needs them.
+_BACKLOG = 2048
+
+
+class EngineServer:
+    """Serves one replica on one port.
+
+    Args:
+        index: The replica in its scenario.
+        replica: Its engine.
+        metrics: What the engine reports to.
+        model_name: As clients must name it.
+        speed: Seconds of the replica's clock in one real second.
+        draw_tokens: Length of the answer to a request, from the digest of the request.
+
+    Attributes:
+        faults: What is wrong just now, in words.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        replica: Replica,
+        metrics: EngineMetrics,
+        *,
+        model_name: str,
+        speed: float,
+        draw_tokens: Callable[[bytes], int],
+    ) -> None:
+        self.index = index
+        self.faults: set[str] = set()
+        self._replica = replica
+        self._metrics = metrics
+        self._model_name = model_name
+        self._draw_tokens = draw_tokens
+        self._streams: dict[EngineRequest, Stream] = {}
+        self._pacer = Pacer(replica, speed, self._deliver)
+        self._frozen_page = ""
+        self._address: tuple[str, int] = ("", 0)
+        app = web.Application(client_max_size=MAX_BODY_BYTES)
+        app.add_routes(
+            [
+                web.post("/v1/completions", self._completions),
+                web.post("/v1/chat/completions", self._chat),
+                web.get("/v1/models", self._models),
+                web.get("/health", self._health),
+                web.get("/metrics", self._metrics_page),
+            ]
+        )
+        # a client that goes away cancels its handler, which aborts the request
+        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
+        self._site: web.SockSite | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        host, port = self._address
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    @property
+    def kind_name(self) -> str:
+        """Name of the replica type."""
+        return self._replica.kind.name
+
+    async def start(self, host: str, port: int) -> None:
+        """Listen; port 0 takes a free one.
+
+        Raises:
+            ConfigError: If the address cannot be had.
+        """
+        await self._runner.setup()
+        self._address = (host, port)
+        await self._listen()
+
+    async def _listen(self) -> None:
+        host, port = self._address
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+        except (OSError, OverflowError) as error:
+            listener.close()
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(
+                f"cannot listen on {host}:{port} ({reason}): choose another --host or --port"
+            ) from error
+        self._address = (host, listener.getsockname()[1])
+        self._site = web.SockSite(self._runner, listener, backlog=_BACKLOG)
+        await self._site.start()
+
+    async def stop(self) -> None:
+        """Close all connections and do no more steps."""
+        self._pacer.stop()
+        self._drop_connections()
+        await self._runner.cleanup()
+
+    async def apply(self, fault: Fault) -> None:
+        """Let a fault happen, or end."""
+        kind = fault.kind
+        if kind == "recover":
+            await self._recover()
+            return
+        self.faults = {f for f in self.faults if not f.startswith(kind)}
+        self.faults.add(f"{kind}={fault.value:g}" if kind == "slow" else kind)
+        if kind == "slow":
+            self._pacer.set_multiplier(1.0 / fault.value)
+        elif kind == "hang":
+            self._pacer.hang()
+        elif kind == "metrics-frozen":
+            self._frozen_page = self._page()
+        elif kind == "fail":
+            if self._site is not None:
+                await self._site.stop()
+                self._site = None
+            self._pacer.fail()
+            self._drop_connections()
+
+    async def _recover(self) -> None:
+        self.faults = set()
+        self._pacer.set_multiplier(1.0)
+        self._pacer.resume()
+        if self._site is None:
+            await self._listen()
+
+    def _drop_connections(self) -> None:
+        if self._runner.server is not None:
+            for connection in self._runner.server.connections:
+                if connection.transport is not None:
+                    connection.transport.abort()
+
+    def state(self) -> dict[str, object]:
+        """Return what an operator wants to see."""
+        lateness = self._pacer.lateness_s
+        return {
+            "replica": self.index,
+            "kind": self.kind_name,
+            "url": self.url,
+            "faults": sorted(self.faults),
+            "num_running": self._replica.num_running,
+            "num_waiting": self._replica.num_waiting,
+            "kv_cache_usage": self._replica.pool.usage,
+            "num_streams": len(self._streams),
+            "steps": lateness.count,
+            "lateness_mean_s": lateness.total / max(lateness.count, 1),
+            "lateness_p50_s": lateness.quantile(0.5),
+            "lateness_p99_s": lateness.quantile(0.99),
+        }
+
+    async def _completions(self, http: web.Request) -> web.StreamResponse:
+        return await self._answer(http, asks.Completion)
+
+    async def _chat(self, http: web.Request) -> web.StreamResponse:
+        return await self._answer(http, asks.Chat)
+
+    async def _answer(
+        self, http: web.Request, kind: type[asks.Completion] | type[asks.Chat]
+    ) -> web.StreamResponse:
+        if "drain" in self.faults:
+            return _refusal(503, "ServiceUnavailable", "this replica takes no new requests")
+        try:
+            ask = asks.parse(kind, await http.read())
+            if ask.model not in (None, self._model_name):
+                return _refusal(
+                    404, "NotFoundError", f"the model {ask.model!r} is not {self._model_name!r}"
+                )
+            stream = self._stream(ask, kind is asks.Chat, http.headers)
+            self._pacer.submit(stream.request)
+        except web.HTTPRequestEntityTooLarge:
+            return _refusal(
+                413, "BadRequestError", f"a body may have at most {MAX_BODY_BYTES} bytes"
+            )
+        except ServeGymError as error:
+            return _refusal(400, "BadRequestError", str(error))
+        self._streams[stream.request] = stream
+        try:
+            if not ask.stream:
+                await stream.done.wait()
+                return web.json_response(stream.document())
+            response = await stream.open(http)
+            await stream.done.wait()
+            await response.write_eof(stream.rest(ask.include_usage))
+            return response
+        except ConnectionError:  # the client went away while the end was being written
+            return web.Response(status=499)
+        finally:
+            del self._streams[stream.request]
+            if stream.request.status != Status.FINISHED:
+                self._pacer.abort(stream.request)
+                self._metrics.aborted()
+
+    def _stream(
+        self, ask: asks.Completion | asks.Chat, chat: bool, headers: Mapping[str, str]
+    ) -> Stream:
+        prompt = ask.text
+        digest = request_digest(prompt, ask.seed)
+        size = self._replica.block_size
+        room = self._replica.capacity_tokens + 1 - Content(prompt, "", size).prompt_tokens
+        natural = ask.output_tokens or _output_tokens(headers) or self._draw_tokens(digest)
+        tokens, finish_reason = asks.answer(ask, natural, room)
+        text = answer_text(digest, tokens)
+        content = Content(prompt, text, size)
+        name = headers.get("X-Request-Id") or secrets.token_hex(16)
+        request = EngineRequest(
+            f"{'chatcmpl' if chat else 'cmpl'}-{name}",
+            content.prompt_tokens,
+            tokens,
+            content.identity,
+            ask.priority,
+            finish_reason,
+        )
+        return Stream(
+            request,
+            text,
+            chat=chat,
+            model_name=self._model_name,
+            fingerprint=f"replica-{self.index}",
+        )
+
+    def _deliver(self, request: EngineRequest) -> None:
+        stream = self._streams.get(request)
+        if stream is not None:
+            stream.send(self._replica.generated(request))
+
+    async def _models(self, _: web.Request) -> web.Response:
+        model = {
+            "id": self._model_name,
+            "object": "model",
+            "owned_by": "servegym",
+            "max_model_len": self._replica.capacity_tokens,
+        }
+        return web.json_response({"object": "list", "data": [model]})
+
+    async def _health(self, _: web.Request) -> web.Response:
+        return web.Response(status=503 if "drain" in self.faults else 200)
+
+    async def _metrics_page(self, _: web.Request) -> web.Response:
+        if "metrics-off" in self.faults:
+            return web.Response(status=503)
+        page = self._frozen_page if "metrics-frozen" in self.faults else self._page()
+        return web.Response(body=page.encode(), headers={"Content-Type": CONTENT_TYPE})
+
+    def _page(self) -> str:
+        return self._metrics.page(self._replica, self._pacer.lateness_s)
+
+
+def _output_tokens(headers: Mapping[str, str]) -> int | None:
+    """Read the header that sets the length of an answer."""
+    text = headers.get(OUTPUT_TOKENS_HEADER)
+    if text is None:
+        return None
+    if not text.isdecimal() or not int(text):
+        raise WorkloadError(f"{OUTPUT_TOKENS_HEADER} must be a number above 0, got {text!r}")
+    return int(text)
+
+
+def _refusal(status: int, kind: str, message: str) -> web.Response:
+    error = {"message": message, "type": kind, "param": None, "code": status}
+    return web.json_response({"error": error}, status=status)

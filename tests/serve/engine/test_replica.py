@@ -1,0 +1,285 @@
+"""The live replica does what the simulator does, and what it adds to it is right."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from servegym.cluster import state as st
+from servegym.cluster.reference import ReferenceSimulator
+from servegym.cluster.spec import ReplicaType
+from servegym.errors import ConfigError
+from servegym.serve.engine.replica import EngineRequest, Replica, Status
+
+from ...cluster.strategies import choose, random_case, random_grid  # noqa: TID252
+from .naive import NaiveReplica, NaiveRequest
+
+COMPARED = (st.EV_ADMIT, st.EV_FIRST_TOKEN, st.EV_PREEMPT, st.EV_FINISH)
+
+
+class Log:
+    """Events of live replicas in the simulator's form, and what the steps gave out."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[float, int, int, int, float]] = []
+        self.steps: list[tuple[float, float, int, int]] = []
+        self.replica = 0
+
+    def _note(self, request: EngineRequest, now_s: float, kind: int, value: float = 0.0) -> None:
+        self.events.append((now_s, kind, int(request.request_id.split()[-1]), self.replica, value))
+
+    def admitted(self, request, now_s):
+        self._note(request, now_s, st.EV_ADMIT, request.cached_tokens)
+
+    def preempted(self, request, now_s):
+        self._note(request, now_s, st.EV_PREEMPT)
+
+    def emitted(self, request, now_s):
+        if math.isnan(request.first_token_s):
+            self._note(request, now_s, st.EV_FIRST_TOKEN)
+
+    def finished(self, request, now_s):
+        self._note(request, now_s, st.EV_FINISH)
+
+    def stepped(self, begin_s, end_s, num_decodes, prefill_tokens):
+        self.steps.append((begin_s, end_s, num_decodes, prefill_tokens))
+
+
+class LiveCluster:
+    """Live replicas that are given what the simulator's router and fault list gave its own."""
+
+    def __init__(self, spec, episode, sim) -> None:
+        self.sim, self.log = sim, Log()
+        self.requests: dict[int, EngineRequest] = {}
+        self.replicas = [
+            Replica(
+                spec.types[t],
+                self.log,
+                block_size=spec.block_size,
+                prefix_caching=spec.prefix_caching,
+                chunked_prefill=spec.chunked_prefill,
+                speed=float(episode.speed[r]),
+                noise=(spec.noise_sigma, spec.noise_period_steps, episode.noise_seed, r),
+            )
+            for r, t in enumerate(episode.type_idx)
+        ]
+
+    def run_until(self, r: int, time_s: float, inclusive: bool) -> None:
+        replica = self.replicas[r]
+        self.log.replica = r
+        while replica.due_s < time_s or (inclusive and replica.due_s == time_s < math.inf):
+            replica.step()
+
+    def dispatch(self, time_s: float, i: int, r: int) -> None:
+        self.run_until(r, time_s, True)
+        known = self.sim.requests[i]
+        live = EngineRequest(
+            str(i), known.prompt, known.output, lambda j: self.sim.replicas[0].identity(known, j)
+        )
+        before = self.requests.get(i)
+        if before is not None:  # came back from a failed replica
+            live._generated = before._generated
+            live.cached_tokens = before.cached_tokens
+            live.first_token_s = before.first_token_s
+        self.requests[i] = live
+        self.replicas[r].submit(live, time_s)
+
+    def fault(self, time_s: float, r: int, kind: int, value: float) -> None:
+        self.run_until(r, time_s, False)
+        replica = self.replicas[r]
+        if kind == st.FAULT_SLOW:
+            replica.multiplier = value
+        elif kind == st.FAULT_DOWN:
+            for request in self.requests.values():
+                if request in replica._running:
+                    request._generated = replica.generated(request)
+            replica.fail()
+
+
+def play_live(spec, episode, sim) -> Log:
+    cluster = LiveCluster(spec, episode, sim)
+    faults = episode.faults
+    actions = [
+        (float(faults.time_s[k]), 0, k, int(faults.replica[k]), int(faults.kind[k]))
+        for k in range(len(faults))
+    ]
+    events = sim.events()
+    for k, event in enumerate(events[events["kind"] == st.EV_DISPATCH]):
+        actions.append((float(event["time_s"]), 1, k, int(event["replica"]), int(event["request"])))
+    for time_s, is_dispatch, k, r, what in sorted(actions):
+        if is_dispatch:
+            cluster.dispatch(time_s, what, r)
+        else:
+            cluster.fault(time_s, r, what, float(faults.value[k]))
+    for r in range(len(cluster.replicas)):
+        cluster.run_until(r, math.inf, False)
+    return cluster.log
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_replica_agrees_with_the_simulator_to_the_bit_on_random_workloads(block):
+    for seed in range(50 * block, 50 * block + 50):
+        spec, episode = random_case(seed)
+        sim, visits = ReferenceSimulator(spec, episode), {}
+
+        def dispatch(s, request, visits=visits):
+            visits[request] = visits.get(request, -1) + 1
+            return choose(request, visits[request], s.allowed(request))
+
+        sim.run(dispatch)
+        events = sim.events()
+        want = sorted(
+            tuple(e[name].item() for name in ("time_s", "kind", "request", "replica", "value"))
+            for e in events[np.isin(events["kind"], COMPARED)]
+        )
+        assert sorted(play_live(spec, episode, sim).events) == want, f"seed {seed}"
+
+
+def random_stream(seed: int):
+    """A small replica, and requests with priorities, shared prefixes and aborts."""
+    rng = np.random.default_rng(seed)
+    size = int(rng.choice([1, 2, 4, 16]))
+    seqs = int(rng.choice([2, 4, 12]))
+    kind = ReplicaType(
+        name="small",
+        grid=random_grid(rng),
+        num_blocks=-(-120 // size) + int(rng.integers(0, 1 + 120 // size)),
+        max_num_batched_tokens=int(max(seqs, rng.choice([4, 16, 64]))),
+        max_num_seqs=seqs,
+    )
+    n = int(rng.integers(2, 50))
+    arrival_s = np.cumsum(rng.exponential(rng.choice([0.001, 0.02]), n)).tolist()
+    requests = []
+    for i in range(n):
+        prompt, output = int(rng.integers(1, 70)), int(rng.integers(1, 50))
+        shared = int(rng.integers(0, 60))
+        group = int(rng.integers(0, 3))
+        identities = [
+            hash((group, j)) if (j + 1) * size <= shared else hash((i, j, "own"))
+            for j in range(prompt + output)
+        ]
+        requests.append((arrival_s[i], i, prompt, output, int(rng.integers(-2, 3)), identities))
+    aborts = [
+        (arrival_s[i] + float(rng.exponential(0.3)), i) for i in range(n) if rng.random() < 0.25
+    ]
+    return kind, size, bool(rng.random() < 0.7), requests, aborts
+
+
+class TokenLog(Log):
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain: list[tuple[float, str, int]] = []
+
+    def preempted(self, request, now_s):
+        self.plain.append((now_s, "preempt", int(request.request_id)))
+
+    def finished(self, request, now_s):
+        self.plain.append((now_s, "finish", int(request.request_id)))
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_priorities_preemption_and_aborts_agree_with_a_plain_scheduler(block):
+    preemptions = left_out = 0
+    for seed in range(50 * block, 50 * block + 50):
+        kind, size, caching, stream, aborts = random_stream(seed)
+        log = TokenLog()
+        live = Replica(kind, log, block_size=size, prefix_caching=caching)
+        naive = NaiveReplica(kind, size, caching)
+        mine, plain, tokens = {}, {}, []
+        actions = sorted(
+            [(row[0], 0, row[1], row) for row in stream]
+            + [(time_s, 1, i, ()) for time_s, i in aborts]
+        )
+        for time_s, is_abort, i, row in [*actions, (math.inf, 2, 0, ())]:
+            for engine in (live, naive):
+                while engine.due_s <= time_s and engine.due_s < math.inf:
+                    now_s = engine.due_s
+                    engine.step()
+                    if engine is live:
+                        tokens += [(now_s, "token", int(q.request_id)) for q in live.outbox]
+                        live.outbox.clear()
+                        left_out += len(live._paused)
+            assert live.due_s == naive.due_s, f"seed {seed}"
+            assert live.pool.free == len(naive.pool.free), f"seed {seed}"
+            assert live.num_running == len(naive.running)
+            assert live.num_waiting == len(naive.waiting)
+            if is_abort == 0:
+                _, _, prompt, output, priority, identities = row
+                mine[i] = EngineRequest(str(i), prompt, output, identities.__getitem__, priority)
+                plain[i] = NaiveRequest(i, prompt, output, priority, time_s, identities)
+                live.submit(mine[i], time_s)
+                naive.submit(plain[i])
+            elif is_abort == 1:
+                live.abort(mine[i])
+                naive.abort(plain[i])
+        want = sorted(e for e in naive.events if e[1] != "admit")
+        assert sorted(tokens + log.plain) == want, f"seed {seed}"
+        preemptions += sum(e[1] == "preempt" for e in want)
+        assert live.num_running == live.num_waiting == 0
+        assert live.pool.free == kind.num_blocks
+        assert {q.status for q in mine.values()} <= {Status.FINISHED, Status.ABORTED}
+    assert preemptions > 100
+    assert left_out > 0
+
+
+def small_replica(**settings) -> Replica:
+    kind = ReplicaType("small", random_grid(np.random.default_rng(0)), 32, 64, 8)
+    return Replica(kind, Log(), **settings)
+
+
+def test_outbox_has_first_and_last_token_and_every_third_between_when_interval_is_three():
+    replica = small_replica(stream_interval=3)
+    request = EngineRequest("0", 10, 12, lambda j: j)
+    replica.submit(request, 0.0)
+    sent = []
+    while not math.isinf(replica.due_s):
+        replica.step()
+        if request in replica.outbox:
+            sent.append(replica.generated(request))
+        replica.outbox.clear()
+    assert sent == [1, 4, 7, 10, 12]
+
+
+def test_request_that_can_never_fit_is_refused_with_the_room_there_is():
+    replica = small_replica()
+    with pytest.raises(ConfigError, match="holds 512 tokens, but prompt and output make 513"):
+        replica.submit(EngineRequest("0", 500, 14, lambda j: j), 0.0)
+    assert math.isinf(replica.due_s)
+    replica.submit(EngineRequest("0", 500, 13, lambda j: j), 0.0)
+
+
+def test_failed_replica_is_empty_and_gives_its_requests_back():
+    replica = small_replica()
+    requests = [EngineRequest(str(i), 30, 9, lambda j, i=i: 100 * i + j) for i in range(12)]
+    for request in requests:
+        replica.submit(request, 0.0)
+    for _ in range(4):
+        replica.step()
+    assert replica.num_running == 8
+    assert replica.pool.usage > 0
+    assert set(replica.fail()) == set(requests)
+    assert (replica.num_running, replica.num_waiting, replica.pool.usage) == (0, 0, 0.0)
+    assert math.isinf(replica.due_s)
+    again = EngineRequest("99", 30, 2, lambda j: j)
+    replica.submit(again, 1.0)
+    for _ in range(3):
+        replica.step()
+    assert again.status == Status.FINISHED
+    assert again.cached_tokens == 0
+
+
+def test_queue_forgets_aborted_requests_though_its_head_is_stuck():
+    replica = small_replica()
+    for i in range(8):
+        replica.submit(EngineRequest(str(i), 60, 40, lambda j, i=i: 100 * i + j), 0.0)
+    replica.step()
+    for i in range(5000):
+        request = EngineRequest(f"storm {i}", 60, 40, lambda j: j)
+        replica.submit(request, 0.0)
+        replica.abort(request)
+    assert len(replica._waiting) < 50
+    while not math.isinf(replica.due_s):
+        replica.step()
+    assert sum(kind == st.EV_FINISH for _, kind, *_ in replica._observer.events) == 8
