@@ -10,7 +10,8 @@ import pytest
 from servegym.baselines.workflow.registry import DAG_RULES
 from servegym.workflow.bounds import lower_bound_s
 from servegym.workflow.schedule import violations
-from servegym.workflow.wfformat import Fleet, workflow_on_fleet
+from servegym.workflow.wfformat import Fleet
+from servegym.workflow.workloads.wfcommons import read_records
 
 TRACES = Path(__file__).parents[3] / "shared" / "data" / "traces"
 
@@ -18,32 +19,10 @@ TRACES = Path(__file__).parents[3] / "shared" / "data" / "traces"
 @pytest.fixture(scope="module")
 def flows():
     """Every recorded workflow; an edge carries at most what its parent wrote and its child read."""
-    parquet = pytest.importorskip("pyarrow.parquet")
-    files = [TRACES / f"wfinstances_{part}_le1000tasks.parquet" for part in ("nodes", "edges")]
-    if not all(file.exists() for file in files):
+    pytest.importorskip("pyarrow")
+    if not (TRACES / "wfinstances_nodes_le1000tasks.parquet").exists():
         pytest.skip("the extract of WfCommons is not at hand")
-    nodes, edges = (parquet.read_table(file).to_pydict() for file in files)
-    made = []
-    for name in dict.fromkeys(nodes["workflow"]):
-        rows = [i for i, other in enumerate(nodes["workflow"]) if other == name]
-        pairs = [i for i, other in enumerate(edges["workflow"]) if other == name]
-        place = {nodes["task"][i]: v for v, i in enumerate(rows)}
-        ends = sorted({(place[edges["parent"][i]], place[edges["child"][i]]) for i in pairs})
-        wrote, read = (
-            np.array([nodes[key][i] or 0 for i in rows], float)
-            for key in ("output_bytes", "input_bytes")
-        )
-        made.append(
-            workflow_on_fleet(
-                name,
-                [str(nodes["task"][i]) for i in rows],
-                [nodes["runtime_s"][i] for i in rows],
-                ends,
-                [min(wrote[u], read[v]) for u, v in ends],
-                Fleet(),
-            )
-        )
-    return made
+    return [record.workflow for record in read_records(TRACES, Fleet())]
 
 
 @pytest.mark.parametrize("name", list(DAG_RULES))

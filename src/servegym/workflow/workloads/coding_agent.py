@@ -1,0 +1,217 @@
+"""Long sessions of a coding agent, fitted to recorded ones."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from servegym.workflow.job import Job, JobBuilder
+from servegym.workflow.workloads.family import Family, Seconds, draw_tokens, mean_tokens
+from servegym.workloads.config import LengthConfig
+
+CALL, TOOL, PAUSE, SUB_CALL, SUB_TOOL = range(5)
+
+
+class CodingAgent(Family):
+    """One session: calls of a model, with tools or a person's answer between them.
+
+    Each prompt is the one before and what came since, so that a call shares all of the prompt of
+    the one before; now and then the agent rewrites its context and shares only its beginning. Some
+    sessions hand work to sub-agents, with a context of their own, and wait for them. No call but
+    the first is known beforehand.
+
+    The numbers are fitted to 355 sessions with 20,598 calls (WEKA traces, callanjfox/
+    kv-cache-tester at 94f6046d, first half of the sessions, duplicates left out);
+    `scripts/fit-sessions` makes them and their errors, in docs/workflow-workloads.md. What a
+    session starts with and how long it lasts, answers and growth are drawn independently; in the
+    trace sessions that start with a long context have fewer calls (rank correlation -0.40), and a
+    call's growth depends a little on the answer before it (0.32).
+
+    Attributes:
+        calls: Of the main agent.
+        first_prompt: With which a session starts: fresh ones, and ones that were taken up again.
+        growth: What a prompt has more than the one before.
+        output: Length of answers.
+        tool: Time between an answer that asks for a tool and the next call.
+        pause: Time between an answer that ends a turn and the next call.
+        pause_probability: That an answer does.
+        rewrite_probability: That a prompt is rewritten.
+        rewrite_shrinks: That a rewritten prompt is shorter than the one before.
+        spawn_probability: That a session uses sub-agents.
+        spawn_rate: That a call of such a session starts some.
+        spawn_weights: How likely it starts one, two, ... of them at once.
+        sub_calls: Calls of a sub-agent.
+        sub_first_prompt: With which it starts.
+        sub_output: Length of its answers.
+        sub_tool: Time between its calls.
+        max_context_tokens: A prompt and answer beyond it make the agent rewrite its context, and a
+            sub-agent stop.
+        max_pause_s: Longer pauses are cut to it: who comes back next day is no load until then.
+    """
+
+    labels: ClassVar[tuple[str, ...]] = (
+        "call",
+        "tool",
+        "pause",
+        "sub-agent call",
+        "sub-agent tool",
+    )
+
+    kind: Literal["coding-agent"] = "coding-agent"
+    calls: LengthConfig = LengthConfig(
+        medians_tokens=(5.32, 40.5),
+        sigmas=(0.343, 0.965),
+        weights=(0.141, 0.859),
+        max_tokens=500,
+    )
+    first_prompt: LengthConfig = LengthConfig(
+        medians_tokens=(17100.0, 100400.0),
+        sigmas=(0.196, 0.903),
+        weights=(0.321, 0.679),
+        min_tokens=1000,
+        max_tokens=1000000,
+    )
+    growth: LengthConfig = LengthConfig(
+        medians_tokens=(441.0, 1656.0),
+        sigmas=(0.643, 1.063),
+        weights=(0.443, 0.557),
+        max_tokens=200000,
+    )
+    output: LengthConfig = LengthConfig(
+        medians_tokens=(142.0, 258.0, 687.0),
+        sigmas=(0.248, 0.616, 0.935),
+        weights=(0.190, 0.599, 0.211),
+        max_tokens=32000,
+    )
+    tool: Seconds = Seconds(
+        medians_s=(6.11, 12.3, 47.6),
+        sigmas=(0.326, 0.535, 1.511),
+        weights=(0.344, 0.376, 0.281),
+        max_s=10800.0,
+    )
+    pause: Seconds = Seconds(
+        medians_s=(82.3, 1662.0), sigmas=(1.143, 0.994), weights=(0.795, 0.205)
+    )
+    pause_probability: float = Field(0.193, ge=0, le=1)
+    rewrite_probability: float = Field(0.023, ge=0, le=1)
+    rewrite_shrinks: float = Field(0.42, ge=0, le=1)
+    spawn_probability: float = Field(0.048, ge=0, le=1)
+    spawn_rate: float = Field(0.0123, ge=0, le=1)
+    spawn_weights: tuple[float, ...] = (0.55, 0.24, 0.21)
+    sub_calls: LengthConfig = LengthConfig(medians_tokens=(9.56,), sigmas=(0.501,), max_tokens=50)
+    sub_first_prompt: LengthConfig = LengthConfig(
+        medians_tokens=(10760.0,), sigmas=(0.153,), max_tokens=50000
+    )
+    sub_output: LengthConfig = LengthConfig(
+        medians_tokens=(217.0, 2971.0), sigmas=(0.384, 0.382), weights=(0.907, 0.093)
+    )
+    sub_tool: Seconds = Seconds(
+        medians_s=(3.64, 35.1), sigmas=(0.428, 0.572), weights=(0.841, 0.159), max_s=600.0
+    )
+    max_context_tokens: int = Field(200000, ge=2000)
+    max_pause_s: float = Field(3600.0, ge=0)
+
+    def job(self, rng: np.random.Generator) -> Job:
+        """Draw one session."""
+        builder = JobBuilder("coding-agent")
+        spawns = rng.random() < self.spawn_probability
+        prompt = draw_tokens(rng, self.first_prompt)
+        previous: int | None = None
+        waits: list[int] = []
+        before, shared = 0, 0
+        num_calls = draw_tokens(rng, self.calls)
+        for k in range(num_calls):
+            output = draw_tokens(rng, self.output)
+            if prompt + output > self.max_context_tokens:
+                prompt, shared = self._rewritten(rng, prompt, shrinks=True)
+                shared = min(shared, before)
+                output = min(output, self.max_context_tokens - prompt)
+            call = self._call(
+                rng, builder, CALL, prompt, output, mean_tokens(self.output), previous
+            )
+            if previous is not None:
+                builder.edge(previous, call, shared_tokens=shared)
+            for stage in waits:
+                builder.edge(stage, call)
+            if k + 1 == num_calls:
+                break
+            previous = call
+            if spawns and rng.random() < self.spawn_rate:
+                waits = self._sub_agents(rng, builder, call)
+            elif rng.random() < self.pause_probability:
+                pause_s = min(self.max_pause_s, self.pause.draw(rng))
+                expected_s = min(self.max_pause_s, self.pause.mean_s)
+                waits = [self._wait(builder, PAUSE, call, pause_s, expected_s)]
+            else:
+                tool_s = self.tool.draw(rng)
+                waits = [self._wait(builder, TOOL, call, tool_s, self.tool.mean_s)]
+            before = prompt
+            if rng.random() < self.rewrite_probability:
+                shrinks = rng.random() < self.rewrite_shrinks
+                prompt, shared = self._rewritten(rng, before, shrinks=shrinks)
+            else:
+                prompt, shared = before + draw_tokens(rng, self.growth), before
+        return builder.build()
+
+    def _rewritten(
+        self, rng: np.random.Generator, prompt: int, *, shrinks: bool
+    ) -> tuple[int, int]:
+        """Return the length of a rewritten prompt and how much of the old one it begins with.
+
+        Of rewritten prompts in the trace a mean of 0.24 (deviation 0.17) of the shorter one is the
+        beginning of both; those that shrink keep 0.14 to 1 of their length.
+        """
+        limit = self.max_context_tokens
+        new = prompt + draw_tokens(rng, self.growth)
+        if shrinks or new > 0.9 * limit:
+            new = int(min(prompt, limit) * rng.uniform(0.15, 0.9))
+        new = max(new, 1)
+        return new, int(min(prompt, new) * rng.beta(1.26, 4.06))
+
+    def _sub_agents(self, rng: np.random.Generator, builder: JobBuilder, parent: int) -> list[int]:
+        """Add chains of calls that run at once; returns the last call of each."""
+        weights = np.array(self.spawn_weights)
+        ends = []
+        for _ in range(1 + int(rng.choice(len(weights), p=weights / weights.sum()))):
+            prompt = min(draw_tokens(rng, self.sub_first_prompt), self.max_context_tokens // 2)
+            shared = 0
+            previous, mean = parent, mean_tokens(self.sub_output)
+            for k in range(draw_tokens(rng, self.sub_calls)):
+                output = draw_tokens(rng, self.sub_output)
+                if k and prompt + output > self.max_context_tokens:
+                    break  # a sub-agent hands in what it has
+                output = min(output, self.max_context_tokens - prompt)
+                waits = []
+                if k:
+                    tool_s = self.sub_tool.draw(rng)
+                    waits = [self._wait(builder, SUB_TOOL, previous, tool_s, self.sub_tool.mean_s)]
+                call = self._call(rng, builder, SUB_CALL, prompt, output, mean, previous)
+                builder.edge(previous, call, shared_tokens=shared)
+                for wait in waits:
+                    builder.edge(wait, call)
+                previous, shared = call, prompt
+                prompt += draw_tokens(rng, self.growth)
+            ends.append(previous)
+        return ends
+
+    def _call(
+        self,
+        rng: np.random.Generator,
+        builder: JobBuilder,
+        label: int,
+        prompt_tokens: int,
+        output_tokens: int,
+        mean: float,
+        previous: int | None,
+    ) -> int:
+        expected = self.expected_tokens(rng, output_tokens, mean)
+        hidden = previous is not None
+        return builder.llm(label, prompt_tokens, output_tokens, expected, hidden=hidden)
+
+    @staticmethod
+    def _wait(builder: JobBuilder, label: int, call: int, takes_s: float, mean_s: float) -> int:
+        stage = builder.tool(label, takes_s, mean_s, hidden=True)
+        builder.edge(call, stage)
+        return stage
