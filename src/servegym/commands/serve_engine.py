@@ -38,6 +38,9 @@ class ServeEngine:
     faults: tuple[str, ...] = ()
     """SECONDS:REPLICA:KIND, such as `30:0:slow=10 60:0:recover`; kinds are slow=FACTOR, hang, fail,
     drain, metrics-off, metrics-frozen and recover."""
+    stamped: bool = False
+    """Write into each event of a stream, as a comment, the machine's monotonic clock when it was
+    sent and when the request came: the delay of what lies between can be measured."""
 
     def run(self) -> None:
         """Serve until interrupted."""
@@ -58,6 +61,7 @@ class ServeEngine:
             seed=self.seed,
             model_name=self.model_name,
             faults=tuple(Fault.parse(text) for text in self.faults),
+            stamped=self.stamped,
         )
         fleet = Fleet(config)
 

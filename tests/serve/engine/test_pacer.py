@@ -11,7 +11,8 @@ import pytest
 from servegym.cluster.spec import ReplicaType
 from servegym.serve.engine.metrics import EngineMetrics
 from servegym.serve.engine.pacer import Pacer
-from servegym.serve.engine.replica import EngineRequest, Replica, Status
+from servegym.serve.engine.replica import Replica
+from servegym.serve.engine.request import EngineRequest, Status
 
 from ...cluster.strategies import random_grid  # noqa: TID252
 

@@ -11,7 +11,8 @@ from servegym.cluster import state as st
 from servegym.cluster.reference import ReferenceSimulator
 from servegym.cluster.spec import ReplicaType
 from servegym.errors import ConfigError
-from servegym.serve.engine.replica import EngineRequest, Replica, Status
+from servegym.serve.engine.replica import Replica
+from servegym.serve.engine.request import EngineRequest, Status
 
 from ...cluster.strategies import choose, random_case, random_grid  # noqa: TID252
 from .naive import NaiveReplica, NaiveRequest

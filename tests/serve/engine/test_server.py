@@ -7,6 +7,7 @@ import contextlib
 import json
 import re
 import socket
+import time
 
 import aiohttp
 import pytest
@@ -494,3 +495,24 @@ def test_impossible_fleet_is_refused(settings, said):
     scenario = parse_scenario(SCENARIO.format(seqs=8, blocks=100), "test")
     with pytest.raises(ConfigError, match=said):
         Fleet(FleetConfig(scenario, **settings))
+
+
+def test_stamped_events_tell_when_the_request_came_and_when_they_were_sent():
+    async def test():
+        async with serving(stamped=True) as (fleet, session):
+            body = {"prompt": "x", "max_tokens": 20, "ignore_eos": True, "stream": True}
+            before_s = time.monotonic()
+            async with session.post(f"{fleet.servers[0].url}/v1/completions", json=body) as answer:
+                page = await answer.read()
+            after_s = time.monotonic()
+        stamps = [tuple(map(float, x)) for x in re.findall(rb"\n: (\S+) (\S+)\n\n", page)]
+        sent = [s for s, _ in stamps]
+        assert len(stamps) > 1
+        assert len({came for _, came in stamps}) == 1
+        assert before_s - 1e-5 <= stamps[0][1] <= sent[0]
+        assert sorted(sent) == sent
+        assert sent[-1] <= after_s + 1e-5
+        texts = re.findall(rb'"text":"([^"]*)"', page)
+        assert b"".join(texts).decode() == expected("x", 20)
+
+    run(test())

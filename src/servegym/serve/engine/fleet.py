@@ -36,6 +36,7 @@ class FleetConfig:
         seed: Of the episode that says which replicas there are, and of noise.
         model_name: As clients must name it; None is the scenario's.
         faults: What will happen by itself.
+        stamped: Whether events tell when they were sent, for those who measure what lies between.
     """
 
     scenario: Scenario
@@ -48,6 +49,7 @@ class FleetConfig:
     seed: int = 0
     model_name: str | None = None
     faults: Sequence[Fault] = ()
+    stamped: bool = False
 
 
 class Fleet:
@@ -130,6 +132,7 @@ class Fleet:
             model_name=model_name,
             speed=config.speed,
             draw_tokens=lambda digest: int(lengths[int.from_bytes(digest[:8]) % len(lengths)]),
+            stamped=config.stamped,
         )
 
     async def stop(self) -> None:

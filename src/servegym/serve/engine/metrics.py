@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from servegym.serve.engine.replica import EngineRequest, Replica
+from servegym.serve.engine.replica import Replica
+from servegym.serve.engine.request import EngineRequest
 from servegym.serve.prometheus import Exposition, Histogram
 
 #: Bounds of vLLM's histograms, seconds.

@@ -7,7 +7,8 @@ import math
 import time
 from collections.abc import Callable
 
-from servegym.serve.engine.replica import EngineRequest, Replica
+from servegym.serve.engine.replica import Replica
+from servegym.serve.engine.request import EngineRequest
 from servegym.serve.prometheus import Histogram
 
 #: Bounds of the lateness of steps, real seconds.

@@ -14,7 +14,8 @@ from servegym.serve.engine.content import Content, answer_text, request_digest
 from servegym.serve.engine.faults import Fault
 from servegym.serve.engine.metrics import EngineMetrics
 from servegym.serve.engine.pacer import Pacer
-from servegym.serve.engine.replica import EngineRequest, Replica, Status
+from servegym.serve.engine.replica import Replica
+from servegym.serve.engine.request import EngineRequest, Status
 from servegym.serve.engine.stream import Stream
 from servegym.serve.prometheus import CONTENT_TYPE
 
@@ -36,6 +37,7 @@ class EngineServer:
         model_name: As clients must name it.
         speed: Seconds of the replica's clock in one real second.
         draw_tokens: Length of the answer to a request, from the digest of the request.
+        stamped: Whether events tell when they were sent; see `Stream`.
 
     Attributes:
         faults: What is wrong just now, in words.
@@ -50,6 +52,7 @@ class EngineServer:
         model_name: str,
         speed: float,
         draw_tokens: Callable[[bytes], int],
+        stamped: bool = False,
     ) -> None:
         self.index = index
         self.faults: set[str] = set()
@@ -57,6 +60,7 @@ class EngineServer:
         self._metrics = metrics
         self._model_name = model_name
         self._draw_tokens = draw_tokens
+        self._stamped = stamped
         self._streams: dict[EngineRequest, Stream] = {}
         self._pacer = Pacer(replica, speed, self._deliver)
         self._frozen_page = ""
@@ -239,6 +243,7 @@ class EngineServer:
             chat=chat,
             model_name=self._model_name,
             fingerprint=f"replica-{self.index}",
+            stamped=self._stamped,
         )
 
     def _deliver(self, request: EngineRequest) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from aiohttp import HttpVersion11, web
 
 from servegym.serve.engine.content import CHARS_PER_TOKEN
-from servegym.serve.engine.replica import EngineRequest
+from servegym.serve.engine.request import EngineRequest
 
 #: A client that reads so slowly that more than this waits for it gets the rest in fewer pieces.
 _MAX_UNREAD_BYTES = 64 * 1024
@@ -26,17 +26,21 @@ class Stream:
         chat: Whether it is a chat completion.
         model_name: Named in every event.
         fingerprint: Named in every event; tells which replica answered.
+        stamped: Whether each event has a comment with the machine's monotonic clock, in seconds:
+            when the event was sent, and when the request came.
 
     Attributes:
         done: Set when the last token is there.
     """
 
     __slots__ = (
+        "_came_s",
         "_chat",
         "_fields",
         "_framed",
         "_head",
         "_sent",
+        "_stamped",
         "_tail",
         "_text",
         "_transport",
@@ -45,7 +49,14 @@ class Stream:
     )
 
     def __init__(
-        self, request: EngineRequest, text: str, *, chat: bool, model_name: str, fingerprint: str
+        self,
+        request: EngineRequest,
+        text: str,
+        *,
+        chat: bool,
+        model_name: str,
+        fingerprint: str,
+        stamped: bool = False,
     ) -> None:
         self.request = request
         self.done = asyncio.Event()
@@ -54,6 +65,8 @@ class Stream:
         self._sent = 0
         self._transport: asyncio.WriteTransport | None = None
         self._framed = False
+        self._stamped = stamped
+        self._came_s = time.monotonic()
         kind = "chat.completion" if chat else "text_completion"
         self._fields: dict[str, Any] = {
             "id": request.request_id,
@@ -65,7 +78,7 @@ class Stream:
         # the text of an event is plain hexadecimal and blanks: it needs no escapes
         event = _compact(self._chunk("\x00", None))
         head, tail = event.split(b"\\u0000")
-        self._head, self._tail = b"data: " + head, tail + b"\n\n"
+        self._head, self._tail = b"data: " + head, tail + b"\n"
 
     def _chunk(self, text: str, finish_reason: str | None) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self._chat else "text_completion"
@@ -122,16 +135,21 @@ class Stream:
         transport = self._transport
         if transport is None or transport.get_write_buffer_size() > _MAX_UNREAD_BYTES:
             return
-        self._write(self._head + self._take(generated).encode() + self._tail)
+        self._write(
+            b"%b%b%b%b\n" % (self._head, self._take(generated).encode(), self._tail, self._stamp())
+        )
 
     def rest(self, include_usage: bool) -> bytes:
         """Return what is left to send when the request has ended."""
         event = self._chunk(self._take(self.request.output_tokens), self.request.finish_reason)
-        parts = [_event(event)]
+        parts = [_event(event, self._stamp())]
         if include_usage:
             last = {**self._chunk("", None), "choices": [], "usage": self.usage}
             parts.append(_event(last))
         return b"".join([*parts, _DONE])
+
+    def _stamp(self) -> bytes:
+        return b": %.6f %.6f\n" % (time.monotonic(), self._came_s) if self._stamped else b""
 
     def _take(self, generated: int) -> str:
         first, self._sent = self._sent, generated
@@ -148,5 +166,5 @@ def _compact(document: dict[str, Any]) -> bytes:
     return json.dumps(document, separators=(",", ":")).encode()
 
 
-def _event(document: dict[str, Any]) -> bytes:
-    return b"data: " + _compact(document) + b"\n\n"
+def _event(document: dict[str, Any], stamp: bytes = b"") -> bytes:
+    return b"data: %b\n%b\n" % (_compact(document), stamp)

@@ -1,0 +1,114 @@
+"""A request inside a replica, and who is told of its progress."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Protocol
+
+from servegym.serve.engine.blocks import Block
+
+
+class Status(IntEnum):
+    """Where a request is."""
+
+    NEW, WAITING, RUNNING, FINISHED, ABORTED = range(5)
+
+
+class EngineRequest:
+    """One request inside a replica; `output_tokens` is how many it will have.
+
+    Attributes:
+        request_id: Name for messages.
+        prompt_tokens: Tokens of the prompt.
+        output_tokens: Tokens it ends after.
+        identity: Names the content of the request's KV block by its index.
+        priority: Lower is more urgent.
+        finish_reason: Why it will end: `stop` by itself, `length` at its limit.
+        arrival_s: When the replica got it.
+        first_scheduled_s: First admission, NaN before.
+        first_token_s: First token, NaN before.
+        last_token_s: End of the step of its newest token before it began to decode.
+        cached_tokens: Prefix tokens found at the first admission, -1 before.
+        num_preemptions: How often it was preempted.
+    """
+
+    __slots__ = (
+        "_blocks",
+        "_chunk",
+        "_computed",
+        "_generated",
+        "_joined",
+        "_named",
+        "_order",
+        "_target",
+        "arrival_s",
+        "cached_tokens",
+        "finish_reason",
+        "first_scheduled_s",
+        "first_token_s",
+        "identity",
+        "last_token_s",
+        "num_preemptions",
+        "output_tokens",
+        "priority",
+        "prompt_tokens",
+        "request_id",
+        "status",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_tokens: int,
+        output_tokens: int,
+        identity: Callable[[int], int],
+        priority: int = 0,
+        finish_reason: str = "length",
+    ) -> None:
+        self.request_id = request_id
+        self.prompt_tokens = prompt_tokens
+        self.output_tokens = output_tokens
+        self.identity = identity
+        self.priority = priority
+        self.finish_reason = finish_reason
+        self.status = Status.NEW
+        self.arrival_s = math.nan
+        self.first_scheduled_s = math.nan
+        self.first_token_s = math.nan
+        self.last_token_s = math.nan
+        self.cached_tokens = -1
+        self.num_preemptions = 0
+        self._order = 0  # of arrival at the replica
+        self._computed = 0  # while decoding: as of step `_joined`, like `_generated`
+        self._generated = 0
+        self._joined = -1  # steps the replica had ended when decoding began, -1: does not decode
+        self._target = 0  # tokens to compute before it decodes
+        self._chunk = 0  # prompt tokens in the step in progress
+        self._blocks: list[Block] = []
+        self._named = 0
+
+    @property
+    def rank(self) -> tuple[int, float, int]:
+        """Its place in the order of scheduling; the highest rank is preempted first."""
+        return self.priority, self.arrival_s, self._order
+
+
+class Observer(Protocol):
+    """What a replica reports to."""
+
+    def admitted(self, request: EngineRequest, now_s: float) -> None:
+        """Note a first admission."""
+
+    def preempted(self, request: EngineRequest, now_s: float) -> None:
+        """Note a preemption."""
+
+    def emitted(self, request: EngineRequest, now_s: float) -> None:
+        """Note the token at the end of a prefill, before it is counted as its last."""
+
+    def finished(self, request: EngineRequest, now_s: float) -> None:
+        """Note the end of a request."""
+
+    def stepped(self, begin_s: float, end_s: float, num_decodes: int, prefill_tokens: int) -> None:
+        """Note the end of a step; of each decoding request a token came out."""
