@@ -85,7 +85,7 @@ class KernelFit(_Spec):
 
 
 class AllReduceFit(_Spec):
-    """Coefficients of an all-reduce over a given number of GPUs."""
+    """Coefficients of an all-reduce, or all-gather, over a given number of GPUs."""
 
     alpha_s: float
     bus_bytes_per_s: float
@@ -119,6 +119,8 @@ class GpuSpec(_Spec):
         moe: Grouped experts by precision and routing, e.g. `"bf16 balanced"`.
         elementwise: Norms, rotary embedding and activation of a layer.
         all_reduce: By number of GPUs.
+        all_gather: The same for an all-gather or a reduce-scatter by NCCL, whose volume is half as
+            large; not measured: half an all-reduce.
     """
 
     bf16_flops: float
@@ -140,6 +142,7 @@ class GpuSpec(_Spec):
     moe: dict[str, KernelFit] = {}
     elementwise: KernelFit | None = None
     all_reduce: dict[int, AllReduceFit]
+    all_gather: dict[int, AllReduceFit] = {}
 
 
 class ModelSpec(_Spec):

@@ -7,6 +7,7 @@ import pytest
 
 from servegym.assets.specs import gpu, model
 from servegym.costs import tables
+from servegym.costs.package import expert_rows
 from servegym.costs.step import StepCost
 from servegym.costs.tables import TableSource, source_of, tables_installed
 from servegym.errors import ConfigError
@@ -31,9 +32,10 @@ def small_tables(monkeypatch):
     monkeypatch.setattr(tables, "tables_installed", lambda: True)
     monkeypatch.setattr(
         tables,
-        "_read",
+        "newest_table",
         lambda system, operator, file: (rows, "toy") if operator == "gemm" else None,
     )
+    monkeypatch.setattr(tables, "expert_rows", lambda *args, **kwargs: None)
     tables._gemm_table.cache_clear()
     tables._attention_table.cache_clear()
     yield rows
@@ -137,3 +139,20 @@ def test_fp4_is_measured_where_there_are_fp4_units():
     assert cost.status == "validated"
     fits = StepCost(gpu("B200-SXM-180GB"), model("Llama-3.1-8B"), fp4=True)
     assert fits.status == "extrapolated"
+
+
+@needs_tables
+def test_experts_are_read_in_the_format_of_published_checkpoints():
+    system = "h200_sxm"
+    kinds = {p: expert_rows(system, p, "uniform", fp4_units=False) for p in ("fp8", "fp4")}
+    assert {p: set(rows["moe_dtype"]) for p, (rows, _) in kinds.items()} == {
+        "fp8": {"fp8_block"},
+        "fp4": {"w4a16_mxfp4"},
+    }
+    rows, source = expert_rows("b200_sxm", "fp4", "skewed", fp4_units=True)
+    assert set(rows["moe_dtype"]) == {"w4a8_mxfp4_mxfp8", "nvfp4"}
+    assert set(rows["distribution"]) == {"power_law_1.2"}
+    assert "trtllm" in source
+    names = ("num_tokens", "hidden_size", "width", "num_experts", "topk")
+    shapes = np.stack([rows[name] for name in names], axis=1)
+    assert len(np.unique(shapes, axis=0)) == len(shapes)

@@ -59,6 +59,10 @@ def test_precisions_are_told_by_their_first_word():
     ("engine", "version", "gpu", "family"),
     [
         ("vLLM", "0.19.0", "H100", "vllm"),
+        ("vLLM", "0.14.0", "H100", "vllm"),
+        ("vLLM", "0.13.0", "H100", "vllm-sync"),
+        ("vLLM", "0.8.5", "H100", "vllm-sync"),
+        ("vLLM", "", "H100", "vllm"),
         ("vLLM", "2024 (vLLM 0.4-0.5, TRT-LLM 0.9-0.10 era)", "H100", "vllm-v0"),
         ("vLLM", "0.6.3", "MI300X", "vllm-v0-rocm"),
         ("TensorRT-LLM (PyTorch backend)", "1.0", "B200", "trtllm"),

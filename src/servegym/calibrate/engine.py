@@ -234,6 +234,10 @@ class EngineSource(CostSource):
         """In the tokens' time."""
         return 0.0
 
+    def all_gather_s(self, num_bytes: float, num_gpus: int) -> float:
+        """Part of what a token costs, as the all-reduce."""
+        return self.all_reduce_s(num_bytes, num_gpus)
+
     def cpu_s(self) -> float:
         """Every step's overhead; it has the time to read the weights."""
         return self.fit.overhead_s

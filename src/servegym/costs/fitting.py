@@ -6,8 +6,8 @@ from typing import Literal
 
 import numpy as np
 
-from servegym.assets.specs import Correction, GpuSpec, KernelFit
-from servegym.costs.forms import corners, table_of
+from servegym.assets.specs import AllReduceFit, Correction, GpuSpec, KernelFit
+from servegym.costs.forms import collective_s, corners, table_of
 from servegym.costs.measurements import Measurements
 from servegym.errors import ConfigError
 from servegym.typing import BoolArray, FloatArray
@@ -137,6 +137,31 @@ def fit_mixed(data: Measurements, chunk_s: FloatArray, gpu: GpuSpec) -> KernelFi
             "num_held_out": int(data.held_out.sum()),
         }
     )
+
+
+def fit_all_gather(num_bytes: FloatArray, seconds: FloatArray, num_gpus: int) -> AllReduceFit:
+    """Fit latency, bandwidth and bend of an all-gather by its relative error.
+
+    Args:
+        num_bytes: In all, `float64[N]`.
+        seconds: `float64[N]`.
+        num_gpus: GPUs.
+    """
+    volume = (num_gpus - 1) / num_gpus * num_bytes
+    least, largest = float(np.percentile(seconds, 5)), num_bytes >= 0.1 * num_bytes.max()
+    bandwidth = float(np.median((volume / seconds)[largest]))
+
+    def off(fit: AllReduceFit) -> float:
+        predicted = np.array([collective_s(fit, v) for v in volume])
+        return float(np.mean(np.abs(np.log(predicted / seconds))))
+
+    tried = [
+        AllReduceFit(alpha_s=float(f"{a * least:.3g}"), bus_bytes_per_s=float(f"{b:.3g}"), p=p)
+        for a in np.arange(0.7, 1.5, 0.05)
+        for b in bandwidth * np.arange(0.9, 1.6, 0.05)
+        for p in np.round(np.arange(0.4, 1.6, 0.05), 2).tolist()
+    ]
+    return min(tried, key=off)
 
 
 def refuse_impossible(

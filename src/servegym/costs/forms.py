@@ -10,10 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from servegym.assets.specs import Correction, KernelFit
+from servegym.assets.specs import AllReduceFit, Correction, KernelFit
+from servegym.costs.source import Precision
 from servegym.typing import FloatArray
 
 ELEMENT_BYTES = 2.0  # of activations and KV cache
+#: Bytes of a weight; fp4 has a scale of one byte every 16 elements.
+WEIGHT_BYTES: dict[Precision, float] = {"bf16": 2.0, "fp8": 1.0, "fp4": 0.5625}
 #: Query rows that a thread block of FlashAttention 2 computes at once on a paged KV cache
 #: (`kBlockM` of its split-KV kernels).
 TILE_ROWS = 64.0
@@ -121,6 +124,13 @@ class Operator:
     def floor_s(self, fit: KernelFit, peak_flops: float, bytes_per_s: float) -> FloatArray:
         """Seconds that an engine cannot beat: data-sheet FLOP rate, reached bandwidth."""
         return np.maximum(self.flops / peak_flops, self.cold_bytes / (bytes_per_s * fit.eff_bytes))
+
+
+def collective_s(fit: AllReduceFit, volume: float) -> float:
+    """Seconds in which every GPU sends `volume` bytes: latency and bandwidth, bent."""
+    volume_s = volume / fit.bus_bytes_per_s
+    high, low = max(fit.alpha_s, volume_s), min(fit.alpha_s, volume_s)
+    return float(high * (1.0 + (low / high) ** fit.p) ** (1.0 / fit.p)) if high > 0 else 0.0
 
 
 def gemm(m: _Numbers, n: _Numbers, k: _Numbers, weight_bytes: float) -> Operator:

@@ -15,7 +15,9 @@ import numpy.typing as npt
 
 from servegym.assets.specs import GpuSpec
 from servegym.costs import forms
-from servegym.costs.forms import Operator
+from servegym.costs.forms import WEIGHT_BYTES, Operator
+from servegym.costs.package import expert_rows
+from servegym.costs.source import Precision, Routing
 from servegym.typing import BoolArray, FloatArray
 
 
@@ -91,32 +93,63 @@ def aic_decode(folder: Path, system: str, window: int = 0, head_dim: int = 128) 
     )
 
 
-def aic_experts(folder: Path, system: str, dtype: str, routing: str) -> Measurements:
-    """Grouped experts of AIConfigurator on one expert-parallel rank."""
+def aic_experts(folder: Path, system: str, dtype: str, routing: Routing) -> Measurements:
+    """Grouped experts of AIConfigurator on one expert-parallel rank.
+
+    fp8 is that of published checkpoints of mixtures, one scale a block of weights, where a GPU
+    has a table of it; else one scale a tensor.
+    """
     t = _rows(
         _table(folder / "aic_moe_vllm.parquet"),
         device=system,
-        moe_dtype={"bf16": "bfloat16"}.get(dtype, dtype),
         distribution={"uniform": "balanced", "skewed": "power_law_1.2"}[routing],
         moe_ep_size=1,
     )
-    width = t["inter_size"] / np.maximum(t["moe_tp_size"], 1)
-    num, active = t["num_experts"], t["topk"]
+    blocks = dtype == "fp8" and "fp8_block" in t["moe_dtype"]
+    t = _rows(t, moe_dtype="fp8_block" if blocks else {"bf16": "bfloat16"}.get(dtype, dtype))
+    t["width"] = t["inter_size"] / np.maximum(t["moe_tp_size"], 1)
+    note = ", scales a block" if blocks else ""
+    source = f"AIConfigurator kernel tables (vLLM backend), {routing} routing{note}"
+    return _experts(t, 1e-6 * t["latency_us"], 1.0 if dtype == "fp8" else 2.0, routing, source)
+
+
+def package_experts(gpu: GpuSpec, precision: Precision, routing: Routing) -> Measurements | None:
+    """The same from the tables in the package aiconfigurator-core; None if it has none."""
+    found = expert_rows(gpu.aic_system, precision, routing, fp4_units=gpu.fp4_flops > 0)
+    if found is None:
+        return None
+    rows, source = found
+    source = f"{source}, {routing} routing"
+    return _experts(rows, 1e-3 * rows["latency"], WEIGHT_BYTES[precision], routing, source)
+
+
+def _experts(
+    t: dict[str, FloatArray],
+    seconds: FloatArray,
+    weight_bytes: float,
+    routing: Routing,
+    source: str,
+) -> Measurements:
+    shape = (t["hidden_size"], t["width"], t["num_experts"], t["topk"])
+    even = routing == "uniform"
     return Measurements(
-        forms.experts(
-            t["num_tokens"],
-            t["hidden_size"],
-            width,
-            num,
-            active,
-            3.0,
-            1.0 if dtype == "fp8" else 2.0,
-            even=routing == "uniform",
-        ),
-        _seconds(t),
-        _second_family(t["hidden_size"], width, num, active),
-        f"AIConfigurator kernel tables (vLLM backend), {routing} routing",
+        forms.experts(t["num_tokens"], *shape, 3.0, weight_bytes, even=even),
+        seconds,
+        _second_family(*shape),
+        source,
     )
+
+
+def aic_all_gather(folder: Path, system: str, num_gpus: int) -> tuple[FloatArray, FloatArray]:
+    """All-gathers and reduce-scatters by NCCL of 16-bit values.
+
+    Returns:
+        Bytes in all and seconds of each, `float64[N]`.
+    """
+    t = _rows(_table(folder / "aic_comm.parquet"), device=system, impl="NCCL", dtype="half")
+    t = _rows(t, num_gpus=num_gpus)
+    mine = np.isin(t["op"], ("all_gather", "reduce_scatter"))
+    return 2.0 * t["message_size"][mine], _seconds(t)[mine]
 
 
 def vidur_gemm(folder: Path, device: str) -> Measurements:

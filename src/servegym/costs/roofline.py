@@ -11,13 +11,9 @@ from servegym.assets.specs import GpuSpec, KernelFit
 from servegym.costs import forms
 from servegym.costs.curve import Surface
 from servegym.costs.forms import ELEMENT_BYTES, LogTable, Operator, table_of
-from servegym.costs.source import Evidence, Routing
+from servegym.costs.source import Evidence, Precision, Routing
 from servegym.errors import ConfigError
 from servegym.typing import FloatArray
-
-Precision = Literal["bf16", "fp8", "fp4"]
-#: Bytes of a weight; fp4 has a scale of one byte every 16 elements.
-WEIGHT_BYTES: dict[Precision, float] = {"bf16": 2.0, "fp8": 1.0, "fp4": 0.5625}
 
 #: Time of an iteration that no kernel accounts for: what measured iterations of vLLM 0.19 on two
 #: GPUs lasted beyond the sum of their kernels (-0.3 to 1.7 ms). A prior on all others.
@@ -90,8 +86,16 @@ class RooflineSource:
     def _experts_fit(
         self, hidden: int, width: int, num_experts: int, active: int, routing: Routing
     ) -> tuple[KernelFit, LogTable | None] | None:
-        fit = self.gpu.moe.get(f"{self.precision} {routing}")
-        return self._with_table(f"experts {routing}", fit) if fit else None
+        measured = self._measured_routing(routing)
+        if measured is None:
+            return None
+        return self._with_table(f"experts {measured}", self.gpu.moe[f"{self.precision} {measured}"])
+
+    def _measured_routing(self, routing: Routing) -> Routing | None:
+        """This one, or the other if only that was measured."""
+        other: Routing = "skewed" if routing == "uniform" else "uniform"
+        kinds: tuple[Routing, ...] = (routing, other)
+        return next((kind for kind in kinds if f"{self.precision} {kind}" in self.gpu.moe), None)
 
     def _with_table(self, operator: str, fit: KernelFit) -> tuple[KernelFit, LogTable | None]:
         if operator not in self._tables:
@@ -262,10 +266,15 @@ class RooflineSource:
                 f"no all-reduce fit over {num_gpus} GPUs of this type: "
                 f"choose tp from {[1, *sorted(self.gpu.all_reduce)]}"
             )
-        fit = self.gpu.all_reduce[num_gpus]
-        volume_s = 2.0 * (num_gpus - 1) / num_gpus * num_bytes / fit.bus_bytes_per_s
-        high, low = max(fit.alpha_s, volume_s), min(fit.alpha_s, volume_s)
-        return float(high * (1.0 + (low / high) ** fit.p) ** (1.0 / fit.p)) if high > 0 else 0.0
+        share = 2.0 * (num_gpus - 1) / num_gpus
+        return forms.collective_s(self.gpu.all_reduce[num_gpus], share * num_bytes)
+
+    def all_gather_s(self, num_bytes: float, num_gpus: int) -> float:
+        """Seconds of an all-gather or a reduce-scatter of `num_bytes` in all."""
+        if num_gpus not in self.gpu.all_gather:
+            return 0.5 * self.all_reduce_s(num_bytes, num_gpus)
+        share = (num_gpus - 1) / num_gpus
+        return forms.collective_s(self.gpu.all_gather[num_gpus], share * num_bytes)
 
     def cpu_s(self) -> float:
         """Time of an engine iteration outside the device."""
@@ -304,6 +313,9 @@ class RooflineSource:
         if found is None:
             note = "not measured: GEMMs of the experts that uniform routing touches"
             return Evidence(operator, "prior", note)
+        measured = self._measured_routing(routing)
+        if measured != routing:
+            return Evidence(operator, "prior", f"only {measured} routing was measured")
         at = forms.experts(1, hidden, width, num_experts, active, 3, 2.0).coordinates
         shape = {name: at[name] for name in ("matrix", "experts")}
         return _fit_evidence(operator, found[0], shape)

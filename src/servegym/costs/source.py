@@ -9,6 +9,9 @@ from typing import Literal, Protocol
 #: How the experts of a mixture are hit: all alike, or as the benchmarks' power law (exponent 1.2).
 Routing = Literal["uniform", "skewed"]
 
+#: Of weights.
+Precision = Literal["bf16", "fp8", "fp4"]
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -89,6 +92,10 @@ class CostSource(Protocol):
 
     def all_reduce_s(self, num_bytes: float, num_gpus: int) -> float:
         """Seconds of an all-reduce of `num_bytes` over `num_gpus`."""
+        ...
+
+    def all_gather_s(self, num_bytes: float, num_gpus: int) -> float:
+        """Seconds of an all-gather or a reduce-scatter of `num_bytes` in all."""
         ...
 
     def cpu_s(self) -> float:

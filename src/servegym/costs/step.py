@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from servegym.assets.specs import GpuSpec, ModelSpec
+from servegym.costs.forms import WEIGHT_BYTES
 from servegym.costs.grid import (
     NUM_BATCH_KNOTS,
     NUM_CHUNK_KNOTS,
@@ -15,7 +16,7 @@ from servegym.costs.grid import (
     NUM_KV_KNOTS,
     CostGrid,
 )
-from servegym.costs.roofline import WEIGHT_BYTES, RooflineSource
+from servegym.costs.roofline import RooflineSource
 from servegym.costs.source import CostSource, Evidence, Routing
 from servegym.errors import ConfigError
 from servegym.typing import FloatArray

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,23 +15,15 @@ import numpy as np
 from servegym.assets.specs import GpuSpec, KernelFit
 from servegym.costs import forms
 from servegym.costs.fitting import refuse_impossible
-from servegym.costs.forms import LogTable, Operator
+from servegym.costs.forms import WEIGHT_BYTES, LogTable, Operator
 from servegym.costs.measurements import Measurements
-from servegym.costs.roofline import WEIGHT_BYTES, Precision, RooflineSource
-from servegym.costs.source import Evidence, Routing
+from servegym.costs.package import Rows, expert_rows, newest_table, tables_installed, where
+from servegym.costs.roofline import RooflineSource
+from servegym.costs.source import Evidence, Precision, Routing
 from servegym.errors import ConfigError, unknown_name
 from servegym.typing import FloatArray
 
-_PACKAGE = "aiconfigurator_core"
 _GEMM_TYPES = {"bf16": "bfloat16", "fp8": "fp8", "fp4": "nvfp4"}
-_MOE_TYPES = {"bf16": "bfloat16", "fp8": "fp8", "fp4": "w4a16_mxfp4"}
-_ROUTINGS = {"uniform": "balanced", "skewed": "power_law_1.2"}
-_Rows = dict[str, FloatArray]
-
-
-def tables_installed() -> bool:
-    """Whether the optional package with the tables is there."""
-    return find_spec(_PACKAGE) is not None
 
 
 @dataclass(frozen=True)
@@ -183,59 +173,15 @@ def _pairs(axes: dict[str, FloatArray], n: int, k: int) -> list[tuple[FloatArray
     return [(axes["n"], n), (axes["k"], k)]
 
 
-# ---- reading ----
-
-
-@lru_cache(maxsize=64)
-def _read(system: str, operator: str, file: str) -> tuple[_Rows, str] | None:
-    """Rows of the newest vLLM table, or SGLang's where vLLM has less than half as many."""
-    spec = find_spec(_PACKAGE)
-    assert spec is not None
-    assert spec.origin is not None
-    root = Path(spec.origin).parent / "systems" / "data" / system / operator
-    best: tuple[_Rows, str] | None = None
-    for backend in ("vllm", "sglang"):
-        versions = [p for p in (root / backend).glob("*") if (p / file).is_file()]
-        if not versions:
-            continue
-        newest = max(versions, key=_version)
-        rows = _columns(newest / file)
-        if best is None or len(rows["latency"]) > 2 * len(best[0]["latency"]):
-            best = rows, f"AIConfigurator {operator} table of {system}, {backend} {newest.name}"
-    return best
-
-
-def _version(path: Path) -> list[int]:
-    return [int(part) if part.isdigit() else -1 for part in path.name.split(".")]
-
-
-def _columns(path: Path) -> _Rows:
-    from pyarrow import parquet
-
-    text = {"gemm_dtype", "moe_dtype", "kv_cache_dtype", "distribution", "kernel_source"}
-    unused = {"framework", "version", "device", "op_name", "beam_width", "attn_dtype"}
-    names = [n for n in parquet.read_schema(path).names if n not in unused]
-    table = parquet.read_table(path, columns=names)
-    return {
-        name: np.asarray(table.column(name).to_numpy(), None if name in text else np.float64)
-        for name in names
-    }
-
-
-def _where(rows: _Rows, **equal: object) -> _Rows:
-    keep = np.ones(len(rows["latency"]), bool)
-    for name, value in equal.items():
-        if name in rows:  # older tables lack the columns of features they did not vary
-            keep &= np.asarray(rows[name] == value)
-    return {name: column[keep] for name, column in rows.items()}
+# ---- tables of one family ----
 
 
 @lru_cache(maxsize=32)
 def _gemm_table(gpu: _Device, precision: Precision) -> _Family | None:
-    read = _read(gpu.system, "gemm", "gemm_perf.parquet")
+    read = newest_table(gpu.system, "gemm", "gemm_perf.parquet")
     if read is None:
         return None
-    rows = _where(read[0], gemm_dtype=_GEMM_TYPES[precision])
+    rows = where(read[0], gemm_dtype=_GEMM_TYPES[precision])
     if not len(rows["latency"]):
         return None
     operator = forms.gemm(rows["m"], rows["n"], rows["k"], WEIGHT_BYTES[precision])
@@ -250,15 +196,15 @@ def _attention_table(
     gpu: _Device, name: str, heads: int, kv_heads: int, head_dim: int
 ) -> _Family | None:
     file = {"prefill": "context", "decode": "generation"}[name] + "_attention_perf.parquet"
-    read = _read(gpu.system, "attention", file)
+    read = newest_table(gpu.system, "attention", file)
     if read is None:
         return None
-    rows = _where(read[0], kv_cache_dtype="bfloat16", window_size=0.0, head_dim=float(head_dim))
+    rows = where(read[0], kv_cache_dtype="bfloat16", window_size=0.0, head_dim=float(head_dim))
     if not len(rows["latency"]):
         return None
     shape = _nearest(rows, ("num_heads", "num_key_value_heads"), (heads, kv_heads))
     h, k = shape
-    rows = _where(rows, num_heads=float(h), num_key_value_heads=float(k))
+    rows = where(rows, num_heads=float(h), num_key_value_heads=float(k))
     size = rows["batch_size"]
     if name == "prefill":
         operator = forms.prefill(rows["isl"], 0.0, h, k, float(head_dim), size)
@@ -274,21 +220,13 @@ def _attention_table(
 def _experts_table(
     gpu: _Device, precision: Precision, routing: Routing, shape: tuple[int, int, int, int]
 ) -> _Family | None:
-    read = _read(gpu.system, "moe", "moe_perf.parquet")
+    read = expert_rows(gpu.system, precision, routing, fp4_units=gpu.flops[2] > 0)
     if read is None:
         return None
-    rows = _where(
-        read[0],
-        moe_dtype=_MOE_TYPES[precision],
-        distribution=_ROUTINGS[routing],
-        moe_ep_size=1.0,
-    )
-    if not len(rows["latency"]):
-        return None
-    rows["width"] = rows["inter_size"] / np.maximum(rows["moe_tp_size"], 1.0)
+    rows = read[0]
     names = ("hidden_size", "width", "num_experts", "topk")
     found = _nearest(rows, names, shape)
-    rows = _where(rows, **{n: float(x) for n, x in zip(names, found, strict=True)})
+    rows = where(rows, **{n: float(x) for n, x in zip(names, found, strict=True)})
     hidden, width, num, active = found
     operator = forms.experts(
         rows["num_tokens"], hidden, width, num, active, 3.0, WEIGHT_BYTES[precision]
@@ -297,7 +235,7 @@ def _experts_table(
     return _Family(log_table, tuple(int(x) for x in found), read[1])
 
 
-def _nearest(rows: _Rows, names: tuple[str, ...], wanted: tuple[int, ...]) -> tuple[int, ...]:
+def _nearest(rows: Rows, names: tuple[str, ...], wanted: tuple[int, ...]) -> tuple[int, ...]:
     families = np.unique(np.stack([rows[name] for name in names], axis=1), axis=0)
     distance = np.abs(np.log(families / np.array(wanted, np.float64))).sum(axis=1)
     return tuple(int(x) for x in families[np.argmin(distance)])
@@ -305,7 +243,7 @@ def _nearest(rows: _Rows, names: tuple[str, ...], wanted: tuple[int, ...]) -> tu
 
 def _log_table(
     operator: Operator,
-    rows: _Rows,
+    rows: Rows,
     axes: tuple[str, ...],
     gpu: _Device,
     peak_flops: float,

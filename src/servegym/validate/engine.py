@@ -140,7 +140,7 @@ def _lockstep(cost: StepCost, ranks: int) -> CostGrid:
     Their steps begin and end together. Decoding tokens are spread evenly over the ranks; a
     prefill chunk lies on one of them, so the attention GEMMs of its other share come on top.
     Every rank computes its share of the experts for the tokens of all, after an all-gather of
-    tokens and router logits and before a reduce-scatter; each moves half of an all-reduce.
+    tokens and router logits and before a reduce-scatter.
     """
     grid = cost.compile()
 
@@ -150,8 +150,10 @@ def _lockstep(cost: StepCost, ranks: int) -> CostGrid:
     def dense(tokens: float) -> float:
         share = max(1.0, tokens / ranks)
         terms, all_tokens = cost.terms(share), cost.terms(tokens)
-        exchange = 2.0 * cost.operators.all_reduce_s(tokens * cost.model.hidden, ranks)
-        exchange += cost.operators.all_reduce_s(tokens * cost.model.num_experts, ranks)
+        # activations there and back and router logits there, two bytes each
+        gather_s = cost.operators.all_gather_s
+        exchange = 2.0 * gather_s(2.0 * tokens * cost.model.hidden, ranks)
+        exchange += gather_s(2.0 * tokens * cost.model.num_experts, ranks)
         rest = sum(terms.values()) - terms["cpu"] - terms["experts"]
         return rest + all_tokens["experts"] / ranks + cost.model.layers * exchange
 

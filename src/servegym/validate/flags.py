@@ -19,7 +19,7 @@ def extrapolations(setup: EngineSetup, family: str, quality: str = "A") -> list[
     reasons = [f"{e.operator}: {e.note}" for e in evidence if e.kind == "prior"]
     if setup.expert_ranks > 1:
         reasons.append("data-parallel ranks merged into one engine")
-    if family != "vllm":
+    if family not in ("vllm", "vllm-sync"):
         reasons.append(f"{family} replayed as vLLM V1")
     if quality == "C":
         reasons.append("GPU or lengths inferred")

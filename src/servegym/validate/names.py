@@ -115,10 +115,11 @@ def known_precision(label: str) -> str:
 
 
 def engine_family(engine: str, version: str = "", gpu_label: str = "") -> str:
-    """Return the engine family of an engine: `vllm`, `vllm-v0`, `trtllm`, `sglang`, ...
+    """Return the engine family of an engine: `vllm`, `vllm-sync`, `vllm-v0`, `trtllm`, ...
 
     vLLM before V1 (2025) is a family of its own, and so is an engine on ROCm: their kernels
-    and their work per step on the CPU have little in common with vLLM V1 on CUDA.
+    and their work per step on the CPU have little in common with vLLM V1 on CUDA. So is V1 before
+    0.14, which made scheduling beside the running step the default (vllm-project/vllm#27614).
 
     Args:
         engine: Its label.
@@ -132,6 +133,8 @@ def engine_family(engine: str, version: str = "", gpu_label: str = "") -> str:
     family = next((family for mark, family in _FAMILIES.items() if mark in plain), None)
     if family is None:
         raise ConfigError(f"engine {engine!r} is none of {', '.join(_FAMILIES)}")
-    if family == "vllm" and re.search(r"2024|^0\.[1-6]\.", version):
+    if family == "vllm" and re.search(r"2024|^0\.[1-7]\.", version):
         family = "vllm-v0"
+    elif family == "vllm" and re.match(r"0\.([89]|1[0-3])\.", version):
+        family = "vllm-sync"
     return f"{family}-rocm" if re.match(r"(AMD|MI\d)", gpu_label) else family

@@ -162,7 +162,7 @@ def experiment(row: Row) -> Experiment:
     if prompt is None or output is None:
         raise ConfigError(f"lengths are not given: {text['isl'] or '-'}/{text['osl'] or '-'}")
     loop, concurrency, rate, count = _loop(row, prompt + output)
-    limits = FAMILIES[family.removesuffix("-rocm")]
+    limits = FAMILIES[family.removesuffix("-rocm").removesuffix("-sync")]
     budget = limits.max_num_batched_tokens
     if family.startswith("vllm") and gpu(gpu_name).memory_bytes < _LARGE_GPU_BYTES:
         budget = 2048
@@ -176,7 +176,7 @@ def experiment(row: Row) -> Experiment:
         max_num_seqs=seqs,
         max_num_batched_tokens=max(budget, seqs),
         memory_fraction=limits.memory_fraction,
-        separate_attention=family != "vllm",
+        separate_attention=family not in ("vllm", "vllm-sync"),
     )
     floor_s = _read_weights_s(setup)
     per_token_s = row.measured.get("tpot_s", math.inf)
