@@ -1,6 +1,6 @@
 """Play requests on the real vLLM, and check every decision of its scheduler against the policy.
 
-    python play.py MODEL ORDER OUT [--overlapped]
+    python play.py MODEL ORDER OUT [--overhead]
 
 Runs inside vLLM's environment. ORDER is `stock` for vLLM's own FCFS without the plug-in,
 `scripted` for an arbitrary order made up here, or what the plug-in takes for a policy. Writes every
@@ -9,6 +9,9 @@ request's tokens and, but for `stock`, what was checked.
 The order is computed a second time, here, from the requests themselves and with nothing kept from
 step to step; at each preemption the victim must be the one with the highest score of all that are
 running at that moment, and nobody admitted may score higher than one left waiting.
+
+With --overhead nothing is checked; instead 100 requests are kept waiting while 32 run, in steps of
+10 ms that compute nothing, and the plug-in's time for each step is what it is without company.
 """
 
 from __future__ import annotations
@@ -27,9 +30,18 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from workload import Drawn, draw
 
 import servegym.serve.vllm as servegym_vllm
+from servegym.costs.grid import (
+    NUM_BATCH_KNOTS,
+    NUM_CHUNK_KNOTS,
+    NUM_CONTEXT_KNOTS,
+    NUM_DENSE_KNOTS,
+    NUM_KV_KNOTS,
+    CostGrid,
+)
 from servegym.policy.ordering import NO_LIMIT_S, NUM_ORDERING_FEATURES, OrderingPolicy
 from servegym.serve.vllm import plugin as plugin_module
 from servegym.serve.vllm import scheduler as scheduler_module
+from servegym.serve.vllm.grid_file import save_grid
 from servegym.serve.vllm.hints import PREDICTED_OUTPUT_TOKENS, TTFT_SLO_S
 
 NUM_REQUESTS = 240
@@ -175,17 +187,18 @@ class Check:
         return output
 
 
-def engine_args(model: str, order: str, overlapped: bool) -> EngineArgs:
-    """Arguments of an engine short of KV blocks."""
+def engine_args(model: str, order: str, grid: Path | None) -> EngineArgs:
+    """Arguments of an engine short of KV blocks, or of one whose steps a grid times."""
     ours: dict[str, Any] = {}
     if order != "stock":
         ours = {
             "scheduling_policy": "priority",
-            "scheduler_cls": servegym_vllm.PolicyScheduler
-            if overlapped
-            else servegym_vllm.PolicySyncScheduler,
+            "scheduler_cls": servegym_vllm.PolicySyncScheduler,
             "additional_config": {"servegym": {"policy": order}},
         }
+    if grid is not None:
+        ours["distributed_executor_backend"] = servegym_vllm.PacedExecutor
+        ours["additional_config"]["servegym_paced"] = {"grid": str(grid)}
     return EngineArgs(
         model=model,
         dtype="float32",
@@ -194,9 +207,9 @@ def engine_args(model: str, order: str, overlapped: bool) -> EngineArgs:
         max_num_seqs=MAX_NUM_SEQS,
         max_num_batched_tokens=BUDGET,
         block_size=BLOCK_SIZE,
-        num_gpu_blocks_override=NUM_BLOCKS,
+        num_gpu_blocks_override=NUM_BLOCKS if grid is None else 32 * MAX_NUM_SEQS,
         enable_prefix_caching=False,
-        async_scheduling=overlapped,
+        async_scheduling=False,
         seed=0,
         **ours,
     )
@@ -252,20 +265,66 @@ def play(engine: LLMEngine, requests: list[Drawn], check: Check | None) -> dict[
     }
 
 
+def keep_full(engine: LLMEngine, requests: list[Drawn], in_system: int) -> None:
+    """Play with a new request for each that ends, so that equally many are always there."""
+    arrived = ended = 0
+    while ended < len(requests) - in_system:
+        while arrived - ended < in_system:
+            add(engine, str(arrived), requests[arrived], 0)
+            arrived += 1
+        ended += sum(output.finished for output in engine.step())
+
+
+def ten_ms(folder: Path) -> Path:
+    """Write the cost of steps that all take 10 ms."""
+
+    def axis(size: int) -> Any:
+        return np.arange(1.0, size + 1)
+
+    grid = CostGrid(
+        cpu_s=0.01,
+        dense_tokens=axis(NUM_DENSE_KNOTS),
+        dense_s=np.zeros(NUM_DENSE_KNOTS),
+        prefill_chunk=axis(NUM_CHUNK_KNOTS),
+        prefill_context=axis(NUM_CONTEXT_KNOTS),
+        prefill_s=np.zeros((NUM_CHUNK_KNOTS, NUM_CONTEXT_KNOTS)),
+        decode_batch=axis(NUM_BATCH_KNOTS),
+        decode_kv=axis(NUM_KV_KNOTS),
+        decode_s=np.zeros((NUM_BATCH_KNOTS, NUM_KV_KNOTS)),
+    )
+    path = folder / "ten-ms.npz"
+    save_grid(grid, path)
+    return path
+
+
+def make_engine(
+    model: str, order: str, grid: Path | None
+) -> tuple[LLMEngine, OrderingPolicy | None]:
+    """Make an engine, and the order once more."""
+    again = None
+    if order == "scripted":
+        again = Scripted()
+        scheduler_module.load_policy = lambda text: again
+    elif order != "stock":
+        again = plugin_module.load_policy(order)
+    return LLMEngine.from_engine_args(engine_args(model, order, grid)), again
+
+
 def main() -> None:
     """Play, check, write."""
     model, order, out, *rest = sys.argv[1:]
-    overlapped = "--overlapped" in rest
-    clock = FrozenClock()
-    policy = Scripted() if order == "scripted" else plugin_module.load_policy
-    if order == "scripted":
-        scheduler_module.load_policy = lambda text: policy
-    plugin_module.time = clock
-    engine = LLMEngine.from_engine_args(engine_args(model, order, overlapped))
+    if rest == ["--overhead"]:
+        engine, _ = make_engine(model, order, ten_ms(Path(out).parent))
+        scheduler = engine.engine_core.engine_core.scheduler
+        keep_full(engine, draw(600, 1.0, 1024, seed=5), in_system=100 + MAX_NUM_SEQS)
+        told = scheduler.plugin.statistics()
+        Path(out).write_text(json.dumps(told))
+        return
+    engine, again = make_engine(model, order, None)
     scheduler = engine.engine_core.engine_core.scheduler
     check = None
-    if order != "stock":
-        again = policy if order == "scripted" else plugin_module.load_policy(order)
+    if again is not None:
+        plugin_module.time = clock = FrozenClock()
         check = Check(scheduler, again, clock)
     told = play(engine, draw(NUM_REQUESTS, REQUESTS_PER_STEP, 1024, seed=9), check)
     if check is not None:
@@ -273,9 +332,6 @@ def main() -> None:
         told["plugin"] = scheduler.plugin.statistics()
     told["left"] = len(scheduler.requests)
     Path(out).write_text(json.dumps(told))
-    if check is not None:
-        print(order, json.dumps({**vars(check.told), "wrong": check.told.wrong[:3]}))
-        print(json.dumps(told["plugin"]))
 
 
 if __name__ == "__main__":

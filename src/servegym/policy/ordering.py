@@ -56,14 +56,14 @@ ORDERING_FEATURES: tuple[Feature, ...] = (
     _feature("num_preemptions", 0, NO_BOUND, "-", "how often it was preempted"),
     _feature(
         "ttft_slack_s",
-        -NO_LIMIT_S,
+        -NO_BOUND,
         NO_LIMIT_S,
         "s",
         "time left to its TTFT limit, 1e6 without one or after the first token",
     ),
     _feature(
         "deadline_slack_s",
-        -NO_LIMIT_S,
+        -NO_BOUND,
         NO_LIMIT_S,
         "s",
         "time left to its E2E limit, 1e6 without one",

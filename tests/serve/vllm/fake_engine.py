@@ -64,13 +64,14 @@ class FakeScheduler:
         *,
         num_blocks: int = 1000,
         block_size: int = 4,
-        max_num_seqs: int = 4,
+        max_num_running_reqs: int = 4,
         max_num_scheduled_tokens: int = 16,
     ) -> None:
         self.block_size = block_size
         self.num_blocks = num_blocks
-        self.max_num_seqs = max_num_seqs
+        self.max_num_running_reqs = max_num_running_reqs
         self.max_num_scheduled_tokens = max_num_scheduled_tokens
+        self.kv_cache_config = SimpleNamespace(kv_cache_groups=["all layers"])
         self.waiting = FakeQueue()
         self.running: list[FakeRequest] = []
         self.requests: dict[str, FakeRequest] = {}
@@ -79,7 +80,12 @@ class FakeScheduler:
 
     @property
     def kv_cache_manager(self) -> Any:
-        return SimpleNamespace(usage=self.used_blocks() / self.num_blocks)
+        return SimpleNamespace(
+            usage=self.used_blocks() / self.num_blocks,
+            block_pool=SimpleNamespace(
+                get_num_free_blocks=lambda: self.num_blocks - self.used_blocks()
+            ),
+        )
 
     def used_blocks(self) -> int:
         return sum(self._blocks(r.num_computed_tokens) for r in self.running)
@@ -119,7 +125,12 @@ class FakeScheduler:
                 counts[request.request_id] = count
                 budget -= count
         new, resumed = [], []
-        while not preempted and budget and self.waiting and len(self.running) < self.max_num_seqs:
+        while (
+            not preempted
+            and budget
+            and self.waiting
+            and len(self.running) < self.max_num_running_reqs
+        ):
             request = self.waiting._heap[0]
             if self._lacking(request, request.num_tokens) > 0:
                 break

@@ -29,8 +29,9 @@ def make_rows(capacity=256, **settings):
 
 
 def read(rows, waiting, running, now_s=10.0, usage=0.5, step_s=0.1):
-    slots = rows.slots([*waiting, *running])
-    return rows.features(waiting, running, slots, now_s, kv_cache_usage=usage, step_s=step_s)
+    _, features, arrival_s = rows.read(waiting, running, now_s, kv_cache_usage=usage, step_s=step_s)
+    assert arrival_s.tolist() == [r.arrival_time for r in (*waiting, *running)]
+    return features
 
 
 def column(features, name):
@@ -182,7 +183,7 @@ def test_of_a_long_queue_only_a_part_is_scored_each_step_and_all_in_turn():
     assert policy.sizes == [11] * 10
     # ten a step: after ten steps every newcomer has had its turn, and the order is right
     assert len(policy.seen) == 96
-    assert ranking.admission.tolist() == list(range(94, -1, -1))
+    assert ranking.order.tolist() == [*range(94, -1, -1), 95]
     policy.seen.clear()
     for _ in range(20):
         orderer.rank(waiting, running, 100.0, 0.0)
@@ -195,7 +196,7 @@ def test_newcomers_that_had_no_turn_yet_are_last():
     config = PluginConfig(max_scored_waiting=2)
     orderer = Orderer(First(), config, block_size=4, max_num_batched_tokens=16)
     waiting = [FakeRequest(str(i), float(i), num_prompt_tokens=10 - i) for i in range(4)]
-    assert orderer.rank(waiting, [], 10.0, 0.0).admission.tolist() == [1, 0, 2, 3]
+    assert orderer.rank(waiting, [], 10.0, 0.0).order.tolist() == [1, 0, 2, 3]
 
 
 def test_equal_scores_go_by_arrival():
@@ -203,8 +204,7 @@ def test_equal_scores_go_by_arrival():
     waiting = [FakeRequest(str(i), arrival) for i, arrival in enumerate((3.0, 1.0, 2.0))]
     running = [FakeRequest(f"r{i}", arrival) for i, arrival in enumerate((6.0, 5.0))]
     ranking = orderer.rank(waiting, running, 10.0, 0.0)
-    assert ranking.admission.tolist() == [1, 2, 0]
-    assert ranking.eviction.tolist() == [1, 0]
+    assert ranking.order.tolist() == [1, 2, 0, 4, 3]
 
 
 def test_step_times_are_averaged():

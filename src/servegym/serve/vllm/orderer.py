@@ -21,12 +21,19 @@ class Ranking(NamedTuple):
     """How a policy orders the requests of a step.
 
     Attributes:
-        admission: Indices of the waiting requests, the first to be admitted first, `int64[w]`.
-        eviction: Indices of the running ones, the first to be preempted last, `int64[r]`.
+        slots: Rows of the waiting requests, then of the running ones, `int64[w + r]`.
+        order: Indices into those: the waiting, the first to be admitted first, then the running,
+            the first to be preempted last, `int64[w + r]`.
+        num_waiting: How many are waiting.
     """
 
-    admission: IntArray
-    eviction: IntArray
+    slots: IntArray
+    order: IntArray
+    num_waiting: int
+
+    def places(self) -> dict[int, int]:
+        """Return the place of each row in the order."""
+        return {slot: place for place, slot in enumerate(self.slots[self.order].tolist())}
 
 
 class InvalidScores(ServeGymError):
@@ -76,39 +83,46 @@ class Orderer:
             kv_cache_usage: Share of KV blocks held.
 
         Returns:
-            The order; `rows.rank` holds each request's place in it.
+            The order.
 
         Raises:
             InvalidScores: If the policy returns another number of scores, or one is not finite.
         """
         self._step += 1
-        rows, num_waiting = self.rows, len(waiting)
-        slots = rows.slots([*waiting, *running])
-        features = rows.features(
-            waiting, running, slots, now_s, kv_cache_usage=kv_cache_usage, step_s=self._step_s
+        num_waiting = len(waiting)
+        slots, features, arrival_s = self.rows.read(
+            waiting, running, now_s, kv_cache_usage=kv_cache_usage, step_s=self._step_s
         )
         if self._policy.memory_size or num_waiting <= self._max_scored:
-            self._score(features, slots)
+            scores = self._score(features, slots)
         else:
-            chosen = self._choose(slots[:num_waiting])
-            chosen = np.concatenate([chosen, np.arange(num_waiting, len(slots))])
-            self._score(features[chosen], slots[chosen])
-        # NaN, a newcomer that was not scored yet, is sorted last
-        order = Ranking(self._sorted(slots[:num_waiting]), self._sorted(slots[num_waiting:]))
-        rows.rank[slots[order.admission]] = np.arange(num_waiting)
-        rows.rank[slots[num_waiting:][order.eviction]] = np.arange(len(running))
-        return order
+            scores = self._score_part(features, slots, num_waiting)
+        # equal scores go by arrival, as in vLLM; NaN, a newcomer without a score yet, comes last
+        is_running = np.arange(len(slots)) >= num_waiting
+        return Ranking(slots, np.lexsort((arrival_s, scores, is_running)), num_waiting)
 
-    def _score(self, features: FloatArray, slots: IntArray) -> None:
-        memory = self.rows.memory[slots]
-        scores = self._policy.score(features, memory)
+    def _score(self, features: FloatArray, slots: IntArray) -> FloatArray:
+        memory = self.rows.memory
+        if self._policy.memory_size:
+            kept = memory[slots]
+            scores = self._policy.score(features, kept)
+            memory[slots] = kept
+        else:
+            scores = self._policy.score(features, memory[: len(slots)])
         if scores.shape != slots.shape:
             raise InvalidScores(f"{len(slots)} requests got scores of shape {scores.shape}")
         if not np.isfinite(scores).all():
             raise InvalidScores("a score is not finite")
-        self.rows.memory[slots] = memory
-        self.rows.score[slots] = scores
-        self.rows.scored_step[slots] = self._step
+        return scores
+
+    def _score_part(self, features: FloatArray, slots: IntArray, num_waiting: int) -> FloatArray:
+        """Score the running and a part of the waiting; the others keep their last score."""
+        chosen = self._choose(slots[:num_waiting])
+        chosen = np.concatenate([chosen, np.arange(num_waiting, len(slots))])
+        rows, some = self.rows, slots[chosen]
+        rows.score[some] = self._score(features[chosen], some)
+        rows.scored_step[some] = self._step
+        return rows.score[slots]
 
     def _choose(self, slots: IntArray) -> IntArray:
         """Choose which of a long queue to score: newcomers, the best, and those due longest."""
@@ -122,8 +136,3 @@ class Orderer:
         best = known[np.argpartition(score[known], half)[:half]]
         due = known[np.argsort(self.rows.scored_step[slots[known]], kind="stable")]
         return np.unique(np.concatenate([fresh, best, due[: num_known - half]]))
-
-    def _sorted(self, slots: IntArray) -> IntArray:
-        """Sort by score, equal ones by arrival."""
-        order: IntArray = np.lexsort((self.rows.arrival_s(slots), self.rows.score[slots]))
-        return order

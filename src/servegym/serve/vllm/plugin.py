@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,16 +47,20 @@ class Counts:
     """What happened since the start.
 
     Attributes:
+        num_steps: Steps scheduled.
+        num_asked: Steps in which somebody could have been admitted or preempted.
         num_policy_steps: Steps ordered by the policy.
         num_fallback_steps: Steps ordered by the fallback, because the policy failed.
         num_faults: Failures of the policy.
         num_admitted: Requests admitted in steps for which there was a policy's order.
         num_admitted_agreed: Those among as many of the policy's first. In shadow mode the rest is
             what the policy would have changed; else vLLM passed some over, for its own reasons.
-        num_preempted: Likewise for preemption.
-        num_preempted_agreed: Likewise.
+        num_preempted: Requests preempted.
+        num_preempted_agreed: Those among as many of the policy's first victims.
     """
 
+    num_steps: int = 0
+    num_asked: int = 0
     num_policy_steps: int = 0
     num_fallback_steps: int = 0
     num_faults: int = 0
@@ -101,6 +105,7 @@ class Plugin:
         self._ranked: Ranking | None = None
         self._begin_s = 0.0
         self._computing = False
+        self._asked = False
         self._report_s = time.monotonic() + config.report_every_s
 
     def before(
@@ -109,6 +114,8 @@ class Plugin:
         running: Sequence[Any],
         requests: Mapping[str, Any],
         kv_cache_usage: float,
+        *,
+        may_decide: bool = True,
     ) -> None:
         """Order the requests, before vLLM schedules a step.
 
@@ -117,11 +124,18 @@ class Plugin:
             running: The running list.
             requests: All requests by id.
             kv_cache_usage: Share of KV blocks held.
+            may_decide: Whether anybody could be admitted or preempted in this step; if not, only
+                a policy with a memory is asked.
         """
         now_s = time.monotonic()
         if self._computing and running:
             self._orderer.note_step(now_s - self._begin_s)
         self._begin_s = now_s
+        self._ranked = None
+        self._asked = may_decide or self._policy.memory_size > 0
+        if not self._asked:
+            return
+        self.counts.num_asked += 1
         waiting = queue._heap if self._priority_mode else list(queue)
         self._ranked = self._rank(waiting, running, requests, kv_cache_usage)
         if not (self._apply(waiting, running) or self._config.shadow):
@@ -151,13 +165,14 @@ class Plugin:
         """Put the policy's order into force; return whether that was to be done."""
         if self._ranked is None or self._config.shadow or self._circuit is not Circuit.CLOSED:
             return False
-        in_order = [waiting[i] for i in self._ranked.admission.tolist()]
+        order, num_waiting = self._ranked.order.tolist(), self._ranked.num_waiting
+        in_order = [waiting[i] for i in order[:num_waiting]]
         for place, request in enumerate(in_order):
             request.priority = place
         # a list sorted by its key is a heap
         waiting[:] = in_order
-        for place, i in enumerate(self._ranked.eviction.tolist()):
-            running[i].priority = place
+        for place, i in enumerate(order[num_waiting:]):
+            running[i - num_waiting].priority = place
         self.counts.num_policy_steps += 1
         return True
 
@@ -195,29 +210,41 @@ class Plugin:
             ordered_ns: When it returned.
             scheduled_ns: When vLLM had scheduled.
         """
+        self.counts.num_steps += 1
         self._computing = output.total_num_scheduled_tokens > 0
-        if self._ranked is not None:
-            try:
-                self._compare(output, requests)
-            except Exception:  # whatever it is, the step is scheduled already
-                self._fault("the step could not be compared with the policy's order")
+        try:
+            if self._ranked is not None:
+                self._compare(self._ranked, output, requests)
+            elif not self._asked:
+                # there were blocks for all, so nobody should have been
+                self.counts.num_preempted += len(output.preempted_req_ids or ())
+        except Exception:  # whatever it is, the step is scheduled already
+            self._fault("the step could not be compared with the policy's order")
         if self._begin_s >= self._report_s:
             self._report_s = self._begin_s + self._config.report_every_s
             self.report()
-        outside_ns = time.perf_counter_ns() - scheduled_ns
-        self.overhead.add(ordered_ns - begin_ns + outside_ns, scheduled_ns - ordered_ns)
+        if self._asked:
+            own_ns = ordered_ns - begin_ns + time.perf_counter_ns() - scheduled_ns
+            self.overhead.add(own_ns, scheduled_ns - ordered_ns)
 
-    def _compare(self, output: Any, requests: Mapping[str, Any]) -> None:
-        rows, counts = self._orderer.rows, self.counts
+    def _compare(self, ranked: Ranking, output: Any, requests: Mapping[str, Any]) -> None:
         new = [request.req_id for request in output.scheduled_new_reqs]
-        admitted = rows.places([requests[i] for i in new], running=False)
-        resumed = [requests[i] for i in output.scheduled_cached_reqs.resumed_req_ids]
-        admitted += rows.places(resumed, running=False)
+        resumed = output.scheduled_cached_reqs.resumed_req_ids
+        gone = [name for name in output.preempted_req_ids or () if name in requests]
+        if not (new or resumed or gone):
+            return
+        place_of = ranked.places()
+        num_waiting, counts = ranked.num_waiting, self.counts
+
+        def places(names: Iterable[str]) -> list[int]:
+            slots = [self._orderer.rows.slot(requests[name]) for name in names]
+            return [place_of[slot] for slot in slots if slot in place_of]
+
+        admitted = [place for place in places((*new, *resumed)) if place < num_waiting]
         counts.num_admitted += len(admitted)
         counts.num_admitted_agreed += sum(place < len(admitted) for place in admitted)
-        gone = [requests[i] for i in output.preempted_req_ids or () if i in requests]
-        preempted = rows.places(gone, running=True)
-        first = rows.num_running - len(preempted)
+        preempted = [place for place in places(gone) if place >= num_waiting]
+        first = len(ranked.order) - len(preempted)
         agreed = sum(place >= first for place in preempted)
         counts.num_preempted += len(preempted)
         counts.num_preempted_agreed += agreed
@@ -236,7 +263,6 @@ class Plugin:
             "shadow": self._config.shadow,
             "circuit": self._breaker.state(time.monotonic()).name.lower(),
             "num_breaker_opened": self._breaker.num_opened,
-            "num_steps": self.overhead.num_steps,
             **asdict(self.counts),
             **self.overhead.percentiles_us(),
         }

@@ -5,7 +5,8 @@ Only what changed is written anew: most of a long queue costs nothing but a look
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,15 +30,21 @@ _TTFT_SLACK = int(OrderingFeature["TTFT_SLACK_S"])
 _DEADLINE_SLACK = int(OrderingFeature["DEADLINE_SLACK_S"])
 #: The engine's own columns, from this one on.
 _ENGINE = int(OrderingFeature["NUM_RUNNING"])
+# What is kept of a request besides features, behind them in the same row. The times stand in the
+# order of the features that are made of them, two by two: each pair is one subtraction.
+_ARRIVAL, _IDLE_SINCE, _TTFT_DUE, _DUE, _PREDICTED, _WIDTH = range(
+    NUM_ORDERING_FEATURES, NUM_ORDERING_FEATURES + 6
+)
 
 #: Weight of the newest ended request in the average output length.
 _LENGTH_WEIGHT = 0.02
-#: Columns of `_fixed`.
-_ARRIVAL, _TTFT_DUE, _DUE, _PREDICTED, _IDLE_SINCE = range(5)
 
 
 class RequestRows:
     """One row for each request that the engine has not ended.
+
+    NumPy calls on cold caches cost several microseconds each, whatever their size; this is written
+    to need few of them.
 
     Requests are vLLM's `Request` objects, or anything with their `num_prompt_tokens`,
     `num_computed_tokens`, `num_output_tokens`, `num_preemptions`, `max_tokens`, `arrival_time`,
@@ -45,10 +52,8 @@ class RequestRows:
 
     Attributes:
         memory: What the policy keeps of each, `float64[capacity, memory_size]`.
-        score: Latest score of each, `float64[capacity]`; NaN before the first.
+        score: Latest kept score of each, `float64[capacity]`; NaN before the first.
         scored_step: Step of that score, `int64[capacity]`.
-        rank: Place of each in the latest order, `int64[capacity]`.
-        num_running: Length of the running list when the features were last made.
     """
 
     def __init__(
@@ -62,16 +67,14 @@ class RequestRows:
     ) -> None:
         self._config = config
         self._block_size = block_size
-        self._budget = float(max_num_batched_tokens)
+        self._engine = np.array([0.0, 0.0, 0.0, 0.0, max_num_batched_tokens])
         self._slots: dict[Any, int] = {}
         self._free = list(range(capacity - 1, -1, -1))
-        self._features = np.zeros((capacity, NUM_ORDERING_FEATURES))
-        self._fixed = np.zeros((capacity, 5))
+        self._rows = np.zeros((capacity, _WIDTH))
         self.memory = np.zeros((capacity, memory_size))
         self.score = np.full(capacity, np.nan)
         self.scored_step = np.zeros(capacity, np.int64)
-        self.rank = np.zeros(capacity, np.int64)
-        self.num_running = 0
+        self._any_limit = False
         self._mean_output_tokens = 0.0
 
     def __len__(self) -> int:
@@ -80,22 +83,11 @@ class RequestRows:
     def client_priority(self, request: Any) -> float:
         """Return the priority a request came with, whatever was written over it since."""
         slot = self._slots.get(request)
-        return float(request.priority if slot is None else self._features[slot, _PRIORITY])
+        return float(request.priority if slot is None else self._rows[slot, _PRIORITY])
 
-    def places(self, requests: Iterable[Any], *, running: bool) -> list[int]:
-        """Return places in the latest order.
-
-        Args:
-            requests: Those that have none are passed over.
-            running: Whether those that were running are meant, or those that were waiting.
-        """
-        slots = [slot for slot in map(self._slots.get, requests) if slot is not None]
-        return [int(self.rank[s]) for s in slots if bool(self._features[s, _RUNNING]) is running]
-
-    def arrival_s(self, slots: IntArray) -> FloatArray:
-        """Return when the requests arrived, `float64[n]`."""
-        arrived: FloatArray = self._fixed[slots, _ARRIVAL]
-        return arrived
+    def slot(self, request: Any) -> int | None:
+        """Return a request's row, or None if it has none."""
+        return self._slots.get(request)
 
     def slots(self, requests: Sequence[Any]) -> IntArray:
         """Return the requests' rows, `int64[n]`; those seen for the first time get one."""
@@ -113,23 +105,26 @@ class RequestRows:
             self._grow()
         slot = self._free.pop()
         arrival_s = float(request.arrival_time)
-        ttft_slo_s = hint(request, TTFT_SLO_S) or self._config.ttft_slo_s
-        e2e_slo_s = hint(request, E2E_SLO_S) or self._config.e2e_slo_s
-        self._fixed[slot] = (
-            arrival_s,
-            arrival_s + min(ttft_slo_s, NO_LIMIT_S),
-            arrival_s + min(e2e_slo_s, NO_LIMIT_S),
-            self._predict(request),
-            arrival_s,
-        )
-        row = self._features[slot]
+        row = self._rows[slot]
         row[:] = 0.0
         row[_PRIORITY] = request.priority
         row[_PROMPT] = request.num_prompt_tokens
+        row[_TTFT_SLACK] = row[_DEADLINE_SLACK] = NO_LIMIT_S
+        row[_ARRIVAL] = row[_IDLE_SINCE] = arrival_s
+        row[_TTFT_DUE] = self._due_s(arrival_s, hint(request, TTFT_SLO_S), self._config.ttft_slo_s)
+        row[_DUE] = self._due_s(arrival_s, hint(request, E2E_SLO_S), self._config.e2e_slo_s)
+        row[_PREDICTED] = self._predict(request)
         self.memory[slot] = 0.0
         self.score[slot] = np.nan
-        self.scored_step[slot] = self.rank[slot] = 0
+        self.scored_step[slot] = 0
         self._slots[request] = slot
+
+    def _due_s(self, arrival_s: float, own_slo_s: float | None, slo_s: float) -> float:
+        limit_s = own_slo_s or slo_s
+        if limit_s >= NO_LIMIT_S:
+            return math.inf
+        self._any_limit = True
+        return arrival_s + limit_s
 
     def _predict(self, request: Any) -> float:
         told = hint(request, PREDICTED_OUTPUT_TOKENS)
@@ -140,9 +135,9 @@ class RequestRows:
         return float(request.max_tokens)
 
     def _grow(self) -> None:
-        size = len(self._features)
+        size = len(self._rows)
         self._free = list(range(2 * size - 1, size - 1, -1))
-        for name in ("_features", "_fixed", "memory", "score", "scored_step", "rank"):
+        for name in ("_rows", "memory", "score", "scored_step"):
             old = getattr(self, name)
             setattr(self, name, np.concatenate([old, np.zeros_like(old)]))
 
@@ -164,66 +159,54 @@ class RequestRows:
             old = self._mean_output_tokens or float(output_tokens)
             self._mean_output_tokens = old + _LENGTH_WEIGHT * (output_tokens - old)
 
-    def features(
+    def read(
         self,
         waiting: Sequence[Any],
         running: Sequence[Any],
-        slots: IntArray,
         now_s: float,
         *,
         kv_cache_usage: float,
         step_s: float,
-    ) -> FloatArray:
-        """Return the features as of now.
+    ) -> tuple[IntArray, FloatArray, FloatArray]:
+        """Return the requests as of now, the waiting ones first.
 
         Args:
             waiting: Requests in the waiting queue.
             running: Requests in the running list.
-            slots: Rows of all of them, the waiting first, `int64[n]`.
             now_s: Same clock as `arrival_time`.
             kv_cache_usage: Share of KV blocks held.
             step_s: Recent step time.
 
         Returns:
-            `float64[n, NUM_ORDERING_FEATURES]`, a row a slot.
+            Their rows `int64[n]`, features `float64[n, NUM_ORDERING_FEATURES]` and arrival times
+            `float64[n]`.
         """
-        num_waiting, self.num_running = len(waiting), len(running)
-        self._update_running(running, slots[num_waiting:])
-        self._update_waiting(waiting, slots[:num_waiting], now_s)
-        rows = self._features[slots]
-        fixed = self._fixed[slots]
-        rows[:, _WAITED] = now_s - fixed[:, _ARRIVAL]
-        rows[:num_waiting, _IDLE] = now_s - fixed[:num_waiting, _IDLE_SINCE]
-        rows[:, _REMAINING] = np.maximum(fixed[:, _PREDICTED] - rows[:, _GENERATED], 1.0)
-        slack = np.clip(fixed[:, _TTFT_DUE] - now_s, -NO_LIMIT_S, NO_LIMIT_S)
-        # a limit not set lies 1e6 s after the arrival: all such requests are alike
-        unlimited = fixed[:, _TTFT_DUE] - fixed[:, _ARRIVAL] >= NO_LIMIT_S
-        answered = rows[:, _GENERATED] > 0.0
-        rows[:, _TTFT_SLACK] = np.where(unlimited | answered, NO_LIMIT_S, slack)
-        slack = np.clip(fixed[:, _DUE] - now_s, -NO_LIMIT_S, NO_LIMIT_S)
-        unlimited = fixed[:, _DUE] - fixed[:, _ARRIVAL] >= NO_LIMIT_S
-        rows[:, _DEADLINE_SLACK] = np.where(unlimited, NO_LIMIT_S, slack)
-        rows[:, _ENGINE:] = (self.num_running, num_waiting, kv_cache_usage, step_s, self._budget)
-        return rows
+        num_waiting = len(waiting)
+        slots = self.slots([*waiting, *running])
+        self._note_preempted(waiting, slots, now_s)
+        rows = self._rows.take(slots, axis=0)
+        if running:
+            tokens = np.array([(r.num_computed_tokens, r.num_output_tokens) for r in running])
+            rows[num_waiting:, _RUNNING] = 1.0
+            rows[num_waiting:, _COMPUTED : _GENERATED + 1] = tokens
+            rows[num_waiting:, _BLOCKS] = -(-tokens[:, 0] // self._block_size)
+        rows[:, _REMAINING] = np.maximum(rows[:, _PREDICTED] - rows[:, _GENERATED], 1.0)
+        rows[:, _WAITED : _IDLE + 1] = now_s - rows[:, _ARRIVAL : _IDLE_SINCE + 1]
+        rows[num_waiting:, _IDLE] = 0.0
+        if self._any_limit:
+            left = rows[:, _TTFT_DUE : _DUE + 1] - now_s
+            rows[:, _TTFT_SLACK : _DEADLINE_SLACK + 1] = np.minimum(left, NO_LIMIT_S)
+            rows[rows[:, _GENERATED] > 0.0, _TTFT_SLACK] = NO_LIMIT_S
+        self._engine[:4] = len(running), num_waiting, kv_cache_usage, step_s
+        rows[:, _ENGINE:NUM_ORDERING_FEATURES] = self._engine
+        return slots, rows[:, :NUM_ORDERING_FEATURES], rows[:, _ARRIVAL]
 
-    def _update_running(self, running: Sequence[Any], slots: IntArray) -> None:
-        if not running:
-            return
-        changing = np.array([(r.num_computed_tokens, r.num_output_tokens) for r in running])
-        self._features[slots, _RUNNING] = 1.0
-        self._features[slots, _COMPUTED] = changing[:, 0]
-        self._features[slots, _GENERATED] = changing[:, 1]
-        self._features[slots, _BLOCKS] = -(-changing[:, 0] // self._block_size)
-
-    def _update_waiting(self, waiting: Sequence[Any], slots: IntArray, now_s: float) -> None:
+    def _note_preempted(self, waiting: Sequence[Any], slots: IntArray, now_s: float) -> None:
+        """Write what may have changed of waiting requests: only those that ran before."""
         for i, request in enumerate(waiting):
-            # those that never ran are as they were
             if request.num_preemptions:
-                slot = slots[i]
-                row = self._features[slot]
-                if row[_RUNNING] or row[_PREEMPTIONS] != request.num_preemptions:
-                    self._fixed[slot, _IDLE_SINCE] = now_s
-                row[_RUNNING] = row[_BLOCKS] = 0.0
+                row = self._rows[slots[i]]
+                if row[_PREEMPTIONS] != request.num_preemptions:
+                    row[_IDLE_SINCE] = now_s
                 row[_PREEMPTIONS] = request.num_preemptions
-                row[_COMPUTED] = request.num_computed_tokens
                 row[_GENERATED] = request.num_output_tokens

@@ -18,6 +18,29 @@ from servegym.serve.vllm.selftest import (
 from servegym.serve.vllm.versions import require_known
 
 
+def may_admit(scheduler: Any) -> bool:
+    """Whether it could matter in this step who is first in the queue."""
+    return len(scheduler.waiting) > 1 and len(scheduler.running) < scheduler.max_num_running_reqs
+
+
+def may_preempt(scheduler: Any) -> bool:
+    """Whether the running requests could want more KV blocks in this step than there are.
+
+    Each needs at most one block it has begun and those of its new tokens. Twice as many are
+    allowed for, in every group of layers: tokens drafted ahead take blocks too.
+    """
+    if len(scheduler.running) < 2:
+        return False
+    new_blocks = scheduler.max_num_scheduled_tokens / scheduler.block_size
+    wanted = (
+        2
+        * len(scheduler.kv_cache_config.kv_cache_groups)
+        * (2 * len(scheduler.running) + new_blocks)
+    )
+    free: int = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    return free < wanted
+
+
 def order_by_policy(base: type) -> type:
     """Subclass a scheduler so that a policy orders its requests.
 
@@ -50,7 +73,11 @@ def order_by_policy(base: type) -> type:
             """Order the requests, then schedule as vLLM does."""
             begin_ns = time.perf_counter_ns()
             self.plugin.before(
-                self.waiting, self.running, self.requests, self.kv_cache_manager.usage
+                self.waiting,
+                self.running,
+                self.requests,
+                self.kv_cache_manager.usage,
+                may_decide=may_admit(self) or may_preempt(self),
             )
             ordered_ns = time.perf_counter_ns()
             start_s = time.monotonic()

@@ -17,7 +17,10 @@ SCHEDULER_PARTS = (
     "requests",
     "block_size",
     "max_num_scheduled_tokens",
+    "max_num_running_reqs",
+    "kv_cache_config.kv_cache_groups",
     "kv_cache_manager.usage",
+    "kv_cache_manager.block_pool.get_num_free_blocks",
 )
 #: What is read from a request.
 REQUEST_PARTS = (
