@@ -105,6 +105,16 @@ def test_shortest_operation_first_has_the_least_mean_flow_time_of_the_four(rows)
     assert min(flow_s, key=flow_s.__getitem__) == "spt"
 
 
+@pytest.mark.parametrize(
+    ("number", "mwkr", "spt", "mopnr"),
+    [(1, 1491, 1462, 1438), (11, 1685, 1865, 1665), (21, 2044, 2175, 1964)],
+)
+def test_rules_make_the_schedules_of_an_independent_library(rows, number, mwkr, spt, mopnr):
+    # makespans by the dispatching rules of job-shop-lib 1.7.2
+    got = {row.policy: row.makespan_s for row in rows if row.instance == f"ta{number:02d}"}
+    assert (got["mwkr"], got["spt"], got["mopnr"]) == (mwkr, spt, mopnr)
+
+
 def test_mean_gap_is_over_the_instances_of_a_size(rows):
     of_one = [row.gap for row in rows if row.policy == "spt" and row.size == "20 x 20"]
     assert len(of_one) == 10

@@ -60,7 +60,8 @@ def gantt_svg(schedule: Schedule, palette: Sequence[str], span_s: float) -> str:
     """
     flow = schedule.workflow
     g = flow.graph
-    scale = (_WIDTH - _LABEL) / (span_s or 1.0)
+    span_s = span_s or 1.0  # of tasks that take no time
+    scale = (_WIDTH - _LABEL) / span_s
     parts = []
     for tick_s in _ticks(span_s):
         x = _LABEL + tick_s * scale
@@ -100,7 +101,7 @@ def gantt_svg(schedule: Schedule, palette: Sequence[str], span_s: float) -> str:
 def gantt_page(schedules: Mapping[str, Schedule], palette: Sequence[str]) -> str:
     """Return a page with a chart of each schedule on the same time axis; it needs nothing else."""
     flow = next(iter(schedules.values())).workflow
-    span_s = max(schedule.makespan_s for schedule in schedules.values()) or 1.0
+    span_s = max(schedule.makespan_s for schedule in schedules.values())
     charts = "".join(
         f"<h2>{html.escape(name)}, {schedule.makespan_s:.6g} s</h2>"
         + gantt_svg(schedule, palette, span_s)

@@ -109,18 +109,16 @@ class TextToSql(Family):
         builder = JobBuilder("text-to-sql")
         scale = draw_around(rng, 1.0, self.prompt_sigma)
 
-        def ask(step: Step, parents: list[int], *, hidden: bool = False) -> int:
+        def ask(
+            step: Step, parents: list[int], *, shared: float = 0.0, hidden: bool = False
+        ) -> int:
             mean = FIGURES[step]
+            prompt = max(1, round(scale * mean.prompt_tokens))
             output = max(1, round(draw_around(rng, mean.output_tokens, self.output_sigma)))
-            stage = builder.llm(
-                step,
-                max(1, round(scale * mean.prompt_tokens)),
-                output,
-                self.expected_tokens(rng, output, mean.output_tokens),
-                hidden=hidden,
-            )
+            expected = self.expected_tokens(rng, output, mean.output_tokens)
+            stage = builder.llm(step, prompt, output, expected, hidden=hidden)
             for parent in parents:
-                builder.edge(parent, stage)
+                builder.edge(parent, stage, shared_tokens=int(shared * prompt))
             return stage
 
         stage = ask(Step.RETRIEVE, [])
@@ -128,9 +126,15 @@ class TextToSql(Family):
         for _ in range(TYPICAL[Step.RETRIEVE] - 1):
             stage = ask(Step.RETRIEVE, [stage])
         candidates = [ask(Step.CANDIDATE, [stage]) for _ in range(self.candidates)]
-        last = self._revise(rng, builder, scale, candidates)
+        revised: list[int] = []
+        for _ in range(int(rng.integers(0, self.max_revisions + 1))):
+            if revised:
+                last = ask(Step.REVISE, revised[-1:], shared=self.repeated_share, hidden=True)
+            else:
+                last = ask(Step.REVISE, candidates, hidden=True)
+            revised.append(last)
         # what is known beforehand: that tests follow the candidates
-        stage = ask(Step.TEST, candidates if last is None else [*candidates, last])
+        stage = ask(Step.TEST, [*candidates, *revised[-1:]])
         stage = ask(Step.WRITE_TESTS, [stage])
         tested = ask(Step.TEST, [stage])
         evaluations = int(rng.integers(_MIN_EVALUATIONS, self.max_evaluations + 1))
@@ -141,23 +145,3 @@ class TextToSql(Family):
         shares = np.array(self.class_shares) / sum(self.class_shares)
         slo_class = rng.choice(len(shares), p=shares)
         return builder.build(deadline_s=self.deadline_scales[slo_class] * NOMINAL_S)
-
-    def _revise(
-        self, rng: np.random.Generator, builder: JobBuilder, scale: float, candidates: list[int]
-    ) -> int | None:
-        """Add corrections one after the other; returns the last of them."""
-        mean = FIGURES[Step.REVISE]
-        prompt = max(1, round(scale * mean.prompt_tokens))
-        last: int | None = None
-        for _ in range(int(rng.integers(0, self.max_revisions + 1))):
-            output = max(1, round(draw_around(rng, mean.output_tokens, self.output_sigma)))
-            expected = self.expected_tokens(rng, output, mean.output_tokens)
-            stage = builder.llm(Step.REVISE, prompt, output, expected, hidden=True)
-            if last is None:
-                for candidate in candidates:
-                    builder.edge(candidate, stage)
-            else:
-                shared = int(self.repeated_share * prompt)
-                builder.edge(last, stage, shared_tokens=shared)
-            last = stage
-        return last
