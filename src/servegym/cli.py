@@ -21,6 +21,7 @@ from servegym.commands.fit import Fit
 from servegym.commands.policies import Policies
 from servegym.commands.scenarios import Scenarios
 from servegym.commands.schedule import ScheduleDag
+from servegym.commands.serve import Serve
 from servegym.commands.simulate import Simulate
 from servegym.commands.train import Train
 from servegym.commands.tune import Tune
@@ -49,6 +50,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "calibrate": Calibrate,
     "validate": Validate,
     "schedule": ScheduleDag,
+    "serve": Serve,
     "bench": Bench,
 }
 

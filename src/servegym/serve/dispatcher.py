@@ -87,7 +87,10 @@ class Job:
         tenant: Who asks.
         model: For the log.
         decisions: Rows of the log.
-        num_retries: Dispatches after the first that was taken back.
+        num_retries: How often it was taken back from a replica.
+        cached_tokens: Prompt tokens found cached, as the engine reports them.
+        held_s: How long it has been on hold.
+        ended: Whether its books are closed.
     """
 
     __slots__ = (
@@ -95,6 +98,7 @@ class Job:
         "decisions",
         "ended",
         "first_dispatch_s",
+        "held_s",
         "model",
         "num_retries",
         "prompt",
@@ -117,6 +121,7 @@ class Job:
         self.first_dispatch_s = math.nan
         self.cached_tokens: int | None = None
         self.reported_prompt_tokens: int | None = None
+        self.held_s = 0.0
         self.ended = False
 
     @property
@@ -228,9 +233,7 @@ class Dispatcher:
             may_hold: Whether it may be held (again).
         """
         request = job.request
-        if request.replica >= 0:
-            job.num_retries += 1
-            self.state.leave(request)
+        self._take_back(job)
         now_s = self.clock()
         seen = self.state.observe(
             request, now_s, hit_tokens=self._hits(job), allowed=allowed, may_hold=may_hold
@@ -247,6 +250,11 @@ class Dispatcher:
         else:
             self.end(job, "rejected")
         return decision
+
+    def wait(self, job: Job) -> None:
+        """Put a request on hold because no replica can take it; nothing is decided."""
+        self._take_back(job)
+        self.state.hold(job.request)
 
     def end_prefill(self, job: Job) -> None:
         """The prompt is computed, as far as is known or assumed."""
@@ -291,18 +299,6 @@ class Dispatcher:
         self.state.leave(job.request)
         self._write(job, row)
 
-    def set_up(self, replica: int, up: bool, *, lost_cache: bool = False) -> None:
-        """A replica takes requests from now on, or does not.
-
-        Args:
-            replica: Index.
-            up: Which.
-            lost_cache: Whether it was restarted.
-        """
-        self.state.set_up(replica, up)
-        if lost_cache:
-            self.index.clear(replica)
-
     def update_metrics(self, replica: int, metrics: EngineMetrics, asked_s: float) -> None:
         """Note what an engine says of itself; `asked_s` is of this dispatcher's clock."""
         self.state.update_metrics(replica, metrics, asked_s)
@@ -313,6 +309,11 @@ class Dispatcher:
         """Write what is left of the log."""
         if self.log is not None:
             self.log.close()
+
+    def _take_back(self, job: Job) -> None:
+        if job.request.replica >= 0:
+            job.num_retries += 1
+            self.state.leave(job.request)
 
     def _size_index(self, replica: int) -> None:
         tokens = self.state.kv_capacity_tokens(replica) * self._share

@@ -37,7 +37,7 @@ from servegym.serve.guards import (
     Counters,
     Reason,
 )
-from servegym.serve.histogram import Histogram
+from servegym.serve.prometheus import Histogram
 from servegym.typing import BoolArray, FloatArray
 
 _log = logging.getLogger(__name__)
@@ -440,7 +440,11 @@ class PolicyRuntime:
             if proposed is not None:
                 counters.num_agreed += proposed == action
                 counters.num_differed += proposed != action
-        self.latency.add(duration_s)
+        self.latency.observe(duration_s)
+
+    def now_s(self) -> float:
+        """Time on the runtime's clock."""
+        return self._clock()
 
     def status(self) -> dict[str, object]:
         """Return what an operator wants to know, as plain values."""

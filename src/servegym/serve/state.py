@@ -342,6 +342,10 @@ class LiveState:
             self.view[_CAPACITY, replica] = metrics.kv_capacity_tokens
         self._last_metrics_s[replica] = now_s - metrics.age_s
 
+    def outstanding(self, replica: int) -> int:
+        """Requests dispatched to a replica and not ended."""
+        return int(self.view[_OUTSTANDING, replica])
+
     def kv_capacity_tokens(self, replica: int) -> float:
         """Size of a replica's KV cache; 0 while it is unknown."""
         return float(self.view[_CAPACITY, replica])

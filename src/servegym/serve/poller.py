@@ -1,0 +1,94 @@
+"""Polling engines' metrics into the live state."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+
+import aiohttp
+
+from servegym.serve.dispatcher import Dispatcher
+from servegym.serve.metrics import MetricNames, MetricsError, read_metrics
+
+_log = logging.getLogger(__name__)
+
+#: A page beyond this is no metrics page; vLLM's has 50 kB.
+_MAX_PAGE_BYTES = 4_000_000
+
+
+class MetricsPoller:
+    """Asks every replica for its metrics, each at its own pace; failures only make them older.
+
+    Args:
+        urls: Of the metrics pages, by replica.
+        names: Of the metrics; `None`: those of a known engine.
+        dispatcher: To tell.
+        session: To ask with.
+        interval_s: Time between two polls of a replica.
+        timeout_s: Of one poll.
+
+    Attributes:
+        num_failed: Failed polls, by replica.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        names: MetricNames | None,
+        dispatcher: Dispatcher,
+        session: aiohttp.ClientSession,
+        *,
+        interval_s: float,
+        timeout_s: float,
+    ) -> None:
+        self.num_failed = [0] * len(urls)
+        self._urls = list(urls)
+        self._names = names
+        self._dispatcher = dispatcher
+        self._session = session
+        self._interval_s = interval_s
+        self._timeout = aiohttp.ClientTimeout(total=timeout_s)
+        self._complaint = [""] * len(urls)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Poll every replica once, then go on doing so."""
+        await asyncio.gather(*(self._poll(r) for r in range(len(self._urls))))
+        self._tasks = [asyncio.create_task(self._run(r)) for r in range(len(self._urls))]
+
+    async def stop(self) -> None:
+        """Stop polling."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _run(self, replica: int) -> None:
+        await asyncio.sleep(self._interval_s * replica / len(self._urls))
+        while True:
+            await self._poll(replica)
+            await asyncio.sleep(self._interval_s)
+
+    async def _poll(self, replica: int) -> None:
+        # the age counts from the question, not the answer: a slow page is not fresher
+        asked_s = self._dispatcher.clock()
+        complaint = ""
+        try:
+            async with self._session.get(self._urls[replica], timeout=self._timeout) as response:
+                if response.status != 200:
+                    raise MetricsError(f"the metrics page answers {response.status}")
+                page = await response.content.read(_MAX_PAGE_BYTES)
+                while not response.content.at_eof() and len(page) < _MAX_PAGE_BYTES:
+                    page += await response.content.read(_MAX_PAGE_BYTES - len(page))
+            metrics = read_metrics(page.decode("utf-8", "replace"), self._names, time.time())
+            self._dispatcher.update_metrics(replica, metrics, asked_s)
+        except MetricsError as error:
+            complaint = str(error)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            complaint = f"the metrics page cannot be read: {type(error).__name__}"
+        if complaint:
+            self.num_failed[replica] += 1
+            if complaint != self._complaint[replica]:
+                _log.warning("%s: %s", self._dispatcher.names[replica], complaint)
+        self._complaint[replica] = complaint

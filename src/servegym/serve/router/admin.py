@@ -1,0 +1,177 @@
+"""What operators may do, on a port of its own that only this machine can reach."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Literal, TypeVar
+
+from aiohttp import web
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from servegym.calibrate.datasheet import one_sentence
+from servegym.errors import ServeGymError, unknown_name
+from servegym.serve.dispatcher import Dispatcher
+from servegym.serve.router.errors import RequestError
+from servegym.serve.router.health import Health
+
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+_B = TypeVar("_B", bound=_Body)
+
+
+class DrainBody(_Body):
+    """Of `POST /drain` and `/undrain`."""
+
+    replica: str
+
+
+class PolicyBody(_Body):
+    """Of `POST /policy`; without a policy the one in place is loaded again."""
+
+    policy: str | None = None
+
+
+class ModeBody(_Body):
+    """Of `POST /mode`; what is left out stays."""
+
+    mode: Literal["live", "shadow"] | None = None
+    canary_fraction: float | None = Field(None, ge=0, le=1)
+
+
+@web.middleware
+async def _only_operators(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    """Refuse what a web page on this machine could send, and answer errors as the router does."""
+    try:
+        if request.headers.get("Origin") is not None:
+            raise RequestError(403, "browsers have no business here", "forbidden")
+        if request.method == "POST" and request.content_type != "application/json":
+            raise RequestError(415, "the body must be application/json", "unsupported_media_type")
+        return await handler(request)
+    except RequestError as error:
+        return error.response()
+    except ServeGymError as error:
+        return RequestError(400, str(error), "refused").response()
+
+
+class Admin:
+    """The operators' endpoints.
+
+    Args:
+        dispatcher: To change and to show.
+        health: To drain replicas.
+        metrics_page: Returns the Prometheus page.
+    """
+
+    def __init__(
+        self, dispatcher: Dispatcher, health: Health, metrics_page: Callable[[], web.Response]
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._health = health
+        self._metrics_page = metrics_page
+        self._loading = asyncio.Lock()
+
+    def app(self) -> web.Application:
+        """Make the application."""
+        app = web.Application(middlewares=[_only_operators], client_max_size=64 * 1024)
+        app.router.add_post("/drain", self._drain)
+        app.router.add_post("/undrain", self._undrain)
+        app.router.add_post("/policy", self._policy)
+        app.router.add_post("/mode", self._mode)
+        app.router.add_get("/state", self._state)
+        app.router.add_get("/metrics", self._metrics)
+        return app
+
+    async def _metrics(self, request: web.Request) -> web.StreamResponse:
+        return self._metrics_page()
+
+    async def _drain(self, request: web.Request) -> web.StreamResponse:
+        return await self._set_draining(request, True)
+
+    async def _undrain(self, request: web.Request) -> web.StreamResponse:
+        return await self._set_draining(request, False)
+
+    async def _set_draining(self, request: web.Request, draining: bool) -> web.StreamResponse:
+        name = (await _read(request, DrainBody)).replica
+        if name not in self._dispatcher.names:
+            message = unknown_name("replica", name, self._dispatcher.names)
+            raise RequestError(404, message, "unknown_replica")
+        replica = self._dispatcher.names.index(name)
+        self._health.drain(replica, draining)
+        left = self._dispatcher.state.outstanding(replica)
+        return web.json_response(
+            {"replica": name, "draining": draining, "outstanding_requests": left}
+        )
+
+    async def _policy(self, request: web.Request) -> web.StreamResponse:
+        """Load a policy beside the traffic; only a good one takes the old one's place."""
+        runtime = self._dispatcher.runtime
+        text = (await _read(request, PolicyBody)).policy
+        async with self._loading:
+            wanted = text or (runtime.loaded.text if runtime.loaded else runtime.config.policy)
+            try:
+                loaded = await asyncio.to_thread(runtime.prepare, wanted)
+            except ServeGymError:
+                runtime.counters.num_refused += 1
+                raise
+            runtime.install(loaded)
+        return web.json_response({"policy": loaded.text, "version": loaded.version})
+
+    async def _mode(self, request: web.Request) -> web.StreamResponse:
+        runtime = self._dispatcher.runtime
+        body = await _read(request, ModeBody)
+        if body.mode is not None:
+            runtime.mode = body.mode
+        if body.canary_fraction is not None:
+            runtime.canary_fraction = body.canary_fraction
+        return web.json_response({"mode": runtime.mode, "canary_fraction": runtime.canary_fraction})
+
+    async def _state(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response(self._describe())
+
+    def _describe(self) -> dict[str, object]:
+        dispatcher, state, now_s = (
+            self._dispatcher,
+            self._dispatcher.state,
+            self._dispatcher.clock(),
+        )
+        replicas = []
+        for r, (name, health) in enumerate(
+            zip(dispatcher.names, self._health.replicas, strict=True)
+        ):
+            age_s = state.metrics_age_s(r, now_s)
+            features = state.describe(r) | {"metrics_age_s": age_s}
+            replicas.append(
+                {
+                    "name": name,
+                    "takes_requests": state.is_up(r),
+                    "healthy": health.up,
+                    "draining": health.draining,
+                    "ejected_s": max(0.0, health.ejected_until_s - now_s),
+                    "ejections": health.num_ejections,
+                    "models": sorted(health.models),
+                    "prefix_blocks": dispatcher.index.sizes()[r],
+                    "features": {k: v if abs(v) < 1e12 else None for k, v in features.items()},
+                }
+            )
+        return {
+            "runtime": dispatcher.runtime.status(),
+            "held_requests": state.num_held,
+            "arrival_rate_rps": state.arrival_rate_rps,
+            "replicas": replicas,
+        }
+
+
+async def _read(request: web.Request, model: type[_B]) -> _B:
+    try:
+        return model.model_validate(json.loads(await request.read() or b"{}"))
+    except ValidationError as error:
+        raise RequestError(400, one_sentence(error), "invalid_request") from error
+    except ValueError as error:
+        raise RequestError(400, f"the body is not JSON: {error}", "invalid_json") from error

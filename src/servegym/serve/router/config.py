@@ -1,0 +1,297 @@
+"""The router's YAML file."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from servegym.calibrate.datasheet import one_sentence
+from servegym.errors import ConfigError, unknown_name
+from servegym.serve.dispatcher import DispatchConfig
+from servegym.serve.facts import Hardware, Rates
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ReplicaConfig(_Config):
+    """One engine instance.
+
+    Attributes:
+        name: In logs, metrics and admin commands.
+        url: Of its OpenAI-compatible server, without `/v1`.
+        hardware: What it runs on, if servegym knows its costs.
+        rates: Its numbers, instead.
+        metrics_url: Of its Prometheus page; by default `/metrics` at `url`.
+    """
+
+    name: str = Field(min_length=1)
+    url: str
+    hardware: Hardware | None = None
+    rates: Rates | None = None
+    metrics_url: str | None = None
+
+    @field_validator("url", "metrics_url")
+    @classmethod
+    def _is_http(cls, value: str | None) -> str | None:
+        if value is not None:
+            parts = urlsplit(value)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError("must be like http://host:port")
+        return value.rstrip("/") if value else value
+
+    @model_validator(mode="after")
+    def _has_facts(self) -> Self:
+        if (self.hardware is None) == (self.rates is None):
+            raise ValueError(f"{self.name} needs either hardware or rates")
+        return self
+
+    @property
+    def facts(self) -> Hardware | Rates:
+        """What is known of it."""
+        found = self.hardware or self.rates
+        assert found is not None
+        return found
+
+
+class ListenConfig(_Config):
+    """Where the router listens.
+
+    Attributes:
+        host: Address for clients.
+        port: For clients; 0 takes a free one.
+        admin_host: Address for operators; must be a loopback address.
+        admin_port: For operators; 0 takes a free one.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = Field(8080, ge=0, le=65535)
+    admin_host: str = "127.0.0.1"
+    admin_port: int = Field(8081, ge=0, le=65535)
+
+    @field_validator("admin_host")
+    @classmethod
+    def _is_loopback(cls, value: str) -> str:
+        try:
+            loopback = value == "localhost" or ipaddress.ip_address(value).is_loopback
+        except ValueError:
+            loopback = False
+        if not loopback:
+            raise ValueError("must be a loopback address, such as 127.0.0.1")
+        return value
+
+
+class AuthConfig(_Config):
+    """Who may use the router. Without this section everyone who can reach it may.
+
+    Attributes:
+        keys_file: YAML file with a key or a list of keys for each tenant.
+        keys_env: Environment variable with `tenant=key` pairs, separated by commas.
+    """
+
+    keys_file: Path | None = None
+    keys_env: str | None = None
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> Self:
+        if self.keys_file is None and self.keys_env is None:
+            raise ValueError("needs keys_file or keys_env")
+        return self
+
+
+class LimitConfig(_Config):
+    """What one tenant may do.
+
+    Attributes:
+        max_concurrent: Requests in the router at once; `None`: no limit.
+        requests_per_min: Sustained rate; a minute's worth may come at once. `None`: no limit.
+        slo_class: Of requests that name none.
+    """
+
+    max_concurrent: int | None = Field(None, ge=1)
+    requests_per_min: float | None = Field(None, gt=0)
+    slo_class: str | None = None
+
+
+class RequestConfig(_Config):
+    """What is accepted, and how long things may take.
+
+    Attributes:
+        max_body_bytes: Larger bodies are refused.
+        body_timeout_s: For a client to send its body.
+        connect_timeout_s: To reach a replica.
+        first_byte_timeout_s: From the dispatch to the first byte of the answer.
+        idle_timeout_s: Between two pieces of an answer.
+        client_timeout_s: For a client to take a piece of the answer.
+        max_retries: Other replicas tried before the first byte.
+        max_held: Requests on hold at most.
+        hold_s: How long a hold lasts.
+        max_hold_s: How long a request is held in all, be it that the policy wants it or that no
+            replica takes requests.
+        retry_after_s: What clients are told who must come again.
+        slo_header: Header that names the SLO class.
+        slo_field: Field of the body that names it, such as `service_tier`.
+        expose_replica: Tell clients which replica answered, in the header `x-servegym-replica`.
+    """
+
+    max_body_bytes: int = Field(8_000_000, ge=1)
+    body_timeout_s: float = Field(30.0, gt=0)
+    connect_timeout_s: float = Field(2.0, gt=0)
+    first_byte_timeout_s: float = Field(120.0, gt=0)
+    idle_timeout_s: float = Field(60.0, gt=0)
+    client_timeout_s: float = Field(60.0, gt=0)
+    max_retries: int = Field(2, ge=0)
+    max_held: int = Field(1000, ge=0)
+    hold_s: float = Field(0.05, gt=0)
+    max_hold_s: float = Field(10.0, ge=0)
+    retry_after_s: float = Field(1.0, gt=0)
+    slo_header: str = "x-slo-class"
+    slo_field: str | None = None
+    expose_replica: bool = False
+
+
+class HealthConfig(_Config):
+    """When a replica counts as up.
+
+    Attributes:
+        path: Asked of every replica.
+        interval_s: Time between two checks.
+        timeout_s: Of one check.
+        down_after: Failed checks in a row that take a replica out.
+        up_after: Good checks in a row that take it back.
+        eject_after: Requests that fail in a row that take it out, whatever its checks say.
+        eject_s: How long; doubled each time it fails again at once, up to `max_eject_s`.
+        max_eject_s: The longest.
+    """
+
+    path: str = Field("/health", pattern="^/")
+    interval_s: float = Field(2.0, gt=0)
+    timeout_s: float = Field(2.0, gt=0)
+    down_after: int = Field(2, ge=1)
+    up_after: int = Field(1, ge=1)
+    eject_after: int = Field(3, ge=1)
+    eject_s: float = Field(5.0, gt=0)
+    max_eject_s: float = Field(300.0, gt=0)
+
+
+class ScrapeConfig(_Config):
+    """How engines' metrics are polled.
+
+    Attributes:
+        engine: `auto`, `vllm`, `sglang`, or a YAML file with a mapping; see `serve.metrics`.
+        interval_s: Time between two polls of a replica.
+        timeout_s: Of one poll.
+    """
+
+    engine: str = "auto"
+    interval_s: float = Field(0.25, gt=0)
+    timeout_s: float = Field(1.0, gt=0)
+
+
+class RouterConfig(_Config):
+    """The file.
+
+    Attributes:
+        replicas: The fleet.
+        listen: Addresses.
+        dispatch: Policy, service levels, prediction, prefixes and log.
+        auth: API keys.
+        upstream_key_env: Environment variable with the API key that the replicas want.
+        limits: Of every tenant that `tenants` does not name.
+        tenants: Limits by tenant.
+        request: What is accepted, and how long things may take.
+        health: Of replicas.
+        metrics: Of replicas.
+        drain_s: How long a stopping router waits for requests in progress.
+    """
+
+    replicas: tuple[ReplicaConfig, ...] = Field(min_length=1)
+    listen: ListenConfig = ListenConfig()
+    dispatch: DispatchConfig = DispatchConfig()
+    auth: AuthConfig | None = None
+    upstream_key_env: str | None = None
+    limits: LimitConfig = LimitConfig()
+    tenants: Mapping[str, LimitConfig] = {}
+    request: RequestConfig = RequestConfig()
+    health: HealthConfig = HealthConfig()
+    metrics: ScrapeConfig = ScrapeConfig()
+    drain_s: float = Field(60.0, ge=0)
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Self:
+        names = [replica.name for replica in self.replicas]
+        double = sorted({name for name in names if names.count(name) > 1})
+        if double:
+            raise ValueError(f"replica names must differ, got {', '.join(double)} twice")
+        classes = [c.name for c in self.dispatch.slo_classes]
+        for limit in (self.limits, *self.tenants.values()):
+            if limit.slo_class is not None and limit.slo_class not in classes:
+                raise ValueError(unknown_name("SLO class", limit.slo_class, classes))
+        return self
+
+
+def read_config(path: Path) -> RouterConfig:
+    """Read the router's file.
+
+    Raises:
+        ConfigError: If it is not there, not YAML, or a key or value is not allowed.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration at {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path}{line}: not YAML ({error.problem})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{path} must hold keys and values, such as replicas and dispatch")
+    return parse_config(data, str(path))
+
+
+def parse_config(data: Mapping[str, object], origin: str) -> RouterConfig:
+    """Check the contents of the router's file; `origin` names it in errors.
+
+    Raises:
+        ConfigError: If a key or value is not allowed.
+    """
+    try:
+        return RouterConfig.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] == "extra_forbidden":
+            keys = _keys_at(first["loc"][:-1])
+            place = ".".join(map(str, first["loc"]))
+            unknown = unknown_name("key", str(first["loc"][-1]), keys)
+            raise ConfigError(f"{origin}, {place}: {unknown}") from error
+        raise ConfigError(f"{origin}, {one_sentence(error)}") from error
+
+
+def _keys_at(loc: tuple[int | str, ...]) -> list[str]:
+    """Keys that the mapping at a place may have."""
+    model: type[BaseModel] = RouterConfig
+    for key in loc:
+        field = model.model_fields.get(str(key))
+        if field is not None:
+            model = _model_in(field.annotation) or model
+    return sorted(model.model_fields)
+
+
+def _model_in(annotation: object) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for part in getattr(annotation, "__args__", ()):
+        found = _model_in(part)
+        if found is not None:
+            return found
+    return None

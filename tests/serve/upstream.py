@@ -1,0 +1,132 @@
+"""A tiny engine: OpenAI's endpoints and vLLM's metrics, with faults on demand."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+
+from aiohttp import web
+
+
+class Upstream:
+    """One replica, on a free port.
+
+    Attributes:
+        mode: What it does with requests: `ok`, `hang` (takes them and says nothing), `headers`
+            (says 200 and no more), `die` (breaks off after half of its tokens), `error` (an error
+            event in the stream), or a status to answer.
+        healthy: What its health check says.
+        tokens: Events of an answer.
+        gap_s: Between them.
+        bodies: Requests it got.
+        headers: Their headers.
+        cancelled: Requests whose connection went away.
+        sent: Events it has written.
+    """
+
+    def __init__(self, model: str = "m") -> None:
+        self.model = model
+        self.mode: str | int = "ok"
+        self.healthy = True
+        self.metrics = True
+        self.tokens = 5
+        self.gap_s = 0.0
+        self.pad = ""
+        self.bodies: list[dict] = []
+        self.headers: list[Mapping[str, str]] = []
+        self.cancelled = 0
+        self.sent = 0
+        self.running = 0
+        self.port = 0
+        self._runner: web.AppRunner | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def start(self) -> None:
+        app = web.Application(client_max_size=2**26)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_post("/v1/completions", self._complete)
+        app.router.add_post("/v1/chat/completions", self._complete)
+        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", self.port)
+        await site.start()
+        self.port = site._server.sockets[0].getsockname()[1]
+
+    async def stop(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+    async def _health(self, request):
+        return web.Response(status=200 if self.healthy else 503)
+
+    async def _models(self, request):
+        return web.json_response(
+            {"object": "list", "data": [{"id": self.model, "object": "model"}]}
+        )
+
+    async def _metrics(self, request):
+        if not self.metrics:
+            return web.Response(status=500)
+        return web.Response(
+            text=f'vllm:num_requests_running{{engine="0"}} {self.running}\n'
+            'vllm:num_requests_waiting{engine="0"} 0\nvllm:kv_cache_usage_perc{engine="0"} 0.5\n'
+            'vllm:cache_config_info{block_size="16",num_gpu_blocks="1000"} 1\n'
+        )
+
+    async def _complete(self, request):
+        body = await request.json()
+        self.bodies.append(body)
+        self.headers.append(request.headers)
+        self.running += 1
+        try:
+            return await self._answer(request, body)
+        except (asyncio.CancelledError, ConnectionError):
+            self.cancelled += 1
+            raise
+        finally:
+            self.running -= 1
+
+    async def _answer(self, request, body):
+        if isinstance(self.mode, int):
+            return web.json_response({"error": {"message": "no"}}, status=self.mode)
+        if self.mode == "hang":
+            await asyncio.sleep(60)
+        usage = {
+            "prompt_tokens": 7,
+            "completion_tokens": self.tokens,
+            "prompt_tokens_details": {"cached_tokens": 3},
+        }
+        if not body.get("stream"):
+            await asyncio.sleep(self.gap_s * self.tokens)
+            return web.json_response(
+                {"choices": [{"text": "x " * self.tokens}], "usage": usage},
+                headers={"X-Engine": "fake"},
+            )
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        if self.mode == "headers":
+            await asyncio.sleep(60)
+        for i in range(self.tokens):
+            if self.mode == "die" and i == self.tokens // 2:
+                request.transport.abort()
+                return response
+            if self.mode == "error" and i == 1:
+                await response.write(b'data: {"error": {"message": "out of memory"}}\n\n')
+                return response
+            event = {"choices": [{"text": f"t{i}{self.pad}"}]}
+            await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+            self.sent += 1
+            if self.gap_s:
+                await asyncio.sleep(self.gap_s)
+        if (body.get("stream_options") or {}).get("include_usage"):
+            await response.write(b"data: " + json.dumps({"usage": usage}).encode() + b"\n\n")
+        await response.write(b"data: [DONE]\n\n")
+        await response.write_eof()
+        return response
