@@ -26,7 +26,9 @@ from servegym.workloads.prediction import PredictorConfig
 from servegym.workloads.readers import OnBadRow
 
 
-class _Config(BaseModel):
+class Config(BaseModel):
+    """What is read from a scenario file: checked, and not to be changed."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -35,14 +37,14 @@ _Factor = Annotated[float, Field(gt=0)]
 _T = TypeVar("_T")
 
 
-def _ascending(value: _T) -> _T:
+def ascending(value: _T) -> _T:
     """Refuse a pair that is no range."""
     if isinstance(value, tuple) and value[0] > value[1]:
         raise ValueError("a range must go from low to high")
     return value
 
 
-class EngineConfig(_Config):
+class EngineConfig(Config):
     """Engine settings, with vLLM's names; the defaults are vLLM's for a server."""
 
     block_size: int = Field(16, ge=1)
@@ -53,7 +55,7 @@ class EngineConfig(_Config):
     kv_memory_fraction: float = Field(0.9, gt=0, le=1)
 
 
-class FleetEntry(_Config):
+class FleetEntry(Config):
     """Equal replicas; a pair of numbers is a range, drawn anew for every episode.
 
     `calibration` names a file of `servegym calibrate`, made for this GPU, model and tp.
@@ -66,10 +68,10 @@ class FleetEntry(_Config):
     num_blocks: int | None = Field(None, ge=1)
     calibration: str | None = None
 
-    _check_ranges = field_validator("count", "speed")(_ascending)
+    _check_ranges = field_validator("count", "speed")(ascending)
 
 
-class SloConfig(_Config):
+class SloConfig(Config):
     """A service level and its share of the requests."""
 
     name: str
@@ -79,24 +81,24 @@ class SloConfig(_Config):
     weight: float = Field(1.0, ge=0)
 
 
-class FailSlowConfig(_Config):
+class FailSlowConfig(Config):
     """Episodes in which a replica runs at a fraction of its speed."""
 
     rate_per_replica_hour: float = Field(0.0, ge=0)
     duration_s: float = Field(30.0, gt=0)
     multiplier: tuple[_Factor, _Factor] = (0.2, 0.6)
 
-    _check_range = field_validator("multiplier")(_ascending)
+    _check_range = field_validator("multiplier")(ascending)
 
 
-class FailStopConfig(_Config):
+class FailStopConfig(Config):
     """Crashes; a replica is back, empty, after `recovery_s`."""
 
     rate_per_replica_hour: float = Field(0.0, ge=0)
     recovery_s: float = Field(60.0, gt=0)
 
 
-class DisturbanceConfig(_Config):
+class DisturbanceConfig(Config):
     """What makes life hard; everything is off by default."""
 
     metrics_interval_s: float = Field(0.0, ge=0)
@@ -107,7 +109,7 @@ class DisturbanceConfig(_Config):
     fail_stop: FailStopConfig = FailStopConfig()
 
 
-class ActionConfig(_Config):
+class ActionConfig(Config):
     """What a router may do besides choosing a replica."""
 
     hold: bool = False
@@ -115,7 +117,7 @@ class ActionConfig(_Config):
     reject: bool = False
 
 
-class Scenario(_Config):
+class Scenario(Config):
     """Everything an episode is drawn from."""
 
     name: str
@@ -138,7 +140,9 @@ class Scenario(_Config):
         """Replica types (one per fleet entry) and rules."""
         engine, trouble = self.engine, self.disturbances
         return ClusterSpec(
-            types=tuple(self._replica_type(entry) for entry in self.fleet),
+            types=tuple(
+                replica_type(entry, self.model, self.precision, engine) for entry in self.fleet
+            ),
             slo_classes=tuple(
                 SloClass(c.name, c.ttft_s, c.tpot_s, c.weight) for c in self.slo_classes
             ),
@@ -159,25 +163,7 @@ class Scenario(_Config):
         Raises:
             ConfigError: If its calibration file is wrong, or made for others.
         """
-        if entry.calibration:
-            path = Path(entry.calibration)
-            return calibrated_cost(path, entry.gpu, self.model, entry.tp, self.precision)
-        return StepCost(gpu(entry.gpu), model(self.model), entry.tp, self.precision == "fp8")
-
-    def _replica_type(self, entry: FleetEntry) -> ReplicaType:
-        cost, engine = self.step_cost(entry), self.engine
-        blocks = entry.num_blocks or (
-            cost.kv_capacity_tokens(engine.kv_memory_fraction) // engine.block_size
-        )
-        return ReplicaType(
-            name=f"{entry.gpu} x{entry.tp}",
-            grid=cost.compile(max_tokens=max(engine.max_num_batched_tokens, 64)),
-            num_blocks=blocks,
-            max_num_batched_tokens=engine.max_num_batched_tokens,
-            max_num_seqs=engine.max_num_seqs,
-            price_usd_per_h=cost.gpu.price_usd_per_h * entry.tp,
-            num_gpus=entry.tp,
-        )
+        return step_cost(entry, self.model, self.precision)
 
     @property
     def max_replicas(self) -> int:
@@ -215,47 +201,98 @@ class Scenario(_Config):
         types: list[int] = []
         speeds: list[float] = []
         for index, entry in enumerate(self.fleet):
-            count = entry.count
-            drawn = count if isinstance(count, int) else int(rng.integers(count[0], count[1] + 1))
-            for _ in range(drawn):
-                speed = entry.speed
-                speeds.append(speed if isinstance(speed, float | int) else rng.uniform(*speed))
+            for _ in range(draw_count(rng, entry.count)):
+                speeds.append(draw_speed(rng, entry.speed))
                 types.append(index)
         return Episode(
             table=replace(table, predicted_output_tokens=predicted),
             type_idx=np.array(types, np.int16),
             speed=np.array(speeds, np.float64),
-            faults=self._faults(np.random.default_rng(faults), len(types), table.arrival_s[-1]),
+            faults=draw_faults(
+                self.disturbances.fail_slow,
+                self.disturbances.fail_stop,
+                np.random.default_rng(faults),
+                len(types),
+                table.arrival_s[-1],
+            ),
             noise_seed=int(noise.generate_state(1, np.uint64)[0]),
         )
 
-    def _faults(self, rng: np.random.Generator, num_replicas: int, end_s: float) -> Faults:
-        slow, stop = self.disturbances.fail_slow, self.disturbances.fail_stop
-        rows: list[tuple[float, int, int, float]] = []
-        for r in range(num_replicas):
-            t = 0.0
-            while slow.rate_per_replica_hour:
-                t += rng.exponential(3600.0 / slow.rate_per_replica_hour)
-                if t > end_s:
-                    break
-                rows.append((t, r, FAULT_SLOW, rng.uniform(*slow.multiplier)))
-                t += slow.duration_s
-                rows.append((t, r, FAULT_SLOW, 1.0))
-            t = 0.0
-            while stop.rate_per_replica_hour:
-                t += rng.exponential(3600.0 / stop.rate_per_replica_hour)
-                if t > end_s:
-                    break
-                rows.append((t, r, FAULT_DOWN, 0.0))
-                t += stop.recovery_s
-                rows.append((t, r, FAULT_UP, 0.0))
-        rows.sort()
-        return Faults(
-            np.array([x[0] for x in rows], np.float64),
-            np.array([x[1] for x in rows], np.int16),
-            np.array([x[2] for x in rows], np.int8),
-            np.array([x[3] for x in rows], np.float64),
-        )
+
+def step_cost(entry: FleetEntry, model_name: str, precision: Literal["bf16", "fp8"]) -> StepCost:
+    """Return the step cost of a model on a fleet entry's replicas.
+
+    Raises:
+        ConfigError: If its calibration file is wrong, or made for others.
+    """
+    if entry.calibration:
+        path = Path(entry.calibration)
+        return calibrated_cost(path, entry.gpu, model_name, entry.tp, precision)
+    return StepCost(gpu(entry.gpu), model(model_name), entry.tp, precision == "fp8")
+
+
+def replica_type(
+    entry: FleetEntry, model_name: str, precision: Literal["bf16", "fp8"], engine: EngineConfig
+) -> ReplicaType:
+    """Compile a fleet entry."""
+    cost = step_cost(entry, model_name, precision)
+    blocks = entry.num_blocks or (
+        cost.kv_capacity_tokens(engine.kv_memory_fraction) // engine.block_size
+    )
+    return ReplicaType(
+        name=f"{entry.gpu} x{entry.tp}",
+        grid=cost.compile(max_tokens=max(engine.max_num_batched_tokens, 64)),
+        num_blocks=blocks,
+        max_num_batched_tokens=engine.max_num_batched_tokens,
+        max_num_seqs=engine.max_num_seqs,
+        price_usd_per_h=cost.gpu.price_usd_per_h * entry.tp,
+        num_gpus=entry.tp,
+    )
+
+
+def draw_count(rng: np.random.Generator, count: int | tuple[int, int]) -> int:
+    """Draw a number of replicas from its range."""
+    return count if isinstance(count, int) else int(rng.integers(count[0], count[1] + 1))
+
+
+def draw_speed(rng: np.random.Generator, speed: float | tuple[float, float]) -> float:
+    """Draw a speed factor from its range."""
+    return speed if isinstance(speed, float | int) else float(rng.uniform(*speed))
+
+
+def draw_faults(
+    slow: FailSlowConfig,
+    stop: FailStopConfig,
+    rng: np.random.Generator,
+    num_replicas: int,
+    end_s: float,
+) -> Faults:
+    """Draw when replicas slow down, crash and come back, for faults that begin by `end_s`."""
+    rows: list[tuple[float, int, int, float]] = []
+    for r in range(num_replicas):
+        t = 0.0
+        while slow.rate_per_replica_hour:
+            t += rng.exponential(3600.0 / slow.rate_per_replica_hour)
+            if t > end_s:
+                break
+            rows.append((t, r, FAULT_SLOW, rng.uniform(*slow.multiplier)))
+            t += slow.duration_s
+            rows.append((t, r, FAULT_SLOW, 1.0))
+        t = 0.0
+        while stop.rate_per_replica_hour:
+            t += rng.exponential(3600.0 / stop.rate_per_replica_hour)
+            if t > end_s:
+                break
+            rows.append((t, r, FAULT_DOWN, 0.0))
+            t += stop.recovery_s
+            rows.append((t, r, FAULT_UP, 0.0))
+    rows.sort()
+    return Faults(
+        np.array([x[0] for x in rows], np.float64),
+        np.array([x[1] for x in rows], np.int16),
+        np.array([x[2] for x in rows], np.int8),
+        np.array([x[3] for x in rows], np.float64),
+    )
 
 
 def with_trace(
@@ -328,8 +365,8 @@ def load_scenario(name_or_path: str | Path) -> Scenario:
     return parse_scenario(file.read_text(encoding="utf-8"), text)
 
 
-def parse_scenario(text: str, origin: str) -> Scenario:
-    """Check a scenario's YAML text; `origin` names it in errors."""
+def read_yaml(text: str, origin: str) -> Mapping[str, Any]:
+    """Read the keys and values of a scenario; `origin` names it in errors."""
     try:
         data = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
@@ -339,17 +376,24 @@ def parse_scenario(text: str, origin: str) -> Scenario:
         raise ConfigError(f"{origin} is not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(data, Mapping):
         raise ConfigError(f"{origin} must hold keys and values, such as name, fleet and workload")
+    return data
+
+
+def parse_scenario(text: str, origin: str) -> Scenario:
+    """Check a scenario's YAML text; `origin` names it in errors."""
+    data = read_yaml(text, origin)
     try:
         return Scenario.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(f"{origin}: {_one_sentence(error, data)}") from error
+        raise ConfigError(f"{origin}: {one_sentence(error, data, Scenario)}") from error
 
 
-def _one_sentence(error: ValidationError, data: Any) -> str:
+def one_sentence(error: ValidationError, data: Any, root: type[BaseModel]) -> str:
+    """Say what is wrong with the data of a model: where, what was got, and what is allowed."""
     # an unknown key explains a missing one; of the choices of a union, the one that got furthest
     first = max(error.errors(), key=lambda e: (e["type"] == "extra_forbidden", len(e["loc"])))
     place = _place(first, data)
-    models = _models_at(first["loc"])
+    models = _models_at(first["loc"], root)
     if first["type"].startswith("union_tag"):
         kinds = [m.model_fields["kind"].default for m in models]
         if "tag" in first["ctx"]:
@@ -377,9 +421,9 @@ def _place(error: ErrorDetails, data: Any) -> str:
     return ".".join(keys)
 
 
-def _models_at(loc: tuple[int | str, ...]) -> list[type[BaseModel]]:
+def _models_at(loc: tuple[int | str, ...], root: type[BaseModel]) -> list[type[BaseModel]]:
     """Models that the innermost mapping on the way to a place can be."""
-    models: list[type[BaseModel]] = [Scenario]
+    models: list[type[BaseModel]] = [root]
     for key in loc:
         fields = [m.model_fields[key] for m in models if key in m.model_fields]
         inner = [found for field in fields for found in _models_in(field.annotation)]

@@ -168,8 +168,8 @@ def test_cumulative_hexgen_remembers_work_that_has_ended():
 
 def test_urgency_takes_what_is_furthest_behind_its_share_of_the_limit():
     # at 0: 5 - 5 and 2 - 20; at 5 s, when the device is free, job 1: 2 - (20 - 5) = -13; job 2, a
-    # chain, has half of its limit of 20 s for its first stage: 2 - (10 - 4) = -4; at 7 s job 1 is at
-    # -11, and the rest of job 2, with all of the 14 s that are left, at 2 - 14 = -12
+    # chain, has half of its limit of 20 s for its first stage: 2 - (10 - 4) = -4; at 7 s job 1 is
+    # at -11, and the rest of job 2, with all of the 14 s that are left, at 2 - 14 = -12
     jobs = [
         job((5, 5), deadline_s=5.0),
         job((2, 2), deadline_s=20.0),

@@ -8,14 +8,17 @@ from pathlib import Path
 from rich.progress import Progress, track
 
 from servegym.commands.console import make_console, require_writable
+from servegym.commands.evaluate_workflow import DEFAULT_WORKFLOW_POLICIES, evaluate_jobs
 from servegym.commands.workload import chosen_scenario
+from servegym.errors import ConfigError
 from servegym.evaluate.document import write_json
 from servegym.evaluate.harness import Evaluation, evaluate
-from servegym.export.resolve import resolve_policy
 from servegym.evaluate.saturation import saturation_load
 from servegym.evaluate.table import comparison_table, saturation_table
+from servegym.export.resolve import resolve_policy
 from servegym.policy.policy import Policy
 from servegym.scenario import Scenario
+from servegym.workflow_scenario import is_workflow_scenario
 from servegym.workloads.readers import OnBadRow
 
 DEFAULT_POLICIES = (
@@ -50,13 +53,14 @@ class Evaluate:
     rate_rps: float | None = None
     """Rate of the trace at load 1; by default 80 % of what the fleet can bear."""
     policies: tuple[str, ...] = DEFAULT_POLICIES
-    """Rules (see `servegym policies`) and exported policy.onnx files."""
+    """Rules (see `servegym policies`) and exported policy.onnx files; for jobs those of
+    docs/workflow-online.md, `NAME:tuned` being tuned by replay."""
     loads: tuple[float, ...] = (0.6, 0.8, 1.0)
     """Factors on the arrival rate."""
     seeds: int = 10
     """Episodes per load, the same for every policy."""
     num_requests: int | None = None
-    """Requests per episode, instead of the scenario's own number."""
+    """Requests per episode (jobs, in a scenario of jobs), instead of the scenario's own number."""
     json: Path | None = None
     """Write all numbers here; see docs/evaluation.md."""
     report: Path | None = None
@@ -67,6 +71,9 @@ class Evaluate:
     def run(self) -> None:
         """Evaluate, print and write."""
         require_writable(self.json, self.report)
+        if is_workflow_scenario(self.scenario):
+            self._run_jobs()
+            return
         scenario = chosen_scenario(self.scenario, self.trace, self.rate_rps, self.on_bad_row)
         policies = [resolve_policy(text) for text in self.policies]
         result = evaluated(
@@ -78,6 +85,24 @@ class Evaluate:
                     share: saturation_load(scenario, policy, share) for share in (0.9, 0.99)
                 }
         publish(result, self.json, self.report)
+
+    def _run_jobs(self) -> None:
+        given = {
+            "trace": self.trace,
+            "rate_rps": self.rate_rps,
+            "report": self.report,
+            "saturation": self.saturation,
+        }
+        for option, value in given.items():
+            if value:
+                raise ConfigError(
+                    f"--{option.replace('_', '-')} is for scenarios of requests, and"
+                    f" {self.scenario} is one of jobs: leave it out"
+                )
+        policies = self.policies
+        if policies == DEFAULT_POLICIES:
+            policies = DEFAULT_WORKFLOW_POLICIES
+        evaluate_jobs(self.scenario, policies, self.loads, self.seeds, self.num_requests, self.json)
 
 
 def evaluated(

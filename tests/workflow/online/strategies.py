@@ -112,6 +112,7 @@ def random_case(seed: int) -> tuple[FleetSpec, Episode]:
         faults=random_faults(rng, d) if rng.random() < 0.6 else Faults(),
         noise_sigma=float(rng.choice([0.0, 0.3])),
         noise_seed=int(rng.integers(1 << 62)),
+        deadline_scale=float(rng.choice([1.0, 0.5])),
     )
 
 

@@ -160,4 +160,5 @@ def load_episode(params: Params, pool: Pool, state: State, env: int, episode: Ep
     constants["num_faults"] = f
     constants["noise_seed"] = np.uint64(episode.noise_seed)
     constants["noise_sigma"] = episode.noise_sigma
+    constants["deadline_scale"] = episode.deadline_scale
     load_jobs(params, pool, state, env, np.ascontiguousarray(episode.order, np.int64))

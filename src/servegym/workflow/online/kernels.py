@@ -406,7 +406,7 @@ def load_jobs(p: Params, pool: Pool, s: State, e: int, job_idx: np.ndarray) -> N
         job.first_stage = stage
         job.num_stages = kind.num_stages
         job.template = kind.template
-        job.deadline_s = kind.deadline_s
+        job.deadline_s = kind.deadline_s * env.deadline_scale
         job.weight = kind.weight
         for i in range(kind.num_edges):
             link = pool.edge[kind.first_edge + i]

@@ -462,7 +462,7 @@ class ReferenceSimulator:
         if all(x.status == "ended" for x in run.stages):
             run.finish_s = self.now_s
             self.in_system.remove(run)
-            if self.now_s - run.arrival_s <= run.job.deadline_s:
+            if self.now_s - run.arrival_s <= run.job.deadline_s * self.episode.deadline_scale:
                 self.good += run.job.weight
 
     def _fault(self, i: int) -> None:
@@ -520,7 +520,7 @@ class ReferenceSimulator:
                     templates.index(run.job.template),
                     run.arrival_s,
                     run.finish_s,
-                    run.job.deadline_s,
+                    run.job.deadline_s * self.episode.deadline_scale,
                     run.job.weight,
                     run.job.num_stages,
                 )

@@ -129,6 +129,7 @@ class Episode:
         noise_sigma: Standard deviation of the logarithm of a factor on each task's and tool
             call's duration, and on each LLM stage's output length; its mean is 1.
         noise_seed: Of that factor.
+        deadline_scale: Factor on the jobs' deadlines.
     """
 
     jobs: tuple[Job, ...]
@@ -140,6 +141,7 @@ class Episode:
     faults: Faults = field(default_factory=Faults)
     noise_sigma: float = 0.0
     noise_seed: int = 0
+    deadline_scale: float = 1.0
 
     @classmethod
     def of(
@@ -195,6 +197,8 @@ class Episode:
             )
         if not 0 <= self.noise_sigma < math.inf:
             raise ConfigError(f"noise_sigma must be at least 0, got {self.noise_sigma}")
+        if not self.deadline_scale > 0:
+            raise ConfigError(f"deadline_scale must be above 0, got {self.deadline_scale}")
 
 
 def require_runnable(spec: FleetSpec, job: Job, types: list[int]) -> None:

@@ -155,6 +155,7 @@ ENV_DTYPE = np.dtype(
         ("num_faults", "i8"),
         ("noise_seed", "u8"),
         ("noise_sigma", "f8"),
+        ("deadline_scale", "f8"),
         ("oracle", "i8"),  # expected values are the true ones, nothing is hidden
         ("asks_when_ready", "i8"),  # decisions are due for new ready stages in any case
         ("now_s", "f8"),
