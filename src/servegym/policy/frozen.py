@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,31 +14,34 @@ from servegym.policy.numpy_network import NumpyNetwork
 from servegym.policy.policy import Information, Observations
 from servegym.typing import BoolArray, IntArray
 
+#: Beyond the actions of any fleet, and so refused by whoever checks it.
+_NO_CHOICE = 2**31
 _NEEDS = Group.COUNTERS | Group.METRICS | Group.PREFIX
 
 
-def shown_actions(mask: BoolArray, num_extra: int) -> list[int]:
-    """Columns of the mask that a policy with `num_extra` actions besides the replicas is shown.
+def shown_mask(mask: BoolArray, num_extra: int) -> BoolArray:
+    """Return the part of a mask that a policy with `num_extra` actions besides replicas is shown.
 
-    With one it is hold where a hold is possible, else reject.
+    With one such action it is hold where a hold is possible, else reject.
 
     Args:
         mask: `bool[batch, R + 2]`.
         num_extra: 0, 1 or 2.
+
+    Returns:
+        `bool[batch, R + num_extra]`.
     """
     width = mask.shape[1] - 2
-    if num_extra == 0:
-        return list(range(width))
-    if num_extra == 2:
-        return list(range(width + 2))
-    return [*range(width), width if mask[:, width].any() else width + 1]
+    if num_extra != 1 or mask[:, width].any():
+        return mask[:, : width + num_extra]
+    return np.delete(mask, width, axis=1)
 
 
 def _to_core(chosen: IntArray, mask: BoolArray) -> IntArray:
-    """Translate indices of `shown_actions` to replicas, `HOLD` and `REJECT`."""
+    """Translate indices of `shown_mask` to replicas, `HOLD` and `REJECT`."""
     width = mask.shape[1] - 2
     other = np.where((chosen == width) & mask[:, width].any(), HOLD, REJECT)
-    return np.where(chosen < width, chosen, other).astype(np.int64)
+    return np.where((chosen < width) | (chosen == _NO_CHOICE), chosen, other).astype(np.int64)
 
 
 class NumpyPolicy:
@@ -56,13 +60,13 @@ class NumpyPolicy:
     def act(self, observations: Observations, env_ids: IntArray) -> IntArray:
         """Decide; see `Policy.act`."""
         replicas, request, mask = observations
-        keep = shown_actions(mask, self._network.shape.num_extra)
-        shown = mask[:, keep]
+        shown = shown_mask(mask, self._network.shape.num_extra)
         chosen = np.empty(len(request), np.int64)
         for row in range(len(request)):
             logits = self._network.logits(replicas[row], request[row], shown[row])
-            # NaN would win an argmax and pass for a choice
-            chosen[row] = logits.argmax() if np.isfinite(logits).all() else REJECT
+            best = int(logits.argmax())
+            # a NaN wins every argmax: it must not pass for a choice
+            chosen[row] = best if math.isfinite(logits[best]) else _NO_CHOICE
         return _to_core(chosen, mask)
 
 
@@ -109,11 +113,12 @@ class FrozenPolicy:
     def act(self, observations: Observations, env_ids: IntArray) -> IntArray:
         """Decide; see `Policy.act`."""
         replicas = observations.replicas[:, :NUM_OBSERVED_FEATURES].transpose(0, 2, 1)
-        keep = shown_actions(observations.mask, self._num_extra)
+        shown = shown_mask(observations.mask, self._num_extra)
         feeds = {
             "replicas": np.ascontiguousarray(replicas, np.float32),
             "request": observations.request.astype(np.float32),
-            "mask": observations.mask[:, keep].astype(np.float32),
+            "mask": shown.astype(np.float32),
         }
-        chosen = self._session.run(None, feeds)[0].argmax(-1)
+        logits = self._session.run(None, feeds)[0]
+        chosen = np.where(np.isfinite(logits).all(-1), logits.argmax(-1), _NO_CHOICE)
         return _to_core(chosen, observations.mask)

@@ -21,11 +21,24 @@ MASKED = np.float32(-1e8)
 NUM_INPUTS = 25
 #: Rows of the first block of inputs, all of the form log1p; the others follow.
 _LOG_ROWS = (0, 2, 3, 4, 5, 9, 14, 15, 16, 20, 21, 22, 23, 24)
-_PLAIN_ROWS = (1, 6, 7, 8, 10, 11, 12, 13, 17, 18, 19)
+_PLAIN_ROWS = (1, 6, 10, 12, 13, 18, 19, 7, 8, 11, 17)
 _NUM_LOG = len(_LOG_ROWS)
+#: Inputs that are rows of the observation as they are: which rows, and where they go.
+_LOG_COPIES = ("NUM_WAITING", "RECENT_TTFT_S", "RECENT_TPOT_S", "SINCE_DISPATCH_S")
+_LOG_COPIED = slice(5, 9)
+_PLAIN_COPIES = ("DECODE_STEP_S", "RELATIVE_SPEED", "KV_CACHE_USAGE", "METRICS_AGE_S")
+_PLAIN_COPIED = slice(_NUM_LOG + 7, _NUM_LOG + 11)
+_SLO_SHARES = slice(_NUM_LOG + 5, _NUM_LOG + 7)
+#: What the inputs of the first block are multiplied by before the logarithm.
+_LOG_SCALES = np.array([1, 10, 10, 1, 10, 1, 10, 100, 1, 1, 1, 1, 1, 1], np.float32)[:, None]
 _ORDER = [*_LOG_ROWS, *_PLAIN_ROWS]
 #: What training subtracts from an input; here from the first layer's bias.
 _OFFSETS = {5: 3.0, 22: 1.0, 23: 6.0, 24: 5.0}
+_STEP_INPUT = 7
+
+#: OpenBLAS starts threads for products above 2**18 multiplications, and for one of a matrix and
+#: a vector above 9,216; waiting for them takes milliseconds where cores are busy.
+_MAX_PRODUCT = 2**17
 
 _R = {f.name: int(f) for f in ReplicaFeature}
 _Q = {f.name: int(f) for f in RequestFeature}
@@ -54,29 +67,58 @@ class NetworkShape(NamedTuple):
 #: The family of networks that this module runs.
 FAMILY = "dispatch-1"
 
+_ONE, _ZERO = np.float32(1.0), np.float32(0.0)
+_LOG_INDEX = np.array([_R[name] for name in _LOG_COPIES])
+_PLAIN_INDEX = np.array([_R[name] for name in _PLAIN_COPIES])
+
+
+def _multiply(a: Float32Array, b: Float32Array, out: Float32Array) -> None:
+    """Matrix product, in pieces that the BLAS computes in this thread."""
+    rows, inner = a.shape
+    columns = b.shape[1]
+    step = max(1, _MAX_PRODUCT // (rows * inner))
+    if columns <= step:
+        np.matmul(a, b, out=out)
+        return
+    for begin in range(0, columns, step):
+        part = slice(begin, begin + step)
+        out[:, part] = a @ b[:, part]
+
 
 class _Buffers:
-    """Working memory for one fleet size."""
+    """Working memory for one fleet size, with a view of every row that is used by itself."""
 
     def __init__(self, hidden: int, width: int, num_extra: int, attention: bool) -> None:
         def rows(count: int) -> Float32Array:
             return np.zeros((count, width), np.float32)
 
+        self.width = width
         self.seen = rows(NUM_OBSERVED_FEATURES)
+        self.seen_rows = list(self.seen)
         self.present = np.zeros(width, np.float32)
         self.inputs = rows(NUM_INPUTS)
+        self.input_rows = list(self.inputs)
+        self.log = self.inputs[:_NUM_LOG]
+        self.log_copied = self.inputs[_LOG_COPIED]
+        self.plain_copied = self.inputs[_PLAIN_COPIED]
+        self.slo_shares = self.inputs[_SLO_SHARES]
         self.first = rows(hidden)
         # own encodings, then (with attention) what the replica attends to
         self.encoded = rows(2 * hidden if attention else hidden)
+        self.own = self.encoded[:hidden]
+        self.attended = self.encoded[hidden:]
         self.mixed = rows(hidden)
         self.query = rows(hidden)
         self.scores = np.zeros((width, width) if attention else (0, 0), np.float32)
         self.pooled = np.zeros(2 * hidden, np.float32)
+        self.mean, self.most = self.pooled[:hidden], self.pooled[hidden:]
         self.around = np.zeros(hidden, np.float32)
+        self.around_bias = np.zeros((hidden, 1), np.float32)
         self.cost = np.zeros(width, np.float32)
         self.mask = np.zeros(width + num_extra, np.float32)
         self.logits = np.zeros(width + num_extra, np.float32)
         self.temp = rows(8)
+        self.temp_rows = list(self.temp)
 
 
 class NumpyNetwork:
@@ -119,6 +161,8 @@ class NumpyNetwork:
         bias = bias.copy()
         for row, offset in _OFFSETS.items():
             bias -= np.float32(offset) * first[:, row]
+        first = first.copy()
+        first[:, _STEP_INPUT] *= np.float32(100.0)  # that input is the step in units of 10 ms
         self._first = np.ascontiguousarray(first[:, _ORDER])
         self._first_bias = bias[:, None]
         self._second, bias = layer("actor.own.2")
@@ -126,11 +170,13 @@ class NumpyNetwork:
         self._mix, self._mix_bias = layer("actor.mix")
         self._around, self._around_bias = layer("actor.around")
         score, score_bias = layer("score")
-        self._score, self._score_bias = score[0], score_bias[0]
+        self._score, self._score_bias = np.ascontiguousarray(score.T), score_bias[0]
         self._extra, self._extra_bias = layer("extra")
         if self._attention:
             self._query, bias = layer("actor.query")
             self._query_bias = bias[:, None]
+        self._minus_eta = np.float32(-shape.eta)
+        self._params = [np.float32(value) for value in shape.base_params]
         self._scale = np.float32(hidden**-0.5)
         self._buffers: dict[int, _Buffers] = {}
 
@@ -154,152 +200,154 @@ class NumpyNetwork:
             self._buffers[width] = b
         np.copyto(b.seen, replicas[:NUM_OBSERVED_FEATURES], casting="unsafe")
         np.copyto(b.mask, mask, casting="unsafe")
-        np.greater(b.seen[0], 0.0, out=b.present, casting="unsafe")
+        np.greater(b.seen_rows[0], _ZERO, out=b.present, casting="unsafe")
         self._describe(b, request)
         self._encode(b)
-        cost = b.cost
-        np.subtract(1.0, b.mask[:width], out=b.temp[0])
-        b.temp[0] *= -MASKED
-        b.temp[0] += cost
-        cost -= b.temp[0].min() if width else 0.0
-        cost *= np.float32(-self.shape.eta)
+        cost, forbidden = b.cost, b.temp_rows[0]
+        np.subtract(_ONE, b.mask[:width], out=forbidden)
+        np.multiply(forbidden, -MASKED, out=forbidden)
+        np.add(forbidden, cost, out=forbidden)
+        np.subtract(cost, forbidden.min(initial=np.inf), out=cost)
+        np.multiply(cost, self._minus_eta, out=cost)
         scores = b.logits[:width]
-        np.matmul(self._score, b.mixed, out=scores)
-        scores += self._score_bias
-        scores += cost
+        np.multiply(b.mixed, self._score, out=b.mixed)
+        np.add.reduce(b.mixed, 0, out=scores)
+        np.add(scores, cost, out=scores)
+        np.add(scores, self._score_bias, out=scores)
         if self.shape.num_extra:
-            np.maximum(b.around, 0.0, out=b.around)
+            np.maximum(b.around, _ZERO, out=b.around)
             np.matmul(self._extra, b.around, out=b.logits[width:])
             b.logits[width:] += self._extra_bias
-        b.logits *= b.mask
-        np.subtract(1.0, b.mask, out=b.mask)
-        b.mask *= MASKED
-        b.logits += b.mask
+        np.multiply(b.logits, b.mask, out=b.logits)
+        np.subtract(_ONE, b.mask, out=b.mask)
+        np.multiply(b.mask, MASKED, out=b.mask)
+        np.add(b.logits, b.mask, out=b.logits)
         return b.logits
 
     def _describe(self, b: _Buffers, request: FloatArray) -> None:
         """Fill the inputs (`agents.features.replica_inputs`) and the base rule's cost."""
-        seen, x, log = b.seen, b.inputs, b.inputs[:_NUM_LOG]
-        prompt = np.float32(request[_Q["PROMPT_TOKENS"]])
-        predicted = np.float32(request[_Q["PREDICTED_OUTPUT_TOKENS"]])
-        ttft = np.float32(max(request[_Q["TTFT_SLO_S"]], 1e-3))
-        tpot = np.float32(max(request[_Q["TPOT_SLO_S"]], 1e-4))
-        outstanding = seen[_R["OUTSTANDING_REQUESTS"]]
-        hit, seq_s = seen[_R["PREFIX_HIT_TOKENS"]], seen[_R["DECODE_SEQ_S"]]
-        rate, max_seqs, capacity, pending_s, new_s, batch, step_s, drain_s = b.temp
-        np.maximum(seen[_R["PREFILL_TOKENS_PER_S"]], 1.0, out=rate)
-        np.maximum(seen[_R["MAX_NUM_SEQS"]], 1.0, out=max_seqs)
-        np.maximum(seen[_R["KV_CAPACITY_TOKENS"]], 1.0, out=capacity)
-        np.divide(seen[_R["PENDING_PREFILL_TOKENS"]], rate, out=pending_s)
+        seen, x = b.seen_rows, b.input_rows
+        prompt = np.float32(request[_PROMPT])
+        predicted = np.float32(request[_PREDICTED])
+        ttft = np.float32(max(request[_TTFT], 1e-3))
+        tpot = np.float32(max(request[_TPOT], 1e-4))
+        outstanding, hit, seq_s = seen[_OUTSTANDING], seen[_HIT], seen[_SEQ]
+        rate, max_seqs, capacity, pending_s, new_s, batch, step_s, drain_s = b.temp_rows
+        np.maximum(seen[_RATE], _ONE, out=rate)
+        np.maximum(seen[_MAX_SEQS], _ONE, out=max_seqs)
+        np.maximum(seen[_CAPACITY], _ONE, out=capacity)
+        np.divide(seen[_PENDING], rate, out=pending_s)
         np.subtract(prompt, hit, out=new_s)
-        np.maximum(new_s, 0.0, out=new_s)
-        new_s /= rate
-        np.add(outstanding, 1.0, out=batch)
+        np.maximum(new_s, _ZERO, out=new_s)
+        np.divide(new_s, rate, out=new_s)
+        np.add(outstanding, _ONE, out=batch)
         np.minimum(batch, max_seqs, out=batch)
-        np.subtract(batch, 1.0, out=step_s)
-        step_s *= seq_s
-        step_s += seen[_R["DECODE_STEP_S"]]
-        np.subtract(
-            seen[_R["OUTSTANDING_PREDICTED_TOKENS"]], seen[_R["GENERATED_TOKENS"]], out=drain_s
-        )
-        np.maximum(drain_s, 0.0, out=drain_s)
-        drain_s /= batch
-        drain_s *= step_s
-        log[0] = outstanding
-        np.multiply(pending_s, 10.0, out=log[1])
-        np.multiply(new_s, 10.0, out=log[2])
-        log[3] = drain_s
-        np.multiply(step_s, 10.0 * predicted, out=log[4])
-        log[5] = seen[_R["NUM_WAITING"]]
-        np.multiply(seen[_R["RECENT_TTFT_S"]], 10.0, out=log[6])
-        np.multiply(seen[_R["RECENT_TPOT_S"]], 100.0, out=log[7])
-        log[8] = seen[_R["SINCE_DISPATCH_S"]]
-        np.multiply(outstanding, new_s, out=log[9])
-        np.multiply(outstanding, seq_s, out=log[10])
-        log[10] *= predicted
-        np.multiply(step_s, predicted, out=log[11])
-        log[11] += pending_s
-        log[11] += new_s
-        log[12] = prompt
-        log[13] = predicted
-        self._cost(b, prompt, predicted)
-        np.log1p(log, out=log)
-        np.minimum(log[8], 3.0, out=log[8])
-        plain = x[_NUM_LOG:]
-        np.divide(outstanding, max_seqs, out=plain[0])
-        np.divide(hit, max(prompt, np.float32(1.0)), out=plain[1])
-        np.multiply(seen[_R["DECODE_STEP_S"]], 100.0, out=plain[2])
-        plain[3] = seen[_R["RELATIVE_SPEED"]]
-        np.divide(seen[_R["NUM_RUNNING"]], max_seqs, out=plain[4])
-        plain[5] = seen[_R["KV_CACHE_USAGE"]]
-        np.divide(seen[_R["OUTSTANDING_PROMPT_TOKENS"]], capacity, out=plain[6])
-        np.divide(prompt + predicted, capacity, out=plain[7])
-        np.minimum(seen[_R["METRICS_AGE_S"]], 2.0, out=plain[8])
-        np.add(pending_s, new_s, out=plain[9])
-        plain[9] /= ttft
-        np.divide(step_s, tpot, out=plain[10])
-        np.minimum(plain[9:11], 4.0, out=plain[9:11])
+        np.subtract(batch, _ONE, out=step_s)
+        np.multiply(step_s, seq_s, out=step_s)
+        np.add(step_s, seen[_STEP], out=step_s)
+        np.subtract(seen[_LEFT], seen[_GENERATED], out=drain_s)
+        np.maximum(drain_s, _ZERO, out=drain_s)
+        np.divide(drain_s, batch, out=drain_s)
+        np.multiply(drain_s, step_s, out=x[3])
+        x[0][:] = outstanding
+        x[1][:] = pending_s
+        x[2][:] = new_s
+        np.multiply(step_s, predicted, out=x[4])
+        np.take(b.seen, _LOG_INDEX, 0, out=b.log_copied, mode="clip")
+        np.multiply(outstanding, new_s, out=x[9])
+        np.multiply(outstanding, seq_s, out=x[10])
+        np.multiply(x[10], predicted, out=x[10])
+        waiting_s = x[_NUM_LOG + 5]
+        np.add(pending_s, new_s, out=waiting_s)
+        np.add(x[4], waiting_s, out=x[11])
+        x[12].fill(prompt)
+        x[13].fill(predicted)
+        self._cost(b, waiting_s, predicted)
+        np.multiply(b.log, _LOG_SCALES, out=b.log)
+        np.log1p(b.log, out=b.log)
+        np.minimum(x[8], _THREE, out=x[8])
+        np.divide(outstanding, max_seqs, out=x[_NUM_LOG])
+        np.divide(hit, max(prompt, _ONE), out=x[_NUM_LOG + 1])
+        np.divide(seen[_RUNNING], max_seqs, out=x[_NUM_LOG + 2])
+        np.divide(seen[_HELD_PROMPT], capacity, out=x[_NUM_LOG + 3])
+        np.divide(prompt + predicted, capacity, out=x[_NUM_LOG + 4])
+        np.divide(waiting_s, ttft, out=waiting_s)
+        np.divide(step_s, tpot, out=x[_NUM_LOG + 6])
+        np.minimum(b.slo_shares, _FOUR, out=b.slo_shares)
+        np.take(b.seen, _PLAIN_INDEX, 0, out=b.plain_copied, mode="clip")
+        np.minimum(x[_NUM_LOG + 10], _TWO, out=x[_NUM_LOG + 10])
 
-    def _cost(self, b: _Buffers, prompt: np.float32, predicted: np.float32) -> None:
+    def _cost(self, b: _Buffers, waiting_s: Float32Array, predicted: np.float32) -> None:
         """Fill the cost of the base rule (`agents.features.base_cost`)."""
-        seen, cost, params = b.seen, b.cost, self.shape.base_params
-        load, speed = seen[_R["OUTSTANDING_REQUESTS"]], seen[_R["RELATIVE_SPEED"]]
-        pending_s, new_s = b.temp[3], b.temp[4]
+        seen, cost, params = b.seen_rows, b.cost, self._params
+        load, speed = seen[_OUTSTANDING], seen[_SPEED]
         if self.shape.base == "least-outstanding":
             np.copyto(cost, load)
         elif self.shape.base == "speed-family":
-            np.add(load, 1.0, out=cost)
-            cost /= np.maximum(speed, 1e-6) ** np.float32(params[0])
+            np.add(load, _ONE, out=cost)
+            np.divide(cost, np.maximum(speed, _SLOWEST) ** params[0], out=cost)
         elif self.shape.base == "prefix-load":
-            np.add(load, 1.0, out=cost)
-            cost *= np.float32(params[0])
-            cost /= np.maximum(speed, 1e-6) ** np.float32(params[1])
-            cost += pending_s
-            cost += new_s
-        else:  # added-delay
-            np.multiply(seen[_R["DECODE_SEQ_S"]], predicted, out=cost)
-            cost *= np.float32(1.0 + params[1])
-            cost += np.float32(params[0]) * new_s
-            cost *= load
-            cost += pending_s
-            cost += new_s
-            cost += predicted * seen[_R["DECODE_STEP_S"]]
+            np.add(load, _ONE, out=cost)
+            np.multiply(cost, params[0], out=cost)
+            np.divide(cost, np.maximum(speed, _SLOWEST) ** params[1], out=cost)
+            np.add(cost, waiting_s, out=cost)
+        else:  # added-delay; the inputs' rows hold load * new_s and load * slowed_s
+            np.multiply(b.input_rows[9], params[0], out=cost)
+            np.add(cost, waiting_s, out=cost)
+            other = b.temp_rows[7]
+            np.multiply(b.input_rows[10], _ONE + params[1], out=other)
+            np.add(cost, other, out=cost)
+            np.multiply(seen[_STEP], predicted, out=other)
+            np.add(cost, other, out=cost)
 
     def _encode(self, b: _Buffers) -> None:
         """Run the shared encoder over the inputs."""
-        hidden = self._hidden
-        own = b.encoded[:hidden]
-        np.matmul(self._first, b.inputs, out=b.first)
-        b.first += self._first_bias
-        np.maximum(b.first, 0.0, out=b.first)
-        np.matmul(self._second, b.first, out=own)
-        own += self._second_bias
-        np.maximum(own, 0.0, out=own)
-        own *= b.present
-        np.matmul(own, b.present, out=b.pooled[:hidden])
-        b.pooled[:hidden] /= max(b.present.sum(), np.float32(1.0))
-        own.max(1, out=b.pooled[hidden:])
+        own = b.own
+        _multiply(self._first, b.inputs, b.first)
+        np.add(b.first, self._first_bias, out=b.first)
+        np.maximum(b.first, _ZERO, out=b.first)
+        _multiply(self._second, b.first, own)
+        np.add(own, self._second_bias, out=own)
+        np.maximum(own, _ZERO, out=own)
+        np.multiply(own, b.present, out=own)
+        np.add.reduce(own, 1, out=b.mean)
+        np.divide(b.mean, max(np.add.reduce(b.present), _ONE), out=b.mean)
+        np.maximum.reduce(own, 1, out=b.most)
         np.matmul(self._around, b.pooled, out=b.around)
-        b.around += self._around_bias
+        np.add(b.around, self._around_bias, out=b.around)
         if self._attention:
-            self._attend(b, own)
-        np.matmul(self._mix, b.encoded, out=b.mixed)
-        b.mixed += (b.around + self._mix_bias)[:, None]
-        np.maximum(b.mixed, 0.0, out=b.mixed)
+            self._attend(b)
+        _multiply(self._mix, b.encoded, b.mixed)
+        np.add(b.around, self._mix_bias, out=b.around_bias[:, 0])
+        np.add(b.mixed, b.around_bias, out=b.mixed)
+        np.maximum(b.mixed, _ZERO, out=b.mixed)
 
-    def _attend(self, b: _Buffers, own: Float32Array) -> None:
-        """Let each replica look at the others: scores are `[replica, other]`."""
-        np.matmul(self._query, own, out=b.query)
-        b.query += self._query_bias
-        np.matmul(b.query.T, own, out=b.scores)
-        b.scores *= self._scale
-        np.subtract(1.0, b.present, out=b.temp[0])
-        b.temp[0] *= MASKED
-        b.scores += b.temp[0]
-        b.scores -= b.scores.max(1, keepdims=True)
+    def _attend(self, b: _Buffers) -> None:
+        """Let each replica look at the others: scores are `[other, replica]`."""
+        _multiply(self._query, b.own, b.query)
+        np.add(b.query, self._query_bias, out=b.query)
+        np.multiply(b.query, self._scale, out=b.query)
+        _multiply(b.own.T, b.query, b.scores)
+        absent = b.temp_rows[0]
+        np.subtract(_ONE, b.present, out=absent)
+        np.multiply(absent, MASKED, out=absent)
+        np.add(b.scores, absent[:, None], out=b.scores)
+        np.subtract(b.scores, b.scores.max(0), out=b.scores)
         np.exp(b.scores, out=b.scores)
-        b.scores /= b.scores.sum(1, keepdims=True)
-        np.matmul(own, b.scores.T, out=b.encoded[self._hidden :])
+        total = b.scores.sum(0)
+        _multiply(b.own, b.scores, b.attended)
+        np.divide(b.attended, total, out=b.attended)
 
 
 _COSTS = ("added-delay", "prefix-load", "speed-family", "least-outstanding")
+_TWO, _THREE, _FOUR = np.float32(2.0), np.float32(3.0), np.float32(4.0)
+_SLOWEST = np.float32(1e-6)
+_OUTSTANDING, _PENDING = _R["OUTSTANDING_REQUESTS"], _R["PENDING_PREFILL_TOKENS"]
+_LEFT, _HELD_PROMPT = _R["OUTSTANDING_PREDICTED_TOKENS"], _R["OUTSTANDING_PROMPT_TOKENS"]
+_SPEED, _RATE, _STEP, _SEQ = (
+    _R[name] for name in ("RELATIVE_SPEED", "PREFILL_TOKENS_PER_S", "DECODE_STEP_S", "DECODE_SEQ_S")
+)
+_CAPACITY, _MAX_SEQS = _R["KV_CAPACITY_TOKENS"], _R["MAX_NUM_SEQS"]
+_RUNNING, _GENERATED, _HIT = _R["NUM_RUNNING"], _R["GENERATED_TOKENS"], _R["PREFIX_HIT_TOKENS"]
+_PROMPT, _PREDICTED = _Q["PROMPT_TOKENS"], _Q["PREDICTED_OUTPUT_TOKENS"]
+_TTFT, _TPOT = _Q["TTFT_SLO_S"], _Q["TPOT_SLO_S"]

@@ -1,0 +1,124 @@
+"""The network in NumPy scores as the one in PyTorch, whatever its shape and the fleet's size."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from servegym.agents.features import BASES
+from servegym.agents.network import DispatchNetwork, NetworkConfig
+from servegym.policy.contract import (
+    NUM_OBSERVED_FEATURES,
+    NUM_REPLICA_FEATURES,
+    NUM_REQUEST_FEATURES,
+    ReplicaFeature,
+)
+from servegym.policy.frozen import NumpyPolicy
+from servegym.policy.numpy_network import FAMILY, NetworkShape, NumpyNetwork
+from servegym.policy.policy import Observations
+
+PARAMS = {
+    "added-delay": (1.9, 0.4),
+    "prefix-load": (0.03, 0.7),
+    "speed-family": (0.8,),
+    "least-outstanding": (),
+}
+
+
+def make(base: str, context: str, num_extra: int) -> tuple[DispatchNetwork, NumpyNetwork]:
+    torch.manual_seed(1)
+    config = NetworkConfig(
+        context=context, num_extra=num_extra, base=base, base_params=PARAMS[base], hidden=20
+    )
+    network = DispatchNetwork(config).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    shape = NetworkShape(FAMILY, context, base, PARAMS[base], config.eta, num_extra)
+    return network, NumpyNetwork(shape, {k: v.numpy() for k, v in network.state_dict().items()})
+
+
+def draw(batch: int, size: int, num_extra: int):
+    rng = np.random.default_rng(size)
+    replicas = rng.uniform(0, 20, (batch, size, NUM_OBSERVED_FEATURES)).astype(np.float32)
+    replicas[..., 0] = rng.random((batch, size)) < 0.9
+    for name, low, high in (
+        ("PREFILL_TOKENS_PER_S", 2e3, 5e4),
+        ("DECODE_STEP_S", 0.005, 0.03),
+        ("DECODE_SEQ_S", 1e-5, 1e-3),
+        ("KV_CAPACITY_TOKENS", 1e5, 1e6),
+        ("OUTSTANDING_PREDICTED_TOKENS", 0, 1e4),
+    ):
+        replicas[..., ReplicaFeature[name]] = rng.uniform(low, high, (batch, size))
+    request = rng.uniform(0, 1, (batch, NUM_REQUEST_FEATURES)).astype(np.float32)
+    request[:, 0] = rng.integers(1, 4000, batch)
+    request[:, 1] = rng.integers(1, 500, batch)
+    mask = (rng.random((batch, size + num_extra)) < 0.7).astype(np.float32)
+    mask[:, 0] = 1
+    return replicas, request, mask
+
+
+def test_every_base_of_training_is_known_here():
+    assert set(PARAMS) == set(BASES)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("context", ["mean", "attention"])
+@pytest.mark.parametrize("num_extra", [0, 1, 2])
+def test_logits_are_those_of_pytorch(base, context, num_extra):
+    network, other = make(base, context, num_extra)
+    for size in (1, 2, 7, 16, 128, 400):  # the large ones are multiplied in pieces
+        replicas, request, mask = draw(6, size, num_extra)
+        with torch.inference_mode():
+            want = network(*map(torch.from_numpy, (replicas, request, mask))).numpy()
+        for i in range(6):
+            got = other.logits(replicas[i].T.astype(float), request[i].astype(float), mask[i])
+            np.testing.assert_allclose(got, want[i], rtol=2e-5, atol=2e-5)
+
+
+def test_a_call_leaves_nothing_behind_for_the_next():
+    _, network = make("added-delay", "attention", 2)
+    one, two = draw(1, 9, 2), draw(2, 9, 2)
+    first = network.logits(one[0][0].T, one[1][0], one[2][0]).copy()
+    network.logits(two[0][1].T, two[1][1], two[2][1])
+    np.testing.assert_array_equal(network.logits(one[0][0].T, one[1][0], one[2][0]), first)
+
+
+def test_nan_is_no_choice():
+    _, network = make("added-delay", "mean", 0)
+    policy = NumpyPolicy(network, information="predictive", name="n")
+    replicas, request, _ = draw(1, 3, 0)
+    wide = np.zeros((1, NUM_REPLICA_FEATURES, 3))
+    wide[:, :NUM_OBSERVED_FEATURES] = replicas.transpose(0, 2, 1)
+    mask = np.array([[True, True, True, False, False]])
+    envs = np.zeros(1, np.int64)
+    assert 0 <= policy.act(Observations(wide, request.astype(float), mask), envs)[0] < 3
+    wide[0, ReplicaFeature["DECODE_STEP_S"], 1] = np.nan
+    assert policy.act(Observations(wide, request.astype(float), mask), envs)[0] > 1000
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"family": "dispatch-9"}, "networks of family 'dispatch-9' are unknown"),
+        ({"base": "magic"}, "no base cost 'magic'"),
+    ],
+)
+def test_another_kind_of_network_is_refused(change, sentence):
+    _, network = make("added-delay", "mean", 0)
+    with pytest.raises(ValueError, match=sentence):
+        NumpyNetwork(network.shape._replace(**change), {})
+
+
+def test_wrong_weights_are_refused():
+    torch_network, network = make("added-delay", "mean", 0)
+    weights = {k: v.numpy() for k, v in torch_network.state_dict().items()}
+    with pytest.raises(ValueError, match=r"the weights of score are missing"):
+        NumpyNetwork(network.shape, {k: v for k, v in weights.items() if k != "score.bias"})
+    with pytest.raises(ValueError, match=r"the first layer has shape"):
+        NumpyNetwork(network.shape, weights | {"actor.own.0.weight": np.zeros((20, 7))})
+    with pytest.raises(ValueError, match=r"the weights of score are not all finite"):
+        NumpyNetwork(network.shape, weights | {"score.bias": np.array([np.nan])})
+    with pytest.raises(ValueError, match=r"actor.query"):
+        NumpyNetwork(network.shape._replace(context="attention"), weights)
