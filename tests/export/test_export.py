@@ -15,10 +15,10 @@ from servegym.agents.network import DispatchNetwork, NetworkConfig
 from servegym.agents.torch_policy import TorchPolicy
 from servegym.errors import ExportError
 from servegym.evaluate.harness import evaluate
-from servegym.export.resolve import resolve_policy
 from servegym.export import from_torch
 from servegym.export.from_torch import export_policy
 from servegym.export.manifest import digest, read_manifest
+from servegym.export.resolve import resolve_policy
 from servegym.export.sample import sample_observations
 from servegym.policy.contract import (
     NUM_OBSERVED_FEATURES,
@@ -30,8 +30,11 @@ from servegym.policy.contract import (
     ReplicaFeature,
     RequestFeature,
 )
+from servegym.policy.frozen import FrozenPolicy, NumpyPolicy
 from servegym.policy.policy import Observations
 from servegym.scenario import load_scenario
+from servegym.serve.guards import Reason
+from servegym.serve.runtime import PolicyRuntime, RuntimeConfig
 
 SHAPES = [("mean", 0), ("attention", 0), ("mean", 1), ("attention", 2)]
 
@@ -218,6 +221,80 @@ def test_spoilt_policy_is_refused_in_one_sentence(copy, spoil, sentence):
     with pytest.raises(ExportError, match=sentence) as refused:
         resolve_policy(str(copy))
     assert "\n" not in str(refused.value)
+
+
+@pytest.fixture
+def with_weights(copy, exported) -> Path:
+    """The same with the weights for NumPy beside it."""
+    path = copy.parent / "weights.npz"
+    path.write_bytes((exported.parent / "weights.npz").read_bytes())
+    return copy
+
+
+def test_own_networks_run_in_numpy_and_other_graphs_in_onnx_runtime(with_weights):
+    assert isinstance(resolve_policy(str(with_weights)), NumpyPolicy)
+    (with_weights.parent / "weights.npz").unlink()
+    assert isinstance(resolve_policy(str(with_weights)), FrozenPolicy)
+
+
+def save_other_weights(path: Path, **changes: np.ndarray) -> None:
+    weights = path.parent / "weights.npz"
+    with np.load(weights) as file:
+        np.savez(weights, **(dict(file) | changes))
+    edit(path, weights_sha256=digest(weights))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (
+            lambda p: append_a_byte(p.parent / "weights.npz"),
+            "weights.npz is not the file its manifest was written for: export again",
+        ),
+        (lambda p: edit(p, weights_sha256=""), "weights.npz is not the file"),
+        (
+            lambda p: save_other_weights(p, **{"score.bias": np.array([3.0], np.float32)}),
+            "weights.npz answers .* off the exported network: export again",
+        ),
+        (
+            lambda p: save_other_weights(p, **{"score.bias": np.array([{}], object)}),
+            "weights.npz cannot be run: Object arrays cannot be loaded",
+        ),
+        (lambda p: edit(p, network=["dispatch-9", "mean", "mct", [], 1, 0]), "dispatch-9"),
+    ],
+    ids=["appended byte", "no hash", "other weights", "a pickle", "other family"],
+)
+def test_spoilt_weights_are_refused_in_one_sentence(with_weights, spoil, sentence):
+    spoil(with_weights)
+    with pytest.raises(ExportError, match=sentence) as refused:
+        resolve_policy(str(with_weights))
+    assert "\n" not in str(refused.value)
+
+
+def test_the_runtime_takes_an_exported_policy_and_knows_its_ranges(with_weights, samples):
+    replicas, request, mask = samples
+    runtime = PolicyRuntime(
+        RuntimeConfig(policy=str(with_weights), max_metrics_age_s=1e6, timeout_s=60.0)
+    )
+    wide = np.zeros((1, NUM_REPLICA_FEATURES, replicas.shape[1]))
+    network = TorchPolicy(make_network())
+    asked = 0
+    for row in range(0, len(replicas), 7):
+        wide[0, :NUM_OBSERVED_FEATURES] = replicas[row].T
+        both = np.concatenate((mask[row] > 0, [False, False]))
+        seen = Observations(wide, request[row : row + 1].astype(float), both[None])
+        decision = runtime.decide(seen, str(row))
+        if decision.by == "policy":
+            asked += 1
+            assert decision.action == network.act(seen, np.zeros(1, np.int64))[0]
+        else:
+            assert decision.reason is Reason.OUT_OF_RANGE
+    assert asked > 0.9 * len(range(0, len(replicas), 7))  # few are far from training's own
+    wide[0, ReplicaFeature.OUTSTANDING_REQUESTS] = 1e5
+    wide[0, ReplicaFeature.OUTSTANDING_PROMPT_TOKENS] = 1e8
+    wide[0, ReplicaFeature.PENDING_PREFILL_TOKENS] = 1e8
+    wide[0, ReplicaFeature.RECENT_TTFT_S] = 1e5
+    assert runtime.decide(seen).reason is Reason.OUT_OF_RANGE
 
 
 def test_frozen_policy_plays_the_same_runs_as_the_network(exported):

@@ -202,6 +202,11 @@ def _is_allowed(action: int, mask: BoolArray) -> bool:
     return action == REJECT and bool(mask[width + 1])
 
 
+def _reads_metrics(policy: Policy) -> bool:
+    """Whether a policy depends on what engines report; a blind one only on the router's books."""
+    return bool(policy.needs & Group.METRICS) and policy.information != "blind"
+
+
 class PolicyRuntime:
     """Decides for one request at a time, whatever happens to the policy.
 
@@ -241,7 +246,7 @@ class PolicyRuntime:
         if config.fallback.endswith(".onnx"):
             raise ConfigError(f"the fallback must be a rule by name, got {config.fallback!r}")
         self._fallback = load_policy(config.fallback, config).policy
-        if self._fallback.needs & Group.METRICS and config.fallback != config.policy:
+        if _reads_metrics(self._fallback):
             _log.warning("the fallback %s reads engine metrics itself", config.fallback)
         try:
             self._loaded = self.prepare(config.policy)
@@ -354,7 +359,7 @@ class PolicyRuntime:
         loaded = self._loaded
         assert loaded is not None
         replicas, request = observations.replicas[0], observations.request[0]
-        if loaded.policy.needs & Group.METRICS:
+        if _reads_metrics(loaded.policy):
             oldest_s = replicas[_AGE].max(
                 where=observations.mask[0, :-2], initial=0.0
             )  # NaN is found below

@@ -1,0 +1,203 @@
+"""The decision log: read as a trace and as an event log, rotated, bounded, never in the way."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import numpy as np
+import pytest
+
+from servegym.cluster.outcome import outcomes_from_events
+from servegym.errors import ConfigError, WorkloadError
+from servegym.evaluate.metrics import latencies
+from servegym.serve.decision_log import (
+    DecisionLog,
+    DecisionLogConfig,
+    read_events,
+    read_rows,
+)
+from servegym.serve.dispatcher import DispatchConfig, Dispatcher
+from servegym.serve.facts import Rates, fleet_facts
+from servegym.serve.runtime import RuntimeConfig
+from servegym.workloads.readers import read_trace
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def make(folder, **settings) -> tuple[Dispatcher, Clock]:
+    clock = Clock()
+    config = DispatchConfig(
+        runtime=RuntimeConfig(policy="round-robin"),
+        slo_classes=({"name": "chat"}, {"name": "batch"}),
+        allow_hold=True,
+        log=DecisionLogConfig(folder=folder, **settings),
+    )
+    rates = Rates(prefill_tokens_per_s=1000.0, decode_step_s=0.01)
+    return Dispatcher(config, ["a", "b"], fleet_facts([rates, rates]), clock), clock
+
+
+def play(dispatcher: Dispatcher, clock: Clock, monkeypatch) -> None:
+    """Four requests: one that ends, one retried, one cancelled, one held first."""
+    wall = [1.7e9]
+    monkeypatch.setattr("servegym.serve.dispatcher.time.time", lambda: wall[0])
+
+    def arrive(key, prompt, **more):
+        wall[0] += 1.0
+        clock.now_s += 1.0
+        return dispatcher.arrive(prompt, key=key, **more)
+
+    first = arrive("one", list(range(2000)), tenant="alice")
+    dispatcher.decide(first)
+    clock.now_s += 0.25
+    dispatcher.first_token(first)
+    dispatcher.tokens(first, 5)
+    clock.now_s += 0.5
+    dispatcher.usage(first, prompt_tokens=2000, cached_tokens=16)
+    dispatcher.finish(first, 5)
+    wall[0] += 0.75
+
+    second = arrive("two", list(range(1500)), slo_class=1, model="m")
+    dispatcher.decide(second)
+    clock.now_s += 0.1
+    dispatcher.decide(second)
+    clock.now_s += 0.1
+    dispatcher.first_token(second)
+    dispatcher.finish(second, 1)
+    wall[0] += 0.2
+
+    third = arrive("three", "short", max_tokens=40)
+    dispatcher.decide(third)
+    dispatcher.end(third, "cancelled")
+    dispatcher.end(third, "failed")  # it has ended
+
+    fourth = arrive("four", "x")
+    dispatcher.wait(fourth)
+    clock.now_s += 0.05
+    dispatcher.decide(fourth)
+    clock.now_s += 0.2
+    dispatcher.first_token(fourth)
+    dispatcher.finish(fourth, 3)
+    dispatcher.close()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_the_log_is_a_trace(tmp_path, monkeypatch, kind):
+    dispatcher, clock = make(tmp_path, format=kind)
+    play(dispatcher, clock, monkeypatch)
+    (file,) = tmp_path.iterdir()
+    assert file.suffix == f".{kind}"
+    table = read_trace(file).table
+    np.testing.assert_allclose(table.arrival_s, [0.0, 1.75, 2.95, 3.95])
+    assert table.prompt_tokens.tolist() == [2000, 1500, 1, 1]
+    assert table.output_tokens.tolist()[:2] == [5, 1]
+    assert table.output_tokens[3] == 3
+    assert table.slo_class.tolist() == [0, 1, 0, 0]
+    assert len(set(table.tenant.tolist())) == 2
+    # three whole blocks of 512 tokens, two of which are the second prompt's too
+    assert table.prefix_offsets.tolist() == [0, 3, 5, 5, 5]
+    assert table.prefix_keys[:2].tolist() == table.prefix_keys[3:].tolist()
+    assert table.prefix_ends.tolist() == [512, 1024, 1536, 512, 1024]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_the_log_is_an_event_log(tmp_path, monkeypatch, kind):
+    dispatcher, clock = make(tmp_path, format=kind)
+    play(dispatcher, clock, monkeypatch)
+    (file,) = tmp_path.iterdir()
+    events = read_events(tmp_path)
+    assert (np.diff(events["time_s"]) >= 0).all()
+    out = outcomes_from_events(events, read_trace(file).table)
+    np.testing.assert_allclose(out["first_token_s"] - out["arrival_s"], [0.25, 0.2, np.nan, 0.25])
+    np.testing.assert_allclose(out["finish_s"] - out["arrival_s"], [0.75, 0.2, np.nan, 0.25])
+    assert out["num_restarts"].tolist() == [0, 1, 0, 0]
+    places = [row["replica"] for row in read_rows(tmp_path)]
+    assert out["replica"].tolist()[:2] == places[:2]
+    ttft_s, _, e2e_s = latencies(out[:2])
+    np.testing.assert_allclose(ttft_s, [0.25, 0.2])
+    np.testing.assert_allclose(e2e_s, [0.75, 0.2])
+    np.testing.assert_allclose(out["dispatch_s"] - out["arrival_s"], [0, 0.1, 0, 0.05])
+
+
+def test_rows_say_who_decided_and_why(tmp_path, monkeypatch):
+    dispatcher, clock = make(tmp_path, observations=True)
+    play(dispatcher, clock, monkeypatch)
+    rows = list(read_rows(tmp_path))
+    assert [row["key"] for row in rows] == ["one", "two", "three", "four"]
+    assert [row["status"] for row in rows] == ["finished", "finished", "cancelled", "finished"]
+    one = rows[0]
+    assert one["cached_tokens"] == 16
+    assert one["tenant_name"] == "alice"
+    assert one["replica_name"] == ["a", "b"][one["replica"]]
+    (decision,) = one["decisions"]
+    assert decision["by"] == "policy"
+    assert decision["reason"] == "policy"
+    assert decision["policy"] == "round-robin"
+    assert decision["action"] == one["replica"]
+    seen = decision["observation"]
+    assert np.shape(seen["replicas"]) == (2, 21)
+    assert seen["request"][0] == 2000
+    assert seen["mask"] == [True, True, True, False]
+    assert [d["after_s"] for d in rows[1]["decisions"]] == pytest.approx([0.0, 0.1])
+    # nobody knows how long the cancelled answer would have become: the prediction stands
+    assert rows[2]["output_tokens"] == 40
+    assert rows[2]["ttft_s"] is None
+
+
+def test_files_rotate_and_the_oldest_go(tmp_path):
+    log = DecisionLog(DecisionLogConfig(folder=tmp_path, max_file_rows=10, max_files=3))
+    for i in range(95):
+        log.put({"i": i, "decisions": []})
+    log.close()
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 3
+    kept = [json.loads(line)["i"] for file in files for line in file.read_text().splitlines()]
+    assert kept == list(range(70, 95))
+    assert (log.num_written, log.num_dropped) == (95, 0)
+
+
+def test_a_log_that_cannot_keep_up_drops_rows_and_counts_them(tmp_path, monkeypatch):
+    go = threading.Event()
+    real = json.dumps
+
+    def slow(*args, **kwargs):
+        go.wait(5)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr("servegym.serve.decision_log.json.dumps", slow)
+    log = DecisionLog(DecisionLogConfig(folder=tmp_path, max_queue=10))
+    for i in range(100):
+        log.put({"i": i, "decisions": []})
+    assert 85 <= log.num_dropped <= 90
+    go.set()
+    log.close()
+    assert log.num_written + log.num_dropped == 100
+
+
+def test_rows_that_cannot_be_written_are_dropped_and_counted(tmp_path):
+    log = DecisionLog(DecisionLogConfig(folder=tmp_path))
+    log.put({"i": float("nan"), "decisions": []})
+    log.put({"i": 1, "decisions": []})
+    log.close()
+    assert (log.num_written, log.num_dropped) == (1, 1)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written: give a folder for the log"):
+        DecisionLog(DecisionLogConfig(folder=tmp_path / "file" / "log"))
+
+
+def test_other_files_are_no_log(tmp_path):
+    (tmp_path / "requests-1.jsonl").write_text('{"arrival_s": 0}\n')
+    with pytest.raises(WorkloadError, match="line 1 is no row of a decision log"):
+        read_events(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(WorkloadError, match="has no request"):
+        read_events(tmp_path / "empty")
