@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from servegym.errors import ConfigError, ExportError
-from servegym.policy.contract import Group, ReplicaFeature
+from servegym.policy.contract import NO_BOUND, Group, ReplicaFeature
 from servegym.policy.policy import Observations
 from servegym.serve.guards import BreakerConfig, Circuit, Reason
 from servegym.serve.runtime import LoadedPolicy, PolicyRuntime, RuntimeConfig, in_share
@@ -76,7 +76,7 @@ def test_acts_by_the_policy():
 @pytest.mark.parametrize(
     ("seen", "reason"),
     [
-        (observe([0, 5, 5], metrics_age_s=np.inf), Reason.MISSING),
+        (observe([0, 5, 5], metrics_age_s=NO_BOUND), Reason.MISSING),
         (observe([0, 5, 5], metrics_age_s=5.1), Reason.STALE),
         (observe([0, 5, 5], metrics_age_s=np.nan), Reason.NAN),
         (observe([0, 5, 5], recent_ttft_s=np.nan), Reason.NAN),
@@ -96,6 +96,12 @@ def test_a_doubtful_state_is_left_to_the_fallback(seen, reason):
     assert SEEN.mask[0, decision.action]
     assert runtime.counters.by_reason[reason] == 1
     assert runtime.breaker.state(0.0) is Circuit.CLOSED  # the policy is not to blame
+
+
+@pytest.mark.parametrize("name", ["round-robin", "added-delay"])
+def test_rules_that_do_not_read_metrics_decide_without_any(name):
+    runtime = PolicyRuntime(RuntimeConfig(policy=name))
+    assert runtime.decide(observe([0, 5, 5], metrics_age_s=NO_BOUND)).by == "policy"
 
 
 def test_only_replicas_that_may_be_chosen_can_be_stale():

@@ -20,6 +20,7 @@ from servegym.export.manifest import Manifest, read_manifest
 from servegym.export.resolve import exported_policy
 from servegym.policy.contract import (
     FIRST_NOMINAL,
+    NO_BOUND,
     NUM_NOMINAL,
     NUM_OBSERVED_FEATURES,
     NUM_REPLICA_FEATURES,
@@ -296,7 +297,7 @@ class PolicyRuntime:
         """Decide for one request; never raises.
 
         Args:
-            observations: A batch of one. Metrics that were never seen have an age of infinity.
+            observations: A batch of one. Metrics that were never seen have an age of `NO_BOUND`.
             key: Of the request; the same key is always inside or outside of the canary's share.
         """
         begin_s = self._clock()
@@ -363,7 +364,7 @@ class PolicyRuntime:
             oldest_s = replicas[_AGE].max(
                 where=observations.mask[0, :-2], initial=0.0
             )  # NaN is found below
-            if oldest_s == np.inf:
+            if oldest_s >= NO_BOUND:
                 return Reason.MISSING
             if oldest_s > self.config.max_metrics_age_s:
                 return Reason.STALE

@@ -15,6 +15,7 @@ import numpy as np
 from servegym.cluster.spec import SloClass
 from servegym.policy.contract import (
     FIRST_NOMINAL,
+    NO_BOUND,
     NUM_NOMINAL,
     NUM_REPLICA_FEATURES,
     NUM_REQUEST_FEATURES,
@@ -225,10 +226,11 @@ class LiveState:
 
         Returns:
             A batch of one, in arrays that the next call overwrites. Metrics that were never seen
-            have an age of infinity.
+            have the contract's largest age, `NO_BOUND`.
         """
         view, mask, row = self.view, self._mask[0], self._request[0]
         np.subtract(now_s, self._last_metrics_s, out=view[_AGE])
+        np.minimum(view[_AGE], NO_BOUND, out=view[_AGE])
         np.subtract(now_s, self._last_dispatch_s, out=view[_SINCE])
         np.minimum(view[_SINCE], _FAR_S, out=view[_SINCE])
         np.copyto(view[_GENERATED], self._generated, where=~self._engine_counts)
@@ -351,8 +353,8 @@ class LiveState:
         return float(self.view[_CAPACITY, replica])
 
     def metrics_age_s(self, replica: int, now_s: float) -> float:
-        """Age of a replica's metrics; infinity before the first."""
-        return now_s - float(self._last_metrics_s[replica])
+        """Age of a replica's metrics; `NO_BOUND` before the first."""
+        return min(now_s - float(self._last_metrics_s[replica]), NO_BOUND)
 
     def prefill_left_s(self, replica: int) -> float:
         """Seconds that the prompts on a replica still take at its known rate."""

@@ -157,7 +157,7 @@ class Admin:
                     "ejections": health.num_ejections,
                     "models": sorted(health.models),
                     "prefix_blocks": dispatcher.index.sizes()[r],
-                    "features": {k: v if abs(v) < 1e12 else None for k, v in features.items()},
+                    "features": features,
                 }
             )
         return {
