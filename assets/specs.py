@@ -110,6 +110,7 @@ class GpuSpec(_Spec):
         aic_system: Name in AIConfigurator's tables, empty if not in them.
         gemm: GEMM in bf16.
         fp8_gemm: GEMM in fp8, if measured.
+        fp4_gemm: GEMM in fp4, if measured.
         prefill: Attention of new tokens.
         decode: Attention of one token a sequence.
         mixed: The same in a step that also prefills, where the engine's kernel then treats a
@@ -136,6 +137,7 @@ class GpuSpec(_Spec):
     aic_system: str = ""
     gemm: KernelFit
     fp8_gemm: KernelFit | None = None
+    fp4_gemm: KernelFit | None = None
     prefill: KernelFit
     decode: KernelFit
     mixed: KernelFit | None = None
@@ -151,6 +153,7 @@ class ModelSpec(_Spec):
     Attributes:
         window_tokens: Tokens a sliding-window layer attends to; 0: no such layers.
         window_layers: Layers with that window.
+        fp4_experts_only: Whether its fp4 checkpoint keeps all but the experts in 16 bits.
         latent_dim: Multi-head latent attention (MLA): elements of the compressed K and V of a
             token, shared by all heads; 0: ordinary heads.
         latent_rope_dim: Elements of the rotary key beside it.
@@ -173,6 +176,7 @@ class ModelSpec(_Spec):
     source: str
     window_tokens: int = 0
     window_layers: int = 0
+    fp4_experts_only: bool = False
     latent_dim: int = 0
     latent_rope_dim: int = 0
     latent_query_dim: int = 0
@@ -206,7 +210,7 @@ def model_names() -> list[str]:
 
 @cache
 def gpu(name: str) -> GpuSpec:
-    """Return a GPU's specification: `gpus.yaml`, with what `kernels.json` measured of it.
+    """Return a GPU's specification: `gpus.yaml`, with what `kernels.json` measured of its chip.
 
     Raises:
         ConfigError: If there is none of that name, or its calibration is impossible.
@@ -214,7 +218,21 @@ def gpu(name: str) -> GpuSpec:
     entries = _read("gpus.yaml")
     if name not in entries:
         raise ConfigError(unknown_name("GPU", name, entries))
-    return calibrated(name, {**entries[name], **_read("kernels.json").get(name, {})})
+    entry, fits = dict(entries[name]), _read("kernels.json")
+    chip = str(entry.pop("like", ""))
+    return calibrated(name, {**_as_priors(fits.get(chip, {})), **fits.get(name, {}), **entry})
+
+
+def _as_priors(fits: dict[str, object]) -> dict[str, object]:
+    """Fits of another GPU with the same chip: shares of its peaks, errors unknown."""
+    unknown = {"prior": True, "error": None, "form_error": None, "num_held_out": 0, "source": ""}
+    found: dict[str, object] = {}
+    for operator, fit in fits.items():
+        if operator == "moe" and isinstance(fit, dict):
+            found[operator] = {kind: {**one, **unknown} for kind, one in fit.items()}
+        elif operator != "all_gather" and isinstance(fit, dict):
+            found[operator] = {**fit, **unknown}
+    return found
 
 
 def calibrated(name: str, entry: dict[str, object]) -> GpuSpec:

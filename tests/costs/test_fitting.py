@@ -10,7 +10,15 @@ import pytest
 from servegym.assets.specs import GpuSpec, calibrated, gpu, gpu_names
 from servegym.costs import forms
 from servegym.costs import measurements as data
-from servegym.costs.fitting import error, fit_mixed, fit_operator, held_out_error, refuse_impossible
+from servegym.costs.fitting import (
+    error,
+    fit_all_gather,
+    fit_mixed,
+    fit_operator,
+    held_out_error,
+    refuse_impossible,
+)
+from servegym.costs.forms import collective_s
 from servegym.costs.measurements import Measurements
 from servegym.errors import ConfigError
 
@@ -155,3 +163,11 @@ def test_mixed_steps_are_nearer_than_the_sum_of_chunk_and_decodes(name, model, t
 def test_fitting_mixed_steps_again_gives_the_committed_coefficients():
     spec = gpu("RTX-4090")
     assert fit_mixed(*data.llmss_mixed(KERNELS, "RTX4090", spec), spec) == spec.mixed
+
+
+def test_a_fit_of_an_all_gather_finds_latency_and_bandwidth():
+    num_bytes = 2.0 ** np.arange(10, 30)
+    seconds = 8e-6 + 0.75 * num_bytes / 5e10
+    fit = fit_all_gather(num_bytes, seconds, 4)
+    predicted = np.array([collective_s(fit, 0.75 * size) for size in num_bytes])
+    assert predicted == pytest.approx(seconds, rel=0.1)

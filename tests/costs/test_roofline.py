@@ -112,3 +112,19 @@ def test_no_decode_attention_beats_the_data_sheet(name, batch, kv_tokens):
     spec = gpu(name)
     time_s = RooflineSource(spec).decode_attention_s(batch, kv_tokens, 32, 8, 128)
     assert time_s >= 2 * 2 * 8 * 128 * kv_tokens / spec.memory_bytes_per_s
+
+
+def test_an_all_gather_moves_half_of_an_all_reduce_unless_it_was_measured():
+    assert SOURCE.all_gather_s(1e6, 2) == 0.5 * SOURCE.all_reduce_s(1e6, 2)
+    measured = RooflineSource(TOY.model_copy(update={"all_gather": TOY.all_reduce}))
+    # over 2: 1/2 * 20 kB = 10 kB: 100 us + 10 us
+    assert measured.all_gather_s(2e4, 2) == pytest.approx(110e-6)
+    assert measured.all_gather_s(1e6, 1) == 0.0
+
+
+def test_a_mixture_measured_under_one_routing_stands_in_for_the_other():
+    source = RooflineSource(gpu("A100-SXM-80GB"))
+    shape = (64, 4096, 14336, 8, 2, 3, 2.0)
+    assert source.experts_s(*shape, "uniform") == source.experts_s(*shape, "skewed")
+    evidence = source.experts_evidence(4096, 14336, 8, 2, "uniform")
+    assert (evidence.kind, evidence.note) == ("prior", "only skewed routing was measured")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from servegym.assets.specs import gpu, gpu_names, model, model_names
+from servegym.costs.step import StepCost
 from servegym.errors import ConfigError
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
@@ -28,6 +29,18 @@ def test_a_gpu_says_where_its_numbers_are_from(name):
         # a fit has a source and its error; what was not measured says that it is a prior
         assert fit.prior != bool(fit.source)
         assert fit.prior == (fit.error is None)
+
+
+@pytest.mark.parametrize(
+    ("name", "chip"), [("A100-SXM-40GB", "A100-SXM-80GB"), ("H100-PCIe-80GB", "H100-SXM-80GB")]
+)
+def test_a_gpu_takes_the_shares_of_the_same_chip_as_priors(name, chip):
+    spec, same = gpu(name), gpu(chip)
+    assert spec.gemm.prior
+    assert spec.gemm.eff_bytes == same.gemm.eff_bytes
+    assert spec.gemm.correction == same.gemm.correction
+    assert spec.memory_bytes_per_s < same.memory_bytes_per_s
+    assert not StepCost(spec, model("Llama-3.1-8B")).validated
 
 
 @pytest.mark.parametrize("name", gpu_names())
@@ -53,7 +66,7 @@ def test_peaks_have_plausible_sizes(name):
 @pytest.mark.parametrize("name", gpu_names())
 def test_a_bus_is_slower_than_the_memory(name):
     spec = gpu(name)
-    assert spec.all_reduce
+    assert spec.all_reduce or name == "GH200-96GB"  # one GPU a node
     for fit in spec.all_reduce.values():
         assert 0 < fit.bus_bytes_per_s < spec.memory_bytes_per_s
         assert 1e-6 < fit.alpha_s < 1e-4
@@ -80,7 +93,8 @@ def test_parameters_are_those_of_the_architecture(name):
     else:
         ffn = m.ffn_matrices * m.ffn_dim * m.hidden
     params = m.layers * (attention + ffn) + 2 * m.vocab * m.hidden
-    assert m.num_params == pytest.approx(params, rel=1e-3)
+    tied = m.vocab * m.hidden if name == "Falcon-180B" else 0  # one table for both ends
+    assert m.num_params == pytest.approx(params - tied, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", model_names())
@@ -101,7 +115,10 @@ def test_a_model_is_consistent_and_sourced(name):
 @needs_data
 @pytest.mark.parametrize("name", model_names())
 def test_an_architecture_is_the_published_one(name):
-    row = published("models.csv", "model")[name]
+    rows = published("models.csv", "model")
+    if name not in rows:
+        pytest.skip("not among the published architectures")
+    row = rows[name]
     m = model(name)
     same = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn_dim", "vocab")
     assert [getattr(m, key) for key in same] == [int(row[key]) for key in same]

@@ -333,3 +333,17 @@ def test_decodes_cost_more_beside_a_chunk_where_that_was_measured_and_only_there
         grid = cost.compile()
         assert grid.mixed(64, 65536) == pytest.approx(beside, rel=0.05)
         assert grid.decode(64, 65536) == pytest.approx(alone, rel=0.05)
+
+
+def test_a_checkpoint_with_fp4_experts_keeps_the_rest_in_16_bits():
+    arch = model("gpt-oss-120b")
+    spec = gpu("B200-SXM-180GB")
+    whole = StepCost(spec, arch.model_copy(update={"fp4_experts_only": False}), fp4=True)
+    experts_only, wide = StepCost(spec, arch, fp4=True), StepCost(spec, arch)
+    for term in ("attention GEMMs", "output head", "router"):
+        assert experts_only.terms(64)[term] == wide.terms(64)[term]
+        assert experts_only.terms(64)[term] != whole.terms(64)[term]
+    assert experts_only.terms(64)["experts"] == whole.terms(64)["experts"]
+    # 2.1e9 of its 116.8e9 parameters are no experts
+    extra = experts_only.all_weight_bytes - whole.all_weight_bytes
+    assert extra == pytest.approx((2.0 - 0.5625) * 2.1e9, rel=0.05)

@@ -13,6 +13,8 @@ from servegym.costs.tables import TableSource, source_of, tables_installed
 from servegym.errors import ConfigError
 
 H100 = gpu("H100-SXM-80GB")
+#: Of the fits; Hopper computes fp4 weights in 16 bits, which nobody measured for GEMMs.
+FP4_FITS = {"B200-SXM-180GB": "validated", "H100-SXM-80GB": "extrapolated"}
 needs_tables = pytest.mark.skipif(
     not tables_installed(), reason="the package aiconfigurator-core is not installed"
 )
@@ -137,8 +139,8 @@ def test_fp4_is_measured_where_there_are_fp4_units():
         source=TableSource(gpu("B200-SXM-180GB"), fp4=True),
     )
     assert cost.status == "validated"
-    fits = StepCost(gpu("B200-SXM-180GB"), model("Llama-3.1-8B"), fp4=True)
-    assert fits.status == "extrapolated"
+    fits = {name: StepCost(gpu(name), model("Llama-3.1-8B"), fp4=True) for name in FP4_FITS}
+    assert {name: cost.status for name, cost in fits.items()} == FP4_FITS
 
 
 @needs_tables

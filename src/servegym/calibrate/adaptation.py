@@ -111,7 +111,7 @@ class AdaptedSource(RooflineSource):
     def _dense_factor(self, operator: Operator) -> float:
         """Split an operator between arithmetic and weights, as the bend between its roofs does."""
         fit = self.gpu.gemm
-        compute = (operator.flops / (self.peak_flops * fit.eff_flops)) ** fit.p
+        compute = (operator.flops / (self._peak_flops(self.precision) * fit.eff_flops)) ** fit.p
         memory = (operator.num_bytes / (self.gpu.memory_bytes_per_s * fit.eff_bytes)) ** fit.p
         share = float(compute / (compute + memory))
         return share * self.factors.arithmetic + (1.0 - share) * self.factors.weights

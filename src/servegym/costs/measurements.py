@@ -16,7 +16,7 @@ import numpy.typing as npt
 from servegym.assets.specs import GpuSpec
 from servegym.costs import forms
 from servegym.costs.forms import WEIGHT_BYTES, Operator
-from servegym.costs.package import expert_rows
+from servegym.costs.package import expert_rows, gemm_rows
 from servegym.costs.source import Precision, Routing
 from servegym.typing import BoolArray, FloatArray
 
@@ -121,6 +121,17 @@ def package_experts(gpu: GpuSpec, precision: Precision, routing: Routing) -> Mea
     rows, source = found
     source = f"{source}, {routing} routing"
     return _experts(rows, 1e-3 * rows["latency"], WEIGHT_BYTES[precision], routing, source)
+
+
+def package_fp4_gemm(gpu: GpuSpec) -> Measurements | None:
+    """GEMMs in nvfp4 from the tables in the package; None if it has none of the GPU."""
+    found = gemm_rows(gpu.aic_system, "nvfp4")
+    if found is None:
+        return None
+    t, source = found
+    held_out = (_rank(t["n"]) + _rank(t["k"])) % 2 == 1
+    operator = forms.gemm(t["m"], t["n"], t["k"], WEIGHT_BYTES["fp4"])
+    return Measurements(operator, 1e-3 * t["latency"], held_out, source)
 
 
 def _experts(

@@ -40,12 +40,14 @@ class RooflineSource:
         fp8: Whether GEMMs run in fp8.
         cpu_overhead_s: Time of an iteration outside the device.
         fp4: Whether weights have four bits.
+        bf16_dense: Whether all but experts stay in 16 bits.
     """
 
     gpu: GpuSpec
     fp8: bool = False
     cpu_overhead_s: float = CPU_S
     fp4: bool = False
+    bf16_dense: bool = False
     _surfaces: dict[tuple[object, ...], Surface] = field(
         default_factory=dict, compare=False, repr=False
     )
@@ -62,16 +64,23 @@ class RooflineSource:
         return "fp4" if self.fp4 else "fp8" if self.fp8 else "bf16"
 
     @property
-    def peak_flops(self) -> float:
-        """Of GEMMs."""
+    def gemm_precision(self) -> Precision:
+        """Of weights outside experts."""
+        return "bf16" if self.bf16_dense else self.precision
+
+    def _peak_flops(self, precision: Precision) -> float:
         peaks = {"fp4": self.gpu.fp4_flops or self.gpu.bf16_flops, "fp8": self.gpu.fp8_flops}
-        return peaks.get(self.precision, self.gpu.bf16_flops)
+        return peaks.get(precision, self.gpu.bf16_flops)
 
     # ---- what a subclass replaces: the fit of an operator, and its correction ----
 
     def _gemm_fit(self, n: float, k: float) -> tuple[KernelFit, LogTable | None]:
-        fp8 = self.gpu.fp8_gemm if self.fp8 else None
-        return self._with_table("gemm", fp8 or self.gpu.gemm)
+        return self._with_table("gemm", self._measured_gemm() or self.gpu.gemm)
+
+    def _measured_gemm(self) -> KernelFit | None:
+        """The fit of this precision, if it has one of its own."""
+        fits = {"bf16": self.gpu.gemm, "fp8": self.gpu.fp8_gemm, "fp4": self.gpu.fp4_gemm}
+        return fits[self.gemm_precision]
 
     def _prefill_fit(
         self, heads: int, kv_heads: int, head_dim: int
@@ -107,12 +116,14 @@ class RooflineSource:
     def gemm_s(self, m: float, n: int, k: int, weight_bytes: float) -> float:
         """Seconds of `[m, k] x [k, n]`."""
         fit, table = self._gemm_fit(n, k)
+        peak_flops = self._peak_flops(self.gemm_precision)
         if table is None:
             operator = forms.gemm(m, n, k, weight_bytes)
-            return float(operator.form_s(fit, self.peak_flops, self.gpu.memory_bytes_per_s))
+            return float(operator.form_s(fit, peak_flops, self.gpu.memory_bytes_per_s))
         key = ("gemm", n, k, weight_bytes)
         if key not in self._surfaces:
-            seconds = self._cold(forms.gemm(_TOKENS, n, k, weight_bytes), fit, table)
+            operator = forms.gemm(_TOKENS, n, k, weight_bytes)
+            seconds = self._cold(operator, fit, table, peak_flops)
             self._surfaces[key] = _curve(_TOKENS, seconds)
         return self._surfaces[key](m, 1.0)
 
@@ -288,7 +299,7 @@ class RooflineSource:
         peak_flops: float | None = None,
         launch_s: float = 0.0,
     ) -> FloatArray:
-        peaks = (peak_flops or self.peak_flops, self.gpu.memory_bytes_per_s)
+        peaks = (peak_flops or self._peak_flops(self.precision), self.gpu.memory_bytes_per_s)
         warm = operator.measured_s(fit, table, *peaks)
         return np.maximum(warm, launch_s + operator.floor_s(fit, *peaks))
 
@@ -296,10 +307,12 @@ class RooflineSource:
 
     def gemm_evidence(self, n: int, k: int) -> Evidence:
         """Between the fitted shapes or beyond them."""
-        operator = f"GEMM {n} x {k} {self.precision}"
+        operator = f"GEMM {n} x {k} {self.gemm_precision}"
         fit, _ = self._gemm_fit(n, k)
-        if self.fp4 or (self.fp8 and self.gpu.fp8_gemm is None):
-            note = f"not measured in {self.precision} on this GPU: the form of bf16 with its peak"
+        if self._measured_gemm() is None:
+            note = (
+                f"not measured in {self.gemm_precision} on this GPU: the form of bf16 with its peak"
+            )
             return Evidence(operator, "prior", note)
         coordinates = forms.gemm(1, n, k, 2.0).coordinates
         return _fit_evidence(operator, fit, {x: coordinates[x] for x in coordinates if x != "m"})

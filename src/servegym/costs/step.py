@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -56,9 +56,10 @@ class StepCost:
             raise ConfigError("weights are fp8 or fp4, not both")
         if self.fp8 and not self.gpu.fp8_flops:
             raise ConfigError("this GPU has no fp8 units: choose precision bf16")
-        if self.source is None:
-            source = RooflineSource(self.gpu, self.fp8, fp4=self.fp4)
-            object.__setattr__(self, "source", source)
+        source = self.source or RooflineSource(self.gpu, self.fp8, fp4=self.fp4)
+        if self.fp4 and self.model.fp4_experts_only and isinstance(source, RooflineSource):
+            source = replace(source, bf16_dense=True, _surfaces={}, _tables={})
+        object.__setattr__(self, "source", source)
         self.operators.all_reduce_s(1.0, self.tp)  # refuse a degree without collectives
 
     @property
@@ -69,8 +70,22 @@ class StepCost:
 
     @property
     def weight_bytes(self) -> float:
-        """Bytes of a weight."""
+        """Bytes of a weight; of an expert's where only experts have four bits."""
         return WEIGHT_BYTES["fp4" if self.fp4 else "fp8" if self.fp8 else "bf16"]
+
+    @property
+    def dense_weight_bytes(self) -> float:
+        """Bytes of a weight outside experts."""
+        return (
+            WEIGHT_BYTES["bf16"] if self.fp4 and self.model.fp4_experts_only else self.weight_bytes
+        )
+
+    @property
+    def all_weight_bytes(self) -> float:
+        """Bytes of all weights."""
+        m = self.model
+        experts = m.layers * m.num_experts * m.ffn_matrices * m.hidden * m.expert_ffn_dim
+        return self.weight_bytes * experts + self.dense_weight_bytes * (m.num_params - experts)
 
     @property
     def evidence(self) -> tuple[Evidence, ...]:
@@ -132,15 +147,17 @@ class StepCost:
             Seconds by term.
         """
         m, op = self.model, self.operators
-        attention = sum(op.gemm_s(tokens, n, k, self.weight_bytes) for n, k in self._projections())
+        attention = sum(
+            op.gemm_s(tokens, n, k, self.dense_weight_bytes) for n, k in self._projections()
+        )
         reduce_s = 2.0 * op.all_reduce_s(_ACTIVATION_BYTES * tokens * m.hidden, self.tp)
-        head = op.gemm_s(min(tokens, 256.0), m.vocab // self.tp, m.hidden, self.weight_bytes)
+        head = op.gemm_s(min(tokens, 256.0), m.vocab // self.tp, m.hidden, self.dense_weight_bytes)
         qk_width = (self._heads + self._kv_heads) * m.head_dim
         # the kernel of a mixture holds its activation
         ffn_width = 0 if m.num_experts else m.ffn_dim // self.tp
         router = {}
         if m.num_experts:
-            one = op.gemm_s(tokens, m.num_experts, m.hidden, self.weight_bytes)
+            one = op.gemm_s(tokens, m.num_experts, m.hidden, self.dense_weight_bytes)
             router["router"] = m.layers * one
         return {
             "cpu": op.cpu_s(),
@@ -184,8 +201,8 @@ class StepCost:
         m, op = self.model, self.operators
         if not m.num_experts:
             width = m.ffn_dim // self.tp
-            up = op.gemm_s(tokens, (m.ffn_matrices - 1) * width, m.hidden, self.weight_bytes)
-            return up + op.gemm_s(tokens, m.hidden, width, self.weight_bytes)
+            up = op.gemm_s(tokens, (m.ffn_matrices - 1) * width, m.hidden, self.dense_weight_bytes)
+            return up + op.gemm_s(tokens, m.hidden, width, self.dense_weight_bytes)
         return op.experts_s(
             tokens,
             m.hidden,
@@ -240,7 +257,7 @@ class StepCost:
             ConfigError: If the weights do not fit.
         """
         budget = memory_fraction * self.gpu.memory_bytes * self.tp
-        weights = self.weight_bytes * self.model.num_params
+        weights = self.all_weight_bytes
         free = budget - weights - _RESERVED_BYTES * self.tp
         if free <= 0:
             raise ConfigError(

@@ -50,7 +50,7 @@ class TableSource(RooflineSource):
         return "measured tables"
 
     def _gemm_fit(self, n: float, k: float) -> tuple[KernelFit, LogTable | None]:
-        table = _gemm_table(_Device.of(self.gpu), self.precision)
+        table = _gemm_table(_Device.of(self.gpu), self.gemm_precision)
         if table is None:
             return RooflineSource._gemm_fit(self, n, k)
         return _plain(table.source), table.log_table
@@ -84,10 +84,10 @@ class TableSource(RooflineSource):
 
     def gemm_evidence(self, n: int, k: int) -> Evidence:
         """Measured, between measured matrices, or beyond them."""
-        table = _gemm_table(_Device.of(self.gpu), self.precision)
+        table = _gemm_table(_Device.of(self.gpu), self.gemm_precision)
         if table is None:
             return RooflineSource.gemm_evidence(self, n, k)
-        operator = f"GEMM {n} x {k} {self.precision}"
+        operator = f"GEMM {n} x {k} {self.gemm_precision}"
         axes = table.log_table.axes
         if (n, k) in table.matrices:
             return Evidence(operator, "measured", table.source)

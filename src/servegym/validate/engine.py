@@ -180,6 +180,9 @@ def _rank_capacity(cost: StepCost, ranks: int, fraction: float) -> int:
     spec = cost.model
     experts = spec.layers * spec.num_experts * spec.ffn_matrices * spec.hidden * spec.expert_ffn_dim
     lighter = spec.model_copy(
-        update={"num_params": spec.num_params - experts * (1.0 - 1.0 / ranks)}
+        update={
+            "num_params": spec.num_params - experts * (1.0 - 1.0 / ranks),
+            "num_experts": spec.num_experts // ranks,
+        }
     )
     return replace(cost, model=lighter).kv_capacity_tokens(fraction)

@@ -17,6 +17,7 @@ _GPUS = {
     "b200": "B200-SXM-180GB",
     "a100": "A100-SXM-80GB",
     "a10080gb": "A100-SXM-80GB",
+    "a100sxm": "A100-SXM-80GB",
     "rtxpro6000bse": "RTX-PRO-6000",
     "rtxpro6000blackwellserveredition": "RTX-PRO-6000",
 }
@@ -26,6 +27,9 @@ _MODELS = {
     "llama370b": "Llama-3.1-70B",
     "llama3370b": "Llama-3.1-70B",
     "llama7b": "Llama-2-7B",
+    "gptj6b": "GPT-J-6B",
+    "mistrallarge": "Mistral-Large-123B",
+    "qwen2514b": "Qwen2.5-14B",
     "mistral7b": "Mistral-7B-v0.1",
     "mixtral8x7b": "Mixtral-8x7B",
     "qwen27b": "Qwen2.5-7B",
