@@ -21,6 +21,7 @@ from servegym.export.manifest import Manifest
 from servegym.policy.frozen import NumpyPolicy
 from servegym.policy.numpy_network import FAMILY, NUM_INPUTS, NetworkShape, NumpyNetwork
 from servegym.serve.facts import Rates, fleet_facts
+from servegym.serve.ranges import Ranges
 from servegym.serve.runtime import LoadedPolicy, PolicyRuntime, RuntimeConfig, load_policy
 from servegym.serve.state import EngineMetrics, LiveState
 
@@ -50,8 +51,8 @@ def random_network(context: str) -> LoadedPolicy:
     name = f"network, {context}"
     policy = NumpyPolicy(NumpyNetwork(shape, weights), information="predictive", name=name)
     # ranges as a manifest has them, so that the guard that looks at them is timed too
-    low, high = np.full((30, 1), -1e12), np.full((30, 1), 1e12)
-    return LoadedPolicy(name, policy, Manifest(sha256=""), low, high)
+    ranges = Ranges(np.full(30, -1e12), np.full(30, 1e12))
+    return LoadedPolicy(name, policy, Manifest(sha256=""), ranges)
 
 
 def fleet(width: int, rng: np.random.Generator) -> LiveState:

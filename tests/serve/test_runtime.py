@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from servegym.errors import ConfigError, ExportError
+from servegym.export.manifest import Manifest
 from servegym.policy.contract import NO_BOUND, Group, ReplicaFeature
 from servegym.policy.policy import Observations
 from servegym.serve.guards import BreakerConfig, Circuit, Reason
+from servegym.serve.ranges import Ranges
 from servegym.serve.runtime import LoadedPolicy, PolicyRuntime, RuntimeConfig, in_share
 
 from .observations import observe
@@ -266,11 +268,11 @@ class TestRanges:
     @staticmethod
     def runtime(**settings) -> PolicyRuntime:
         runtime, policy, _ = scripted(**settings)
-        low, high = np.full((30, 1), -1e12), np.full((30, 1), 1e12)
+        low, high = np.full(30, -1e12), np.full(30, 1e12)
         for name in ("OUTSTANDING_REQUESTS", "NUM_WAITING", "NUM_RUNNING"):
             low[ReplicaFeature[name]], high[ReplicaFeature[name]] = -10.0, 20.0
         high[21] = 4000.0  # prompt tokens
-        runtime.install(LoadedPolicy("scripted", policy, None, low, high))
+        runtime.install(LoadedPolicy("scripted", policy, None, Ranges(low, high)))
         return runtime
 
     def test_a_few_features_may_be_far(self):
@@ -290,6 +292,21 @@ class TestRanges:
         up = np.array([1.0, 1.0, 0.0])
         assert runtime.decide(observe([0, 5, 21], up=up)).by == "policy"
         assert runtime.decide(observe([0, 5, 21])).reason is Reason.OUT_OF_RANGE
+
+    def test_a_manifests_ranges_are_widened_by_their_width_or_by_what_never_matters(self):
+        still, wide = (0.0, 0.0), (10.0, 30.0)
+        manifest = Manifest(
+            sha256="",
+            replica_ranges=[wide if i == 1 else (0.0, 1e9) for i in range(21)],
+            request_ranges=[still if i == 5 else (0.0, 1e9) for i in range(9)],  # waited_s
+        )
+        ranges = Ranges.of(manifest, 1.0)
+        assert ranges.far(observe([49, 10])) == []
+        assert ranges.far(observe([51, 10])) == ["outstanding_requests"]
+        assert ranges.far(observe([49], request={"waited_s": 0.9})) == []
+        assert ranges.far(observe([49], request={"waited_s": 1.1})) == ["waited_s"]
+        assert Ranges.of(manifest, 0.0).far(observe([31])) == ["outstanding_requests"]
+        assert Ranges.of(Manifest(sha256=""), 1.0) is None
 
 
 def test_status_is_plain_json():

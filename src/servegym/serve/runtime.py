@@ -39,7 +39,8 @@ from servegym.serve.guards import (
     Reason,
 )
 from servegym.serve.prometheus import Histogram
-from servegym.typing import BoolArray, FloatArray
+from servegym.serve.ranges import Ranges
+from servegym.typing import BoolArray
 
 _log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class RuntimeConfig(BaseModel):
         timeout_s: A slower decision counts as a fault of the policy.
         max_metrics_age_s: Older engine metrics of an allowed replica are stale.
         range_margin: A feature is far from training if it is outside the range its manifest
-            states by more than so many widths of that range.
+            states by more than so many widths of that range; see `serve.ranges`.
         max_features_out: With more features than this far from training the fallback decides.
         breaker: Of the circuit breaker.
         seed: Of rules that draw.
@@ -113,15 +114,13 @@ class LoadedPolicy:
         text: What it was loaded from.
         policy: It.
         manifest: Of an exported policy.
-        low: Smallest values that are not far from training, `float64[F + G, 1]`; `None` for rules.
-        high: Largest ones.
+        ranges: What is not far from its training; `None` for rules.
     """
 
     text: str
     policy: Policy
     manifest: Manifest | None = None
-    low: FloatArray | None = None
-    high: FloatArray | None = None
+    ranges: Ranges | None = None
 
     @property
     def version(self) -> str:
@@ -152,21 +151,11 @@ def load_policy(text: str, config: RuntimeConfig) -> LoadedPolicy:
             "choose another rule or an exported policy"
         )
     found.reset(1, config.seed)
-    low, high = _ranges(manifest, config.range_margin) if manifest else (None, None)
-    loaded = LoadedPolicy(text, found, manifest, low, high)
+    ranges = Ranges.of(manifest, config.range_margin) if manifest else None
+    loaded = LoadedPolicy(text, found, manifest, ranges)
     _try_out(loaded)
     found.reset(1, config.seed)
     return loaded
-
-
-def _ranges(manifest: Manifest, margin: float) -> tuple[FloatArray, FloatArray] | tuple[None, None]:
-    if not (manifest.replica_ranges and manifest.request_ranges):
-        return None, None
-    ranges = np.array([*manifest.replica_ranges, *manifest.request_ranges], np.float64)
-    low, high = ranges[:, 0], ranges[:, 1]
-    # a feature that training kept still has no width: a tenth of its value stands for it
-    width = np.maximum(high - low, 0.1 * np.maximum(np.abs(low), np.abs(high)))
-    return (low - margin * width)[:, None], (high + margin * width)[:, None]
 
 
 def _try_out(loaded: LoadedPolicy) -> None:
@@ -371,26 +360,13 @@ class PolicyRuntime:
         shown = replicas[:NUM_OBSERVED_FEATURES]
         if not (np.isfinite(shown).all() and np.isfinite(request).all()):
             return Reason.NAN
-        if loaded.low is not None and loaded.high is not None:
-            out = (shown < loaded.low[:NUM_OBSERVED_FEATURES]) | (
-                shown > loaded.high[:NUM_OBSERVED_FEATURES]
-            )
-            far = (out & (replicas[_UP] > 0.0)).any(1)
-            far_request = (request < loaded.low[NUM_OBSERVED_FEATURES:, 0]) | (
-                request > loaded.high[NUM_OBSERVED_FEATURES:, 0]
-            )
-            count = int(far.sum() + far_request.sum())
-            if count:
-                self._count_far(far, far_request)
-            if count > self.config.max_features_out:
+        if loaded.ranges is not None:
+            far = loaded.ranges.far(observations)
+            for name in far:
+                self.features_out[name] = self.features_out.get(name, 0) + 1
+            if len(far) > self.config.max_features_out:
                 return Reason.OUT_OF_RANGE
         return None
-
-    def _count_far(self, far: BoolArray, far_request: BoolArray) -> None:
-        names = [ReplicaFeature(i).name for i in np.flatnonzero(far).tolist()]
-        names += [RequestFeature(i).name for i in np.flatnonzero(far_request).tolist()]
-        for name in names:
-            self.features_out[name.lower()] = self.features_out.get(name.lower(), 0) + 1
 
     def _ask(self, observations: Observations, begin_s: float) -> tuple[int | None, Reason | None]:
         """Ask the policy; return its answer, if it is one, and its fault, if any."""

@@ -1,0 +1,95 @@
+"""How far an observation is from what training has shown."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from servegym.export.manifest import Manifest
+from servegym.policy.contract import (
+    NUM_OBSERVED_FEATURES,
+    REPLICA_FEATURES,
+    REQUEST_FEATURES,
+    ReplicaFeature,
+)
+from servegym.policy.policy import Observations
+from servegym.typing import FloatArray
+
+_UP = int(ReplicaFeature["UP"])
+_NAMES = [f.name for f in (*REPLICA_FEATURES[:NUM_OBSERVED_FEATURES], *REQUEST_FEATURES)]
+
+#: Differences that never matter, in the feature's unit. Where training kept a feature still, such
+#: as the waiting time of requests that were never held, a range has no width to go by.
+_UNIMPORTANT = {
+    "outstanding_requests": 4.0,
+    "outstanding_prompt_tokens": 2048.0,
+    "pending_prefill_tokens": 2048.0,
+    "outstanding_predicted_tokens": 1024.0,
+    "recent_ttft_s": 0.5,
+    "recent_tpot_s": 0.02,
+    "since_dispatch_s": 10.0,
+    "num_running": 4.0,
+    "num_waiting": 4.0,
+    "kv_cache_usage": 0.2,
+    "generated_tokens": 1024.0,
+    "metrics_age_s": 1.0,
+    "prefix_hit_tokens": 512.0,
+    "prompt_tokens": 512.0,
+    "predicted_output_tokens": 256.0,
+    "waited_s": 1.0,
+    "arrival_rate_rps": 1.0,
+    "num_up": 2.0,
+    "num_held": 4.0,
+}
+#: Of its value, where the width of a range is less.
+_RELATIVE = 0.1
+
+
+class Ranges:
+    """The values that are not far from training.
+
+    Args:
+        low: Smallest of each feature, replicas' then request's, `float64[F + G]`.
+        high: Largest, the same.
+    """
+
+    def __init__(self, low: FloatArray, high: FloatArray) -> None:
+        self._low, self._high = (
+            low[:NUM_OBSERVED_FEATURES, None],
+            high[:NUM_OBSERVED_FEATURES, None],
+        )
+        self._request_low = low[NUM_OBSERVED_FEATURES:]
+        self._request_high = high[NUM_OBSERVED_FEATURES:]
+
+    @classmethod
+    def of(cls, manifest: Manifest, margin: float) -> Ranges | None:
+        """Widen the ranges of a manifest, `None` if it states none.
+
+        Args:
+            manifest: Of the policy; its ranges leave out 2 % of the values of training.
+            margin: Widths of its range that a feature may be outside of it.
+        """
+        if not (manifest.replica_ranges and manifest.request_ranges):
+            return None
+        ranges = np.array([*manifest.replica_ranges, *manifest.request_ranges], np.float64)
+        low, high = ranges[:, 0], ranges[:, 1]
+        least = np.array([_UNIMPORTANT.get(name, 0.0) for name in _NAMES])
+        width = np.maximum(high - low, _RELATIVE * np.maximum(np.abs(low), np.abs(high)))
+        width = np.maximum(width, least)
+        return cls(low - margin * width, high + margin * width)
+
+    def far(self, observations: Observations) -> list[str]:
+        """Return the features that are far from training, at any replica that is up.
+
+        Args:
+            observations: A batch of one.
+        """
+        replicas = observations.replicas[0]
+        request = observations.request[0]
+        shown = replicas[:NUM_OBSERVED_FEATURES]
+        out = (shown < self._low) | (shown > self._high)
+        out &= replicas[_UP] > 0.0
+        out_request = (request < self._request_low) | (request > self._request_high)
+        if not (out.any() or out_request.any()):
+            return []
+        rows = np.flatnonzero(np.concatenate((out.any(1), out_request)))
+        return [_NAMES[row] for row in rows.tolist()]
