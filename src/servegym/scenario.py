@@ -20,6 +20,7 @@ from servegym.calibrate.calibration import calibrated_cost
 from servegym.cluster.spec import ClusterSpec, Episode, Faults, ReplicaType, SloClass
 from servegym.cluster.state import FAULT_DOWN, FAULT_SLOW, FAULT_UP
 from servegym.costs.step import StepCost
+from servegym.costs.tables import TableSource
 from servegym.errors import ConfigError, unknown_name
 from servegym.workloads.config import TraceConfig, WorkloadConfig
 from servegym.workloads.prediction import PredictorConfig
@@ -58,7 +59,9 @@ class EngineConfig(Config):
 class FleetEntry(Config):
     """Equal replicas; a pair of numbers is a range, drawn anew for every episode.
 
-    `calibration` names a file of `servegym calibrate`, made for this GPU, model and tp.
+    `costs` says where kernel times come from: the `fits` of servegym, or the measured `tables` of
+    the package aiconfigurator-core, which must be installed. `calibration` names a file of
+    `servegym calibrate` instead, made for this GPU, model and tp.
     """
 
     gpu: str
@@ -66,6 +69,7 @@ class FleetEntry(Config):
     tp: int = Field(1, ge=1)
     speed: _Factor | tuple[_Factor, _Factor] = 1.0
     num_blocks: int | None = Field(None, ge=1)
+    costs: Literal["fits", "tables"] = "fits"
     calibration: str | None = None
 
     _check_ranges = field_validator("count", "speed")(ascending)
@@ -223,12 +227,17 @@ def step_cost(entry: FleetEntry, model_name: str, precision: Literal["bf16", "fp
     """Return the step cost of a model on a fleet entry's replicas.
 
     Raises:
-        ConfigError: If its calibration file is wrong, or made for others.
+        ConfigError: If its calibration file is wrong, or made for others; or if there are no
+            tables of its GPU, or they are not installed.
     """
     if entry.calibration:
+        if entry.costs == "tables":
+            raise ConfigError("a fleet entry takes costs: tables or a calibration file, not both")
         path = Path(entry.calibration)
         return calibrated_cost(path, entry.gpu, model_name, entry.tp, precision)
-    return StepCost(gpu(entry.gpu), model(model_name), entry.tp, precision == "fp8")
+    spec, fp8 = gpu(entry.gpu), precision == "fp8"
+    source = TableSource(spec, fp8) if entry.costs == "tables" else None
+    return StepCost(spec, model(model_name), entry.tp, fp8, source)
 
 
 def replica_type(

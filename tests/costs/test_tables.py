@@ -11,6 +11,7 @@ from servegym.costs.package import expert_rows
 from servegym.costs.step import StepCost
 from servegym.costs.tables import TableSource, source_of, tables_installed
 from servegym.errors import ConfigError
+from servegym.scenario import EngineConfig, FleetEntry, replica_type, step_cost
 
 H100 = gpu("H100-SXM-80GB")
 #: Of the fits; Hopper computes fp4 weights in 16 bits, which nobody measured for GEMMs.
@@ -158,3 +159,19 @@ def test_experts_are_read_in_the_format_of_published_checkpoints():
     names = ("num_tokens", "hidden_size", "width", "num_experts", "topk")
     shapes = np.stack([rows[name] for name in names], axis=1)
     assert len(np.unique(shapes, axis=0)) == len(shapes)
+
+
+@needs_tables
+def test_a_fleet_entry_chooses_its_cost_source():
+    def grid(**entry):
+        return replica_type(
+            FleetEntry(gpu="H100-SXM-80GB", **entry), "Llama-3.1-8B", "bf16", EngineConfig()
+        ).grid
+
+    fits, tables = grid(), grid(costs="tables")
+    assert not np.array_equal(fits.dense_s, tables.dense_s)
+    assert tables.step_s([], 32, 32768) == pytest.approx(fits.step_s([], 32, 32768), rel=0.15)
+    with pytest.raises(ConfigError, match="tables or a calibration file, not both"):
+        grid(costs="tables", calibration="mine.json")
+    with pytest.raises(ConfigError, match="no measured tables of this GPU"):
+        step_cost(FleetEntry(gpu="L4", costs="tables"), "Llama-3.1-8B", "bf16")
