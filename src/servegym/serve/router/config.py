@@ -268,7 +268,8 @@ def parse_config(data: Mapping[str, object], origin: str) -> RouterConfig:
     try:
         return RouterConfig.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
+        # an unknown key explains a missing one
+        first = max(error.errors(), key=lambda e: e["type"] == "extra_forbidden")
         if first["type"] == "extra_forbidden":
             keys = _keys_at(first["loc"][:-1])
             place = ".".join(map(str, first["loc"]))

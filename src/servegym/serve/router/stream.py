@@ -42,20 +42,15 @@ class Reader:
 
     def feed(self, piece: bytes) -> int:
         """Take in a piece; return how many events began in it."""
-        self._tail = (
-            (self._tail + piece)[-_TAIL_BYTES:]
-            if len(piece) < _TAIL_BYTES
-            else piece[-_TAIL_BYTES:]
-        )
+        window = self._tail[1 - len(_DATA) :] + piece  # a name may be cut in two
+        failed = self._is_stream and _ERROR in self._tail[1 - len(_ERROR) :] + piece
+        self._tail = (self._tail + piece)[-_TAIL_BYTES:]
         if not self._is_stream:
             return 0
-        count = piece.count(_DATA)
+        count = window.count(_DATA)
         self.num_events += count
-        # an end that is split over two pieces is found in what is kept
-        if _DONE in self._tail[-64:]:
-            self.done = True
-        if _ERROR in piece:
-            self.failed = True
+        self.failed |= failed
+        self.done |= _DONE in self._tail[-64:]
         return count
 
     def usage(self) -> tuple[int | None, int | None, int | None]:

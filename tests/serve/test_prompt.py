@@ -1,0 +1,140 @@
+"""Prompts are measured in tokens where they are known, in bytes where they are not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from servegym.errors import ConfigError
+from servegym.serve.prompt import PrefixConfig, PromptReader, chat_text
+from servegym.serve.router.errors import RequestError
+from servegym.serve.router.request import read_request
+from servegym.serve.router.stream import Reader
+
+
+def test_token_ids_are_counted_exactly():
+    prompt = PromptReader(PrefixConfig(block_tokens=4)).read(list(range(10)))
+    assert (prompt.tokens, prompt.block_tokens, len(prompt.keys)) == (10, 4, 2)
+
+
+def test_texts_are_guessed_and_the_guess_learns():
+    reader = PromptReader(PrefixConfig(block_tokens=16, bytes_per_token=4))
+    text = "x" * 1000
+    prompt = reader.read(text)
+    assert (prompt.tokens, len(prompt.keys)) == (250, 15)
+    for _ in range(300):
+        reader.learn(reader.read(text), 500)
+    again = reader.read(text)
+    assert again.tokens == pytest.approx(500, rel=0.01)
+    assert again.keys.tolist() == prompt.keys.tolist()  # blocks stay what they are
+    assert again.block_tokens == pytest.approx(32, rel=0.01)
+    reader.learn(prompt._replace(num_bytes=10**9), 1)
+    assert reader.read(text).tokens > 400  # nonsense moves it little
+
+
+def test_lone_surrogates_are_no_trouble():
+    assert PromptReader(PrefixConfig()).read(json.loads('"\\ud800 x"')).tokens == 1
+
+
+def test_a_tokenizer_needs_its_package_or_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"tokenizers package|is no tokenizer.json"):
+        PromptReader(PrefixConfig(tokenizer=tmp_path / "tokenizer.json"))
+
+
+def test_a_tokenizer_gives_token_ids(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?")
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    reader = PromptReader(PrefixConfig(tokenizer=tmp_path / "tokenizer.json", block_tokens=2))
+    assert reader.read("a b a b a").tokens == 5
+    assert reader.read("a b a").keys.tolist() == reader.read([0, 1, 0]).keys.tolist()
+
+
+def test_a_later_turn_begins_as_the_earlier_one():
+    first = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]
+    more = [*first, {"role": "assistant", "content": "hi"}, {"role": "user", "content": "so"}]
+    assert chat_text(more).startswith(chat_text(first))
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert chat_text(more, tools).startswith(chat_text(first, tools))
+    assert chat_text(first) != chat_text([{**first[0], "role": "user"}, first[1]])
+
+
+def test_parts_of_messages_count_whatever_they_are():
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    one = chat_text([{"role": "user", "content": [{"type": "text", "text": "see"}, picture]}])
+    other = chat_text([{"role": "user", "content": [{"type": "text", "text": "see"}]}])
+    assert one.startswith(other)
+    assert "AAAA" in one
+    chat_text([{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, 7])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "want"),
+    [
+        ("abc", "abc"),
+        (["ab", "c"], "abc"),
+        ([1, 2, 3], [1, 2, 3]),
+        ([[1, 2], [3]], [1, 2, 3]),
+    ],
+)
+def test_all_forms_of_a_prompt_are_read(prompt, want):
+    asked = read_request(json.dumps({"prompt": prompt, "max_tokens": 7}).encode(), chat=False)
+    assert (asked.prompt, asked.max_tokens, asked.stream) == (want, 7, False)
+
+
+def test_chats_have_two_names_for_the_limit():
+    body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+    for name in ("max_tokens", "max_completion_tokens"):
+        asked = read_request(json.dumps({**body, name: 9}).encode(), chat=True)
+        assert (asked.max_tokens, asked.stream) == (9, True)
+    both = {**body, "max_tokens": 1, "max_completion_tokens": 2}
+    assert read_request(json.dumps(both).encode(), chat=True).max_tokens == 2
+    with pytest.raises(RequestError, match="tier must be a text"):
+        read_request(json.dumps({**body, "tier": 1}).encode(), chat=True, slo_field="tier")
+
+
+class TestReader:
+    def test_counts_the_tokens_of_a_chat(self):
+        reader = Reader(is_stream=True, is_chat=True)
+        for piece in (
+            b'data: {"role"}\n\nda',
+            b'ta: {"a"}\n\n',
+            b"data: {}\n\ndata: [DO",
+            b"NE]\n\n",
+        ):
+            reader.feed(piece)
+        assert reader.done
+        assert reader.num_events == 4
+        assert reader.output_tokens() == 2  # the first announces the role, the last the end
+        assert Reader(is_stream=True, is_chat=True).output_tokens() == 0
+
+    def test_believes_the_engine_first(self):
+        reader = Reader(is_stream=True, is_chat=False)
+        usage = (
+            b'data: {"usage": {"prompt_tokens": 11, "completion_tokens":  42, '
+            b'"prompt_tokens_details": {"cached_tokens": 8}}}\n\n'
+        )
+        reader.feed(b'data: {"text": "\\"completion_tokens\\": 7"}\n\n')
+        assert reader.usage() == (None, None, None)
+        reader.feed(usage[:50])
+        reader.feed(usage[50:] + b"data: [DONE]\n\n")
+        assert reader.usage() == (11, 42, 8)
+        assert reader.output_tokens() == 42
+
+    def test_finds_usage_at_the_end_of_a_long_answer(self):
+        reader = Reader(is_stream=False, is_chat=False)
+        reader.feed(b"x" * 100_000 + b'"usage": {"prompt_tokens": 1, "comple')
+        reader.feed(b'tion_tokens": 2}}')
+        assert reader.usage()[:2] == (1, 2)
+        assert reader.num_events == 0
+
+    def test_sees_an_error_in_the_stream(self):
+        reader = Reader(is_stream=True, is_chat=False)
+        reader.feed(b'data: {"text": "data: {\\"error\\"}"}\n\n')
+        assert not reader.failed
+        reader.feed(b'data: {"err')
+        reader.feed(b'or": {"message": "x"}}\n\n')
+        assert reader.failed
