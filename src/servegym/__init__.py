@@ -10,3 +10,8 @@ register(
     entry_point="servegym.envs.dispatch:DispatchEnv",
     vector_entry_point="servegym.envs.vector:DispatchVectorEnv",
 )
+register(
+    id="servegym/Workflow-v0",
+    entry_point="servegym.envs.workflow:WorkflowEnv",
+    vector_entry_point="servegym.envs.workflow_vector:WorkflowVectorEnv",
+)

@@ -1,0 +1,207 @@
+"""`servegym/Workflow-v0`: which ready stage of the jobs in the system starts where."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from servegym.envs.workflow_batch import Objective, Placement, Shortlist, WorkflowBatch
+from servegym.envs.workflow_features import (
+    DEVICE_COLUMNS,
+    GLOBAL_COLUMNS,
+    NODE_COLUMNS,
+    PAIR_COLUMNS,
+    STAGE_COLUMNS,
+    Column,
+)
+from servegym.errors import ConfigError, ResetNeeded
+from servegym.typing import BoolArray, Int8Array
+from servegym.workflow.online.spec import Episode
+from servegym.workflow_scenario import WorkflowScenario
+
+
+def column_table(columns: tuple[Column, ...]) -> str:
+    """Render columns as a Markdown table."""
+    rows = ["| Num | Column | Min | Max | Unit | Meaning |", "|---|---|---|---|---|---|"]
+    rows += [
+        f"| {i} | `{c.name}` | {c.low:g} | {c.high:g} | {c.unit} | {c.meaning} |"
+        for i, c in enumerate(columns)
+    ]
+    return "\n".join(rows)
+
+
+class AllowedActions(gymnasium.spaces.Discrete):
+    """A `Discrete` space that draws from what is allowed now, unless it is given a mask itself."""
+
+    def __init__(self, batch: WorkflowBatch) -> None:
+        super().__init__(batch.num_actions)
+        self._batch = batch
+
+    def sample(
+        self, mask: Int8Array | None = None, probability: Int8Array | None = None
+    ) -> np.int64:
+        """Draw an action."""
+        if mask is None and probability is None:
+            mask = self._batch.mask[0]
+        return super().sample(mask, probability)
+
+
+class WorkflowEnv(gymnasium.Env[dict[str, Any], Any]):
+    __doc__ = f"""Schedule the stages of jobs that arrive over time on heterogeneous devices.
+
+## Description
+Jobs are DAGs of tasks, LLM requests and tool calls. Each step is one decision: a stage that is ready
+can start on a device with a free slot. See `docs/workflow-online.md` for the simulator.
+
+## Action Space
+`Discrete(K * D + 1)`: action `k * D + d` starts the stage of row k on device d, the last action waits
+until something has happened. With `placement="eft"`, `Discrete(K + 1)`: the stage of row k starts where
+it is expected to end first. Actions outside `action_mask` raise `InvalidAction`; `action_space.sample()` draws
+from those that are allowed.
+
+## Observation Space
+A `Dict` with `stages` (`float32[K, {len(STAGE_COLUMNS)}]`), `pairs` (`float32[K, D, {len(PAIR_COLUMNS)}]`),
+`devices` (`float32[D, {len(DEVICE_COLUMNS)}]`), `global` (`float32[{len(GLOBAL_COLUMNS)}]`) and `action_mask`
+(`int8`, 1 is allowed), in raw units; absent rows are 0. K is `max_stages`: of the stages that can start,
+those of the first order by `shortlist`; D is the largest fleet of the scenario. With `graph=True` also the
+known stages of all jobs in the system that have not ended, in order of arrival: `nodes`
+(`float32[max_nodes, {len(NODE_COLUMNS)}]`), `edges` (`int32[max_edges, 2]`, parent and child as rows of `nodes`),
+`node_mask`, `edge_mask` (`int8`) and `stage_nodes` (`int64[K]`, the row of each stage shown, -1: none).
+
+Columns of `stages`:
+
+{column_table(STAGE_COLUMNS)}
+
+Columns of `pairs`:
+
+{column_table(PAIR_COLUMNS)}
+
+Columns of `devices`:
+
+{column_table(DEVICE_COLUMNS)}
+
+Entries of `global`:
+
+{column_table(GLOBAL_COLUMNS)}
+
+Columns of `nodes`:
+
+{column_table(NODE_COLUMNS)}
+
+## Rewards
+`jct`: minus the integral of the weights of the jobs in the system since the last decision, so the sum over an
+episode is exactly minus the weighted sum of all times in the system. `makespan`: minus the increase of a lower
+bound on when the jobs that have arrived can end (each longest way on the fastest devices), so the sum is the
+first bound minus the end of the last job. `deadline`: the weight of the jobs that ended in time since the last
+decision. All divided by `reward_scale`.
+
+## Starting State
+The first decision of an episode drawn from the scenario, all devices idle.
+
+## Episode End
+Terminated when all jobs have ended: after the last decision the fleet is run dry, and what happens then is
+rewarded in the last step. Never truncated.
+
+## Arguments
+`scenario` (name, path or `WorkflowScenario`), `load` and `num_jobs` (numbers, or ranges drawn per episode),
+`max_stages`, `placement` (`agent`, `eft`), `shortlist` (`work-left`, `arrival`, `rank`, `slack`), `graph`,
+`max_nodes`, `max_edges`, `objective`, `reward_scale`. Episodes draw their jobs from a pool of `pool_size` jobs
+that `pool_seed` makes; with `pool_size=None` every episode has new ones, which takes time to draw.
+`reset(options={{"episode": Episode(...)}})` plays a given episode.
+
+## Version History
+v0: first version.
+"""
+
+    metadata = {"render_modes": []}  # noqa: RUF012 - Gymnasium's convention
+
+    def __init__(
+        self,
+        scenario: WorkflowScenario | str = "random-dags",
+        *,
+        load: float | tuple[float, float] = 1.0,
+        num_jobs: int | tuple[int, int] | None = None,
+        max_stages: int = 16,
+        placement: Placement = "agent",
+        shortlist: Shortlist = "work-left",
+        graph: bool = False,
+        max_nodes: int = 256,
+        max_edges: int = 512,
+        objective: Objective | None = None,
+        reward_scale: float = 1.0,
+        pool_size: int | None = 256,
+        pool_seed: int = 0,
+        render_mode: str | None = None,
+    ) -> None:
+        if render_mode is not None:
+            raise ConfigError(f"render_mode must be None, got {render_mode!r}")
+        self.batch = WorkflowBatch(
+            scenario,
+            1,
+            load=load,
+            num_jobs=num_jobs,
+            max_stages=max_stages,
+            placement=placement,
+            shortlist=shortlist,
+            graph=graph,
+            max_nodes=max_nodes,
+            max_edges=max_edges,
+            objective=objective,
+            reward_scale=reward_scale,
+            pool_size=pool_size,
+            pool_seed=pool_seed,
+        )
+        self.render_mode = render_mode
+        self.observation_space = self.batch.observation_space()
+        self.action_space = AllowedActions(self.batch)
+        self._ready = False
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Start an episode.
+
+        Args:
+            seed: Restarts the sequence of episodes.
+            options: `{"episode": Episode}` to play that one.
+        """
+        super().reset(seed=seed)
+        if seed is not None or not self._ready:
+            self.batch.seed(int(self.np_random.integers(1 << 62)))
+        episode = (options or {}).get("episode")
+        given = [episode] if isinstance(episode, Episode) else None
+        self.batch.reset(np.zeros(1, np.int64), given)
+        self._ready = True
+        return self._observation(), self._info()
+
+    def step(self, action: int) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        """Start a stage, or wait, and run to the next decision."""
+        if not self._ready or self.batch.done[0]:
+            raise ResetNeeded("the episode is over or none has begun: call reset")
+        self.batch.step(np.array([action], np.int64), np.ones(1, np.bool_))
+        info = self._info()
+        done = bool(self.batch.done[0])
+        if done:
+            info["episode_metrics"] = self.batch.summary(0)
+        return self._observation(), float(self.batch.reward[0]), done, False, info
+
+    def action_masks(self) -> BoolArray:
+        """Allowed actions, `bool[num_actions]`, as sb3-contrib asks for them."""
+        return self.batch.mask[0].astype(np.bool_)
+
+    def _observation(self) -> dict[str, Any]:
+        return {name: value[0] for name, value in self.batch.observation().items()}
+
+    def _info(self) -> dict[str, Any]:
+        env = self.batch.simulator.state.env[0]
+        return {
+            "action_mask": self.batch.mask[0].copy(),
+            "dt_s": float(self.batch.dt_s[0]),
+            "now_s": float(env["now_s"]),
+        }
+
+    def close(self) -> None:
+        """Release threads."""
+        self.batch.close()
