@@ -71,7 +71,7 @@ def fleet(width: int, rng: np.random.Generator) -> LiveState:
 def measure(loaded: LoadedPolicy, width: int) -> np.ndarray:
     """Return wall-clock and CPU seconds of each decision, `float64[DECISIONS, 2]`."""
     rng = np.random.default_rng(width)
-    runtime = PolicyRuntime(RuntimeConfig(max_metrics_age_s=1e6))
+    runtime = PolicyRuntime(RuntimeConfig(max_metrics_age_s=1e6, timeout_s=60.0))
     runtime.install(loaded)
     state = fleet(width, rng)
     hits = rng.integers(0, 100, width).astype(np.float64)
@@ -91,7 +91,7 @@ def measure(loaded: LoadedPolicy, width: int) -> np.ndarray:
 
 def main() -> None:
     """Measure and print."""
-    config = RuntimeConfig(max_metrics_age_s=1e6)
+    config = RuntimeConfig(max_metrics_age_s=1e6, timeout_s=60.0)
     texts = sys.argv[1:]
     policies = [load_policy(text, config) for text in texts or RULES]
     if not texts:

@@ -141,11 +141,11 @@ def test_a_policy_that_raises_does_no_harm():
 
 def test_a_late_answer_is_taken_and_counted_until_the_breaker_opens():
     runtime, policy, clock = scripted(breaker=BreakerConfig(open_faults=3, cooldown_s=10.0))
-    policy.takes_s = 0.006
+    policy.takes_s = 0.021
     for _ in range(2):
         decision = runtime.decide(SEEN)
         assert decision[:3] == (1, "policy", Reason.TIMEOUT)
-        assert decision.duration_s == pytest.approx(0.006)
+        assert decision.duration_s == pytest.approx(0.021)
     assert runtime.decide(SEEN).by == "fallback"  # the third opens it
     assert runtime.decide(SEEN)[:3] == (0, "fallback", Reason.BREAKER)
     assert policy.asked == 3

@@ -40,6 +40,8 @@ def shown_mask(mask: BoolArray, num_extra: int) -> BoolArray:
 def _to_core(chosen: IntArray, mask: BoolArray) -> IntArray:
     """Translate indices of `shown_mask` to replicas, `HOLD` and `REJECT`."""
     width = mask.shape[1] - 2
+    if (chosen < width).all():
+        return chosen
     other = np.where((chosen == width) & mask[:, width].any(), HOLD, REJECT)
     return np.where((chosen < width) | (chosen == _NO_CHOICE), chosen, other).astype(np.int64)
 
@@ -120,5 +122,6 @@ class FrozenPolicy:
             "mask": shown.astype(np.float32),
         }
         logits = self._session.run(None, feeds)[0]
-        chosen = np.where(np.isfinite(logits).all(-1), logits.argmax(-1), _NO_CHOICE)
+        finite = np.isfinite(logits).all(-1)
+        chosen = np.where(finite, logits.argmax(-1), _NO_CHOICE).astype(np.int64)
         return _to_core(chosen, observations.mask)

@@ -53,12 +53,13 @@ class Ranges:
     """
 
     def __init__(self, low: FloatArray, high: FloatArray) -> None:
-        self._low, self._high = (
-            low[:NUM_OBSERVED_FEATURES, None],
-            high[:NUM_OBSERVED_FEATURES, None],
+        middle, half = (low + high) / 2.0, (high - low) / 2.0
+        self._middle, self._half = (
+            middle[:NUM_OBSERVED_FEATURES, None],
+            half[:NUM_OBSERVED_FEATURES, None],
         )
-        self._request_low = low[NUM_OBSERVED_FEATURES:]
-        self._request_high = high[NUM_OBSERVED_FEATURES:]
+        self._request_middle = middle[NUM_OBSERVED_FEATURES:]
+        self._request_half = half[NUM_OBSERVED_FEATURES:]
 
     @classmethod
     def of(cls, manifest: Manifest, margin: float) -> Ranges | None:
@@ -84,12 +85,12 @@ class Ranges:
             observations: A batch of one.
         """
         replicas = observations.replicas[0]
-        request = observations.request[0]
-        shown = replicas[:NUM_OBSERVED_FEATURES]
-        out = (shown < self._low) | (shown > self._high)
-        out &= replicas[_UP] > 0.0
-        out_request = (request < self._request_low) | (request > self._request_high)
-        if not (out.any() or out_request.any()):
+        away = np.abs(replicas[:NUM_OBSERVED_FEATURES] - self._middle)
+        away_request = np.abs(observations.request[0] - self._request_middle)
+        near = away <= self._half
+        near_request = away_request <= self._request_half
+        if near.all() and near_request.all():  # as a rule
             return []
-        rows = np.flatnonzero(np.concatenate((out.any(1), out_request)))
+        far = ~(near | (replicas[_UP] <= 0.0)).all(1)
+        rows = np.flatnonzero(np.concatenate((far, ~near_request)))
         return [_NAMES[row] for row in rows.tolist()]

@@ -64,7 +64,8 @@ class RuntimeConfig(BaseModel):
             reload brings a good one.
         mode: `live` acts by the policy, `shadow` only watches it.
         canary_fraction: Share of the requests, told by their keys, that the policy decides.
-        timeout_s: A slower decision counts as a fault of the policy.
+        timeout_s: A slower decision counts as a fault of the policy. A decision takes a hundredth
+            of the default; the rest is room for a machine that is busy with other things.
         max_metrics_age_s: Older engine metrics of an allowed replica are stale.
         range_margin: A feature is far from training if it is outside the range its manifest
             states by more than so many widths of that range; see `serve.ranges`.
@@ -80,7 +81,7 @@ class RuntimeConfig(BaseModel):
     require_policy: bool = True
     mode: Mode = "live"
     canary_fraction: float = Field(1.0, ge=0, le=1)
-    timeout_s: float = Field(0.005, gt=0)
+    timeout_s: float = Field(0.02, gt=0)
     max_metrics_age_s: float = Field(5.0, gt=0)
     range_margin: float = Field(1.0, ge=0)
     max_features_out: int = Field(3, ge=0)
