@@ -54,8 +54,9 @@ def post(url: str, body: Mapping[str, object], timeout_s: float = 10.0) -> tuple
 
 
 def metric(page: str, name: str) -> float:
-    """Add up the samples of a metric."""
-    found = re.findall(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", page, re.MULTILINE)
+    """Add up the samples of a metric, or of its samples with the labels given with it."""
+    labels = "" if "{" in name else r"(?:{[^}]*})?"
+    found = re.findall(rf"^{re.escape(name)}{labels} (\S+)$", page, re.MULTILINE)
     return sum(map(float, found))
 
 
@@ -126,6 +127,7 @@ class Engines(Process):
     Attributes:
         urls: Of the replicas.
         admin_url: Of their fault switch.
+        settings: As given, to start them once more.
     """
 
     def __init__(
@@ -138,9 +140,15 @@ class Engines(Process):
         speed: float = 1.0,
         stream_interval: int = 8,
     ) -> None:
-        base, admin = _run_of_ports(count), free_ports(1)[0]
-        if ports:
-            base = ports[0]
+        self.settings = {
+            "scenario": scenario,
+            "replicas": replicas,
+            "count": count,
+            "speed": speed,
+            "stream_interval": stream_interval,
+        }
+        base = ports[0] if ports else _run_of_ports(count)
+        admin = free_ports(1)[0]
         super().__init__(
             [
                 *_SERVEGYM,
@@ -253,14 +261,15 @@ http {{
         self.wait_for(f"{self.url}/health")
 
 
-def replica_entries(scenario: str, urls: Sequence[str]) -> list[dict[str, object]]:
-    """Write a router's entry for every replica of a scenario."""
+def replica_entries(scenario: str, urls: Sequence[str] = ()) -> list[dict[str, object]]:
+    """Write a router's entry for every replica of a scenario; without URLs only to count them."""
     from servegym.scenario import load_scenario
 
     found = load_scenario(scenario)
     episode = found.episode(0, num_requests=1)
     entries: list[dict[str, object]] = []
-    for i, (t, url) in enumerate(zip(episode.type_idx, urls, strict=True)):
+    for i, t in enumerate(episode.type_idx):
+        url = urls[i] if urls else ""
         fleet, kind = found.fleet[int(t)], found.spec.types[int(t)]
         hardware = {
             "gpu": fleet.gpu,

@@ -89,8 +89,8 @@ class RouterLoad:
                 phases["router"]["overhead_s"] = _histogram(
                     page, "servegym_router_overhead_seconds"
                 )
-                phases["router"]["fallbacks"] = metric(page, "servegym_decisions_total") - metric(
-                    page.replace('by="fallback"', 'by="x" no'), "servegym_decisions_total"
+                phases["router"]["fallbacks"] = metric(
+                    page, 'servegym_decisions_total{by="fallback"}'
                 )
             phases["engines"] = engines.state()
         return phases
