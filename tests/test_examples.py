@@ -28,10 +28,10 @@ def test_example_runs(name, says, capsys):
 def test_every_example_is_tested_here():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
     tested = {
-        mark.args[1][i][0]
+        row[0]
         for mark in test_example_runs.pytestmark
-        for i in range(len(mark.args[1]))
         if mark.name == "parametrize"
+        for row in mark.args[1]
     }
     assert names == tested
 
