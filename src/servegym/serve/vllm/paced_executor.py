@@ -159,6 +159,8 @@ def make_executor() -> type:
             """Steps may be formed while the one before runs."""
             return True
 
+    # vLLM sends the class to its engine process by name
+    PacedExecutor.__module__, PacedExecutor.__qualname__ = __package__, "PacedExecutor"
     return PacedExecutor
 
 

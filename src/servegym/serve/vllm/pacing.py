@@ -116,8 +116,8 @@ class StepReader:
         return Step(duration_s, names, sampled)
 
     def _token(self, position: int) -> int:
-        # the first few tokens of a vocabulary are special ones
-        low = min(16, self._vocabulary - 1)
+        # the first tokens of a vocabulary are special ones and single bytes, which are no text
+        low = self._vocabulary // 3
         return low + position % (self._vocabulary - low)
 
 

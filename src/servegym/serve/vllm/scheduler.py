@@ -152,5 +152,6 @@ def make_scheduler(name: str, *, overlapped: bool) -> type:
 
     require_priority_queue(create_request_queue(SchedulingPolicy.PRIORITY), make_request)
     made = order_by_policy(AsyncScheduler if overlapped else Scheduler)
-    made.__name__ = made.__qualname__ = name
+    # vLLM may send the class to its engine process, by name
+    made.__module__, made.__name__, made.__qualname__ = __package__, name, name
     return made

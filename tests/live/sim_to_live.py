@@ -1,0 +1,387 @@
+"""Predict with the simulator what real vLLM servers behind the router then do.
+
+    python sim_to_live.py VLLM_PYTHON MODEL WORK [--minutes 4] [--requests 240] [--repeats 2]
+
+Three servers on this machine: vLLM's own server, scheduler and KV cache manager, but steps that
+last what the cost grids of three GPUs say, `TIME_SCALE` times as long so that the processor is
+mostly idle. What the simulator knows of them comes from their step logs alone, through `servegym
+calibrate engine`. Then the same requests are played under several dispatch policies, in the
+simulator and live behind `servegym serve router`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import yaml
+from client import Answer, play
+from replicas import EngineSize, Replica, free_port
+
+from servegym.assets.specs import gpu, model
+from servegym.cluster.simulator import Simulator
+from servegym.cluster.spec import Episode
+from servegym.costs.step import StepCost
+from servegym.export.resolve import resolve_policy
+from servegym.policy.run import run
+from servegym.scenario import Scenario, load_scenario
+from servegym.serve.vllm.grid_file import save_grid
+
+MODEL = "Llama-3.1-8B"
+GPUS = ("H100-SXM-80GB", "A100-SXM-80GB", "L40S")
+TIME_SCALE = 8.0
+SIZE = EngineSize(
+    block_size=16,
+    num_blocks=600,
+    max_num_seqs=8,
+    max_num_batched_tokens=512,
+    max_model_len=2048,
+)
+MAX_OUTPUT_TOKENS = 200
+RULES = ("round-robin", "least-outstanding", "speed-family", "added-delay")
+FIRST_SEED = 2_000_000
+COMMAND = str(Path(sys.executable).with_name("servegym"))
+
+
+def scenario_text(calibrations: dict[str, Path], rate_rps: float) -> dict[str, Any]:
+    """The scenario, in the form of a YAML file."""
+    return {
+        "name": "sim-to-live",
+        "description": "Three paced vLLM servers; costs from their own step logs.",
+        "model": MODEL,
+        "engine": {
+            "block_size": SIZE.block_size,
+            "max_num_batched_tokens": SIZE.max_num_batched_tokens,
+            "max_num_seqs": SIZE.max_num_seqs,
+            "prefix_caching": False,
+        },
+        "fleet": [
+            {"gpu": name, "num_blocks": SIZE.num_blocks, "calibration": str(path)}
+            for name, path in calibrations.items()
+        ],
+        "workload": {
+            "kind": "generated",
+            "rate_rps": rate_rps,
+            "arrivals": {"kind": "gamma", "cv": 1.5},
+            "prompt": {"medians_tokens": [250.0], "sigmas": [0.9], "max_tokens": 1200},
+            "output": {"medians_tokens": [35.0], "sigmas": [0.9], "max_tokens": MAX_OUTPUT_TOKENS},
+        },
+        "slo_classes": [{"name": "default", "ttft_s": 5.0, "tpot_s": 1.0}],
+        "disturbances": {"metrics_interval_s": 0.25, "predictor": {"kind": "mean"}},
+        "num_requests": 512,
+    }
+
+
+def body(prompt_tokens: int, output_tokens: int, seed: int) -> dict[str, Any]:
+    """A request whose length no one can tell from it.
+
+    The paced executor's tokens depend on their position alone, so the token at the wanted end
+    stops the request; `max_tokens` is the same for all.
+    """
+    low = 1024 // 3
+    last = low + (prompt_tokens + output_tokens - 1) % (1024 - low)
+    tokens = np.random.default_rng(seed).integers(low, 1024, prompt_tokens)
+    return {
+        "model": "tiny",
+        "prompt": tokens.tolist(),
+        "max_tokens": MAX_OUTPUT_TOKENS,
+        "temperature": 0.0,
+        "ignore_eos": True,
+        "stop_token_ids": [last],
+        "return_token_ids": True,
+    }
+
+
+def calibration_load() -> tuple[list[dict[str, Any]], list[float]]:
+    """Requests that show all sizes of batches and prompts."""
+    rng = np.random.default_rng(1)
+    bodies, due_s, now_s = [], [], 0.0
+    for batch in (1, 2, 3, 4, 5, 6, 7, 8, 12, 3, 8, 1, 2, 5, 16, 4, 8, 6, 2, 8):
+        for _ in range(batch):
+            prompt, output = int(rng.integers(16, 1200)), int(rng.integers(4, 60))
+            bodies.append(body(prompt, output, len(bodies)))
+            due_s.append(now_s + float(rng.uniform(0, 2.0)))
+        now_s += 8.0
+    return bodies, due_s
+
+
+async def calibrate(fleet: dict[str, Replica], work: Path) -> dict[str, Path]:
+    """Load each server by itself and fit its costs to its step log."""
+    bodies, due_s = calibration_load()
+    await asyncio.gather(*(play(r.url, bodies, due_s) for r in fleet.values()))
+    calibrations = {}
+    for name in fleet:
+        path = work / f"{name}.calibration.json"
+        servegym("calibrate", "engine", "--log", str(work / f"{name}.steps.csv"), "--model", MODEL,
+                 "--gpu", name, "--out", str(path), log=work / f"{name}.calibrate.log")  # fmt: skip
+        calibrations[name] = path
+    return calibrations
+
+
+def servegym(*arguments: str, log: Path) -> None:
+    """Run a command of servegym."""
+    with log.open("w") as file:
+        subprocess.run([COMMAND, *arguments], check=True, stdout=file, stderr=file)
+
+
+def simulate(scenario: Scenario, episode: Episode, policy: str) -> dict[str, np.ndarray]:
+    """Play an episode in the simulator."""
+    simulator = Simulator(scenario.spec, [episode])
+    run(simulator, resolve_policy(policy))
+    outcomes = simulator.outcomes(0)
+    return {
+        "ttft_s": outcomes["first_token_s"] - outcomes["arrival_s"],
+        "e2e_s": outcomes["finish_s"] - outcomes["arrival_s"],
+        "replica": outcomes["replica"],
+    }
+
+
+def router_file(work: Path, fleet: dict[str, Replica], calibrations: dict[str, Path],
+                policy: str, mean_tokens: float, port: int) -> Path:  # fmt: skip
+    """Write the router's file."""
+    config = {
+        "listen": {"port": port, "admin_port": free_port()},
+        "replicas": [
+            {
+                "name": name,
+                "url": replica.url,
+                "hardware": {
+                    "gpu": name,
+                    "model": MODEL,
+                    "calibration": str(calibrations[name]),
+                    "max_num_seqs": SIZE.max_num_seqs,
+                    "max_num_batched_tokens": SIZE.max_num_batched_tokens,
+                    "kv_capacity_tokens": SIZE.num_blocks * SIZE.block_size,
+                },
+            }
+            for name, replica in fleet.items()
+        ],
+        "dispatch": {
+            "runtime": {"policy": policy},
+            "slo_classes": [{"name": "default", "ttft_s": 5.0, "tpot_s": 1.0}],
+            # few answers are known at first, and the simulator knows the mean from the start
+            "prediction": {"kind": "mean", "initial_tokens": mean_tokens, "weight": 0.001},
+            "log": {"folder": str(work / "decisions")},
+        },
+        "metrics": {"interval_s": 0.25},
+    }
+    path = work / "router.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+class Router:
+    """`servegym serve router` as a process of its own."""
+
+    def __init__(self, config: Path, port: int, log: Path) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self._log = log.open("w")
+        self._process = subprocess.Popen(
+            [COMMAND, "serve", "router", "--config", str(config)],
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+        )
+
+    async def ready(self) -> None:
+        """Wait until it answers."""
+        async with aiohttp.ClientSession() as session:
+            for _ in range(120):
+                if self._process.poll() is not None:
+                    break
+                try:
+                    async with session.get(f"{self.url}/health") as response:
+                        if response.status == 200:
+                            return
+                except aiohttp.ClientError:
+                    pass
+                await asyncio.sleep(1.0)
+        raise RuntimeError(f"the router did not start: see {self._log.name}")
+
+    async def decisions(self) -> str:
+        """Its metrics page."""
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(f"{self.url}/metrics") as response,
+        ):
+            return await response.text()
+
+    def stop(self) -> None:
+        """End it."""
+        self._process.send_signal(signal.SIGTERM)
+        self._process.wait(60)
+        self._log.close()
+
+
+def latencies(answers: list[Answer], episode: Episode) -> dict[str, np.ndarray]:
+    """Check that nothing was lost or cut, and return latencies from the due times."""
+    wrong = [a.error for a in answers if a.error]
+    if wrong:
+        raise RuntimeError(f"{len(wrong)} requests failed: {wrong[0]}")
+    got = np.array([a.output_tokens for a in answers])
+    if (got != episode.table.output_tokens).any():
+        raise RuntimeError("some answers have another length than asked for")
+    due = np.array([a.due_s for a in answers])
+    return {
+        "ttft_s": np.array([a.first_token_s for a in answers]) - due,
+        "e2e_s": np.array([a.end_s for a in answers]) - due,
+        "sent_late_s": np.array([a.sent_s for a in answers]) - due,
+    }
+
+
+def summary(values: np.ndarray) -> dict[str, float]:
+    """Mean, median and 99th percentile."""
+    p50, p99 = np.percentile(values, (50, 99))
+    return {"mean": float(values.mean()), "p50": float(p50), "p99": float(p99)}
+
+
+async def main() -> None:
+    """Measure everything and write `result.json`."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("vllm_python", type=Path)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--minutes", type=float, default=4.0, help="of training")
+    parser.add_argument("--requests", type=int, default=240)
+    parser.add_argument("--repeats", type=int, default=2, help="episodes per policy")
+    parser.add_argument("--rate", type=float, default=2.6, help="requests per second")
+    parser.add_argument("--overlapped", action="store_true", help="async scheduling")
+    parser.add_argument("--policies", nargs="*", default=[*RULES, "trained"])
+    args = parser.parse_args()
+    work: Path = args.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    fleet = {}
+    for name in GPUS:
+        grid = work / f"{name}.npz"
+        cost = StepCost(gpu(name), model(MODEL), 1)
+        save_grid(cost.compile(max_tokens=SIZE.max_num_batched_tokens), grid)
+        plugin = {"policy": "fcfs", "step_log": str(work / f"{name}.steps.csv"),
+                  "stats_file": str(work / f"{name}.stats.json")}  # fmt: skip
+        fleet[name] = Replica(
+            args.vllm_python, args.model.resolve(), work, name, SIZE,
+            plugin=plugin, grid=grid, time_scale=TIME_SCALE, overlapped=args.overlapped,
+        )  # fmt: skip
+    try:
+        async with aiohttp.ClientSession() as session:
+            await asyncio.gather(*(replica.ready(session) for replica in fleet.values()))
+        result = await measure(args, work, fleet)
+    finally:
+        for replica in fleet.values():
+            replica.stop()
+    late = np.concatenate([np.load(r.lateness_file) for r in fleet.values()])
+    result["step_lateness_s"] = summary(late) | {"steps": len(late)}
+    result["plugin"] = {
+        name: json.loads((work / f"{name}.stats.json").read_text()) for name in fleet
+    }
+    (work / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    print_table(result)
+
+
+async def measure(
+    args: argparse.Namespace, work: Path, fleet: dict[str, Replica]
+) -> dict[str, Any]:
+    """Calibrate, train, then play every policy in the simulator and live."""
+    calibrations = {name: work / f"{name}.calibration.json" for name in fleet}
+    if not all(path.exists() for path in calibrations.values()):
+        calibrations = await calibrate(fleet, work)
+    scenario_path = work / "scenario.yaml"
+    scenario_path.write_text(yaml.safe_dump(scenario_text(calibrations, args.rate)))
+    scenario = load_scenario(str(scenario_path))
+    trained = work / "trained" / "policy" / "policy.onnx"
+    if "trained" in args.policies and not trained.exists():
+        servegym("train", "--scenario", str(scenario_path), "--out", str(work / "trained"),
+                 "--minutes", str(args.minutes), "--load", "0.8", "1.1",
+                 log=work / "train.log")  # fmt: skip
+    mean_tokens = float(scenario.episode(0).table.output_tokens.mean())
+    result: dict[str, Any] = {
+        "scenario": yaml.safe_load(scenario_path.read_text()),
+        "time_scale": TIME_SCALE,
+        "overlapped": args.overlapped,
+        "calibrations": {n: json.loads(p.read_text())["content"] for n, p in calibrations.items()},
+        "load_average_at_start": os.getloadavg()[0],
+        "runs": [],
+    }
+    for repeat in range(args.repeats):
+        episode = scenario.episode(FIRST_SEED + repeat, num_requests=args.requests)
+        table = replace(
+            episode.table, predicted_output_tokens=np.full(args.requests, max(mean_tokens, 1.0))
+        )
+        episode = replace(episode, table=table)
+        bodies = [
+            body(int(p), int(o), i)
+            for i, (p, o) in enumerate(zip(table.prompt_tokens, table.output_tokens, strict=True))
+        ]
+        for policy in args.policies:
+            text = str(trained) if policy == "trained" else policy
+            predicted = simulate(scenario, episode, text)
+            port = free_port()
+            config = router_file(work, fleet, calibrations, text, mean_tokens, port)
+            router = Router(config, port, work / f"router-{policy}-{repeat}.log")
+            try:
+                await router.ready()
+                answers = await play(router.url, bodies, table.arrival_s.tolist())
+                (work / f"router-{policy}-{repeat}.metrics").write_text(await router.decisions())
+            finally:
+                router.stop()
+            seen = latencies(answers, episode)
+            row = {
+                "policy": policy,
+                "repeat": repeat,
+                "load_average": os.getloadavg()[0],
+                "sent_late_s": summary(seen["sent_late_s"]),
+                "simulated": {k: summary(predicted[k]) for k in ("ttft_s", "e2e_s")},
+                "live": {k: summary(seen[k]) for k in ("ttft_s", "e2e_s")},
+                "each": {
+                    "simulated_e2e_s": predicted["e2e_s"].round(4).tolist(),
+                    "live_e2e_s": seen["e2e_s"].round(4).tolist(),
+                },
+            }
+            result["runs"].append(row)
+            print_row(row)
+    return result
+
+
+def print_row(row: dict[str, Any]) -> None:
+    """Print one run."""
+    cells = [f"{row['policy']:18} {row['repeat']}"]
+    for kind in ("ttft_s", "e2e_s"):
+        for which in ("mean", "p50", "p99"):
+            simulated, live = row["simulated"][kind][which], row["live"][kind][which]
+            cells.append(f"{simulated:6.2f} {live:6.2f} ({100 * (simulated / live - 1):+5.1f} %)")
+    print(" | ".join(cells), f"| load {row['load_average']:.1f}", flush=True)
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Print means over the repeats, and what they say."""
+    print("\nmean over the repeats: simulated, live, simulated / live - 1")
+    means: dict[str, tuple[float, float]] = {}
+    for policy in dict.fromkeys(row["policy"] for row in result["runs"]):
+        rows = [row for row in result["runs"] if row["policy"] == policy]
+        cells = []
+        for kind in ("ttft_s", "e2e_s"):
+            for which in ("mean", "p50", "p99"):
+                simulated, live = (
+                    float(np.mean([row[side][kind][which] for row in rows]))
+                    for side in ("simulated", "live")
+                )
+                cells.append(f"{simulated:.2f} {live:.2f} {100 * (simulated / live - 1):+.1f} %")
+                if (kind, which) == ("e2e_s", "mean"):
+                    means[policy] = simulated, live
+        print(f"| {policy} | " + " | ".join(cells) + " |")
+    orders = [sorted(means, key=lambda name: means[name][side]) for side in (0, 1)]
+    print(f"ranking simulated: {', '.join(orders[0])}\nranking live:      {', '.join(orders[1])}")
+    late = result["step_lateness_s"]
+    print(f"steps end {1e3 * late['p50']:.1f} ms (p50), {1e3 * late['p99']:.1f} ms (p99) late")
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
