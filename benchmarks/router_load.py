@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -129,6 +130,7 @@ class RouterLoad:
             "to_engine_ms": _quantiles_ms(np.array(tally.to_engine_s[marks[0] :])),
             "from_engine_ms": _quantiles_ms(np.array(tally.from_engine_s[marks[1] :])),
             "engine_cpu_share": (engines.cpu_s - engine_cpu_s) / took_s,
+            "load_average": os.getloadavg()[0],
         }
         if proxy is not None:
             used_s = proxy.cpu_s - proxy_cpu_s
@@ -223,6 +225,7 @@ def _show(document: dict[str, Any]) -> None:
             base = steady["direct"][way][share]
             row(f"{way} {share}", lambda p, w=way, s=share: f"{p[w][s]:.2f}")
             row("  added", lambda p, w=way, s=share, b=base: f"{p[w][s] - b:+.2f}")
+    row("load average at the end", lambda p: f"{p['load_average']:.1f}")
     row("CPU of one core", lambda p: f"{p.get('cpu_share', 0):.2f}")
     row("CPU per event, µs", lambda p: f"{p.get('cpu_us_per_event', 0):.1f}")
     row("RSS, MB", lambda p: _span(p.get("rss_mb", [])))

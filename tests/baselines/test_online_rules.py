@@ -214,7 +214,7 @@ def test_random_takes_every_start_alike():
         ("fifo:alpha=1", "fifo has no parameters"),
         ("atc:k=0", "parameter k of atc must be a number from 0.001"),
         ("weighted-fair:alpha=x", "must be a number from -10 to 10, got 'x'"),
-        ("edd-oracle", "unknown policy 'edd-oracle'"),
+        ("random-oracle", "unknown policy 'random-oracle'"),
     ],
 )
 def test_wrong_name_or_parameter_is_refused(text, message):

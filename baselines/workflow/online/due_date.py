@@ -59,7 +59,7 @@ def decide(
 def _rule(name: str, order: int, reference: str, second: float = 0.0, names: str = "") -> Rule:
     return Rule(
         name=name,
-        information="metric" if order == _EDD else "predictive",
+        information="predictive",
         decide=decide,
         params=np.array([order, second]),
         param_names=("", names) if names else (),

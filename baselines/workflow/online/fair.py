@@ -42,7 +42,7 @@ def fair() -> Rule:
     """The job with the fewest stages on devices: all jobs have the same share."""
     return Rule(
         name="fair",
-        information="metric",
+        information="predictive",
         decide=decide,
         params=np.zeros(1),
         reference="Decima's comparison set (Mao et al. 2019)",

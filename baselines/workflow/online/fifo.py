@@ -36,4 +36,6 @@ def decide(
 
 def fifo() -> Rule:
     """The job that arrived first, on the free device that is expected to end the stage first."""
-    return Rule(name="fifo", information="metric", decide=decide, reference="first in, first out")
+    return Rule(
+        name="fifo", information="predictive", decide=decide, reference="first in, first out"
+    )

@@ -53,7 +53,7 @@ ONLINE_RULES: dict[str, Callable[..., OnlineRule]] = {
     "hexgen-cumulative": hexgen_cumulative,
 }
 #: Rules that use no expectations: the truth is of no use to them.
-_WITHOUT_ORACLE = ("random", "round-robin", "edd")
+_WITHOUT_ORACLE = ("random", "round-robin")
 
 #: `(low, high, logarithmic)` within which a parameter is tuned.
 ONLINE_RANGES: dict[str, dict[str, tuple[float, float, bool]]] = {

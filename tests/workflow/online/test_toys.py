@@ -7,6 +7,7 @@ import pytest
 
 from servegym.baselines.workflow.heft import heft
 from servegym.baselines.workflow.online.registry import online_rule
+from servegym.cluster.jit import kernel
 from servegym.cluster.spec import Faults
 from servegym.cluster.state import FAULT_DOWN, FAULT_SLOW, FAULT_UP
 from servegym.errors import InvalidAction
@@ -14,14 +15,15 @@ from servegym.workflow.job import JobBuilder
 from servegym.workflow.online.simulator import Simulator
 from servegym.workflow.online.spec import DeviceType, Episode, FleetSpec, Links
 from servegym.workflow.online.state import DECISION, WAIT
+from servegym.workflow.online.view import duration_s, view
 
 ONE = FleetSpec((DeviceType("P"),))
 
 
 def task_job(*durations_s: float, edges: tuple[tuple[int, int], ...] = ()):
     builder = JobBuilder("toy", ("P",))
-    for i, duration_s in enumerate(durations_s):
-        builder.task(i, {"P": duration_s})
+    for i, work_s in enumerate(durations_s):
+        builder.task(i, {"P": work_s})
     for edge in edges:
         builder.edge(*edge)
     return builder.build()
@@ -201,3 +203,24 @@ def test_wait_lasts_until_something_changes_and_is_refused_for_nothing(play):
     assert simulator.state.env["now_s"][0] == 5.0
     with pytest.raises(InvalidAction, match="cannot wait: nothing is running"):
         simulator.apply(np.array([WAIT]))
+
+
+def test_expected_duration_on_an_engine_counts_in_what_runs_and_waits_there(engine):
+    spec = FleetSpec((DeviceType("E", engine=engine(), typical_batch=3),))
+    jobs = [llm_job((20, 40)), llm_job((30, 21))]
+    simulator = Simulator(spec, [Episode.of(jobs, [0])])
+    simulator.advance()
+    # alone: 5 s for 30 tokens in two steps, 20 tokens at 1 s + 1 x 0.1 s
+    assert expected(simulator, 1) == pytest.approx(5.0 + 20 * 1.1)
+    simulator.apply(np.array([0]))
+    # beside one more, behind its 20 tokens at 3 s / 20 each
+    assert expected(simulator, 1) == pytest.approx(5.0 + 20 * 1.2 + 20 * 0.15)
+
+
+@kernel
+def _duration_s(p, s, stage):
+    return duration_s(view(p, s, 0), stage, 0)
+
+
+def expected(simulator: Simulator, stage: int) -> float:
+    return _duration_s(simulator.params, simulator.state, stage)

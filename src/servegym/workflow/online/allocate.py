@@ -81,17 +81,27 @@ def make_params(spec: FleetSpec) -> Params:
         slots=np.array([t.num_slots for t in spec.types], np.int64),
         kv_tokens=np.array([spec.kv_tokens(i) for i in range(len(spec.types))], np.int64),
         typical_batch=np.array([min(t.typical_batch, t.num_slots) for t in spec.types], np.int64),
-        prefill_s_per_token=np.array([_prefill_s_per_token(t) for t in spec.types]),
+        prefill_s_per_token=np.array([_slopes(t)[0] for t in spec.types]),
+        step_s_per_seq=np.array([_slopes(t)[1] for t in spec.types]),
+        step_s_per_kv_token=np.array([_slopes(t)[2] for t in spec.types]),
         move_delay_s=float(spec.move_delay_s),
         move_on=moves[spec.move_on] if spec.move_delay_s > 0 else MOVE_NEVER,
     )
 
 
-def _prefill_s_per_token(kind: DeviceType) -> float:
+def _slopes(kind: DeviceType) -> tuple[float, float, float]:
+    """Seconds of a prefill token, of one more decode in a step, and of one more token it sees."""
     if kind.engine is None:
-        return 0.0
-    budget = kind.engine.max_num_batched_tokens
-    return kind.engine.grid.step_s([(budget, 0)]) / budget
+        return 0.0, 0.0, 0.0
+    grid, budget = kind.engine.grid, kind.engine.max_num_batched_tokens
+    few, many = 16 * 1024, 16 * 4096
+    one, batch = grid.step_s([], 1, few), grid.step_s([], 16, few)
+    longer = grid.step_s([], 16, many)
+    return (
+        grid.step_s([(budget, 0)]) / budget,
+        max(0.0, batch - one) / 15,
+        max(0.0, longer - batch) / (many - few),
+    )
 
 
 def _no_engine() -> ReplicaType:

@@ -36,6 +36,8 @@ class Params(NamedTuple):
     kv_tokens: IntArray  # [T] KV capacity, 0 for task devices
     typical_batch: IntArray  # [T] sequences an engine is expected to run together
     prefill_s_per_token: FloatArray  # [T] at a full token budget
+    step_s_per_seq: FloatArray  # [T] what one more sequence adds to a decode step
+    step_s_per_kv_token: FloatArray  # [T] what one more token in its context adds
     move_delay_s: float
     move_on: int  # MOVE_NEVER, MOVE_JOB or MOVE_TEMPLATE
 

@@ -40,7 +40,10 @@ class View(NamedTuple):
     ready: IntArray  # [N]; the first env.num_ready, by falling rank
     fresh: IntArray  # [N]; the first env.num_fresh, in the order in which they became ready
     running: IntArray  # [D, S]; the first device.num_running of each row, in order of start
+    typical_batch: IntArray  # [T] sequences that `expected_s` of LLM stages is stated for
     prefill_s_per_token: FloatArray  # [T] at a full token budget
+    step_s_per_seq: FloatArray  # [T] what one more sequence adds to a decode step
+    step_s_per_kv_token: FloatArray  # [T] what one more token in its context adds
     move_delay_s: float
     move_on: int
 
@@ -60,7 +63,10 @@ def look(p: Params, s: State, e: int) -> View:
         s.ready[e],
         s.fresh[e],
         s.running[e],
+        p.typical_batch,
         p.prefill_s_per_token,
+        p.step_s_per_seq,
+        p.step_s_per_kv_token,
         p.move_delay_s,
         p.move_on,
     )
@@ -146,14 +152,23 @@ def prefix_hit_tokens(w: View, stage: int, d: int) -> int:
 def duration_s(w: View, stage: int, d: int) -> float:
     """Expected duration of a stage on a device from its beginning; inf where it cannot run.
 
-    Of an LLM stage beside a typical batch, behind the prompts that wait there, with what is cached.
+    Of an LLM stage beside those that run on the engine now, behind the prompts that wait there,
+    with what is cached: `expected_s`, which is that beside a typical batch, and the difference
+    between the two batches at the engine's slopes.
     """
-    t = w.device[d].type_idx
+    q, v = w.stage[stage], w.device[d]
+    t = v.type_idx
     expected_s = w.expected_s[stage, t]
-    if w.stage[stage].kind == LLM and expected_s < math.inf:
-        tokens = w.device[d].waiting_tokens - prefix_hit_tokens(w, stage, d)
-        expected_s += tokens * w.prefill_s_per_token[t]
-    return expected_s / w.device[d].speed
+    if q.kind == LLM and expected_s < math.inf:
+        tokens = q.prompt + q.expected_output
+        batch = max(1, min(w.typical_batch[t], int(v.kv_capacity / tokens)))
+        step_s = w.step_s_per_seq[t] * (v.num_running + 1 - batch)
+        step_s += w.step_s_per_kv_token[t] * (v.kv_reserved - (batch - 1) * tokens)
+        prefill = v.waiting_tokens - prefix_hit_tokens(w, stage, d)
+        here_s = expected_s + (q.expected_output - 1.0) * step_s
+        # lines cut short what is far from them: no stage is ten times as fast as expected
+        expected_s = max(here_s, 0.1 * expected_s) + prefill * w.prefill_s_per_token[t]
+    return expected_s / v.speed
 
 
 @inlined
