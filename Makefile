@@ -1,4 +1,4 @@
-.PHONY: demo test test-vllm check bench setup
+.PHONY: demo test test-vllm test-live check bench setup
 
 setup:
 	@scripts/setup
@@ -11,6 +11,9 @@ test: setup  ## the whole test suite
 
 test-vllm: setup  ## compare with vLLM's real scheduler, in an environment of its own
 	scripts/test-vllm
+
+test-live: setup  ## the plug-in in the real vLLM, Ray Serve and LiteLLM, in environments of their own
+	scripts/test-live
 
 check: setup  ## lint, types, import directions
 	scripts/check

@@ -262,6 +262,7 @@ def play(engine: LLMEngine, requests: list[Drawn], check: Check | None) -> dict[
         "mean_ttft_steps": float(np.mean([first - begin for begin, first, _ in steps.values()])),
         "num_steps": step,
         "step_p50_ms": float(np.median(step_s)) * 1e3,
+        "compute_s": float(np.sum(step_s)),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import sys
 from datetime import datetime, timedelta
 from types import ModuleType, SimpleNamespace
@@ -255,3 +256,10 @@ def test_installed_it_hears_of_every_end(monkeypatch):
 
     asyncio.run(drive())
     assert strategy.dispatcher.state.outstanding(0) == 0
+
+
+def test_the_installed_litellm_asks_as_the_adapter_answers():
+    types = pytest.importorskip("litellm.types.router")
+    asked = inspect.signature(types.CustomRoutingStrategyBase.async_get_available_deployment)
+    answered = inspect.signature(PolicyStrategy.async_get_available_deployment)
+    assert list(asked.parameters) == list(answered.parameters)

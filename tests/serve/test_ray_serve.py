@@ -231,3 +231,14 @@ def test_ray_finds_the_class_by_name(router):
     )
     with pytest.raises(AttributeError, match="no attribute Other"):
         module.Other
+
+
+def test_the_installed_ray_has_what_the_adapter_overrides():
+    routers = pytest.importorskip("ray.serve.request_router")
+    for name in (
+        "initialize_state",
+        "choose_replicas",
+        "on_request_routed",
+        "on_request_completed",
+    ):
+        assert hasattr(routers.RequestRouter, name)
