@@ -79,7 +79,7 @@ def environment_speed(scenario: str, num_envs: int, *, placement: str, graph: bo
 def main() -> None:
     """Print tables in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--envs", type=int, default=256)
+    parser.add_argument("--envs", type=int, default=64)
     num_envs = parser.parse_args().envs
     print("| stages/s in the compiled loop |", *(f"{name} |" for name in RULES))
     print("|---" * (len(RULES) + 1) + "|")
