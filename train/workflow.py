@@ -22,13 +22,15 @@ from torch.utils.tensorboard import SummaryWriter
 
 import servegym
 from servegym.agents.workflow_network import (
+    MAX_EXPORTED_DEPTH,
     Graph,
     Pairs,
     WorkflowNetwork,
     WorkflowNetworkConfig,
 )
 from servegym.agents.workflow_policy import learned_rule
-from servegym.errors import ConfigError
+from servegym.errors import ConfigError, ExportError
+from servegym.export.workflow import DecisionSample
 from servegym.train.ppo import read_checkpoint
 from servegym.train.validation import FIRST_SEED
 from servegym.train.workflow_rollout import Played, play
@@ -156,7 +158,7 @@ class WorkflowTrainer:
 
     def run(self, progress: Callable[[str, float], None] = lambda text, share: None) -> None:
         """Train to the end or the time limit, going on from a checkpoint if there is one."""
-        self._resume()
+        self.resume()
         self._write_config()
         self._clock_s = time.perf_counter() - self.spent_s
         writer = SummaryWriter(str(self.folder / "tensorboard"))
@@ -182,6 +184,19 @@ class WorkflowTrainer:
     def gain(self) -> float:
         """How much better the best network is than the first one, in units of `losses`."""
         return float((self.first_scores - self.best_scores).mean())
+
+    def samples(self, count: int = 64) -> list[DecisionSample]:
+        """Take decisions from a training episode of each of three loads, for the export."""
+        self.network.load_state_dict(self.best)
+        rng = np.random.default_rng((self.config.seed, 3))
+        played = play(
+            self.scenario.spec,
+            self._episodes(rng, np.linspace(*self.config.load, 3)),
+            learned_rule(self.network.weights()),
+            objective=self.objective,
+            tau_s=self.config.network.tau_s,
+        )
+        return [x for one in played for x in decision_samples(one, -(-count // 3))]
 
     def _episodes(self, rng: np.random.Generator, loads: FloatArray) -> list[Episode]:
         low, high = self.config.num_jobs
@@ -412,7 +427,8 @@ class WorkflowTrainer:
     def _made_for(self) -> list[Any]:
         return [self.objective, *self.config.network.model_dump().values()]
 
-    def _resume(self) -> None:
+    def resume(self) -> None:
+        """Go on from the checkpoint in the folder, if there is one."""
         path = self.folder / "checkpoint.pt"
         if not path.exists():
             return
@@ -467,6 +483,44 @@ def as_graph(played: Sequence[Played]) -> Graph:
         _joined([one.job[m] for one, m in zip(played, members, strict=True)], jobs),
         int(jobs[-1]),
     )
+
+
+def decision_samples(one: Played, count: int) -> list[DecisionSample]:
+    """Take decisions, evenly spread over an episode, with the jobs that they are about.
+
+    Raises:
+        ExportError: If a job has a longer way of stages than an exported graph can follow.
+    """
+    if one.depth > MAX_EXPORTED_DEPTH:
+        raise ExportError(
+            f"a job has {one.depth} known stages one behind the other, an exported graph follows at"
+            f" most {MAX_EXPORTED_DEPTH}: train without message passing"
+        )
+    found = []
+    for t in np.unique(np.linspace(0, len(one.chosen) - 1, count).astype(int)).tolist():
+        rows = slice(int(one.first[t]), int(one.first[t + 1]))
+        stage = one.stage[rows]
+        jobs, job = np.unique(one.job[stage], return_inverse=True)
+        inside = np.flatnonzero(np.isin(one.job, jobs))
+        place = np.full(len(one.job), -1)
+        place[inside] = np.arange(len(inside))
+        children = np.zeros((len(inside), len(inside)), np.float32)
+        edges = np.isin(one.parent, inside)
+        children[place[one.parent[edges]], place[one.child[edges]]] = 1.0
+        known = (one.job[inside] == jobs[:, None]) & (one.hidden[inside] == 0)
+        members = known / np.maximum(1, known.sum(-1, keepdims=True))
+        found.append(
+            DecisionSample(
+                one.features[rows],
+                one.base[rows],
+                place[stage],
+                job.astype(np.int64),
+                one.stages[inside],
+                children,
+                members.astype(np.float32),
+            )
+        )
+    return found
 
 
 def _joined(parts: Sequence[IntArray], offsets: IntArray) -> Tensor:

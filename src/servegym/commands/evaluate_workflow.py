@@ -22,6 +22,7 @@ from servegym.evaluate.workflow import (
     tuned_by_replay,
     workflow_table,
 )
+from servegym.export.workflow import read_scheduler
 from servegym.workflow.online.policy import Rule, WorkflowPolicy
 from servegym.workflow_scenario import WorkflowScenario, load_workflow_scenario
 
@@ -67,7 +68,10 @@ def resolve_online(
 
     Raises:
         ConfigError: If there is no such rule, or it has nothing to tune.
+        ExportError: If a file `*.onnx` is no exported scheduler of jobs.
     """
+    if text.endswith(".onnx"):
+        return read_scheduler(Path(text))
     if not text.endswith(_TUNED):
         return online_rule(text)
     name = text.removesuffix(_TUNED)

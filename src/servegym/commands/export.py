@@ -8,6 +8,7 @@ from pathlib import Path
 
 from servegym.commands.console import make_console
 from servegym.commands.train import exported, require_torch
+from servegym.commands.train_workflow import export_run, is_scheduler_run
 from servegym.errors import ExportError
 
 
@@ -31,6 +32,12 @@ class Export:
             raise ExportError(
                 f"{self.run_folder} is no training run: it needs checkpoint.pt and config.json"
             )
+        folder = self.out or self.run_folder / "policy"
+        scheduler = is_scheduler_run(settings)
+        if scheduler is not None:
+            path = export_run(self.run_folder, scheduler, folder)
+            make_console().print(f"policy: {path}")
+            return
         content = read_checkpoint(checkpoint)
         try:
             raw = json.loads(settings.read_text())
@@ -47,6 +54,5 @@ class Export:
             seed=raw["seed"],
             network=network_config,
         )
-        folder = self.out or self.run_folder / "policy"
         path = exported(network, config, folder, int(content["update"]), {})
         make_console().print(f"policy: {path}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from servegym.commands.console import make_console
+from servegym.commands.train_workflow import train_scheduler
 from servegym.errors import ConfigError
+from servegym.workflow_scenario import is_workflow_scenario
 
 if TYPE_CHECKING:
     from servegym.agents.network import DispatchNetwork
@@ -35,9 +37,13 @@ class Train:
     """Dispatch decisions to train on."""
     minutes: float = float("inf")
     """Stop earlier after this wall-clock time."""
-    base: str = "added-delay"
-    """Rule the policy starts from, with its parameters: added-delay, prefix-load, speed-family
-    or least-outstanding."""
+    base: str | None = None
+    """Rule the policy starts from, with its parameters: added-delay (default), prefix-load,
+    speed-family or least-outstanding; for jobs none (default), srpt-cp, sjf-cp, edd or rank."""
+    objective: Literal["", "jct", "makespan", "deadline"] = ""
+    """For jobs, instead of the scenario's own."""
+    num_jobs: tuple[int, int] | None = None
+    """For jobs: range of the number of an episode."""
     imitate: str = ""
     """Policy to imitate before PPO begins, such as what-if-added."""
     context: Literal["mean", "attention"] = "mean"
@@ -54,9 +60,18 @@ class Train:
     def run(self) -> None:
         """Train and export."""
         require_torch()
+        if is_workflow_scenario(self.scenario):
+            self._train_scheduler()
+            return
+        for option in ("objective", "num_jobs"):
+            if getattr(self, option):
+                raise ConfigError(
+                    f"--{option.replace('_', '-')} is for scenarios of jobs, and {self.scenario}"
+                    " is one of requests: leave it out"
+                )
         path = trained(
             self.out,
-            base=self.base,
+            base=self.base or "added-delay",
             context=self.context,
             imitate=self.imitate,
             scenario=self.scenario,
@@ -66,6 +81,27 @@ class Train:
             num_envs=self.num_envs,
             seed=self.seed,
             device=self.device,
+        )
+        make_console().print(f"policy: {path}\ntensorboard --logdir {self.out}")
+
+    def _train_scheduler(self) -> None:
+        usual = {f.name: f.default for f in fields(self)}
+        for option in ("decisions", "imitate", "context", "num_envs", "device"):
+            if getattr(self, option) != usual[option]:
+                raise ConfigError(
+                    f"--{option.replace('_', '-')} is for scenarios of requests, and"
+                    f" {self.scenario} is one of jobs: leave it out"
+                )
+        given = {} if self.num_jobs is None else {"num_jobs": self.num_jobs}
+        path = train_scheduler(
+            self.out,
+            base=self.base or "none",
+            minutes=self.minutes,
+            scenario=self.scenario,
+            objective=self.objective,
+            load=self.load,
+            seed=self.seed,
+            **given,
         )
         make_console().print(f"policy: {path}\ntensorboard --logdir {self.out}")
 
