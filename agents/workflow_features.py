@@ -16,6 +16,7 @@ from servegym.workflow.online.view import (
     View,
     can_run,
     data_there_s,
+    duration_s,
     free_s,
     is_visible,
     move_s,
@@ -130,32 +131,19 @@ def _share_out(w: View, v: int, device_memory: FloatArray, column: int) -> None:
 def estimate_finishes(w: View, v: int, device_memory: FloatArray) -> float:
     """Fill when a ready stage would end on each device that can run it, seconds from now.
 
-    On an engine: its prompt, behind those that wait and after its prefix hit, and a decode whose
-    pace falls with what runs there now. On a task device: from when it has a free slot.
+    From when the device is expected to have a free slot, and the stage's data.
 
     Returns:
         The least of them.
     """
-    q = w.stage[v]
     now_s = w.env[0].now_s
     least_s = math.inf
     for d in range(w.env[0].num_devices):
         device_memory[d, FINISH] = math.inf
-        if not can_run(w, v, d):
-            continue
-        x = w.device[d]
-        expected_s = w.expected_s[v, x.type_idx]
-        if q.kind == LLM:
-            rate = w.prefill_s_per_token[x.type_idx]
-            new = q.prompt - prefix_hit_tokens(w, v, d) + x.waiting_tokens
-            # the expected duration is that beside 8 sequences; two fifths of a step grow with them
-            decode_s = max(0.0, expected_s - q.prompt * rate) * (0.65 + 0.05 * x.num_running)
-            finish_s = (new * rate + decode_s) / x.speed
-        else:
+        if can_run(w, v, d):
             from_s = max(free_s(w, d) + move_s(w, v, d), data_there_s(w, v, d)) - now_s
-            finish_s = from_s + expected_s / x.speed
-        device_memory[d, FINISH] = finish_s
-        least_s = min(least_s, finish_s)
+            device_memory[d, FINISH] = from_s + duration_s(w, v, d)
+            least_s = min(least_s, device_memory[d, FINISH])
     return least_s
 
 

@@ -31,6 +31,7 @@ from servegym.agents.workflow_network import (
 from servegym.agents.workflow_policy import learned_rule
 from servegym.errors import ConfigError, ExportError
 from servegym.export.workflow import DecisionSample
+from servegym.train.job_shop import RandomJobShops
 from servegym.train.ppo import read_checkpoint
 from servegym.train.validation import FIRST_SEED
 from servegym.train.workflow_rollout import Played, play
@@ -43,7 +44,7 @@ from servegym.train.workflow_search import (
 )
 from servegym.typing import FloatArray, IntArray
 from servegym.workflow.online.spec import Episode
-from servegym.workflow_scenario import load_workflow_scenario
+from servegym.workflow_scenario import WorkflowScenario, load_workflow_scenario
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class WorkflowTraining:
     """Settings of a training run."""
 
     scenario: str = "text-to-sql"
-    """Bundled scenario name or YAML file."""
+    """Bundled scenario name or YAML file, or `job-shop`: small random job shops."""
     objective: str = ""
     """`jct`, `makespan` or `deadline`; by default the scenario's."""
     load: tuple[float, float] = (0.6, 1.1)
@@ -74,7 +75,7 @@ class WorkflowTraining:
     """Arrival sequences of an update."""
     group_size: int = 4
     """Episodes with the same arrivals; the group is the baseline of its members."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     """Adam's, falling linearly to 0."""
     horizon: float = 40.0
     """Discount: a reward t ahead counts exp(-t / horizon), in mean durations of a stage."""
@@ -127,11 +128,18 @@ class WorkflowTraining:
             )
 
 
+def training_scenario(name_or_path: str) -> WorkflowScenario | RandomJobShops:
+    """Return a scenario of jobs, or random job shops by their name."""
+    if name_or_path == RandomJobShops.name:
+        return RandomJobShops()
+    return load_workflow_scenario(name_or_path)
+
+
 class WorkflowTrainer:
     """A training run in a folder: config, TensorBoard log and checkpoint."""
 
     def __init__(self, config: WorkflowTraining, folder: Path) -> None:
-        scenario = load_workflow_scenario(config.scenario)
+        scenario = training_scenario(config.scenario)
         self.scenario, self.folder = scenario, folder
         self.objective = config.objective or scenario.objective
         try:
@@ -141,7 +149,8 @@ class WorkflowTrainer:
         torch.manual_seed(config.seed)
         torch.set_num_threads(1)
         self.pool = scenario.draw_jobs(config.seed, config.pool_size)
-        tau_s = time_unit_s(self.pool[:200], scenario)
+        few = [scenario.episode(i, num_jobs=config.num_jobs[1], pool=self.pool) for i in range(8)]
+        tau_s = time_unit_s(scenario.spec, few)
         network = config.network.model_copy(update={"tau_s": tau_s})
         self.config = replace(config, network=network)
         self.network = WorkflowNetwork(network)
@@ -222,7 +231,7 @@ class WorkflowTrainer:
 
     def _validate(self) -> FloatArray:
         policy = learned_rule(self.network.weights())
-        return losses(self.scenario, self.validation, policy, self.objective)
+        return losses(self.scenario.spec, self.validation, policy, self.objective)
 
     def _keep_the_better(self) -> float:
         scores = self._validate()
@@ -241,7 +250,7 @@ class WorkflowTrainer:
             loads = np.linspace(*c.load, c.search_episodes)
             episodes = self._episodes(rng, loads)
             loss = linear_loss(
-                self.scenario,
+                self.scenario.spec,
                 episodes,
                 self.objective,
                 c.network.base,
@@ -276,7 +285,7 @@ class WorkflowTrainer:
         best = self._validate().mean()
         for _ in range(8):
             drawn = learned_rule(self.network.weights(), sample=True)
-            worse = losses(self.scenario, self.validation, drawn, self.objective).mean() - best
+            worse = losses(self.scenario.spec, self.validation, drawn, self.objective).mean() - best
             if worse <= self.config.sharpness:
                 break
             self._set_theta(2.0 * self.network.theta.weight[0].detach().double().numpy())

@@ -16,12 +16,10 @@ from servegym.agents.workflow_features import NUM_PAIR_FEATURES, PAIR_FEATURES
 from servegym.agents.workflow_policy import WorkflowWeights, learned_rule
 from servegym.errors import ConfigError
 from servegym.typing import FloatArray
-from servegym.workflow.job import Job
 from servegym.workflow.online.policy import WorkflowPolicy
 from servegym.workflow.online.run import run
 from servegym.workflow.online.simulator import Simulator
-from servegym.workflow.online.spec import Episode
-from servegym.workflow_scenario import WorkflowScenario
+from servegym.workflow.online.spec import Episode, FleetSpec
 
 #: What a scheduler may be trained for.
 OBJECTIVES = ("jct", "makespan", "deadline")
@@ -36,12 +34,12 @@ FIRST_GUESS = {
 
 
 def losses(
-    scenario: WorkflowScenario, episodes: Sequence[Episode], policy: WorkflowPolicy, objective: str
+    spec: FleetSpec, episodes: Sequence[Episode], policy: WorkflowPolicy, objective: str
 ) -> FloatArray:
     """Play episodes; lower is better.
 
     Args:
-        scenario: Whose fleet it is.
+        spec: The fleet.
         episodes: What is played.
         policy: Plays.
         objective: One of `OBJECTIVES`.
@@ -50,7 +48,7 @@ def losses(
         Per episode the logarithm of the mean job completion time or of the makespan in seconds,
         or minus the (weighted) share of jobs that ended in time, `float64[len(episodes)]`.
     """
-    simulator = Simulator(scenario.spec, episodes)
+    simulator = Simulator(spec, episodes)
     run(simulator, policy)
     env = simulator.state.env
     if objective == "jct":
@@ -61,12 +59,12 @@ def losses(
     return -env["good"] / np.array(weights)
 
 
-def time_unit_s(jobs: Sequence[Job], scenario: WorkflowScenario) -> float:
-    """Return the mean expected duration of the stages of some jobs on the scenario's devices."""
-    episode = scenario.episode(0, num_jobs=len(jobs), pool=tuple(jobs))
-    simulator = Simulator(scenario.spec, [episode])
-    count = int(simulator.state.env[0]["num_stages"])
-    return float(simulator.state.stage["mean_s"][0, :count].mean())
+def time_unit_s(spec: FleetSpec, episodes: Sequence[Episode]) -> float:
+    """Return the mean expected duration of the stages of some episodes."""
+    simulator = Simulator(spec, episodes)
+    counts = simulator.state.env["num_stages"].tolist()
+    means = [simulator.state.stage["mean_s"][env, :n] for env, n in enumerate(counts)]
+    return float(np.concatenate(means).mean())
 
 
 @dataclass
@@ -129,7 +127,7 @@ class Search:
 
 
 def linear_loss(
-    scenario: WorkflowScenario,
+    spec: FleetSpec,
     episodes: Sequence[Episode],
     objective: str,
     base: str,
@@ -140,6 +138,6 @@ def linear_loss(
 
     def loss(theta: FloatArray) -> float:
         policy = learned_rule(WorkflowWeights(base, eta, tau_s, theta))
-        return float(losses(scenario, episodes, policy, objective).mean())
+        return float(losses(spec, episodes, policy, objective).mean())
 
     return loss

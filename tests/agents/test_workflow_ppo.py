@@ -174,8 +174,8 @@ def test_losses_are_logarithms_of_means(path):
     run(simulator, online_rule("fifo"))
     jobs = [simulator.jobs(e) for e in range(2)]
     want = [np.log((j["finish_s"] - j["arrival_s"]).mean()) for j in jobs]
-    np.testing.assert_allclose(losses(scenario, episodes, online_rule("fifo"), "jct"), want)
-    assert losses(scenario, episodes, online_rule("fifo"), "deadline").tolist() == [-1.0, -1.0]
+    np.testing.assert_allclose(losses(scenario.spec, episodes, online_rule("fifo"), "jct"), want)
+    assert losses(scenario.spec, episodes, online_rule("fifo"), "deadline").tolist() == [-1.0, -1.0]
 
 
 def test_search_finds_the_least_of_a_bowl():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from servegym.commands.console import make_console
-from servegym.commands.train_workflow import train_scheduler
+from servegym.commands.train_workflow import JOB_SHOP, train_scheduler
 from servegym.errors import ConfigError
 from servegym.workflow_scenario import is_workflow_scenario
 
@@ -30,7 +30,7 @@ class Train:
     """Train a PPO dispatcher and export it; a killed run goes on where its checkpoint is."""
 
     scenario: str = "mixed-chat"
-    """Bundled scenario name or YAML file."""
+    """Bundled scenario name or YAML file, of requests or of jobs, or `job-shop`."""
     out: Path = field(default_factory=lambda: Path("runs/ppo"))
     """Folder of the run: config.json, tensorboard/, checkpoint.pt, policy/."""
     decisions: int = 4_000_000
@@ -60,7 +60,7 @@ class Train:
     def run(self) -> None:
         """Train and export."""
         require_torch()
-        if is_workflow_scenario(self.scenario):
+        if is_workflow_scenario(self.scenario) or self.scenario == JOB_SHOP:
             self._train_scheduler()
             return
         for option in ("objective", "num_jobs"):

@@ -14,6 +14,8 @@ from servegym.errors import ExportError
 if TYPE_CHECKING:
     from servegym.train.workflow import WorkflowTrainer, WorkflowTraining
 
+#: Random job shops, in place of a scenario.
+JOB_SHOP = "job-shop"
 #: Where a run of `servegym train` stops that was given no time.
 DEFAULT_MINUTES = 10.0
 
