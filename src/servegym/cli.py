@@ -19,6 +19,7 @@ from servegym.commands.evaluate import Evaluate
 from servegym.commands.export import Export
 from servegym.commands.fit import Fit
 from servegym.commands.policies import Policies
+from servegym.commands.replay import Replay
 from servegym.commands.scenarios import Scenarios
 from servegym.commands.schedule import ScheduleDag
 from servegym.commands.serve import Serve
@@ -49,6 +50,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "costs": Costs,
     "calibrate": Calibrate,
     "validate": Validate,
+    "replay": Replay,
     "schedule": ScheduleDag,
     "serve": Serve,
     "bench": Bench,

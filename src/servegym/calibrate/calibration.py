@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from servegym.assets.specs import GpuSpec, gpu
 from servegym.assets.specs import model as model_of
 from servegym.calibrate.adaptation import Adaptation
+from servegym.calibrate.correction import Correction
 from servegym.calibrate.datasheet import DataSheet, one_sentence, prior_spec
 from servegym.calibrate.engine import EngineFit
 from servegym.calibrate.kernels import KernelTimes
@@ -35,7 +36,7 @@ class Calibration(BaseModel):
         model: Name in `models.yaml`.
         tp: Tensor-parallel degree.
         machine: What was measured, if it was this machine.
-        content: Kernels, an engine's fit, or an adaptation.
+        content: Kernels, an engine's fit, an adaptation, or a correction of other costs.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,7 +48,15 @@ class Calibration(BaseModel):
     model: str
     tp: int = Field(1, ge=1)
     machine: Machine | None = None
-    content: Annotated[KernelTimes | EngineFit | Adaptation, Field(discriminator="kind")]
+    content: Annotated[
+        KernelTimes | EngineFit | Adaptation | Correction, Field(discriminator="kind")
+    ]
+
+    @property
+    def precision(self) -> Literal["bf16", "fp8"]:
+        """Of the weights that the costs are for; what is measured here is bf16."""
+        fp8 = isinstance(self.content, Correction) and self.content.fp8
+        return "fp8" if fp8 else "bf16"
 
     @property
     def spec(self) -> GpuSpec:
@@ -76,7 +85,8 @@ class Calibration(BaseModel):
         Raises:
             ConfigError: As `source`.
         """
-        return StepCost(self.spec, model_of(self.model), self.tp, source=self.source())
+        fp8 = self.precision == "fp8"
+        return StepCost(self.spec, model_of(self.model), self.tp, fp8, source=self.source())
 
     def write(self, path: Path) -> None:
         """Write the file, all or nothing."""
@@ -137,7 +147,7 @@ def calibrated_cost(
         ("gpu", found.gpu, gpu_name),
         ("model", found.model, model_name),
         ("tp", found.tp, tp),
-        ("precision", "bf16", precision),
+        ("precision", found.precision, precision),
     ):
         if got != wanted:
             raise ConfigError(f"{path} was made for {what} {got}, not for {wanted}")

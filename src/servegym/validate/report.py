@@ -9,7 +9,7 @@ from servegym.validate.plots import cdf_figure, error_figure, scatter_figure, se
 from servegym.validate.score import Validation
 from servegym.validate.tables import published_tables, run_tables, skipped_files_table
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; } h3 { font-size: 1rem; }
@@ -46,7 +46,7 @@ def report_page(result: Validation) -> str:
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>servegym: simulator against engines</title><style>{_STYLE}</style></head><body>
+<title>servegym: simulator against engines</title><style>{STYLE}</style></head><body>
 <h1>Simulator against real engines</h1>
 {"".join(parts)}
 <p class="note">servegym {servegym.__version__}</p>

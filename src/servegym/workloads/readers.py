@@ -11,7 +11,7 @@ import numpy as np
 
 from servegym.errors import WorkloadError
 from servegym.typing import Int32Array, IntArray
-from servegym.workloads.records import json_object, records
+from servegym.workloads.records import READABLE, json_object, records
 from servegym.workloads.table import RequestTable
 
 _BLOCK_TOKENS = 512  # of Mooncake's hash ids
@@ -63,7 +63,8 @@ def read_trace(path: str | Path, *, on_bad_row: OnBadRow = "error") -> Trace:
     """Read a trace in any supported format, told by its columns.
 
     Args:
-        path: `.csv`, `.jsonl` or `.parquet`, the first two also gzipped.
+        path: `.csv`, `.jsonl` or `.parquet`, the first two also gzipped; or a folder of such
+            files that go on from one another, as a router's log does.
         on_bad_row: Refuse the file at the first malformed row, or count and leave out.
 
     Returns:
@@ -75,17 +76,18 @@ def read_trace(path: str | Path, *, on_bad_row: OnBadRow = "error") -> Trace:
     path = Path(path)
     rows: list[_Row] = []
     bad: list[str] = []
-    for line, record in records(path):
-        try:
-            rows.append(_parse(path.name, line, record))
-        except WorkloadError as error:
-            if on_bad_row == "error":
-                raise
-            bad.append(str(error))
+    for file in _files(path):
+        for line, record in records(file):
+            try:
+                rows.append(_parse(file.name, line, record))
+            except WorkloadError as error:
+                if on_bad_row == "error":
+                    raise
+                bad.append(str(error))
     if not rows:
         raise WorkloadError(f"{path.name} has no usable request" + (f": {bad[0]}" if bad else ""))
     rows.sort(key=lambda row: row.arrival_s)
-    keys, ends, offsets = _segments([row.hashes for row in rows])
+    keys, ends, offsets = prefix_segments([row.hashes for row in rows])
     arrival = np.array([row.arrival_s for row in rows])
     table = RequestTable.build(
         arrival - arrival[0],
@@ -99,6 +101,12 @@ def read_trace(path: str | Path, *, on_bad_row: OnBadRow = "error") -> Trace:
         prefix_ends=ends,
     )
     return Trace(table, path.name, len(bad), bad[0] if bad else "")
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.iterdir() if file.name.lower().endswith(READABLE))
 
 
 def _parse(name: str, line: int, record: str | dict[str, object]) -> _Row:
@@ -181,8 +189,15 @@ def _hashes(where: str, column: str, record: dict[str, object]) -> list[int]:
     return hashes
 
 
-def _segments(hashes: list[list[int]]) -> tuple[IntArray, Int32Array, IntArray]:
-    """Chain block hashes into prefix keys: each key depends on all hashes up to its own."""
+def prefix_segments(hashes: list[list[int]]) -> tuple[IntArray, Int32Array, IntArray]:
+    """Chain block hashes into prefix keys: each key depends on all hashes up to its own.
+
+    Args:
+        hashes: Of the blocks of each request's prompt.
+
+    Returns:
+        `prefix_keys`, `prefix_ends` and `prefix_offsets` of a `RequestTable`.
+    """
     counts = np.array([len(row) for row in hashes], np.int64)
     offsets = np.concatenate((np.zeros(1, np.int64), np.cumsum(counts)))
     mixed = _mix(np.array([value % 2**64 for row in hashes for value in row], np.uint64))

@@ -1,0 +1,1 @@
+"""Replay of a live router's decision log: prediction against observation, drift, refits."""
