@@ -159,6 +159,20 @@ def test_unknown_models_paths_and_methods():
     run(test)
 
 
+def test_a_fleet_of_one_model_need_not_be_told_which():
+    async def test() -> None:
+        nameless = {key: value for key, value in BODY.items() if key != "model"}
+        async with running(2) as it:
+            assert (await it.post(nameless))[0] == 200
+            assert (await it.post({**nameless, "model": None}))[0] == 200
+            it.replicas[1].model = "other"
+            await it.router._health._read_models(1)
+            assert (await it.post(nameless))[0] == 404
+            assert (await it.post({**nameless, "model": "other"}))[0] == 200
+
+    run(test)
+
+
 def test_a_body_that_is_too_large_is_refused_before_and_while_it_is_read():
     async def test() -> None:
         async with running(1, request={"max_body_bytes": 1000}) as it:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import secrets
@@ -246,12 +247,7 @@ class Router:
         read_s = dispatcher.clock()
         chat = request.path.endswith("/chat/completions")
         asked = read_request(body, chat=chat, slo_field=config.slo_field)
-        models = self._health.models()
-        if models and asked.model not in models:
-            known = ", ".join(sorted(models))
-            raise RequestError(
-                404, f"there is no model {asked.model!r}, only {known}", "model_not_found"
-            )
+        model = self._model(asked.model)
         named = request.headers.get(config.slo_header) or asked.slo_class
         try:
             slo_class = dispatcher.slo_class(named or self._limits.of(tenant).slo_class)
@@ -266,11 +262,22 @@ class Router:
             tenant=tenant,
             slo_class=slo_class,
             max_tokens=asked.max_tokens,
-            model=asked.model,
+            model=model,
         )
         return await self._proxy.forward(
             request, job, body, key=key, stream=asked.stream, read_s=read_s
         )
+
+    def _model(self, asked: str) -> str:
+        """Return the model a request is for; engines that serve one need not be told which."""
+        assert self._health is not None
+        models = self._health.models()
+        if not models or asked in models:
+            return asked
+        if not asked and len(models) == 1:
+            return next(iter(models))
+        known = ", ".join(sorted(models))
+        raise RequestError(404, f"there is no model {asked!r}, only {known}", "model_not_found")
 
     async def _body(self, request: web.Request) -> bytes:
         if (request.content_length or 0) > self.config.request.max_body_bytes:
@@ -362,6 +369,8 @@ async def _serve(config: RouterConfig, ready: Callable[[Router], None]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     await router.start()
+    # what is there now stays: looking through all of it would stop every stream for 0.1 s
+    gc.freeze()
     ready(router)
     await stop.wait()
     _log.warning("stopping: %d requests in progress", router.telemetry.in_flight)

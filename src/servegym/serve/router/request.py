@@ -45,7 +45,7 @@ def read_request(body: bytes, *, chat: bool, slo_field: str | None = None) -> As
         raise RequestError(400, f"the body is not JSON: {error}", "invalid_json") from error
     if not isinstance(data, dict):
         raise _wrong("the body must be a JSON object")
-    model, stream = data.get("model", ""), data.get("stream") or False
+    model, stream = data.get("model") or "", data.get("stream") or False
     if not isinstance(model, str):
         raise _wrong("model must be a text")
     if not isinstance(stream, bool):
