@@ -56,8 +56,8 @@ MAX_HIDDEN = 64
 _KEYS = _PART + MAX_HIDDEN
 _LIST = _KEYS + MAX_STAGES
 ROWS = _LIST + MAX_STAGES
-#: A row of a pair: stage, device, base score, features.
-ROW_STAGE, ROW_DEVICE, ROW_BASE, ROW_FEATURES = range(4)
+#: A row of a pair: stage, device, base score, score, features.
+ROW_STAGE, ROW_DEVICE, ROW_BASE, ROW_SCORE, ROW_FEATURES = range(5)
 ROW_WIDTH = ROW_FEATURES + NUM_PAIR_FEATURES
 # Columns of a stage's memory
 _DONE, _OWN, _JOB = 0, 1, 1 + EMBED
@@ -320,6 +320,7 @@ def decide(
             _stage_part(w, v, params, memory, stage_memory)
         last = v
         score = _score(r, params, memory)
+        memory[ROWS + r * ROW_WIDTH + ROW_SCORE] = score
         if params[_SAMPLE] > 0.0:  # Gumbel's noise: the greatest is a draw from the softmax
             score -= math.log(-math.log(next_uniform(rng)))
         if score > best_score:

@@ -8,7 +8,6 @@ branches tells more of a decision than thousands of returns do.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 from numba import njit, typeof, types
@@ -16,6 +15,7 @@ from numba import njit, typeof, types
 from servegym.agents.workflow_policy import (
     NUM_ROWS,
     ROW_DEVICE,
+    ROW_SCORE,
     ROW_STAGE,
     ROW_WIDTH,
     ROWS,
@@ -25,7 +25,9 @@ from servegym.cluster.jit import OPTIONS
 from servegym.typing import FloatArray, IntArray, UInt64Array
 from servegym.workflow.online.kernels import advance, apply
 from servegym.workflow.online.policy import SIGNATURE, Decide
+from servegym.workflow.online.run import begin
 from servegym.workflow.online.simulator import Simulator
+from servegym.workflow.online.spec import Episode, FleetSpec
 from servegym.workflow.online.state import DECISION, WAIT, Params, State
 from servegym.workflow.online.view import view
 
@@ -92,7 +94,7 @@ class Branching:
         """
         state, rule = self._simulator.state, self._rule
         until_s = float(state.env[0]["now_s"]) + horizon_s
-        before = self._counted(0, until_s)
+        before = self.counted(0, until_s)
         found = np.empty(len(actions))
         for i, action in enumerate(actions.tolist()):
             for array in state:
@@ -112,10 +114,11 @@ class Branching:
                 until_s,
             )
             _player(arguments)(rule.decide, *arguments)  # type: ignore[operator]
-            found[i] = self._counted(1, until_s) - before
+            found[i] = self.counted(1, until_s) - before
         return found
 
-    def _counted(self, env: int, until_s: float) -> float:
+    def counted(self, env: int, until_s: float) -> float:
+        """Return the cost of an environment so far, but for what lies beyond `until_s`."""
         row = self._simulator.state.env[env]
         if self._objective == "deadline":
             return -float(row["good"])
@@ -126,20 +129,51 @@ class Branching:
         return float(row["area"] + row["in_system"] * (stop_s - row["area_until_s"]))
 
 
-class Choice(NamedTuple):
-    """Actions of a decision, in the order of the rule's rows; waiting last, where it is allowed."""
+def look_ahead(
+    spec: FleetSpec,
+    episode: Episode,
+    rule: LearnedRule,
+    objective: str,
+    horizon_s: float,
+    *,
+    most: int = 4,
+) -> float:
+    """Play an episode, trying the best actions of a rule in branches before each decision.
 
-    actions: IntArray
-    rows: IntArray
+    The branches know what will come: an estimate from above of what one more step of policy
+    improvement could bring.
 
+    Args:
+        spec: The fleet.
+        episode: What is played.
+        rule: Scores the actions, and plays on in the branches.
+        objective: `jct`, `makespan` or `deadline`.
+        horizon_s: How far each branch is played.
+        most: Actions that are tried.
 
-def choices_of(simulator: Simulator, rule: LearnedRule, env: int = 0) -> Choice:
-    """List what the rule has just chosen from."""
-    count = int(rule.memory[env][NUM_ROWS])
-    rows = rule.memory[env][ROWS : ROWS + count * ROW_WIDTH].reshape(count, ROW_WIDTH)
-    totals = simulator.state.env[env]
-    actions = rows[:, ROW_STAGE] * totals["num_devices"] + rows[:, ROW_DEVICE]
-    found = actions.astype(np.int64)
-    if totals["num_started"] > 0:
-        found = np.append(found, WAIT)
-    return Choice(found, np.arange(len(found)))
+    Returns:
+        Job-seconds in the system, the makespan in seconds or minus the weight of the jobs in time.
+    """
+    simulator = Simulator(spec, [episode, episode])
+    begin(simulator, rule)
+    branching = Branching(simulator, rule, objective)
+    first = np.zeros(1, np.int64)
+    while simulator.advance()[0] == DECISION:
+        action = int(rule.act(simulator, first)[0])
+        count = int(rule.memory[0][NUM_ROWS])
+        rows = rule.memory[0][ROWS : ROWS + count * ROW_WIDTH].reshape(count, ROW_WIDTH)
+        num_devices = simulator.state.env[0]["num_devices"]
+        actions = (rows[:, ROW_STAGE] * num_devices + rows[:, ROW_DEVICE]).astype(np.int64)
+        order = np.argsort(-rows[:, ROW_SCORE], kind="stable")[:most]
+        tried = actions[order][actions[order] != action]
+        if simulator.state.env[0]["num_started"] > 0 and action != WAIT:
+            tried = np.append(tried, WAIT)
+        tried = np.append(action, tried)
+        if len(tried) > 1:
+            costs = branching.costs(tried, horizon_s)
+            # the rule's own choice, unless another is really better
+            if costs.min() < costs[0] - 1e-9 * abs(costs[0]):
+                action = int(tried[costs.argmin()])
+        simulator.state.env["deciding"][1] = 0
+        simulator.apply(np.array([action, WAIT]))
+    return branching.counted(0, math.inf)

@@ -19,12 +19,14 @@ from servegym.commands.console import make_console, require_writable
 from servegym.commands.schedule_benchmark import Benchmark, run_benchmark
 from servegym.errors import ConfigError
 from servegym.evaluate.plots import PALETTE, pyplot
+from servegym.export.workflow import read_scheduler
 from servegym.workflow.bounds import critical_path_s, lower_bound_s
 from servegym.workflow.gantt_page import gantt_page
 from servegym.workflow.graph import Workflow
 from servegym.workflow.plot import draw_gantt
 from servegym.workflow.reader import read_workflow
 from servegym.workflow.schedule import Schedule
+from servegym.workflow.shop_jobs import schedule_shop
 from servegym.workflow.tardiness import due_date_scores
 from servegym.workflow.wfformat import Fleet
 
@@ -43,7 +45,8 @@ class ScheduleDag:
     instances: str = "1-50"
     """Of the benchmark, numbers and ranges: taillard has 80, tardiness 75."""
     policies: tuple[str, ...] = ("heft", "cpop", "peft")
-    """Rules, separated by commas or spaces; see docs/workflow.md."""
+    """Rules, separated by commas or spaces, see docs/workflow.md; for job shops also exported
+    schedulers (policy.onnx)."""
     speeds: tuple[float, ...] = (1.0, 1.0, 2.0, 4.0)
     """Devices for a WfFormat file: the speed of each against the machine of the record."""
     link_gb_per_s: float = 1.25
@@ -94,12 +97,15 @@ class ScheduleDag:
         for name in names:
             if names.count(name) > 1:
                 raise ConfigError(f"policy {name} is given twice")
-        return {
-            name: partial(cp_sat, time_limit_s=self.time_limit_s)
-            if name in EXACT_RULES
-            else workflow_rule(name)
-            for name in names
-        }
+        return dict(self._rule(name) for name in names)
+
+    def _rule(self, name: str) -> tuple[str, WorkflowRule]:
+        if name.endswith(".onnx"):
+            policy = read_scheduler(Path(name))
+            return policy.name, partial(schedule_shop, policy=policy)
+        if name in EXACT_RULES:
+            return name, partial(cp_sat, time_limit_s=self.time_limit_s)
+        return name, workflow_rule(name)
 
 
 def schedules_table(workflow: Workflow, schedules: dict[str, Schedule]) -> Table:
