@@ -155,13 +155,11 @@ def test_fp8_kv_cache_holds_twice_the_tokens_and_is_read_in_half_the_time():
     assert half.grid.decode(8, knot) == pytest.approx(full.grid.decode(8, knot / 2))
 
 
-def test_ranks_with_shared_experts_hold_more_and_are_slower_than_one(write_run):
+def test_rank_with_shared_experts_holds_more_tokens_than_an_engine_with_all():
     one = EngineSetup("RTX-PRO-6000", "Qwen3-30B-A3B").replica(EngineConstants())
-    two = EngineSetup("RTX-PRO-6000", "Qwen3-30B-A3B", expert_ranks=2).replica(EngineConstants())
-    assert two.num_blocks > 2 * one.num_blocks  # each rank holds half of the experts
-    assert two.max_num_seqs == 2 * one.max_num_seqs
-    batch, kv = 64, 64 * 1000
-    assert two.grid.step_s([], 2 * batch, 2 * kv) < 2 * one.grid.step_s([], batch, kv)
+    rank = EngineSetup("RTX-PRO-6000", "Qwen3-30B-A3B", expert_ranks=2).replica(EngineConstants())
+    assert rank.num_blocks > one.num_blocks  # it holds half of the experts
+    assert rank.grid.dense(64) < one.grid.dense(64)  # and computes none by itself
 
 
 def test_row_scores_only_what_was_published(write_table):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -12,7 +11,7 @@ from servegym.assets.specs import gpu, model
 from servegym.cluster.spec import ReplicaType
 from servegym.costs.grid import CostGrid
 from servegym.costs.step import StepCost
-from servegym.typing import FloatArray
+from servegym.validate.ranks import SharedCost
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class EngineSetup:
     separate_attention: bool = False
 
     def replica(self, constants: EngineConstants) -> ReplicaType:
-        """Return the replica type to simulate.
+        """Return the replica type to simulate; with shared experts one rank's own work.
 
         Raises:
             ConfigError: If the GPU, the model or the degree is not allowed, or the weights do
@@ -89,16 +88,21 @@ class EngineSetup:
             grid, kv_tokens = half_kv(grid), 2 * kv_tokens
         if self.separate_attention:
             grid = replace(grid, mixed_s=grid.decode_s)
-        ranks = self.expert_ranks
-        blocks = self.num_blocks or kv_tokens // self.block_size
         return ReplicaType(
-            name=f"{self.gpu} x{self.tp * ranks}",
+            name=f"{self.gpu} x{self.tp}",
             grid=constants.apply(grid),
-            num_blocks=max(1, blocks * ranks),
-            max_num_batched_tokens=max(self.max_num_batched_tokens, self.max_num_seqs) * ranks,
-            max_num_seqs=self.max_num_seqs * ranks,
-            num_gpus=self.tp * ranks,
+            num_blocks=max(1, self.num_blocks or kv_tokens // self.block_size),
+            max_num_batched_tokens=max(self.max_num_batched_tokens, self.max_num_seqs),
+            max_num_seqs=self.max_num_seqs,
+            num_gpus=self.tp,
         )
+
+    def shared(self) -> SharedCost | None:
+        """Return what its ranks do together, None if they share no experts."""
+        if self.expert_ranks == 1:
+            return None
+        cost = step_cost(self.gpu, self.model, self.tp, self.precision)
+        return SharedCost.of(cost, self.expert_ranks)
 
 
 @lru_cache(maxsize=1024)
@@ -119,7 +123,7 @@ def _cost(
     cost = step_cost(gpu_name, model_name, tp, precision)
     if ranks == 1:
         return cost.compile(), cost.kv_capacity_tokens(fraction)
-    return _lockstep(cost, ranks), _rank_capacity(cost, ranks, fraction)
+    return _own_work(cost), _rank_capacity(cost, ranks, fraction)
 
 
 def half_kv(grid: CostGrid) -> CostGrid:
@@ -134,45 +138,15 @@ def half_kv(grid: CostGrid) -> CostGrid:
     return replace(grid, decode_s=np.array(decode), mixed_s=np.array(decode))
 
 
-def _lockstep(cost: StepCost, ranks: int) -> CostGrid:
-    """Merge data-parallel ranks with shared experts into one engine.
-
-    Their steps begin and end together. Decoding tokens are spread evenly over the ranks; a
-    prefill chunk lies on one of them, so the attention GEMMs of its other share come on top.
-    Every rank computes its share of the experts for the tokens of all, after an all-gather of
-    tokens and router logits and before a reduce-scatter.
-    """
+def _own_work(cost: StepCost) -> CostGrid:
+    """Return what a data-parallel rank computes by itself: all but the experts."""
     grid = cost.compile()
 
-    def attention(tokens: float) -> float:
-        return cost.terms(tokens)["attention GEMMs"]
+    def dense_s(tokens: float) -> float:
+        terms = cost.terms(tokens)
+        return sum(terms.values()) - terms["cpu"] - terms["experts"]
 
-    def dense(tokens: float) -> float:
-        share = max(1.0, tokens / ranks)
-        terms, all_tokens = cost.terms(share), cost.terms(tokens)
-        # activations there and back and router logits there, two bytes each
-        gather_s = cost.operators.all_gather_s
-        exchange = 2.0 * gather_s(2.0 * tokens * cost.model.hidden, ranks)
-        exchange += gather_s(2.0 * tokens * cost.model.num_experts, ranks)
-        rest = sum(terms.values()) - terms["cpu"] - terms["experts"]
-        return rest + all_tokens["experts"] / ranks + cost.model.layers * exchange
-
-    def of_one_rank(attention_s: Callable[[float, float], float]) -> FloatArray:
-        return np.array(
-            [
-                [attention_s(max(1.0, b / ranks), max(1.0, k / ranks)) for k in grid.decode_kv]
-                for b in grid.decode_batch
-            ]
-        )
-
-    extra = np.array([attention(c) - attention(max(1.0, c / ranks)) for c in grid.prefill_chunk])
-    return replace(
-        grid,
-        dense_s=np.array([dense(t) for t in grid.dense_tokens]),
-        prefill_s=grid.prefill_s + np.maximum(extra, 0.0)[:, np.newaxis],
-        decode_s=of_one_rank(grid.decode),
-        mixed_s=of_one_rank(grid.mixed),
-    )
+    return replace(grid, dense_s=np.array([dense_s(t) for t in grid.dense_tokens]))
 
 
 def _rank_capacity(cost: StepCost, ranks: int, fraction: float) -> int:

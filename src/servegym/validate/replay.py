@@ -15,6 +15,7 @@ from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import ClusterSpec, Episode, ReplicaType
 from servegym.cluster.state import DONE, WAKING, Params, State
 from servegym.typing import FloatArray, IntArray
+from servegym.validate.ranks import SharedCost, play_ranks
 from servegym.validate.runs import tpot
 from servegym.workloads.table import RequestTable
 
@@ -115,6 +116,7 @@ def replay_open(
     block_size: int = 16,
     prefix_caching: bool = False,
     num_replicas: int = 1,
+    shared: SharedCost | None = None,
     record: bool = False,
 ) -> Replay:
     """Replay requests that arrive at given times; all at 0 is a static batch.
@@ -130,14 +132,17 @@ def replay_open(
         block_size: Tokens in a KV block.
         prefix_caching: Requests share no text; it lets a preempted one find its own blocks.
         num_replicas: Equal engines that share the requests.
+        shared: What these do together in steps of equal length; None: each steps by itself.
         record: Keep the steps, which `Replay.series` needs.
     """
     spec = ClusterSpec((replica,), block_size=block_size, prefix_caching=prefix_caching)
     table = RequestTable.build(arrival_s, prompt_tokens, output_tokens)
     simulator = _simulator(spec, table, num_replicas, record)
-    if num_replicas == 1 and not record:
+    if shared is not None:
+        play_ranks(simulator, shared)
+    elif num_replicas == 1 and not record:
         _play(simulator.params, simulator.state, 0, 0)
-    while simulator.advance()[0] != DONE:
+    while simulator.advance()[0] != DONE:  # ends at once if all have been played
         ranks = simulator.state.replica[0]
         score = 4 * ranks["num_waiting"] + ranks["num_running"]
         simulator.apply(np.array([np.argmin(score)]))

@@ -142,7 +142,8 @@ def score_run(run: RealRun, constants: EngineConstants) -> RunScore:
         run.output_tokens,
         block_size=run.block_size,
         prefix_caching=run.prefix_caching,
-        num_replicas=1 if run.expert_parallel else run.dp,
+        num_replicas=run.dp,
+        shared=setup.shared(),
         record=True,
     )
     added = {"ttft_s": constants.request_s, "e2e_s": constants.request_s}

@@ -1,0 +1,169 @@
+"""Data-parallel ranks that share the experts of a mixture, played in lockstep.
+
+Each rank has its own queue and KV cache, and computes attention for its own requests. In every
+layer the ranks exchange their tokens, compute their share of the experts for the tokens of all,
+and give them back; so that layer by layer all wait for the slowest, and their steps begin and end
+together. A rank with nothing to do takes part with one dummy token.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from servegym.cluster.engine import end_step, form_step
+from servegym.cluster.jit import inlined, kernel
+from servegym.cluster.kernels import apply
+from servegym.cluster.simulator import Simulator
+from servegym.cluster.state import DECODE, DONE, IDLE, LOG_FULL, STEP, Params, State
+from servegym.cluster.steptime import decode_span_s, dense_s, locate
+from servegym.costs.step import StepCost
+from servegym.typing import FloatArray
+
+_KNOTS = np.unique(np.round(np.geomspace(1, 65536, 97)))
+_ACTIVATION_BYTES = 2.0
+
+
+@dataclass(frozen=True)
+class SharedCost:
+    """What all ranks of a step do together.
+
+    Attributes:
+        tokens: Knots, ascending, `float64[n]`.
+        experts_s: Seconds of a rank's share of the experts, by the tokens of all ranks,
+            `float64[n]`.
+        exchange_s: Seconds in which tokens go to all ranks and come back, by the tokens of the
+            fullest rank, `float64[n]`.
+    """
+
+    tokens: FloatArray
+    experts_s: FloatArray
+    exchange_s: FloatArray
+
+    @classmethod
+    def of(cls, cost: StepCost, num_ranks: int) -> SharedCost:
+        """Take the shared terms of a step cost over so many ranks.
+
+        Ranks with more tokens than others send them one rank at a time (vLLM's `all_gatherv` and
+        `reduce_scatterv`), so the fullest decides: the exchange takes what it would with that many
+        tokens on every rank. Activations go there and back, router logits there, two bytes each.
+        """
+        model, gather_s = cost.model, cost.operators.all_gather_s
+
+        def exchange_s(tokens: float) -> float:
+            there_and_back = 2.0 * gather_s(
+                _ACTIVATION_BYTES * num_ranks * tokens * model.hidden, num_ranks
+            )
+            logits = gather_s(_ACTIVATION_BYTES * num_ranks * tokens * model.num_experts, num_ranks)
+            return model.layers * (there_and_back + logits)
+
+        return cls(
+            tokens=_KNOTS,
+            experts_s=np.array([cost.terms(t)["experts"] / num_ranks for t in _KNOTS]),
+            exchange_s=np.array([exchange_s(t) for t in _KNOTS]),
+        )
+
+
+def play_ranks(simulator: Simulator, shared: SharedCost) -> None:
+    """Play all requests of environment 0 to their ends on replicas that are such ranks.
+
+    A request goes to the rank with the smallest sum of running and four times its waiting
+    requests, as in vLLM's coordinator.
+
+    Args:
+        simulator: Its replicas' grids hold what a rank computes by itself.
+        shared: What comes on top.
+    """
+    end_s = np.array([math.inf])
+    state = simulator.state
+    while True:
+        reason = _play(
+            simulator.params,
+            state,
+            0,
+            end_s,
+            shared.tokens,
+            shared.experts_s,
+            shared.exchange_s,
+        )
+        if reason != LOG_FULL:
+            return
+        simulator.grow_logs()
+        state = simulator.state
+
+
+@kernel
+def _play(
+    p: Params,
+    s: State,
+    e: int,
+    end_s: FloatArray,
+    knots: FloatArray,
+    experts_s: FloatArray,
+    exchange_s: FloatArray,
+) -> int:
+    """Play until all requests have ended (`DONE`) or a log is full; `end_s` of the joint step."""
+    env = s.env[e]
+    num_ranks = env.num_replicas
+    room = 4 * s.request.shape[1] + 8
+    while env.num_ended < env.num_requests:
+        if p.record and s.log.shape[1] - max(env.log_len, env.step_len) < room:
+            return LOG_FULL
+        arrival_s = math.inf
+        if env.next_arrival < env.num_requests:
+            arrival_s = s.request[e, env.next_arrival].arrival_s
+        if end_s[0] > arrival_s:
+            env.now_s = arrival_s
+            env.deciding = env.next_arrival
+            env.next_arrival += 1
+            env.in_system += 1
+            best, least = 0, 1 << 60
+            for r in range(num_ranks):
+                score = 4 * s.replica[e, r].num_waiting + s.replica[e, r].num_running
+                if score < least:
+                    best, least = r, score
+            apply(p, s, e, best)
+            if end_s[0] == math.inf:  # all were idle: requests of the same instant come first
+                end_s[0] = np.nextafter(arrival_s, math.inf)
+            continue
+        now_s = end_s[0]
+        env.now_s = now_s
+        slowest_s, fullest, tokens, busy = 0.0, 1, 0, False
+        for r in range(num_ranks):
+            v = s.replica[e, r]
+            if v.mode == STEP or v.mode == DECODE:
+                end_step(p, s, e, r, now_s)
+        for r in range(num_ranks):
+            form_step(p, s, e, r, now_s)
+            v = s.replica[e, r]
+            own_s = dense_s(p, v.type_idx, 1)
+            mine = 1
+            if v.mode != IDLE:
+                busy = True
+                mine = v.num_decodes
+                request = v.first_prefill
+                while request >= 0:
+                    mine += s.request[e, request].chunk
+                    request = s.request[e, request].next_request
+            if v.mode == DECODE:
+                v.seg_steps = 1  # the others may have other work in the next step
+                kv_tokens = v.kv_tokens + v.num_decodes
+                own_s = decode_span_s(p, v.type_idx, v.num_decodes, kv_tokens, 1)
+            elif v.mode == STEP:
+                own_s = s.due[e, v.event_pos].time_s - now_s
+            slowest_s = max(slowest_s, own_s)
+            fullest = max(fullest, mine)
+            tokens += mine
+        end_s[0] = math.inf
+        if busy:
+            end_s[0] = now_s + slowest_s
+            end_s[0] += _between(knots, experts_s, tokens) + _between(knots, exchange_s, fullest)
+    return DONE
+
+
+@inlined
+def _between(knots: FloatArray, values: FloatArray, x: int) -> float:
+    i = locate(knots, x)
+    return values[i] + (x - knots[i]) / (knots[i + 1] - knots[i]) * (values[i + 1] - values[i])
