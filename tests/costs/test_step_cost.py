@@ -282,8 +282,10 @@ def test_a_gpu_holds_a_model_or_says_what_to_do(gpu_name, model_name):
                     cost.kv_capacity_tokens()
                 continue
             tokens = cost.kv_capacity_tokens()
-            # more than one long conversation, less than an empty machine could hold
-            assert 4096 < tokens < tp * spec.memory_bytes / arch.kv_bytes_per_token
+            # more than one long conversation where the weights leave a GB for it, less than an
+            # empty machine could hold
+            least = 4096 if free > 1e9 else 0
+            assert least < tokens < tp * spec.memory_bytes / arch.kv_bytes_per_token
             assert tokens * arch.kv_bytes_per_token <= free
 
 

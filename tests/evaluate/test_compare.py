@@ -14,7 +14,7 @@ from rich.console import Console
 
 from servegym.baselines.registry import policy
 from servegym.errors import ConfigError
-from servegym.evaluate.compare import paired_ratio
+from servegym.evaluate.compare import paired_difference, paired_ratio
 from servegym.evaluate.document import evaluation_document, write_json
 from servegym.evaluate.harness import FIRST_SEED, evaluate
 from servegym.evaluate.saturation import saturation_load
@@ -137,8 +137,9 @@ def test_document_has_stable_keys(compared):
     assert len(document["aggregates"]) == 3 * 2
     assert len(document["runs"]) == 3 * 2 * 3
     (first, *_) = document["aggregates"]
-    assert set(first) == {"ratio", "information", "load", "metrics", "policy"}
-    assert set(first["ratio"]) == {"ci95", "metric", "num_pairs", "reference", "value"}
+    assert set(first) == {"difference", "ratio", "information", "load", "metrics", "policy"}
+    for comparison in (first["ratio"], first["difference"]):
+        assert set(comparison) == {"ci95", "metric", "num_pairs", "reference", "value"}
     assert set(document["runs"][0]) == {"load", "metrics", "policy", "seed"}
     assert set(document["runs"][0]["metrics"]) == set(first["metrics"])
     latencies = {
@@ -277,3 +278,11 @@ def test_goodput_scenarios_are_judged_by_goodput(make_scenario):
     best = result.best_heuristic(1.5)
     assert all(result.ratio(name, best, 1.5).value <= 1.0 for name, _ in result.policies)
     assert evaluation_document(result)["aggregates"][0]["ratio"]["metric"] == "goodput_rps"
+
+
+def test_a_share_of_nothing_counts_in_differences():
+    mine, other = np.array([0.5, 0.0, 1.0, np.nan]), np.array([0.0, 0.2, 0.7, 0.5])
+    value, low, high, num_pairs = paired_difference(mine, other)
+    assert (value, num_pairs) == (pytest.approx((0.5 - 0.2 + 0.3) / 3), 3)
+    assert -0.21 < low < value < high < 0.51
+    assert paired_difference(mine[:1], other[:1])[1:3] == (-np.inf, np.inf)

@@ -28,6 +28,7 @@ _DRIVER_NAMES = {
     "MI300X": "MI300X",
     "L40S": "L40S",
     "A40": "A40",
+    "RTX A6000": "RTX-A6000",
     "L4": "L4",
 }
 

@@ -20,6 +20,15 @@ class Ratio(NamedTuple):
     num_pairs: int
 
 
+class Difference(NamedTuple):
+    """Mean of paired differences with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+    num_pairs: int
+
+
 def paired_ratio(metric: FloatArray, reference: FloatArray) -> Ratio:
     """Compare a metric seed by seed.
 
@@ -32,12 +41,31 @@ def paired_ratio(metric: FloatArray, reference: FloatArray) -> Ratio:
         the interval is infinite.
     """
     usable = (metric > 0) & (reference > 0)
-    logs = np.log(metric[usable] / reference[usable])
-    n = len(logs)
+    mean, low, high, n = _mean_with_interval(np.log(metric[usable] / reference[usable]))
+    return Ratio(float(np.exp(mean)), float(np.exp(low)), float(np.exp(high)), n)
+
+
+def paired_difference(metric: FloatArray, reference: FloatArray) -> Difference:
+    """Compare a share seed by seed; one that is 0 has no ratio, but a difference.
+
+    Args:
+        metric: Of the policy, `float64[seeds]`.
+        reference: Of the reference policy on the same seeds, `float64[seeds]`.
+
+    Returns:
+        `metric - reference`. With fewer than two usable pairs the interval is infinite.
+    """
+    gaps = metric - reference
+    return Difference(*_mean_with_interval(gaps[~np.isnan(gaps)]))
+
+
+def _mean_with_interval(values: FloatArray) -> tuple[float, float, float, int]:
+    """Mean of independent values, its 95 % bootstrap interval, and how many they are."""
+    n = len(values)
     if n == 0:
-        return Ratio(float("nan"), float("nan"), float("nan"), 0)
+        return np.nan, np.nan, np.nan, 0
     if n == 1:
-        return Ratio(float(np.exp(logs[0])), 0.0, float("inf"), 1)
+        return float(values[0]), -np.inf, np.inf, 1
     rows = np.random.default_rng(0).integers(0, n, (RESAMPLES, n))
-    low, high = np.percentile(logs[rows].mean(1), (2.5, 97.5))
-    return Ratio(float(np.exp(logs.mean())), float(np.exp(low)), float(np.exp(high)), n)
+    low, high = np.percentile(values[rows].mean(1), (2.5, 97.5))
+    return float(values.mean()), float(low), float(high), n

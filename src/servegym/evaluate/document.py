@@ -21,6 +21,7 @@ def evaluation_document(result: Evaluation) -> dict[str, Any]:
         best = result.best_heuristic(load)
         for name, information in result.policies:
             r = result.ratio(name, best, load)
+            gap = result.difference(name, best, load)
             keys = next(x.metrics for x in result.runs if x.policy == name and x.load == load)
             aggregates.append(
                 {
@@ -34,6 +35,13 @@ def evaluation_document(result: Evaluation) -> dict[str, Any]:
                         "value": r.value,
                         "ci95": [r.low, r.high],
                         "num_pairs": r.num_pairs,
+                    },
+                    "difference": {
+                        "metric": result.judged_by,
+                        "reference": best,
+                        "value": gap.value,
+                        "ci95": [gap.low, gap.high],
+                        "num_pairs": gap.num_pairs,
                     },
                 }
             )

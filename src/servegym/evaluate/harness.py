@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from servegym.cluster.simulator import Simulator
 from servegym.errors import ConfigError
-from servegym.evaluate.compare import Ratio, paired_ratio
+from servegym.evaluate.compare import Difference, Ratio, paired_difference, paired_ratio
 from servegym.evaluate.metrics import measure
 from servegym.policy.policy import Policy
 from servegym.policy.run import run, time_decisions
@@ -105,6 +105,13 @@ class Evaluation:
         """Paired ratio of a metric, by default the objective's, policy over reference."""
         metric = metric or self.judged_by
         return paired_ratio(self.values(policy, load, metric), self.values(reference, load, metric))
+
+    def difference(self, policy: str, reference: str, load: float, metric: str = "") -> Difference:
+        """Paired difference of a metric, by default the objective's, policy minus reference."""
+        metric = metric or self.judged_by
+        return paired_difference(
+            self.values(policy, load, metric), self.values(reference, load, metric)
+        )
 
 
 def evaluate(

@@ -52,9 +52,38 @@ class WorkflowEvaluation(Evaluation):
         """What tables call that metric."""
         return OBJECTIVES[self.scenario.objective][1]
 
+    @property
+    def judged_by_share(self) -> bool:
+        """Whether that metric is a share, the more the better: compared by differences."""
+        return OBJECTIVES[self.scenario.objective][2]
+
+    def against(self, policy: str, reference: str, load: float) -> tuple[float, float, float]:
+        """Paired comparison by the objective, with its 95 % interval.
+
+        Returns:
+            Percentage points above the reference if the objective is a share, else the ratio.
+        """
+        if self.judged_by_share:
+            value, low, high, _ = self.difference(policy, reference, load)
+            return 100 * value, 100 * low, 100 * high
+        value, low, high, _ = self.ratio(policy, reference, load)
+        return value, low, high
+
+    @property
+    def against_heading(self) -> str:
+        """Heading of a column of such comparisons."""
+        return "points" if self.judged_by_share else "ratio"
+
+    def against_text(self, policy: str, reference: str, load: float) -> str:
+        """Return such a comparison as tables show it."""
+        value, low, high = self.against(policy, reference, load)
+        if self.judged_by_share:
+            return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+        return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
     def ranking(self, load: float) -> list[tuple[str, str]]:
         """Name and information class of all policies, the best by the objective first."""
-        sign = -1 if OBJECTIVES[self.scenario.objective][2] else 1
+        sign = -1 if self.judged_by_share else 1
         return sorted(self.policies, key=lambda p: sign * self.mean(p[0], load, self.judged_by))
 
 
@@ -240,9 +269,11 @@ def _text(name: str, values: dict[str, float]) -> str:
 def workflow_table(result: WorkflowEvaluation, load: float) -> Table:
     """Tabulate one load, best first by the scenario's objective."""
     best = result.best_heuristic(load)
+    relation = "minus" if result.judged_by_share else "over"
     table = Table(
         title=f"{result.scenario.name}, load {load:g}: means over {len(result.seeds)} seeds",
-        caption=f"ratio: {result.judged_name} over that of {best} (best rule, no oracle), 95 % CI",
+        caption=f"{result.against_heading}: {result.judged_name} {relation} that of {best}"
+        " (best rule, no oracle), 95 % CI",
         box=box.SIMPLE_HEAD,
         padding=(0, 0, 0, 1),
         pad_edge=False,
@@ -251,11 +282,9 @@ def workflow_table(result: WorkflowEvaluation, load: float) -> Table:
     table.add_column("knows", no_wrap=True)
     for heading, *_ in COLUMNS:
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("ratio", justify="right", no_wrap=True)
+    table.add_column(result.against_heading, justify="right", no_wrap=True)
     for name, information in result.ranking(load):
-        r = result.ratio(name, best, load)
         cells = [f"{k * result.mean(name, load, m):,.{d}f}" for _, m, k, d in COLUMNS]
         style = "bold" if name in result.learned else ("dim" if information == "oracle" else "")
-        ratio = f"{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]"
-        table.add_row(name, information, *cells, ratio, style=style)
+        table.add_row(name, information, *cells, result.against_text(name, best, load), style=style)
     return table
