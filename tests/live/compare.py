@@ -77,4 +77,4 @@ def read(path: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     found = compare(Path(sys.argv[1]))
-    sys.exit("\n".join(found))
+    sys.exit("\n".join(found) or 0)

@@ -122,14 +122,14 @@ class Check:
         idle_s = now_s - self.idle_since_s.get(name, request.arrival_time)
         return [
             float(running),
-            self.priority[name],
-            len(request.prompt_token_ids),
             request.num_computed_tokens,
             generated,
+            -(-request.num_computed_tokens // BLOCK_SIZE),
+            self.priority[name],
+            len(request.prompt_token_ids),
             max(min(told[PREDICTED_OUTPUT_TOKENS], request.max_tokens) - generated, 1),
             now_s - request.arrival_time,
             0.0 if running else idle_s,
-            -(-request.num_computed_tokens // BLOCK_SIZE),
             request.num_preemptions,
             NO_LIMIT_S if generated else due_s,
             NO_LIMIT_S,
@@ -140,14 +140,15 @@ class Check:
             BUDGET,
         ]
 
-    def before(self, *args: Any) -> None:
-        """Compute every score anew, then let the plug-in order."""
+    def before(self, *args: Any, may_decide: bool) -> None:
+        """Let the plug-in order, then compute every score anew."""
         waiting, running = list(self.scheduler.waiting), list(self.scheduler.running)
         self.clock.now_s = wall.time()
-        self._before(*args)
+        self._before(*args, may_decide=may_decide)
         requests = [*waiting, *running]
+        # scores of a step in which nothing could be decided are not there to be looked up
         self.score = {}
-        if requests:
+        if may_decide:
             rows = [self.row(r, i >= len(waiting)) for i, r in enumerate(requests)]
             scores = self.policy.score(np.array(rows), np.zeros((len(rows), 0))).tolist()
             self.score = dict(zip([r.request_id for r in requests], scores, strict=True))

@@ -282,7 +282,7 @@ async def main() -> None:
     result["plugin"] = {
         name: json.loads((work / f"{name}.stats.json").read_text()) for name in fleet
     }
-    (work / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_result(result, work / "result.json")
     print_table(result)
 
 
@@ -303,7 +303,7 @@ async def measure(
                  log=work / "train.log")  # fmt: skip
     mean_tokens = float(scenario.episode(0).table.output_tokens.mean())
     result: dict[str, Any] = {
-        "scenario": yaml.safe_load(scenario_path.read_text()),
+        "scenario": scenario_text({n: Path(p.name) for n, p in calibrations.items()}, args.rate),
         "time_scale": TIME_SCALE,
         "overlapped": args.overlapped,
         "calibrations": {n: json.loads(p.read_text())["content"] for n, p in calibrations.items()},
@@ -350,6 +350,13 @@ async def measure(
     return result
 
 
+def write_result(result: dict[str, Any], path: Path) -> None:
+    """Write a result, one run a line."""
+    head = json.dumps({key: value for key, value in result.items() if key != "runs"}, indent=1)
+    runs = ",\n".join(json.dumps(row, separators=(",", ":")) for row in result["runs"])
+    path.write_text(f'{head[:-2]},\n "runs": [\n{runs}\n]}}\n')
+
+
 def print_row(row: dict[str, Any]) -> None:
     """Print one run."""
     cells = [f"{row['policy']:18} {row['repeat']}"]
@@ -363,7 +370,6 @@ def print_row(row: dict[str, Any]) -> None:
 def print_table(result: dict[str, Any]) -> None:
     """Print means over the repeats, and what they say."""
     print("\nmean over the repeats: simulated, live, simulated / live - 1")
-    means: dict[str, tuple[float, float]] = {}
     for policy in dict.fromkeys(row["policy"] for row in result["runs"]):
         rows = [row for row in result["runs"] if row["policy"] == policy]
         cells = []
@@ -374,13 +380,26 @@ def print_table(result: dict[str, Any]) -> None:
                     for side in ("simulated", "live")
                 )
                 cells.append(f"{simulated:.2f} {live:.2f} {100 * (simulated / live - 1):+.1f} %")
-                if (kind, which) == ("e2e_s", "mean"):
-                    means[policy] = simulated, live
         print(f"| {policy} | " + " | ".join(cells) + " |")
-    orders = [sorted(means, key=lambda name: means[name][side]) for side in (0, 1)]
-    print(f"ranking simulated: {', '.join(orders[0])}\nranking live:      {', '.join(orders[1])}")
+    for repeat in sorted({row["repeat"] for row in result["runs"]}):
+        rows = [row for row in result["runs"] if row["repeat"] == repeat]
+        print_ranking(repeat, rows)
     late = result["step_lateness_s"]
     print(f"steps end {1e3 * late['p50']:.1f} ms (p50), {1e3 * late['p99']:.1f} ms (p99) late")
+
+
+def print_ranking(repeat: int, rows: list[dict[str, Any]]) -> None:
+    """Print who is how good in one episode, in the simulator and live."""
+    sides = {}
+    for side in ("simulated", "live"):
+        mean_s = {row["policy"]: row[side]["e2e_s"]["mean"] for row in rows}
+        ranking = sorted(mean_s, key=mean_s.__getitem__)
+        best_rule = next((name for name in ranking if name != "trained"), ranking[0])
+        ratio = mean_s.get("trained", np.nan) / mean_s[best_rule]
+        sides[side] = ranking
+        print(f"episode {repeat}, {side}: {' < '.join(ranking)}; trained / {best_rule} {ratio:.3f}")
+    same = "the same" if sides["simulated"] == sides["live"] else "another"
+    print(f"episode {repeat}: {same} ranking")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ async def main() -> None:
         path.parent,
         "server",
         SIZE,
-        plugin={"policy": order, "stats_file": str(stats)},
+        plugin={"policy": order, "stats_file": str(stats), "report_every_s": 0.5},
         overlapped=True,
     )
     requests = draw(240, 1.0, 1024, seed=9)
@@ -64,6 +64,8 @@ async def main() -> None:
             await replica.ready(session)
         bodies = [body(drawn) for drawn in requests]
         answers = await play(replica.url, bodies, [drawn.step * STEP_S for drawn in requests])
+        # a step more, with which the last ones are reported
+        await play(replica.url, bodies[:1], [1.0])
     finally:
         replica.stop()
     told = {

@@ -33,6 +33,9 @@ def _feature(name: str, low: float, high: float, unit: str, meaning: str) -> Fea
 #: every row.
 ORDERING_FEATURES: tuple[Feature, ...] = (
     _feature("is_running", 0, 1, "-", "1 in the running list, 0 in the waiting queue"),
+    _feature("computed_tokens", 0, NO_BOUND, "tokens", "tokens in the KV cache"),
+    _feature("generated_tokens", 0, NO_BOUND, "tokens", "output tokens so far"),
+    _feature("kv_blocks", 0, NO_BOUND, "blocks", "KV blocks its computed tokens fill"),
     _feature(
         "client_priority",
         -NO_BOUND,
@@ -41,8 +44,6 @@ ORDERING_FEATURES: tuple[Feature, ...] = (
         "its client's; lower is more urgent",
     ),
     _feature("prompt_tokens", 1, NO_BOUND, "tokens", "prompt length"),
-    _feature("computed_tokens", 0, NO_BOUND, "tokens", "tokens in the KV cache"),
-    _feature("generated_tokens", 0, NO_BOUND, "tokens", "output tokens so far"),
     _feature(
         "predicted_remaining_tokens",
         1,
@@ -52,7 +53,6 @@ ORDERING_FEATURES: tuple[Feature, ...] = (
     ),
     _feature("waited_s", 0, NO_BOUND, "s", "since it arrived"),
     _feature("idle_s", 0, NO_BOUND, "s", "since it arrived or was preempted, 0 while running"),
-    _feature("kv_blocks", 0, NO_BOUND, "blocks", "KV blocks its computed tokens fill"),
     _feature("num_preemptions", 0, NO_BOUND, "-", "how often it was preempted"),
     _feature(
         "ttft_slack_s",

@@ -15,10 +15,13 @@ from hypothesis import strategies as st
 
 import servegym.serve.vllm
 from servegym.errors import ConfigError
+from servegym.policy.ordering import OrderingFeature
 from servegym.serve.vllm import scheduler as scheduler_module
 from servegym.serve.vllm.scheduler import make_scheduler, order_by_policy
 
 from .fake_engine import FakeQueue, FakeRequest, FakeScheduler
+
+WAITED = int(OrderingFeature["WAITED_S"])
 
 
 class Fixed:
@@ -193,7 +196,9 @@ def test_a_policy_that_recovers_is_taken_back_after_a_trial(make, monkeypatch):
     monkeypatch.setattr("servegym.serve.vllm.plugin.time.monotonic", lambda: now_s[0])
     broken = [False]
     scheduler = make(
-        lambda features: explode(features) if broken[0] else -features[:, 6],
+        lambda features: (
+            explode(features) if broken[0] else -features[:, OrderingFeature["WAITED_S"]]
+        ),
         {"num_blocks": 12},
         breaker={"open_faults": 2, "cooldown_s": 5.0, "close_successes": 3},
     )

@@ -26,6 +26,7 @@ def load_grid(path: Path) -> CostGrid:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        return CostGrid(**arrays | {"cpu_s": float(arrays["cpu_s"])})
+        numbers = {name: float(array) for name, array in arrays.items() if array.ndim == 0}
+        return CostGrid(**arrays | numbers)
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise ConfigError(f"{path} is not a step cost of servegym: {error}") from error

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from servegym.errors import ServeGymError
-from servegym.policy.ordering import OrderingPolicy
+from servegym.policy.ordering import OrderingFeature, OrderingPolicy
 from servegym.serve.vllm.config import PluginConfig
 from servegym.serve.vllm.rows import RequestRows
 from servegym.typing import FloatArray, IntArray
 
+_RUNNING = int(OrderingFeature["IS_RUNNING"])
 #: Weight of the newest step in the average step time.
 _STEP_WEIGHT = 0.05
 
@@ -98,8 +100,8 @@ class Orderer:
         else:
             scores = self._score_part(features, slots, num_waiting)
         # equal scores go by arrival, as in vLLM; NaN, a newcomer without a score yet, comes last
-        is_running = np.arange(len(slots)) >= num_waiting
-        return Ranking(slots, np.lexsort((arrival_s, scores, is_running)), num_waiting)
+        order = np.lexsort((arrival_s, scores, features[:, _RUNNING]))
+        return Ranking(slots, order, num_waiting)
 
     def _score(self, features: FloatArray, slots: IntArray) -> FloatArray:
         memory = self.rows.memory
@@ -111,7 +113,7 @@ class Orderer:
             scores = self._policy.score(features, memory[: len(slots)])
         if scores.shape != slots.shape:
             raise InvalidScores(f"{len(slots)} requests got scores of shape {scores.shape}")
-        if not np.isfinite(scores).all():
+        if not math.isfinite(scores.sum()):
             raise InvalidScores("a score is not finite")
         return scores
 

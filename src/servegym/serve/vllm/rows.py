@@ -16,15 +16,15 @@ from servegym.serve.vllm.config import PluginConfig
 from servegym.serve.vllm.hints import E2E_SLO_S, PREDICTED_OUTPUT_TOKENS, TTFT_SLO_S, hint
 from servegym.typing import FloatArray, IntArray
 
+# from here to `_BLOCKS` they change in every step of a running request
 _RUNNING = int(OrderingFeature["IS_RUNNING"])
+_GENERATED = int(OrderingFeature["GENERATED_TOKENS"])
+_BLOCKS = int(OrderingFeature["KV_BLOCKS"])
 _PRIORITY = int(OrderingFeature["CLIENT_PRIORITY"])
 _PROMPT = int(OrderingFeature["PROMPT_TOKENS"])
-_COMPUTED = int(OrderingFeature["COMPUTED_TOKENS"])
-_GENERATED = int(OrderingFeature["GENERATED_TOKENS"])
 _REMAINING = int(OrderingFeature["PREDICTED_REMAINING_TOKENS"])
 _WAITED = int(OrderingFeature["WAITED_S"])
 _IDLE = int(OrderingFeature["IDLE_S"])
-_BLOCKS = int(OrderingFeature["KV_BLOCKS"])
 _PREEMPTIONS = int(OrderingFeature["NUM_PREEMPTIONS"])
 _TTFT_SLACK = int(OrderingFeature["TTFT_SLACK_S"])
 _DEADLINE_SLACK = int(OrderingFeature["DEADLINE_SLACK_S"])
@@ -186,12 +186,16 @@ class RequestRows:
         self._note_preempted(waiting, slots, now_s)
         rows = self._rows.take(slots, axis=0)
         if running:
-            tokens = np.array([(r.num_computed_tokens, r.num_output_tokens) for r in running])
-            rows[num_waiting:, _RUNNING] = 1.0
-            rows[num_waiting:, _COMPUTED : _GENERATED + 1] = tokens
-            rows[num_waiting:, _BLOCKS] = -(-tokens[:, 0] // self._block_size)
-        rows[:, _REMAINING] = np.maximum(rows[:, _PREDICTED] - rows[:, _GENERATED], 1.0)
-        rows[:, _WAITED : _IDLE + 1] = now_s - rows[:, _ARRIVAL : _IDLE_SINCE + 1]
+            size = self._block_size
+            rows[num_waiting:, _RUNNING : _BLOCKS + 1] = [
+                (1, (computed := r.num_computed_tokens), r.num_output_tokens, -(-computed // size))
+                for r in running
+            ]
+        remaining = rows[:, _REMAINING]
+        np.subtract(rows[:, _PREDICTED], rows[:, _GENERATED], out=remaining)
+        np.maximum(remaining, 1.0, out=remaining)
+        since_s = rows[:, _ARRIVAL : _IDLE_SINCE + 1]
+        np.subtract(now_s, since_s, out=rows[:, _WAITED : _IDLE + 1])
         rows[num_waiting:, _IDLE] = 0.0
         if self._any_limit:
             left = rows[:, _TTFT_DUE : _DUE + 1] - now_s
