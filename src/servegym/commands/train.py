@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from servegym.commands.console import make_console
 from servegym.commands.train_workflow import JOB_SHOP, train_scheduler
+from servegym.commands.workload import trace_scenario
 from servegym.errors import ConfigError
 from servegym.workflow_scenario import is_workflow_scenario
 
@@ -31,6 +32,10 @@ class Train:
 
     scenario: str = "mixed-chat"
     """Bundled scenario name or YAML file, of requests or of jobs, or `job-shop`."""
+    trace: str | None = None
+    """Train on this trace, or log of a router, instead of the scenario's workload."""
+    rate_rps: float | None = None
+    """Rate of the trace at load 1; by default 80 % of what the fleet can bear."""
     out: Path = field(default_factory=lambda: Path("runs/ppo"))
     """Folder of the run: config.json, tensorboard/, checkpoint.pt, policy/."""
     decisions: int = 4_000_000
@@ -69,12 +74,15 @@ class Train:
                     f"--{option.replace('_', '-')} is for scenarios of jobs, and {self.scenario}"
                     " is one of requests: leave it out"
                 )
+        scenario = self.scenario
+        if self.trace:
+            scenario = trace_scenario(scenario, self.trace, self.rate_rps, self.out)
         path = trained(
             self.out,
             base=self.base or "added-delay",
             context=self.context,
             imitate=self.imitate,
-            scenario=self.scenario,
+            scenario=scenario,
             total_decisions=self.decisions,
             max_minutes=self.minutes,
             load=self.load,
@@ -86,7 +94,8 @@ class Train:
 
     def _train_scheduler(self) -> None:
         usual = {f.name: f.default for f in fields(self)}
-        for option in ("decisions", "imitate", "context", "num_envs", "device"):
+        options = ("trace", "rate_rps", "decisions", "imitate", "context", "num_envs", "device")
+        for option in options:
             if getattr(self, option) != usual[option]:
                 raise ConfigError(
                     f"--{option.replace('_', '-')} is for scenarios of requests, and"

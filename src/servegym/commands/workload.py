@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import yaml
+
 from servegym.commands.console import make_console
 from servegym.scenario import Scenario, load_scenario, with_trace
 from servegym.workloads.config import TraceConfig
@@ -24,3 +28,16 @@ def chosen_scenario(
         if read.num_skipped:
             make_console().print(f"skipped {read.num_skipped} rows; the first: {read.first_bad}")
     return chosen
+
+
+def trace_scenario(scenario: str, trace: str, rate_rps: float | None, folder: Path) -> str:
+    """Write a scenario with its workload replaced by a trace into a folder; return its path.
+
+    A trained policy is exported and judged on the scenario it was trained on: it must be a file.
+    """
+    chosen = chosen_scenario(scenario, str(Path(trace).resolve()), rate_rps)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "scenario.yaml"
+    text = yaml.safe_dump(chosen.model_dump(mode="json", exclude_none=True), sort_keys=False)
+    path.write_text(text, encoding="utf-8")
+    return str(path)

@@ -302,7 +302,7 @@ class _Search:
             values = values + move / np.maximum(longest, 1.0)
             sigma = np.sqrt(np.diagonal(covariance, axis1=1, axis2=2))
             sigma = sigma.reshape(-1, self.num_stretches, self.size).transpose(1, 0, 2)
-            if (np.abs(move) <= np.maximum(0.1 * sigma, 0.01 * self.step)).all():
+            if (np.abs(move) <= np.maximum(0.3 * sigma, 0.01 * self.step)).all():
                 break
         count = np.zeros((self.num_stretches, self.num_replicas), np.int64)
         for r, rows in enumerate(self.rows):

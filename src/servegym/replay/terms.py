@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from servegym.costs.grid import CostGrid
-from servegym.typing import FloatArray
+from servegym.typing import FloatArray, IntArray
 
 #: Terms with a factor, in the order of the factors' arrays.
 TERMS = ("step", "kv", "prefill")
@@ -60,9 +60,19 @@ def decode_parts(grid: CostGrid, batch: FloatArray, kv_tokens: FloatArray) -> St
         kv_tokens: Tokens that they attend to in all, `float64[n]`.
     """
     one_s = grid.dense(1.0)
-    pairs = zip(batch.tolist(), kv_tokens.tolist(), strict=True)
+    i, w = _locate(grid.decode_batch, batch)
+    j, z = _locate(grid.decode_kv, kv_tokens)
+    v = grid.decode_s
+    low = v[i, j] + z * (v[i, j + 1] - v[i, j])
+    high = v[i + 1, j] + z * (v[i + 1, j + 1] - v[i + 1, j])
     return StepParts(
         step_s=np.full(len(batch), grid.cpu_s + one_s),
-        kv_s=np.array([grid.decode(b, kv) for b, kv in pairs]),
+        kv_s=low + w * (high - low),
         tokens_s=np.interp(batch, grid.dense_tokens, grid.dense_s) - one_s,
     )
+
+
+def _locate(knots: FloatArray, x: FloatArray) -> tuple[IntArray, FloatArray]:
+    """Return the knot before each `x` and how far it is towards the next, as `CostGrid` does."""
+    i = np.clip(np.searchsorted(knots, x, side="right") - 1, 0, len(knots) - 2)
+    return i, (x - knots[i]) / (knots[i + 1] - knots[i])

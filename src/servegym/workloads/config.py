@@ -222,7 +222,8 @@ class TraceConfig(_Config):
     def read(self) -> Trace:
         """Read the trace; says how many rows were left out with `on_bad_row: skip`."""
         path = Path(self.path)
-        version = (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None
+        files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+        version = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files)
         return _trace(path, version, self.max_context_tokens, self.on_bad_row)
 
     def table(
@@ -261,9 +262,12 @@ def _draw_classes(
 
 @lru_cache(maxsize=8)
 def _trace(
-    path: Path, version: tuple[int, int] | None, max_context_tokens: int, on_bad_row: OnBadRow
+    path: Path,
+    version: tuple[tuple[int, int], ...],
+    max_context_tokens: int,
+    on_bad_row: OnBadRow,
 ) -> Trace:
-    """Read a trace once for each `version` (size and time of change) of its file.
+    """Read a trace once for each `version` (sizes and times of change) of its files.
 
     Requests beyond the context limit are cut to it, as a client would.
     """
