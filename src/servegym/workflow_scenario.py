@@ -30,6 +30,7 @@ from servegym.scenario import (
 from servegym.typing import IntArray
 from servegym.workflow.job import Job
 from servegym.workflow.online.spec import DeviceType, Episode, FleetSpec, Links
+from servegym.workflow.workloads.mixture import Mixture
 from servegym.workflow.workloads.registry import WorkloadConfig
 from servegym.workloads.config import ArrivalConfig
 
@@ -89,7 +90,7 @@ class WorkflowScenario(Config):
     engine: EngineConfig = EngineConfig()
     engines: tuple[EngineEntry, ...] = ()
     devices: tuple[DeviceEntry, ...] = ()
-    workload: WorkloadConfig
+    workload: Annotated[WorkloadConfig | Mixture, Field(discriminator="kind")]
     rate_jobs_per_s: float | None = Field(None, gt=0)
     arrivals: ArrivalConfig = ArrivalConfig()
     deadline_scale: float = Field(1.0, gt=0)

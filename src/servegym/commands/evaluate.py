@@ -40,6 +40,10 @@ DEFAULT_POLICIES = (
 )
 
 
+#: What matplotlib writes.
+_PLOT_SUFFIXES = (".png", ".pdf", ".svg")
+
+
 @dataclass(frozen=True)
 class Evaluate:
     """Compare policies on the same requests: a table, JSON and a report page."""
@@ -65,15 +69,20 @@ class Evaluate:
     """Write all numbers here; see docs/evaluation.md."""
     report: Path | None = None
     """Write a self-contained HTML page here."""
+    plot: Path | None = None
+    """Draw what the devices do in a stretch of a scenario of jobs (png, pdf or svg)."""
     saturation: bool = False
-    """Also find the largest load at which 90 % and 99 % of requests meet their limits."""
+    """Also find the largest load at which 90 % and 99 % of requests meet their limits (of jobs,
+    their deadlines)."""
 
     def run(self) -> None:
         """Evaluate, print and write."""
-        require_writable(self.json, self.report)
+        require_writable(self.json, self.report, self.plot)
         if is_workflow_scenario(self.scenario):
             self._run_jobs()
             return
+        if self.plot:
+            raise ConfigError("--plot is for scenarios of jobs: take --report")
         scenario = chosen_scenario(self.scenario, self.trace, self.rate_rps, self.on_bad_row)
         policies = [resolve_policy(text) for text in self.policies]
         result = evaluated(
@@ -87,13 +96,9 @@ class Evaluate:
         publish(result, self.json, self.report)
 
     def _run_jobs(self) -> None:
-        given = {
-            "trace": self.trace,
-            "rate_rps": self.rate_rps,
-            "report": self.report,
-            "saturation": self.saturation,
-        }
-        for option, value in given.items():
+        if self.plot and self.plot.suffix not in _PLOT_SUFFIXES:
+            raise ConfigError(f"{self.plot} must end in {', '.join(_PLOT_SUFFIXES)}")
+        for option, value in {"trace": self.trace, "rate_rps": self.rate_rps}.items():
             if value:
                 raise ConfigError(
                     f"--{option.replace('_', '-')} is for scenarios of requests, and"
@@ -102,7 +107,17 @@ class Evaluate:
         policies = self.policies
         if policies == DEFAULT_POLICIES:
             policies = DEFAULT_WORKFLOW_POLICIES
-        evaluate_jobs(self.scenario, policies, self.loads, self.seeds, self.num_requests, self.json)
+        evaluate_jobs(
+            self.scenario,
+            policies,
+            self.loads,
+            self.seeds,
+            self.num_requests,
+            json=self.json,
+            report=self.report,
+            plot=self.plot,
+            saturation=self.saturation,
+        )
 
 
 def evaluated(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-from rich.progress import Progress
+from rich.progress import Progress, track
 
 from servegym.baselines.workflow.online.registry import (
     ONLINE_RANGES,
@@ -16,6 +16,8 @@ from servegym.baselines.workflow.online.registry import (
 from servegym.commands.console import make_console
 from servegym.errors import ConfigError
 from servegym.evaluate.document import write_json
+from servegym.evaluate.saturation import require_limits, saturation_load_of_jobs
+from servegym.evaluate.table import saturation_table
 from servegym.evaluate.workflow import (
     WorkflowEvaluation,
     evaluate_workflows,
@@ -37,10 +39,15 @@ def evaluate_jobs(
     loads: tuple[float, ...],
     seeds: int,
     num_jobs: int | None,
-    json: Path | None,
+    json: Path | None = None,
+    report: Path | None = None,
+    plot: Path | None = None,
+    saturation: bool = False,
 ) -> WorkflowEvaluation:
-    """Compare online schedulers on the same jobs: tables, and JSON if asked for."""
+    """Compare online schedulers on the same jobs: tables, and the files asked for."""
     scenario = load_workflow_scenario(name_or_path)
+    if saturation:
+        require_limits(scenario)
     chosen = [resolve_online(text, scenario, loads, num_jobs) for text in policies]
     console = make_console()
     with Progress(transient=True) as bar:
@@ -53,12 +60,42 @@ def evaluate_jobs(
             num_jobs=num_jobs,
             progress=lambda text, share: bar.update(task, description=text, completed=share),
         )
+    if saturation:
+        for policy in track(chosen, "saturation", transient=True):
+            result.saturation[policy.name] = {
+                share: saturation_load_of_jobs(scenario, policy, share, num_jobs=num_jobs)
+                for share in (0.9, 0.99)
+            }
     for load in result.loads:
         console.print(workflow_table(result, load))
+    if saturation:
+        console.print(saturation_table(result, "jobs"))
     if json:
         write_json(result, json)
         console.print(f"numbers: {json}")
+    if report:
+        from servegym.evaluate.workflow_report import write_workflow_report
+
+        write_workflow_report(result, report)
+        console.print(f"report: {report}")
+    if plot:
+        _draw(result, plot)
+        console.print(f"chart: {plot}")
     return result
+
+
+def _draw(result: WorkflowEvaluation, path: Path) -> None:
+    """Draw what the devices do under a learned policy, the best rule and the worst policy."""
+    from servegym.evaluate.plots import pyplot
+    from servegym.evaluate.workflow_gantt import draw_episodes
+
+    top = result.loads[-1]
+    worst = result.ranking(top)[-1][0]
+    names = dict.fromkeys([*result.learned[:1], result.best_heuristic(top), worst])
+    figure = draw_episodes(result, top, list(names))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot().close(figure)
 
 
 def resolve_online(

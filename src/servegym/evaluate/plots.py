@@ -58,7 +58,8 @@ def as_image(figure: Any, alt: str) -> str:
     return f'<img alt="{alt}" src="data:image/png;base64,{data}">'
 
 
-def _style(i: int) -> dict[str, Any]:
+def line_style(i: int) -> dict[str, Any]:
+    """Colour and dashes of the i-th line; with three times as many as colours they repeat."""
     return {"color": PALETTE[i % len(PALETTE)], "linestyle": _LINES[i // len(PALETTE) % 3]}
 
 
@@ -80,7 +81,7 @@ def cdf_figure(result: Evaluation, load: float) -> str:
         ttft, _, e2e = latencies(result.trails[name, load].outcomes)
         for axis, values in zip(axes, (ttft, e2e), strict=True):
             x = np.sort(values[~np.isnan(values)])
-            axis.plot(x, np.arange(1, len(x) + 1) / len(x), label=name, **_style(i))
+            axis.plot(x, np.arange(1, len(x) + 1) / len(x), label=name, **line_style(i))
     for axis, what in zip(axes, ("TTFT", "E2E latency"), strict=True):
         axis.set(xscale="log", xlabel=f"{what}, s", ylabel="share of requests")
     axes[1].legend(fontsize=8, loc="lower right")
@@ -99,7 +100,7 @@ def load_figure(result: Evaluation) -> str:
     for i, name in enumerate(shown_policies(result, result.loads[-1])):
         for axis, (metric, _) in zip(axes, metrics, strict=True):
             y = [result.mean(name, load, metric) for load in result.loads]
-            axis.plot(result.loads, y, marker="o", markersize=4, label=name, **_style(i))
+            axis.plot(result.loads, y, marker="o", markersize=4, label=name, **line_style(i))
     for axis, (_, label) in zip(axes, metrics, strict=True):
         axis.set(xlabel="load", ylabel=label)
     axes[0].set_yscale("log")
@@ -157,7 +158,7 @@ def balance_figure(result: Evaluation, load: float, names: list[str]) -> str:
                 rows["num_decodes"] + rows["num_waiting"],
                 linewidth=1,
                 label=str(r),
-                **_style(r),
+                **line_style(r),
             )
         axis.set(title=name, xlabel="s")
     axes[0, 0].set_ylabel("requests decoding or waiting")

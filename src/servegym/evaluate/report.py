@@ -16,7 +16,8 @@ from servegym.evaluate.plots import (
 )
 from servegym.evaluate.table import COLUMNS
 
-_STYLE = """
+#: Of pages with results.
+STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
@@ -55,7 +56,7 @@ def report_page(result: Evaluation) -> str:
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>servegym: {html.escape(scenario.name)}</title><style>{_STYLE}</style></head><body>
+<title>servegym: {html.escape(scenario.name)}</title><style>{STYLE}</style></head><body>
 <h1>{html.escape(scenario.name)}</h1>
 <p>{html.escape(scenario.description)}</p>
 {verdict}{few}
@@ -68,7 +69,7 @@ Oracles know the true output lengths.</p>
 <p class="note">The line is the best rule. Learned policies are orange.</p>
 <h2>Latency distributions (load {top:g}, first episode)</h2>{cdf_figure(result, top)}
 <p class="note">Higher and further left is better. TTFT shows queueing and prefill, E2E all.</p>
-<h2>Over the load</h2>{load_figure(result)}{_saturation(result)}
+<h2>Over the load</h2>{load_figure(result)}{saturation_part(result)}
 <h2>What the replicas do</h2>{gantt_figure(result, top, names)}
 <p class="note">A few seconds from the middle of the first episode; gaps are idle time.</p>
 <h2>Load of the replicas over time</h2>{balance_figure(result, top, names)}
@@ -98,7 +99,8 @@ def _verdict(result: Evaluation, load: float) -> str:
     return head + "; ".join(parts) + ("." if parts else "")
 
 
-def _saturation(result: Evaluation) -> str:
+def saturation_part(result: Evaluation, what: str = "within limits") -> str:
+    """Return the table of the largest loads, nothing if they were not searched."""
     if not result.saturation:
         return ""
     shares = sorted({share for loads in result.saturation.values() for share in loads})
@@ -108,7 +110,7 @@ def _saturation(result: Evaluation) -> str:
         + "</tr>"
         for name, loads in sorted(result.saturation.items(), key=lambda x: -x[1][shares[0]])
     )
-    heads = "".join(f"<th>{100 * share:g} % within limits</th>" for share in shares)
+    heads = "".join(f"<th>{100 * share:g} % {what}</th>" for share in shares)
     return f"<h3>Largest load</h3><table><tr><th>policy</th>{heads}</tr>{rows}</table>"
 
 

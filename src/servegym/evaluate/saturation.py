@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
+from servegym.errors import ConfigError
 from servegym.evaluate.harness import FIRST_SEED, evaluate
+from servegym.evaluate.workflow import evaluate_workflows
 from servegym.policy.policy import Policy
 from servegym.scenario import Scenario
+from servegym.workflow.online.policy import WorkflowPolicy
+from servegym.workflow_scenario import WorkflowScenario
 
 
 def saturation_load(
@@ -40,6 +46,64 @@ def saturation_load(
         )
         return result.mean(policy.name, load, "slo_attainment") >= attainment
 
+    return _largest(met, low, high, tolerance)
+
+
+def saturation_load_of_jobs(
+    scenario: WorkflowScenario,
+    policy: WorkflowPolicy,
+    attainment: float,
+    *,
+    num_seeds: int = 3,
+    num_jobs: int | None = None,
+    low: float = 0.05,
+    high: float = 4.0,
+    tolerance: float = 0.02,
+) -> float:
+    """Bisect for the largest load at which `attainment` of the jobs are in time.
+
+    Args:
+        scenario: What to play.
+        policy: Under which policy.
+        attainment: Share, e.g. 0.9.
+        num_seeds: Episodes per load; the same for every load.
+        num_jobs: Jobs per episode, else the scenario's own.
+        low: Smallest load tried.
+        high: Largest load tried.
+        tolerance: Relative precision of the answer.
+
+    Returns:
+        The load, 0 if even `low` is too much, `high` if nothing is.
+
+    Raises:
+        ConfigError: If there is none, see `require_limits`.
+    """
+    require_limits(scenario)
+
+    def met(load: float) -> bool:
+        result = evaluate_workflows(
+            scenario, [policy], loads=[load], num_seeds=num_seeds, num_jobs=num_jobs
+        )
+        return result.mean(policy.name, load, "deadline_attainment") >= attainment
+
+    return _largest(met, low, high, tolerance)
+
+
+def require_limits(scenario: WorkflowScenario) -> None:
+    """Refuse to search where no load is too high.
+
+    Raises:
+        ConfigError: If the jobs have no deadlines, or all arrive together.
+    """
+    jobs = scenario.draw_jobs(FIRST_SEED, scenario.num_jobs)
+    if scenario.rate_jobs_per_s is None or not any(np.isfinite(job.deadline_s) for job in jobs):
+        raise ConfigError(
+            f"jobs of {scenario.name} have no deadlines or no rate of arrival, so that there is no"
+            " largest load: leave --saturation out"
+        )
+
+
+def _largest(met: Callable[[float], bool], low: float, high: float, tolerance: float) -> float:
     if not met(low):
         return 0.0
     if met(high):

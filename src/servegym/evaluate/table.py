@@ -73,13 +73,13 @@ def _comparison(result: Evaluation, load: float, without: Collection[str]) -> Ta
     return table
 
 
-def saturation_table(result: Evaluation) -> Table:
-    """Tabulate the largest loads that meet the limits, best first."""
+def saturation_table(result: Evaluation, what: str = "requests") -> Table:
+    """Tabulate the largest loads at which shares of `what` meet their limits, best first."""
     shares = sorted({share for loads in result.saturation.values() for share in loads})
     table = Table(title="largest load within the limits", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("policy", no_wrap=True)
     for share in shares:
-        table.add_column(f"{100 * share:g} % of requests", justify="right")
+        table.add_column(f"{100 * share:g} % of {what}", justify="right")
     for name, loads in sorted(result.saturation.items(), key=lambda x: -x[1][shares[0]]):
         table.add_row(name, *(f"{loads[share]:.2f}" for share in shares))
     return table

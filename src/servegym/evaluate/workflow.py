@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 from rich import box
 from rich.table import Table
 
 from servegym.errors import ConfigError
 from servegym.evaluate.harness import FIRST_SEED, Evaluation, Run
-from servegym.typing import FloatArray
+from servegym.typing import FloatArray, IntArray
 from servegym.workflow.online.policy import Rule, WorkflowPolicy
 from servegym.workflow.online.run import run, time_decisions
 from servegym.workflow.online.simulator import Simulator
@@ -36,11 +37,35 @@ COLUMNS = (
 )
 
 
+@dataclass(frozen=True)
+class JobTrail:
+    """What plots need of one run.
+
+    Attributes:
+        jobs: `JOB_OUTCOME_DTYPE[num_jobs]`.
+        stages: `STAGE_OUTCOME_DTYPE[num_stages]`.
+        edge: Parent and child of each edge, numbers of stages, `int64[num_edges, 2]`.
+        templates: Name of each job's template.
+        devices: Name of each device's type.
+    """
+
+    jobs: NDArray[np.void]
+    stages: NDArray[np.void]
+    edge: IntArray
+    templates: tuple[str, ...]
+    devices: tuple[str, ...]
+
+
 @dataclass
 class WorkflowEvaluation(Evaluation):
-    """All runs of a comparison of online schedulers; `scenario` is a `WorkflowScenario`."""
+    """All runs of a comparison of online schedulers; `scenario` is a `WorkflowScenario`.
+
+    Attributes:
+        job_trails: The first seed's run by (policy, load).
+    """
 
     scenario: WorkflowScenario  # type: ignore[assignment]  # in place of one of requests
+    job_trails: dict[tuple[str, float], JobTrail] = field(default_factory=dict)
 
     @property
     def judged_by(self) -> str:
@@ -154,6 +179,19 @@ def measure_jobs(simulator: Simulator, env: int, alone_s: FloatArray) -> dict[st
     return out
 
 
+def _trail(simulator: Simulator) -> JobTrail:
+    """Keep what happened in the first environment."""
+    episode, spec = simulator.episodes[0], simulator.spec
+    edge = simulator.state.edge[0, : int(simulator.state.env[0]["num_edges"])]
+    return JobTrail(
+        simulator.jobs(0),
+        simulator.stages(0),
+        np.stack([edge["parent"], edge["child"]], axis=1),
+        tuple(episode.jobs[i].template for i in episode.order.tolist()),
+        tuple(spec.types[t].name for t in episode.type_idx.tolist()),
+    )
+
+
 def evaluate_workflows(
     scenario: WorkflowScenario,
     policies: Sequence[WorkflowPolicy],
@@ -201,6 +239,7 @@ def evaluate_workflows(
             for env, seed in enumerate(seeds):
                 metrics = measure_jobs(simulator, env, alone[env])
                 result.runs.append(Run(policy.name, load, seed, metrics))
+            result.job_trails[policy.name, load] = _trail(simulator)
             if policy.name not in result.decision_s:
                 taken = time_decisions(policy, Simulator(scenario.spec, episodes[:1]))
                 result.decision_s[policy.name] = (

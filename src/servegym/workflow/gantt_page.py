@@ -50,13 +50,16 @@ for (const zoom of document.querySelectorAll('input.zoom'))
 """
 
 
-def gantt_svg(schedule: Schedule, palette: Sequence[str], span_s: float) -> str:
+def gantt_svg(
+    schedule: Schedule, palette: Sequence[str], span_s: float, group: IntArray | None = None
+) -> str:
     """Draw a schedule as SVG: one row a device, one bar a task.
 
     Args:
         schedule: What to draw.
         palette: Colours, taken in turn by the tasks of a device.
         span_s: Length of the time axis, so that charts below each other compare.
+        group: Tasks with the same number have the same colour instead, `int64[num_tasks]`.
     """
     flow = schedule.workflow
     g = flow.graph
@@ -79,9 +82,10 @@ def gantt_svg(schedule: Schedule, palette: Sequence[str], span_s: float) -> str:
         parents = g.parent[g.pred_edge[g.pred_start[v] : g.pred_start[v + 1]]]
         children = g.child[g.succ_start[v] : g.succ_start[v + 1]]
         name = html.escape(flow.tasks[v])
+        number = turn[p] if group is None else group[v]
         parts.append(
             f'<rect class="task" x="{x:.2f}" y="{y:g}" width="{width:.2f}" height="{_BAR:g}"'
-            f' fill="{palette[turn[p] % len(palette)]}" data-task="{v}"'
+            f' fill="{palette[number % len(palette)]}" data-task="{v}"'
             f' data-parent="{_numbers(parents)}" data-child="{_numbers(children)}">'
             f"<title>{name} on {html.escape(flow.devices[p])}: {start_s:.6g} to"
             f" {schedule.finish_s[v]:.6g} s</title></rect>"

@@ -66,6 +66,10 @@ class Family(Config, ABC):
     def job(self, rng: np.random.Generator) -> Job:
         """Draw one job."""
 
+    def step_name(self, template: str, label: int) -> str:
+        """Return what the step of a label is called in jobs of a template."""
+        return self.labels[label] if label < len(self.labels) else f"step {label}"
+
     def expected_tokens(self, rng: np.random.Generator, true: int, mean: float) -> float:
         """Return what is known beforehand of an output of `true` tokens, at least 1."""
         if self.prediction_sigma is None:
