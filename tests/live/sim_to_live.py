@@ -394,10 +394,11 @@ def print_ranking(repeat: int, rows: list[dict[str, Any]]) -> None:
     for side in ("simulated", "live"):
         mean_s = {row["policy"]: row[side]["e2e_s"]["mean"] for row in rows}
         ranking = sorted(mean_s, key=mean_s.__getitem__)
-        best_rule = next((name for name in ranking if name != "trained"), ranking[0])
-        ratio = mean_s.get("trained", np.nan) / mean_s[best_rule]
         sides[side] = ranking
-        print(f"episode {repeat}, {side}: {' < '.join(ranking)}; trained / {best_rule} {ratio:.3f}")
+        print(f"episode {repeat}, {side}: {' < '.join(ranking)}")
+        if "trained" in mean_s:
+            best_rule = next(name for name in ranking if name != "trained")
+            print(f"trained / {best_rule}: {mean_s['trained'] / mean_s[best_rule]:.3f}")
     same = "the same" if sides["simulated"] == sides["live"] else "another"
     print(f"episode {repeat}: {same} ranking")
 
