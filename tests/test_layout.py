@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -82,6 +83,14 @@ def test_importing_everything_loads_no_module_twice():
     for name in names:
         importlib.import_module(name)
     assert not set(FOLDERS) & set(sys.modules)
+
+
+def test_serving_loads_neither_pytorch_nor_gymnasium():
+    script = (
+        "import sys; sys.modules.update(torch=None, gymnasium=None)\n"
+        "import servegym.serve.router.app, servegym.serve.engine.server, servegym.serve.vllm.plugin"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_tests_are_no_packages():

@@ -1,17 +1,20 @@
 """servegym: train, judge and ship schedulers for LLM serving clusters."""
 
-from gymnasium.envs.registration import register
+from importlib.util import find_spec
 
 __version__ = "0.1.0"
 
-# strings, not callables: only these can be serialised, and nothing is compiled by the import
-register(
-    id="servegym/Dispatch-v0",
-    entry_point="servegym.envs.dispatch:DispatchEnv",
-    vector_entry_point="servegym.envs.vector:DispatchVectorEnv",
-)
-register(
-    id="servegym/Workflow-v0",
-    entry_point="servegym.envs.workflow:WorkflowEnv",
-    vector_entry_point="servegym.envs.workflow_vector:WorkflowVectorEnv",
-)
+if find_spec("gymnasium") is not None:  # inside a serving engine's environment it may be missing
+    from gymnasium.envs.registration import register
+
+    # strings, not callables: only these can be serialised, and nothing is compiled by the import
+    register(
+        id="servegym/Dispatch-v0",
+        entry_point="servegym.envs.dispatch:DispatchEnv",
+        vector_entry_point="servegym.envs.vector:DispatchVectorEnv",
+    )
+    register(
+        id="servegym/Workflow-v0",
+        entry_point="servegym.envs.workflow:WorkflowEnv",
+        vector_entry_point="servegym.envs.workflow_vector:WorkflowVectorEnv",
+    )
