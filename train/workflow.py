@@ -48,6 +48,9 @@ from servegym.workflow_scenario import WorkflowScenario, load_workflow_scenario
 
 _log = logging.getLogger(__name__)
 
+#: Factors on the scores of the search that are tried.
+SHARPENINGS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+
 
 @dataclass(frozen=True)
 class WorkflowTraining:
@@ -94,8 +97,8 @@ class WorkflowTraining:
     warmup_updates: int = 5
     """First updates train the critic alone."""
     sharpness: float = 0.02
-    """How much worse drawing from the first policy may be than its best choices: scores of the
-    search are multiplied till it is."""
+    """How much worse draws from the first policy may be than from sharper ones: by that the factor
+    on the scores of the search is chosen."""
     validate_every: int = 5
     """Updates between validations; the best network is kept."""
     validation_episodes: int = 18
@@ -276,19 +279,24 @@ class WorkflowTrainer:
             self.network.theta.weight.copy_(torch.from_numpy(theta)[None])
 
     def _sharpen(self) -> None:
-        """Multiply the scores till draws from them are almost as good as the greatest ones.
+        """Multiply the scores till draws from them are almost as good as they can be.
 
-        The search only looks at which score is the greatest; PPO needs probabilities too.
+        The search only looks at which score is the greatest; PPO needs probabilities too. Among
+        equal scores the greatest is always the first, draws take any of them, so draws may never
+        be as good as the greatest and are compared with each other.
         """
         if self.network.config.base != "none":
             return  # the base rule's scores are on their own scale already
-        best = self._validate().mean()
-        for _ in range(8):
+        theta = self.network.theta.weight[0].detach().double().numpy().copy()
+        found = []
+        for factor in SHARPENINGS:
+            self._set_theta(factor * theta)
             drawn = learned_rule(self.network.weights(), sample=True)
-            worse = losses(self.scenario.spec, self.validation, drawn, self.objective).mean() - best
-            if worse <= self.config.sharpness:
-                break
-            self._set_theta(2.0 * self.network.theta.weight[0].detach().double().numpy())
+            scores = losses(self.scenario.spec, self.validation, drawn, self.objective)
+            found.append(float(scores.mean()))
+        enough = np.array(found) <= min(found) + self.config.sharpness
+        self._set_theta(SHARPENINGS[int(enough.argmax())] * theta)
+        self.best = _copy(self.network)
 
     def _ppo(self) -> dict[str, float]:
         c = self.config
