@@ -49,6 +49,8 @@ class KernelFit(_Spec):
         eff_flops: Share of the data-sheet FLOP rate.
         p: Sharpness of the bend between the two roofs.
         s_per_seq_head: Decode attention only: seconds a sequence and KV head (`mixed`: and head).
+        s_per_empty_tile: `mixed` only: seconds a tile of queries that has none, see
+            `costs.forms.empty_tiles`.
         cache_bytes: Weights or KV up to about this size stay in the cache of a benchmark that
             repeats the operator; 0: no sign of that.
         cache_speedup: How much faster they are then read.
@@ -65,6 +67,7 @@ class KernelFit(_Spec):
     eff_flops: float = 1.0
     p: float = 1.0
     s_per_seq_head: float = 0.0
+    s_per_empty_tile: float = 0.0
     cache_bytes: float = 0.0
     cache_speedup: float = 1.0
     correction: Correction | None = None
@@ -153,6 +156,8 @@ class ModelSpec(_Spec):
     Attributes:
         window_tokens: Tokens a sliding-window layer attends to; 0: no such layers.
         window_layers: Layers with that window.
+        parallel_ffn: Whether attention and FFN of a layer have the same input and one sum, so
+            that tensor-parallel GPUs reduce once a layer.
         fp4_experts_only: Whether its fp4 checkpoint keeps all but the experts in 16 bits.
         latent_dim: Multi-head latent attention (MLA): elements of the compressed K and V of a
             token, shared by all heads; 0: ordinary heads.
@@ -176,6 +181,7 @@ class ModelSpec(_Spec):
     source: str
     window_tokens: int = 0
     window_layers: int = 0
+    parallel_ffn: bool = False
     fp4_experts_only: bool = False
     latent_dim: int = 0
     latent_rope_dim: int = 0

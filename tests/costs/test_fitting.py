@@ -149,14 +149,30 @@ def test_decode_and_prefill_attention_are_within_4_percent_in_the_median(name):
 )
 def test_mixed_steps_are_nearer_than_the_sum_of_chunk_and_decodes(name, model, tp):
     spec = gpu(name)
-    calls, chunk_s = data.llmss_mixed(KERNELS, name.replace("-", ""), spec, model, tp)
-    whole_s = chunk_s + calls.operator.form_s(spec.mixed, spec.bf16_flops, spec.memory_bytes_per_s)
+    calls, chunk_s, tiles = data.llmss_mixed(KERNELS, name.replace("-", ""), spec, model, tp)
+    beside_s = chunk_s + spec.mixed.s_per_empty_tile * tiles
+    whole_s = beside_s + calls.operator.form_s(spec.mixed, spec.bf16_flops, spec.memory_bytes_per_s)
     median, _ = error(whole_s[calls.held_out], calls.seconds[calls.held_out])
     batch = calls.operator.coordinates["sequence heads"] / (32 / tp)
     usual = (batch >= 16) & (chunk_s > 0)
     usual_median, _ = error(whole_s[usual], calls.seconds[usual])
     assert median < 15.0
     assert usual_median < 12.0
+
+
+def test_what_empty_tiles_cost_is_found_beside_decodes_of_any_cost():
+    spec = gpu("RTX-4090")
+    batch, chunk = (a.ravel() for a in np.meshgrid(2.0 ** np.arange(9), 2.0 ** np.arange(4, 12)))
+    shape = (32, 8, 128.0, spec.l2_bytes, spec.num_sms)
+    operator = forms.unpacked_decode(batch, 500 * batch, *shape)
+    tiles = forms.empty_tiles(batch, chunk, 32)
+    chunk_s = 1e-7 * chunk
+    decodes_s = operator.form_s(spec.mixed, spec.bf16_flops, spec.memory_bytes_per_s)
+    seconds = chunk_s + decodes_s + 2e-9 * tiles
+    calls = data.Measurements(operator, seconds, batch == 4, "made up")
+    fit = fit_mixed(calls, chunk_s, tiles, spec)
+    assert fit.s_per_empty_tile == pytest.approx(2e-9, rel=0.01)
+    assert fit.error[0] < 5
 
 
 @needs_data

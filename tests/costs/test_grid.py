@@ -58,6 +58,14 @@ def test_decodes_beside_a_chunk_cost_what_mixed_steps_cost():
     assert dearer.step_s([(5, 6)]) == grid.step_s([(5, 6)])
 
 
+def test_decodes_beside_chunks_pay_for_the_longest_of_them():
+    grid, tiles = toy_grid(), toy_grid(empty_tiles_s=1e-4)
+    for chunks, longest in (([], 0), ([(5, 6)], 5), ([(5, 6), (7, 0)], 7)):
+        added = tiles.step_s(chunks, 3, 55) - grid.step_s(chunks, 3, 55)
+        assert added == pytest.approx(1e-4 * 3 * longest)
+        assert tiles.step_s(chunks) == grid.step_s(chunks)
+
+
 def test_a_step_without_decodes_pays_none():
     assert toy_grid().step_s([(5, 0)]) == pytest.approx(0.5 + 0.005)
 

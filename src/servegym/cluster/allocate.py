@@ -91,6 +91,7 @@ def make_params(spec: ClusterSpec, *, record: bool) -> Params:
         decode_kv=stack("decode_kv"),
         decode_s=stack("decode_s"),
         mixed_s=stack("mixed_s"),
+        empty_tiles_s=stack("empty_tiles_s"),
         num_blocks=column("num_blocks"),
         max_num_batched_tokens=column("max_num_batched_tokens"),
         max_num_seqs=column("max_num_seqs"),

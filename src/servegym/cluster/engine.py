@@ -94,6 +94,7 @@ def form_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
         v.seg_steps = 1
         if batch > 0:
             attention_s += mixed_s(p, t, batch, v.kv_tokens + batch)
+            attention_s += p.empty_tiles_s[t] * batch * _longest_chunk(s, e, r)
         duration = (dense_s(p, t, tokens) + attention_s) * factor
         set_event(s, e, r, now_s + duration)
         return
@@ -110,6 +111,16 @@ def form_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     v.seg_steps = steps
     span = decode_span_s(p, t, batch, v.kv_tokens + batch, steps)
     set_event(s, e, r, now_s + factor * span)
+
+
+@inlined
+def _longest_chunk(s: State, e: int, r: int) -> int:
+    longest = 0
+    request = s.replica[e, r].first_prefill
+    while request >= 0:
+        longest = max(longest, s.request[e, request].chunk)
+        request = s.request[e, request].next_request
+    return longest
 
 
 @inlined

@@ -53,6 +53,7 @@ class Params(NamedTuple):
     decode_kv: FloatArray  # [T, NUM_KV_KNOTS]
     decode_s: FloatArray  # [T, NUM_BATCH_KNOTS, NUM_KV_KNOTS]
     mixed_s: FloatArray  # the same in a step that also prefills
+    empty_tiles_s: FloatArray  # [T]
     num_blocks: IntArray  # [T] KV blocks of a replica
     max_num_batched_tokens: IntArray  # [T] token budget of a step
     max_num_seqs: IntArray  # [T]

@@ -106,19 +106,24 @@ def fit_operator(
     )
 
 
-def fit_mixed(data: Measurements, chunk_s: FloatArray, gpu: GpuSpec) -> KernelFit:
-    """Fit decodes beside prefill chunks, see `forms.unpacked_decode`; three coefficients.
+def fit_mixed(
+    data: Measurements, chunk_s: FloatArray, tiles: FloatArray, gpu: GpuSpec
+) -> KernelFit:
+    """Fit decodes beside prefill chunks, see `forms.unpacked_decode`; four coefficients.
 
     Args:
         data: Decodes as the operator, seconds of whole calls.
         chunk_s: Seconds of the chunk of each call alone, `float64[N]`.
+        tiles: `forms.empty_tiles` of each call, `float64[N]`.
         gpu: Its peaks.
     """
     seen = ~data.held_out
+    empty_s = _empty_tile_s(data, chunk_s, tiles)
+    beside_s = chunk_s + empty_s * tiles
     at = (gpu.bf16_flops, gpu.memory_bytes_per_s)
 
     def off(fit: KernelFit) -> float:
-        whole_s = chunk_s + data.operator.form_s(fit, *at)
+        whole_s = beside_s + data.operator.form_s(fit, *at)
         return float(np.mean(np.abs(np.log(whole_s / data.seconds))[seen]))
 
     tried = [
@@ -129,14 +134,34 @@ def fit_mixed(data: Measurements, chunk_s: FloatArray, gpu: GpuSpec) -> KernelFi
         for launch in (0.0, 5e-9, 1e-8, 1.5e-8, 2e-8, 2.5e-8, 3e-8, 4e-8, 5e-8)
     ]
     best = min(tried, key=off)
-    whole_s = chunk_s + data.operator.form_s(best, *at)
+    whole_s = beside_s + data.operator.form_s(best, *at)
     return best.model_copy(
         update={
+            "s_per_empty_tile": empty_s,
             "source": data.source,
             "error": error(whole_s[data.held_out], data.seconds[data.held_out]),
             "num_held_out": int(data.held_out.sum()),
         }
     )
+
+
+def _empty_tile_s(data: Measurements, chunk_s: FloatArray, tiles: FloatArray) -> float:
+    """Seconds of an empty tile: what the same decodes cost more beside more of them.
+
+    Calls with the same decodes are compared with the one of the fewest tiles among them; where
+    there are fewer than some 10,000 tiles more, the difference is noise.
+    """
+    decodes = [data.operator.coordinates[name] for name in ("kv bytes", "sequence heads")]
+    group = np.unique(np.stack(decodes, axis=1), axis=0, return_inverse=True)[1].ravel()
+    beyond_s = data.seconds - chunk_s
+    slopes = []
+    for g in np.unique(group[~data.held_out]):
+        mine = np.flatnonzero(group == g)
+        least = mine[tiles[mine] == tiles[mine].min()]
+        more = mine[tiles[mine] > tiles[least[0]] + 1e4]
+        added = tiles[more] - tiles[least[0]]
+        slopes.extend((beyond_s[more] - np.median(beyond_s[least])) / added)
+    return float(f"{np.median(slopes):.3g}")
 
 
 def fit_all_gather(num_bytes: FloatArray, seconds: FloatArray, num_gpus: int) -> AllReduceFit:

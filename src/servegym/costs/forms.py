@@ -238,6 +238,24 @@ def unpacked_decode(
     )
 
 
+def empty_tiles(batch: _Numbers, longest_chunk: _Numbers, heads: _Numbers) -> FloatArray:
+    """Tiles without a query that FlashAttention 2 launches for decodes beside a prefill.
+
+    Every sequence of a call gets as many tiles as the longest chunk needs; all of a decode but one
+    end at once, which is still a thread block to start.
+
+    Args:
+        batch: Decoding sequences.
+        longest_chunk: Tokens.
+        heads: Query heads.
+
+    Returns:
+        Number of tiles, `float64`.
+    """
+    b, chunk, heads = _arrays(batch, longest_chunk, heads)
+    return np.asarray(b * heads * chunk / TILE_ROWS, np.float64)
+
+
 def experts(
     tokens: _Numbers,
     hidden: _Numbers,

@@ -22,10 +22,10 @@ class CostGrid:
     """Duration of one engine step of one replica type, as sums of piecewise-linear terms.
 
     `step_s = cpu_s + dense(tokens) + sum over chunks of prefill(chunk, context)
-    + decode(batch, kv_tokens) if batch > 0`; in a step with both chunks and decodes `mixed` takes
-    the place of `decode`. Between knots each term is linear (bilinear for the
-    two-dimensional ones), beyond the last knot it goes on with the last slope; below the first
-    knot with the first slope. All knots ascend strictly.
+    + decode(batch, kv_tokens) if batch > 0`; in a step with both chunks and decodes
+    `mixed + empty_tiles_s * batch * longest chunk` takes the place of `decode`. Between knots each
+    term is linear (bilinear for the two-dimensional ones), beyond the last knot it goes on with
+    the last slope; below the first knot with the first slope. All knots ascend strictly.
 
     Attributes:
         cpu_s: Time of a step that is independent of its tokens: scheduler, launch, sampling.
@@ -42,6 +42,7 @@ class CostGrid:
             `float64[NUM_KV_KNOTS]`.
         decode_s: Attention seconds, `float64[NUM_BATCH_KNOTS, NUM_KV_KNOTS]`.
         mixed_s: The same in a step that also prefills, same shape; left out: as `decode_s`.
+        empty_tiles_s: Added to such a step for each decode and token of its longest chunk.
     """
 
     cpu_s: float
@@ -54,6 +55,7 @@ class CostGrid:
     decode_kv: FloatArray
     decode_s: FloatArray
     mixed_s: FloatArray = None  # type: ignore[assignment]  # set below, never None
+    empty_tiles_s: float = 0.0
 
     def __post_init__(self) -> None:
         if self.mixed_s is None:
@@ -77,8 +79,10 @@ class CostGrid:
                 raise ConfigError(f"{name} must be finite and not negative")
             if not name.endswith("_s") and (np.diff(values) <= 0).any():
                 raise ConfigError(f"the knots {name} must ascend strictly")
-        if not (np.isfinite(self.cpu_s) and self.cpu_s >= 0):
-            raise ConfigError(f"cpu_s must be finite and not negative, got {self.cpu_s}")
+        for name in ("cpu_s", "empty_tiles_s"):
+            value = getattr(self, name)
+            if not (np.isfinite(value) and value >= 0):
+                raise ConfigError(f"{name} must be finite and not negative, got {value}")
         if self.cpu_s + self.dense_s[0] <= 0:
             raise ConfigError("a step must last longer than 0 s: cpu_s and dense_s[0] are both 0")
 
@@ -126,6 +130,8 @@ class CostGrid:
         if num_decodes:
             attention = self.mixed if chunks else self.decode
             total += attention(num_decodes, kv_tokens)
+            longest = max((chunk for chunk, _ in chunks), default=0)
+            total += self.empty_tiles_s * num_decodes * longest
         return total
 
 

@@ -242,7 +242,7 @@ def llmss_decode(folder: Path, device: str) -> Measurements:
 
 def llmss_mixed(
     folder: Path, device: str, gpu: GpuSpec, model: str = "", tp: int = 1
-) -> tuple[Measurements, FloatArray]:
+) -> tuple[Measurements, FloatArray, FloatArray]:
     """Chunks with decodes in one call, of LLMServingSim's profiles (vLLM 0.19).
 
     Args:
@@ -253,8 +253,8 @@ def llmss_mixed(
         tp: Tensor-parallel degree, 1 or 2.
 
     Returns:
-        Decodes as the operator, seconds of whole calls; and the seconds that their chunk takes
-        alone, measured, `float64[N]`.
+        Decodes as the operator, seconds of whole calls; the seconds that their chunk takes
+        alone, measured, `float64[N]`; and their empty tiles, `float64[N]`.
     """
     t = _rows(
         _table(folder / "llmss_attention.parquet"), device=device, tp=tp, model=model or _LLAMA
@@ -272,6 +272,7 @@ def llmss_mixed(
     return (
         Measurements(operator, 1e-6 * t["time_us"], held_out, _LLMSS),
         np.array([chunk_s[key] for key in beside]),
+        forms.empty_tiles(batch, t["prefill_chunk"], shape[0]),
     )
 
 

@@ -241,6 +241,11 @@ class RooflineSource:
         )
         return float(operator.form_s(fit, self.gpu.bf16_flops, self.gpu.memory_bytes_per_s))
 
+    def empty_tiles_s(self, heads: int) -> float:
+        """Seconds that each decode adds to a call for each token of the longest chunk beside it."""
+        fit = self.gpu.mixed
+        return fit.s_per_empty_tile * float(forms.empty_tiles(1, 1, heads)) if fit else 0.0
+
     def latent_decode_s(
         self, batch: float, kv_tokens: float, heads: int, latent: int, rope: int
     ) -> float:

@@ -150,7 +150,8 @@ class StepCost:
         attention = sum(
             op.gemm_s(tokens, n, k, self.dense_weight_bytes) for n, k in self._projections()
         )
-        reduce_s = 2.0 * op.all_reduce_s(_ACTIVATION_BYTES * tokens * m.hidden, self.tp)
+        reductions = 1.0 if m.parallel_ffn else 2.0
+        reduce_s = reductions * op.all_reduce_s(_ACTIVATION_BYTES * tokens * m.hidden, self.tp)
         head = op.gemm_s(min(tokens, 256.0), m.vocab // self.tp, m.hidden, self.dense_weight_bytes)
         qk_width = (self._heads + self._kv_heads) * m.head_dim
         # the kernel of a mixture holds its activation
@@ -169,7 +170,7 @@ class StepCost:
             "output head": head,
             "attention launch": m.layers * op.attention_launch_s(),
             "prefill attention": self._prefill_s(chunk, context) if chunk else 0.0,
-            "decode attention": self._decode_s(batch, kv_tokens, mixed=chunk > 0) if batch else 0.0,
+            "decode attention": self._beside_s(chunk, batch, kv_tokens) if batch else 0.0,
         }
 
     def _projections(self) -> list[tuple[int, int]]:
@@ -245,6 +246,16 @@ class StepCost:
             total += m.window_layers * attention_s(batch, seen, *shape)
         return total
 
+    def _beside_s(self, chunk: float, batch: float, kv_tokens: float) -> float:
+        attention_s = self._decode_s(batch, kv_tokens, mixed=chunk > 0)
+        return attention_s + self._empty_tiles_s() * batch * chunk
+
+    def _empty_tiles_s(self) -> float:
+        # other sources are fitted on whole steps, which hold it
+        if self.model.latent_dim or not isinstance(self.source, RooflineSource):
+            return 0.0
+        return self.model.layers * self.source.empty_tiles_s(self._heads)
+
     def dense_s(self, tokens: float) -> float:
         """Seconds of everything in a step that depends on its tokens alone."""
         terms = self.terms(tokens)
@@ -315,6 +326,7 @@ class StepCost:
             decode_kv=kv[k],
             decode_s=decode[np.ix_(b, k)],
             mixed_s=mixed[np.ix_(b, k)],
+            empty_tiles_s=self._empty_tiles_s(),
         )
 
 

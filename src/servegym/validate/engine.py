@@ -87,7 +87,7 @@ class EngineSetup:
         if self.kv_precision == "fp8":
             grid, kv_tokens = half_kv(grid), 2 * kv_tokens
         if self.separate_attention:
-            grid = replace(grid, mixed_s=grid.decode_s)
+            grid = replace(grid, mixed_s=grid.decode_s, empty_tiles_s=0.0)
         return ReplicaType(
             name=f"{self.gpu} x{self.tp}",
             grid=constants.apply(grid),
@@ -135,7 +135,7 @@ def half_kv(grid: CostGrid) -> CostGrid:
     decode = [
         [grid.decode(b, max(1.0, kv / 2)) for kv in grid.decode_kv] for b in grid.decode_batch
     ]
-    return replace(grid, decode_s=np.array(decode), mixed_s=np.array(decode))
+    return replace(grid, decode_s=np.array(decode), mixed_s=np.array(decode), empty_tiles_s=0.0)
 
 
 def _own_work(cost: StepCost) -> CostGrid:
