@@ -63,6 +63,30 @@ def test_an_answer_without_stream_keeps_its_headers_and_length():
     run(test)
 
 
+def test_the_engine_is_told_what_the_router_knows_and_not_what_clients_claim():
+    async def test() -> None:
+        config = {
+            "request": {"engine_hints": True},
+            "dispatch": {
+                "prediction": {"kind": "max-tokens"},
+                "slo_classes": [{"name": "chat", "ttft_s": 0.5, "tpot_s": 0.1}],
+            },
+        }
+        async with running(1, **config) as it:
+            claimed = {"servegym_ttft_slo_s": 1e-3, "servegym_x": 1, "mine": 2}
+            await it.post({**BODY, "priority": -9, "vllm_xargs": claimed})
+            (got,) = it.replicas[0].bodies
+            assert {k: v for k, v in got.items() if k != "vllm_xargs"} == BODY
+            assert got["vllm_xargs"] == {
+                "mine": 2,
+                "servegym_predicted_output_tokens": 5,
+                "servegym_ttft_slo_s": 0.5,
+                "servegym_e2e_slo_s": pytest.approx(0.5 + 0.1 * 4),
+            }
+
+    run(test)
+
+
 def test_the_body_reaches_the_replica_as_it_is_and_the_clients_key_does_not(monkeypatch):
     monkeypatch.setenv("UPSTREAM", "secret-of-the-fleet")
 

@@ -28,8 +28,9 @@ from servegym.serve.router.errors import RequestError
 from servegym.serve.router.health import Health
 from servegym.serve.router.limits import Limits
 from servegym.serve.router.proxy import Proxy
-from servegym.serve.router.request import read_request
+from servegym.serve.router.request import read_request, with_hints
 from servegym.serve.router.telemetry import Telemetry
+from servegym.serve.vllm.hints import hints
 
 _log = logging.getLogger(__name__)
 
@@ -264,6 +265,10 @@ class Router:
             max_tokens=asked.max_tokens,
             model=model,
         )
+        if config.engine_hints:
+            level = dispatcher.config.slo_classes[slo_class]
+            predicted = job.request.predicted_output_tokens
+            body = with_hints(asked.fields, hints(predicted, level.ttft_s, level.tpot_s))
         return await self._proxy.forward(
             request, job, body, key=key, stream=asked.stream, read_s=read_s
         )

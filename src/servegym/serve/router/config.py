@@ -139,6 +139,9 @@ class RequestConfig(_Config):
         slo_header: Header that names the SLO class.
         slo_field: Field of the body that names it, such as `service_tier`.
         expose_replica: Tell clients which replica answered, in the header `x-servegym-replica`.
+        engine_hints: Tell the engines the predicted output length and the limits of the service
+            level, in the `vllm_xargs` that servegym's scheduler for vLLM reads. What clients say
+            there, and their `priority`, is taken out: with it they could jump the queue.
     """
 
     max_body_bytes: int = Field(8_000_000, ge=1)
@@ -155,6 +158,7 @@ class RequestConfig(_Config):
     slo_header: str = "x-slo-class"
     slo_field: str | None = None
     expose_replica: bool = False
+    engine_hints: bool = False
 
 
 class HealthConfig(_Config):

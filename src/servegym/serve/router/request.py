@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from servegym.serve.prompt import chat_text
 from servegym.serve.router.errors import RequestError
+from servegym.serve.vllm.hints import PREFIX
 
 
 class Asked(NamedTuple):
@@ -19,6 +20,7 @@ class Asked(NamedTuple):
         max_tokens: What the client allows, `None` if it does not say.
         stream: Whether it wants a stream.
         slo_class: Name of the service level, if the body has one.
+        fields: The body.
     """
 
     model: str
@@ -26,6 +28,7 @@ class Asked(NamedTuple):
     max_tokens: int | None
     stream: bool
     slo_class: str | None
+    fields: Mapping[str, object]
 
 
 def read_request(body: bytes, *, chat: bool, slo_field: str | None = None) -> Asked:
@@ -58,7 +61,24 @@ def read_request(body: bytes, *, chat: bool, slo_field: str | None = None) -> As
     if slo_class is not None and not isinstance(slo_class, str):
         raise _wrong(f"{slo_field} must be a text")
     prompt = _chat(data) if chat else _completion(data)
-    return Asked(model, prompt, max_tokens, stream, slo_class)
+    return Asked(model, prompt, max_tokens, stream, slo_class, data)
+
+
+def with_hints(fields: Mapping[str, object], hints: Mapping[str, float]) -> bytes:
+    """Write a body anew, with what the router knows of the request for the engine's scheduler.
+
+    Args:
+        fields: The client's body; its own hints and its `priority` are left out.
+        hints: By the names in `serve.vllm.hints`.
+    """
+    given = fields.get("vllm_xargs")
+    others = {
+        name: value
+        for name, value in (given if isinstance(given, dict) else {}).items()
+        if not str(name).startswith(PREFIX)
+    }
+    kept = {name: value for name, value in fields.items() if name != "priority"}
+    return json.dumps({**kept, "vllm_xargs": {**others, **hints}}).encode()
 
 
 def _wrong(message: str) -> RequestError:
