@@ -7,6 +7,7 @@ import json
 import pytest
 
 from servegym.cli import main
+from servegym.commands.workload import trace_scenario
 from servegym.scenario import load_scenario
 
 from .live import SCENARIO
@@ -88,11 +89,9 @@ def test_the_log_is_a_workload_for_evaluate(exact, live_yaml, capsys):
     assert "live-fleet" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_the_log_is_a_workload_for_train(exact, live_yaml, tmp_path, capsys):
-    pytest.importorskip("torch")
-    run = tmp_path / "run"
-    words = ["--scenario", live_yaml, "--trace", str(exact), "--out", str(run)]
-    main(["train", *words, "--decisions", "1024", "--num-envs", "4"])
-    assert (run / "policy" / "policy.onnx").is_file()
-    assert load_scenario(run / "scenario.yaml").workload.path == str(exact)
+def test_the_log_is_a_workload_for_train(exact, live_yaml, tmp_path):
+    path = trace_scenario(live_yaml, str(exact), None, tmp_path / "run")
+    made = load_scenario(path)
+    assert made.workload.path == str(exact)
+    assert made.fleet == load_scenario(live_yaml).fleet
+    assert len(made.episode(0, num_requests=50).table) == 50
