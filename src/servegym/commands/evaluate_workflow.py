@@ -24,7 +24,6 @@ from servegym.evaluate.workflow import (
     tuned_by_replay,
     workflow_table,
 )
-from servegym.export.workflow import read_scheduler
 from servegym.workflow.online.policy import Rule, WorkflowPolicy
 from servegym.workflow_scenario import WorkflowScenario, load_workflow_scenario
 
@@ -108,6 +107,9 @@ def resolve_online(
         ExportError: If a file `*.onnx` is no exported scheduler of jobs.
     """
     if text.endswith(".onnx"):
+        # compiled when it is imported: not for those who only compare rules
+        from servegym.export.workflow import read_scheduler
+
         return read_scheduler(Path(text))
     if not text.endswith(_TUNED):
         return online_rule(text)

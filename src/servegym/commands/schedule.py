@@ -19,7 +19,6 @@ from servegym.commands.console import make_console, require_writable
 from servegym.commands.schedule_benchmark import Benchmark, run_benchmark
 from servegym.errors import ConfigError
 from servegym.evaluate.plots import PALETTE, pyplot
-from servegym.export.workflow import read_scheduler
 from servegym.workflow.bounds import critical_path_s, lower_bound_s
 from servegym.workflow.gantt_page import gantt_page
 from servegym.workflow.graph import Workflow
@@ -101,6 +100,9 @@ class ScheduleDag:
 
     def _rule(self, name: str) -> tuple[str, WorkflowRule]:
         if name.endswith(".onnx"):
+            # compiled when it is imported: not for those who only compare rules
+            from servegym.export.workflow import read_scheduler
+
             policy = read_scheduler(Path(name))
             return policy.name, partial(schedule_shop, policy=policy)
         if name in EXACT_RULES:
