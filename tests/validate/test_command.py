@@ -74,6 +74,12 @@ def test_refit_asks_for_published_rows(capsys, write_run):
     assert "give --published FILE" in refused(capsys, "--e2e", write_run(), "--refit")
 
 
+def test_sample_belongs_to_refit(capsys, write_table):
+    table = str(write_table({}))
+    assert "give --refit" in refused(capsys, "--published", table, "--sample", "3")
+    assert "got 0" in refused(capsys, "--published", table, "--refit", "--sample", "0")
+
+
 def test_refit_writes_the_constants_of_a_family_and_its_left_out_error(
     tmp_path, capsys, write_table
 ):
@@ -85,6 +91,7 @@ def test_refit_writes_the_constants_of_a_family_and_its_left_out_error(
     text = document.read_text()
     assert "| vllm |" in text
     assert ", b " in text
+    assert "GPU left out" in text
     assert "Proposed constants" in text
 
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from servegym.validate.constants import fit
 from servegym.validate.document import validation_document
 from servegym.validate.engine import EngineConstants, EngineSetup
 from servegym.validate.experiments import play
@@ -115,18 +114,6 @@ def test_trtllm_admits_only_what_it_can_hold_to_the_end(write_table):
     assert play(plan, EngineConstants())[1].num_preemptions == 0
     evicting = replace(plan, family="vllm")
     assert play(evicting, EngineConstants())[1].num_preemptions > 0
-
-
-def test_fit_finds_the_constant_that_made_the_measurements(write_table):
-    made = EngineConstants(step_s=4e-3)
-    cases = []
-    for row in read_published(write_table(*({"concurrency": str(c)} for c in (1, 2, 4, 8)))):
-        simulated, _ = play(experiment(row), made)
-        cases.append((replace(row, measured=simulated), experiment(row)))
-    found = fit(cases)
-    assert found.step_s == 4e-3
-    assert (found.dense_factor, found.sequence_s) == (1.0, 0.0)
-    assert found.request_s == pytest.approx(0, abs=1e-9)
 
 
 def test_run_is_scored_on_every_request_and_time(write_run):

@@ -9,7 +9,7 @@ from rich.progress import Progress
 
 from servegym.commands.console import make_console
 from servegym.errors import ConfigError
-from servegym.validate.constants import PROPOSED, fit_families
+from servegym.validate.constants import PROPOSED, fit_families, sample
 from servegym.validate.document import write_json, write_markdown
 from servegym.validate.published import read_published
 from servegym.validate.score import Constants, Validation, score_published, score_runs
@@ -18,6 +18,7 @@ from servegym.validate.tables import (
     fit_table,
     proposed_table,
     published_tables,
+    reach_table,
     run_tables,
     skipped_files_table,
 )
@@ -34,7 +35,9 @@ class Validate:
     proposed: bool = False
     """Apply the proposed constants of engine families; see docs/fidelity.md."""
     refit: bool = False
-    """Instead fit those constants on the published rows, with each source left out in turn."""
+    """Instead fit those constants on the published rows, with each source and GPU left out."""
+    sample: int | None = None
+    """With --refit: draw about so many rows, by source and GPU in proportion, instead of all."""
     json: Path | None = None
     """Write every run and row, measured, simulated and error, here."""
     report: Path | None = None
@@ -49,6 +52,10 @@ class Validate:
         if self.refit:
             self._refit()
             return
+        if self.sample is not None:
+            raise ConfigError(
+                "--sample draws rows for --refit: give --refit, or leave --sample out"
+            )
         result = self._score()
         runs, published = run_tables(result), published_tables(result)
         console = make_console()
@@ -81,7 +88,15 @@ class Validate:
     def _refit(self) -> None:
         if self.published is None:
             raise ConfigError("--refit fits on published rows: give --published FILE")
-        tables = [fit_table(fit_families(read_published(self.published))), proposed_table()]
+        if self.sample is not None and self.sample < 1:
+            raise ConfigError(f"--sample is a number of rows, got {self.sample}: give 1 or more")
+        rows = read_published(self.published)
+        if self.sample is not None:
+            rows = sample(rows, self.sample)
+        with Progress(transient=True) as bar:
+            task = bar.add_task("constants of engine families", total=1.0)
+            fits, variants = fit_families(rows, lambda share: bar.update(task, completed=share))
+        tables = [reach_table(variants), fit_table(fits), proposed_table()]
         for table in tables:
             make_console().print(table.rich())
         self._write_markdown("constants", tables)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from rich import box
 from rich.table import Table
 
-from servegym.validate.constants import PROPOSED, Fit
+from servegym.validate.constants import PROPOSED, VARIANTS, Fit, LeftOut, Variants
 from servegym.validate.engine import EngineConstants
 from servegym.validate.ranking import rankings
 from servegym.validate.score import (
@@ -23,6 +23,7 @@ from servegym.validate.score import (
     RunScore,
     Skipped,
     Validation,
+    aggregate,
     aggregates,
     worst,
 )
@@ -38,6 +39,9 @@ UNITS = {
     "waiting": ("waiting requests", 1.0, 1),
     "kv_cache_pct": ("KV use, %", 1.0, 1),
 }
+#: Engines and GPUs of the aim for published measurements.
+REACH_FAMILIES = ("vllm", "vllm-sync", "sglang", "trtllm")
+REACH_GPUS = ("A100-", "H100-", "H200-", "L40S", "B200-")
 _CONSTANT_HEADS = ("family", "step, ms", "sequence, us", "dense factor", "request, ms")
 _NAMES = {"tpot_s": "TPOT", "ttft_s": "TTFT", "output_tokens_per_s": "throughput", "e2e_s": "E2E"}
 
@@ -215,23 +219,19 @@ def skipped_files_table(result: Validation) -> TextTable:
 
 
 def fit_table(fits: list[Fit]) -> TextTable:
-    """Fitted constants of the engine families and what they are worth."""
-    rows = []
-    for fit in fits:
-        left_out = ", ".join(
-            f"{source} {100 * fit.left_out_before[source]:.0f} -> {100 * error:.0f}"
-            for source, error in fit.left_out.items()
+    """Constants of every family, and their errors on sources and GPUs left out."""
+    rows = [
+        (
+            fit.family,
+            *constant_cells(fit.constants),
+            str(fit.num_rows),
+            f"{100 * fit.before:.1f}",
+            f"{100 * fit.after:.1f}",
+            _left_out_cell(fit.sources),
+            _left_out_cell(fit.gpus),
         )
-        rows.append(
-            (
-                fit.family,
-                *constant_cells(fit.constants),
-                str(fit.num_rows),
-                f"{100 * fit.before:.1f}",
-                f"{100 * fit.after:.1f}",
-                left_out or "only one source",
-            )
-        )
+        for fit in fits
+    ]
     return TextTable(
         "Fitted constants of engine families",
         (
@@ -240,11 +240,61 @@ def fit_table(fits: list[Fit]) -> TextTable:
             "error without, %",
             "with, %",
             "source left out: without -> with, %",
+            "GPU left out: without -> with, %",
         ),
         rows,
         "Median absolute error of TPOT, or of throughput where no TPOT was published, rows of "
-        "grade A and B. Left out: constants fitted on the other sources only.",
+        "grade A and B. Left out: constants fitted on the other sources, or GPUs, only.",
     )
+
+
+def reach_table(variants: Variants) -> TextTable:
+    """Errors of engines on data-centre GPUs, by the constants they are replayed with."""
+    rows: list[tuple[str, ...]] = []
+    for label, family in (
+        ("all engines of 2025 on", ""),
+        *((name, name) for name in REACH_FAMILIES),
+    ):
+        for metric in ("tpot_s", "output_tokens_per_s"):
+            cells = []
+            for variant in VARIANTS:
+                errors = [
+                    score.figures[metric].error
+                    for score in variants[variant]
+                    if metric in score.figures
+                    and score.plan.setup.gpu.startswith(REACH_GPUS)
+                    and (score.plan.family == family or not family)
+                    and score.plan.family in REACH_FAMILIES
+                ]
+                found = aggregate(errors) if errors else None
+                cells.append("-" if found is None else f"{100 * found.median:.1f}")
+            if errors:
+                rows.append((label, _NAMES[metric], str(len(errors)), *cells))
+    return TextTable(
+        "Median absolute error in % on A100, H100, H200, L40S and B200, grades A and B",
+        (
+            "engine",
+            "figure",
+            "rows",
+            "no constants",
+            "of the family",
+            "source left out",
+            "GPU left out",
+        ),
+        rows,
+        "No constants: the simulator as it is. Of the family: one set for each engine family, "
+        "fitted on these rows and its others. Left out: fitted without the source, or the GPU, of "
+        "the row; without constants if there is no other.",
+    )
+
+
+def _left_out_cell(groups: list[LeftOut]) -> str:
+    known = [
+        f"{group.name} {100 * group.before:.0f} -> {100 * group.after:.0f}"
+        for group in groups
+        if group.after is not None
+    ]
+    return ", ".join(known) or "only one"
 
 
 def proposed_table() -> TextTable:
