@@ -116,6 +116,8 @@ class GpuSpec(_Spec):
         fp4_gemm: GEMM in fp4, if measured.
         prefill: Attention of new tokens.
         decode: Attention of one token a sequence.
+        decode_streamed: The same by a profile of an engine, in which KV does not stay in the
+            cache; grouped heads only. The slower of the two counts.
         mixed: The same in a step that also prefills, where the engine's kernel then treats a
             decode like a chunk (FlashAttention 2: compute capability 8 and 12). Without it decodes
             cost the same in both: kernels that pack the heads of a group (FlashAttention 3) or a
@@ -143,6 +145,7 @@ class GpuSpec(_Spec):
     fp4_gemm: KernelFit | None = None
     prefill: KernelFit
     decode: KernelFit
+    decode_streamed: KernelFit | None = None
     mixed: KernelFit | None = None
     moe: dict[str, KernelFit] = {}
     elementwise: KernelFit | None = None

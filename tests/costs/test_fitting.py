@@ -20,6 +20,7 @@ from servegym.costs.fitting import (
 )
 from servegym.costs.forms import collective_s
 from servegym.costs.measurements import Measurements
+from servegym.costs.roofline import RooflineSource
 from servegym.errors import ConfigError
 
 KERNELS = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "kernels"
@@ -158,6 +159,35 @@ def test_mixed_steps_are_nearer_than_the_sum_of_chunk_and_decodes(name, model, t
     usual_median, _ = error(whole_s[usual], calls.seconds[usual])
     assert median < 15.0
     assert usual_median < 12.0
+
+
+@needs_data
+@pytest.mark.parametrize("model", ["", "Qwen/Qwen3-30B-A3B-Instruct-2507"])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_decode_attention_of_an_engine_is_met_for_either_group_of_heads(model, tp):
+    spec = gpu("RTX-PRO-6000")
+    calls = data.llmss_decode(KERNELS, "RTXPRO6000", model, tp)
+    at, heads = calls.operator.coordinates, 32 // tp
+    kv_heads = heads // int(at["group"][0])
+
+    def simulated_s(spec):
+        source = RooflineSource(spec)
+        shapes = zip(at["batch"], at["context"], strict=True)
+        return np.array(
+            [
+                source.decode_attention_s(b, b * c, heads, kv_heads, 128) + spec.decode.c0_s
+                for b, c in shapes
+            ]
+        )
+
+    out = calls.held_out
+    usual = out & (at["batch"] >= 32) & (at["context"] >= 512)
+    with_it, without = (
+        simulated_s(s) for s in (spec, spec.model_copy(update={"decode_streamed": None}))
+    )
+    assert error(with_it[usual], calls.seconds[usual])[0] < 5
+    assert error(without[usual], calls.seconds[usual])[0] > 6
+    assert error(with_it[out], calls.seconds[out])[0] < error(without[out], calls.seconds[out])[0]
 
 
 def test_what_empty_tiles_cost_is_found_beside_decodes_of_any_cost():

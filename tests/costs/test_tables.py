@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from servegym.assets.specs import gpu, model
-from servegym.costs import tables
+from servegym.costs import package, tables
 from servegym.costs.package import expert_rows
 from servegym.costs.step import StepCost
 from servegym.costs.tables import TableSource, source_of, tables_installed
@@ -175,3 +175,23 @@ def test_a_fleet_entry_chooses_its_cost_source():
         grid(costs="tables", calibration="mine.json")
     with pytest.raises(ConfigError, match="no measured tables of this GPU"):
         step_cost(FleetEntry(gpu="L4", costs="tables"), "Llama-3.1-8B", "bf16")
+
+
+def test_experts_are_those_with_a_gate_of_the_kernel_that_engines_call(monkeypatch):
+    kernels = ["flow_cutlass", "flow_min_latency", "flow_nongated", "flow"]
+    rows = {
+        "moe_dtype": np.array(["nvfp4", "nvfp4", "nvfp4", "w4a8_mxfp4_mxfp8"]),
+        "kernel_source": np.array(kernels),
+        "distribution": np.full(4, "balanced"),
+        "latency": np.array([2.0, 3.0, 1.0, 4.0]),
+    }
+    shape = {"num_tokens": 8, "hidden_size": 64, "inter_size": 32, "num_experts": 4, "topk": 2}
+    shape |= {"moe_tp_size": 1, "moe_ep_size": 1}
+    rows |= {name: np.full(4, float(value)) for name, value in shape.items()}
+    rows["inter_size"][3] = 16.0
+    monkeypatch.setattr(package, "newest_table", lambda *of: (rows, "toy"))
+    expert_rows.cache_clear()
+    found, source = expert_rows("toy", "fp4", "uniform", fp4_units=True)
+    expert_rows.cache_clear()
+    assert found["kernel_source"].tolist() == ["flow_min_latency", "flow"]
+    assert source == "toy, w4a8_mxfp4_mxfp8 and nvfp4"

@@ -7,7 +7,7 @@ of a shape never measured; where a device has one family only, every second poin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -227,13 +227,15 @@ def llmss_prefill(folder: Path, device: str) -> Measurements:
     )
 
 
-def llmss_decode(folder: Path, device: str) -> Measurements:
-    """Decode attention of LLMServingSim's profile of Llama-3.1-8B."""
-    t = _rows(_table(folder / "llmss_attention.parquet"), device=device, tp=1, model=_LLAMA)
+def llmss_decode(folder: Path, device: str, model: str = "", tp: int = 1) -> Measurements:
+    """Decode attention of LLMServingSim's profiles; see `llmss_mixed`."""
+    t = _rows(
+        _table(folder / "llmss_attention.parquet"), device=device, tp=tp, model=model or _LLAMA
+    )
     pure = (t["prefill_chunk"] == 0) & (t["n_decode"] > 0)
     batch, context = t["n_decode"][pure], t["kv_decode"][pure]
     return Measurements(
-        forms.decode(batch, batch * np.maximum(context, 1), 32, 8, 128.0),
+        forms.decode(batch, batch * np.maximum(context, 1), *_heads(model, tp), 128.0),
         1e-6 * t["time_us"][pure],
         (_rank(batch) + _rank(context)) % 2 == 1,
         _LLMSS,
@@ -265,7 +267,7 @@ def llmss_mixed(
     mixed = (t["n_decode"] > 0) & (t["prefill_chunk"] > 0)
     t = {name: column[mixed] for name, column in t.items()}
     batch, context = t["n_decode"], np.maximum(t["kv_decode"], 1.0)
-    shape = (32 / tp, (4 if "Qwen" in model else 8) / tp, 128.0)
+    shape = (*_heads(model, tp), 128.0)
     operator = forms.unpacked_decode(batch, batch * context, *shape, gpu.l2_bytes, gpu.num_sms)
     held_out = (_rank(batch) + _rank(context)) % 2 == 1
     beside = zip(t["prefill_chunk"], t["kv_prefill"], strict=True)
@@ -273,6 +275,38 @@ def llmss_mixed(
         Measurements(operator, 1e-6 * t["time_us"], held_out, _LLMSS),
         np.array([chunk_s[key] for key in beside]),
         forms.empty_tiles(batch, t["prefill_chunk"], shape[0]),
+    )
+
+
+def llmss_streamed_decode(folder: Path, device: str) -> Measurements:
+    """Decode attention of both profiled models, over one GPU and two."""
+    shapes = [(model, tp) for model in (_LLAMA, _QWEN) for tp in (1, 2)]
+    parts = [llmss_decode(folder, device, *shape) for shape in shapes]
+    both = "LLMServingSim profiles of Llama-3.1-8B and Qwen3-30B-A3B (vLLM 0.19)"
+    return replace(_joined(parts), source=both)
+
+
+def _heads(model: str, tp: int) -> tuple[float, float]:
+    """Query and KV heads of a profiled model on one GPU."""
+    return 32 / tp, (4 if model == _QWEN else 8) / tp
+
+
+def _joined(parts: list[Measurements]) -> Measurements:
+    def column(name: str) -> FloatArray:
+        return np.concatenate([getattr(part.operator, name) for part in parts])
+
+    at = [part.operator.coordinates for part in parts]
+    return Measurements(
+        Operator(
+            flops=column("flops"),
+            num_bytes=column("num_bytes"),
+            cold_bytes=column("cold_bytes"),
+            coordinates={name: np.concatenate([c[name] for c in at]) for name in at[0]},
+            seq_heads=column("seq_heads"),
+        ),
+        np.concatenate([part.seconds for part in parts]),
+        np.concatenate([part.held_out for part in parts]),
+        parts[0].source,
     )
 
 
@@ -296,6 +330,7 @@ def llmss_elementwise(folder: Path, device: str) -> Measurements:
 
 
 _LLAMA = "meta-llama/Llama-3.1-8B"
+_QWEN = "Qwen/Qwen3-30B-A3B-Instruct-2507"
 _LLMSS = "LLMServingSim profile of Llama-3.1-8B (vLLM 0.19)"
 
 

@@ -89,7 +89,9 @@ def expert_rows(
 
     fp8: scales a block, as the makers of mixtures publish them, else one a tensor. fp4: 8-bit or
     4-bit activations on GPUs with fp4 units, of TensorRT-LLM, whose kernels vLLM and SGLang call
-    there; elsewhere 16-bit ones. Where several kernels were timed, the fastest: engines choose it.
+    there; elsewhere 16-bit ones. Of a format timed with several kernels the one that these engines
+    call: the generated one (`min_latency`) where there is one. Experts without a gate have two
+    matrices of three and are left out.
 
     Args:
         system: GPU, as the package calls it.
@@ -112,6 +114,7 @@ def expert_rows(
     if read is None:
         return None
     some = where(read[0], distribution=_ROUTINGS[routing], moe_ep_size=1.0)
+    some = _one_kernel(some)
     for kind in kinds:
         mine = np.isin(some["moe_dtype"], kind)
         if mine.any():
@@ -119,6 +122,18 @@ def expert_rows(
             rows["width"] = rows["inter_size"] / np.maximum(rows["moe_tp_size"], 1.0)
             return _fastest(rows), f"{read[1]}, {' and '.join(kind)}"
     return None
+
+
+def _one_kernel(rows: Rows) -> Rows:
+    """Rows of gated experts, and of a format that has it those of the generated kernel alone."""
+    if "kernel_source" not in rows:
+        return rows
+    kernel = rows["kernel_source"].astype(str)
+    keep = ~np.char.endswith(kernel, "nongated")
+    generated = np.char.endswith(kernel, "min_latency")
+    for kind in np.unique(rows["moe_dtype"][generated]):
+        keep &= generated | (rows["moe_dtype"] != kind)
+    return {name: column[keep] for name, column in rows.items()}
 
 
 def _fastest(rows: Rows) -> Rows:

@@ -225,6 +225,12 @@ class RooflineSource:
                 _BATCHES[:, None], _KV_TOKENS[None, :], heads, kv_heads, head_dim
             )
             seconds = self._cold(operator, fit, table, *attention)
+            streamed = self.gpu.decode_streamed
+            # fitted on groups; a measurement of one's own takes the place of both
+            if streamed and heads > kv_heads and fit is self.gpu.decode:
+                peaks = (self.gpu.bf16_flops, self.gpu.memory_bytes_per_s)
+                profiled = operator.measured_s(streamed, table_of(streamed), *peaks)
+                seconds = np.maximum(seconds, profiled)
             self._surfaces[key] = Surface.through(_BATCHES, _KV_TOKENS, seconds)
         return max(self._surfaces[key](batch, kv_tokens) - self.attention_launch_s(), 0.0)
 
