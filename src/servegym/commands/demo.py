@@ -11,8 +11,8 @@ from servegym.commands.train import require_torch, trained
 from servegym.commands.workload import chosen_scenario
 from servegym.evaluate.document import write_json
 from servegym.evaluate.report import write_report
-from servegym.export.resolve import resolve_policy
 from servegym.evaluate.table import comparison_table
+from servegym.export.resolve import resolve_policy
 
 RULES = (
     "random",
