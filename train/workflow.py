@@ -68,8 +68,8 @@ class WorkflowTraining:
     """Different jobs to train on."""
     max_minutes: float = 10.0
     """Wall-clock time of both parts."""
-    search_share: float = 0.4
-    """Share of it for the search."""
+    search_share: float = 0.8
+    """Share of it for the search, which brings nearly all of the gain."""
     search_episodes: int = 6
     """Of a generation, spread over the loads."""
     max_updates: int = 100_000

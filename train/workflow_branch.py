@@ -7,8 +7,6 @@ branches tells more of a decision than thousands of returns do.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numba import njit, typeof, types
 
@@ -44,19 +42,25 @@ def _play_until(
     rng: UInt64Array,
     action: int,
     until_s: float,
+    area: FloatArray,
 ) -> int:
-    """Take an action, then play on by the rule till the first decision from `until_s` on."""
-    apply(p, s, e, action)
+    """Take an action, then play on by the rule till the first decision from `until_s` on.
+
+    Writes the integral of the jobs in the system up to then; between two decisions it is taken to
+    grow evenly.
+    """
+    env = s.env[e]
     while True:
+        before_s = env.now_s
+        before = env.area + env.in_system * (before_s - env.area_until_s)
+        apply(p, s, e, action)
         reason = advance(p, s, e)
-        if reason != DECISION or s.env[e].now_s >= until_s:
+        area[0] = env.area + env.in_system * (env.now_s - env.area_until_s)
+        if env.now_s > until_s:
+            area[0] = before + (area[0] - before) * (until_s - before_s) / (env.now_s - before_s)
+        if reason != DECISION or env.now_s >= until_s:
             return reason
-        apply(
-            p,
-            s,
-            e,
-            decide(view(p, s, e), params, memory, stage_memory, device_memory, rng),
-        )
+        action = decide(view(p, s, e), params, memory, stage_memory, device_memory, rng)
 
 
 _players: list[object] = []
@@ -94,7 +98,7 @@ class Branching:
         """
         state, rule = self._simulator.state, self._rule
         until_s = float(state.env[0]["now_s"]) + horizon_s
-        before = self.counted(0, until_s)
+        before, area = self.counted(0), np.zeros(1)
         found = np.empty(len(actions))
         for i, action in enumerate(actions.tolist()):
             for array in state:
@@ -112,21 +116,21 @@ class Branching:
                 rule.rng[1],
                 action,
                 until_s,
+                area,
             )
             _player(arguments)(rule.decide, *arguments)  # type: ignore[operator]
-            found[i] = self.counted(1, until_s) - before
+            after = float(area[0]) if self._objective == "jct" else self.counted(1)
+            found[i] = after - before
         return found
 
-    def counted(self, env: int, until_s: float) -> float:
-        """Return the cost of an environment so far, but for what lies beyond `until_s`."""
+    def counted(self, env: int) -> float:
+        """Return the cost of an environment so far."""
         row = self._simulator.state.env[env]
         if self._objective == "deadline":
             return -float(row["good"])
         if self._objective == "makespan":
             return float(row["now_s"])
-        # what has been played beyond the horizon counts for none of the branches
-        stop_s = min(until_s, float(row["now_s"])) if math.isfinite(until_s) else row["now_s"]
-        return float(row["area"] + row["in_system"] * (stop_s - row["area_until_s"]))
+        return float(row["area"] + row["in_system"] * (row["now_s"] - row["area_until_s"]))
 
 
 def look_ahead(
@@ -176,4 +180,4 @@ def look_ahead(
                 action = int(tried[costs.argmin()])
         simulator.state.env["deciding"][1] = 0
         simulator.apply(np.array([action, WAIT]))
-    return branching.counted(0, math.inf)
+    return branching.counted(0)

@@ -23,13 +23,17 @@ from servegym.workflow.online.spec import Episode, FleetSpec
 
 #: What a scheduler may be trained for.
 OBJECTIVES = ("jct", "makespan", "deadline")
-#: Where a search without a base rule begins: short jobs first, on devices that end them early.
+#: Where a search without a base rule begins: short jobs first, on devices that end them early, and
+#: rather not where a prompt holds up others; the last three are 0 on devices that run tasks.
 FIRST_GUESS = {
     "one": 10.0,
     "job_work_left": -1.0,
     "rank": 0.1,
     "finish": -0.5,
     "regret": -1.0,
+    "prefill_to_others": -1.0,
+    "prompts_waiting": -0.5,
+    "kv_used": -0.5,
 }
 
 
