@@ -229,7 +229,7 @@ def _shortlist(w: View, c: Settings, o: Output, e: int) -> int:
     return count
 
 
-@inlined
+@kernel
 def _observe(p: Params, s: State, c: Settings, o: Output, e: int) -> None:
     w = view(p, s, e)
     env = s.env[e]
@@ -284,10 +284,7 @@ def _write_stage(w: View, o: Output, e: int, k: int) -> None:
     row[6] = q.prompt
     row[7] = q.expected_output
     row[8] = now_s - q.ready_s
-    children = 0
-    for i in range(q.succ_first, q.succ_stop):
-        children += w.stage[w.edge[i].child].hidden == 0
-    row[9] = children
+    row[9] = q.num_children
     row[10] = q.num_restarts
     row[11] = now_s - job.arrival_s
     row[12] = max(0.0, job.work_left_s)

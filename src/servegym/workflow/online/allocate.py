@@ -144,6 +144,7 @@ def make_state(spec: FleetSpec, capacity: Capacity) -> State:
         fresh=np.zeros((e, n), np.int64),
         ready_on=np.zeros((e, types), np.int64),
         running=np.zeros((e, d, slots), np.int64),
+        running_due_s=np.zeros((e, d, slots)),
         queue=np.zeros((e, d, slots), np.int64),
         ends=np.zeros((e, d, slots), ENTRY_DTYPE),
         fetches=np.zeros((e, d, slots), ENTRY_DTYPE),

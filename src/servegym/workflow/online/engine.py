@@ -184,6 +184,7 @@ def give_slot(p: Params, s: State, e: int, d: int, stage: int) -> None:
     """Let a stage hold a slot, and reserve its KV tokens; the clock must be settled."""
     v, q = s.device[e, d], s.stage[e, stage]
     s.running[e, d, v.num_running] = stage
+    s.running_due_s[e, d, v.num_running] = q.due_s
     v.num_running += 1
     if q.kind == LLM:
         q.hit = prefix_hit_tokens(view(p, s, e), stage, d)
@@ -200,8 +201,10 @@ def free_slot(s: State, e: int, d: int, stage: int) -> None:
     i = 0
     while running[i] != stage:
         i += 1
+    due_s = s.running_due_s[e, d]
     for k in range(i, v.num_running - 1):
         running[k] = running[k + 1]
+        due_s[k] = due_s[k + 1]
     v.num_running -= 1
     if s.stage[e, stage].kind == LLM:
         kv = s.stage[e, stage].kv

@@ -62,7 +62,7 @@ def next_event_s(s: State, e: int) -> float:
     return best_s
 
 
-@inlined
+@kernel
 def advance(p: Params, s: State, e: int) -> int:
     """Run one environment until a decision is due or all jobs have ended.
 
@@ -555,10 +555,12 @@ def derive_ranks(p: Params, s: State, e: int) -> None:
         else:
             _mean_over_devices(p, s, e, i)
         ahead_s, tail_s = 0.0, 0.0
+        q.num_children = 0
         for k in range(q.succ_first, q.succ_stop):
             child = s.stage[e, s.edge[e, k].child]
             if child.hidden != 0:
                 continue
+            q.num_children += 1
             moving_s = 0.0
             size = s.edge[e, k].data_bytes
             if size > 0.0 and q.kind != TOOL and child.kind != TOOL:

@@ -42,40 +42,42 @@ class Params(NamedTuple):
     move_on: int  # MOVE_NEVER, MOVE_JOB or MOVE_TEMPLATE
 
 
-#: What a scheduler may know of one stage.
+#: What a scheduler may know of one stage. Small, and what is read together is near each other:
+#: hundreds of environments do not fit in a cache.
 STAGE_DTYPE = np.dtype(
     [
+        # where it is, which its children ask too
+        ("finish_s", "f8"),
+        ("cached_at", "i8"),  # the engine's `released` before it ended there, -1 before
+        ("device", "i4"),
+        ("kind", "i1"),
+        ("status", "i1"),
+        ("hidden", "i2"),  # two bytes: records without padding can be compared byte by byte
+        ("parents_left", "i4"),
         # inputs
-        ("job", "i8"),
-        ("kind", "i8"),
-        ("label", "i8"),
-        ("hidden", "i8"),
+        ("job", "i4"),
         ("types", "i8"),  # bit t: device type t can run it
-        ("prompt", "i8"),  # tokens
-        ("kv", "i8"),  # tokens an engine must have free: prompt and true output, for `can_start`
-        ("expected_output", "f8"),  # tokens
-        ("succ_first", "i8"),  # edges succ_first..succ_stop-1 of `edge` leave it
-        ("succ_stop", "i8"),
-        ("pred_first", "i8"),  # places pred_first..pred_stop-1 of `pred` name edges that enter it
-        ("pred_stop", "i8"),
+        ("prompt", "i4"),  # tokens
+        ("kv", "i4"),  # tokens an engine must have free: prompt and true output, for `can_start`
+        ("pred_first", "i4"),  # places pred_first..pred_stop-1 of `pred` name edges that enter it
+        ("pred_stop", "i4"),
         # derived from expected durations, means over the devices that can run it
         ("mean_s", "f8"),  # duration
-        ("least_s", "f8"),  # shortest duration
-        ("work_s", "f8"),  # device time, a batch counted as shared out
         ("rank_s", "f8"),  # longest way to the end of the job, mean durations and transfers
         ("tail_s", "f8"),  # longest way to the end of the job, shortest durations
-        # progress
-        ("status", "i8"),
-        ("parents_left", "i8"),
+        ("work_s", "f8"),  # device time, a batch counted as shared out
+        ("expected_output", "f8"),  # tokens
         ("ready_s", "f8"),
+        ("num_children", "i4"),  # that are not hidden
+        ("num_restarts", "i4"),
+        ("hit", "i4"),  # prompt tokens that needed no prefill
+        ("succ_first", "i4"),  # edges succ_first..succ_stop-1 of `edge` leave it
+        ("succ_stop", "i4"),
+        ("label", "i4"),
         ("start_s", "f8"),  # when a device was given to it
         ("begin_s", "f8"),  # when that had its data and began
         ("due_s", "f8"),  # when it is expected to end, from the beginning
-        ("finish_s", "f8"),
-        ("device", "i8"),
-        ("cached_at", "i8"),  # the engine's `released` before it ended there, -1 before
-        ("hit", "i8"),  # prompt tokens that needed no prefill
-        ("num_restarts", "i8"),
+        ("least_s", "f8"),  # shortest duration
     ],
     align=True,
 )
@@ -185,7 +187,7 @@ ENV_DTYPE = np.dtype(
     align=True,
 )
 EDGE_DTYPE = np.dtype(
-    [("parent", "i8"), ("child", "i8"), ("data_bytes", "f8"), ("shared", "i8")], align=True
+    [("parent", "i4"), ("child", "i4"), ("data_bytes", "f8"), ("shared", "i8")], align=True
 )
 #: Heap entry: by key, then by order of entering.
 ENTRY_DTYPE = np.dtype([("key", "f8"), ("order", "i8"), ("stage", "i8")], align=True)
@@ -208,6 +210,7 @@ class State(NamedTuple):
     fresh: IntArray  # [E, N] those that became ready since the last decision, in that order
     ready_on: IntArray  # [E, T] ready stages that the type can run
     running: IntArray  # [E, D, S] stages that hold a slot, in order of start
+    running_due_s: FloatArray  # [E, D, S] `due_s` of each
     queue: IntArray  # [E, D, S] ring of stages to prefill
     ends: Records  # ENTRY_DTYPE[E, D, S] heap; key: `clock` at the end
     fetches: Records  # ENTRY_DTYPE[E, D, S] heap; key: when the data is there

@@ -40,6 +40,7 @@ class View(NamedTuple):
     ready: IntArray  # [N]; the first env.num_ready, by falling rank
     fresh: IntArray  # [N]; the first env.num_fresh, in the order in which they became ready
     running: IntArray  # [D, S]; the first device.num_running of each row, in order of start
+    running_due_s: FloatArray  # [D, S] when each is expected to end
     typical_batch: IntArray  # [T] sequences that `expected_s` of LLM stages is stated for
     prefill_s_per_token: FloatArray  # [T] at a full token budget
     step_s_per_seq: FloatArray  # [T] what one more sequence adds to a decode step
@@ -63,6 +64,7 @@ def look(p: Params, s: State, e: int) -> View:
         s.ready[e],
         s.fresh[e],
         s.running[e],
+        s.running_due_s[e],
         p.typical_batch,
         p.prefill_s_per_token,
         p.step_s_per_seq,
@@ -180,5 +182,5 @@ def free_s(w: View, d: int) -> float:
         return now_s
     first_s = math.inf
     for i in range(v.num_running):
-        first_s = min(first_s, w.stage[w.running[d, i]].due_s)
+        first_s = min(first_s, w.running_due_s[d, i])
     return max(first_s, now_s)
