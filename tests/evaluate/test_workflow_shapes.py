@@ -21,7 +21,7 @@ def play(names: list[str], load: float, num_seeds: int) -> WorkflowEvaluation:
 @pytest.mark.parametrize(
     ("in_order", "by_urgency", "load"),
     [
-        ("round-robin", "round-robin-urgency", 0.35),
+        ("round-robin", "round-robin-urgency", 0.6),
         ("hexgen-fcfs:alpha=0.3", "hexgen:alpha=0.3", 1.0),
         ("hexgen-cumulative-fcfs:alpha=0.4", "hexgen-cumulative:alpha=0.4", 1.0),
     ],

@@ -55,7 +55,7 @@ def jct_figure(result: WorkflowEvaluation, load: float) -> str:
     # most stages of a good policy do not wait at all, which a logarithm cannot show
     axes[1].set_xscale("symlog", linthresh=0.1)
     axes[1].set(xlabel="wait for a device, s", ylabel="share of stages", xlim=(0, None))
-    axes[1].legend(fontsize=8, loc="lower right")
+    axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1.0))
     return as_image(figure, "Cumulative distributions of job completion times and waits")
 
 
@@ -74,6 +74,6 @@ def load_figure(result: WorkflowEvaluation) -> str:
     for axis, (metric, label) in zip(axes, metrics, strict=True):
         scale = "linear" if metric == "deadline_attainment" else "log"
         axis.set(xlabel="load", ylabel=label, yscale=scale)
-    axes[0].legend(fontsize=8)
+    axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1.0))
     figure.tight_layout()
     return as_image(figure, "Completion times and deadline attainment over the load")
