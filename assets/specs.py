@@ -159,8 +159,8 @@ class ModelSpec(_Spec):
     Attributes:
         window_tokens: Tokens a sliding-window layer attends to; 0: no such layers.
         window_layers: Layers with that window.
-        parallel_ffn: Whether attention and FFN of a layer have the same input and one sum, so
-            that tensor-parallel GPUs reduce once a layer.
+        parallel_ffn: Whether attention and FFN of a layer have the same input and engines add
+            their outputs before tensor-parallel GPUs reduce: once a layer.
         fp4_experts_only: Whether its fp4 checkpoint keeps all but the experts in 16 bits.
         latent_dim: Multi-head latent attention (MLA): elements of the compressed K and V of a
             token, shared by all heads; 0: ordinary heads.

@@ -40,8 +40,9 @@ UNITS = {
     "kv_cache_pct": ("KV use, %", 1.0, 1),
 }
 #: Engines and GPUs of the aim for published measurements.
-REACH_FAMILIES = ("vllm", "vllm-sync", "sglang", "trtllm")
+REACH_FAMILIES = ("vllm", "vllm-sync", "vllm-v0", "sglang", "trtllm")
 REACH_GPUS = ("A100-", "H100-", "H200-", "L40S", "B200-")
+_VARIANT_HEADS = ("no constants", "of the family", "source left out", "GPU left out")
 _CONSTANT_HEADS = ("family", "step, ms", "sequence, us", "dense factor", "request, ms")
 _NAMES = {"tpot_s": "TPOT", "ttft_s": "TTFT", "output_tokens_per_s": "throughput", "e2e_s": "E2E"}
 
@@ -250,37 +251,30 @@ def fit_table(fits: list[Fit]) -> TextTable:
 
 def reach_table(variants: Variants) -> TextTable:
     """Errors of engines on data-centre GPUs, by the constants they are replayed with."""
+    groups = {
+        "all": REACH_FAMILIES,
+        "all but vllm-v0": tuple(name for name in REACH_FAMILIES if name != "vllm-v0"),
+        **{name: (name,) for name in REACH_FAMILIES},
+    }
     rows: list[tuple[str, ...]] = []
-    for label, family in (
-        ("all engines of 2025 on", ""),
-        *((name, name) for name in REACH_FAMILIES),
-    ):
+    for label, families in groups.items():
         for metric in ("tpot_s", "output_tokens_per_s"):
-            cells = []
-            for variant in VARIANTS:
-                errors = [
+            errors = {
+                variant: [
                     score.figures[metric].error
-                    for score in variants[variant]
+                    for score in scores
                     if metric in score.figures
+                    and score.plan.family in families
                     and score.plan.setup.gpu.startswith(REACH_GPUS)
-                    and (score.plan.family == family or not family)
-                    and score.plan.family in REACH_FAMILIES
                 ]
-                found = aggregate(errors) if errors else None
-                cells.append("-" if found is None else f"{100 * found.median:.1f}")
-            if errors:
-                rows.append((label, _NAMES[metric], str(len(errors)), *cells))
+                for variant, scores in variants.items()
+            }
+            if errors["none"]:
+                medians = (f"{100 * aggregate(errors[v]).median:.1f}" for v in VARIANTS)
+                rows.append((label, _NAMES[metric], str(len(errors["none"])), *medians))
     return TextTable(
         "Median absolute error in % on A100, H100, H200, L40S and B200, grades A and B",
-        (
-            "engine",
-            "figure",
-            "rows",
-            "no constants",
-            "of the family",
-            "source left out",
-            "GPU left out",
-        ),
+        ("engine", "figure", "rows", *_VARIANT_HEADS),
         rows,
         "No constants: the simulator as it is. Of the family: one set for each engine family, "
         "fitted on these rows and its others. Left out: fitted without the source, or the GPU, of "
