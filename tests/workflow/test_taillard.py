@@ -179,3 +179,16 @@ def test_wrong_words_end_with_one_sentence(tmp_path, monkeypatch, capsys, words,
     assert end.value.code == 2
     assert sentence in said.err
     assert said.err.count("\n") == 1
+
+
+def test_evaluate_prints_the_gaps_too_and_refuses_what_has_no_meaning(capsys):
+    main(["evaluate", "--scenario", "taillard", "--policies", "mwkr", "spt"])
+    printed = capsys.readouterr().out
+    assert "50 job shops" in printed
+    rows = [line.strip("│ ").split("│") for line in printed.splitlines() if "." in line]
+    gaps = {row[0].strip(): float(row[6]) for row in rows}
+    assert gaps["mwkr"] < gaps["spt"]
+    with pytest.raises(SystemExit) as end:
+        main(["evaluate", "--scenario", "taillard", "--saturation"])
+    assert end.value.code == 2
+    assert "--saturation has no meaning for job shops" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from rich.progress import Progress, track
 
 from servegym.commands.console import make_console, require_writable
 from servegym.commands.evaluate_workflow import DEFAULT_WORKFLOW_POLICIES, evaluate_jobs
+from servegym.commands.schedule import ScheduleDag
 from servegym.commands.workload import chosen_scenario
 from servegym.errors import ConfigError
 from servegym.evaluate.document import write_json
@@ -40,6 +41,9 @@ DEFAULT_POLICIES = (
 )
 
 
+#: Instead of a scenario: Taillard's first 50, as `servegym schedule --benchmark` has them.
+_JOB_SHOPS = "taillard"
+_JOB_SHOP_RULES = ("spt", "lpt", "fifo", "mwkr", "lwkr", "mopnr", "lopnr", "heft")
 #: What matplotlib writes.
 _PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 
@@ -49,7 +53,8 @@ class Evaluate:
     """Compare policies on the same requests: a table, JSON and a report page."""
 
     scenario: str = "mixed-chat"
-    """Bundled scenario name or YAML file; gives the fleet."""
+    """Bundled scenario name or YAML file; gives the fleet. `taillard`: gaps of schedulers to the
+    best known on 50 job shops."""
     trace: str | None = None
     """Replay this trace instead of the scenario's workload."""
     on_bad_row: OnBadRow = "error"
@@ -78,6 +83,9 @@ class Evaluate:
     def run(self) -> None:
         """Evaluate, print and write."""
         require_writable(self.json, self.report, self.plot)
+        if self.scenario == _JOB_SHOPS:
+            self._run_job_shops()
+            return
         if is_workflow_scenario(self.scenario):
             self._run_jobs()
             return
@@ -94,6 +102,18 @@ class Evaluate:
                     share: saturation_load(scenario, policy, share) for share in (0.9, 0.99)
                 }
         publish(result, self.json, self.report)
+
+    def _run_job_shops(self) -> None:
+        """Nothing is drawn there: no loads, no seeds, and the answer is a gap to the best known."""
+        for name in ("trace", "rate_rps", "num_requests", "report", "plot", "saturation"):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} has no meaning for job shops: leave it out"
+                )
+        policies = self.policies
+        if policies == DEFAULT_POLICIES:
+            policies = _JOB_SHOP_RULES
+        ScheduleDag(benchmark="taillard", policies=policies, json=self.json).run()
 
     def _run_jobs(self) -> None:
         if self.plot and self.plot.suffix not in _PLOT_SUFFIXES:
