@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import gymnasium
-import numpy as np
 
 from servegym.cluster.spec import Episode
 from servegym.envs.batch import EpisodeBatch
-from servegym.errors import ConfigError, ResetNeeded
+from servegym.envs.single import BatchEnv
 from servegym.policy.contract import (
     NUM_OBSERVED_FEATURES,
     REPLICA_FEATURES,
@@ -17,7 +14,6 @@ from servegym.policy.contract import (
     Feature,
 )
 from servegym.scenario import Scenario
-from servegym.typing import BoolArray
 
 
 def feature_table(features: tuple[Feature, ...]) -> str:
@@ -30,7 +26,7 @@ def feature_table(features: tuple[Feature, ...]) -> str:
     return "\n".join(rows)
 
 
-class DispatchEnv(gymnasium.Env[dict[str, Any], Any]):
+class DispatchEnv(BatchEnv[EpisodeBatch]):
     __doc__ = f"""Dispatch requests of an LLM serving cluster to its replicas.
 
 ## Description
@@ -75,8 +71,6 @@ episode), `num_requests`, `r_max` (rows of `replicas`), `objective`, `reward_sca
 v0: first version.
 """
 
-    metadata = {"render_modes": []}  # noqa: RUF012 - Gymnasium's convention
-
     def __init__(
         self,
         scenario: Scenario | str = "mixed-chat",
@@ -88,9 +82,7 @@ v0: first version.
         reward_scale: float = 1.0,
         render_mode: str | None = None,
     ) -> None:
-        if render_mode is not None:
-            raise ConfigError(f"render_mode must be None, got {render_mode!r}")
-        self._batch = EpisodeBatch(
+        batch = EpisodeBatch(
             scenario,
             1,
             load=load,
@@ -99,55 +91,5 @@ v0: first version.
             objective=objective,
             reward_scale=reward_scale,
         )
-        self.render_mode = render_mode
-        self.observation_space = self._batch.observation_space()
-        self.action_space = gymnasium.spaces.Discrete(self._batch.num_actions)
-        self._ready = False
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Start an episode.
-
-        Args:
-            seed: Restarts the sequence of episodes.
-            options: `{"episode": Episode}` to play that one.
-        """
-        super().reset(seed=seed)
-        if seed is not None or not self._ready:
-            self._batch.seed(int(self.np_random.integers(1 << 62)))
-        episode = (options or {}).get("episode")
-        given = [episode] if isinstance(episode, Episode) else None
-        self._batch.reset(np.zeros(1, np.int64), given)
-        self._ready = True
-        return self._observation(), self._info()
-
-    def step(self, action: int) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """Dispatch the pending request and run to the next decision."""
-        if not self._ready or self._batch.done[0]:
-            raise ResetNeeded("the episode is over or none has begun: call reset")
-        self._batch.step(np.array([action], np.int64), np.ones(1, np.bool_))
-        info = self._info()
-        done = bool(self._batch.done[0])
-        if done:
-            info["episode_metrics"] = self._batch.summary(0)
-        return self._observation(), float(self._batch.reward[0]), done, False, info
-
-    def action_masks(self) -> BoolArray:
-        """Allowed actions, `bool[num_actions]`, as sb3-contrib asks for them."""
-        return self._batch.mask[0].astype(np.bool_)
-
-    def _observation(self) -> dict[str, Any]:
-        return {name: value[0] for name, value in self._batch.observation().items()}
-
-    def _info(self) -> dict[str, Any]:
-        env = self._batch.simulator.state.env[0]
-        return {
-            "action_mask": self._batch.mask[0].copy(),
-            "dt_s": float(self._batch.dt_s[0]),
-            "now_s": float(env["now_s"]),
-        }
-
-    def close(self) -> None:
-        """Release threads."""
-        self._batch.close()
+        actions = gymnasium.spaces.Discrete(batch.num_actions)
+        super().__init__(batch, actions, Episode, render_mode)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import gymnasium
 import numpy as np
 
+from servegym.envs.single import BatchEnv
 from servegym.envs.workflow_batch import Objective, Placement, Shortlist, WorkflowBatch
 from servegym.envs.workflow_features import (
     DEVICE_COLUMNS,
@@ -16,8 +15,7 @@ from servegym.envs.workflow_features import (
     STAGE_COLUMNS,
     Column,
 )
-from servegym.errors import ConfigError, ResetNeeded
-from servegym.typing import BoolArray, Int8Array
+from servegym.typing import Int8Array
 from servegym.workflow.online.spec import Episode
 from servegym.workflow_scenario import WorkflowScenario
 
@@ -48,7 +46,7 @@ class AllowedActions(gymnasium.spaces.Discrete):
         return super().sample(mask, probability)
 
 
-class WorkflowEnv(gymnasium.Env[dict[str, Any], Any]):
+class WorkflowEnv(BatchEnv[WorkflowBatch]):
     __doc__ = f"""Schedule the stages of jobs that arrive over time on heterogeneous devices.
 
 ## Description
@@ -115,8 +113,6 @@ that `pool_seed` makes; with `pool_size=None` every episode has new ones, which 
 v0: first version.
 """
 
-    metadata = {"render_modes": []}  # noqa: RUF012 - Gymnasium's convention
-
     def __init__(
         self,
         scenario: WorkflowScenario | str = "random-dags",
@@ -135,9 +131,7 @@ v0: first version.
         pool_seed: int = 0,
         render_mode: str | None = None,
     ) -> None:
-        if render_mode is not None:
-            raise ConfigError(f"render_mode must be None, got {render_mode!r}")
-        self.batch = WorkflowBatch(
+        batch = WorkflowBatch(
             scenario,
             1,
             load=load,
@@ -153,55 +147,4 @@ v0: first version.
             pool_size=pool_size,
             pool_seed=pool_seed,
         )
-        self.render_mode = render_mode
-        self.observation_space = self.batch.observation_space()
-        self.action_space = AllowedActions(self.batch)
-        self._ready = False
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Start an episode.
-
-        Args:
-            seed: Restarts the sequence of episodes.
-            options: `{"episode": Episode}` to play that one.
-        """
-        super().reset(seed=seed)
-        if seed is not None or not self._ready:
-            self.batch.seed(int(self.np_random.integers(1 << 62)))
-        episode = (options or {}).get("episode")
-        given = [episode] if isinstance(episode, Episode) else None
-        self.batch.reset(np.zeros(1, np.int64), given)
-        self._ready = True
-        return self._observation(), self._info()
-
-    def step(self, action: int) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """Start a stage, or wait, and run to the next decision."""
-        if not self._ready or self.batch.done[0]:
-            raise ResetNeeded("the episode is over or none has begun: call reset")
-        self.batch.step(np.array([action], np.int64), np.ones(1, np.bool_))
-        info = self._info()
-        done = bool(self.batch.done[0])
-        if done:
-            info["episode_metrics"] = self.batch.summary(0)
-        return self._observation(), float(self.batch.reward[0]), done, False, info
-
-    def action_masks(self) -> BoolArray:
-        """Allowed actions, `bool[num_actions]`, as sb3-contrib asks for them."""
-        return self.batch.mask[0].astype(np.bool_)
-
-    def _observation(self) -> dict[str, Any]:
-        return {name: value[0] for name, value in self.batch.observation().items()}
-
-    def _info(self) -> dict[str, Any]:
-        env = self.batch.simulator.state.env[0]
-        return {
-            "action_mask": self.batch.mask[0].copy(),
-            "dt_s": float(self.batch.dt_s[0]),
-            "now_s": float(env["now_s"]),
-        }
-
-    def close(self) -> None:
-        """Release threads."""
-        self.batch.close()
+        super().__init__(batch, AllowedActions(batch), Episode, render_mode)

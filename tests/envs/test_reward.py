@@ -78,7 +78,7 @@ def test_latency_rewards_hold_with_crashes_holds_and_rejections(make_scenario):
         _, reward, done, _, info = env.step(int((rng.random(len(mask)) * mask).argmax()))
         total += reward
         span += info["dt_s"]
-    fate = env._batch.simulator.outcomes(0)
+    fate = env.batch.simulator.outcomes(0)
     assert fate["num_holds"].sum() > 0
     assert fate["rejected"].sum() > 0
     assert fate["num_restarts"].sum() > 0
@@ -95,7 +95,7 @@ def test_latency_reward_of_a_lone_request_is_its_own_latency(make_scenario, make
     assert info["dt_s"] == 100.0
     _, second, done, _, info = env.step(0)
     assert done
-    fate = env._batch.simulator.outcomes(0)
+    fate = env.batch.simulator.outcomes(0)
     alone_s = fate["finish_s"] - fate["arrival_s"]
     assert alone_s[0] == pytest.approx(alone_s[1], rel=1e-9)
     assert (first, second) == pytest.approx((-alone_s[0], -alone_s[1]), rel=FLOAT32)
