@@ -63,7 +63,8 @@ def _columns(path: Path) -> Rows:
     from pyarrow import parquet
 
     text = {"gemm_dtype", "moe_dtype", "kv_cache_dtype", "distribution", "kernel_source"}
-    unused = {"framework", "version", "device", "op_name", "beam_width", "attn_dtype"}
+    text |= {"op_name", "bmm_dtype", "mla_dtype"}
+    unused = {"framework", "version", "device", "beam_width", "attn_dtype"}
     names = [n for n in parquet.read_schema(path).names if n not in unused]
     table = parquet.read_table(path, columns=names)
     return {
