@@ -62,14 +62,13 @@ def _version(path: Path) -> list[int]:
 def _columns(path: Path) -> Rows:
     from pyarrow import parquet
 
-    text = {"gemm_dtype", "moe_dtype", "kv_cache_dtype", "distribution", "kernel_source"}
-    text |= {"op_name", "bmm_dtype", "mla_dtype"}
-    unused = {"framework", "version", "device", "beam_width", "attn_dtype"}
+    unused = {"framework", "version", "device", "beam_width"}
     names = [n for n in parquet.read_schema(path).names if n not in unused]
     table = parquet.read_table(path, columns=names)
+    columns = {name: table.column(name).to_numpy() for name in names}
     return {
-        name: np.asarray(table.column(name).to_numpy(), None if name in text else np.float64)
-        for name in names
+        name: column.astype(np.float64) if np.issubdtype(column.dtype, np.number) else column
+        for name, column in columns.items()
     }
 
 
