@@ -9,10 +9,10 @@ import pytest
 
 from servegym.cluster.spec import ReplicaType
 from servegym.validate.engine import EngineConstants, EngineSetup, step_cost
-from servegym.validate.ranks import SharedCost
+from servegym.validate.ranks import SharedCost, graph_tokens
 from servegym.validate.replay import replay_open
 
-NOTHING = SharedCost(np.array([1.0, 2.0]), np.zeros(2), np.zeros(2))
+NOTHING = SharedCost(np.array([1.0, 2.0]), np.zeros(2), np.zeros(2), np.zeros(2), 0)
 
 
 def engine(grid, **limits):
@@ -20,7 +20,12 @@ def engine(grid, **limits):
 
 
 def test_request_of_an_idle_rank_waits_for_the_joint_step(second_steps):
-    shared = replace(NOTHING, experts_s=np.full(2, 1.0), exchange_s=np.full(2, 0.5))
+    shared = replace(
+        NOTHING,
+        experts_s=np.full(2, 1.0),
+        skewed_experts_s=np.full(2, 1.0),
+        exchange_s=np.full(2, 0.5),
+    )
     replay = replay_open(
         engine(second_steps),
         np.array([0.0, 1.0]),
@@ -50,18 +55,57 @@ def test_rank_with_more_work_holds_the_others_up(second_steps):
     np.testing.assert_allclose(times.e2e_s, [9, 9])
 
 
-def test_exchange_goes_by_the_fullest_rank_and_experts_by_all_tokens(second_steps):
-    knots = np.array([1.0, 100.0])
-    shared = SharedCost(knots, experts_s=10 * knots, exchange_s=1000 * knots)
+KNOTS = np.array([1.0, 100.0])
+TERMS = SharedCost(
+    KNOTS,
+    experts_s=10 * KNOTS,
+    skewed_experts_s=30 * KNOTS,
+    exchange_s=1000 * KNOTS,
+    largest_graph=0,
+)
+
+
+@pytest.mark.parametrize(
+    ("largest_graph", "fullest", "tokens"),
+    [(0, 9, 11), (8, 9, 11), (16, 16, 32)],  # a graph of 16 holds 9 tokens, on both ranks
+)
+def test_exchange_goes_by_the_fullest_rank_and_experts_by_all_tokens(
+    second_steps, largest_graph, fullest, tokens
+):
     replay = replay_open(
         engine(second_steps),
         np.zeros(2),
         np.array([2, 9]),
         np.array([1, 1]),
         num_replicas=2,
-        shared=shared,
+        shared=replace(TERMS, largest_graph=largest_graph),
     )
-    np.testing.assert_allclose(replay.e2e_s, 1 + 10 * 11 + 1000 * 9)
+    np.testing.assert_allclose(replay.e2e_s, 1 + 30 * tokens + 1000 * fullest)
+
+
+def test_decodes_fall_evenly_on_experts_and_chunks_do_not(second_steps):
+    replay = replay_open(
+        engine(second_steps),
+        np.zeros(2),
+        np.array([2, 9]),
+        np.array([2, 2]),
+        num_replicas=2,
+        shared=TERMS,
+    )
+    np.testing.assert_allclose(replay.e2e_s - replay.ttft_s, 1 + 10 * 2 + 1000 * 1)
+
+
+def test_sizes_of_graphs():
+    found = [graph_tokens(n) for n in (1, 2, 3, 5, 8, 9, 250, 257, 500)]
+    assert found == [1, 2, 4, 8, 8, 16, 256, 272, 512]
+
+
+def test_fullest_rank_takes_longer_than_its_share():
+    setup = EngineSetup("RTX-PRO-6000", "Qwen3-30B-A3B", expert_ranks=2, max_num_seqs=128)
+    shared = setup.shared()
+    many = (shared.tokens > 1000) & (shared.tokens < 9000)
+    assert (shared.skewed_experts_s[many] > 1.1 * shared.experts_s[many]).all()
+    assert shared.largest_graph == 256
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -102,7 +102,7 @@ class EngineSetup:
         if self.expert_ranks == 1:
             return None
         cost = step_cost(self.gpu, self.model, self.tp, self.precision)
-        return SharedCost.of(cost, self.expert_ranks)
+        return SharedCost.of(cost, self.expert_ranks, self.max_num_seqs)
 
 
 @lru_cache(maxsize=1024)

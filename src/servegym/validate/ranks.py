@@ -3,13 +3,19 @@
 Each rank has its own queue and KV cache, and computes attention for its own requests. In every
 layer the ranks exchange their tokens, compute their share of the experts for the tokens of all,
 and give them back; so that layer by layer all wait for the slowest, and their steps begin and end
-together. A rank with nothing to do takes part with one dummy token.
+together. A rank with nothing to do takes part with one dummy token. A step small enough for a CUDA
+graph pads every rank to the graph of the fullest one.
+
+How tokens fall on experts decides what that costs. Decodes are one token each of many texts, and
+mixtures are trained to spread those evenly. A chunk is hundreds of tokens of one text, and Qwen3's
+are not held to spread a single text evenly (global-batch balancing: Qiu et al., ACL 2025), so that
+one rank has more of it than others.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,6 +30,10 @@ from servegym.typing import FloatArray
 
 _KNOTS = np.unique(np.round(np.geomspace(1, 65536, 97)))
 _ACTIVATION_BYTES = 2.0
+#: Tokens of the fullest rank over those of the mean one, by the number of ranks, under the skewed
+#: routing of AIConfigurator's benchmarks (power law, exponent 1.2): medians over its tables of
+#: experts split over ranks, against even routing split likewise. `scripts/fit-hot-ranks`
+_HOT_RANKS, _HOT = np.log([1.0, 2.0, 4.0, 8.0, 16.0]), (1.0, 1.15, 1.34, 1.56, 1.9)
 
 
 @dataclass(frozen=True)
@@ -32,18 +42,22 @@ class SharedCost:
 
     Attributes:
         tokens: Knots, ascending, `float64[n]`.
-        experts_s: Seconds of a rank's share of the experts, by the tokens of all ranks,
-            `float64[n]`.
+        experts_s: Seconds of a rank's share of the experts in a step of decodes, by the tokens of
+            all ranks, `float64[n]`.
+        skewed_experts_s: Likewise of the fullest rank in a step with chunks, `float64[n]`.
         exchange_s: Seconds in which tokens go to all ranks and come back, by the tokens of the
             fullest rank, `float64[n]`.
+        largest_graph: Most tokens of a rank for which there is a CUDA graph.
     """
 
     tokens: FloatArray
     experts_s: FloatArray
+    skewed_experts_s: FloatArray
     exchange_s: FloatArray
+    largest_graph: int
 
     @classmethod
-    def of(cls, cost: StepCost, num_ranks: int) -> SharedCost:
+    def of(cls, cost: StepCost, num_ranks: int, max_num_seqs: int) -> SharedCost:
         """Take the shared terms of a step cost over so many ranks.
 
         Ranks with more tokens than others send them one rank at a time (vLLM's `all_gatherv` and
@@ -51,6 +65,8 @@ class SharedCost:
         tokens on every rank. Activations go there and back, router logits there, two bytes each.
         """
         model, gather_s = cost.model, cost.operators.all_gather_s
+        skewed = replace(cost, routing="skewed")
+        hot = float(np.interp(math.log(num_ranks), _HOT_RANKS, _HOT))
 
         def exchange_s(tokens: float) -> float:
             there_and_back = 2.0 * gather_s(
@@ -62,7 +78,12 @@ class SharedCost:
         return cls(
             tokens=_KNOTS,
             experts_s=np.array([cost.terms(t)["experts"] / num_ranks for t in _KNOTS]),
+            skewed_experts_s=np.array(
+                [skewed.terms(hot * t)["experts"] / num_ranks for t in _KNOTS]
+            ),
             exchange_s=np.array([exchange_s(t) for t in _KNOTS]),
+            # what vLLM records unless told otherwise
+            largest_graph=min(512, 2 * max_num_seqs),
         )
 
 
@@ -86,7 +107,9 @@ def play_ranks(simulator: Simulator, shared: SharedCost) -> None:
             end_s,
             shared.tokens,
             shared.experts_s,
+            shared.skewed_experts_s,
             shared.exchange_s,
+            shared.largest_graph,
         )
         if reason != LOG_FULL:
             return
@@ -102,7 +125,9 @@ def _play(
     end_s: FloatArray,
     knots: FloatArray,
     experts_s: FloatArray,
+    skewed_experts_s: FloatArray,
     exchange_s: FloatArray,
+    largest_graph: int,
 ) -> int:
     """Play until all requests have ended (`DONE`) or a log is full; `end_s` of the joint step."""
     env = s.env[e]
@@ -130,7 +155,7 @@ def _play(
             continue
         now_s = end_s[0]
         env.now_s = now_s
-        slowest_s, fullest, tokens, busy = 0.0, 1, 0, False
+        slowest_s, fullest, tokens, busy, chunks = 0.0, 1, 0, False, False
         for r in range(num_ranks):
             v = s.replica[e, r]
             if v.mode == STEP or v.mode == DECODE:
@@ -145,6 +170,7 @@ def _play(
                 mine = v.num_decodes
                 request = v.first_prefill
                 while request >= 0:
+                    chunks = True
                     mine += s.request[e, request].chunk
                     request = s.request[e, request].next_request
             if v.mode == DECODE:
@@ -156,11 +182,26 @@ def _play(
             slowest_s = max(slowest_s, own_s)
             fullest = max(fullest, mine)
             tokens += mine
+        if fullest <= largest_graph:
+            fullest = graph_tokens(fullest)
+            tokens = num_ranks * fullest
         end_s[0] = math.inf
         if busy:
-            end_s[0] = now_s + slowest_s
-            end_s[0] += _between(knots, experts_s, tokens) + _between(knots, exchange_s, fullest)
+            together_s = _between(knots, exchange_s, fullest)
+            together_s += _between(knots, skewed_experts_s if chunks else experts_s, tokens)
+            end_s[0] = now_s + slowest_s + together_s
     return DONE
+
+
+@inlined
+def graph_tokens(tokens: int) -> int:
+    """Tokens of the smallest CUDA graph that holds so many, of the sizes that vLLM records."""
+    if tokens <= 2:
+        return tokens
+    if tokens <= 4:
+        return 4
+    between = 8 if tokens <= 256 else 16
+    return -(-tokens // between) * between
 
 
 @inlined
