@@ -18,7 +18,7 @@ def extrapolations(setup: EngineSetup, family: str, quality: str = "A") -> list[
     evidence = step_cost(setup.gpu, setup.model, setup.tp, setup.precision).evidence
     reasons = [f"{e.operator}: {e.note}" for e in evidence if e.kind == "prior"]
     if setup.expert_ranks > 1:
-        reasons.append("agreement of data-parallel ranks and hot experts are not simulated")
+        reasons.append("agreement of data-parallel ranks is not simulated")
     if family not in ("vllm", "vllm-sync"):
         reasons.append(f"{family} replayed as vLLM V1")
     if quality == "C":
