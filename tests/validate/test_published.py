@@ -15,6 +15,27 @@ def test_figures_are_read_in_seconds_and_only_those_given(write_table):
     assert row.measured == {"tpot_s": 0.008, "ttft_s": 0.02, "output_tokens_per_s": 480.0}
 
 
+@pytest.mark.parametrize(
+    ("notes", "e2e_ms", "measured"),
+    [
+        ("lengths random in [0.8,1.0]x nominal", 20 + 8 * 127, False),
+        ("lengths random in [0.8,1.0]x nominal", 0.9 * (20 + 8 * 127), True),
+        ("", 20 + 8 * 127, True),
+    ],
+)
+def test_end_computed_from_the_nominal_length_is_no_measurement(
+    write_table, notes, e2e_ms, measured
+):
+    cells = {"notes": notes, "osl": "128", "e2e_mean": str(e2e_ms)}
+    (row,) = read_published(write_table(cells))
+    assert ("e2e_s" in row.measured) is measured
+
+
+def test_random_tokens_fall_on_experts_unevenly(write_table):
+    plan = plan_of(write_table, model="Qwen3-30B-A3B")
+    assert plan.setup.cost().routing == "skewed"
+
+
 def test_concurrency_makes_a_closed_loop_of_ten_requests_a_client(write_table):
     plan = plan_of(write_table)
     assert (plan.loop, plan.concurrency, plan.num_requests) == ("closed", 4, 40)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from servegym.cluster.spec import ReplicaType
-from servegym.validate.engine import EngineConstants, EngineSetup, step_cost
+from servegym.validate.engine import EngineConstants, EngineSetup
 from servegym.validate.ranks import SharedCost, graph_tokens
 from servegym.validate.replay import replay_open
 
@@ -124,7 +124,7 @@ def test_one_rank_that_shares_nothing_is_an_engine_of_its_own(second_steps, seed
 
 def test_shared_terms_and_own_work_are_the_whole_step():
     setup = EngineSetup("RTX-PRO-6000", "Qwen3-30B-A3B", expert_ranks=2)
-    cost, shared = step_cost("RTX-PRO-6000", "Qwen3-30B-A3B", 1, "bf16"), setup.shared()
+    cost, shared = setup.cost(), setup.shared()
     grid = setup.replica(EngineConstants()).grid
     tokens = shared.tokens[40]
     own_s = grid.cpu_s + grid.dense(tokens)

@@ -10,6 +10,7 @@ import numpy as np
 from servegym.assets.specs import gpu, model
 from servegym.cluster.spec import ReplicaType
 from servegym.costs.grid import CostGrid
+from servegym.costs.source import Routing
 from servegym.costs.step import StepCost
 from servegym.validate.ranks import SharedCost
 
@@ -56,6 +57,7 @@ class EngineSetup:
         block_size: Tokens in a KV block.
         num_blocks: KV blocks; None: what the memory model gives.
         memory_fraction: Share of GPU memory the engine may use.
+        routing: How tokens fall on the experts of a mixture.
         expert_ranks: Data-parallel ranks that share their experts and run in lockstep.
         separate_attention: Whether chunks and decodes of a step have attention kernels of their
             own, as in every engine but vLLM V1, which hands both to FlashAttention at once.
@@ -71,6 +73,7 @@ class EngineSetup:
     block_size: int = 16
     num_blocks: int | None = None
     memory_fraction: float = 0.9
+    routing: Routing = "uniform"
     expert_ranks: int = 1
     separate_attention: bool = False
 
@@ -81,9 +84,7 @@ class EngineSetup:
             ConfigError: If the GPU, the model or the degree is not allowed, or the weights do
                 not fit.
         """
-        grid, kv_tokens = _cost(
-            self.gpu, self.model, self.tp, self.precision, self.memory_fraction, self.expert_ranks
-        )
+        grid, kv_tokens = _compiled(*self._kernels, self.memory_fraction, self.expert_ranks)
         if self.kv_precision == "fp8":
             grid, kv_tokens = half_kv(grid), 2 * kv_tokens
         if self.separate_attention:
@@ -97,30 +98,44 @@ class EngineSetup:
             num_gpus=self.tp,
         )
 
+    def cost(self) -> StepCost:
+        """Return the step cost of the model on these GPUs.
+
+        Raises:
+            ConfigError: If the GPU, the model or the degree is not allowed.
+        """
+        return _step_cost(*self._kernels)
+
+    @property
+    def _kernels(self) -> tuple[str, str, int, str, Routing]:
+        return self.gpu, self.model, self.tp, self.precision, self.routing
+
     def shared(self) -> SharedCost | None:
         """Return what its ranks do together, None if they share no experts."""
         if self.expert_ranks == 1:
             return None
-        cost = step_cost(self.gpu, self.model, self.tp, self.precision)
-        return SharedCost.of(cost, self.expert_ranks, self.max_num_seqs)
+        return SharedCost.of(self.cost(), self.expert_ranks, self.max_num_seqs)
 
 
 @lru_cache(maxsize=1024)
-def step_cost(gpu_name: str, model_name: str, tp: int, precision: str) -> StepCost:
-    """Return the step cost of a model on a number of GPUs.
-
-    Raises:
-        ConfigError: If the GPU, the model or the degree is not allowed.
-    """
+def _step_cost(
+    gpu_name: str, model_name: str, tp: int, precision: str, routing: Routing
+) -> StepCost:
     fp8, fp4 = precision == "fp8", precision == "fp4"
-    return StepCost(gpu(gpu_name), model(model_name), tp, fp8, fp4=fp4)
+    return StepCost(gpu(gpu_name), model(model_name), tp, fp8, fp4=fp4, routing=routing)
 
 
 @lru_cache(maxsize=1024)
-def _cost(
-    gpu_name: str, model_name: str, tp: int, precision: str, fraction: float, ranks: int
+def _compiled(
+    gpu_name: str,
+    model_name: str,
+    tp: int,
+    precision: str,
+    routing: Routing,
+    fraction: float,
+    ranks: int,
 ) -> tuple[CostGrid, int]:
-    cost = step_cost(gpu_name, model_name, tp, precision)
+    cost = _step_cost(gpu_name, model_name, tp, precision, routing)
     if ranks == 1:
         return cost.compile(), cost.kv_capacity_tokens(fraction)
     return _own_work(cost), _rank_capacity(cost, ranks, fraction)
@@ -152,10 +167,9 @@ def _own_work(cost: StepCost) -> CostGrid:
 def _rank_capacity(cost: StepCost, ranks: int, fraction: float) -> int:
     """KV tokens of one rank that holds its share of the experts."""
     spec = cost.model
-    experts = spec.layers * spec.num_experts * spec.ffn_matrices * spec.hidden * spec.expert_ffn_dim
     lighter = spec.model_copy(
         update={
-            "num_params": spec.num_params - experts * (1.0 - 1.0 / ranks),
+            "num_params": spec.num_params - spec.expert_params * (1.0 - 1.0 / ranks),
             "num_experts": spec.num_experts // ranks,
         }
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from servegym.assets.specs import model
-from servegym.validate.engine import EngineSetup, step_cost
+from servegym.validate.engine import EngineSetup
 from servegym.validate.published import Experiment, Row
 
 
@@ -15,7 +15,7 @@ def extrapolations(setup: EngineSetup, family: str, quality: str = "A") -> list[
         family: Engine family.
         quality: Grade of the measurement.
     """
-    evidence = step_cost(setup.gpu, setup.model, setup.tp, setup.precision).evidence
+    evidence = setup.cost().evidence
     reasons = [f"{e.operator}: {e.note}" for e in evidence if e.kind == "prior"]
     if setup.expert_ranks > 1:
         reasons.append("agreement of data-parallel ranks is not simulated")

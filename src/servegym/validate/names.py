@@ -34,9 +34,8 @@ _MODELS = {
     "mixtral8x7b": "Mixtral-8x7B",
     "qwen27b": "Qwen2.5-7B",
     "qwen272b": "Qwen2.5-72B",
-    "deepseekr1": "DeepSeek-V3",
-    "deepseekr1nvfp4": "DeepSeek-V3",
-    "deepseekv31nvfp4": "DeepSeek-V3",
+    "deepseekv31": "DeepSeek-V3",
+    "acemath7b": "Qwen2.5-7B",
     "deepseekr1distillllama8b": "Llama-3.1-8B",
     "deepseekr1distillqwen7b": "Qwen2.5-7B",
 }
