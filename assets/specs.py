@@ -7,7 +7,7 @@ import math
 from functools import cache
 from importlib import resources
 from itertools import pairwise
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -123,6 +123,8 @@ class GpuSpec(_Spec):
             cost the same in both: kernels that pack the heads of a group (FlashAttention 3) or a
             kernel of their own.
         moe: Grouped experts by precision and routing, e.g. `"bf16 balanced"`.
+        mla: Latent attention: `absorption`, and `prefill` and `decode` by precision of the KV
+            cache, e.g. `"decode bf16"` (`servegym.costs.mla`).
         elementwise: Norms, rotary embedding and activation of a layer.
         all_reduce: By number of GPUs.
         all_gather: The same for an all-gather or a reduce-scatter by NCCL, whose volume is half as
@@ -148,6 +150,7 @@ class GpuSpec(_Spec):
     decode_streamed: KernelFit | None = None
     mixed: KernelFit | None = None
     moe: dict[str, KernelFit] = {}
+    mla: dict[str, KernelFit] = {}
     elementwise: KernelFit | None = None
     all_reduce: dict[int, AllReduceFit]
     all_gather: dict[int, AllReduceFit] = {}
@@ -166,6 +169,10 @@ class ModelSpec(_Spec):
             token, shared by all heads; 0: ordinary heads.
         latent_rope_dim: Elements of the rotary key beside it.
         latent_query_dim: Elements of the compressed query; 0: the query is not compressed.
+        dense_layers: Layers of a mixture that have one FFN of `ffn_dim` in place of experts.
+        shared_ffn_dim: Width of the experts that every token passes beside the routed ones.
+        fp4_16bit: Parts beside experts that its fp4 checkpoint keeps in 16 bits: the projections
+            to queries, keys and values, the attention's output projection, the output head.
     """
 
     layers: int
@@ -189,6 +196,34 @@ class ModelSpec(_Spec):
     latent_dim: int = 0
     latent_rope_dim: int = 0
     latent_query_dim: int = 0
+    dense_layers: int = 0
+    shared_ffn_dim: int = 0
+    fp4_16bit: tuple[Literal["projections", "output", "head"], ...] = ()
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> ModelSpec:
+        if not self.num_experts and (self.dense_layers or self.shared_ffn_dim):
+            raise ValueError("dense_layers and shared_ffn_dim are for mixtures of experts")
+        if self.num_experts and not 0 <= self.dense_layers < self.layers:
+            raise ValueError(
+                f"dense_layers must be from 0 to {self.layers - 1}, got {self.dense_layers}"
+            )
+        if self.active_experts > self.num_experts:
+            raise ValueError(f"{self.active_experts} active experts of {self.num_experts}")
+        if self.latent_dim and (self.kv_heads != 1 or not self.latent_rope_dim):
+            raise ValueError("latent attention has kv_heads 1 and a latent_rope_dim")
+        return self
+
+    @property
+    def expert_layers(self) -> int:
+        """Layers with experts."""
+        return self.layers - self.dense_layers if self.num_experts else 0
+
+    @property
+    def expert_params(self) -> int:
+        """Weights of all routed experts."""
+        one = self.ffn_matrices * self.hidden * self.expert_ffn_dim
+        return self.expert_layers * self.num_experts * one
 
 
 _S = TypeVar("_S", bound=_Spec)
@@ -219,7 +254,9 @@ def model_names() -> list[str]:
 
 @cache
 def gpu(name: str) -> GpuSpec:
-    """Return a GPU's specification: `gpus.yaml`, with what `kernels.json` measured of its chip.
+    """Return a GPU's specification: `gpus.yaml`, with what was measured of its chip.
+
+    Operators are in `kernels.json`, those of latent attention in `mla.json`.
 
     Raises:
         ConfigError: If there is none of that name, or its calibration is impossible.
@@ -228,8 +265,11 @@ def gpu(name: str) -> GpuSpec:
     if name not in entries:
         raise ConfigError(unknown_name("GPU", name, entries))
     entry, fits = dict(entries[name]), _read("kernels.json")
+    latent = _read("mla.json")
     chip = str(entry.pop("like", ""))
-    return calibrated(name, {**_as_priors(fits.get(chip, {})), **fits.get(name, {}), **entry})
+    fitted = {**_as_priors(fits.get(chip, {})), **fits.get(name, {})}
+    fitted["mla"] = {**_as_priors(latent.get(chip, {})), **latent.get(name, {})}
+    return calibrated(name, {**fitted, **entry})
 
 
 def _as_priors(fits: dict[str, object]) -> dict[str, object]:

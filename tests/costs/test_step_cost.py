@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from servegym.assets.specs import (
     AllReduceFit,
@@ -131,20 +134,105 @@ def test_a_window_keeps_the_pairs_of_a_long_prompt_to_its_width():
     assert cost.terms(100, chunk=100)["prefill attention"] == pytest.approx((whole + blocks) * NS)
 
 
-def test_latent_attention_reads_one_latent_a_token_on_every_gpu():
-    latent = DENSE.model_copy(
-        update={"kv_heads": 1, "latent_dim": 6, "latent_rope_dim": 2, "kv_bytes_per_token": 32}
-    )
-    for tp in (1, 2):
-        # 2 bytes of 6 + 2 elements of 10 tokens, and the query's and result's 2 * 6 a head
-        expected = 2 * (2 * 8 * 10 + 2 * 2 * 6 * 4 / tp)
-        terms = toy(latent, tp).terms(1, batch=1, kv_tokens=10)
-        assert terms["decode attention"] == pytest.approx(expected * NS)
-        assert toy(latent, tp).status == "extrapolated"
-    # the latent is not split: two GPUs hold it twice
-    one, two = (toy(latent, tp).kv_capacity_tokens() for tp in (1, 2))
-    # 5.3 GB of 32 bytes; 6.3 GB (half the weights) of 32 bytes on each
-    assert (one, two) == (165_625_000, 196_875_000)
+#: 6 elements of latent, 2 of rotary key; queries from 3 compressed elements.
+LATENT = DENSE.model_copy(
+    update={
+        "kv_heads": 1,
+        "latent_dim": 6,
+        "latent_rope_dim": 2,
+        "latent_query_dim": 3,
+        "kv_bytes_per_token": 2 * 2 * 8,
+    }
+)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_latent_attention_reads_one_latent_a_token_on_every_gpu(tp):
+    heads = 4 / tp
+    # 2 bytes of 6 + 2 elements of 100 tokens; per head the query's 8 elements, the result's 6
+    attention = 2 * 8 * 100 + 2 * heads * (8 + 6)
+    # two products with 2 x 6 weights a head, from 2 elements to 6 and back
+    absorption = 2 * heads * 2 * (12 + 2 + 6)
+    terms = toy(LATENT, tp).terms(1, batch=1, kv_tokens=100)
+    # its launch is the term of all attention
+    assert terms["decode attention"] == pytest.approx(2 * (attention + absorption) * NS, rel=1e-3)
+    assert toy(LATENT, tp).status == "extrapolated"
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_latents_are_computed_on_every_gpu_and_heads_once(tp):
+    heads = 4 // tp
+    # latents n = 3 + 6 + 2, k = 8; query n = 4 a head, k = 3; out n = 8, k = 2 a head
+    one = 2 * (88 + 8) + 22 + 2 * (4 * heads * 3 + 3) + 2 * 4 * heads
+    one += 2 * (8 * 2 * heads + 2 * heads) + 16
+    terms = toy(LATENT, tp).terms(1)
+    assert terms["attention GEMMs"] == pytest.approx(2 * one * NS)
+
+
+def test_prompts_expand_the_latents_of_all_they_attend_to():
+    # n = 2 * 2 a head, k = 6, of 4 new tokens over 16: weights, latents, keys and values
+    expansion = 2 * 16 * 6 + 2 * 20 * 6 + 2 * 20 * 16
+    # keys of 4 and values of 2 elements of 20 tokens; queries and results of 4: 4 heads
+    attention = 2 * 6 * 20 * 4 + 2 * 6 * 4 * 4
+    terms = toy(LATENT).terms(4, chunk=4, context=16)
+    assert terms["prefill attention"] == pytest.approx(2 * (expansion + attention) * NS, rel=0.01)
+
+
+def test_latents_are_cached_on_every_gpu():
+    # 0.9 * 10 GB - 2 GB of weights - 1.7 GB: 5.3 GB of 32 bytes
+    assert toy(LATENT).kv_capacity_tokens() == 165_625_000
+    # as many bytes on each of two: half the weights and the copied projections to latents
+    copied = 2 * 2 * 8 * 11
+    free = (2 * 9e9 - 2e9 - copied - 2 * 1.7e9) / 2
+    assert toy(LATENT, 2).kv_capacity_tokens() == int(free / 32)
+    eight_bits = replace(toy(LATENT), fp8_kv=True)
+    assert eight_bits.kv_capacity_tokens() == 2 * 165_625_000
+    with pytest.raises(ConfigError, match="latent attention"):
+        replace(toy(), fp8_kv=True)
+
+
+def test_a_mixture_may_have_dense_layers_and_shared_experts():
+    mixed = EXPERTS.model_copy(update={"dense_layers": 1, "shared_ffn_dim": 4})
+    terms = toy(mixed).terms(1)
+    # one layer of two has experts, as wide as the dense FFN of the other
+    assert terms["experts"] == pytest.approx(toy(EXPERTS).terms(1)["experts"] / 2)
+    assert terms["MLP"] == pytest.approx(toy().terms(1)["MLP"] / 2)
+    assert terms["router"] == pytest.approx(toy(EXPERTS).terms(1)["router"] / 2)
+    # gate and up n = 8, k = 8: 160; down n = 8, k = 4: 88
+    assert terms["shared experts"] == pytest.approx((160 + 88) * NS)
+    # an expert has 3 * 8 * 16 weights
+    assert mixed.expert_params == 4 * 384
+
+
+def test_an_fp4_checkpoint_may_keep_parts_in_16_bits():
+    kept = EXPERTS.model_copy(update={"fp4_16bit": ("projections", "head")})
+    four, some = (StepCost(BYTE_COUNTER, spec, fp4=True) for spec in (EXPERTS, kept))
+    # QKV 16 x 8 in two layers and the head 32 x 8 take 2 bytes a weight in place of 0.5625
+    more = (2 * 16 * 8 + 32 * 8) * (2 - 0.5625)
+    assert some.all_weight_bytes - four.all_weight_bytes == pytest.approx(more)
+    assert some.terms(1)["experts"] == four.terms(1)["experts"]
+    assert some.terms(1)["output head"] > four.terms(1)["output head"]
+    assert {e.operator for e in some.evidence} >= {"GEMM 16 x 8 bf16", "GEMM 8 x 8 fp4"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dense_layers": 1}, "are for mixtures"),
+        ({"num_experts": 4, "dense_layers": 2}, "from 0 to 1, got 2"),
+        ({"active_experts": 1}, "1 active experts of 0"),
+        ({"latent_dim": 8, "latent_rope_dim": 2}, "kv_heads 1"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_refused(change, message):
+    with pytest.raises(ValidationError, match=message):
+        ModelSpec.model_validate(DENSE.model_dump() | change)
+
+
+def test_kv_heads_that_gpus_cannot_share_are_refused():
+    three = DENSE.model_copy(update={"heads": 6, "kv_heads": 3})
+    with pytest.raises(ConfigError, match="divide the 3 KV heads or be a multiple of them, got 2"):
+        toy(three, 2)
 
 
 def test_fp4_weights_take_half_a_byte_and_their_scale():
@@ -189,7 +277,7 @@ def test_capacity_is_what_an_engine_reported(gpu_name, model_name, share, tokens
 
 # ---- laws ----
 
-EVERY_MODEL = {name: StepCost(gpu("H200-SXM-141GB"), model(name), 4) for name in model_names()}
+EVERY_MODEL = {name: StepCost(gpu("H200-SXM-141GB"), model(name), 2) for name in model_names()}
 
 
 @pytest.mark.parametrize("name", model_names())
@@ -274,9 +362,18 @@ def test_a_gpu_holds_a_model_or_says_what_to_do(gpu_name, model_name):
             with pytest.raises(ConfigError, match=f"tp must divide the {arch.heads} heads"):
                 StepCost(spec, arch, tp)
             continue
+        if arch.kv_heads % tp and tp % arch.kv_heads:
+            with pytest.raises(ConfigError, match=f"tp must divide the {arch.kv_heads} KV heads"):
+                StepCost(spec, arch, tp)
+            continue
+        copied = 0  # every GPU makes the latents
+        if arch.latent_dim:
+            width = arch.latent_query_dim + arch.latent_dim + arch.latent_rope_dim
+            copied = (tp - 1) * arch.layers * arch.hidden * width
         for fp8 in (False, True) if spec.fp8_flops else (False,):
             cost = StepCost(spec, arch, tp, fp8)
-            free = tp * (0.9 * spec.memory_bytes - 1.7e9) - (1 if fp8 else 2) * arch.num_params
+            weights = (1 if fp8 else 2) * (arch.num_params + copied)
+            free = tp * (0.9 * spec.memory_bytes - 1.7e9) - weights
             if free <= 0:
                 with pytest.raises(ConfigError, match="do not fit"):
                     cost.kv_capacity_tokens()
@@ -296,6 +393,7 @@ def test_a_gpu_holds_a_model_or_says_what_to_do(gpu_name, model_name):
         for name in model_names()
         for tp in (1, 2, 4, 8)
         if model(name).heads % tp == 0 and 2 * model(name).num_params < tp * 120e9
+        if model(name).kv_heads % tp == 0 or tp % model(name).kv_heads == 0
     ],
 )
 def test_gpus_beyond_the_kv_heads_hold_copies_of_them(name, tp):

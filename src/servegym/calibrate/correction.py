@@ -13,7 +13,7 @@ from servegym.calibrate.adaptation import Adaptation
 from servegym.calibrate.engine import EngineFit
 from servegym.calibrate.kernels import KernelTimes
 from servegym.costs.roofline import RooflineSource
-from servegym.costs.source import CostSource, Evidence, Routing
+from servegym.costs.source import CostSource, Evidence, LatentHeads, Routing
 from servegym.costs.tables import TableSource
 
 
@@ -144,11 +144,13 @@ class CorrectedSource(CostSource):
         shape = (batch, kv_tokens, heads, kv_heads, head_dim)
         return self.factors.kv * self.base.mixed_attention_s(*shape)
 
-    def latent_decode_s(
-        self, batch: float, kv_tokens: float, heads: int, latent: int, rope: int
-    ) -> float:
+    def latent_prefill_s(self, chunk: float, context: float, shape: LatentHeads) -> float:
+        """Seconds of new tokens with latent attention."""
+        return self.factors.prefill * self.base.latent_prefill_s(chunk, context, shape)
+
+    def latent_decode_s(self, batch: float, kv_tokens: float, shape: LatentHeads) -> float:
         """Seconds of decoding with latent attention."""
-        return self.factors.kv * self.base.latent_decode_s(batch, kv_tokens, heads, latent, rope)
+        return self.factors.kv * self.base.latent_decode_s(batch, kv_tokens, shape)
 
     # ---- what stands behind them ----
 
@@ -175,6 +177,10 @@ class CorrectedSource(CostSource):
         """That of the base, and the log."""
         found = self.base.attention_evidence(heads, kv_heads, head_dim)
         return [self._corrected(one) for one in found]
+
+    def latent_evidence(self, shape: LatentHeads) -> Sequence[Evidence]:
+        """That of the base, and the log."""
+        return [self._corrected(one) for one in self.base.latent_evidence(shape)]
 
     def all_reduce_evidence(self, num_gpus: int) -> Evidence:
         """That of the base, and the log."""

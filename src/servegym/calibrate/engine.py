@@ -16,7 +16,7 @@ from servegym.calibrate.steps import Steps
 from servegym.costs.fitting import refuse_impossible
 from servegym.costs.forms import Operator
 from servegym.costs.measurements import Measurements
-from servegym.costs.source import CostSource, Evidence, Routing
+from servegym.costs.source import CostSource, Evidence, LatentHeads, Routing
 from servegym.costs.step import StepCost
 from servegym.costs.steplog import fit_step_log
 from servegym.errors import ConfigError
@@ -216,11 +216,13 @@ class EngineSource(CostSource):
         """The same: a log does not tell them apart."""
         return self.decode_attention_s(batch, kv_tokens, heads, kv_heads, head_dim)
 
-    def latent_decode_s(
-        self, batch: float, kv_tokens: float, heads: int, latent: int, rope: int
-    ) -> float:
+    def latent_prefill_s(self, chunk: float, context: float, shape: LatentHeads) -> float:
         """As any other attention."""
-        return self.decode_attention_s(batch, kv_tokens, heads, 1, latent)
+        return self.prefill_attention_s(chunk, context, shape.heads, shape.heads, shape.head_dim)
+
+    def latent_decode_s(self, batch: float, kv_tokens: float, shape: LatentHeads) -> float:
+        """As any other attention."""
+        return self.decode_attention_s(batch, kv_tokens, shape.heads, 1, shape.latent_dim)
 
     def attention_launch_s(self) -> float:
         """In the overhead."""
@@ -266,6 +268,10 @@ class EngineSource(CostSource):
             self._evidence(f"prefill attention, to {prompt} tokens a step"),
             self._evidence(f"decode attention, to {self.fit.max_sequences} sequences, {kv} tokens"),
         ]
+
+    def latent_evidence(self, shape: LatentHeads) -> Sequence[Evidence]:
+        """The log."""
+        return self.attention_evidence(shape.heads, 1, shape.latent_dim)
 
     def all_reduce_evidence(self, num_gpus: int) -> Evidence:
         """The log."""

@@ -8,10 +8,10 @@ from typing import Literal
 import numpy as np
 
 from servegym.assets.specs import GpuSpec, KernelFit
-from servegym.costs import forms
+from servegym.costs import forms, mla
 from servegym.costs.curve import Surface
-from servegym.costs.forms import ELEMENT_BYTES, LogTable, Operator, table_of
-from servegym.costs.source import Evidence, Precision, Routing
+from servegym.costs.forms import WEIGHT_BYTES, LogTable, Operator, table_of
+from servegym.costs.source import Evidence, LatentHeads, Precision, Routing
 from servegym.errors import ConfigError
 from servegym.typing import FloatArray
 
@@ -252,14 +252,26 @@ class RooflineSource:
         fit = self.gpu.mixed
         return fit.s_per_empty_tile * float(forms.empty_tiles(1, 1, heads)) if fit else 0.0
 
-    def latent_decode_s(
-        self, batch: float, kv_tokens: float, heads: int, latent: int, rope: int
-    ) -> float:
-        """Seconds of decoding with absorbed MLA, by the efficiencies of ordinary attention."""
-        flops = 2.0 * heads * (2.0 * latent + rope) * kv_tokens
-        moved = ELEMENT_BYTES * ((latent + rope) * kv_tokens + 2.0 * heads * latent * batch)
-        flops_s = flops / (self.gpu.bf16_flops * self.gpu.prefill.eff_flops)
-        return max(flops_s, moved / (self.gpu.memory_bytes_per_s * self.gpu.decode.eff_bytes))
+    def latent_prefill_s(self, chunk: float, context: float, shape: LatentHeads) -> float:
+        """Seconds of new tokens with latent attention, launch and expansion included.
+
+        Keys and values of cached tokens are expanded again for every chunk.
+        """
+        key = ("latent prefill", shape)
+        if key not in self._surfaces:
+            self._surfaces[key] = mla.prefill_surface(self.gpu, shape)
+        weight_bytes = WEIGHT_BYTES[self.gemm_precision]
+        expansion_s = self.gemm_s(chunk + context, *shape.expansion, weight_bytes)
+        return expansion_s + self._surfaces[key](chunk, max(context, _CONTEXTS[0]))
+
+    def latent_decode_s(self, batch: float, kv_tokens: float, shape: LatentHeads) -> float:
+        """Seconds of decoding with latent attention, absorption included, no launch."""
+        key, absorption = ("latent decode", shape), ("absorption", shape)
+        if key not in self._surfaces:
+            self._surfaces[key] = mla.decode_surface(self.gpu, shape)
+            self._surfaces[absorption] = mla.absorption_surface(self.gpu, shape)
+        attention_s = self._surfaces[key](batch, kv_tokens) - self.attention_launch_s()
+        return max(attention_s, 0.0) + self._surfaces[absorption](batch, 1.0)
 
     def attention_launch_s(self) -> float:
         """Constant part of one attention kernel."""
@@ -367,6 +379,10 @@ class RooflineSource:
             if fit.prior
             else Evidence(operator, "interpolated", fit.source)
         ]
+
+    def latent_evidence(self, shape: LatentHeads) -> list[Evidence]:
+        """Prefill, decode and absorption."""
+        return mla.latent_evidence(self.gpu, shape)
 
     def all_reduce_evidence(self, num_gpus: int) -> Evidence:
         """A fit by size, or a prior."""

@@ -29,6 +29,35 @@ class Evidence:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class LatentHeads:
+    """Heads of one GPU that attend to shared latents.
+
+    Attributes:
+        heads: Query heads on this GPU.
+        head_dim: Elements of a head's expanded key, without the rotary part, and of its value.
+        latent_dim: Elements of a token's latent.
+        rope_dim: Elements of its rotary key.
+        fp8_kv: Whether latents are cached in eight bits.
+    """
+
+    heads: int
+    head_dim: int
+    latent_dim: int
+    rope_dim: int
+    fp8_kv: bool = False
+
+    @property
+    def kv_kind(self) -> str:
+        """Precision of the cache, as fits are named."""
+        return "fp8" if self.fp8_kv else "bf16"
+
+    @property
+    def expansion(self) -> tuple[int, int]:
+        """`(n, k)` of the GEMM that makes keys and values of every head out of latents."""
+        return 2 * self.heads * self.head_dim, self.latent_dim
+
+
 class CostSource(Protocol):
     """Seconds of single operators on one device; `StepCost` adds them up to a step.
 
@@ -76,10 +105,12 @@ class CostSource(Protocol):
         """Seconds of such decodes in a step that also prefills, no launch."""
         ...
 
-    def latent_decode_s(
-        self, batch: float, kv_tokens: float, heads: int, latent: int, rope: int
-    ) -> float:
-        """Seconds of decoding with multi-head latent attention (MLA), projections absorbed."""
+    def latent_prefill_s(self, chunk: float, context: float, shape: LatentHeads) -> float:
+        """Seconds of new tokens with latent attention (MLA), launch and expansion included."""
+        ...
+
+    def latent_decode_s(self, batch: float, kv_tokens: float, shape: LatentHeads) -> float:
+        """Seconds of decoding with latent attention, absorption included, no launch."""
         ...
 
     def attention_launch_s(self) -> float:
@@ -114,6 +145,10 @@ class CostSource(Protocol):
 
     def attention_evidence(self, heads: int, kv_heads: int, head_dim: int) -> Sequence[Evidence]:
         """What stands behind prefill and decode attention of that shape."""
+        ...
+
+    def latent_evidence(self, shape: LatentHeads) -> Sequence[Evidence]:
+        """What stands behind latent attention of that shape."""
         ...
 
     def all_reduce_evidence(self, num_gpus: int) -> Evidence:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from servegym.costs.grid import (
     CostGrid,
 )
 from servegym.costs.roofline import RooflineSource
-from servegym.costs.source import CostSource, Evidence, Routing
+from servegym.costs.source import CostSource, Evidence, LatentHeads, Routing
 from servegym.errors import ConfigError
 from servegym.typing import FloatArray
 
@@ -25,6 +26,17 @@ _ACTIVATION_BYTES = 2.0
 #: Memory of a GPU beside weights and KV cache: driver, activations, CUDA graphs. What vLLM 0.19
 #: left on an RTX 4090 (Llama-3.1-8B, 2,048 tokens a step); larger steps of larger models need more.
 _RESERVED_BYTES = 1.7e9
+#: Parts of a model that a checkpoint may hold in another precision than its experts.
+Part = Literal["projections", "output", "ffn", "head"]
+
+
+class _Gemm(NamedTuple):
+    """A GEMM of one GPU: columns and rows of its weights, and whether every GPU has the same."""
+
+    n: int
+    k: int
+    part: Part
+    copied: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,7 @@ class StepCost:
         source: Operator times; the fits of `assets` by default.
         fp4: Weights in fp4.
         routing: How a mixture's experts are hit.
+        fp8_kv: Latent attention with an 8-bit KV cache; of other models it is 16 bit.
     """
 
     gpu: GpuSpec
@@ -48,10 +61,19 @@ class StepCost:
     source: CostSource | None = None
     fp4: bool = False
     routing: Routing = "uniform"
+    fp8_kv: bool = False
+    _parts: dict[str, CostSource] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         if self.tp < 1 or self.model.heads % self.tp:
             raise ConfigError(f"tp must divide the {self.model.heads} heads, got {self.tp}")
+        if self.model.kv_heads % self.tp and self.tp % self.model.kv_heads:
+            raise ConfigError(
+                f"tp must divide the {self.model.kv_heads} KV heads or be a multiple of them, "
+                f"got {self.tp}"
+            )
         if self.fp8 and self.fp4:
             raise ConfigError("weights are fp8 or fp4, not both")
         if self.fp8 and not self.gpu.fp8_flops:
@@ -59,6 +81,8 @@ class StepCost:
         source = self.source or RooflineSource(self.gpu, self.fp8, fp4=self.fp4)
         if self.fp4 and self.model.fp4_experts_only and isinstance(source, RooflineSource):
             source = replace(source, bf16_dense=True, _surfaces={}, _tables={})
+        if self.fp8_kv and not self.model.latent_dim:
+            raise ConfigError("fp8_kv is for models with latent attention (MLA)")
         object.__setattr__(self, "source", source)
         self.operators.all_reduce_s(1.0, self.tp)  # refuse a degree without collectives
 
@@ -84,21 +108,33 @@ class StepCost:
     def all_weight_bytes(self) -> float:
         """Bytes of all weights."""
         m = self.model
-        experts = m.layers * m.num_experts * m.ffn_matrices * m.hidden * m.expert_ffn_dim
-        return self.weight_bytes * experts + self.dense_weight_bytes * (m.num_params - experts)
+        kept, copied = 0.0, 0.0
+        for one in self._projections():
+            if self._is_16bit(one.part):
+                kept += m.layers * one.n * one.k * (1 if one.copied else self.tp)
+            if one.copied:
+                copied += self._bytes_of(one.part) * m.layers * one.n * one.k * (self.tp - 1)
+        if m.latent_dim and self._is_16bit("projections"):
+            kept += m.layers * 2 * m.heads * m.head_dim * m.latent_dim
+        if self._is_16bit("head"):
+            kept += m.vocab * m.hidden
+        rest = m.num_params - m.expert_params - kept
+        weights = self.weight_bytes * m.expert_params + self.dense_weight_bytes * rest
+        return weights + WEIGHT_BYTES["bf16"] * kept + copied
 
     @property
     def evidence(self) -> tuple[Evidence, ...]:
         """What stands behind the time of every operator of a step."""
         m, op = self.model, self.operators
-        found = [op.gemm_evidence(n, k) for n, k in dict.fromkeys(self._gemms())]
+        gemms = {(self._is_16bit(one.part), one.n, one.k): one for one in self._gemms()}
+        found = [self._source_of(one.part).gemm_evidence(one.n, one.k) for one in gemms.values()]
         if m.num_experts:
             width = max(1, m.expert_ffn_dim // self.tp)
             found.append(
                 op.experts_evidence(m.hidden, width, m.num_experts, m.active_experts, self.routing)
             )
         if m.latent_dim:
-            found.append(Evidence("latent attention", "prior", "roofline of ordinary attention"))
+            found += op.latent_evidence(self._latent_heads)
         else:
             found += op.attention_evidence(self._heads, self._kv_heads, m.head_dim)
         if m.window_layers:
@@ -147,24 +183,29 @@ class StepCost:
             Seconds by term.
         """
         m, op = self.model, self.operators
-        attention = sum(
-            op.gemm_s(tokens, n, k, self.dense_weight_bytes) for n, k in self._projections()
-        )
+        attention = sum(self._gemm_s(tokens, one) for one in self._projections())
         reductions = 1.0 if m.parallel_ffn else 2.0
         reduce_s = reductions * op.all_reduce_s(_ACTIVATION_BYTES * tokens * m.hidden, self.tp)
-        head = op.gemm_s(min(tokens, 256.0), m.vocab // self.tp, m.hidden, self.dense_weight_bytes)
+        head = self._gemm_s(min(tokens, 256.0), self._head)
         qk_width = (self._heads + self._kv_heads) * m.head_dim
         # the kernel of a mixture holds its activation
         ffn_width = 0 if m.num_experts else m.ffn_dim // self.tp
-        router = {}
+        mixture = {}
         if m.num_experts:
             one = op.gemm_s(tokens, m.num_experts, m.hidden, self.dense_weight_bytes)
-            router["router"] = m.layers * one
+            mixture["router"] = m.expert_layers * one
+        if m.shared_ffn_dim:
+            mixture["shared experts"] = m.expert_layers * self._ffn_s(tokens, m.shared_ffn_dim)
+        if m.num_experts and m.dense_layers:
+            mixture["MLP"] = m.dense_layers * self._ffn_s(tokens, m.ffn_dim)
         return {
             "cpu": op.cpu_s(),
             "attention GEMMs": m.layers * attention,
-            "MLP" if not m.num_experts else "experts": m.layers * self._mlp_s(tokens),
-            **router,
+            **(
+                {"experts": m.expert_layers * self._experts_s(tokens), **mixture}
+                if m.num_experts
+                else {"MLP": m.layers * self._ffn_s(tokens, m.ffn_dim)}
+            ),
             "norms, activation": m.layers * op.elementwise_s(tokens, m.hidden, qk_width, ffn_width),
             "all-reduce": m.layers * reduce_s,
             "output head": head,
@@ -173,37 +214,79 @@ class StepCost:
             "decode attention": self._beside_s(chunk, batch, kv_tokens) if batch else 0.0,
         }
 
-    def _projections(self) -> list[tuple[int, int]]:
-        """`(n, k)` of the GEMMs around attention, on one GPU."""
+    def _is_16bit(self, part: Part) -> bool:
+        """Whether an fp4 checkpoint keeps that part in 16 bits."""
+        return self.fp4 and part in self.model.fp4_16bit
+
+    def _source_of(self, part: Part) -> CostSource:
+        """Operator times in the precision of that part."""
+        if self._is_16bit(part) and isinstance(self.source, RooflineSource):
+            if "16 bit" not in self._parts:
+                self._parts["16 bit"] = replace(
+                    self.source, bf16_dense=True, _surfaces={}, _tables={}
+                )
+            return self._parts["16 bit"]
+        return self.operators
+
+    def _bytes_of(self, part: Part) -> float:
+        return WEIGHT_BYTES["bf16"] if self._is_16bit(part) else self.dense_weight_bytes
+
+    def _gemm_s(self, tokens: float, one: _Gemm) -> float:
+        return self._source_of(one.part).gemm_s(tokens, one.n, one.k, self._bytes_of(one.part))
+
+    def _projections(self) -> list[_Gemm]:
+        """The GEMMs around attention, on one GPU."""
         m, heads = self.model, self._heads
+        output = _Gemm(m.hidden, heads * m.head_dim, "output")
         if not m.latent_dim:
             qkv = (heads + 2 * self._kv_heads) * m.head_dim
-            return [(qkv, m.hidden), (m.hidden, heads * m.head_dim)]
+            return [_Gemm(qkv, m.hidden, "projections"), output]
+        # every GPU computes the latents of queries, keys and values, in one GEMM; their expansion
+        # to its heads is in the time of attention but for the queries'
         query = heads * (m.head_dim + m.latent_rope_dim)
-        found = [(query, m.latent_query_dim or m.hidden)]
-        if m.latent_query_dim:
-            found.append((m.latent_query_dim, m.hidden))
-        # latent K and V are computed on every GPU; their expansion is absorbed or done after
-        found.append((m.latent_dim + m.latent_rope_dim, m.hidden))
-        found += [(m.latent_dim, heads * m.head_dim)] * 2
-        return [*found, (m.hidden, heads * m.head_dim)]
+        latents = m.latent_dim + m.latent_rope_dim + m.latent_query_dim
+        return [
+            _Gemm(latents, m.hidden, "projections", copied=True),
+            _Gemm(query, m.latent_query_dim or m.hidden, "projections"),
+            output,
+        ]
 
-    def _gemms(self) -> list[tuple[int, int]]:
+    @property
+    def _head(self) -> _Gemm:
+        return _Gemm(self.model.vocab // self.tp, self.model.hidden, "head")
+
+    @property
+    def _latent_heads(self) -> LatentHeads:
+        m = self.model
+        return LatentHeads(
+            self._heads, m.head_dim, m.latent_dim, m.latent_rope_dim, fp8_kv=self.fp8_kv
+        )
+
+    def _gemms(self) -> list[_Gemm]:
         m = self.model
         found = self._projections()
+        widths = [m.shared_ffn_dim] if m.shared_ffn_dim else []
         if m.num_experts:
-            found.append((m.num_experts, m.hidden))
-        else:
-            width = m.ffn_dim // self.tp
-            found += [((m.ffn_matrices - 1) * width, m.hidden), (m.hidden, width)]
-        return [*found, (m.vocab // self.tp, m.hidden)]
+            found.append(_Gemm(m.num_experts, m.hidden, "ffn"))
+        if m.dense_layers or not m.num_experts:
+            widths.append(m.ffn_dim)
+        for width in widths:
+            found += self._ffn(width)
+        return [*found, self._head]
 
-    def _mlp_s(self, tokens: float) -> float:
+    def _ffn(self, width: int) -> list[_Gemm]:
+        m, mine = self.model, max(1, width // self.tp)
+        return [
+            _Gemm((m.ffn_matrices - 1) * mine, m.hidden, "ffn"),
+            _Gemm(m.hidden, mine, "ffn"),
+        ]
+
+    def _ffn_s(self, tokens: float, width: int) -> float:
+        up, down = self._ffn(width)
+        return self._gemm_s(tokens, up) + self._gemm_s(tokens, down)
+
+    def _experts_s(self, tokens: float) -> float:
         m, op = self.model, self.operators
-        if not m.num_experts:
-            width = m.ffn_dim // self.tp
-            up = op.gemm_s(tokens, (m.ffn_matrices - 1) * width, m.hidden, self.dense_weight_bytes)
-            return up + op.gemm_s(tokens, m.hidden, width, self.dense_weight_bytes)
         return op.experts_s(
             tokens,
             m.hidden,
@@ -217,10 +300,10 @@ class StepCost:
 
     def _prefill_s(self, chunk: float, context: float) -> float:
         m, op = self.model, self.operators
-        if m.latent_dim:  # prefill expands K and V: as many of them as heads
-            shape = (self._heads, self._heads, m.head_dim)
-        else:
-            shape = (self._heads, self._kv_heads, m.head_dim)
+        if m.latent_dim:
+            latent = self._source_of("projections")
+            return m.layers * latent.latent_prefill_s(chunk, context, self._latent_heads)
+        shape = (self._heads, self._kv_heads, m.head_dim)
         total = (m.layers - m.window_layers) * op.prefill_attention_s(chunk, context, *shape)
         if m.window_layers:
             # each query sees a window: as blocks of one window over half of one, which has the
@@ -236,8 +319,7 @@ class StepCost:
     def _decode_s(self, batch: float, kv_tokens: float, *, mixed: bool) -> float:
         m, op = self.model, self.operators
         if m.latent_dim:
-            one = op.latent_decode_s(batch, kv_tokens, self._heads, m.latent_dim, m.latent_rope_dim)
-            return m.layers * one
+            return m.layers * op.latent_decode_s(batch, kv_tokens, self._latent_heads)
         shape = (self._heads, self._kv_heads, m.head_dim)
         attention_s = op.mixed_attention_s if mixed else op.decode_attention_s
         total = (m.layers - m.window_layers) * attention_s(batch, kv_tokens, *shape)
@@ -277,7 +359,8 @@ class StepCost:
             )
         # GPUs beyond the KV heads hold copies of them
         copies = max(1, self.model.kv_heads // self.tp) * self.tp / self.model.kv_heads
-        return int(free / (self.model.kv_bytes_per_token * copies))
+        token_bytes = (0.5 if self.fp8_kv else 1.0) * self.model.kv_bytes_per_token
+        return int(free / (token_bytes * copies))
 
     def compile(self, max_tokens: int = 8192, max_context: int = 131072) -> CostGrid:
         """Sample the terms on the grids that the simulator interpolates.
