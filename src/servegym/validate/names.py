@@ -11,6 +11,7 @@ from servegym.errors import ConfigError, unknown_name
 #: GPU labels that do not begin like the name in `assets/gpus.yaml`.
 _GPUS = {
     "gb200": "GB200-192GB",
+    "a10g24gb": "A10G",
     "h100": "H100-SXM-80GB",
     "h100nvl": "H100-NVL-94GB",
     "h200": "H200-SXM-141GB",
