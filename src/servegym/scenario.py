@@ -21,6 +21,7 @@ from servegym.cluster.spec import ClusterSpec, Episode, Faults, ReplicaType, Slo
 from servegym.cluster.state import FAULT_DOWN, FAULT_SLOW, FAULT_UP
 from servegym.costs.step import StepCost
 from servegym.costs.tables import TableSource
+from servegym.engines import EngineName
 from servegym.errors import ConfigError, unknown_name
 from servegym.workloads.config import TraceConfig, WorkloadConfig
 from servegym.workloads.prediction import PredictorConfig
@@ -61,7 +62,9 @@ class FleetEntry(Config):
 
     `costs` says where kernel times come from: the `fits` of servegym, or the measured `tables` of
     the package aiconfigurator-core, which must be installed. `calibration` names a file of
-    `servegym calibrate` instead, made for this GPU, model and tp.
+    `servegym calibrate` instead, made for this GPU, model and tp. `engine` says whose rules form
+    the steps; `max_num_batched_tokens` and `max_num_seqs` are those of the scenario's `engine`
+    unless given.
     """
 
     gpu: str
@@ -71,6 +74,9 @@ class FleetEntry(Config):
     num_blocks: int | None = Field(None, ge=1)
     costs: Literal["fits", "tables"] = "fits"
     calibration: str | None = None
+    engine: EngineName = "vllm"
+    max_num_batched_tokens: int | None = Field(None, ge=1)
+    max_num_seqs: int | None = Field(None, ge=1)
 
     _check_ranges = field_validator("count", "speed")(ascending)
 
@@ -248,14 +254,16 @@ def replica_type(
     blocks = entry.num_blocks or (
         cost.kv_capacity_tokens(engine.kv_memory_fraction) // engine.block_size
     )
+    budget = entry.max_num_batched_tokens or engine.max_num_batched_tokens
     return ReplicaType(
-        name=f"{entry.gpu} x{entry.tp}",
-        grid=cost.compile(max_tokens=max(engine.max_num_batched_tokens, 64)),
+        name=f"{entry.gpu} x{entry.tp}" + ("" if entry.engine == "vllm" else f" {entry.engine}"),
+        grid=cost.compile(max_tokens=max(budget, 64)),
         num_blocks=blocks,
-        max_num_batched_tokens=engine.max_num_batched_tokens,
-        max_num_seqs=engine.max_num_seqs,
+        max_num_batched_tokens=budget,
+        max_num_seqs=entry.max_num_seqs or engine.max_num_seqs,
         price_usd_per_h=cost.gpu.price_usd_per_h * entry.tp,
         num_gpus=entry.tp,
+        engine=entry.engine,
     )
 
 

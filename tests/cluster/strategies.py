@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 
 from servegym.cluster.spec import ClusterSpec, Episode, Faults, ReplicaType
@@ -14,6 +17,7 @@ from servegym.costs.grid import (
     NUM_KV_KNOTS,
     CostGrid,
 )
+from servegym.engines import EngineName
 from servegym.workloads.table import RequestTable
 
 
@@ -41,7 +45,20 @@ def random_grid(rng: np.random.Generator) -> CostGrid:
     )
 
 
-def random_case(seed: int) -> tuple[ClusterSpec, Episode]:
+def with_engine(kind: ReplicaType, engine: EngineName, block_size: int) -> ReplicaType:
+    """Give a replica type another engine, with what that needs for requests of 119 tokens."""
+    budget = kind.max_num_batched_tokens
+    budget = max(budget, block_size) if engine == "sglang" else max(budget, 120)
+    kind = replace(kind, engine=engine, max_num_batched_tokens=budget)
+    while kind.capacity_tokens(block_size) < 119:
+        kind = replace(kind, num_blocks=kind.num_blocks + 1)
+    return kind
+
+
+def random_case(
+    seed: int, engines: Sequence[EngineName] = ("vllm",)
+) -> tuple[ClusterSpec, Episode]:
+    """Draw a cluster and an episode; each replica type has one of the engines."""
     rng = np.random.default_rng(seed)
     size = int(rng.choice([1, 2, 4, 16]))
     num_types = int(rng.integers(1, 3))
@@ -58,6 +75,11 @@ def random_case(seed: int) -> tuple[ClusterSpec, Episode]:
             max_num_seqs=seqs,
         )
         for i in range(num_types)
+    )
+    chosen = np.random.default_rng((seed, 1)).choice(engines, num_types).tolist()
+    types = tuple(
+        kind if engine == "vllm" else with_engine(kind, engine, size)
+        for kind, engine in zip(types, chosen, strict=True)
     )
     spec = ClusterSpec(
         types=types,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from servegym.cluster.outcome import outcomes_from_events
 from servegym.cluster.reference import ReferenceSimulator
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import DECISION
+from servegym.engines import ENGINES, EngineName
 from servegym.policy.contract import Group, ReplicaFeature
 from servegym.policy.observe import observe_batch
 
@@ -55,8 +58,8 @@ def play_compiled(spec, episode):
     return sim, seen
 
 
-def assert_equal(seed: int) -> None:
-    spec, episode = random_case(seed)
+def assert_equal(seed: int, engines: Sequence[EngineName] = ("vllm",)) -> None:
+    spec, episode = random_case(seed, engines)
     slow, slow_seen = play_reference(spec, episode)
     fast, fast_seen = play_compiled(spec, episode)
     want, got = slow.events(), fast.events()
@@ -79,3 +82,16 @@ def assert_equal(seed: int) -> None:
 def test_compiled_and_plain_simulator_agree_on_random_scenarios(block):
     for seed in range(40 * block, 40 * block + 40):
         assert_equal(seed)
+
+
+@pytest.mark.parametrize("engine", [e for e in ENGINES if e != "vllm"])
+@pytest.mark.parametrize("block", range(3))
+def test_they_agree_on_other_engines(block, engine):
+    for seed in range(40 * block, 40 * block + 40):
+        assert_equal(seed, [engine])
+
+
+@pytest.mark.parametrize("block", range(3))
+def test_they_agree_on_fleets_of_several_engines(block):
+    for seed in range(1000 + 40 * block, 1040 + 40 * block):
+        assert_equal(seed, ENGINES)

@@ -10,7 +10,7 @@ import numpy as np
 from servegym.cluster.kernels import reset_env
 from servegym.cluster.nominal import nominal_facts
 from servegym.cluster.outcome import EVENT_DTYPE, STEP_DTYPE
-from servegym.cluster.spec import ClusterSpec, Episode
+from servegym.cluster.spec import ClusterSpec, Episode, ReplicaType
 from servegym.cluster.state import (
     BLOCK_DTYPE,
     DUE_DTYPE,
@@ -28,6 +28,7 @@ from servegym.cluster.state import (
     Params,
     State,
 )
+from servegym.engines import ENGINES
 
 
 class Capacity(NamedTuple):
@@ -70,6 +71,13 @@ def _longest(episode: Episode) -> int:
     return int((episode.table.prompt_tokens.astype(np.int64) + episode.table.output_tokens).max())
 
 
+def _longest_request(kind: ReplicaType, spec: ClusterSpec) -> int:
+    tokens = kind.capacity_tokens(spec.block_size)
+    if kind.needs_whole_prompts(spec.chunked_prefill):
+        return min(tokens, kind.max_num_batched_tokens)
+    return tokens
+
+
 def make_params(spec: ClusterSpec, *, record: bool) -> Params:
     """Stack the replica types and rules of a cluster into arrays."""
     grids = [t.grid for t in spec.types]
@@ -92,7 +100,9 @@ def make_params(spec: ClusterSpec, *, record: bool) -> Params:
         decode_s=stack("decode_s"),
         mixed_s=stack("mixed_s"),
         empty_tiles_s=stack("empty_tiles_s"),
+        engine=np.array([ENGINES.index(t.engine) for t in spec.types], np.int64),
         num_blocks=column("num_blocks"),
+        longest_tokens=np.array([_longest_request(t, spec) for t in spec.types], np.int64),
         max_num_batched_tokens=column("max_num_batched_tokens"),
         max_num_seqs=column("max_num_seqs"),
         nominal=np.ascontiguousarray(nominal_facts(spec), np.float64),

@@ -1,4 +1,4 @@
-"""One engine: forming steps, ending them, preempting. Compiled form of docs/simulator.md."""
+"""One engine: forming steps and ending them. Compiled form of docs/simulator.md."""
 
 from __future__ import annotations
 
@@ -6,29 +6,33 @@ import math
 
 from servegym.cluster.blocks import (
     count_hits,
-    hold_matched,
     match,
-    release,
     reset_blocks,
     take_for_chunk,
     take_for_decodes,
 )
-from servegym.cluster.heap import push_end, remove_end, set_event
+from servegym.cluster.heap import push_end, set_event
 from servegym.cluster.jit import inlined, kernel
 from servegym.cluster.log import count_itl, log_event, log_steps
+from servegym.cluster.phased import forget_pressure, form_phase
+from servegym.cluster.running import (
+    admit_head,
+    begin_decodes,
+    block_residue,
+    blocks_for_steps,
+    leave_running,
+    preempt,
+)
 from servegym.cluster.state import (
     DECODE,
     DOWN,
-    EV_ADMIT,
     EV_FINISH,
     EV_FIRST_TOKEN,
-    EV_PREEMPT,
     EV_RETURN,
     FINISHED,
     IDLE,
-    QUEUED,
+    PREFILL,
     RETURNED,
-    RUNNING,
     STEP,
     VIEW_OUTSTANDING,
     VIEW_OUTSTANDING_PREDICTED,
@@ -47,6 +51,7 @@ from servegym.cluster.steptime import (
     prefill_s,
     step_factor,
 )
+from servegym.engines import SGLANG, TRTLLM, VLLM_V0
 
 
 @inlined
@@ -54,6 +59,9 @@ def form_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     """Begin the next step, or a stretch of decode steps up to where something changes."""
     v = s.replica[e, r]
     t = v.type_idx
+    if p.engine[t] == SGLANG or p.engine[t] == VLLM_V0:
+        form_phase(p, s, e, r, now_s)
+        return
     while True:
         preempted = _feed_decodes(p, s, e, r, now_s)
         batch = v.num_decodes
@@ -70,7 +78,7 @@ def form_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
             blocks = (computed + take + p.block_size - 1) // p.block_size
             if blocks - q.table_len > v.free_blocks:
                 # it is the last of the running list, so it is its own victim
-                _preempt(p, s, e, r, request, now_s)
+                preempt(p, s, e, r, request, now_s)
                 preempted = True
             else:
                 take_for_chunk(p, s, e, r, request, computed, take)
@@ -86,10 +94,10 @@ def form_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
             v.mode = IDLE
             set_event(s, e, r, math.inf)
             return
-    factor = step_factor(p, s, e, r)
-    v.seg_begin_s = now_s
-    v.seg_factor = factor
     if v.first_prefill >= 0:
+        factor = step_factor(p, s, e, r)
+        v.seg_begin_s = now_s
+        v.seg_factor = factor
         v.mode = STEP
         v.seg_steps = 1
         if batch > 0:
@@ -98,19 +106,8 @@ def form_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
         duration = (dense_s(p, t, tokens) + attention_s) * factor
         set_event(s, e, r, now_s + duration)
         return
-    v.mode = DECODE
-    steps = (s.ends[e, r, 0].key >> 32) - v.iteration
-    if p.noise_sigma > 0.0:
-        steps = min(
-            steps,
-            p.noise_period_steps - v.iteration % p.noise_period_steps,
-        )
-    if preempted and v.num_waiting > 0:
-        steps = 1  # admission was barred in this step alone
-    steps = _steps_with_blocks(p, s, e, r, steps)
-    v.seg_steps = steps
-    span = decode_span_s(p, t, batch, v.kv_tokens + batch, steps)
-    set_event(s, e, r, now_s + factor * span)
+    # after a preemption admission is barred in this step alone
+    begin_decodes(p, s, e, r, now_s, preempted and v.num_waiting > 0, 0)
 
 
 @inlined
@@ -138,10 +135,10 @@ def _feed_decodes(p: Params, s: State, e: int, r: int, now_s: float) -> bool:
         q = s.request[e, request]
         following = q.next_request
         start = q.join_iter
-        if start >= 0 and _residue(p, q.computed, start) == residue:
+        if start >= 0 and block_residue(p, q.computed, start) == residue:
             while v.free_blocks == 0:
                 victim = v.run_tail
-                _preempt(p, s, e, r, victim, now_s)
+                preempt(p, s, e, r, victim, now_s)
                 if victim == request:
                     return True
                 if victim == following:
@@ -152,45 +149,6 @@ def _feed_decodes(p: Params, s: State, e: int, r: int, now_s: float) -> bool:
 
 
 @inlined
-def _residue(p: Params, computed: int, join_iter: int) -> int:
-    """Step count, modulo the block size, at which a request decoding since then needs a block."""
-    return (join_iter - computed) % p.block_size
-
-
-@inlined
-def _steps_with_blocks(p: Params, s: State, e: int, r: int, steps: int) -> int:
-    """Cut a stretch of decode steps where blocks run out; its first step has its blocks."""
-    v = s.replica[e, r]
-    free = v.free_blocks
-    batch = v.num_decodes
-    size = p.block_size
-    if free >= batch * ((steps - 2) // size + 1):
-        return steps
-    cycles = free // batch
-    left = free - cycles * batch
-    done = 1 + cycles * size
-    i = v.iteration + done
-    while done < steps:
-        left -= s.phase[e, r, i % size]
-        if left < 0:
-            break
-        done += 1
-        i += 1
-    return min(done, steps)
-
-
-@inlined
-def blocks_for_steps(p: Params, s: State, e: int, r: int, first: int, count: int) -> int:
-    """Blocks that the decoding requests take in `count` steps from step count `first` on."""
-    size = p.block_size
-    cycles = count // size
-    blocks = cycles * s.replica[e, r].num_decodes
-    for i in range(first, first + count - cycles * size):
-        blocks += s.phase[e, r, i % size]
-    return blocks
-
-
-@inlined
 def _admit(
     p: Params, s: State, e: int, r: int, now_s: float, budget: int, attention_s: float
 ) -> tuple[int, float]:
@@ -198,6 +156,9 @@ def _admit(
     v = s.replica[e, r]
     t = v.type_idx
     size = p.block_size
+    no_evict = p.engine[t] == TRTLLM
+    chunked = p.chunked_prefill and not no_evict
+    promised = _promised_blocks(p, s, e, r) if no_evict else 0
     while budget > 0 and v.num_waiting > 0 and v.num_running < p.max_num_seqs[t]:
         request = v.wait_head
         q = s.request[e, request]
@@ -208,97 +169,43 @@ def _admit(
             hits, unheld = match(p, s, e, r, request, (total - 1) // size)
             computed = hits * size
         take = min(total - computed, budget)
-        if not p.chunked_prefill and take < total - computed:
+        if not chunked and take < total - computed:
             break
-        whole = (total + size - 1) // size - hits
-        if whole + unheld > v.free_blocks:
-            break
-        v.wait_head = q.next_request
-        if v.wait_head < 0:
-            v.wait_tail = -1
-        v.num_waiting -= 1
-        hold_matched(p, s, e, r, request, hits)
-        tail = v.run_tail
-        q.next_request = -1
-        q.prev_request = tail
-        if tail >= 0:
-            s.request[e, tail].next_request = request
+        if no_evict:
+            if _blocks_to_end(p, s, e, request) > v.free_blocks - promised:
+                break
         else:
-            v.run_head = request
-        v.run_tail = request
-        v.num_running += 1
-        if v.first_prefill < 0:
-            v.first_prefill = request
-        q.status = RUNNING
-        q.computed = computed
-        q.join_iter = -1
-        if q.cached < 0:
-            q.cached = computed
-            q.scheduled_s = now_s
-            log_event(p, s, e, now_s, EV_ADMIT, request, r, computed)
-        take_for_chunk(p, s, e, r, request, computed, take)
-        q.chunk = take
+            whole = (total + size - 1) // size - hits
+            if whole + unheld > v.free_blocks:
+                break
+        admit_head(p, s, e, r, now_s, hits, computed, take)
+        if no_evict:
+            promised += _blocks_to_end(p, s, e, request) - q.table_len
         budget -= take
         attention_s += prefill_s(p, t, take, computed)
     return budget, attention_s
 
 
 @inlined
-def _leave_running(p: Params, s: State, e: int, r: int, request: int) -> None:
-    """Take a request off the running list, with its blocks; its token counts become current."""
-    v = s.replica[e, r]
+def _blocks_to_end(p: Params, s: State, e: int, request: int) -> int:
+    """Blocks a request holds when its last token comes out."""
     q = s.request[e, request]
-    joined = -1
-    if q.join_iter >= 0:
-        joined = q.computed
-        steps = v.iteration - q.join_iter
-        s.phase[e, r, _residue(p, joined, q.join_iter)] -= 1
-        q.computed = joined + steps
-        q.generated += steps
-        q.join_iter = -1
-        v.num_decodes -= 1
-        v.kv_tokens -= joined + steps
-        if q.heap_pos >= 0:
-            remove_end(s, e, r, request)
-    elif v.first_prefill == request:
-        v.first_prefill = q.next_request
-    release(p, s, e, r, request, q.computed, joined)
-    before, after = (
-        q.prev_request,
-        q.next_request,
-    )
-    if before >= 0:
-        s.request[e, before].next_request = after
-    else:
-        v.run_head = after
-    if after >= 0:
-        s.request[e, after].prev_request = before
-    else:
-        v.run_tail = before
-    v.num_running -= 1
-    q.chunk = 0
-    q.next_request = -1
-    q.prev_request = -1
+    return (q.prompt + q.output - 1 + p.block_size - 1) // p.block_size
 
 
 @kernel
-def _preempt(p: Params, s: State, e: int, r: int, request: int, now_s: float) -> None:
-    """Preempt by recompute: release everything, wait at the front of the queue."""
+def _promised_blocks(p: Params, s: State, e: int, r: int) -> int:
+    """Blocks that decoding requests, fed for the step to come, will still take to their ends."""
     v = s.replica[e, r]
-    q = s.request[e, request]
-    if q.join_iter >= 0:
-        q.last_token_s = now_s
-    _leave_running(p, s, e, r, request)
-    q.computed = 0
-    q.preset_hit = 0
-    q.num_preemptions += 1
-    q.status = QUEUED
-    q.next_request = v.wait_head
-    v.wait_head = request
-    if v.wait_tail < 0:
-        v.wait_tail = request
-    v.num_waiting += 1
-    log_event(p, s, e, now_s, EV_PREEMPT, request, r, 0.0)
+    blocks = 0
+    request = v.run_head
+    while request >= 0:
+        q = s.request[e, request]
+        tokens = q.computed + v.iteration - q.join_iter + 1
+        held = (tokens + p.block_size - 1) // p.block_size
+        blocks += _blocks_to_end(p, s, e, request) - held
+        request = q.next_request
+    return blocks
 
 
 @inlined
@@ -324,7 +231,9 @@ def end_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     if v.mode == DECODE:
         log_steps(p, s, e, r, now_s, v.seg_steps, 0)
         settle_decodes(p, s, e, r, v.seg_steps)
+        running = v.num_running
         _end_decodes(p, s, e, r, now_s)
+        v.num_lagging = running - v.num_running
         return
     request = v.first_prefill
     if p.record:
@@ -334,8 +243,15 @@ def end_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
             prefill += s.request[e, walk].chunk
             walk = s.request[e, walk].next_request
         log_steps(p, s, e, r, now_s, 1, prefill)
-    settle_decodes(p, s, e, r, 1)
-    _end_decodes(p, s, e, r, now_s)
+    paused = v.mode == PREFILL
+    alone = v.num_decodes + v.num_lagging == 0
+    running = v.num_running
+    if paused:
+        v.prefill_steps += 1
+        s.env[e].engine_steps += 1
+    else:
+        settle_decodes(p, s, e, r, 1)
+        _end_decodes(p, s, e, r, now_s)
     while request >= 0:
         q = s.request[e, request]
         following = q.next_request
@@ -345,6 +261,8 @@ def end_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
             v.first_prefill = following
             _emit_after_prefill(p, s, e, r, request, now_s)
         request = following
+    if paused and (alone or v.num_running < running or v.first_prefill >= 0):
+        v.batch_full = 0
 
 
 @inlined
@@ -379,7 +297,7 @@ def _emit_after_prefill(p: Params, s: State, e: int, r: int, request: int, now_s
     q.join_iter = start
     v.num_decodes += 1
     v.kv_tokens += computed
-    s.phase[e, r, _residue(p, computed, start)] += 1
+    s.phase[e, r, block_residue(p, computed, start)] += 1
     v.num_joined += 1
     push_end(s, e, r, request, ((start + left) << 32) | v.num_joined)
 
@@ -388,7 +306,7 @@ def _emit_after_prefill(p: Params, s: State, e: int, r: int, request: int, now_s
 def _finish(p: Params, s: State, e: int, r: int, request: int, now_s: float) -> None:
     """A request has all its tokens."""
     q = s.request[e, request]
-    _leave_running(p, s, e, r, request)
+    leave_running(p, s, e, r, request)
     q.status = FINISHED
     q.finish_s = now_s
     s.replica[e, r].emitted -= q.generated
@@ -495,6 +413,7 @@ def stop_replica(p: Params, s: State, e: int, r: int, now_s: float) -> None:
         v.iteration += 1
     else:
         last_s = now_s
+        v.prefill_steps += v.mode == PREFILL
     aborted = 1 if v.mode == DECODE or v.mode == STEP else 0
     request = v.run_head
     while request >= 0:
@@ -502,7 +421,8 @@ def stop_replica(p: Params, s: State, e: int, r: int, now_s: float) -> None:
         following = q.next_request
         start = q.join_iter
         if start >= 0:
-            q.last_token_s = last_s
+            if v.stalled == 0:
+                q.last_token_s = last_s
             steps = v.iteration - aborted - start
             q.generated += steps
         _return(p, s, e, r, request, now_s)
@@ -557,6 +477,9 @@ def clear_replica(p: Params, s: State, e: int, r: int) -> None:
     v.kv_tokens = 0
     v.emitted = 0
     v.num_ends = 0
+    v.stalled = 0
+    v.num_lagging = 0
+    forget_pressure(s, e, r)
     s.phase[e, r, :] = 0
     reset_blocks(p, s, e, r)
 

@@ -7,7 +7,6 @@ import math
 import numpy as np
 
 from servegym.cluster.engine import (
-    blocks_for_steps,
     clear_replica,
     cut_stretch,
     end_step,
@@ -20,6 +19,7 @@ from servegym.cluster.engine import (
 from servegym.cluster.heap import set_event
 from servegym.cluster.jit import inlined, kernel
 from servegym.cluster.log import log_event
+from servegym.cluster.running import blocks_for_steps
 from servegym.cluster.state import (
     DECISION,
     DECODE,
@@ -310,6 +310,7 @@ def reset_env(p: Params, s: State, e: int) -> None:
         v.mode = IDLE
         v.speed = v.base_speed
         v.iteration = 0
+        v.prefill_steps = 0
         v.num_joined = 0
         v.event_pos = r
         v.last_dispatch_s = -math.inf

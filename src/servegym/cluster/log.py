@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from servegym.cluster.jit import inlined
-from servegym.cluster.state import ITL_BINS_PER_DECADE, ITL_FIRST_S, Params, State
+from servegym.cluster.jit import inlined, kernel
+from servegym.cluster.state import ITL_BINS_PER_DECADE, ITL_FIRST_S, PREFILL, Params, State
 
 
 @inlined
@@ -49,14 +49,31 @@ def log_steps(
     s.steps[e, i].end_s = end_s
     s.steps[e, i].replica = r
     s.steps[e, i].num_steps = num_steps
-    s.steps[e, i].num_decodes = v.num_decodes
+    batch = 0 if v.mode == PREFILL else v.num_decodes
+    s.steps[e, i].num_decodes = batch
     s.steps[e, i].prefill_tokens = prefill
     s.steps[e, i].num_waiting = v.num_waiting
     s.steps[e, i].used_blocks = p.num_blocks[v.type_idx] - v.free_blocks
     env.step_len = i + 1
-    if v.num_decodes > 0:
+    if batch > 0:
         mean_s = (end_s - v.seg_begin_s) / num_steps
-        count_itl(p, s, e, mean_s, num_steps * v.num_decodes)
+        if v.stalled > 0:
+            _count_after_stall(p, s, e, r, mean_s)
+            num_steps -= 1
+        count_itl(p, s, e, mean_s, num_steps * batch)
+
+
+@kernel
+def _count_after_stall(p: Params, s: State, e: int, r: int, step_s: float) -> None:
+    """Count the inter-token times of a decode step that others' prefills came before."""
+    v = s.replica[e, r]
+    request = v.run_head
+    while request >= 0:
+        q = s.request[e, request]
+        if q.join_iter >= 0:
+            count_itl(p, s, e, v.seg_begin_s - q.last_token_s + step_s, 1)
+        request = q.next_request
+    v.stalled = 0
 
 
 @inlined

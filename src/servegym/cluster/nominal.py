@@ -40,7 +40,7 @@ def _facts(replica: ReplicaType, block_size: int) -> list[float]:
         budget / grid.step_s([(budget, 0)]),
         one,
         max(0.0, per_seq),
-        float(replica.num_blocks * block_size),
+        float(replica.capacity_tokens(block_size)),
         float(replica.max_num_seqs),
         float(budget),
     ]

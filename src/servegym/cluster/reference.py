@@ -8,240 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from servegym.cluster import state as st
 from servegym.cluster.outcome import EVENT_DTYPE
-from servegym.cluster.rng import block_identity, private_key, step_noise_z
+from servegym.cluster.reference_engines import RULES, Request
 from servegym.cluster.spec import ClusterSpec, Episode
-
-
-@dataclass
-class Request:
-    """One request and how far it is."""
-
-    idx: int
-    prompt: int
-    output: int
-    segments: list[tuple[int, int]]
-    generated: int = 0
-    computed: int = 0
-    target: int = 0
-    prefilling: bool = False
-    scheduled: int = 0
-    admitted_once: bool = False
-    first_token: bool = False
-    blocks: list[int] = field(default_factory=list)
-    named: int = 0
-
-    @property
-    def total(self) -> int:
-        """Prompt and output tokens so far."""
-        return self.prompt + self.generated
-
-
-class BlockPool:
-    """KV blocks of a replica: holders, identities, and a free list by last use."""
-
-    def __init__(self, num_blocks: int, caching: bool) -> None:
-        self.caching = caching
-        self.free = list(range(num_blocks))
-        self.holders = dict.fromkeys(range(num_blocks), 0)
-        self.identity: dict[int, int] = {}
-        self.where: dict[int, list[int]] = {}
-
-    def take(self) -> int:
-        """Take the least recently used free block."""
-        block = self.free.pop(0)
-        if block in self.identity:
-            self.where[self.identity.pop(block)].remove(block)
-        self.holders[block] = 1
-        return block
-
-    def hold(self, block: int) -> None:
-        """Add a holder to a cached block."""
-        if self.holders[block] == 0:
-            self.free.remove(block)
-        self.holders[block] += 1
-
-    def name(self, block: int, identity: int) -> None:
-        """Give a filled block its identity; others may have the same."""
-        if self.caching:
-            self.where.setdefault(identity, []).append(block)
-            self.identity[block] = identity
-
-    def release(self, blocks: list[int]) -> None:
-        """Take one holder off each block, last block first; those without identity go first."""
-        nameless: list[int] = []
-        for block in reversed(blocks):
-            self.holders[block] -= 1
-            if self.holders[block] == 0:
-                (self.free if block in self.identity else nameless).append(block)
-        self.free[:0] = nameless
-
-
-class Engine:
-    """One replica."""
-
-    def __init__(self, sim: ReferenceSimulator, r: int) -> None:
-        self.sim, self.r = sim, r
-        self.type = sim.spec.types[int(sim.episode.type_idx[r])]
-        self.base_speed = self.speed = float(sim.episode.speed[r])
-        self.up = True
-        self.waiting: list[Request] = []
-        self.running: list[Request] = []
-        self.steps = 0
-        self.due_s = math.inf
-        self.stepping = False
-        self.pool = BlockPool(self.type.num_blocks, sim.spec.prefix_caching)
-
-    def identity(self, q: Request, j: int) -> int:
-        """Name the content of block `j` of a request."""
-        last = (j + 1) * self.sim.spec.block_size - 1
-        key = next((k for k, end in q.segments if end > last), None)
-        return int(block_identity(private_key(q.idx) if key is None else key, j))
-
-    def hits(self, q: Request, limit: int) -> list[int]:
-        """Blocks of the longest cached prefix, at most `limit` of them."""
-        found: list[int] = []
-        while self.sim.spec.prefix_caching and len(found) < limit:
-            same = self.pool.where.get(self.identity(q, len(found)))
-            if not same:
-                break
-            found.append(same[0])
-        return found
-
-    def release(self, q: Request) -> None:
-        """A request leaves the running list: name what it filled, then let go."""
-        for j in range(q.named, q.computed // self.sim.spec.block_size):
-            self.pool.name(q.blocks[j], self.identity(q, j))
-        self.pool.release(q.blocks)
-        q.blocks, q.named = [], 0
-
-    def preempt(self, q: Request) -> None:
-        """Preempt by recompute."""
-        self.running.remove(q)
-        self.release(q)
-        q.computed, q.scheduled = 0, 0
-        self.waiting.insert(0, q)
-        self.sim.log(st.EV_PREEMPT, q.idx, self.r)
-
-    def begin_step(self) -> None:
-        """Form a step at the current time and set when it ends."""
-        sim, size = self.sim, self.sim.spec.block_size
-        while True:
-            budget = self.type.max_num_batched_tokens
-            preempted = False
-            chunks: list[tuple[int, int]] = []
-            decodes: list[Request] = []
-            for q in list(self.running):
-                if q not in self.running:
-                    continue
-                tokens = min(q.target - q.computed, budget) if q.prefilling else 1
-                need = -(-(q.computed + tokens) // size) - len(q.blocks)
-                while need > len(self.pool.free) and q in self.running:
-                    self.preempt(self.running[-1])
-                    preempted = True
-                if q not in self.running:
-                    break
-                self._give(q, tokens, need)
-                budget -= tokens
-                if q.prefilling:
-                    chunks.append((tokens, q.computed))
-                else:
-                    decodes.append(q)
-            while not preempted and self.waiting and budget > 0:
-                q = self.waiting[0]
-                if len(self.running) >= self.type.max_num_seqs:
-                    break
-                hit = self.hits(q, (q.total - 1) // size)
-                computed = len(hit) * size
-                tokens = min(q.total - computed, budget)
-                if not sim.spec.chunked_prefill and tokens < q.total - computed:
-                    break
-                need = -(-(computed + tokens) // size) - len(hit)
-                whole = -(-q.total // size) - len(hit)
-                if whole + sum(self.pool.holders[b] == 0 for b in hit) > len(self.pool.free):
-                    break
-                self.waiting.pop(0)
-                self.running.append(q)
-                for block in hit:
-                    self.pool.hold(block)
-                q.blocks, q.named, q.computed = list(hit), len(hit), computed
-                q.prefilling, q.target = True, q.total
-                if not q.admitted_once:
-                    q.admitted_once = True
-                    sim.log(st.EV_ADMIT, q.idx, self.r, computed)
-                self._give(q, tokens, need)
-                budget -= tokens
-                chunks.append((tokens, computed))
-            if chunks or decodes:
-                break
-            if not (preempted and self.waiting):
-                self.due_s, self.stepping = math.inf, False
-                return
-        kv = sum(q.computed + 1 for q in decodes)
-        factor = 1.0 / self.speed
-        sigma = sim.spec.noise_sigma
-        if sigma > 0:
-            window = self.steps // sim.spec.noise_period_steps
-            z = step_noise_z(np.uint64(sim.episode.noise_seed), self.r, window)
-            factor *= math.exp(sigma * z - 0.5 * sigma * sigma)
-        self.stepping = True
-        self.due_s = sim.now_s + self.type.grid.step_s(chunks, len(decodes), kv) * factor
-
-    def _give(self, q: Request, tokens: int, need: int) -> None:
-        q.blocks += [self.pool.take() for _ in range(need)]
-        q.scheduled = tokens
-        if q.prefilling:
-            filled = (q.computed + tokens) // self.sim.spec.block_size
-            for j in range(q.named, filled):
-                self.pool.name(q.blocks[j], self.identity(q, j))
-            q.named = max(q.named, filled)
-
-    def end_step(self) -> None:
-        """Tokens come out; requests end."""
-        self.steps += 1
-        self.sim.engine_steps += 1
-        decoding = [q for q in self.running if not q.prefilling]
-        for q in decoding + [q for q in self.running if q.prefilling]:
-            q.computed += q.scheduled
-            q.scheduled = 0
-            if q.prefilling and q.computed < q.target:
-                continue
-            q.prefilling = False
-            q.generated += 1
-            if not q.first_token:
-                q.first_token = True
-                self.sim.log(st.EV_FIRST_TOKEN, q.idx, self.r)
-            if q.generated == q.output:
-                self.running.remove(q)
-                self.release(q)
-                self.sim.end(q, st.EV_FINISH, self.r)
-
-    def stop(self) -> list[Request]:
-        """Fail: hand all requests back and forget everything."""
-        if self.stepping:
-            self.steps += 1
-        returned = self.running + self.waiting
-        for q in returned:
-            q.computed, q.scheduled, q.blocks, q.named = 0, 0, [], 0
-            self.sim.log(st.EV_RETURN, q.idx, self.r)
-        self.running, self.waiting = [], []
-        self.pool = BlockPool(self.type.num_blocks, self.sim.spec.prefix_caching)
-        self.up, self.due_s, self.stepping = False, math.inf, False
-        return returned
-
-    def metrics(self) -> tuple[int, int, float, int]:
-        """Running, waiting, share of blocks held, tokens emitted by its requests."""
-        if not self.up:
-            return 0, 0, 0.0, 0
-        mine = self.running + self.waiting
-        held = 1.0 - len(self.pool.free) / self.type.num_blocks
-        return len(self.running), len(self.waiting), held, sum(q.generated for q in mine)
 
 
 class ReferenceSimulator:
@@ -262,7 +36,8 @@ class ReferenceSimulator:
             )
             for i in range(len(table))
         ]
-        self.replicas = [Engine(self, r) for r in range(episode.num_replicas)]
+        types = [spec.types[t] for t in episode.type_idx.tolist()]
+        self.replicas = [RULES[kind.engine](self, r) for r, kind in enumerate(types)]
         self.now_s = 0.0
         self.in_system = 0
         self.ended = 0
@@ -290,7 +65,7 @@ class ReferenceSimulator:
         q = self.requests[request]
         need = q.prompt + q.output - 1
         size = self.spec.block_size
-        fits = [e.up and need <= e.type.num_blocks * size for e in self.replicas]
+        fits = [e.up and need <= e.type.capacity_tokens(size) for e in self.replicas]
         return [*fits, self.spec.allow_hold, self.spec.allow_reject]
 
     def prefix_hit_tokens(self, request: int, replica: int) -> int:

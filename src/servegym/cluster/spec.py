@@ -8,9 +8,13 @@ import numpy as np
 
 from servegym.cluster.state import FAULT_DOWN, FAULT_SLOW, FAULT_UP
 from servegym.costs.grid import CostGrid
-from servegym.errors import ConfigError
+from servegym.engines import ENGINES, EngineName
+from servegym.errors import ConfigError, unknown_name
 from servegym.typing import FloatArray, Int8Array, Int16Array
 from servegym.workloads.table import RequestTable
+
+#: vLLM V0 admits no request that would leave less than one in so many blocks free.
+WATERMARK_BLOCKS = 100
 
 
 @dataclass(frozen=True)
@@ -21,10 +25,11 @@ class ReplicaType:
         name: For reports, e.g. `"H100-SXM-80GB x1"`.
         grid: Compiled step cost.
         num_blocks: KV blocks it holds.
-        max_num_batched_tokens: Token budget of one step.
+        max_num_batched_tokens: Token budget of one step; of SGLang its chunked prefill size.
         max_num_seqs: Running requests at most.
         price_usd_per_h: Rent of the whole replica, dollars an hour.
         num_gpus: GPUs it occupies.
+        engine: Whose rules form its steps.
     """
 
     name: str
@@ -34,8 +39,11 @@ class ReplicaType:
     max_num_seqs: int = 256
     price_usd_per_h: float = 0.0
     num_gpus: int = 1
+    engine: EngineName = "vllm"
 
     def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise ConfigError(unknown_name("engine", self.engine, ENGINES))
         if self.num_blocks < 1:
             raise ConfigError(
                 f"num_blocks must be at least 1, got {self.num_blocks} in {self.name}"
@@ -47,6 +55,22 @@ class ReplicaType:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
                 f"max_num_seqs ({self.max_num_seqs}), or a decode could lack budget"
             )
+
+    def capacity_tokens(self, block_size: int) -> int:
+        """KV tokens that one request can come to have: less than all if the engine keeps some."""
+        tokens = self.num_blocks * block_size
+        if self.engine == "vllm-v0":
+            return tokens - self.num_blocks // WATERMARK_BLOCKS * block_size
+        if self.engine == "sglang":
+            return max(0, tokens - block_size - 2)
+        return tokens
+
+    def needs_whole_prompts(self, chunked_prefill: bool) -> bool:
+        """Whether a prompt must fit one step."""
+        if self.engine in ("vllm-v0", "trtllm"):
+            return True
+        # without chunks SGLang computes a prompt beyond its limit in a step of its own
+        return not chunked_prefill and self.engine == "vllm"
 
 
 @dataclass(frozen=True)
@@ -100,6 +124,12 @@ class ClusterSpec:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not self.hold_s > 0:
             raise ConfigError(f"hold_s must be above 0, got {self.hold_s}")
+        for kind in self.types:
+            if kind.engine == "sglang" and kind.max_num_batched_tokens < self.block_size:
+                raise ConfigError(
+                    f"max_num_batched_tokens of sglang ({kind.max_num_batched_tokens}) must be at "
+                    f"least block_size ({self.block_size}): it cuts prompts between blocks"
+                )
 
 
 @dataclass(frozen=True)
@@ -189,17 +219,19 @@ class Episode:
             )
         need = self.table.prompt_tokens.astype(np.int64) + self.table.output_tokens - 1
         types = [spec.types[t] for t in sorted(set(self.type_idx.tolist()))]
-        capacity = max(t.num_blocks for t in types) * spec.block_size
+        capacity = max(t.capacity_tokens(spec.block_size) for t in types)
         if (need > capacity).any():
             i = int(np.argmax(need))
             raise ConfigError(
                 f"request {i} needs {need[i]} KV tokens, but the largest replica holds {capacity}: "
                 "give it more memory, or cut the longest requests"
             )
-        if not spec.chunked_prefill:
-            budget = min(t.max_num_batched_tokens for t in types)
-            if (need > budget).any():
+        whole = [t for t in types if t.needs_whole_prompts(spec.chunked_prefill)]
+        if whole:
+            least = min(whole, key=lambda t: t.max_num_batched_tokens)
+            if (need > least.max_num_batched_tokens).any():
                 raise ConfigError(
-                    f"without chunked prefill max_num_batched_tokens ({budget}) must cover the "
+                    f"without chunked prefill ({least.name}, {least.engine}) "
+                    f"max_num_batched_tokens ({least.max_num_batched_tokens}) must cover the "
                     f"longest request ({int(need.max())} tokens)"
                 )

@@ -13,8 +13,8 @@ Records = NDArray[np.void]
 
 # Request status
 PENDING, QUEUED, RUNNING, FINISHED, REJECTED, HELD, RETURNED = range(7)
-# What a replica is doing
-IDLE, WAKING, STEP, DECODE, DOWN = range(5)
+# What a replica is doing; PREFILL is a step in which its decoding requests pause
+IDLE, WAKING, STEP, DECODE, DOWN, PREFILL = range(6)
 # Fault kinds
 FAULT_SLOW, FAULT_DOWN, FAULT_UP = range(3)
 # Event-log kinds
@@ -54,7 +54,9 @@ class Params(NamedTuple):
     decode_s: FloatArray  # [T, NUM_BATCH_KNOTS, NUM_KV_KNOTS]
     mixed_s: FloatArray  # the same in a step that also prefills
     empty_tiles_s: FloatArray  # [T]
+    engine: IntArray  # [T] place in `engines.ENGINES`
     num_blocks: IntArray  # [T] KV blocks of a replica
+    longest_tokens: IntArray  # [T] KV tokens that one request can come to have
     max_num_batched_tokens: IntArray  # [T] token budget of a step
     max_num_seqs: IntArray  # [T]
     nominal: FloatArray  # [T, NUM_NOMINAL] static facts for the observation, see policy.contract
@@ -138,7 +140,8 @@ REPLICA_DTYPE = np.dtype(
         ("num_decodes", "i8"),
         ("kv_tokens", "i8"),  # sum of computed over decoding requests, settled
         ("emitted", "i8"),  # output tokens of its requests that have not ended, settled
-        ("iteration", "i8"),  # steps ended, settled
+        ("iteration", "i8"),  # steps ended in which its decoding requests took part, settled
+        ("prefill_steps", "i8"),  # steps ended in which they paused
         ("num_joined", "i8"),  # requests that began to decode there; orders equal ends
         ("seg_begin_s", "f8"),  # start of the step or decode stretch in progress
         ("seg_steps", "i8"),  # steps in it
@@ -148,6 +151,12 @@ REPLICA_DTYPE = np.dtype(
         ("num_reserve", "i8"),  # blocks taken by decodes and not yet given to one
         ("num_free_slots", "i8"),
         ("last_dispatch_s", "f8"),  # -inf before the first
+        ("stalled", "i8"),  # its decoding requests wait since their `last_token_s`; if recorded
+        # SGLang
+        ("batch_full", "i8"),  # no prefill is tried before a request ends
+        ("num_lagging", "i8"),  # ended in the last decode step, still counted as running
+        ("ratio", "f8"),  # new_token_ratio after decode step `ratio_since`
+        ("ratio_since", "i8"),
     ],
     align=True,
 )

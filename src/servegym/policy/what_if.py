@@ -20,6 +20,7 @@ from servegym.cluster.kernels import advance, kv_need, reset_env
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import (
     DECODE,
+    PREFILL,
     QUEUED,
     STEP,
     VIEW_KV_CAPACITY,
@@ -37,7 +38,7 @@ def _copy_request(
     p: Params, s: State, e: int, i: int, generated: int, cached: int, scratch: State, slot: int
 ) -> None:
     """Put request `i` at the end of the scratch engine's queue, its length as predicted."""
-    capacity_tokens = p.num_blocks[scratch.replica[0, 0].type_idx] * p.block_size
+    capacity_tokens = p.longest_tokens[scratch.replica[0, 0].type_idx]
     source = s.request[e, i]
     q = scratch.request[0, slot]
     q.arrival_s = 0.0
@@ -90,7 +91,7 @@ def _copy_engine(
             steps = v.iteration + ended - q.join_iter
             generated += steps
             cached += steps
-        elif v.mode == STEP:
+        elif v.mode == STEP or v.mode == PREFILL:
             cached += q.chunk
             if cached == q.prompt + generated:
                 generated += 1
@@ -129,7 +130,7 @@ def _step_left_s(p: Params, s: State, e: int, r: int) -> float:
     """Time until the step in progress ends, 0 if there is none."""
     v = s.replica[e, r]
     now_s = s.env[e].now_s
-    if v.mode == STEP:
+    if v.mode == STEP or v.mode == PREFILL:
         return s.due[e, v.event_pos].time_s - now_s
     if v.mode == DECODE:
         steps = steps_ended_by(p, s, e, r, now_s) + 1

@@ -76,6 +76,12 @@ class Fleet:
         for index in self._chosen:
             if index not in there:
                 raise ConfigError(f"the scenario has replicas 0 to {there[-1]}, got {index}")
+            kind = config.scenario.spec.types[int(self._episode.type_idx[index])]
+            if kind.engine != "vllm":
+                raise ConfigError(
+                    f"replica {index} is of engine {kind.engine}, but only vllm can be served: "
+                    "choose other replicas or take engine out of the scenario"
+                )
         for fault in config.faults:
             self._check(fault)
         self.servers: dict[int, EngineServer] = {}

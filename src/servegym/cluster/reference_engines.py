@@ -1,0 +1,480 @@
+"""The plain engines: how a replica of each kind forms its steps, one at a time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from servegym.cluster import state as st
+from servegym.cluster.phased import (
+    CLIP_MAX_NEW_TOKENS,
+    INITIAL_RATIO,
+    LEAST_RATIO,
+    RATIO_DECAY,
+    RETRACT_DECODE_STEPS,
+)
+from servegym.cluster.rng import block_identity, private_key, step_noise_z
+from servegym.cluster.spec import WATERMARK_BLOCKS
+from servegym.engines import EngineName
+
+if TYPE_CHECKING:
+    from servegym.cluster.reference import ReferenceSimulator
+
+
+@dataclass
+class Request:
+    """One request and how far it is."""
+
+    idx: int
+    prompt: int
+    output: int
+    segments: list[tuple[int, int]]
+    generated: int = 0
+    computed: int = 0
+    target: int = 0
+    prefilling: bool = False
+    scheduled: int = 0
+    admitted_once: bool = False
+    first_token: bool = False
+    blocks: list[int] = field(default_factory=list)
+    named: int = 0
+
+    @property
+    def total(self) -> int:
+        """Prompt and output tokens so far."""
+        return self.prompt + self.generated
+
+
+class BlockPool:
+    """KV blocks of a replica: holders, identities, and a free list by last use."""
+
+    def __init__(self, num_blocks: int, caching: bool) -> None:
+        self.caching = caching
+        self.free = list(range(num_blocks))
+        self.holders = dict.fromkeys(range(num_blocks), 0)
+        self.identity: dict[int, int] = {}
+        self.where: dict[int, list[int]] = {}
+
+    def take(self) -> int:
+        """Take the least recently used free block."""
+        block = self.free.pop(0)
+        if block in self.identity:
+            self.where[self.identity.pop(block)].remove(block)
+        self.holders[block] = 1
+        return block
+
+    def hold(self, block: int) -> None:
+        """Add a holder to a cached block."""
+        if self.holders[block] == 0:
+            self.free.remove(block)
+        self.holders[block] += 1
+
+    def name(self, block: int, identity: int) -> None:
+        """Give a filled block its identity; others may have the same."""
+        if self.caching:
+            self.where.setdefault(identity, []).append(block)
+            self.identity[block] = identity
+
+    def release(self, blocks: list[int]) -> None:
+        """Take one holder off each block, last block first; those without identity go first."""
+        nameless: list[int] = []
+        for block in reversed(blocks):
+            self.holders[block] -= 1
+            if self.holders[block] == 0:
+                (self.free if block in self.identity else nameless).append(block)
+        self.free[:0] = nameless
+
+
+class Engine:
+    """One replica."""
+
+    def __init__(self, sim: ReferenceSimulator, r: int) -> None:
+        self.sim, self.r = sim, r
+        self.type = sim.spec.types[int(sim.episode.type_idx[r])]
+        self.base_speed = self.speed = float(sim.episode.speed[r])
+        self.up = True
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.steps = 0
+        self.due_s = math.inf
+        self.stepping = False
+        self.pool = BlockPool(self.type.num_blocks, sim.spec.prefix_caching)
+
+    def identity(self, q: Request, j: int) -> int:
+        """Name the content of block `j` of a request."""
+        last = (j + 1) * self.sim.spec.block_size - 1
+        key = next((k for k, end in q.segments if end > last), None)
+        return int(block_identity(private_key(q.idx) if key is None else key, j))
+
+    def hits(self, q: Request, limit: int) -> list[int]:
+        """Blocks of the longest cached prefix, at most `limit` of them."""
+        found: list[int] = []
+        while self.sim.spec.prefix_caching and len(found) < limit:
+            same = self.pool.where.get(self.identity(q, len(found)))
+            if not same:
+                break
+            found.append(same[0])
+        return found
+
+    def release(self, q: Request) -> None:
+        """A request leaves the running list: name what it filled, then let go."""
+        for j in range(q.named, q.computed // self.sim.spec.block_size):
+            self.pool.name(q.blocks[j], self.identity(q, j))
+        self.pool.release(q.blocks)
+        q.blocks, q.named = [], 0
+
+    def preempt(self, q: Request, *, to_front: bool = True) -> None:
+        """Preempt by recompute; the request waits at the front or the end of the queue."""
+        self.running.remove(q)
+        self.release(q)
+        q.computed, q.scheduled = 0, 0
+        self.waiting.insert(0 if to_front else len(self.waiting), q)
+        self.sim.log(st.EV_PREEMPT, q.idx, self.r)
+
+    def form(self) -> tuple[list[tuple[int, int]], list[Request]]:
+        """Give requests their tokens of the next step.
+
+        Returns:
+            Chunks as (tokens, context), and the requests that decode; both empty: nothing to do.
+        """
+        raise NotImplementedError
+
+    def begin_step(self) -> None:
+        """Form a step at the current time and set when it ends."""
+        sim = self.sim
+        chunks, decodes = self.form()
+        if not chunks and not decodes:
+            self.due_s, self.stepping = math.inf, False
+            return
+        kv = sum(q.computed + 1 for q in decodes)
+        factor = 1.0 / self.speed
+        sigma = sim.spec.noise_sigma
+        if sigma > 0:
+            window = self.steps // sim.spec.noise_period_steps
+            z = step_noise_z(np.uint64(sim.episode.noise_seed), self.r, window)
+            factor *= math.exp(sigma * z - 0.5 * sigma * sigma)
+        self.stepping = True
+        self.due_s = sim.now_s + self.type.grid.step_s(chunks, len(decodes), kv) * factor
+
+    def blocks(self, tokens: int) -> int:
+        """Blocks that hold so many tokens."""
+        return -(-tokens // self.sim.spec.block_size)
+
+    def cached(self, q: Request) -> tuple[list[int], int]:
+        """Blocks of a waiting request in the cache, and how many of them nobody holds."""
+        found = self.hits(q, (q.total - 1) // self.sim.spec.block_size)
+        return found, sum(self.pool.holders[b] == 0 for b in found)
+
+    def admit(self, hit: list[int], tokens: int) -> tuple[int, int]:
+        """Move the head of the queue to the running list, with its first chunk; return that."""
+        q = self.waiting.pop(0)
+        self.running.append(q)
+        for block in hit:
+            self.pool.hold(block)
+        computed = len(hit) * self.sim.spec.block_size
+        q.blocks, q.named, q.computed = list(hit), len(hit), computed
+        q.prefilling, q.target = True, q.total
+        if not q.admitted_once:
+            q.admitted_once = True
+            self.sim.log(st.EV_ADMIT, q.idx, self.r, computed)
+        return self.give(q, tokens)
+
+    def give(self, q: Request, tokens: int) -> tuple[int, int]:
+        """Schedule tokens of a running request, with their blocks; return (tokens, context)."""
+        need = self.blocks(q.computed + tokens) - len(q.blocks)
+        q.blocks += [self.pool.take() for _ in range(need)]
+        q.scheduled = tokens
+        if q.prefilling:
+            filled = (q.computed + tokens) // self.sim.spec.block_size
+            for j in range(q.named, filled):
+                self.pool.name(q.blocks[j], self.identity(q, j))
+            q.named = max(q.named, filled)
+        return tokens, q.computed
+
+    def end_step(self) -> None:
+        """Tokens come out; requests end."""
+        self.steps += 1
+        self.sim.engine_steps += 1
+        scheduled = [q for q in self.running if q.scheduled]
+        decoding = [q for q in scheduled if not q.prefilling]
+        ended = 0
+        for q in decoding + [q for q in scheduled if q.prefilling]:
+            q.computed += q.scheduled
+            q.scheduled = 0
+            if q.prefilling and q.computed < q.target:
+                continue
+            q.prefilling = False
+            q.generated += 1
+            if not q.first_token:
+                q.first_token = True
+                self.sim.log(st.EV_FIRST_TOKEN, q.idx, self.r)
+            if q.generated == q.output:
+                ended += 1
+                self.running.remove(q)
+                self.release(q)
+                self.sim.end(q, st.EV_FINISH, self.r)
+        self.stepped(bool(decoding), ended)
+
+    def stepped(self, decoded: bool, ended: int) -> None:
+        """Note a step: whether requests decoded in it, and how many ended with it."""
+
+    def stop(self) -> list[Request]:
+        """Fail: hand all requests back and forget everything."""
+        if self.stepping:
+            self.steps += 1
+        returned = self.running + self.waiting
+        for q in returned:
+            q.computed, q.scheduled, q.blocks, q.named = 0, 0, [], 0
+            self.sim.log(st.EV_RETURN, q.idx, self.r)
+        self.running, self.waiting = [], []
+        self.pool = BlockPool(self.type.num_blocks, self.sim.spec.prefix_caching)
+        self.up, self.due_s, self.stepping = False, math.inf, False
+        return returned
+
+    def metrics(self) -> tuple[int, int, float, int]:
+        """Running, waiting, share of blocks held, tokens emitted by its requests."""
+        if not self.up:
+            return 0, 0, 0.0, 0
+        mine = self.running + self.waiting
+        held = 1.0 - len(self.pool.free) / self.type.num_blocks
+        return len(self.running), len(self.waiting), held, sum(q.generated for q in mine)
+
+
+class Vllm(Engine):
+    """vLLM V1: running requests first, decodes and chunks in one step, then the queue."""
+
+    def form(self) -> tuple[list[tuple[int, int]], list[Request]]:
+        """See `Engine.form`."""
+        while True:
+            budget = self.type.max_num_batched_tokens
+            preempted = False
+            chunks: list[tuple[int, int]] = []
+            decodes: list[Request] = []
+            for q in list(self.running):
+                if q not in self.running:
+                    continue
+                tokens = min(q.target - q.computed, budget) if q.prefilling else 1
+                need = self.blocks(q.computed + tokens) - len(q.blocks)
+                while need > len(self.pool.free) and q in self.running:
+                    self.preempt(self.running[-1])
+                    preempted = True
+                if q not in self.running:
+                    break
+                chunk = self.give(q, tokens)
+                budget -= tokens
+                if q.prefilling:
+                    chunks.append(chunk)
+                else:
+                    decodes.append(q)
+            while not preempted and self.waiting and budget > 0:
+                q = self.waiting[0]
+                if len(self.running) >= self.type.max_num_seqs:
+                    break
+                hit, unheld = self.cached(q)
+                rest = q.total - len(hit) * self.sim.spec.block_size
+                tokens = min(rest, budget)
+                if tokens < rest and not self.may_chunk():
+                    break
+                if not self.has_room(q, hit, unheld):
+                    break
+                chunks.append(self.admit(hit, tokens))
+                budget -= tokens
+            if chunks or decodes or not (preempted and self.waiting):
+                return chunks, decodes
+
+    def may_chunk(self) -> bool:
+        """Whether a prompt may be split over steps."""
+        return self.sim.spec.chunked_prefill
+
+    def has_room(self, q: Request, hit: list[int], unheld: int) -> bool:
+        """Whether a waiting request's blocks may be had."""
+        return self.blocks(q.total) - len(hit) + unheld <= len(self.pool.free)
+
+
+class TrtLlm(Vllm):
+    """TensorRT-LLM: whole prompts beside decodes, admitted with room for their last token."""
+
+    def may_chunk(self) -> bool:
+        """See `Vllm.may_chunk`."""
+        return False
+
+    def has_room(self, q: Request, hit: list[int], unheld: int) -> bool:
+        """See `Vllm.has_room`."""
+        promised = sum(self.to_end(r) - len(r.blocks) for r in self.running)
+        return self.to_end(q) <= len(self.pool.free) - promised
+
+    def to_end(self, q: Request) -> int:
+        """Blocks a request holds when its last token comes out."""
+        return self.blocks(q.prompt + q.output - 1)
+
+
+class VllmV0(Engine):
+    """vLLM V0: steps of whole prompts as long as some can be admitted, else a decode step."""
+
+    def form(self) -> tuple[list[tuple[int, int]], list[Request]]:
+        """See `Engine.form`."""
+        while True:
+            chunks: list[tuple[int, int]] = []
+            budget = self.type.max_num_batched_tokens
+            watermark = self.type.num_blocks // WATERMARK_BLOCKS
+            while self.waiting and len(self.running) < self.type.max_num_seqs:
+                q = self.waiting[0]
+                hit, _ = self.cached(q)
+                tokens = q.total - len(hit) * self.sim.spec.block_size
+                if tokens > budget or len(self.pool.free) - self.blocks(q.total) < watermark:
+                    break
+                chunks.append(self.admit(hit, tokens))
+                budget -= tokens
+            if chunks:
+                return chunks, []
+            decodes: list[Request] = []
+            preempted = False
+            for q in list(self.running):
+                while not self.pool.free and q in self.running:
+                    self.preempt(self.running[-1])
+                    preempted = True
+                if q in self.running:
+                    self.give(q, 1)
+                    decodes.append(q)
+            if decodes or not (preempted and self.waiting):
+                return [], decodes
+
+
+class Sglang(Engine):
+    """SGLang: steps of prefills, one of them a chunk at most, before steps of decodes."""
+
+    def __init__(self, sim: ReferenceSimulator, r: int) -> None:
+        super().__init__(sim, r)
+        self.decode_steps = 0  # formed
+        self.full = False  # batch_is_full
+        self.lagging = 0  # ended requests that the running batch still counts
+        self.alone = False  # what is prefilled will be the whole running batch
+        self.ratio, self.ratio_since = INITIAL_RATIO, 0
+
+    def form(self) -> tuple[list[tuple[int, int]], list[Request]]:
+        """See `Engine.form`."""
+        while True:
+            chunks = self.prefill()
+            if chunks:
+                return chunks, []
+            lagging, self.lagging = self.lagging, 0
+            if not self.running:
+                again = self.full or lagging > 0
+                self.rest()
+                if again and self.waiting:
+                    continue
+                return [], []
+            if self.need() > len(self.pool.free):
+                self.retract()
+                self.full = False
+            if lagging:
+                self.full = False
+            self.decode_steps += 1
+            for q in self.running:
+                self.give(q, 1)
+            return [], list(self.running)
+
+    def prefill(self) -> list[tuple[int, int]]:
+        """Go on with the chunked request and admit others."""
+        size = self.sim.spec.block_size
+        in_chunks = [q for q in self.running if q.prefilling]
+        self.alone = len(in_chunks) == len(self.running) and not self.lagging
+        if not in_chunks and (self.full or not self.waiting):
+            return []
+        room = self.type.max_num_batched_tokens
+        if self.sim.spec.chunked_prefill:
+            room = room // size * size
+        decoding = [q for q in self.running if not q.prefilling]
+        to_come = sum(min(q.output - q.generated, CLIP_MAX_NEW_TOKENS) for q in decoding)
+        ahead = self.new_token_ratio() * to_come
+        reserved = 0
+        chunks = []
+        for q in in_chunks:
+            tokens = min(q.target - q.computed, room)
+            if tokens == q.target - q.computed:
+                reserved += min(q.output, CLIP_MAX_NEW_TOKENS)
+            reserved += size
+            room -= self.blocks(tokens) * size
+            chunks.append(self.give(q, tokens))
+        while self.waiting:
+            if len(decoding) + self.lagging + len(chunks) >= self.type.max_num_seqs:
+                self.full = True
+                break
+            q = self.waiting[0]
+            hit, unheld = self.cached(q)
+            rest = q.total - len(hit) * size
+            new = min(q.output - q.generated, CLIP_MAX_NEW_TOKENS)
+            left = (len(self.pool.free) - unheld) * size - reserved - ahead
+            if rest + new + size >= left:
+                self.full = True
+                break
+            tokens = rest
+            if self.sim.spec.chunked_prefill:
+                if self.blocks(rest) * size > room:
+                    tokens = room
+                if room <= 0:
+                    break
+            elif chunks and self.blocks(rest) * size >= room:
+                break
+            chunks.append(self.admit(hit, tokens))
+            room -= self.blocks(tokens) * size
+            if tokens == rest:
+                reserved += min(q.output, CLIP_MAX_NEW_TOKENS)
+            reserved += size
+            if len(self.pool.free) * size - reserved - ahead <= 0:
+                self.full = True
+                break
+            if room <= 0:
+                break
+        return chunks
+
+    def need(self) -> int:
+        """Blocks that a decode step takes."""
+        return sum(self.blocks(q.computed + 1) - len(q.blocks) for q in self.running)
+
+    def new_token_ratio(self) -> float:
+        """Share of the tokens to come that prefills leave room for."""
+        decays = self.decode_steps - self.ratio_since
+        return self.ratio if decays <= 0 else max(self.ratio - decays * RATIO_DECAY, LEAST_RATIO)
+
+    def retract(self) -> None:
+        """Retract those with the fewest output tokens, the longest prompt, the last place."""
+        while self.need() > len(self.pool.free) and len(self.running) > 1:
+            order = sorted(self.running, key=lambda q: (q.generated, -q.prompt), reverse=True)
+            self.preempt(order[-1], to_front=False)
+        generated = sum(q.generated for q in self.running)
+        foreseen = generated + RETRACT_DECODE_STEPS * len(self.running)
+        self.ratio = min(1.0, foreseen / (sum(q.output for q in self.running) + 1))
+        self.ratio_since = self.decode_steps + 1
+
+    def stepped(self, decoded: bool, ended: int) -> None:
+        """See `Engine.stepped`."""
+        if decoded:
+            self.lagging = ended
+            return
+        decoding = [q for q in self.running if not q.prefilling]
+        if ended or len(decoding) < len(self.running) or self.alone:
+            self.full = False
+
+    def rest(self) -> None:
+        """Forget what was estimated: the engine is idle."""
+        self.full = False
+        self.ratio, self.ratio_since = INITIAL_RATIO, self.decode_steps
+
+    def stop(self) -> list[Request]:
+        """See `Engine.stop`."""
+        returned = super().stop()
+        self.lagging = 0
+        self.rest()
+        return returned
+
+
+RULES: dict[EngineName, type[Engine]] = {
+    "vllm": Vllm,
+    "vllm-v0": VllmV0,
+    "sglang": Sglang,
+    "trtllm": TrtLlm,
+}
