@@ -96,6 +96,26 @@ class AllReduceFit(_Spec):
     prior: bool = False
 
 
+class EngineFits(_Spec):
+    """Operators of one engine's own kernels, where they differ from those of vLLM.
+
+    Attributes:
+        fp8_block_gemm: GEMM in fp8 with a scale a block.
+        prefill: Attention of new tokens.
+        decode: Attention of one token a sequence.
+        prefill_fp8: The first over an 8-bit KV cache.
+        decode_fp8: The second over one.
+        all_reduce: By number of GPUs.
+    """
+
+    fp8_block_gemm: KernelFit | None = None
+    prefill: KernelFit | None = None
+    decode: KernelFit | None = None
+    prefill_fp8: KernelFit | None = None
+    decode_fp8: KernelFit | None = None
+    all_reduce: dict[int, AllReduceFit] = {}
+
+
 class GpuSpec(_Spec):
     """A GPU: peaks, memory, rent and kernel efficiencies.
 
@@ -112,10 +132,17 @@ class GpuSpec(_Spec):
         price_source: Of the rent.
         aic_system: Name in AIConfigurator's tables, empty if not in them.
         gemm: GEMM in bf16.
-        fp8_gemm: GEMM in fp8, if measured.
-        fp4_gemm: GEMM in fp4, if measured.
+        fp8_gemm: GEMM in fp8 with the quantisation of its activations, if measured.
+        fp8_static_gemm: The same alone: activations come in fp8, by scales that a checkpoint holds.
+        fp8_block_gemm: GEMM in fp8 with a scale a block of weights and 128 activations, these
+            quantised in it.
+        fp4_gemm: GEMM in fp4 with the quantisation of its activations, if measured.
+        fp4_static_gemm: The same alone.
+        quantise: A kernel that casts activations to fp8 by a given scale.
         prefill: Attention of new tokens.
+        prefill_fp8: The same over an 8-bit KV cache, if measured.
         decode: Attention of one token a sequence.
+        decode_fp8: The same over an 8-bit KV cache, if measured.
         decode_streamed: The same by a profile of an engine, in which KV does not stay in the
             cache; grouped heads only. The slower of the two counts.
         mixed: The same in a step that also prefills, where the engine's kernel then treats a
@@ -129,6 +156,8 @@ class GpuSpec(_Spec):
         all_reduce: By number of GPUs.
         all_gather: The same for an all-gather or a reduce-scatter by NCCL, whose volume is half as
             large; not measured: half an all-reduce.
+        engines: Kernels of engines other than vLLM, by engine.
+        engine: Whose kernels the fits above are of, see `of`.
     """
 
     bf16_flops: float
@@ -144,9 +173,15 @@ class GpuSpec(_Spec):
     aic_system: str = ""
     gemm: KernelFit
     fp8_gemm: KernelFit | None = None
+    fp8_static_gemm: KernelFit | None = None
+    fp8_block_gemm: KernelFit | None = None
     fp4_gemm: KernelFit | None = None
+    fp4_static_gemm: KernelFit | None = None
+    quantise: KernelFit | None = None
     prefill: KernelFit
+    prefill_fp8: KernelFit | None = None
     decode: KernelFit
+    decode_fp8: KernelFit | None = None
     decode_streamed: KernelFit | None = None
     mixed: KernelFit | None = None
     moe: dict[str, KernelFit] = {}
@@ -154,6 +189,18 @@ class GpuSpec(_Spec):
     elementwise: KernelFit | None = None
     all_reduce: dict[int, AllReduceFit]
     all_gather: dict[int, AllReduceFit] = {}
+    engines: dict[str, EngineFits] = {}
+    engine: str = "vllm"
+
+    def of(self, engine: str) -> GpuSpec:
+        """The GPU with the kernels of an engine where they have fits of their own."""
+        if engine == self.engine:
+            return self
+        own = self.engines.get(engine, EngineFits())
+        found = {name: getattr(own, name) for name in EngineFits.model_fields}
+        found["all_reduce"] = self.all_reduce | own.all_reduce
+        fits = {name: fit for name, fit in found.items() if fit is not None}
+        return self.model_copy(update={**fits, "engine": engine})
 
 
 class ModelSpec(_Spec):
@@ -164,6 +211,9 @@ class ModelSpec(_Spec):
         window_layers: Layers with that window.
         parallel_ffn: Whether attention and FFN of a layer have the same input and engines add
             their outputs before tensor-parallel GPUs reduce: once a layer.
+        qk_norm: Whether queries and keys have a norm a head before their rotary embedding.
+        fused_norms: Engines whose implementation of this model computes its norms, and the cast of
+            their result to fp8 or fp4, in the kernel of the all-reduce before them.
         fp4_experts_only: Whether its fp4 checkpoint keeps all but the experts in 16 bits.
         latent_dim: Multi-head latent attention (MLA): elements of the compressed K and V of a
             token, shared by all heads; 0: ordinary heads.
@@ -192,6 +242,8 @@ class ModelSpec(_Spec):
     window_tokens: int = 0
     window_layers: int = 0
     parallel_ffn: bool = False
+    qk_norm: bool = False
+    fused_norms: tuple[str, ...] = ()
     fp4_experts_only: bool = False
     latent_dim: int = 0
     latent_rope_dim: int = 0
@@ -277,10 +329,10 @@ def _as_priors(fits: dict[str, object]) -> dict[str, object]:
     unknown = {"prior": True, "error": None, "form_error": None, "num_held_out": 0, "source": ""}
     found: dict[str, object] = {}
     for operator, fit in fits.items():
-        if operator == "moe" and isinstance(fit, dict):
-            found[operator] = {kind: {**one, **unknown} for kind, one in fit.items()}
-        elif operator != "all_gather" and isinstance(fit, dict):
-            found[operator] = {**fit, **unknown}
+        if operator in ("all_gather", "all_reduce") or not isinstance(fit, dict):
+            continue  # links differ between boards of one chip
+        nested = "c0_s" not in fit
+        found[operator] = _as_priors(fit) if nested else {**fit, **unknown}
     return found
 
 

@@ -12,7 +12,7 @@ from servegym.costs import forms
 from servegym.costs import measurements as data
 from servegym.costs.fitting import (
     error,
-    fit_all_gather,
+    fit_collective,
     fit_mixed,
     fit_operator,
     held_out_error,
@@ -211,9 +211,9 @@ def test_fitting_mixed_steps_again_gives_the_committed_coefficients():
     assert fit_mixed(*data.llmss_mixed(KERNELS, "RTX4090", spec), spec) == spec.mixed
 
 
-def test_a_fit_of_an_all_gather_finds_latency_and_bandwidth():
+def test_a_fit_of_a_collective_finds_latency_and_bandwidth():
     num_bytes = 2.0 ** np.arange(10, 30)
     seconds = 8e-6 + 0.75 * num_bytes / 5e10
-    fit = fit_all_gather(num_bytes, seconds, 4)
+    fit = fit_collective(0.75 * num_bytes, seconds)
     predicted = np.array([collective_s(fit, 0.75 * size) for size in num_bytes])
     assert predicted == pytest.approx(seconds, rel=0.1)

@@ -132,14 +132,14 @@ def test_independent_ranks_share_the_requests(write_run):
     assert score.replay.num_blocks == 2 * 500
 
 
-def test_fp8_kv_cache_holds_twice_the_tokens_and_is_read_in_half_the_time():
+def test_fp8_kv_cache_holds_twice_the_tokens_and_is_read_in_about_half_the_time():
     full, half = (
         EngineSetup("H100-SXM-80GB", "Llama-3.1-8B", kv_precision=kv).replica(EngineConstants())
         for kv in ("bf16", "fp8")
     )
     assert half.num_blocks == pytest.approx(2 * full.num_blocks, abs=2)
-    knot = full.grid.decode_kv[-4]
-    assert half.grid.decode(8, knot) == pytest.approx(full.grid.decode(8, knot / 2))
+    ratio = half.grid.decode(64, 1e6) / full.grid.decode(64, 1e6)
+    assert 0.5 < ratio < 0.75  # measured: FlashAttention 3 reads eight bits a little slower
 
 
 def test_rank_with_shared_experts_holds_more_tokens_than_an_engine_with_all():

@@ -10,7 +10,7 @@ from servegym.assets.specs import gpu, model
 from servegym.calibrate.calibration import cost_from, read_calibration
 from servegym.commands.console import make_console
 from servegym.costs.explain import costs_table, evidence_table
-from servegym.costs.source import Routing
+from servegym.costs.source import Engine, Routing, Scales
 from servegym.costs.step import StepCost
 from servegym.costs.tables import source_of
 from servegym.errors import ConfigError
@@ -28,10 +28,18 @@ class Costs:
     """Tensor-parallel degree."""
     source: Literal["fits", "tables"] = "fits"
     """Fits of assets, or measured tables of the package aiconfigurator-core if installed."""
+    engine: Engine = "vllm"
+    """Whose kernels, where they were fitted; TensorRT-LLM's fuse norms, casts and all-reduces."""
     fp8: bool = False
     """Weights and GEMMs in fp8."""
+    scales: Scales = "dynamic"
+    """Of activations in fp8: computed with every call, held by the checkpoint, or a block's."""
     fp4: bool = False
     """Weights in fp4."""
+    fp8_kv: bool = False
+    """KV cache of eight bits."""
+    expert_groups: int = 1
+    """Groups of GPUs that split a mixture's experts under tensor-parallel attention."""
     routing: Routing = "uniform"
     """How a mixture's experts are hit: all alike, or as the benchmarks' power law."""
     calibration: Path | None = None
@@ -48,7 +56,19 @@ class Costs:
             return
         spec = gpu(self.gpu)
         source, note = source_of(spec, self.source, fp8=self.fp8, fp4=self.fp4)
-        cost = StepCost(spec, model(self.model), self.tp, self.fp8, source, self.fp4, self.routing)
+        cost = StepCost(
+            spec,
+            model(self.model),
+            self.tp,
+            self.fp8,
+            source,
+            fp4=self.fp4,
+            routing=self.routing,
+            fp8_kv=self.fp8_kv,
+            engine=self.engine,
+            scales=self.scales,
+            expert_groups=self.expert_groups,
+        )
         title = f"{self.model} on {self.tp} x {self.gpu} ({source.name}, {cost.status})"
         console = make_console()
         if note:

@@ -13,7 +13,7 @@ from servegym.typing import FloatArray
 
 @dataclass(frozen=True)
 class Surface:
-    """Seconds over two sizes: bilinear in the logarithms, growing in both.
+    """Seconds over two sizes: bilinear in the logarithms, growing in both or in the second.
 
     Measured times are not quite monotonic; the running maximum is taken, so that more work never
     takes less time. Beyond the knots the last slope goes on.
@@ -29,9 +29,19 @@ class Surface:
     log_s: list[list[float]]
 
     @classmethod
-    def through(cls, x: FloatArray, y: FloatArray, seconds: FloatArray) -> Surface:
-        """Make the times monotonic and keep their logarithms."""
-        grown = np.maximum.accumulate(np.maximum.accumulate(seconds, axis=0), axis=1)
+    def through(
+        cls, x: FloatArray, y: FloatArray, seconds: FloatArray, *, growing_x: bool = True
+    ) -> Surface:
+        """Make the times monotonic and keep their logarithms.
+
+        Args:
+            x: Ascending knots, `float64[X]`.
+            y: Ascending knots, `float64[Y]`.
+            seconds: At all of them, `float64[X, Y]`.
+            growing_x: Whether more of the first size is more work.
+        """
+        grown = np.maximum.accumulate(seconds, axis=0) if growing_x else seconds
+        grown = np.maximum.accumulate(grown, axis=1)
         return cls(tuple(np.log(x).tolist()), tuple(np.log(y).tolist()), np.log(grown).tolist())
 
     def __call__(self, x: float, y: float) -> float:

@@ -164,16 +164,14 @@ def _empty_tile_s(data: Measurements, chunk_s: FloatArray, tiles: FloatArray) ->
     return float(f"{np.median(slopes):.3g}")
 
 
-def fit_all_gather(num_bytes: FloatArray, seconds: FloatArray, num_gpus: int) -> AllReduceFit:
-    """Fit latency, bandwidth and bend of an all-gather by its relative error.
+def fit_collective(volume: FloatArray, seconds: FloatArray) -> AllReduceFit:
+    """Fit latency, bandwidth and bend of a collective by its relative error.
 
     Args:
-        num_bytes: In all, `float64[N]`.
+        volume: Bytes that every GPU sends, `float64[N]`.
         seconds: `float64[N]`.
-        num_gpus: GPUs.
     """
-    volume = (num_gpus - 1) / num_gpus * num_bytes
-    least, largest = float(np.percentile(seconds, 5)), num_bytes >= 0.1 * num_bytes.max()
+    least, largest = float(np.percentile(seconds, 5)), volume >= 0.1 * volume.max()
     bandwidth = float(np.median((volume / seconds)[largest]))
 
     def off(fit: AllReduceFit) -> float:

@@ -153,6 +153,8 @@ def prefill(
     kv_heads: _Numbers,
     head_dim: float,
     batch: _Numbers = 1.0,
+    *,
+    kv_bytes: float = ELEMENT_BYTES,
 ) -> Operator:
     """Causal attention of `chunk` new tokens over `context` cached ones, `batch` equal requests.
 
@@ -161,7 +163,7 @@ def prefill(
     """
     c, h, heads, kv_heads, b = _arrays(chunk, context, heads, kv_heads, batch)
     pairs = b * heads * c * (h + 0.5 * (c + 1.0))
-    kv = 2.0 * ELEMENT_BYTES * head_dim * b * (c + h) * kv_heads
+    kv = 2.0 * kv_bytes * head_dim * b * (c + h) * kv_heads
     return Operator(
         flops=4.0 * head_dim * pairs,
         num_bytes=kv + 2.0 * ELEMENT_BYTES * head_dim * b * c * heads,
@@ -176,11 +178,17 @@ def prefill(
 
 
 def decode(
-    batch: _Numbers, kv_tokens: _Numbers, heads: _Numbers, kv_heads: _Numbers, head_dim: float
+    batch: _Numbers,
+    kv_tokens: _Numbers,
+    heads: _Numbers,
+    kv_heads: _Numbers,
+    head_dim: float,
+    *,
+    kv_bytes: float = ELEMENT_BYTES,
 ) -> Operator:
     """One new token each of `batch` sequences that attend to `kv_tokens` in all."""
     b, tokens, heads, kv_heads = _arrays(batch, kv_tokens, heads, kv_heads)
-    kv = 2.0 * ELEMENT_BYTES * head_dim * kv_heads * tokens
+    kv = 2.0 * kv_bytes * head_dim * kv_heads * tokens
     return Operator(
         flops=np.zeros(b.shape),
         num_bytes=kv,
@@ -294,6 +302,14 @@ def elementwise(tokens: _Numbers, hidden: float, qk_width: float, ffn_width: flo
     """
     (t,) = _arrays(tokens)
     moved = ELEMENT_BYTES * t * (8.0 * hidden + 2.0 * qk_width + 3.0 * ffn_width)
+    zero = np.zeros(t.shape)
+    return Operator(zero, moved, zero, {"bytes": moved}, zero)
+
+
+def quantise(tokens: _Numbers, width: _Numbers) -> Operator:
+    """Activations of `width` read in 16 bits and written in 8."""
+    t, width = _arrays(tokens, width)
+    moved = (ELEMENT_BYTES + 1.0) * t * width
     zero = np.zeros(t.shape)
     return Operator(zero, moved, zero, {"bytes": moved}, zero)
 

@@ -44,7 +44,7 @@ def aic_gemm(folder: Path, system: str, dtype: str) -> Measurements:
     t = _table(folder / ("aic_gemm_sglang_bf16.parquet" if sglang else "aic_gemm_vllm.parquet"))
     t = _rows(t, device=system, gemm_dtype={"bf16": "bfloat16"}.get(dtype, dtype))
     n, k = t["n"], t["k"]
-    held_out = (_rank(n) + _rank(k)) % 2 == 1
+    held_out = (rank(n) + rank(k)) % 2 == 1
     return Measurements(
         forms.gemm(t["m"], n, k, 1.0 if dtype == "fp8" else 2.0),
         _seconds(t),
@@ -66,7 +66,7 @@ def aic_prefill(folder: Path, system: str, window: int = 0, head_dim: int = 128)
     return Measurements(
         forms.prefill(t["isl"], 0.0, heads, kv_heads, float(head_dim), t["batch_size"]),
         _seconds(t),
-        _second_family(heads / kv_heads, heads),
+        second_family(heads / kv_heads, heads),
         "AIConfigurator kernel tables (vLLM backend)",
     )
 
@@ -88,7 +88,7 @@ def aic_decode(folder: Path, system: str, window: int = 0, head_dim: int = 128) 
     return Measurements(
         forms.decode(t["batch_size"], t["batch_size"] * seen, heads, kv_heads, float(head_dim)),
         _seconds(t),
-        _second_family(heads / kv_heads, heads),
+        second_family(heads / kv_heads, heads),
         "AIConfigurator kernel tables (vLLM backend)",
     )
 
@@ -129,7 +129,7 @@ def package_fp4_gemm(gpu: GpuSpec) -> Measurements | None:
     if found is None:
         return None
     t, source = found
-    held_out = (_rank(t["n"]) + _rank(t["k"])) % 2 == 1
+    held_out = (rank(t["n"]) + rank(t["k"])) % 2 == 1
     operator = forms.gemm(t["m"], t["n"], t["k"], WEIGHT_BYTES["fp4"])
     return Measurements(operator, 1e-3 * t["latency"], held_out, source)
 
@@ -146,7 +146,7 @@ def _experts(
     return Measurements(
         forms.experts(t["num_tokens"], *shape, 3.0, weight_bytes, even=even),
         seconds,
-        _second_family(*shape),
+        second_family(*shape),
         source,
     )
 
@@ -184,7 +184,7 @@ def vidur_gemm(folder: Path, device: str) -> Measurements:
     return Measurements(
         forms.gemm(m[good], n[good], k[good], 2.0),
         seconds[good],
-        _second_family(n[good], k[good]),
+        second_family(n[good], k[good]),
         "Vidur MLP profiles",
     )
 
@@ -209,7 +209,7 @@ def llmss_gemm(folder: Path, device: str) -> Measurements:
             mine = t["layer"] == layer
             m = t[size][mine]
             rows += [(a, n, k, 1e-6 * b) for a, b in zip(m, t["time_us"][mine], strict=True)]
-            held_out += ((_rank(m) + index) % 2 == 1).tolist()
+            held_out += ((rank(m) + index) % 2 == 1).tolist()
     m, n, k, seconds = np.array(rows, np.float64).T
     return Measurements(forms.gemm(m, n, k, 2.0), seconds, np.array(held_out), _LLMSS)
 
@@ -222,7 +222,7 @@ def llmss_prefill(folder: Path, device: str) -> Measurements:
     return Measurements(
         forms.prefill(chunk, context, 32, 8, 128.0),
         1e-6 * t["time_us"][pure],
-        (_rank(chunk) + _rank(context)) % 2 == 1,
+        (rank(chunk) + rank(context)) % 2 == 1,
         _LLMSS,
     )
 
@@ -237,7 +237,7 @@ def llmss_decode(folder: Path, device: str, model: str = "", tp: int = 1) -> Mea
     return Measurements(
         forms.decode(batch, batch * np.maximum(context, 1), *_heads(model, tp), 128.0),
         1e-6 * t["time_us"][pure],
-        (_rank(batch) + _rank(context)) % 2 == 1,
+        (rank(batch) + rank(context)) % 2 == 1,
         _LLMSS,
     )
 
@@ -269,7 +269,7 @@ def llmss_mixed(
     batch, context = t["n_decode"], np.maximum(t["kv_decode"], 1.0)
     shape = (*_heads(model, tp), 128.0)
     operator = forms.unpacked_decode(batch, batch * context, *shape, gpu.l2_bytes, gpu.num_sms)
-    held_out = (_rank(batch) + _rank(context)) % 2 == 1
+    held_out = (rank(batch) + rank(context)) % 2 == 1
     beside = zip(t["prefill_chunk"], t["kv_prefill"], strict=True)
     return (
         Measurements(operator, 1e-6 * t["time_us"], held_out, _LLMSS),
@@ -324,7 +324,7 @@ def llmss_elementwise(folder: Path, device: str) -> Measurements:
     return Measurements(
         forms.elementwise(tokens, 4096, (32 + 8) * 128, 14336),
         1e-6 * np.array(micros),
-        _rank(tokens) % 2 == 1,
+        rank(tokens) % 2 == 1,
         _LLMSS,
     )
 
@@ -356,12 +356,12 @@ def _seconds(table: dict[str, FloatArray]) -> FloatArray:
     return 1e-6 * table["latency_us"]
 
 
-def _rank(values: FloatArray) -> npt.NDArray[np.int64]:
+def rank(values: FloatArray) -> npt.NDArray[np.int64]:
     """Index of each value among the sorted distinct ones."""
     return np.unique(values, return_inverse=True)[1].astype(np.int64)
 
 
-def _second_family(*columns: FloatArray) -> BoolArray:
+def second_family(*columns: FloatArray) -> BoolArray:
     """Every second family, in the order of its columns."""
     families = np.unique(np.stack(columns, axis=1), axis=0, return_inverse=True)[1]
     return np.asarray(families.ravel() % 2 == 1)

@@ -10,8 +10,8 @@ import numpy as np
 from servegym.assets.specs import GpuSpec, KernelFit
 from servegym.costs import forms, mla
 from servegym.costs.curve import Surface
-from servegym.costs.forms import WEIGHT_BYTES, LogTable, Operator, table_of
-from servegym.costs.source import Evidence, LatentHeads, Precision, Routing
+from servegym.costs.forms import ELEMENT_BYTES, WEIGHT_BYTES, LogTable, Operator, table_of
+from servegym.costs.source import Evidence, LatentHeads, Precision, Routing, Scales
 from servegym.errors import ConfigError
 from servegym.typing import FloatArray
 
@@ -20,6 +20,10 @@ from servegym.typing import FloatArray
 CPU_S = 0.5e-3
 #: Norms, rotary embedding and activation where they were not measured.
 ELEMENTWISE = KernelFit(c0_s=9.5e-6, eff_bytes=1.0, prior=True)
+#: Kernels that these are: two norms, rotary embedding, activation.
+ELEMENTWISE_KERNELS = 4
+#: A cast to fp8 where it was not measured; the median of what was.
+CAST = KernelFit(c0_s=1.5e-6, eff_bytes=0.8, prior=True)
 #: Sizes at which operators are sampled before they are interpolated.
 _TOKENS = np.unique(np.round(np.geomspace(1, 65536, 97)))
 _CHUNKS = np.unique(np.round(np.geomspace(1, 32768, 61)))
@@ -41,6 +45,9 @@ class RooflineSource:
         cpu_overhead_s: Time of an iteration outside the device.
         fp4: Whether weights have four bits.
         bf16_dense: Whether all but experts stay in 16 bits.
+        scales: Of activations in fp8; `static` GEMMs, in fp4 too, take activations that are
+            quantised already (`cast_s`), all others quantise theirs.
+        fp8_kv: Whether the KV cache of ordinary heads has eight bits.
     """
 
     gpu: GpuSpec
@@ -48,6 +55,8 @@ class RooflineSource:
     cpu_overhead_s: float = CPU_S
     fp4: bool = False
     bf16_dense: bool = False
+    scales: Scales = "dynamic"
+    fp8_kv: bool = False
     _surfaces: dict[tuple[object, ...], Surface] = field(
         default_factory=dict, compare=False, repr=False
     )
@@ -79,18 +88,34 @@ class RooflineSource:
 
     def _measured_gemm(self) -> KernelFit | None:
         """The fit of this precision, if it has one of its own."""
-        fits = {"bf16": self.gpu.gemm, "fp8": self.gpu.fp8_gemm, "fp4": self.gpu.fp4_gemm}
-        return fits[self.gemm_precision]
+        static = self.scales == "static"
+        if self.gemm_precision == "fp4":
+            return self.gpu.fp4_static_gemm if static else self.gpu.fp4_gemm
+        if self.gemm_precision == "fp8":
+            gpu = self.gpu
+            measured = {"static": gpu.fp8_static_gemm, "block": gpu.fp8_block_gemm}
+            return measured.get(self.scales, gpu.fp8_gemm)
+        return self.gpu.gemm
+
+    def _prefill(self) -> KernelFit:
+        return (self.gpu.prefill_fp8 if self.fp8_kv else None) or self.gpu.prefill
+
+    def _decode(self) -> KernelFit:
+        return (self.gpu.decode_fp8 if self.fp8_kv else None) or self.gpu.decode
+
+    @property
+    def _kv_bytes(self) -> float:
+        return 1.0 if self.fp8_kv else ELEMENT_BYTES
 
     def _prefill_fit(
         self, heads: int, kv_heads: int, head_dim: int
     ) -> tuple[KernelFit, LogTable | None]:
-        return self._with_table("prefill", self.gpu.prefill)
+        return self._with_table("prefill", self._prefill())
 
     def _decode_fit(
         self, heads: int, kv_heads: int, head_dim: int
     ) -> tuple[KernelFit, LogTable | None]:
-        return self._with_table("decode", self.gpu.decode)
+        return self._with_table("decode", self._decode())
 
     def _experts_fit(
         self, hidden: int, width: int, num_experts: int, active: int, routing: Routing
@@ -179,14 +204,21 @@ class RooflineSource:
         """Seconds of causal attention of a chunk over what is cached, without the launch."""
         fit, table = self._prefill_fit(heads, kv_heads, head_dim)
         if table is None:
-            operator = forms.prefill(chunk, context, heads, kv_heads, head_dim)
+            operator = forms.prefill(
+                chunk, context, heads, kv_heads, head_dim, kv_bytes=self._kv_bytes
+            )
             seconds = operator.form_s(fit, self.gpu.bf16_flops, self.gpu.memory_bytes_per_s)
             return float(seconds) - fit.c0_s
         key = ("prefill", heads, kv_heads, head_dim)
         if key not in self._surfaces:
             attention = (self.gpu.bf16_flops, self.attention_launch_s())
             operator = forms.prefill(
-                _CHUNKS[:, None], _CONTEXTS[None, :], heads, kv_heads, head_dim
+                _CHUNKS[:, None],
+                _CONTEXTS[None, :],
+                heads,
+                kv_heads,
+                head_dim,
+                kv_bytes=self._kv_bytes,
             )
             seconds = self._cold(operator, fit, table, *attention)
             if table.axes["heads"][0] >= 1:
@@ -215,14 +247,21 @@ class RooflineSource:
         """Seconds of one token each of `batch` sequences over `kv_tokens` in all, no launch."""
         fit, table = self._decode_fit(heads, kv_heads, head_dim)
         if table is None:
-            operator = forms.decode(batch, kv_tokens, heads, kv_heads, head_dim)
+            operator = forms.decode(
+                batch, kv_tokens, heads, kv_heads, head_dim, kv_bytes=self._kv_bytes
+            )
             seconds = operator.form_s(fit, self.gpu.bf16_flops, self.gpu.memory_bytes_per_s)
             return float(seconds) - fit.c0_s
         key = ("decode", heads, kv_heads, head_dim)
         if key not in self._surfaces:
             attention = (self.gpu.bf16_flops, self.attention_launch_s())
             operator = forms.decode(
-                _BATCHES[:, None], _KV_TOKENS[None, :], heads, kv_heads, head_dim
+                _BATCHES[:, None],
+                _KV_TOKENS[None, :],
+                heads,
+                kv_heads,
+                head_dim,
+                kv_bytes=self._kv_bytes,
             )
             seconds = self._cold(operator, fit, table, *attention)
             streamed = self.gpu.decode_streamed
@@ -231,16 +270,30 @@ class RooflineSource:
                 peaks = (self.gpu.bf16_flops, self.gpu.memory_bytes_per_s)
                 profiled = operator.measured_s(streamed, table_of(streamed), *peaks)
                 seconds = np.maximum(seconds, profiled)
-            self._surfaces[key] = Surface.through(_BATCHES, _KV_TOKENS, seconds)
+            self._surfaces[key] = Surface.through(
+                _BATCHES, _KV_TOKENS, seconds, growing_x=self.decode_grows_with_batch
+            )
         return max(self._surfaces[key](batch, kv_tokens) - self.attention_launch_s(), 0.0)
+
+    @property
+    def decode_grows_with_batch(self) -> bool:
+        """Whether the same tokens in more sequences never take less time.
+
+        They may: one sequence leaves multiprocessors idle that several fill. Times with vLLM's
+        kernels over a 16-bit cache are kept from falling all the same.
+        """
+        return self.gpu.engine == "vllm" and not self.fp8_kv
 
     def mixed_attention_s(
         self, batch: float, kv_tokens: float, heads: int, kv_heads: int, head_dim: int
     ) -> float:
-        """Seconds of such decodes in a step that also prefills, no launch."""
+        """Seconds of such decodes in a step that also prefills, no launch.
+
+        Kernels that read an 8-bit cache pack the heads of a group beside prefills as well.
+        """
         alone_s = self.decode_attention_s(batch, kv_tokens, heads, kv_heads, head_dim)
         fit = self.gpu.mixed
-        if fit is None:
+        if fit is None or self.fp8_kv:
             return alone_s
         operator = forms.unpacked_decode(
             batch, kv_tokens, heads, kv_heads, head_dim, self.gpu.l2_bytes, self.gpu.num_sms
@@ -249,7 +302,7 @@ class RooflineSource:
 
     def empty_tiles_s(self, heads: int) -> float:
         """Seconds that each decode adds to a call for each token of the longest chunk beside it."""
-        fit = self.gpu.mixed
+        fit = None if self.fp8_kv else self.gpu.mixed
         return fit.s_per_empty_tile * float(forms.empty_tiles(1, 1, heads)) if fit else 0.0
 
     def latent_prefill_s(self, chunk: float, context: float, shape: LatentHeads) -> float:
@@ -275,7 +328,7 @@ class RooflineSource:
 
     def attention_launch_s(self) -> float:
         """Constant part of one attention kernel."""
-        return self.gpu.decode.c0_s
+        return self._decode().c0_s
 
     def elementwise_s(self, tokens: float, hidden: int, qk_width: int, ffn_width: int) -> float:
         """Seconds of a layer's norms, rotary embedding and activation."""
@@ -283,6 +336,26 @@ class RooflineSource:
         key = ("elementwise", hidden, qk_width, ffn_width)
         if key not in self._surfaces:
             operator = forms.elementwise(_TOKENS, hidden, qk_width, ffn_width)
+            peaks = (self.gpu.bf16_flops, self.gpu.memory_bytes_per_s)
+            self._surfaces[key] = _curve(_TOKENS, operator.measured_s(fit, table, *peaks))
+        return self._surfaces[key](tokens, 1.0)
+
+    def one_elementwise_s(self) -> float:
+        """Seconds of one such kernel on a few tokens."""
+        return (self.gpu.elementwise or ELEMENTWISE).c0_s / ELEMENTWISE_KERNELS
+
+    def qk_norm_s(self, tokens: float, qk_width: int) -> float:
+        """Seconds to read and write queries and keys once, beside the launch."""
+        moved = 2.0 * ELEMENT_BYTES * tokens * qk_width
+        eff_bytes = (self.gpu.elementwise or ELEMENTWISE).eff_bytes
+        return moved / (self.gpu.memory_bytes_per_s * eff_bytes)
+
+    def cast_s(self, tokens: float, width: int) -> float:
+        """Seconds of a kernel that casts activations of that width to fp8 by a given scale."""
+        fit, table = self._with_table("cast", self.gpu.quantise or CAST)
+        key = ("cast", width)
+        if key not in self._surfaces:
+            operator = forms.quantise(_TOKENS, width)
             peaks = (self.gpu.bf16_flops, self.gpu.memory_bytes_per_s)
             self._surfaces[key] = _curve(_TOKENS, operator.measured_s(fit, table, *peaks))
         return self._surfaces[key](tokens, 1.0)
@@ -333,9 +406,10 @@ class RooflineSource:
         operator = f"GEMM {n} x {k} {self.gemm_precision}"
         fit, _ = self._gemm_fit(n, k)
         if self._measured_gemm() is None:
-            note = (
-                f"not measured in {self.gemm_precision} on this GPU: the form of bf16 with its peak"
-            )
+            kind: str = self.gemm_precision
+            if kind == "fp8" and self.scales != "dynamic":
+                kind = f"fp8 with {self.scales} scales"
+            note = f"not measured in {kind} on this GPU: the form of bf16 with its peak"
             return Evidence(operator, "prior", note)
         coordinates = forms.gemm(1, n, k, 2.0).coordinates
         return _fit_evidence(operator, fit, {x: coordinates[x] for x in coordinates if x != "m"})
@@ -360,8 +434,12 @@ class RooflineSource:
         """Prefill, then decode."""
         shape = f"{heads} heads, {kv_heads} KV, size {head_dim}"
         found = []
-        for operator, fit in (("prefill", self.gpu.prefill), ("decode", self.gpu.decode)):
+        for operator, fit in (("prefill", self._prefill()), ("decode", self._decode())):
             evidence = _fit_evidence(f"{operator} attention, {shape}", fit, {})
+            measured = getattr(self.gpu, f"{operator}_fp8")
+            if self.fp8_kv and measured is None:
+                note = "not measured with an 8-bit KV cache: 16-bit kernels with half the bytes"
+                evidence = Evidence(evidence.operator, "prior", note)
             if head_dim != 128 and evidence.kind == "interpolated":
                 note = "fitted on heads of 128 elements"
                 evidence = Evidence(evidence.operator, "extrapolated", note)
@@ -370,7 +448,7 @@ class RooflineSource:
 
     def _mixed_evidence(self, heads: int, kv_heads: int, head_dim: int) -> list[Evidence]:
         fit = self.gpu.mixed
-        if fit is None:
+        if fit is None or self.fp8_kv:
             return []
         operator = f"decodes beside a prefill, {heads} heads, {kv_heads} KV, size {head_dim}"
         note = "tiles of FlashAttention 2; FLOP share of long prefills, not measured in mixed steps"

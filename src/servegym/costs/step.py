@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from servegym.assets.specs import GpuSpec, ModelSpec
+from servegym.costs.engines import FUSION
 from servegym.costs.forms import WEIGHT_BYTES
 from servegym.costs.grid import (
     NUM_BATCH_KNOTS,
@@ -18,8 +19,9 @@ from servegym.costs.grid import (
     CostGrid,
 )
 from servegym.costs.roofline import RooflineSource
-from servegym.costs.source import CostSource, Evidence, LatentHeads, Routing
-from servegym.errors import ConfigError
+from servegym.costs.routing import fullest_share
+from servegym.costs.source import CostSource, Engine, Evidence, LatentHeads, Routing, Scales
+from servegym.errors import ConfigError, unknown_name
 from servegym.typing import FloatArray
 
 _ACTIVATION_BYTES = 2.0
@@ -47,11 +49,18 @@ class StepCost:
         gpu: The GPU.
         model: The architecture.
         tp: Tensor-parallel degree.
-        fp8: Weights and GEMMs in fp8 (KV cache stays 16 bit).
-        source: Operator times; the fits of `assets` by default.
+        fp8: Weights and GEMMs in fp8.
+        source: Operator times; the fits of `assets` by default. Fits and tables are set to
+            engine, scales and KV cache of the step.
         fp4: Weights in fp4.
         routing: How a mixture's experts are hit.
-        fp8_kv: Latent attention with an 8-bit KV cache; of other models it is 16 bit.
+        fp8_kv: Whether the KV cache has eight bits.
+        engine: Whose kernels, and what it fuses into one; without fits of its own vLLM's.
+        scales: Of activations in fp8 GEMMs.
+        expert_groups: Groups of GPUs that split a mixture's experts while attention is tensor
+            parallel over all of them (expert parallelism): each GPU holds `num_experts /
+            expert_groups` experts, `expert_groups / tp` of the width of each, and waits for the
+            group on which routing falls most.
     """
 
     gpu: GpuSpec
@@ -62,6 +71,9 @@ class StepCost:
     fp4: bool = False
     routing: Routing = "uniform"
     fp8_kv: bool = False
+    engine: Engine = "vllm"
+    scales: Scales = "dynamic"
+    expert_groups: int = 1
     _parts: dict[str, CostSource] = field(
         default_factory=dict, init=False, compare=False, repr=False
     )
@@ -78,11 +90,32 @@ class StepCost:
             raise ConfigError("weights are fp8 or fp4, not both")
         if self.fp8 and not self.gpu.fp8_flops:
             raise ConfigError("this GPU has no fp8 units: choose precision bf16")
+        if self.engine not in FUSION:
+            raise ConfigError(unknown_name("engine", self.engine, FUSION))
+        if self.scales != "dynamic" and not self.fp8:
+            raise ConfigError(f"{self.scales} scales are of fp8 GEMMs: choose precision fp8")
+        if self.expert_groups < 1 or self.tp % self.expert_groups:
+            raise ConfigError(
+                f"expert_groups must divide tp {self.tp}, got {self.expert_groups}: "
+                "every group is an equal share of the GPUs"
+            )
+        if self.expert_groups > 1 and self.model.num_experts % self.expert_groups:
+            raise ConfigError(
+                f"expert_groups must divide the {self.model.num_experts} experts, "
+                f"got {self.expert_groups}"
+            )
         source = self.source or RooflineSource(self.gpu, self.fp8, fp4=self.fp4)
+        if isinstance(source, RooflineSource):
+            gpu, scales = source.gpu.of(self.engine), self.scales
+            if self._casts_apart:
+                scales = "static"
+            fp8_kv = self.fp8_kv and not self.model.latent_dim
+            if (gpu, scales, fp8_kv) != (source.gpu, source.scales, source.fp8_kv):
+                source = replace(
+                    source, gpu=gpu, scales=scales, fp8_kv=fp8_kv, _surfaces={}, _tables={}
+                )
         if self.fp4 and self.model.fp4_experts_only and isinstance(source, RooflineSource):
             source = replace(source, bf16_dense=True, _surfaces={}, _tables={})
-        if self.fp8_kv and not self.model.latent_dim:
-            raise ConfigError("fp8_kv is for models with latent attention (MLA)")
         object.__setattr__(self, "source", source)
         self.operators.all_reduce_s(1.0, self.tp)  # refuse a degree without collectives
 
@@ -129,10 +162,7 @@ class StepCost:
         gemms = {(self._is_16bit(one.part), one.n, one.k): one for one in self._gemms()}
         found = [self._source_of(one.part).gemm_evidence(one.n, one.k) for one in gemms.values()]
         if m.num_experts:
-            width = max(1, m.expert_ffn_dim // self.tp)
-            found.append(
-                op.experts_evidence(m.hidden, width, m.num_experts, m.active_experts, self.routing)
-            )
+            found.append(op.experts_evidence(m.hidden, *self._expert_share, self.routing))
         if m.latent_dim:
             found += op.latent_evidence(self._latent_heads)
         else:
@@ -206,7 +236,12 @@ class StepCost:
                 if m.num_experts
                 else {"MLP": m.layers * self._ffn_s(tokens, m.ffn_dim)}
             ),
-            "norms, activation": m.layers * op.elementwise_s(tokens, m.hidden, qk_width, ffn_width),
+            "norms, activation": m.layers
+            * (
+                op.elementwise_s(tokens, m.hidden, qk_width, ffn_width)
+                + self._other_kernels_s(tokens, qk_width)
+            ),
+            **({"casts": m.layers * self._casts_s(tokens)} if self._casts_apart else {}),
             "all-reduce": m.layers * reduce_s,
             "output head": head,
             "attention launch": m.layers * op.attention_launch_s(),
@@ -214,8 +249,51 @@ class StepCost:
             "decode attention": self._beside_s(chunk, batch, kv_tokens) if batch else 0.0,
         }
 
+    @property
+    def _casts_apart(self) -> bool:
+        """Whether GEMMs take activations that are quantised before."""
+        return self.scales == "static" or (self.fp4 and self.engine == "trtllm")
+
+    @property
+    def _fused_norms(self) -> bool:
+        """Whether the all-reduces hold the norms that follow them."""
+        return self.tp > 1 and self.engine in self.model.fused_norms
+
+    def _other_kernels_s(self, tokens: float, qk_width: int) -> float:
+        """Seconds that a layer's small kernels take beyond those of vLLM without Q and K norms."""
+        if not isinstance(self.source, RooflineSource):
+            return 0.0  # fitted on whole steps, which hold them
+        m = self.model
+        kernels = -2 if self._fused_norms else 0
+        if FUSION[self.engine].rope_in_attention and not (m.qk_norm or m.latent_dim):
+            kernels -= 1
+        elif m.qk_norm and not FUSION[self.engine].rope_in_attention:
+            kernels += 1  # else one kernel norms and rotates
+        moved_s = self.source.qk_norm_s(tokens, qk_width) if m.qk_norm else 0.0
+        return kernels * self.source.one_elementwise_s() + moved_s
+
+    def _casts_s(self, tokens: float) -> float:
+        """Seconds of the kernels of a layer that only quantise activations."""
+        m, source = self.model, self.source
+        if not isinstance(source, RooflineSource) or self.dense_weight_bytes > 1.0:
+            return 0.0
+        fusion = FUSION[self.engine]
+        casts = fusion.fp4_casts if self.fp4 else fusion.fp8_casts
+        widths = []
+        if "norm" in casts and not self._fused_norms:
+            # experts quantise what they take themselves
+            ffn = [] if m.num_experts else [m.hidden]
+            widths += ffn if self._is_16bit("projections") else [*ffn, m.hidden]
+        if "attention" in casts and not self._is_16bit("output"):
+            widths.append(self._heads * m.head_dim)
+        if "activation" in casts and not m.num_experts:
+            widths.append(m.ffn_dim // self.tp)
+        return sum(source.cast_s(tokens, width) for width in widths)
+
     def _is_16bit(self, part: Part) -> bool:
-        """Whether an fp4 checkpoint keeps that part in 16 bits."""
+        """Whether a checkpoint of eight or four bits keeps that part in 16."""
+        if part == "head" and (self._casts_apart or self.scales == "block"):
+            return True  # as those who publish such checkpoints leave it
         return self.fp4 and part in self.model.fp4_16bit
 
     def _source_of(self, part: Part) -> CostSource:
@@ -285,14 +363,27 @@ class StepCost:
         up, down = self._ffn(width)
         return self._gemm_s(tokens, up) + self._gemm_s(tokens, down)
 
+    @property
+    def _expert_share(self) -> tuple[int, int, int]:
+        """Width, number and active ones a token of the experts of one GPU."""
+        m, groups = self.model, self.expert_groups
+        width = max(1, m.expert_ffn_dim * groups // self.tp)
+        return width, m.num_experts // groups, max(1, m.active_experts // groups)
+
     def _experts_s(self, tokens: float) -> float:
-        m, op = self.model, self.operators
+        m, op, groups = self.model, self.operators, self.expert_groups
+        width, number, active = self._expert_share
+        if groups > 1:
+            # as many rows as the fullest group has; a token has no more than whole experts there
+            rows = tokens * m.active_experts / groups
+            rows *= fullest_share(tokens, m.num_experts, m.active_experts, groups)
+            tokens = max(rows / active, 1.0)
         return op.experts_s(
             tokens,
             m.hidden,
-            max(1, m.expert_ffn_dim // self.tp),
-            m.num_experts,
-            m.active_experts,
+            width,
+            number,
+            active,
             m.ffn_matrices,
             self.weight_bytes,
             self.routing,
@@ -391,7 +482,10 @@ class StepCost:
             np.array([[self._decode_s(b, k, mixed=beside) for k in kv] for b in batches])
             for beside in (False, True)
         )
-        decode = _growing(decode)
+        source = self.source
+        if not isinstance(source, RooflineSource) or source.decode_grows_with_batch:
+            decode = np.maximum.accumulate(decode, axis=0)
+        decode = np.maximum.accumulate(decode, axis=1)
         # the same tokens in more sequences may take less time: they leave no multiprocessor idle
         mixed = np.maximum.accumulate(mixed, axis=1)
         both = np.concatenate((decode, mixed), axis=1)

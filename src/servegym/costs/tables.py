@@ -49,8 +49,16 @@ class TableSource(RooflineSource):
         """Where the numbers come from."""
         return "measured tables"
 
+    @property
+    def _gemms(self) -> _Family | None:
+        """The table of its GEMMs; those on quantised operands are differences, and fitted."""
+        if self.scales == "static" and self.gemm_precision != "bf16":
+            return None
+        block = self.scales == "block" and self.gemm_precision == "fp8"
+        return _gemm_table(_Device.of(self.gpu), self.gemm_precision, block)
+
     def _gemm_fit(self, n: float, k: float) -> tuple[KernelFit, LogTable | None]:
-        table = _gemm_table(_Device.of(self.gpu), self.gemm_precision)
+        table = self._gemms
         if table is None:
             return RooflineSource._gemm_fit(self, n, k)
         return _plain(table.source), table.log_table
@@ -58,7 +66,7 @@ class TableSource(RooflineSource):
     def _prefill_fit(
         self, heads: int, kv_heads: int, head_dim: int
     ) -> tuple[KernelFit, LogTable | None]:
-        found = _attention_table(_Device.of(self.gpu), "prefill", heads, kv_heads, head_dim)
+        found = self._attention("prefill", heads, kv_heads, head_dim)
         if found is None:
             return RooflineSource._prefill_fit(self, heads, kv_heads, head_dim)
         return _plain(found.source), found.log_table
@@ -66,10 +74,14 @@ class TableSource(RooflineSource):
     def _decode_fit(
         self, heads: int, kv_heads: int, head_dim: int
     ) -> tuple[KernelFit, LogTable | None]:
-        found = _attention_table(_Device.of(self.gpu), "decode", heads, kv_heads, head_dim)
+        found = self._attention("decode", heads, kv_heads, head_dim)
         if found is None:
             return RooflineSource._decode_fit(self, heads, kv_heads, head_dim)
         return _plain(found.source), found.log_table
+
+    def _attention(self, name: str, heads: int, kv_heads: int, head_dim: int) -> _Family | None:
+        kv = "fp8" if self.fp8_kv else "bfloat16"
+        return _attention_table(_Device.of(self.gpu), name, kv, heads, kv_heads, head_dim)
 
     def _experts_fit(
         self, hidden: int, width: int, num_experts: int, active: int, routing: Routing
@@ -84,7 +96,7 @@ class TableSource(RooflineSource):
 
     def gemm_evidence(self, n: int, k: int) -> Evidence:
         """Measured, between measured matrices, or beyond them."""
-        table = _gemm_table(_Device.of(self.gpu), self.gemm_precision)
+        table = self._gemms
         if table is None:
             return RooflineSource.gemm_evidence(self, n, k)
         operator = f"GEMM {n} x {k} {self.gemm_precision}"
@@ -114,7 +126,7 @@ class TableSource(RooflineSource):
         """Prefill, then decode."""
         evidence = RooflineSource.attention_evidence(self, heads, kv_heads, head_dim)
         for i, name in enumerate(("prefill", "decode")):
-            found = _attention_table(_Device.of(self.gpu), name, heads, kv_heads, head_dim)
+            found = self._attention(name, heads, kv_heads, head_dim)
             if found is not None:
                 shape = (heads, kv_heads, head_dim)
                 evidence[i] = _family_evidence(evidence[i].operator, found, shape)
@@ -128,12 +140,19 @@ class _Device(NamedTuple):
     flops: tuple[float, float, float]  # bf16, fp8, fp4
     bytes_per_s: float
     cache_bytes: float
+    engine: str
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Backends of the package whose kernels stand for the engine's, best first."""
+        others = ("vllm", "sglang")
+        return others if self.engine == "vllm" else (self.engine, *others)
 
     @classmethod
     def of(cls, gpu: GpuSpec) -> _Device:
         """Pick them from a specification."""
         flops = (gpu.bf16_flops, gpu.fp8_flops, gpu.fp4_flops)
-        return cls(gpu.aic_system, flops, gpu.memory_bytes_per_s, gpu.l2_bytes)
+        return cls(gpu.aic_system, flops, gpu.memory_bytes_per_s, gpu.l2_bytes, gpu.engine)
 
     def peak(self, precision: Precision) -> float:
         """FLOP/s; fp4 weights are computed with in bf16 where there are no fp4 units."""
@@ -177,11 +196,14 @@ def _pairs(axes: dict[str, FloatArray], n: int, k: int) -> list[tuple[FloatArray
 
 
 @lru_cache(maxsize=32)
-def _gemm_table(gpu: _Device, precision: Precision) -> _Family | None:
-    read = newest_table(gpu.system, "gemm", "gemm_perf.parquet")
+def _gemm_table(gpu: _Device, precision: Precision, block: bool) -> _Family | None:
+    backends = gpu.backends
+    if block and backends[0] == "vllm":
+        backends = backends[1:]  # see `library.block_gemm`
+    read = newest_table(gpu.system, "gemm", "gemm_perf.parquet", backends)
     if read is None:
         return None
-    rows = where(read[0], gemm_dtype=_GEMM_TYPES[precision])
+    rows = where(read[0], gemm_dtype="fp8_block" if block else _GEMM_TYPES[precision])
     if not len(rows["latency"]):
         return None
     operator = forms.gemm(rows["m"], rows["n"], rows["k"], WEIGHT_BYTES[precision])
@@ -193,24 +215,28 @@ def _gemm_table(gpu: _Device, precision: Precision) -> _Family | None:
 
 @lru_cache(maxsize=256)
 def _attention_table(
-    gpu: _Device, name: str, heads: int, kv_heads: int, head_dim: int
+    gpu: _Device, name: str, kv: str, heads: int, kv_heads: int, head_dim: int
 ) -> _Family | None:
     file = {"prefill": "context", "decode": "generation"}[name] + "_attention_perf.parquet"
-    read = newest_table(gpu.system, "attention", file)
+    read = newest_table(gpu.system, "attention", file, gpu.backends)
     if read is None:
         return None
-    rows = where(read[0], kv_cache_dtype="bfloat16", window_size=0.0, head_dim=float(head_dim))
+    rows = where(read[0], kv_cache_dtype=kv, window_size=0.0, head_dim=float(head_dim))
+    if name == "prefill":  # TensorRT-LLM prefills over an 8-bit cache in fp8
+        low = kv == "fp8" and gpu.engine == "trtllm"
+        rows = where(rows, attn_dtype="fp8" if low else "bfloat16")
     if not len(rows["latency"]):
         return None
     shape = _nearest(rows, ("num_heads", "num_key_value_heads"), (heads, kv_heads))
     h, k = shape
     rows = where(rows, num_heads=float(h), num_key_value_heads=float(k))
-    size = rows["batch_size"]
+    size, kv_bytes = rows["batch_size"], 1.0 if kv == "fp8" else 2.0
     if name == "prefill":
-        operator = forms.prefill(rows["isl"], 0.0, h, k, float(head_dim), size)
+        operator = forms.prefill(rows["isl"], 0.0, h, k, float(head_dim), size, kv_bytes=kv_bytes)
         axes: tuple[str, ...] = ("length", "heads")
     else:
-        operator = forms.decode(size, size * (rows["step"] + 1), h, k, float(head_dim))
+        tokens = size * (rows["step"] + 1)
+        operator = forms.decode(size, tokens, h, k, float(head_dim), kv_bytes=kv_bytes)
         axes = ("batch", "context")
     log_table = _log_table(operator, rows, axes, gpu, gpu.peak("bf16"), read[1])
     return _Family(log_table, (h, k, head_dim), read[1])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from servegym.assets.specs import gpu, model
 from servegym.cluster.spec import ReplicaType
+from servegym.costs.formats import number_format
 from servegym.costs.grid import CostGrid
-from servegym.costs.source import Routing
+from servegym.costs.source import Engine, Routing
 from servegym.costs.step import StepCost
 from servegym.validate.ranks import SharedCost
 
@@ -50,7 +52,7 @@ class EngineSetup:
         gpu: Name in `assets/gpus.yaml`.
         model: Name in `assets/models.yaml`.
         tp: Tensor-parallel degree.
-        precision: Of weights and GEMMs, `bf16`, `fp8` or `fp4`.
+        precision: Of weights and GEMMs, see `servegym.costs.formats`.
         kv_precision: Of the KV cache, `bf16` or `fp8`.
         max_num_seqs: Running requests.
         max_num_batched_tokens: Token budget of a step.
@@ -58,6 +60,8 @@ class EngineSetup:
         num_blocks: KV blocks; None: what the memory model gives.
         memory_fraction: Share of GPU memory the engine may use.
         routing: How tokens fall on the experts of a mixture.
+        engine: Whose kernels.
+        expert_groups: Groups of GPUs that split the experts under tensor-parallel attention.
         expert_ranks: Data-parallel ranks that share their experts and run in lockstep.
         separate_attention: Whether chunks and decodes of a step have attention kernels of their
             own, as in every engine but vLLM V1, which hands both to FlashAttention at once.
@@ -74,6 +78,8 @@ class EngineSetup:
     num_blocks: int | None = None
     memory_fraction: float = 0.9
     routing: Routing = "uniform"
+    engine: Engine = "vllm"
+    expert_groups: int = 1
     expert_ranks: int = 1
     separate_attention: bool = False
 
@@ -84,9 +90,7 @@ class EngineSetup:
             ConfigError: If the GPU, the model or the degree is not allowed, or the weights do
                 not fit.
         """
-        grid, kv_tokens = _compiled(*self._kernels, self.memory_fraction, self.expert_ranks)
-        if self.kv_precision == "fp8":
-            grid, kv_tokens = half_kv(grid), 2 * kv_tokens
+        grid, kv_tokens = _compiled(self._kernels, self.memory_fraction, self.expert_ranks)
         if self.separate_attention:
             grid = replace(grid, mixed_s=grid.decode_s, empty_tiles_s=0.0)
         return ReplicaType(
@@ -104,11 +108,20 @@ class EngineSetup:
         Raises:
             ConfigError: If the GPU, the model or the degree is not allowed.
         """
-        return _step_cost(*self._kernels)
+        return _step_cost(self._kernels)
 
     @property
-    def _kernels(self) -> tuple[str, str, int, str, Routing]:
-        return self.gpu, self.model, self.tp, self.precision, self.routing
+    def _kernels(self) -> _Kernels:
+        return _Kernels(
+            self.gpu,
+            self.model,
+            self.tp,
+            self.precision,
+            self.routing,
+            self.engine,
+            self.kv_precision,
+            self.expert_groups,
+        )
 
     def shared(self) -> SharedCost | None:
         """Return what its ranks do together, None if they share no experts."""
@@ -117,40 +130,42 @@ class EngineSetup:
         return SharedCost.of(self.cost(), self.expert_ranks, self.max_num_seqs)
 
 
-@lru_cache(maxsize=1024)
-def _step_cost(
-    gpu_name: str, model_name: str, tp: int, precision: str, routing: Routing
-) -> StepCost:
-    fp8, fp4 = precision == "fp8", precision == "fp4"
-    return StepCost(gpu(gpu_name), model(model_name), tp, fp8, fp4=fp4, routing=routing)
+class _Kernels(NamedTuple):
+    """What the times of operators depend on."""
+
+    gpu: str
+    model: str
+    tp: int
+    precision: str
+    routing: Routing
+    engine: Engine
+    kv_precision: str
+    expert_groups: int
 
 
 @lru_cache(maxsize=1024)
-def _compiled(
-    gpu_name: str,
-    model_name: str,
-    tp: int,
-    precision: str,
-    routing: Routing,
-    fraction: float,
-    ranks: int,
-) -> tuple[CostGrid, int]:
-    cost = _step_cost(gpu_name, model_name, tp, precision, routing)
+def _step_cost(kernels: _Kernels) -> StepCost:
+    weights = number_format(kernels.precision)
+    return StepCost(
+        gpu(kernels.gpu),
+        model(kernels.model),
+        kernels.tp,
+        weights.fp8,
+        fp4=weights.fp4,
+        scales=weights.scales,
+        fp8_kv=kernels.kv_precision == "fp8",
+        routing=kernels.routing,
+        engine=kernels.engine,
+        expert_groups=kernels.expert_groups,
+    )
+
+
+@lru_cache(maxsize=1024)
+def _compiled(kernels: _Kernels, fraction: float, ranks: int) -> tuple[CostGrid, int]:
+    cost = _step_cost(kernels)
     if ranks == 1:
         return cost.compile(), cost.kv_capacity_tokens(fraction)
     return _own_work(cost), _rank_capacity(cost, ranks, fraction)
-
-
-def half_kv(grid: CostGrid) -> CostGrid:
-    """Return the step cost with a KV cache of half the bytes: decodes read half as much.
-
-    Step costs know 16-bit KV only; a token of eight bits costs what half a token does there, beside
-    prefills as well: kernels that read eight bits pack the heads of a group.
-    """
-    decode = [
-        [grid.decode(b, max(1.0, kv / 2)) for kv in grid.decode_kv] for b in grid.decode_batch
-    ]
-    return replace(grid, decode_s=np.array(decode), mixed_s=np.array(decode), empty_tiles_s=0.0)
 
 
 def _own_work(cost: StepCost) -> CostGrid:

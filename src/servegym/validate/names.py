@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from servegym.assets.specs import gpu_names, model_names
+from servegym.costs.source import Engine
 from servegym.errors import ConfigError, unknown_name
 
 #: GPU labels that do not begin like the name in `assets/gpus.yaml`.
@@ -49,6 +50,10 @@ _FAMILIES = {
     "tgi": "tgi",
     "deepspeed": "deepspeed",
 }
+#: Models that their makers publish in fp8 with scales a block, and in no other form of fp8.
+_BLOCK_SCALED = ("DeepSeek-V3", "DeepSeek-R1", "MiniMax-M2.5")
+#: Whose kernels an engine family runs, if not vLLM's.
+KERNELS: dict[str, Engine] = {"sglang": "sglang", "trtllm": "trtllm"}
 #: What may follow a model's name without changing its architecture.
 _VARIANT = re.compile(r"(instruct|chat|base|hf|it|v0\d|fp8|nvfp4|fp4|bf16|2507|quark|awq|gptq)*")
 
@@ -116,6 +121,31 @@ def known_precision(label: str) -> str:
         if plain.startswith(starts):
             return precision
     raise ConfigError(f"weights in {label or 'no stated precision'} are not modelled")
+
+
+def checkpoint_format(label: str, model_label: str, family: str) -> str:
+    """Return the number format of weights and activations, a name of `servegym.costs.formats`.
+
+    fp8 has scales a block if the label says so, or if the maker of the model publishes it like
+    that; scales that the checkpoint holds if it comes from NVIDIA's Model
+    Optimizer, as all that TensorRT-LLM serves and NVIDIA publishes; else an engine computes them.
+
+    Args:
+        label: Of the precision.
+        model_label: Of the model.
+        family: Engine family.
+
+    Raises:
+        ConfigError: If weights of that precision cannot be simulated.
+    """
+    precision = known_precision(label)
+    if precision != "fp8":
+        return precision
+    maker, _, name = model_label.lower().rpartition("/")
+    published = maker == "qwen" and name.endswith("fp8")
+    if "block" in label.lower() or published or known_model(model_label) in _BLOCK_SCALED:
+        return "fp8-block"
+    return "fp8-static" if family == "trtllm" or maker == "nvidia" else "fp8"
 
 
 def engine_family(engine: str, version: str = "", gpu_label: str = "") -> str:

@@ -1,0 +1,53 @@
+"""What engines other than vLLM fuse into one kernel, read in their sources.
+
+vLLM is the base line, with the kernels of the fits: rotary embedding, activation and the two norms
+of a layer take a kernel each, and the norm of queries and keys one more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from servegym.costs.source import Engine
+
+#: Where the activations of a GEMM come from: a norm, attention, or the activation of the FFN.
+Producer = Literal["norm", "attention", "activation"]
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """Kernels of a layer.
+
+    Attributes:
+        rope_in_attention: Whether the rotary embedding is part of the measured attention.
+        fp8_casts: Producers whose result a kernel of its own casts to fp8 by a static scale; the
+            others write fp8 themselves.
+        fp4_casts: The same for fp4.
+    """
+
+    rope_in_attention: bool
+    fp8_casts: frozenset[Producer]
+    fp4_casts: frozenset[Producer]
+
+
+#: vLLM: `torch.compile` fuses the casts behind norm and activation, FlashAttention writes 16 bits.
+#: SGLang: a cast before each GEMM. TensorRT-LLM: attention and SwiGLU write fp8, attention fp4; the
+#: norm alone does not, but in an all-reduce that holds it, see `ModelSpec.fused_norms`.
+FUSION: dict[Engine, Fusion] = {
+    "vllm": Fusion(
+        rope_in_attention=False,
+        fp8_casts=frozenset({"attention"}),
+        fp4_casts=frozenset({"norm", "attention", "activation"}),
+    ),
+    "sglang": Fusion(
+        rope_in_attention=False,
+        fp8_casts=frozenset({"norm", "attention", "activation"}),
+        fp4_casts=frozenset({"norm", "attention", "activation"}),
+    ),
+    "trtllm": Fusion(
+        rope_in_attention=True,
+        fp8_casts=frozenset({"norm"}),
+        fp4_casts=frozenset({"norm", "activation"}),
+    ),
+}
