@@ -145,6 +145,25 @@ def random_case(
     return spec, episode
 
 
+def long_answers(seed: int, engine: EngineName) -> tuple[ClusterSpec, Episode]:
+    """Draw an episode whose requests grow to many times what they were when admitted."""
+    spec, episode = random_case(seed, (engine,))
+    rng = np.random.default_rng((seed, 2))
+    n = len(episode.table)
+    prompt, output = rng.integers(1, 20, n), rng.integers(100, 600, n)
+    table = replace(
+        episode.table,
+        prompt_tokens=prompt.astype(np.int32),
+        output_tokens=output.astype(np.int32),
+    )
+    types = []
+    for kind in spec.types:
+        kind = replace(kind, max_num_seqs=12, max_num_batched_tokens=64)
+        blocks = -(-620 // spec.block_size) + int(rng.integers(2, 600 // spec.block_size + 3))
+        types.append(replace(kind, num_blocks=blocks))
+    return replace(spec, types=tuple(types)), replace(episode, table=table)
+
+
 def choose(request: int, visit: int, allowed: list[bool]) -> int:
     """Pick an allowed action from the request and how often it was decided, nothing else."""
     rng = np.random.default_rng((request, visit))

@@ -10,12 +10,13 @@ import pytest
 from servegym.cluster.outcome import outcomes_from_events
 from servegym.cluster.reference import ReferenceSimulator
 from servegym.cluster.simulator import Simulator
-from servegym.cluster.state import DECISION
+from servegym.cluster.spec import ClusterSpec, Episode
+from servegym.cluster.state import DECISION, EV_PREEMPT
 from servegym.engines import ENGINES, EngineName
 from servegym.policy.contract import Group, ReplicaFeature
 from servegym.policy.observe import observe_batch
 
-from .strategies import choose, random_case
+from .strategies import choose, long_answers, random_case
 
 
 def play_reference(spec, episode):
@@ -59,7 +60,10 @@ def play_compiled(spec, episode):
 
 
 def assert_equal(seed: int, engines: Sequence[EngineName] = ("vllm",)) -> None:
-    spec, episode = random_case(seed, engines)
+    assert_same_events(*random_case(seed, engines))
+
+
+def assert_same_events(spec: ClusterSpec, episode: Episode) -> ReferenceSimulator:
     slow, slow_seen = play_reference(spec, episode)
     fast, fast_seen = play_compiled(spec, episode)
     want, got = slow.events(), fast.events()
@@ -76,6 +80,7 @@ def assert_equal(seed: int, engines: Sequence[EngineName] = ("vllm",)) -> None:
     derived, direct = outcomes_from_events(got, episode.table), fast.outcomes()
     for column in direct.dtype.names or ():
         np.testing.assert_array_equal(direct[column], derived[column], err_msg=column)
+    return slow
 
 
 @pytest.mark.parametrize("block", range(10))
@@ -95,3 +100,11 @@ def test_they_agree_on_other_engines(block, engine):
 def test_they_agree_on_fleets_of_several_engines(block):
     for seed in range(1000 + 40 * block, 1040 + 40 * block):
         assert_equal(seed, ENGINES)
+
+
+def test_they_agree_where_sglang_retracts():
+    retracted = 0
+    for seed in range(24):
+        slow = assert_same_events(*long_answers(seed, "sglang"))
+        retracted += int((slow.events()["kind"] == EV_PREEMPT).sum())
+    assert retracted > 30
