@@ -10,7 +10,7 @@ import pytest
 from servegym.cluster.spec import ReplicaType
 from servegym.validate.engine import EngineConstants, EngineSetup
 from servegym.validate.ranks import SharedCost, graph_tokens
-from servegym.validate.replay import replay_open
+from servegym.validate.replay import replay_closed, replay_open
 
 NOTHING = SharedCost(np.array([1.0, 2.0]), np.zeros(2), np.zeros(2), np.zeros(2), 0)
 
@@ -39,6 +39,33 @@ def test_request_of_an_idle_rank_waits_for_the_joint_step(second_steps):
     np.testing.assert_allclose(replay.ttft_s, [2.5, 4.0])
     np.testing.assert_allclose(replay.e2e_s, [5.0, 6.5])
     assert set(replay.steps["replica"]) == {0, 1}
+
+
+def test_clients_send_again_when_a_rank_has_finished_for_them(second_steps):
+    # two ranks, three clients with six requests of one token: a step of 1 s each, and a request
+    # sent at its end misses the step that begins then
+    replay = replay_closed(
+        engine(second_steps),
+        3,
+        np.full(6, 4),
+        np.full(6, 1),
+        num_ranks=2,
+        shared=NOTHING,
+    )
+    np.testing.assert_allclose(replay.arrival_s[:3], 0.0)
+    assert (replay.arrival_s[3:] >= 1.0).all()
+    assert (replay.e2e_s >= 1.0).all()
+    assert len(replay.e2e_s) == 6
+
+
+def test_one_rank_serves_clients_as_an_engine_does(second_steps):
+    prompt, output = np.array([4, 9, 2, 7, 5, 5, 3]), np.array([3, 1, 4, 2, 2, 5, 1])
+    rank, alone = (
+        replay_closed(engine(second_steps), 3, prompt, output, shared=shared)
+        for shared in (NOTHING, None)
+    )
+    np.testing.assert_allclose(rank.arrival_s, alone.arrival_s)
+    np.testing.assert_allclose(rank.e2e_s, alone.e2e_s)
 
 
 def test_rank_with_more_work_holds_the_others_up(second_steps):

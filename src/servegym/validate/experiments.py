@@ -27,7 +27,8 @@ def play(plan: Experiment, constants: EngineConstants) -> tuple[dict[str, float]
     Raises:
         ConfigError: If the model does not fit the GPUs, or a request the KV cache.
     """
-    replica = plan.setup.replica(constants)
+    replica, shared = plan.setup.replica(constants), plan.setup.shared()
+    num_ranks = plan.setup.expert_ranks
     if plan.family.startswith("trtllm"):
         # its scheduler admits what cannot be evicted later: KV for whole outputs is set aside
         tokens = replica.num_blocks * plan.setup.block_size
@@ -48,13 +49,17 @@ def play(plan: Experiment, constants: EngineConstants) -> tuple[dict[str, float]
             "tokens beside the weights"
         )
     if plan.loop == "closed":
-        replay = replay_closed(replica, plan.concurrency, prompt, output)
+        replay = replay_closed(
+            replica, plan.concurrency, prompt, output, num_ranks=num_ranks, shared=shared
+        )
     else:
         arrival = np.zeros(plan.num_requests)
         if plan.loop == "open":
             arrival = np.cumsum(rng.exponential(1.0 / plan.rate_rps, plan.num_requests))
             arrival -= arrival[0]
-        replay = replay_open(replica, arrival, prompt, output)
+        replay = replay_open(
+            replica, arrival, prompt, output, num_replicas=num_ranks, shared=shared
+        )
     tpot = replay.tpot_s[~np.isnan(replay.tpot_s)]
     # benchmarks of batches and of maximum throughput call the engine, without a server between
     way_s = constants.request_s if plan.loop in ("closed", "open") else 0.0

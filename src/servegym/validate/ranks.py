@@ -26,7 +26,7 @@ from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import DECODE, DONE, IDLE, LOG_FULL, STEP, Params, State
 from servegym.cluster.steptime import decode_span_s, dense_s, locate
 from servegym.costs.step import StepCost
-from servegym.typing import FloatArray
+from servegym.typing import FloatArray, IntArray
 
 _KNOTS = np.unique(np.round(np.geomspace(1, 65536, 97)))
 _ACTIVATION_BYTES = 2.0
@@ -87,7 +87,7 @@ class SharedCost:
         )
 
 
-def play_ranks(simulator: Simulator, shared: SharedCost) -> None:
+def play_ranks(simulator: Simulator, shared: SharedCost, concurrency: int = 0) -> None:
     """Play all requests of environment 0 to their ends on replicas that are such ranks.
 
     A request goes to the rank with the smallest sum of running and four times its waiting
@@ -96,8 +96,11 @@ def play_ranks(simulator: Simulator, shared: SharedCost) -> None:
     Args:
         simulator: Its replicas' grids hold what a rank computes by itself.
         shared: What comes on top.
+        concurrency: Clients, each of which sends a request when its last one has ended; 0: all
+            requests have arrival times.
     """
     end_s = np.array([math.inf])
+    released = np.array([concurrency or simulator.state.request.shape[1]])
     state = simulator.state
     while True:
         reason = _play(
@@ -105,6 +108,7 @@ def play_ranks(simulator: Simulator, shared: SharedCost) -> None:
             state,
             0,
             end_s,
+            released,
             shared.tokens,
             shared.experts_s,
             shared.skewed_experts_s,
@@ -123,13 +127,18 @@ def _play(
     s: State,
     e: int,
     end_s: FloatArray,
+    released: IntArray,
     knots: FloatArray,
     experts_s: FloatArray,
     skewed_experts_s: FloatArray,
     exchange_s: FloatArray,
     largest_graph: int,
 ) -> int:
-    """Play until all requests have ended (`DONE`) or a log is full; `end_s` of the joint step."""
+    """Play until all requests have ended (`DONE`) or a log is full.
+
+    What outlasts a call: `end_s` of the joint step, and the number of requests `released`, those
+    with an arrival time; the others get one when a request ends.
+    """
     env = s.env[e]
     num_ranks = env.num_replicas
     room = 4 * s.request.shape[1] + 8
@@ -137,7 +146,7 @@ def _play(
         if p.record and s.log.shape[1] - max(env.log_len, env.step_len) < room:
             return LOG_FULL
         arrival_s = math.inf
-        if env.next_arrival < env.num_requests:
+        if env.next_arrival < min(released[0], env.num_requests):
             arrival_s = s.request[e, env.next_arrival].arrival_s
         if end_s[0] > arrival_s:
             env.now_s = arrival_s
@@ -159,7 +168,12 @@ def _play(
         for r in range(num_ranks):
             v = s.replica[e, r]
             if v.mode == STEP or v.mode == DECODE:
+                ended = env.num_ended
                 end_step(p, s, e, r, now_s)
+                for _ in range(env.num_ended - ended):
+                    if released[0] < env.num_requests:
+                        s.request[e, released[0]].arrival_s = now_s
+                        released[0] += 1
         for r in range(num_ranks):
             form_step(p, s, e, r, now_s)
             v = s.replica[e, r]

@@ -156,6 +156,8 @@ def replay_closed(
     output_tokens: IntArray,
     *,
     block_size: int = 16,
+    num_ranks: int = 1,
+    shared: SharedCost | None = None,
 ) -> Replay:
     """Replay clients that each send a request, wait for its end and send the next.
 
@@ -168,11 +170,16 @@ def replay_closed(
         prompt_tokens: Of each request, in the order they are sent, `int64[n]`.
         output_tokens: Likewise.
         block_size: Tokens in a KV block.
+        num_ranks: Data-parallel ranks that share the requests.
+        shared: What these do together; needed for several.
     """
     spec = ClusterSpec((replica,), block_size=block_size)
     table = RequestTable.build(np.zeros(len(prompt_tokens)), prompt_tokens, output_tokens)
-    simulator = _simulator(spec, table, 1, record=False)
-    _play(simulator.params, simulator.state, 0, int(concurrency))
+    simulator = _simulator(spec, table, num_ranks, record=False)
+    if shared is None:
+        _play(simulator.params, simulator.state, 0, int(concurrency))
+    else:
+        play_ranks(simulator, shared, concurrency)
     return _replay(simulator, replica)
 
 
