@@ -3,7 +3,13 @@ from __future__ import annotations
 import pytest
 
 from servegym.errors import ConfigError
-from servegym.validate.names import engine_family, known_gpu, known_model, known_precision
+from servegym.validate.names import (
+    checkpoint_format,
+    engine_family,
+    known_gpu,
+    known_model,
+    known_precision,
+)
 
 
 @pytest.mark.parametrize(
@@ -71,3 +77,23 @@ def test_precisions_are_told_by_their_first_word():
 )
 def test_engine_families_part_by_engine_age_and_platform(engine, version, gpu, family):
     assert engine_family(engine, version, gpu) == family
+
+
+@pytest.mark.parametrize(
+    ("label", "model_label", "family", "expected"),
+    [
+        ("bf16", "meta-llama/Llama-3.1-8B", "vllm", "bf16"),
+        ("fp8", "meta-llama/Llama-3.1-70B", "vllm", "fp8"),
+        ("fp8", "nvidia/Llama-3.1-8B-Instruct-FP8", "vllm-sync", "fp8-static"),
+        ("fp8", "meta-llama/Llama-3.1-70B", "trtllm", "fp8-static"),
+        ("fp8_block", "meta-llama/Llama-3.1-8B-Instruct", "sglang", "fp8-block"),
+        ("fp8", "Qwen/Qwen3-235B-A22B-FP8", "vllm-sync", "fp8-block"),
+        ("fp8", "Qwen/Qwen3-32B", "trtllm", "fp8-static"),
+        ("fp8", "deepseek-ai/DeepSeek-R1", "trtllm", "fp8-block"),
+        ("nvfp4", "deepseek-ai/DeepSeek-R1", "trtllm", "fp4"),
+    ],
+)
+def test_the_number_format_is_that_of_the_checkpoint_the_engine_serves(
+    label, model_label, family, expected
+):
+    assert checkpoint_format(label, model_label, family) == expected

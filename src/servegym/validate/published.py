@@ -11,7 +11,6 @@ from typing import Literal
 from servegym.assets.specs import gpu, model
 from servegym.costs.source import Routing
 from servegym.errors import ConfigError, WorkloadError
-from servegym.validate.degrees import Degrees, degrees
 from servegym.validate.engine import EngineSetup
 from servegym.validate.names import (
     KERNELS,
@@ -167,7 +166,7 @@ def experiment(row: Row) -> Experiment:
         raise ConfigError(f"graded {row.quality}: inconsistent or limited by its queue")
     if not row.measured:
         raise ConfigError("no TPOT, TTFT, throughput or latency was published")
-    spread = _degrees(row)
+    _refuse_parallelism(row)
     family = engine_family(row.engine, row.engine_version, row.gpu)
     gpu_name, model_name = known_gpu(row.gpu), known_model(row.model)
     precision = known_precision(row.precision)
@@ -183,11 +182,10 @@ def experiment(row: Row) -> Experiment:
     setup = EngineSetup(
         gpu=gpu_name,
         model=model_name,
-        tp=spread.tp,
-        expert_ranks=spread.ranks,
+        tp=int(text["tp"]),
         precision=checkpoint_format(row.precision, row.model, family),
         engine=KERNELS.get(family.removesuffix("-rocm"), "vllm"),
-        expert_groups=spread.expert_groups,
+        expert_groups=max(1, _whole(text["ep"])),
         routing=_ROUTING,
         kv_precision=_kv_precision(row, family, precision),
         max_num_seqs=seqs,
@@ -217,11 +215,10 @@ def experiment(row: Row) -> Experiment:
 def _read_weights_s(setup: EngineSetup) -> float:
     """Seconds to read the weights that one token touches, at the GPU's peak bandwidth."""
     arch = model(setup.model)
-    # of the embedding one row is read
-    params = arch.num_params - arch.vocab * arch.hidden - arch.expert_params
+    params = arch.num_params - arch.vocab * arch.hidden  # of the embedding one row is read
     if arch.num_experts:
-        active = arch.expert_params * arch.active_experts / arch.num_experts
-        params += active / setup.expert_ranks
+        idle = arch.num_experts - arch.active_experts
+        params -= arch.expert_params * idle / arch.num_experts
     cost = setup.cost()
     return params * cost.weight_bytes / (cost.gpu.memory_bytes_per_s * setup.tp)
 
@@ -235,13 +232,23 @@ def _kv_precision(row: Row, family: str, precision: str) -> str:
     return "fp8" if family == "trtllm" and precision != "bf16" else "bf16"
 
 
-def _degrees(row: Row) -> Degrees:
-    found = degrees(row.text)
-    if "attention dp" in row.notes.lower() and known_is_moe(row.model):
+def _refuse_parallelism(row: Row) -> None:
+    text, notes = row.text, row.notes.lower()
+    if "disagg" in notes or re.search(r"\d+p\d+d|pd disaggregation", notes):
+        raise ConfigError("prefill and decode disaggregated")
+    if not text["tp"].isdigit():
+        raise ConfigError("tensor-parallel degree not given")
+    tp = int(text["tp"])
+    if _whole(text["pp"]) > 1:
+        raise ConfigError("pipeline parallelism")
+    if _whole(text["dp"]) > 1:
+        raise ConfigError("data-parallel attention or several replicas")
+    if _whole(text["ep"]) > tp:
+        raise ConfigError("expert parallelism beyond the tensor-parallel degree")
+    if "attention dp" in notes and known_is_moe(row.model):
         raise ConfigError("attention data-parallel with experts of unknown parallelism")
-    if found.ranks > 1 and not known_is_moe(row.model):
-        raise ConfigError("several replicas")
-    return found
+    if text["gpu_count"].isdigit() and int(text["gpu_count"]) not in (0, tp):  # 0: not recorded
+        raise ConfigError(f"{text['gpu_count']} GPUs for tp {tp}: parallelism not clear")
 
 
 def known_is_moe(label: str) -> bool:
@@ -314,3 +321,8 @@ def _number(text: str) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) else None
+
+
+def _whole(text: str) -> int:
+    value = _number(text)
+    return 0 if value is None else int(value)
