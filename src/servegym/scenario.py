@@ -19,6 +19,7 @@ from servegym.assets.specs import gpu, model
 from servegym.calibrate.calibration import calibrated_cost
 from servegym.cluster.spec import ClusterSpec, Episode, Faults, ReplicaType, SloClass
 from servegym.cluster.state import FAULT_DOWN, FAULT_SLOW, FAULT_UP
+from servegym.costs.formats import ScenarioFormat, number_format
 from servegym.costs.step import StepCost
 from servegym.costs.tables import TableSource
 from servegym.engines import EngineName
@@ -133,7 +134,7 @@ class Scenario(Config):
     name: str
     description: str = ""
     model: str = "Llama-3.1-8B"
-    precision: Literal["bf16", "fp8"] = "bf16"
+    precision: ScenarioFormat = "bf16"
     engine: EngineConfig = EngineConfig()
     fleet: tuple[FleetEntry, ...] = Field(min_length=1)
     workload: WorkloadConfig
@@ -229,7 +230,7 @@ class Scenario(Config):
         )
 
 
-def step_cost(entry: FleetEntry, model_name: str, precision: Literal["bf16", "fp8"]) -> StepCost:
+def step_cost(entry: FleetEntry, model_name: str, precision: ScenarioFormat) -> StepCost:
     """Return the step cost of a model on a fleet entry's replicas.
 
     Raises:
@@ -239,15 +240,27 @@ def step_cost(entry: FleetEntry, model_name: str, precision: Literal["bf16", "fp
     if entry.calibration:
         if entry.costs == "tables":
             raise ConfigError("a fleet entry takes costs: tables or a calibration file, not both")
+        if precision not in ("bf16", "fp8"):
+            raise ConfigError(
+                f"a calibration file is for precision bf16 or fp8, not {precision}: leave one out"
+            )
         path = Path(entry.calibration)
         return calibrated_cost(path, entry.gpu, model_name, entry.tp, precision)
-    spec, fp8 = gpu(entry.gpu), precision == "fp8"
-    source = TableSource(spec, fp8) if entry.costs == "tables" else None
-    return StepCost(spec, model(model_name), entry.tp, fp8, source)
+    spec, weights = gpu(entry.gpu), number_format(precision)
+    source = TableSource(spec, weights.fp8) if entry.costs == "tables" else None
+    return StepCost(
+        spec,
+        model(model_name),
+        entry.tp,
+        weights.fp8,
+        source,
+        engine=entry.engine,
+        scales=weights.scales,
+    )
 
 
 def replica_type(
-    entry: FleetEntry, model_name: str, precision: Literal["bf16", "fp8"], engine: EngineConfig
+    entry: FleetEntry, model_name: str, precision: ScenarioFormat, engine: EngineConfig
 ) -> ReplicaType:
     """Compile a fleet entry."""
     cost = step_cost(entry, model_name, precision)

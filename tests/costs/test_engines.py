@@ -6,6 +6,7 @@ from servegym.assets.specs import gpu, model
 from servegym.costs.formats import FORMATS, number_format
 from servegym.costs.step import StepCost
 from servegym.errors import ConfigError
+from servegym.scenario import FleetEntry, step_cost
 
 H200, B200 = gpu("H200-SXM-141GB"), gpu("B200-SXM-180GB")
 LLAMA_70B, LLAMA_8B = model("Llama-3.1-70B"), model("Llama-3.1-8B")
@@ -116,3 +117,31 @@ def test_number_formats_have_names():
         assert cost.validated, name
     with pytest.raises(ConfigError, match="fp8-static"):
         number_format("fp8static")
+
+
+def test_a_fleet_entry_and_the_precision_of_a_scenario_choose_kernels():
+    def cost(precision, engine="vllm"):
+        entry = FleetEntry(gpu="H200-SXM-141GB", tp=4, engine=engine)
+        return step_cost(entry, "Llama-3.1-70B", precision)
+
+    dynamic, static = cost("fp8"), cost("fp8-static", "trtllm")
+    assert (dynamic.engine, dynamic.scales) == ("vllm", "dynamic")
+    assert (static.engine, static.scales) == ("trtllm", "static")
+    assert step_s(static) < 0.95 * step_s(dynamic)
+    entry = FleetEntry(gpu="H200-SXM-141GB", calibration="mine.json")
+    with pytest.raises(ConfigError, match="for precision bf16 or fp8, not fp8-block"):
+        step_cost(entry, "Llama-3.1-70B", "fp8-block")
+
+
+def test_vllms_attention_is_a_prior_for_an_engine_that_was_not_measured():
+    borrowed = {e.kind for e in StepCost(gpu("L4"), LLAMA_8B, engine="sglang").evidence}
+    assert "prior" in borrowed
+    kinds = {
+        engine: {
+            e.kind
+            for e in StepCost(B200, LLAMA_8B, engine=engine).evidence
+            if "attention" in e.operator
+        }
+        for engine in ("vllm", "trtllm", "sglang")
+    }
+    assert kinds == {"vllm": {"interpolated"}, "trtllm": {"interpolated"}, "sglang": {"prior"}}

@@ -10,9 +10,10 @@ from servegym.assets.specs import gpu, model
 from servegym.calibrate.calibration import cost_from, read_calibration
 from servegym.commands.console import make_console
 from servegym.costs.explain import costs_table, evidence_table
-from servegym.costs.source import Engine, Routing, Scales
+from servegym.costs.source import Routing, Scales
 from servegym.costs.step import StepCost
 from servegym.costs.tables import source_of
+from servegym.engines import EngineName
 from servegym.errors import ConfigError
 
 
@@ -28,7 +29,7 @@ class Costs:
     """Tensor-parallel degree."""
     source: Literal["fits", "tables"] = "fits"
     """Fits of assets, or measured tables of the package aiconfigurator-core if installed."""
-    engine: Engine = "vllm"
+    engine: EngineName = "vllm"
     """Whose kernels, where they were fitted; TensorRT-LLM's fuse norms, casts and all-reduces."""
     fp8: bool = False
     """Weights and GEMMs in fp8."""

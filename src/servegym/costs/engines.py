@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from servegym.costs.source import Engine
+from servegym.engines import EngineName
 
 #: Where the activations of a GEMM come from: a norm, attention, or the activation of the FFN.
 Producer = Literal["norm", "attention", "activation"]
@@ -32,12 +32,18 @@ class Fusion:
 
 
 #: vLLM: `torch.compile` fuses the casts behind norm and activation, FlashAttention writes 16 bits.
-#: SGLang: a cast before each GEMM. TensorRT-LLM: attention and SwiGLU write fp8, attention fp4; the
-#: norm alone does not, but in an all-reduce that holds it, see `ModelSpec.fused_norms`.
-FUSION: dict[Engine, Fusion] = {
+#: vLLM V0, without it, and SGLang: a cast before each GEMM. TensorRT-LLM: attention and SwiGLU
+#: write fp8, attention fp4; the norm alone does not, but in an all-reduce that holds it, see
+#: `ModelSpec.fused_norms`.
+FUSION: dict[EngineName, Fusion] = {
     "vllm": Fusion(
         rope_in_attention=False,
         fp8_casts=frozenset({"attention"}),
+        fp4_casts=frozenset({"norm", "attention", "activation"}),
+    ),
+    "vllm-v0": Fusion(
+        rope_in_attention=False,
+        fp8_casts=frozenset({"norm", "attention", "activation"}),
         fp4_casts=frozenset({"norm", "attention", "activation"}),
     ),
     "sglang": Fusion(

@@ -7,10 +7,13 @@ one a tensor; `fp8-block`: computed for 128 activations, with a scale a block of
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from servegym.costs.source import Scales
 from servegym.errors import ConfigError, unknown_name
+
+#: Those that a scenario may ask for.
+ScenarioFormat = Literal["bf16", "fp8", "fp8-static", "fp8-block"]
 
 
 class NumberFormat(NamedTuple):

@@ -16,7 +16,7 @@ from servegym.costs import forms
 from servegym.costs.forms import WEIGHT_BYTES
 from servegym.costs.measurements import Measurements, rank, second_family
 from servegym.costs.package import Rows, newest_table, where
-from servegym.costs.source import Engine
+from servegym.engines import EngineName
 from servegym.typing import FloatArray
 
 _GEMM_FILE = "gemm_perf.parquet"
@@ -60,7 +60,7 @@ def static_gemm(gpu: GpuSpec, precision: Literal["fp8", "fp4"]) -> Measurements 
     return _gemm(rows, alone, WEIGHT_BYTES[precision], note)
 
 
-def block_gemm(gpu: GpuSpec, engine: Engine = "sglang") -> Measurements | None:
+def block_gemm(gpu: GpuSpec, engine: EngineName = "sglang") -> Measurements | None:
     """GEMMs in fp8 with a scale a block of 128 x 128 weights, activations quantised in them.
 
     DeepGEMM as SGLang calls it stands for vLLM as well, whose own table was timed without CUDA
@@ -97,7 +97,7 @@ def quantise(gpu: GpuSpec) -> Measurements | None:
 
 
 def attention(
-    gpu: GpuSpec, engine: Engine, name: Literal["prefill", "decode"], kv: Literal["bf16", "fp8"]
+    gpu: GpuSpec, engine: EngineName, name: Literal["prefill", "decode"], kv: Literal["bf16", "fp8"]
 ) -> Measurements | None:
     """Attention of an engine with heads of 128 elements and no window.
 
@@ -137,7 +137,9 @@ def attention(
     return Measurements(operator, 1e-3 * rows["latency"], held_out, f"{read[1]}, {kv} KV cache")
 
 
-def all_reduce(gpu: GpuSpec, engine: Engine, num_gpus: int) -> tuple[FloatArray, FloatArray] | None:
+def all_reduce(
+    gpu: GpuSpec, engine: EngineName, num_gpus: int
+) -> tuple[FloatArray, FloatArray] | None:
     """All-reduces of 16-bit values by an engine's own kernels, captured in CUDA graphs.
 
     Args:

@@ -440,11 +440,20 @@ class RooflineSource:
             if self.fp8_kv and measured is None:
                 note = "not measured with an 8-bit KV cache: 16-bit kernels with half the bytes"
                 evidence = Evidence(evidence.operator, "prior", note)
+            if evidence.kind == "interpolated" and self._borrowed:
+                evidence = Evidence(evidence.operator, "prior", self._borrowed)
             if head_dim != 128 and evidence.kind == "interpolated":
                 note = "fitted on heads of 128 elements"
                 evidence = Evidence(evidence.operator, "extrapolated", note)
             found.append(evidence)
         return found + self._mixed_evidence(heads, kv_heads, head_dim)
+
+    @property
+    def _borrowed(self) -> str:
+        """Why vLLM's attention stands in for the engine's, if it does."""
+        engine = self.gpu.engine
+        own = engine in ("vllm", "vllm-v0") or engine in self.gpu.engines
+        return "" if own else f"vLLM's kernels stand in for those of {engine}"
 
     def _mixed_evidence(self, heads: int, kv_heads: int, head_dim: int) -> list[Evidence]:
         fit = self.gpu.mixed

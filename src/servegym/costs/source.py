@@ -12,9 +12,6 @@ Routing = Literal["uniform", "skewed"]
 #: Of weights.
 Precision = Literal["bf16", "fp8", "fp4"]
 
-#: Whose kernels run.
-Engine = Literal["vllm", "sglang", "trtllm"]
-
 #: Scales of activations in fp8 GEMMs: computed with every call, held by the checkpoint (one a
 #: tensor), or computed for every 128 elements, with a scale a block of 128 x 128 weights.
 Scales = Literal["dynamic", "static", "block"]

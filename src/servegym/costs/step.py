@@ -20,7 +20,8 @@ from servegym.costs.grid import (
 )
 from servegym.costs.roofline import RooflineSource
 from servegym.costs.routing import fullest_share
-from servegym.costs.source import CostSource, Engine, Evidence, LatentHeads, Routing, Scales
+from servegym.costs.source import CostSource, Evidence, LatentHeads, Routing, Scales
+from servegym.engines import EngineName
 from servegym.errors import ConfigError, unknown_name
 from servegym.typing import FloatArray
 
@@ -71,7 +72,7 @@ class StepCost:
     fp4: bool = False
     routing: Routing = "uniform"
     fp8_kv: bool = False
-    engine: Engine = "vllm"
+    engine: EngineName = "vllm"
     scales: Scales = "dynamic"
     expert_groups: int = 1
     _parts: dict[str, CostSource] = field(

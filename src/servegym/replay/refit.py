@@ -142,6 +142,7 @@ def correction(fleet: Fleet, replica: int, stretch: Stretch) -> Calibration:
     """Make the calibration of a replica as a stretch of the log shows it."""
     origin = fleet.origin
     entry: Hardware | FleetEntry
+    precision: str
     if isinstance(origin, RouterConfig):
         facts = origin.replicas[replica].facts
         assert isinstance(facts, Hardware)
@@ -150,7 +151,7 @@ def correction(fleet: Fleet, replica: int, stretch: Stretch) -> Calibration:
         entry = scenario_entry(origin, replica)
         model, precision = origin.model, origin.precision
     step, kv, prefill = (stretch.terms[term].value for term in TERMS)
-    base, sheet, costs, fp8 = None, None, "fits", precision == "fp8"
+    base, sheet, costs, fp8 = None, None, "fits", precision != "bf16"
     if isinstance(entry, FleetEntry) and entry.costs:
         costs = entry.costs
     before = calibration_of(fleet, replica)

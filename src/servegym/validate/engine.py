@@ -12,8 +12,9 @@ from servegym.assets.specs import gpu, model
 from servegym.cluster.spec import ReplicaType
 from servegym.costs.formats import number_format
 from servegym.costs.grid import CostGrid
-from servegym.costs.source import Engine, Routing
+from servegym.costs.source import Routing
 from servegym.costs.step import StepCost
+from servegym.engines import EngineName
 from servegym.validate.ranks import SharedCost
 
 
@@ -78,7 +79,7 @@ class EngineSetup:
     num_blocks: int | None = None
     memory_fraction: float = 0.9
     routing: Routing = "uniform"
-    engine: Engine = "vllm"
+    engine: EngineName = "vllm"
     expert_groups: int = 1
     expert_ranks: int = 1
     separate_attention: bool = False
@@ -138,7 +139,7 @@ class _Kernels(NamedTuple):
     tp: int
     precision: str
     routing: Routing
-    engine: Engine
+    engine: EngineName
     kv_precision: str
     expert_groups: int
 

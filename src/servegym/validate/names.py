@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from servegym.assets.specs import gpu_names, model_names
-from servegym.costs.source import Engine
+from servegym.engines import EngineName
 from servegym.errors import ConfigError, unknown_name
 
 #: GPU labels that do not begin like the name in `assets/gpus.yaml`.
@@ -53,7 +53,7 @@ _FAMILIES = {
 #: Models that their makers publish in fp8 with scales a block, and in no other form of fp8.
 _BLOCK_SCALED = ("DeepSeek-V3", "DeepSeek-R1", "MiniMax-M2.5")
 #: Whose kernels an engine family runs, if not vLLM's.
-KERNELS: dict[str, Engine] = {"sglang": "sglang", "trtllm": "trtllm"}
+KERNELS: dict[str, EngineName] = {"sglang": "sglang", "trtllm": "trtllm"}
 #: What may follow a model's name without changing its architecture.
 _VARIANT = re.compile(r"(instruct|chat|base|hf|it|v0\d|fp8|nvfp4|fp4|bf16|2507|quark|awq|gptq)*")
 
