@@ -19,7 +19,7 @@ from servegym.costs.grid import (
 )
 
 COLUMNS = (
-    *("row_id", "file", "quality", "engine", "engine_version", "model", "precision_w"),
+    *("row_id", "file", "date", "quality", "engine", "engine_version", "model", "precision_w"),
     *(
         "precision_kv",
         "gpu",
