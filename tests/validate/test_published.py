@@ -49,6 +49,25 @@ def test_kv_cache_has_the_stated_precision_or_the_engine_default(write_table):
     assert plan_of(write_table, precision_w="fp8").setup.kv_precision == "bf16"
 
 
+@pytest.mark.parametrize(
+    ("cells", "engine", "budget", "seqs"),
+    [
+        ({"engine": "vLLM"}, "vllm", 8192, 256),
+        ({"engine": "vLLM", "engine_version": "0.6.3"}, "vllm-v0", 8192, 256),
+        ({"engine": "vLLM", "engine_version": "0.6.3", "gpu": "MI300X"}, "vllm-v0", 8192, 256),
+        ({"engine": "SGLang"}, "sglang", 8192, 2048),
+        ({"engine": "SGLang", "gpu": "L40S", "tpot_mean": "90"}, "sglang", 4096, 2048),
+        ({"engine": "SGLang", "gpu": "B200"}, "sglang", 16384, 2048),
+        ({"engine": "TensorRT-LLM"}, "trtllm", 8192, 2048),
+        ({"engine": "TGI"}, "vllm", 4096, 256),
+    ],
+)
+def test_engine_follows_its_own_rules_with_its_own_limits(write_table, cells, engine, budget, seqs):
+    setup = plan_of(write_table, **cells).setup
+    assert setup.engine == engine
+    assert (setup.max_num_batched_tokens, setup.max_num_seqs) == (budget, seqs)
+
+
 def test_notes_tell_a_static_batch_from_clients(write_table):
     plan = plan_of(write_table, notes="static batch offline")
     assert (plan.loop, plan.num_requests) == ("batch", 4)

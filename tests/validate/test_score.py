@@ -112,7 +112,7 @@ def test_trtllm_admits_only_what_it_can_hold_to_the_end(write_table):
     cells = {"engine": "TensorRT-LLM", "isl": "20000", "osl": "2000", "concurrency": "64"}
     plan = experiment(read_published(write_table(cells))[0])
     assert play(plan, EngineConstants())[1].num_preemptions == 0
-    evicting = replace(plan, family="vllm")
+    evicting = replace(plan, setup=replace(plan.setup, engine="vllm"))
     assert play(evicting, EngineConstants())[1].num_preemptions > 0
 
 
@@ -154,3 +154,15 @@ def test_row_scores_only_what_was_published(write_table):
     score = score_row(row, experiment(row), EngineConstants())
     assert set(score.figures) == {"ttft_s", "output_tokens_per_s"}
     assert score.main is score.figures["output_tokens_per_s"]
+
+
+def test_sglang_keeps_a_closed_loop_in_waves(write_table):
+    """Prefills pause decodes, so that clients stay together: long TTFT, and TPOT as of decodes."""
+    cells = {"isl": "1000", "osl": "1000", "concurrency": "128"}
+    figures = {}
+    for label in ("SGLang", "vLLM"):
+        plan = experiment(read_published(write_table({**cells, "engine": label}))[0])
+        figures[label] = play(plan, EngineConstants())[0]
+    assert figures["SGLang"]["ttft_s"] > 2 * figures["vLLM"]["ttft_s"]
+    assert figures["SGLang"]["tpot_s"] < figures["vLLM"]["tpot_s"]
+    assert figures["SGLang"]["e2e_s"] == pytest.approx(figures["vLLM"]["e2e_s"], rel=0.1)

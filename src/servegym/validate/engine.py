@@ -61,7 +61,7 @@ class EngineSetup:
         num_blocks: KV blocks; None: what the memory model gives.
         memory_fraction: Share of GPU memory the engine may use.
         routing: How tokens fall on the experts of a mixture.
-        engine: Whose kernels.
+        engine: Whose rules and kernels.
         expert_groups: Groups of GPUs that split the experts under tensor-parallel attention.
         expert_ranks: Data-parallel ranks that share their experts and run in lockstep.
         separate_attention: Whether chunks and decodes of a step have attention kernels of their
@@ -101,7 +101,17 @@ class EngineSetup:
             max_num_batched_tokens=max(self.max_num_batched_tokens, self.max_num_seqs),
             max_num_seqs=self.max_num_seqs,
             num_gpus=self.tp,
+            engine=self.rules,
         )
+
+    @property
+    def rules(self) -> EngineName:
+        """Whose rules form the steps.
+
+        vLLM's where ranks in lockstep would have to prefill and decode at once.
+        """
+        apart = self.expert_ranks > 1 and self.engine in ("vllm-v0", "sglang")
+        return "vllm" if apart else self.engine
 
     def cost(self) -> StepCost:
         """Return the step cost of the model on these GPUs.

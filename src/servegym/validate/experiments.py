@@ -29,15 +29,10 @@ def play(plan: Experiment, constants: EngineConstants) -> tuple[dict[str, float]
     """
     replica, shared = plan.setup.replica(constants), plan.setup.shared()
     num_ranks = plan.setup.expert_ranks
-    if plan.family.startswith("trtllm"):
-        # its scheduler admits what cannot be evicted later: KV for whole outputs is set aside
-        tokens = replica.num_blocks * plan.setup.block_size
-        whole = int(tokens / (plan.prompt_tokens + plan.output_tokens))
-        replica = replace(replica, max_num_seqs=max(1, min(replica.max_num_seqs, whole)))
     # the same requests for the same experiment, whatever else is in the table
     seed = zlib.crc32(repr((plan.prompt_tokens, plan.output_tokens, plan.num_requests)).encode())
     rng = np.random.default_rng(seed)
-    longest = replica.num_blocks * plan.setup.block_size
+    longest = replica.capacity_tokens(plan.setup.block_size)
     prompt = _lengths(rng, plan, plan.prompt_tokens)
     output = _lengths(rng, plan, plan.output_tokens)
     if plan.lengths == "spread":  # engines cut what is beyond their context
@@ -48,6 +43,9 @@ def play(plan: Experiment, constants: EngineConstants) -> tuple[dict[str, float]
             f"a request of {int((prompt + output).max())} tokens does not fit the {longest} KV "
             "tokens beside the weights"
         )
+    if replica.needs_whole_prompts(chunked_prefill=True):  # then limits are set for the load
+        budget = max(replica.max_num_batched_tokens, int((prompt + output).max()))
+        replica = replace(replica, max_num_batched_tokens=budget)
     if plan.loop == "closed":
         replay = replay_closed(
             replica, plan.concurrency, prompt, output, num_ranks=num_ranks, shared=shared

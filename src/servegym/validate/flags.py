@@ -19,7 +19,9 @@ def extrapolations(setup: EngineSetup, family: str, quality: str = "A") -> list[
     reasons = [f"{e.operator}: {e.note}" for e in evidence if e.kind == "prior"]
     if setup.expert_ranks > 1:
         reasons.append("agreement of data-parallel ranks is not simulated")
-    if family not in ("vllm", "vllm-sync"):
+    if setup.rules != "vllm":
+        reasons.append(f"scheduler of {setup.rules} as in its source, not compared with it live")
+    elif family not in ("vllm", "vllm-sync"):
         reasons.append(f"{family} replayed as vLLM V1")
     if quality == "C":
         reasons.append("GPU or lengths inferred")

@@ -52,8 +52,12 @@ _FAMILIES = {
 }
 #: Models that their makers publish in fp8 with scales a block, and in no other form of fp8.
 _BLOCK_SCALED = ("DeepSeek-V3", "DeepSeek-R1", "MiniMax-M2.5")
-#: Whose kernels an engine family runs, if not vLLM's.
-KERNELS: dict[str, EngineName] = {"sglang": "sglang", "trtllm": "trtllm"}
+#: Whose rules and kernels stand for an engine family, if not those of vLLM V1.
+KERNELS: dict[str, EngineName] = {
+    "vllm-v0": "vllm-v0",
+    "sglang": "sglang",
+    "trtllm": "trtllm",
+}
 #: What may follow a model's name without changing its architecture.
 _VARIANT = re.compile(r"(instruct|chat|base|hf|it|v0\d|fp8|nvfp4|fp4|bf16|2507|quark|awq|gptq)*")
 

@@ -41,13 +41,14 @@ class FamilyLimits:
     memory_fraction: float
 
 
-#: vLLM V1 takes 8,192 tokens a step on GPUs of 70 GB and more, 2,048 on others (below);
-#: trtllm-bench 2,048 sequences and 8,192 tokens; SGLang chunks prefills to 8,192.
+#: vLLM V1 takes 8,192 tokens a step on GPUs of 70 GB and more, 2,048 on others (below), V0 the
+#: longest context of the model, 8,192 being the common one; trtllm-bench 2,048 sequences and 8,192
+#: tokens; SGLang at least 2,048 requests and chunks by the memory of the GPU (below).
 FAMILIES = {
     "vllm": FamilyLimits(256, 8192, 0.9),
     "vllm-v0": FamilyLimits(256, 8192, 0.9),
     "trtllm": FamilyLimits(2048, 8192, 0.95),
-    "sglang": FamilyLimits(512, 8192, 0.88),
+    "sglang": FamilyLimits(2048, 8192, 0.88),
     "tgi": FamilyLimits(256, 4096, 0.9),
     "deepspeed": FamilyLimits(256, 2048, 0.9),
 }
@@ -63,6 +64,8 @@ _LARGE_GPU_BYTES = 70e9
 _SPECULATIVE = {
     ("aic_inferencex", "trtllm", "DeepSeek-R1"): ("2026-01-14", "2026-02-05", "2026-02-06")
 }
+#: SGLang's chunked_prefill_size below so many bytes of GPU memory (server_args.py).
+_SGLANG_CHUNKS = ((35 * 2**30, 2048), (60 * 2**30, 4096), (160 * 2**30, 8192), (math.inf, 16384))
 
 
 @dataclass(frozen=True)
@@ -183,10 +186,14 @@ def experiment(row: Row) -> Experiment:
     if prompt is None or output is None:
         raise ConfigError(f"lengths are not given: {text['isl'] or '-'}/{text['osl'] or '-'}")
     loop, concurrency, rate, count = _loop(row, prompt + output)
-    limits = FAMILIES[family.removesuffix("-rocm").removesuffix("-sync")]
+    name = family.removesuffix("-rocm").removesuffix("-sync")
+    limits = FAMILIES[name]
     budget = limits.max_num_batched_tokens
-    if family.startswith("vllm") and gpu(gpu_name).memory_bytes < _LARGE_GPU_BYTES:
+    memory_bytes = gpu(gpu_name).memory_bytes
+    if name == "vllm" and memory_bytes < _LARGE_GPU_BYTES:
         budget = 2048
+    elif name == "sglang":
+        budget = next(size for limit, size in _SGLANG_CHUNKS if memory_bytes < limit)
     seqs = max(limits.max_num_seqs, concurrency)
     setup = EngineSetup(
         gpu=gpu_name,
@@ -194,7 +201,7 @@ def experiment(row: Row) -> Experiment:
         tp=spread.tp,
         expert_ranks=spread.ranks,
         precision=checkpoint_format(row.precision, row.model, family),
-        engine=KERNELS.get(family.removesuffix("-rocm"), "vllm"),
+        engine=KERNELS.get(name, "vllm"),
         expert_groups=spread.expert_groups,
         routing=_ROUTING,
         kv_precision=_kv_precision(row, family, precision),
