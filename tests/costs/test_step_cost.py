@@ -196,8 +196,11 @@ def test_a_mixture_may_have_dense_layers_and_shared_experts():
     assert terms["experts"] == pytest.approx(toy(EXPERTS).terms(1)["experts"] / 2)
     assert terms["MLP"] == pytest.approx(toy().terms(1)["MLP"] / 2)
     assert terms["router"] == pytest.approx(toy(EXPERTS).terms(1)["router"] / 2)
-    # gate and up n = 8, k = 8: 160; down n = 8, k = 4: 88
-    assert terms["shared experts"] == pytest.approx((160 + 88) * NS)
+    # beside the routed ones they read 8 x 8 and 8 x 4 weights
+    assert terms["shared experts"] == pytest.approx(2 * (64 + 32) * NS)
+    # alone: gate and up n = 8, k = 8: 2 (64 + 300 * 8) + 2 * 300 * 8; down n = 8, k = 4
+    one = 2 * (64 + 300 * 8) + 2 * 300 * 8 + 2 * (32 + 300 * 4) + 2 * 300 * 8
+    assert toy(mixed).terms(300)["shared experts"] == pytest.approx(one * NS)
     # an expert has 3 * 8 * 16 weights
     assert mixed.expert_params == 4 * 384
 
@@ -450,9 +453,12 @@ def test_a_checkpoint_with_fp4_experts_keeps_the_rest_in_16_bits():
     spec = gpu("B200-SXM-180GB")
     whole = StepCost(spec, arch.model_copy(update={"fp4_experts_only": False}), fp4=True)
     experts_only, wide = StepCost(spec, arch, fp4=True), StepCost(spec, arch)
-    for term in ("attention GEMMs", "output head", "router"):
+    for term in ("attention GEMMs", "output head"):
         assert experts_only.terms(64)[term] == wide.terms(64)[term]
         assert experts_only.terms(64)[term] != whole.terms(64)[term]
+    # which experts a token goes to is always computed in 16 bits
+    for cost in (experts_only, whole):
+        assert cost.terms(64)["router"] == wide.terms(64)["router"]
     assert experts_only.terms(64)["experts"] == whole.terms(64)["experts"]
     # 2.1e9 of its 116.8e9 parameters are no experts
     extra = experts_only.all_weight_bytes - whole.all_weight_bytes

@@ -30,7 +30,7 @@ _ACTIVATION_BYTES = 2.0
 #: left on an RTX 4090 (Llama-3.1-8B, 2,048 tokens a step); larger steps of larger models need more.
 _RESERVED_BYTES = 1.7e9
 #: Parts of a model that a checkpoint may hold in another precision than its experts.
-Part = Literal["projections", "output", "ffn", "head"]
+Part = Literal["projections", "output", "ffn", "router", "head"]
 
 
 class _Gemm(NamedTuple):
@@ -223,20 +223,18 @@ class StepCost:
         ffn_width = 0 if m.num_experts else m.ffn_dim // self.tp
         mixture = {}
         if m.num_experts:
-            one = op.gemm_s(tokens, m.num_experts, m.hidden, self.dense_weight_bytes)
-            mixture["router"] = m.expert_layers * one
-        if m.shared_ffn_dim:
-            mixture["shared experts"] = m.expert_layers * self._ffn_s(tokens, m.shared_ffn_dim)
+            experts_s = self._experts_s(tokens)
+            mixture["experts"] = m.expert_layers * experts_s
+            mixture["router"] = m.expert_layers * self._gemm_s(tokens, self._router)
+            if m.shared_ffn_dim:
+                shared_s = self._shared_experts_s(tokens, experts_s)
+                mixture["shared experts"] = m.expert_layers * shared_s
         if m.num_experts and m.dense_layers:
             mixture["MLP"] = m.dense_layers * self._ffn_s(tokens, m.ffn_dim)
         return {
             "cpu": op.cpu_s(),
             "attention GEMMs": m.layers * attention,
-            **(
-                {"experts": m.expert_layers * self._experts_s(tokens), **mixture}
-                if m.num_experts
-                else {"MLP": m.layers * self._ffn_s(tokens, m.ffn_dim)}
-            ),
+            **(mixture if m.num_experts else {"MLP": m.layers * self._ffn_s(tokens, m.ffn_dim)}),
             "norms, activation": m.layers
             * (
                 op.elementwise_s(tokens, m.hidden, qk_width, ffn_width)
@@ -293,6 +291,8 @@ class StepCost:
 
     def _is_16bit(self, part: Part) -> bool:
         """Whether a checkpoint of eight or four bits keeps that part in 16."""
+        if part == "router":
+            return self.fp8 or self.fp4  # checkpoints and engines never quantise it
         if part == "head" and (self._casts_apart or self.scales == "block"):
             return True  # as those who publish such checkpoints leave it
         return self.fp4 and part in self.model.fp4_16bit
@@ -331,6 +331,10 @@ class StepCost:
         ]
 
     @property
+    def _router(self) -> _Gemm:
+        return _Gemm(self.model.num_experts, self.model.hidden, "router")
+
+    @property
     def _head(self) -> _Gemm:
         return _Gemm(self.model.vocab // self.tp, self.model.hidden, "head")
 
@@ -346,7 +350,7 @@ class StepCost:
         found = self._projections()
         widths = [m.shared_ffn_dim] if m.shared_ffn_dim else []
         if m.num_experts:
-            found.append(_Gemm(m.num_experts, m.hidden, "ffn"))
+            found.append(self._router)
         if m.dense_layers or not m.num_experts:
             widths.append(m.ffn_dim)
         for width in widths:
@@ -370,6 +374,20 @@ class StepCost:
         m, groups = self.model, self.expert_groups
         width = max(1, m.expert_ffn_dim * groups // self.tp)
         return width, m.num_experts // groups, max(1, m.active_experts // groups)
+
+    def _shared_experts_s(self, tokens: float, routed_s: float) -> float:
+        """Seconds that the shared experts of a layer add to the routed ones.
+
+        Beside these they hide their launches and latency and add the memory traffic alone.
+        """
+        alone_s = self._ffn_s(tokens, self.model.shared_ffn_dim)
+        # other sources are fitted on whole steps
+        beside = tokens <= FUSION[self.engine].shared_tokens
+        if not beside or not isinstance(self.source, RooflineSource):
+            return alone_s
+        weights = sum(one.n * one.k for one in self._ffn(self.model.shared_ffn_dim))
+        read_s = weights * self.dense_weight_bytes / self.gpu.memory_bytes_per_s
+        return max(alone_s - routed_s, read_s)
 
     def _experts_s(self, tokens: float) -> float:
         m, op, groups = self.model, self.operators, self.expert_groups
