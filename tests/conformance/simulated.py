@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 
 from servegym.cluster import state as st
-from servegym.cluster.reference import Engine, ReferenceSimulator, Request
+from servegym.cluster.reference import ReferenceSimulator
+from servegym.cluster.reference_engines import Request, Vllm
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import DECISION
 
 from .workloads import cluster_and_episode
 
 
-class RecordingEngine(Engine):
+class RecordingEngine(Vllm):
     """An engine that notes each of its steps as the driver does; decides nothing."""
 
     def __init__(self, sim: ReferenceSimulator, r: int, early: bool) -> None:
@@ -23,9 +24,9 @@ class RecordingEngine(Engine):
         self.rows: list[dict[str, Any]] = []
         self.victims: list[int] = []
 
-    def preempt(self, q: Request) -> None:
+    def preempt(self, q: Request, *, to_front: bool = True) -> None:
         self.victims.append(q.idx)
-        super().preempt(q)
+        super().preempt(q, to_front=to_front)
 
     def begin_step(self) -> None:
         before = list(self.running)
@@ -48,13 +49,14 @@ class RecordingEngine(Engine):
         )
         self.victims = []
 
-    def _give(self, q: Request, tokens: int, need: int) -> None:
-        super()._give(q, tokens, need)
+    def give(self, q: Request, tokens: int) -> tuple[int, int]:
+        chunk = super().give(q, tokens)
         if self.early:
             filled = (q.computed + tokens) // self.sim.spec.block_size
             for j in range(q.named, filled):
                 self.pool.name(q.blocks[j], self.identity(q, j))
             q.named = max(q.named, filled)
+        return chunk
 
     def end_step(self) -> None:
         before = list(self.running)
