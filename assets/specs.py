@@ -105,6 +105,7 @@ class EngineFits(_Spec):
         decode: Attention of one token a sequence.
         prefill_fp8: The first over an 8-bit KV cache.
         decode_fp8: The second over one.
+        moe: Grouped experts by precision and routing.
         all_reduce: By number of GPUs.
     """
 
@@ -113,6 +114,7 @@ class EngineFits(_Spec):
     decode: KernelFit | None = None
     prefill_fp8: KernelFit | None = None
     decode_fp8: KernelFit | None = None
+    moe: dict[str, KernelFit] = {}
     all_reduce: dict[int, AllReduceFit] = {}
 
 
@@ -199,6 +201,7 @@ class GpuSpec(_Spec):
         own = self.engines.get(engine, EngineFits())
         found = {name: getattr(own, name) for name in EngineFits.model_fields}
         found["all_reduce"] = self.all_reduce | own.all_reduce
+        found["moe"] = self.moe | own.moe
         fits = {name: fit for name, fit in found.items() if fit is not None}
         return self.model_copy(update={**fits, "engine": engine})
 

@@ -133,6 +133,21 @@ def test_a_fleet_entry_and_the_precision_of_a_scenario_choose_kernels():
         step_cost(entry, "Llama-3.1-70B", "fp8-block")
 
 
+@pytest.mark.parametrize("name", ["H100-SXM-80GB", "H200-SXM-141GB", "B200-SXM-180GB"])
+def test_experts_in_fp8_are_those_of_the_engine(name):
+    def experts_s(engine):
+        spec = model("DeepSeek-V3")
+        cost = StepCost(gpu(name), spec, 8, fp8=True, engine=engine, scales="block")
+        return cost.terms(4096)["experts"]
+
+    times = {engine: experts_s(engine) for engine in ("vllm", "sglang", "trtllm")}
+    assert times["sglang"] < times["vllm"]
+    if name == "B200-SXM-180GB":  # both call TensorRT-LLM's generated kernels
+        assert times["trtllm"] == times["sglang"]
+    else:  # CUTLASS
+        assert times["trtllm"] > 1.3 * times["vllm"]
+
+
 def test_vllms_attention_is_a_prior_for_an_engine_that_was_not_measured():
     borrowed = {e.kind for e in StepCost(gpu("L4"), LLAMA_8B, engine="sglang").evidence}
     assert "prior" in borrowed

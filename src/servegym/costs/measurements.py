@@ -18,6 +18,7 @@ from servegym.costs import forms
 from servegym.costs.forms import WEIGHT_BYTES, Operator
 from servegym.costs.package import expert_rows, gemm_rows
 from servegym.costs.source import Precision, Routing
+from servegym.engines import EngineName
 from servegym.typing import BoolArray, FloatArray
 
 
@@ -113,9 +114,12 @@ def aic_experts(folder: Path, system: str, dtype: str, routing: Routing) -> Meas
     return _experts(t, 1e-6 * t["latency_us"], 1.0 if dtype == "fp8" else 2.0, routing, source)
 
 
-def package_experts(gpu: GpuSpec, precision: Precision, routing: Routing) -> Measurements | None:
+def package_experts(
+    gpu: GpuSpec, precision: Precision, routing: Routing, engine: EngineName = "vllm"
+) -> Measurements | None:
     """The same from the tables in the package aiconfigurator-core; None if it has none."""
-    found = expert_rows(gpu.aic_system, precision, routing, fp4_units=gpu.fp4_flops > 0)
+    fp4_units = gpu.fp4_flops > 0
+    found = expert_rows(gpu.aic_system, precision, routing, fp4_units=fp4_units, engine=engine)
     if found is None:
         return None
     rows, source = found

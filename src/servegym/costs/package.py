@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from servegym.costs.source import Precision, Routing
+from servegym.engines import EngineName
 from servegym.typing import FloatArray
 
 _PACKAGE = "aiconfigurator_core"
@@ -83,21 +84,28 @@ def where(rows: Rows, **equal: object) -> Rows:
 
 @lru_cache(maxsize=64)
 def expert_rows(
-    system: str, precision: Precision, routing: Routing, *, fp4_units: bool
+    system: str,
+    precision: Precision,
+    routing: Routing,
+    *,
+    fp4_units: bool,
+    engine: EngineName = "vllm",
 ) -> tuple[Rows, str] | None:
     """Experts of one GPU in the number format that checkpoints of that precision have.
 
     fp8: scales a block, as the makers of mixtures publish them, else one a tensor. fp4: 8-bit or
     4-bit activations on GPUs with fp4 units, of TensorRT-LLM, whose kernels vLLM and SGLang call
     there; elsewhere 16-bit ones. Of a format timed with several kernels the one that these engines
-    call: the generated one (`min_latency`) where there is one. Experts without a gate have two
-    matrices of three and are left out.
+    call: the generated one (`min_latency`, in SGLang `trtllm_moe`) where there is one. Experts
+    without a gate have two matrices of three and are left out.
 
     Args:
         system: GPU, as the package calls it.
         precision: Of the weights.
         routing: Of the benchmark.
         fp4_units: Whether the GPU computes in fp4.
+        engine: Whose kernels in fp8. On GPUs with fp4 units SGLang's table stands for TensorRT-LLM
+            as well, whose generated kernels it calls; its own was timed with DeepGEMM.
 
     Returns:
         Columns with `width`, an expert's share of one GPU; None if none was measured.
@@ -106,6 +114,8 @@ def expert_rows(
     kinds: tuple[tuple[str, ...], ...] = (("bfloat16",),)
     if precision == "fp8":
         kinds = (("fp8_block",), ("fp8",))
+        if engine in ("sglang", "trtllm"):
+            backends = ("sglang",) if fp4_units else (engine,)
     elif precision == "fp4":
         kinds = (("w4a16_mxfp4",),)
         if fp4_units:
@@ -130,7 +140,7 @@ def _one_kernel(rows: Rows) -> Rows:
         return rows
     kernel = rows["kernel_source"].astype(str)
     keep = ~np.char.endswith(kernel, "nongated")
-    generated = np.char.endswith(kernel, "min_latency")
+    generated = np.char.endswith(kernel, "min_latency") | np.char.endswith(kernel, "trtllm_moe")
     for kind in np.unique(rows["moe_dtype"][generated]):
         keep &= generated | (rows["moe_dtype"] != kind)
     return {name: column[keep] for name, column in rows.items()}

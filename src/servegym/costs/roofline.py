@@ -452,7 +452,8 @@ class RooflineSource:
     def _borrowed(self) -> str:
         """Why vLLM's attention stands in for the engine's, if it does."""
         engine = self.gpu.engine
-        own = engine in ("vllm", "vllm-v0") or engine in self.gpu.engines
+        fits = self.gpu.engines.get(engine)
+        own = engine in ("vllm", "vllm-v0") or (fits is not None and fits.decode is not None)
         return "" if own else f"vLLM's kernels stand in for those of {engine}"
 
     def _mixed_evidence(self, heads: int, kv_heads: int, head_dim: int) -> list[Evidence]:
