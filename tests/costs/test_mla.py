@@ -56,6 +56,25 @@ def test_stated_errors_are_those_of_the_fits(name, kernel):
     assert fit.error[0] < 6
 
 
+@needs_tables
+@pytest.mark.parametrize("name", ["H100-SXM-80GB", "H200-SXM-141GB", "B200-SXM-180GB"])
+def test_operators_add_up_to_whole_modules_that_nothing_was_fitted_on(name):
+    from servegym.costs import mla_measurements as data
+
+    table = data.package_modules(gpu(name).aic_system, "decode", "fp8-block", "bf16")
+    cost = StepCost(gpu(name), model("DeepSeek-V3"), 8, fp8=True, engine="trtllm", scales="block")
+    mine = table.heads == 16
+    off = []
+    for batch, tokens, seconds in zip(
+        table.batch[mine], table.tokens[mine], table.seconds[mine], strict=True
+    ):
+        terms = cost.terms(batch, batch=batch, kv_tokens=batch * tokens)
+        parts = ("attention GEMMs", "attention launch", "decode attention")
+        off.append(sum(terms[part] for part in parts) / 61 / seconds - 1)
+    assert len(off) > 100
+    assert np.median(np.abs(off)) < 0.1
+
+
 def test_an_unmeasured_gpu_takes_the_shares_of_ordinary_attention():
     spec = gpu("L4")
     assert not spec.mla
@@ -99,7 +118,7 @@ def test_fewer_heads_take_no_longer(name):
     prefill = [source.latent_prefill_s(2048, 4096.0, shape) for shape in shapes]
     assert np.all(np.diff(prefill) < 0)
     # kernels of many heads use the tensor cores better
-    assert np.all(np.diff(decode) < 0.15 * np.array(decode[1:]))
+    assert np.all(np.diff(decode) < 0.25 * np.array(decode[1:]))
 
 
 def test_deepseek_runs_on_eight_gpus_with_every_operator_measured():

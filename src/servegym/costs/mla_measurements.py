@@ -7,6 +7,8 @@ every second number of heads.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from servegym.costs import mla
@@ -68,6 +70,41 @@ def package_absorption(system: str) -> Measurements | None:
     seconds = np.array([before[key] + after[key] for key in both])
     operator = mla.absorption(m, _shape("bf16"), heads)
     return Measurements(operator, seconds, _every_second(heads), source)
+
+
+@dataclass(frozen=True)
+class Modules:
+    """Times of whole attention modules: projections, norms, rotary embedding and attention.
+
+    Attributes:
+        heads: `float64[N]`.
+        batch: Prompts of `tokens` each, or sequences that decode, `float64[N]`.
+        tokens: Of a prompt; of a decoding sequence those it attends to, `float64[N]`.
+        seconds: Measured, `float64[N]`.
+    """
+
+    heads: FloatArray
+    batch: FloatArray
+    tokens: FloatArray
+    seconds: FloatArray
+
+
+def package_modules(system: str, phase: str, weights: str, kv: str) -> Modules | None:
+    """TensorRT-LLM's attention modules of DeepSeek-V3; None if the package has none of the GPU.
+
+    Args:
+        system: GPU, as the package calls it.
+        phase: `prefill` or `decode`.
+        weights: Precision of the projections, `bf16` or `fp8-block`.
+        kv: Precision of the cache, `bf16` or `fp8`.
+    """
+    file = {"prefill": "context", "decode": "generation"}[phase]
+    found = _rows(system, "mla", f"mla_{file}_module_perf.parquet", kv)
+    if found is None:
+        return None
+    t = where(found[0], gemm_type={"bf16": "bfloat16", "fp8-block": "fp8_block"}[weights])
+    tokens = t["isl"] if phase == "prefill" else t["step"] + 1.0
+    return Modules(t["num_heads"], t["batch_size"], tokens, 1e-3 * t["latency"])
 
 
 def _rows(system: str, folder: str, file: str, kv: str) -> tuple[Rows, str] | None:

@@ -502,7 +502,8 @@ class StepCost:
             for beside in (False, True)
         )
         source = self.source
-        if not isinstance(source, RooflineSource) or source.decode_grows_with_batch:
+        grows = not isinstance(source, RooflineSource) or source.decode_grows_with_batch
+        if grows and not self.model.latent_dim:
             decode = np.maximum.accumulate(decode, axis=0)
         decode = np.maximum.accumulate(decode, axis=1)
         # the same tokens in more sequences may take less time: they leave no multiprocessor idle
