@@ -178,7 +178,7 @@ WRONG = {
         ["did you mean rate_rps"],
     ),
     "unknown GPU": (text(**{"fleet": [{"gpu": "H100"}]}), ["'H100'", "H100-SXM-80GB", "L40S"]),
-    "unknown model": (text(model="Llama-3"), ["'Llama-3'", "Llama-3.1-8B", "Mixtral-8x7B"]),
+    "unknown model": (text(model="Llama-3"), ["'Llama-3'", "Mixtral-8x7B", "or Llama-3.1-8B?"]),
     "unknown kind": (text(**workload(kind="generatd")), ["generatd", "generated", "trace"]),
     "no kind": (text(workload={"rate_rps": 5.0}), ["kind", "generated", "trace"]),
     "unknown precision": (text(precision="fp16"), ["fp16", "bf16", "fp8"]),
@@ -244,7 +244,7 @@ def test_a_wrong_scenario_is_refused_in_one_sentence(case):
         open_and_draw(content)
     message = str(caught.value)
     assert "\n" not in message
-    assert len(message) < 400
+    assert len(message) < 800  # a list of all models is long
     for word in words:
         assert word in message
 

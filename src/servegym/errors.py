@@ -42,6 +42,7 @@ def unknown_name(kind: str, got: str, allowed: Iterable[str]) -> str:
         One sentence.
     """
     names = sorted(allowed)
-    near = difflib.get_close_matches(got, names, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    begun = [name for name in names if got and name.lower().startswith(got.lower())]
+    near = begun[:3] or difflib.get_close_matches(got, names, n=1)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
     return f"unknown {kind} {got!r}: choose one of {', '.join(names)}{hint}"

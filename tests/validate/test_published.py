@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from servegym.errors import ConfigError, WorkloadError
+from servegym.validate.engine import EngineConstants, EngineSetup
 from servegym.validate.published import experiment, read_published
 
 
@@ -29,6 +32,22 @@ def test_end_computed_from_the_nominal_length_is_no_measurement(
     cells = {"notes": notes, "osl": "128", "e2e_mean": str(e2e_ms)}
     (row,) = read_published(write_table(cells))
     assert ("e2e_s" in row.measured) is measured
+
+
+def test_engines_that_wait_for_their_scheduler_pay_for_it(write_table):
+    host_s = [
+        plan_of(write_table, engine_version=version).setup.host_sequence_s
+        for version in ("0.5.0", "0.12.0", "0.19.0")
+    ]
+    assert host_s == sorted(host_s, reverse=True)
+    assert host_s[-1] == 0.0
+
+
+def test_time_of_the_scheduler_lengthens_steps_by_their_sequences():
+    setup = EngineSetup("H100-SXM-80GB", "Llama-3.1-8B")
+    slow = replace(setup, host_sequence_s=1e-5)
+    none, some = (s.replica(EngineConstants()).grid for s in (setup, slow))
+    assert some.decode(64, 4096) - none.decode(64, 4096) == pytest.approx(64e-5)
 
 
 def test_random_tokens_fall_on_experts_unevenly(write_table):

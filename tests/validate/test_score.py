@@ -139,7 +139,7 @@ def test_fp8_kv_cache_holds_twice_the_tokens_and_is_read_in_about_half_the_time(
     )
     assert half.num_blocks == pytest.approx(2 * full.num_blocks, abs=2)
     ratio = half.grid.decode(64, 1e6) / full.grid.decode(64, 1e6)
-    assert 0.5 < ratio < 0.75  # measured: FlashAttention 3 reads eight bits a little slower
+    assert 0.45 < ratio < 0.6  # fitted on tables of either, each a few percent off
 
 
 def test_rank_with_shared_experts_holds_more_tokens_than_an_engine_with_all():

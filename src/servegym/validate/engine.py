@@ -66,6 +66,7 @@ class EngineSetup:
         expert_ranks: Data-parallel ranks that share their experts and run in lockstep.
         separate_attention: Whether chunks and decodes of a step have attention kernels of their
             own, as in every engine but vLLM V1, which hands both to FlashAttention at once.
+        host_sequence_s: Time between steps in which the GPU waits for the CPU, for each sequence.
     """
 
     gpu: str
@@ -83,6 +84,7 @@ class EngineSetup:
     expert_groups: int = 1
     expert_ranks: int = 1
     separate_attention: bool = False
+    host_sequence_s: float = 0.0
 
     def replica(self, constants: EngineConstants) -> ReplicaType:
         """Return the replica type to simulate; with shared experts one rank's own work.
@@ -94,6 +96,7 @@ class EngineSetup:
         grid, kv_tokens = _compiled(self._kernels, self.memory_fraction, self.expert_ranks)
         if self.separate_attention:
             grid = replace(grid, mixed_s=grid.decode_s, empty_tiles_s=0.0)
+        constants = replace(constants, sequence_s=constants.sequence_s + self.host_sequence_s)
         return ReplicaType(
             name=f"{self.gpu} x{self.tp}",
             grid=constants.apply(grid),

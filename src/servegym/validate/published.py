@@ -34,11 +34,28 @@ Lengths = Literal["fixed", "shortened", "spread"]
 
 @dataclass(frozen=True)
 class FamilyLimits:
-    """Settings of an engine family that publications leave out: its defaults on a large GPU."""
+    """Settings of an engine family that publications leave out: its defaults on a large GPU.
+
+    Attributes:
+        max_num_seqs: Running requests.
+        max_num_batched_tokens: Token budget of a step.
+        memory_fraction: Share of GPU memory the engine may use.
+        host_sequence_s: Time between steps in which the GPU waits for the CPU, for each sequence.
+    """
 
     max_num_seqs: int
     max_num_batched_tokens: int
     memory_fraction: float
+    host_sequence_s: float = 0.0
+
+
+#: Of vLLM's scheduler where steps do not overlap: to form a step of decodes, take its results in
+#: and encode them takes 9.0 to 9.4 us a sequence (0.32, 64 to 256; `benchmarks/vllm_host.py`).
+_VLLM_HOST_S = 9.3e-6
+#: Of vLLM before 0.6: its makers saw 29 % of the time go into scheduling and 38 % into the GPU on
+#: Llama-3-8B, one H100 and ShareGPT (vLLM blog, 2024-09-05); a step of 256 sequences of 330 tokens
+#: takes that GPU 13 ms here.
+_VLLM_V0_HOST_S = 38e-6
 
 
 #: vLLM V1 takes 8,192 tokens a step on GPUs of 70 GB and more, 2,048 on others (below), V0 the
@@ -46,8 +63,10 @@ class FamilyLimits:
 #: tokens; SGLang at least 2,048 requests and chunks by the memory of the GPU (below).
 FAMILIES = {
     "vllm": FamilyLimits(256, 8192, 0.9),
-    "vllm-v0": FamilyLimits(256, 8192, 0.9),
-    "trtllm": FamilyLimits(2048, 8192, 0.95),
+    "vllm-sync": FamilyLimits(256, 8192, 0.9, _VLLM_HOST_S),
+    "vllm-v0": FamilyLimits(256, 8192, 0.9, _VLLM_V0_HOST_S),
+    # its executor is written in Python too; never measured
+    "trtllm": FamilyLimits(2048, 8192, 0.95, _VLLM_HOST_S),
     "sglang": FamilyLimits(2048, 8192, 0.88),
     "tgi": FamilyLimits(256, 4096, 0.9),
     "deepspeed": FamilyLimits(256, 2048, 0.9),
@@ -186,8 +205,8 @@ def experiment(row: Row) -> Experiment:
     if prompt is None or output is None:
         raise ConfigError(f"lengths are not given: {text['isl'] or '-'}/{text['osl'] or '-'}")
     loop, concurrency, rate, count = _loop(row, prompt + output)
+    limits = FAMILIES[family.removesuffix("-rocm")]
     name = family.removesuffix("-rocm").removesuffix("-sync")
-    limits = FAMILIES[name]
     budget = limits.max_num_batched_tokens
     memory_bytes = gpu(gpu_name).memory_bytes
     if name == "vllm" and memory_bytes < _LARGE_GPU_BYTES:
@@ -209,6 +228,7 @@ def experiment(row: Row) -> Experiment:
         max_num_batched_tokens=max(budget, seqs),
         memory_fraction=limits.memory_fraction,
         separate_attention=family not in ("vllm", "vllm-sync"),
+        host_sequence_s=limits.host_sequence_s,
     )
     floor_s = _read_weights_s(setup)
     per_token_s = row.measured.get("tpot_s", math.inf)
