@@ -33,7 +33,7 @@ model: {model}
 fleet: [{{gpu: H100-SXM-80GB, tp: {tp}, calibration: {path}}}]
 workload: {{kind: generated, rate_rps: 1}}
 """
-SHEET = "{name: A10G, bf16_flops: 7.0e+13, memory_bytes: 2.4e+10, memory_bytes_per_s: 6.0e+11}"
+SHEET = "{name: RTX-3090, bf16_flops: 7.0e+13, memory_bytes: 2.4e+10, memory_bytes_per_s: 6.0e+11}"
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_another_precision_is_refused(path):
         ({"gpu": "H1000"}, "unknown GPU 'H1000'"),
         ({"model": "Llama-9"}, "unknown model 'Llama-9'"),
         ({"content": {**FIT.model_dump(), "s_per_prefill_token": 1e-9}}, "faster than the data"),
-        ({"gpu": "X", "datasheet": yaml.safe_load(SHEET)}, "the data sheet is of A10G, not of X"),
+        ({"gpu": "X", "datasheet": yaml.safe_load(SHEET)}, "the data sheet is of RTX-3090, not of X"),
     ],
 )
 def test_a_wrong_file_is_refused(path, change, message):
@@ -101,8 +101,8 @@ def test_text_is_no_calibration(path):
 def test_a_data_sheet_must_be_whole_and_new(tmp_path):
     sheet = tmp_path / "sheet.yaml"
     sheet.write_text(SHEET)
-    assert datasheet.read_datasheet(sheet).name == "A10G"
-    sheet.write_text(SHEET.replace("A10G", "L4"))
+    assert datasheet.read_datasheet(sheet).name == "RTX-3090"
+    sheet.write_text(SHEET.replace("RTX-3090", "L4"))
     with pytest.raises(ConfigError, match="L4 is known: give --gpu L4"):
         datasheet.read_datasheet(sheet)
     sheet.write_text(SHEET.replace("7.0e+13", "0"))

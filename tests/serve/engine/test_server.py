@@ -85,7 +85,8 @@ def expected(prompt, tokens, seed=None):
 @pytest.mark.parametrize("interval", [1, 7])
 def test_stream_has_every_token_once_then_the_reason_the_usage_and_the_end(interval):
     async def test():
-        async with serving(stream_interval=interval) as (fleet, session):
+        # slower than in the others, so that a busy machine is in time for most steps
+        async with serving(stream_interval=interval, speed=0.5) as (fleet, session):
             body = {
                 "prompt": "hello there",
                 "max_tokens": 50,
@@ -182,7 +183,8 @@ def test_client_that_leaves_aborts_its_request_and_frees_its_blocks():
 
 def test_urgent_request_overtakes_those_that_wait():
     async def test():
-        async with serving(seqs=1) as (fleet, session):
+        # slow enough for the others to wait before the first has ended, on a busy machine too
+        async with serving(seqs=1, speed=2.0) as (fleet, session):
             server, order = fleet.servers[0], []
 
             async def one(priority):
