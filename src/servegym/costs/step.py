@@ -481,7 +481,11 @@ class StepCost:
             max_tokens: Largest token budget of a step.
             max_context: Longest context.
         """
-        tokens = np.unique(np.round(np.geomspace(1, max_tokens, 400)))
+        tokens = np.round(np.geomspace(1, max_tokens, 400))
+        last = FUSION[self.engine].shared_tokens
+        if self.model.shared_ffn_dim and 0 < last < max_tokens:
+            tokens = np.append(tokens, (last, last + 1))  # a step up
+        tokens = np.unique(tokens)
         dense = np.array([self.dense_s(t) for t in tokens])
         cpu_s = self.operators.cpu_s()
         at = _knots(dense[:, None], tokens, cpu_s + dense[:, None], NUM_DENSE_KNOTS)
