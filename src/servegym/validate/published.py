@@ -196,8 +196,8 @@ def experiment(row: Row) -> Experiment:
         raise ConfigError(f"graded {row.quality}: inconsistent or limited by its queue")
     if not row.measured:
         raise ConfigError("no TPOT, TTFT, throughput or latency was published")
-    _refuse_speculation(row)
     spread = _degrees(row)
+    _refuse_speculation(row)
     family = engine_family(row.engine, row.engine_version, row.gpu)
     gpu_name, model_name = known_gpu(row.gpu), known_model(row.model)
     precision = known_precision(row.precision)
