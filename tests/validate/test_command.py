@@ -55,7 +55,7 @@ def test_command_writes_numbers_tables_and_page(capsys, tmp_path, write_run, wri
 
 
 def test_proposed_constants_are_applied_to_the_family_they_are_of(tmp_path, write_table):
-    table = write_table({}, {"engine_version": "0.5.4 (2024)"})
+    table = write_table({}, {"engine": "SGLang", "engine_version": "0.5.4"})
     tpot_s = {}
     for flag in ("--no-proposed", "--proposed"):
         path = tmp_path / f"{flag}.json"
@@ -64,10 +64,10 @@ def test_proposed_constants_are_applied_to_the_family_they_are_of(tmp_path, writ
         tpot_s[flag] = {row["family"]: row["figures"]["tpot_s"]["simulated"] for row in rows}
     added = {
         family: tpot_s["--proposed"][family] - tpot_s["--no-proposed"][family]
-        for family in ("vllm", "vllm-v0")
+        for family in ("vllm", "sglang")
     }
     assert added["vllm"] == 0
-    assert added["vllm-v0"] > 2e-3  # every step lasts 2 ms more
+    assert added["sglang"] > 0.5e-3  # every step lasts half a millisecond more
 
 
 def test_refit_asks_for_published_rows(capsys, write_run):

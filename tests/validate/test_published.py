@@ -141,15 +141,6 @@ def test_row_is_refused_with_the_reason(write_table, cells, reason):
         plan_of(write_table, **cells)
 
 
-def test_days_of_speculative_decoding_are_refused(write_table):
-    row = {"file": "aic_inferencex", "engine": "trtllm", "model": "deepseek-ai/DeepSeek-R1"}
-    row |= {"tp": "8", "gpu_count": "8", "gpu": "h200_sxm", "precision_w": "fp8"}
-    assert plan_of(write_table, **row, date="2025-12-15").setup.tp == 8
-    with pytest.raises(ConfigError, match="speculative decoding"):
-        plan_of(write_table, **row, date="2026-01-14")
-    assert plan_of(write_table, **row | {"engine": "sglang"}, date="2026-01-14").setup.tp == 8
-
-
 def test_file_is_refused_when_it_is_missing_or_no_such_table(tmp_path):
     with pytest.raises(WorkloadError, match="no file at"):
         read_published(tmp_path / "nothing.csv")

@@ -16,13 +16,13 @@ from servegym.validate.score import RowScore, aggregate, score_row
 
 #: One set for each family, whatever the GPU, the model and the precision. No row, GPU or model
 #: has a constant of its own. Fitted by `servegym validate --published FILE --refit`; taken over
-#: from there only where they also help a source that was left out of the fit, which is so for
-#: vLLM before V1. Its ROCm builds come from one source only: nothing holds them but that source.
-#: Engines of 2025 and later get none: no constant of theirs helped the sources left out, and the
-#: way from client to scheduler is the harness's, 0 to 60 ms, not the engine's.
+#: from there only where they also help a source that was left out of the fit and harm none, which
+#: is so for SGLang. ROCm builds of vLLM before V1 come from one source but for a few rows: nothing
+#: holds theirs but that source. The way from client to scheduler is the harness's, not the
+#: engine's: no constant for it is taken over.
 PROPOSED: dict[str, EngineConstants] = {
-    "vllm-v0": EngineConstants(step_s=2e-3, dense_factor=1.1, request_s=0.013),
-    "vllm-v0-rocm": EngineConstants(step_s=4e-3, sequence_s=120e-6, dense_factor=1.5),
+    "sglang": EngineConstants(step_s=0.5e-3, sequence_s=20e-6),
+    "vllm-v0-rocm": EngineConstants(step_s=6e-3, sequence_s=60e-6, dense_factor=1.5),
 }
 
 _GRIDS: dict[str, Sequence[float]] = {

@@ -76,13 +76,6 @@ _SHORTENED = "random in ["
 #: Benchmarks send random tokens. AIConfigurator too takes a power law if not told more.
 _ROUTING: Routing = "skewed"
 _LARGE_GPU_BYTES = 70e9
-#: Days on which a source ran a model with multi-token prediction without saying so: the same engine
-#: version takes 1.4 to 2.1 times as long a token on the same GPUs before and after the first of
-#: them, the version of a week before after the others, and no other model or engine of the source
-#: changes then. InferenceX benchmarks both ways; its dump in AIConfigurator has no column for it.
-_SPECULATIVE = {
-    ("aic_inferencex", "trtllm", "DeepSeek-R1"): ("2026-01-14", "2026-02-05", "2026-02-06")
-}
 #: SGLang's chunked_prefill_size below so many bytes of GPU memory (server_args.py).
 _SGLANG_CHUNKS = ((35 * 2**30, 2048), (60 * 2**30, 4096), (160 * 2**30, 8192), (math.inf, 16384))
 
@@ -197,7 +190,6 @@ def experiment(row: Row) -> Experiment:
     if not row.measured:
         raise ConfigError("no TPOT, TTFT, throughput or latency was published")
     spread = _degrees(row)
-    _refuse_speculation(row)
     family = engine_family(row.engine, row.engine_version, row.gpu)
     gpu_name, model_name = known_gpu(row.gpu), known_model(row.model)
     precision = known_precision(row.precision)
@@ -268,13 +260,6 @@ def _kv_precision(row: Row, family: str, precision: str) -> str:
         return known_precision(stated)
     # NVIDIA's fp8 and fp4 checkpoints carry scales for an fp8 KV cache
     return "fp8" if family == "trtllm" and precision != "bf16" else "bf16"
-
-
-def _refuse_speculation(row: Row) -> None:
-    text = row.text
-    key = (text["file"], engine_family(row.engine), row.model.split("/")[-1])
-    if text.get("date", "") in _SPECULATIVE.get(key, ()):
-        raise ConfigError("speculative decoding, by the times before and after that day")
 
 
 def _degrees(row: Row) -> Degrees:
