@@ -48,9 +48,16 @@ def scenario() -> Scenario:
 def test_a_fleet_entry_says_whose_rules_its_replicas_follow(scenario):
     types = scenario.spec.types
     assert [t.engine for t in types] == list(ENGINES)
-    assert [t.max_num_batched_tokens for t in types] == [2048, 8192, 2048, 8192]
+    # those of the second and the last are given, the others the engine's own
+    assert [t.max_num_batched_tokens for t in types] == [2048, 8192, 8192, 8192]
     assert [t.max_num_seqs for t in types] == [24, 24, 48, 24]
     assert [t.name for t in types[:2]] == ["A100-SXM-80GB x1", "A100-SXM-80GB x1 vllm-v0"]
+
+
+def test_the_budget_of_the_scenario_counts_for_every_engine_that_has_none_of_its_own():
+    text = MIXED.replace("max_num_seqs: 24", "max_num_seqs: 24, max_num_batched_tokens: 5120")
+    types = parse_scenario(text, "mixed.yaml").spec.types
+    assert [t.max_num_batched_tokens for t in types] == [5120, 8192, 5120, 8192]
 
 
 def test_an_unknown_engine_is_refused_in_one_sentence():

@@ -7,5 +7,14 @@ from typing import Literal, get_args
 #: `vllm` is V1, the engine since 2025; docs/simulator.md has the rules of each.
 EngineName = Literal["vllm", "vllm-v0", "sglang", "trtllm"]
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
+#: Tokens of a step where nobody sets them: vLLM's for a server on a small GPU; the longest context
+#: of common models, which V0 takes; SGLang's `chunked_prefill_size` on GPUs of 60 to 160 GiB;
+#: TensorRT-LLM's `max_num_tokens`.
+MAX_NUM_BATCHED_TOKENS: dict[EngineName, int] = {
+    "vllm": 2048,
+    "vllm-v0": 8192,
+    "sglang": 8192,
+    "trtllm": 8192,
+}
 # The places in `ENGINES`, for compiled code.
 VLLM, VLLM_V0, SGLANG, TRTLLM = range(4)

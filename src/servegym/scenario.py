@@ -22,7 +22,7 @@ from servegym.cluster.state import FAULT_DOWN, FAULT_SLOW, FAULT_UP
 from servegym.costs.formats import ScenarioFormat, number_format
 from servegym.costs.step import StepCost
 from servegym.costs.tables import TableSource
-from servegym.engines import EngineName
+from servegym.engines import MAX_NUM_BATCHED_TOKENS, EngineName
 from servegym.errors import ConfigError, unknown_name
 from servegym.workloads.config import TraceConfig, WorkloadConfig
 from servegym.workloads.prediction import PredictorConfig
@@ -48,10 +48,13 @@ def ascending(value: _T) -> _T:
 
 
 class EngineConfig(Config):
-    """Engine settings, with vLLM's names; the defaults are vLLM's for a server."""
+    """Engine settings, with vLLM's names; the defaults are vLLM's for a server.
+
+    `max_num_batched_tokens` is each engine's own where it is not given, 2,048 for vLLM.
+    """
 
     block_size: int = Field(16, ge=1)
-    max_num_batched_tokens: int = Field(2048, ge=1)
+    max_num_batched_tokens: int | None = Field(None, ge=1)
     max_num_seqs: int = Field(256, ge=1)
     prefix_caching: bool = True
     chunked_prefill: bool = True
@@ -65,7 +68,7 @@ class FleetEntry(Config):
     the package aiconfigurator-core, which must be installed. `calibration` names a file of
     `servegym calibrate` instead, made for this GPU, model and tp. `engine` says whose rules form
     the steps; `max_num_batched_tokens` and `max_num_seqs` are those of the scenario's `engine`
-    unless given.
+    section unless given, and where that names no budget, the engine's own.
     """
 
     gpu: str
@@ -268,6 +271,7 @@ def replica_type(
         cost.kv_capacity_tokens(engine.kv_memory_fraction) // engine.block_size
     )
     budget = entry.max_num_batched_tokens or engine.max_num_batched_tokens
+    budget = budget or MAX_NUM_BATCHED_TOKENS[entry.engine]
     return ReplicaType(
         name=f"{entry.gpu} x{entry.tp}" + ("" if entry.engine == "vllm" else f" {entry.engine}"),
         grid=cost.compile(max_tokens=max(budget, 64)),

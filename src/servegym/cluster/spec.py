@@ -231,7 +231,7 @@ class Episode:
             least = min(whole, key=lambda t: t.max_num_batched_tokens)
             if (need > least.max_num_batched_tokens).any():
                 raise ConfigError(
-                    f"without chunked prefill ({least.name}, {least.engine}) "
-                    f"max_num_batched_tokens ({least.max_num_batched_tokens}) must cover the "
-                    f"longest request ({int(need.max())} tokens)"
+                    f"{least.name} computes whole prompts: its max_num_batched_tokens "
+                    f"({least.max_num_batched_tokens}) must cover the longest request "
+                    f"({int(need.max())} tokens); raise it, or cut the longest requests"
                 )
