@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-#: `vllm` is V1, the engine since 2025; docs/simulator.md has the rules of each.
-EngineName = Literal["vllm", "vllm-v0", "sglang", "trtllm"]
+#: `vllm` is V1, the engine since 2025, and `vllm-priority` the same with `--scheduling-policy
+#: priority`; docs/simulator.md has the rules of each.
+EngineName = Literal["vllm", "vllm-v0", "sglang", "trtllm", "vllm-priority"]
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 #: Tokens of a step where nobody sets them: vLLM's for a server on a small GPU; the longest context
 #: of common models, which V0 takes; SGLang's `chunked_prefill_size` on GPUs of 60 to 160 GiB;
@@ -17,4 +18,4 @@ MAX_NUM_BATCHED_TOKENS: dict[EngineName, int] = {
     "trtllm": 8192,
 }
 # The places in `ENGINES`, for compiled code.
-VLLM, VLLM_V0, SGLANG, TRTLLM = range(4)
+VLLM, VLLM_V0, SGLANG, TRTLLM, VLLM_PRIORITY = range(5)

@@ -22,6 +22,10 @@ class InvalidAction(ServeGymError):
     """Raised when an action is outside the space or masked."""
 
 
+class PolicyError(ServeGymError):
+    """Raised when a policy answers with something that cannot be used."""
+
+
 class ResetNeeded(ServeGymError):
     """Raised when `step` is called before `reset`, or after the end of an episode."""
 

@@ -12,16 +12,19 @@ from servegym.cluster.nominal import nominal_facts
 from servegym.cluster.outcome import EVENT_DTYPE, STEP_DTYPE
 from servegym.cluster.spec import ClusterSpec, Episode, ReplicaType
 from servegym.cluster.state import (
+    ASK_NOTHING,
     BLOCK_DTYPE,
     DUE_DTYPE,
     END_DTYPE,
     ENV_DTYPE,
     FAULT_DTYPE,
+    FORMING_DTYPE,
     HELD_DTYPE,
     KNOWN_DTYPE,
     NUM_ITL_BINS,
     NUM_SCRAPED,
     NUM_VIEW_ROWS,
+    ORDER_DTYPE,
     REPLICA_DTYPE,
     REQUEST_DTYPE,
     SEGMENT_DTYPE,
@@ -78,7 +81,7 @@ def _longest_request(kind: ReplicaType, spec: ClusterSpec) -> int:
     return tokens
 
 
-def make_params(spec: ClusterSpec, *, record: bool) -> Params:
+def make_params(spec: ClusterSpec, *, record: bool, asks: int = ASK_NOTHING) -> Params:
     """Stack the replica types and rules of a cluster into arrays."""
     grids = [t.grid for t in spec.types]
 
@@ -117,6 +120,7 @@ def make_params(spec: ClusterSpec, *, record: bool) -> Params:
         metrics_interval_s=float(spec.metrics_interval_s),
         noise_sigma=float(spec.noise_sigma),
         noise_period_steps=int(spec.noise_period_steps),
+        asks=int(asks),
         record=bool(record),
     )
 
@@ -146,6 +150,8 @@ def make_state(spec: ClusterSpec, capacity: Capacity) -> State:
         free_slots=np.zeros((e, r, rows), np.int32),
         scraped=np.zeros((e, NUM_SCRAPED, r)),
         shown=np.zeros((e, NUM_VIEW_ROWS, r)),
+        order=np.zeros((e, n), ORDER_DTYPE),
+        forming=np.zeros((e, r), FORMING_DTYPE),
         held=np.zeros((e, n), HELD_DTYPE),
         returned=np.zeros((e, n), np.int64),
         fault=np.zeros((e, capacity.faults), FAULT_DTYPE),

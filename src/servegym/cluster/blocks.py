@@ -118,6 +118,25 @@ def take_for_decodes(p: Params, s: State, e: int, r: int, count: int) -> None:
         v.num_reserve += 1
 
 
+@kernel
+def give_back_from_decodes(p: Params, s: State, e: int, r: int) -> None:
+    """Put the latest block taken for decoding requests back: nobody wrote to it."""
+    v = s.replica[e, r]
+    v.free_blocks += 1
+    if not p.prefix_caching:
+        return
+    v.num_reserve -= 1
+    block = s.reserve[e, r, v.num_reserve]
+    blocks = s.block[e, r]
+    end = blocks.shape[0] - 1
+    after = blocks[end].after
+    blocks[block].holders = 0
+    blocks[block].before = end
+    blocks[block].after = after
+    blocks[after].before = block
+    blocks[end].after = block
+
+
 @inlined
 def take_for_chunk(
     p: Params, s: State, e: int, r: int, request: int, computed: int, tokens: int

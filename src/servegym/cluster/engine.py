@@ -15,9 +15,11 @@ from servegym.cluster.heap import push_end, set_event
 from servegym.cluster.jit import inlined, kernel
 from servegym.cluster.log import count_itl, log_event, log_steps
 from servegym.cluster.phased import forget_pressure, form_phase
+from servegym.cluster.priority import form_by_priority, hold_back, note_durations, reset_forming
 from servegym.cluster.running import (
     admit_head,
     begin_decodes,
+    begin_mixed,
     block_residue,
     blocks_for_steps,
     leave_running,
@@ -46,12 +48,9 @@ from servegym.cluster.state import (
 from servegym.cluster.steptime import (
     decode_span_s,
     decode_steps_past,
-    dense_s,
-    mixed_s,
     prefill_s,
-    step_factor,
 )
-from servegym.engines import SGLANG, TRTLLM, VLLM_V0
+from servegym.engines import SGLANG, TRTLLM, VLLM_PRIORITY, VLLM_V0
 
 
 @inlined
@@ -61,6 +60,9 @@ def form_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     t = v.type_idx
     if p.engine[t] == SGLANG or p.engine[t] == VLLM_V0:
         form_phase(p, s, e, r, now_s)
+        return
+    if p.engine[t] == VLLM_PRIORITY:
+        form_by_priority(p, s, e, r, now_s)
         return
     while True:
         preempted = _feed_decodes(p, s, e, r, now_s)
@@ -95,29 +97,10 @@ def form_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
             set_event(s, e, r, math.inf)
             return
     if v.first_prefill >= 0:
-        factor = step_factor(p, s, e, r)
-        v.seg_begin_s = now_s
-        v.seg_factor = factor
-        v.mode = STEP
-        v.seg_steps = 1
-        if batch > 0:
-            attention_s += mixed_s(p, t, batch, v.kv_tokens + batch)
-            attention_s += p.empty_tiles_s[t] * batch * _longest_chunk(s, e, r)
-        duration = (dense_s(p, t, tokens) + attention_s) * factor
-        set_event(s, e, r, now_s + duration)
+        begin_mixed(p, s, e, r, now_s, batch, tokens, attention_s)
         return
     # after a preemption admission is barred in this step alone
     begin_decodes(p, s, e, r, now_s, preempted and v.num_waiting > 0, 0)
-
-
-@inlined
-def _longest_chunk(s: State, e: int, r: int) -> int:
-    longest = 0
-    request = s.replica[e, r].first_prefill
-    while request >= 0:
-        longest = max(longest, s.request[e, request].chunk)
-        request = s.request[e, request].next_request
-    return longest
 
 
 @inlined
@@ -228,12 +211,17 @@ def settle_decodes(p: Params, s: State, e: int, r: int, steps: int) -> None:
 def end_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     """End the step or decode stretch in progress: tokens come out, requests end."""
     v = s.replica[e, r]
+    left_out = 0
+    if p.engine[v.type_idx] == VLLM_PRIORITY:
+        note_durations(p, s, e, r, v.seg_steps, now_s)
+        left_out = hold_back(p, s, e, r)
     if v.mode == DECODE:
         log_steps(p, s, e, r, now_s, v.seg_steps, 0)
         settle_decodes(p, s, e, r, v.seg_steps)
         running = v.num_running
         _end_decodes(p, s, e, r, now_s)
         v.num_lagging = running - v.num_running
+        v.num_decodes += left_out
         return
     request = v.first_prefill
     if p.record:
@@ -387,6 +375,8 @@ def catch_up(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     span = decode_span_s(p, v.type_idx, v.num_decodes, kv, steps)
     end_s = v.seg_begin_s + v.seg_factor * span
     log_steps(p, s, e, r, end_s, steps, 0)
+    if p.engine[v.type_idx] == VLLM_PRIORITY:
+        note_durations(p, s, e, r, steps, end_s)
     settle_decodes(p, s, e, r, steps)
     take_for_decodes(p, s, e, r, s.phase[e, r, v.iteration % p.block_size])
     v.seg_begin_s = end_s
@@ -480,6 +470,7 @@ def clear_replica(p: Params, s: State, e: int, r: int) -> None:
     v.stalled = 0
     v.num_lagging = 0
     forget_pressure(s, e, r)
+    reset_forming(s, e, r)
     s.phase[e, r, :] = 0
     reset_blocks(p, s, e, r)
 

@@ -35,9 +35,11 @@ from servegym.cluster.state import (
     HOLD,
     IDLE,
     LOG_FULL,
+    NO_CHOICE,
     QUEUED,
     REJECT,
     REJECTED,
+    SCHEDULE,
     SCRAPED_EMITTED,
     SCRAPED_KV_USAGE,
     SCRAPED_RUNNING,
@@ -56,6 +58,7 @@ from servegym.cluster.state import (
     Params,
     State,
 )
+from servegym.engines import VLLM_PRIORITY
 
 
 @inlined
@@ -63,11 +66,15 @@ def advance(p: Params, s: State, e: int) -> int:
     """Run one environment until a decision is due, all requests have ended, or a log is full.
 
     Returns:
-        `DECISION` (for request `s.env[e].deciding`), `DONE` or `LOG_FULL` (call again, with room).
+        `DECISION` (for request `s.env[e].deciding`), `SCHEDULE` (for the engine of replica
+        `s.env[e].scheduling`, see `cluster.priority`), `DONE` or `LOG_FULL` (call again, with
+        room).
     """
     env = s.env[e]
     if env.deciding >= 0:
         return DECISION
+    if env.scheduling >= 0:
+        return SCHEDULE
     size = s.request.shape[1]
     num_requests = env.num_requests
     while env.num_ended < num_requests:
@@ -96,6 +103,9 @@ def advance(p: Params, s: State, e: int) -> int:
             if s.replica[e, r].mode != WAKING:
                 end_step(p, s, e, r, replica_s)
             form_step(p, s, e, r, replica_s)
+            if s.forming[e, r].choice != NO_CHOICE:
+                env.scheduling = r
+                return SCHEDULE
         elif scrape_s <= decision_s:
             env.now_s = scrape_s
             for r in range(env.num_replicas):
@@ -230,7 +240,9 @@ def apply(p: Params, s: State, e: int, action: int) -> None:
     if v.mode == IDLE:
         v.mode = WAKING
         set_event(s, e, r, np.nextafter(now_s, math.inf))
-    elif tail < 0 and v.num_running < p.max_num_seqs[v.type_idx]:
+    elif v.num_running < p.max_num_seqs[v.type_idx] and (
+        tail < 0 or p.engine[v.type_idx] == VLLM_PRIORITY
+    ):
         # an engine that could not admit the head of its queue cannot admit what comes behind it
         cut_stretch(p, s, e, r, now_s)
 
@@ -304,6 +316,8 @@ def reset_env(p: Params, s: State, e: int) -> None:
         q.prev_request = -1
         q.heap_pos = -1
         q.table_len = 0
+        s.order[e, i].key = q.slo_class
+        s.order[e, i].idle_since_s = q.arrival_s
     s.shown[e] = 0.0
     for r in range(env.num_replicas):
         v = s.replica[e, r]
@@ -330,6 +344,7 @@ def reset_env(p: Params, s: State, e: int) -> None:
     env.now_s = 0.0
     env.next_arrival = 0
     env.deciding = -1
+    env.scheduling = -1
     env.next_fault = 0
     env.next_scrape_s = 0.0 if p.metrics_interval_s > 0.0 else math.inf
     env.last_scrape_s = 0.0

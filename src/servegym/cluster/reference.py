@@ -14,15 +14,31 @@ from numpy.typing import NDArray
 
 from servegym.cluster import state as st
 from servegym.cluster.outcome import EVENT_DTYPE
-from servegym.cluster.reference_engines import RULES, Request
+from servegym.cluster.reference_engines import RULES, Request, VllmPriority
 from servegym.cluster.spec import ClusterSpec, Episode
 
 
 class ReferenceSimulator:
-    """One episode, played event by event."""
+    """One episode, played event by event.
 
-    def __init__(self, spec: ClusterSpec, episode: Episode) -> None:
+    Args:
+        spec: The cluster.
+        episode: What is played.
+        order: Called before a step of an engine that goes by priorities; sets the `key` of its
+            requests.
+        each_step: Call it before every step, not only where it matters who goes first.
+    """
+
+    def __init__(
+        self,
+        spec: ClusterSpec,
+        episode: Episode,
+        *,
+        order: Callable[[VllmPriority], None] | None = None,
+        each_step: bool = False,
+    ) -> None:
         episode.validate(spec)
+        self.order, self.each_step = order, each_step
         self.spec, self.episode, table = spec, episode, episode.table
         self.requests = [
             Request(
@@ -33,6 +49,9 @@ class ReferenceSimulator:
                     (int(table.prefix_keys[k]), int(table.prefix_ends[k]))
                     for k in range(table.prefix_offsets[i], table.prefix_offsets[i + 1])
                 ],
+                arrival_s=float(table.arrival_s[i]),
+                key=float(table.slo_class[i]),
+                idle_since_s=float(table.arrival_s[i]),
             )
             for i in range(len(table))
         ]

@@ -16,6 +16,7 @@ from servegym.cluster.phased import (
     RATIO_DECAY,
     RETRACT_DECODE_STEPS,
 )
+from servegym.cluster.priority import STEP_WEIGHT
 from servegym.cluster.rng import block_identity, private_key, step_noise_z
 from servegym.cluster.spec import WATERMARK_BLOCKS
 from servegym.engines import EngineName
@@ -41,6 +42,9 @@ class Request:
     first_token: bool = False
     blocks: list[int] = field(default_factory=list)
     named: int = 0
+    arrival_s: float = 0.0
+    key: float = 0.0
+    idle_since_s: float = 0.0
 
     @property
     def total(self) -> int:
@@ -249,6 +253,7 @@ class Vllm(Engine):
     def form(self) -> tuple[list[tuple[int, int]], list[Request]]:
         """See `Engine.form`."""
         while True:
+            self.consult()
             budget = self.type.max_num_batched_tokens
             preempted = False
             chunks: list[tuple[int, int]] = []
@@ -259,8 +264,12 @@ class Vllm(Engine):
                 tokens = min(q.target - q.computed, budget) if q.prefilling else 1
                 need = self.blocks(q.computed + tokens) - len(q.blocks)
                 while need > len(self.pool.free) and q in self.running:
-                    self.preempt(self.running[-1])
+                    victim = self.victim()
+                    self.preempt(victim)
                     preempted = True
+                    if victim in decodes:
+                        decodes.remove(victim)
+                        budget += 1
                 if q not in self.running:
                     break
                 chunk = self.give(q, tokens)
@@ -270,6 +279,7 @@ class Vllm(Engine):
                 else:
                     decodes.append(q)
             while not preempted and self.waiting and budget > 0:
+                self.bring_first_to_front()
                 q = self.waiting[0]
                 if len(self.running) >= self.type.max_num_seqs:
                     break
@@ -285,6 +295,16 @@ class Vllm(Engine):
             if chunks or decodes or not (preempted and self.waiting):
                 return chunks, decodes
 
+    def consult(self) -> None:
+        """Ask whoever orders the requests, before a step is formed."""
+
+    def victim(self) -> Request:
+        """Say who is preempted."""
+        return self.running[-1]
+
+    def bring_first_to_front(self) -> None:
+        """Put the waiting request that is admitted next at the front of the queue."""
+
     def may_chunk(self) -> bool:
         """Whether a prompt may be split over steps."""
         return self.sim.spec.chunked_prefill
@@ -292,6 +312,80 @@ class Vllm(Engine):
     def has_room(self, q: Request, hit: list[int], unheld: int) -> bool:
         """Whether a waiting request's blocks may be had."""
         return self.blocks(q.total) - len(hit) + unheld <= len(self.pool.free)
+
+
+class VllmPriority(Vllm):
+    """vLLM V1 in priority mode: lowest (key, arrival) admitted first, highest preempted first."""
+
+    def __init__(self, sim: ReferenceSimulator, r: int) -> None:
+        super().__init__(sim, r)
+        self.step_s = 0.0
+        self.begin_s = 0.0
+
+    def urgency(self, q: Request) -> tuple[float, float, int]:
+        """Whoever has the lowest goes first."""
+        return q.key, q.arrival_s, q.idx
+
+    def victim(self) -> Request:
+        """See `Vllm.victim`."""
+        return max(self.running, key=self.urgency)
+
+    def bring_first_to_front(self) -> None:
+        """See `Vllm.bring_first_to_front`."""
+        self.waiting.sort(key=self.urgency)
+
+    def preempt(self, q: Request, *, to_front: bool = True) -> None:
+        """See `Engine.preempt`."""
+        super().preempt(q, to_front=to_front)
+        q.idle_since_s = self.sim.now_s
+
+    def consult(self) -> None:
+        """See `Vllm.consult`."""
+        if self.sim.order is not None and (self.sim.each_step or self.may_choose()):
+            if self.running or self.waiting:
+                self.sim.order(self)
+
+    def may_choose(self) -> bool:
+        """Whether it matters in the step to come who goes first."""
+        decoding = [q for q in self.running if not q.prefilling]
+        free = len(self.pool.free)
+        free -= sum(self.blocks(q.computed + 1) - len(q.blocks) for q in decoding)
+        budget = self.type.max_num_batched_tokens - len(decoding)
+        prefilling = [q for q in self.running if q.prefilling]
+        for q in prefilling:
+            tokens = min(q.target - q.computed, budget)
+            free -= self.blocks(q.computed + tokens) - len(q.blocks)
+            budget -= tokens
+        if free < 0:
+            return len(self.running) > 1
+        if len(self.waiting) < 2 or len(self.running) >= self.type.max_num_seqs or budget <= 0:
+            return False
+        if self.sim.spec.prefix_caching and prefilling:
+            return True
+        return any(self.could_admit(q, free, budget) for q in self.waiting)
+
+    def could_admit(self, q: Request, free: int, budget: int) -> bool:
+        """Whether a waiting request fits into so many blocks and tokens."""
+        hit, unheld = self.cached(q)
+        rest = q.total - len(hit) * self.sim.spec.block_size
+        fits = self.blocks(q.total) - len(hit) + unheld <= free
+        return fits and (self.may_chunk() or rest <= budget)
+
+    def begin_step(self) -> None:
+        """See `Engine.begin_step`."""
+        self.begin_s = self.sim.now_s
+        super().begin_step()
+
+    def stepped(self, decoded: bool, ended: int) -> None:
+        """See `Engine.stepped`."""
+        duration_s = self.sim.now_s - self.begin_s
+        old = self.step_s or duration_s
+        self.step_s = old + STEP_WEIGHT * (duration_s - old)
+
+    def stop(self) -> list[Request]:
+        """See `Engine.stop`."""
+        self.step_s = 0.0
+        return super().stop()
 
 
 class TrtLlm(Vllm):
@@ -477,4 +571,5 @@ RULES: dict[EngineName, type[Engine]] = {
     "vllm-v0": VllmV0,
     "sglang": Sglang,
     "trtllm": TrtLlm,
+    "vllm-priority": VllmPriority,
 }

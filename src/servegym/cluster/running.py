@@ -12,10 +12,11 @@ from servegym.cluster.state import (
     EV_PREEMPT,
     QUEUED,
     RUNNING,
+    STEP,
     Params,
     State,
 )
-from servegym.cluster.steptime import decode_span_s, step_factor
+from servegym.cluster.steptime import decode_span_s, dense_s, mixed_s, step_factor
 
 
 @inlined
@@ -223,3 +224,50 @@ def begin_decodes(
     v.seg_steps = steps
     span = decode_span_s(p, t, batch, v.kv_tokens + batch, steps)
     set_event(s, e, r, now_s + factor * span)
+
+
+@inlined
+def begin_mixed(
+    p: Params,
+    s: State,
+    e: int,
+    r: int,
+    now_s: float,
+    batch: int,
+    tokens: int,
+    attention_s: float,
+) -> None:
+    """Begin a step that prefills, beside `batch` decodes.
+
+    Args:
+        p: Constants.
+        s: State.
+        e: Environment.
+        r: Replica.
+        now_s: Time, seconds.
+        batch: Requests that decode.
+        tokens: Of the step, theirs included.
+        attention_s: Of its prefills.
+    """
+    v = s.replica[e, r]
+    t = v.type_idx
+    factor = step_factor(p, s, e, r)
+    v.seg_begin_s = now_s
+    v.seg_factor = factor
+    v.mode = STEP
+    v.seg_steps = 1
+    if batch > 0:
+        attention_s += mixed_s(p, t, batch, v.kv_tokens + batch)
+        attention_s += p.empty_tiles_s[t] * batch * _longest_chunk(s, e, r)
+    duration = (dense_s(p, t, tokens) + attention_s) * factor
+    set_event(s, e, r, now_s + duration)
+
+
+@inlined
+def _longest_chunk(s: State, e: int, r: int) -> int:
+    longest = 0
+    request = s.replica[e, r].first_prefill
+    while request >= 0:
+        longest = max(longest, s.request[e, request].chunk)
+        request = s.request[e, request].next_request
+    return longest

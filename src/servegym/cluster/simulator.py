@@ -13,7 +13,7 @@ from servegym.cluster.jit import kernel
 from servegym.cluster.kernels import advance, apply, is_allowed
 from servegym.cluster.outcome import OUTCOME_DTYPE
 from servegym.cluster.spec import ClusterSpec, Episode
-from servegym.cluster.state import DONE, LOG_FULL, REJECTED, Params, State
+from servegym.cluster.state import ASK_NOTHING, DONE, LOG_FULL, REJECTED, Params, State
 from servegym.errors import InvalidAction
 from servegym.typing import IntArray
 
@@ -49,6 +49,13 @@ class Snapshot(NamedTuple):
 class Simulator:
     """Independent clusters under the same rules, one episode each.
 
+    Args:
+        spec: The rules and replica types.
+        episodes: What each environment plays.
+        record: Whether to write the event log, the step log and the ITL histogram.
+        max_replicas: Replica columns, if there are to be more than the episodes need.
+        asks: What engines that go by priorities ask for, one of `state.ASK_*`.
+
     Attributes:
         spec: The rules and replica types.
         params: The same, as arrays.
@@ -64,12 +71,13 @@ class Simulator:
         *,
         record: bool = False,
         max_replicas: int = 0,
+        asks: int = ASK_NOTHING,
     ) -> None:
         for episode in episodes:
             episode.validate(spec)
         self.spec = spec
         self.episodes = list(episodes)
-        self.params = make_params(spec, record=record)
+        self.params = make_params(spec, record=record, asks=asks)
         self._capacity = Capacity.of(episodes, max_replicas=max_replicas, record=record)
         self.state = make_state(spec, self._capacity)
         self.reasons = np.zeros(len(episodes), np.int64)
@@ -115,7 +123,7 @@ class Simulator:
         """Run every environment until a decision is due or all its requests have ended.
 
         Returns:
-            `DECISION` or `DONE` per environment, `int64[num_envs]`.
+            `DECISION`, `SCHEDULE` or `DONE` per environment, `int64[num_envs]`.
         """
         _advance_all(self.params, self.state, self.reasons)
         while (self.reasons == LOG_FULL).any():

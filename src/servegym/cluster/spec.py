@@ -70,7 +70,7 @@ class ReplicaType:
         if self.engine in ("vllm-v0", "trtllm"):
             return True
         # without chunks SGLang computes a prompt beyond its limit in a step of its own
-        return not chunked_prefill and self.engine == "vllm"
+        return not chunked_prefill and self.engine != "sglang"
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,16 @@ FAULT_SLOW, FAULT_DOWN, FAULT_UP = range(3)
     EV_RETURN,
 ) = range(9)
 # Why `advance` came back
-DECISION, DONE, LOG_FULL = range(3)
+DECISION, DONE, LOG_FULL, SCHEDULE = range(4)
+# What the engines that go by priorities ask for: nothing, an order of all requests before a step
+# with something to decide or before every step, or one request at a time, or one or none
+ASK_NOTHING, ASK_ORDER, ASK_EACH_STEP, ASK_PICK, ASK_PICK_OR_NONE = range(5)
+# What they ask about: whom to admit next, whom to preempt
+NO_CHOICE, ADMIT, PREEMPT = range(3)
+# Picks that are not a request: none yet, nobody
+NOT_PICKED, NOBODY = -1, -2
+# How far such an engine is with its next step
+NOT_FORMING, FEEDING, ADMITTING = range(3)
 # Actions that are not a replica
 HOLD, REJECT = -1, -2
 
@@ -71,6 +80,7 @@ class Params(NamedTuple):
     metrics_interval_s: float  # 0: metrics are always fresh
     noise_sigma: float
     noise_period_steps: int
+    asks: int  # ASK_* of engines that go by priorities
     record: bool  # write the event log, the step log and the ITL histogram
 
 
@@ -170,6 +180,7 @@ ENV_DTYPE = np.dtype(
         ("now_s", "f8"),
         ("next_arrival", "i8"),
         ("deciding", "i8"),  # request that waits for a decision, -1: none
+        ("scheduling", "i8"),  # replica whose engine asks for an order or a pick, -1: none
         ("next_fault", "i8"),
         ("next_scrape_s", "f8"),
         ("last_scrape_s", "f8"),
@@ -187,6 +198,34 @@ ENV_DTYPE = np.dtype(
         ("engine_steps", "i8"),  # steps ended
         ("log_len", "i8"),
         ("step_len", "i8"),
+    ],
+    align=True,
+)
+#: What an engine that goes by priorities has of one request.
+ORDER_DTYPE = np.dtype(
+    [
+        ("key", "f8"),  # lowest admitted first, highest preempted first
+        ("idle_since_s", "f8"),  # arrival or latest preemption
+    ],
+    align=True,
+)
+#: What it has of the step it forms, and of the steps so far.
+FORMING_DTYPE = np.dtype(
+    [
+        ("step_s", "f8"),  # moving average of step times, 0 before the first
+        ("stage", "i8"),  # NOT_FORMING, FEEDING, ADMITTING
+        ("choice", "i8"),  # what it asks about
+        ("picked", "i8"),  # request picked for that
+        ("keyed", "i8"),  # whether keys were written for this step
+        ("feeding", "i8"),  # running request whose turn it is, -1: all had theirs
+        ("chunk", "i8"),  # tokens its prefilling request is to get, -1: not known yet
+        ("preempted", "i8"),  # whether anybody was, in this step
+        ("blocked", "i8"),  # whether others would fit where the first in the queue does not
+        ("budget", "i8"),  # tokens left
+        ("attention_s", "f8"),
+        ("skipped_from", "i8"),  # first decoding request that this step leaves out, -1: none
+        ("num_skipped", "i8"),
+        ("skipped_kv_tokens", "i8"),
     ],
     align=True,
 )
@@ -225,6 +264,8 @@ class State(NamedTuple):
     free_slots: Int32Array  # [E, R, max_num_seqs] unused rows of it
     scraped: FloatArray  # [E, NUM_SCRAPED, R]
     shown: FloatArray  # [E, NUM_VIEW_ROWS, R] replica part of the observation; see VIEW_* below
+    order: Records  # ORDER_DTYPE[E, N]
+    forming: Records  # FORMING_DTYPE[E, R]
     held: Records  # HELD_DTYPE[E, N] ring
     returned: IntArray  # [E, N] ring of requests returned by failed replicas
     fault: Records  # FAULT_DTYPE[E, F]

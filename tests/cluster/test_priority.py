@@ -1,0 +1,139 @@
+"""Engines that go by priorities: compiled and plain, asked where and only where it matters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from servegym.cluster.jit import kernel
+from servegym.cluster.kernels import is_allowed
+from servegym.cluster.priority import resume
+from servegym.cluster.reference import ReferenceSimulator
+from servegym.cluster.simulator import Simulator
+from servegym.cluster.state import (
+    ASK_EACH_STEP,
+    ASK_NOTHING,
+    ASK_ORDER,
+    DECISION,
+    DONE,
+    HOLD,
+    QUEUED,
+    REJECT,
+    RUNNING,
+    SCHEDULE,
+)
+
+from .strategies import choose, random_case
+
+
+@kernel
+def resume_first(p, s):
+    return resume(p, s, 0)
+
+
+def keys_of(num_requests: int, replica: int, asked: int) -> np.ndarray:
+    """Keys that depend on who, where and when, with many ties."""
+    x = np.arange(num_requests, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x += np.uint64(replica * 7919 + asked * 104729 + 1)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    return ((x >> np.uint64(33)) % np.uint64(6)).astype(np.float64)
+
+
+def with_classes(episode, seed):
+    """Requests of two classes: keys before anybody is asked."""
+    classes = np.random.default_rng((seed, 2)).integers(0, 2, len(episode.table)).astype(np.int16)
+    return replace(episode, table=replace(episode.table, slo_class=classes))
+
+
+def case_of(seed):
+    spec, episode = random_case(seed, ["vllm-priority"])
+    spec = replace(spec, slo_classes=spec.slo_classes * 2)
+    return spec, with_classes(episode, seed)
+
+
+def play_reference(spec, episode, asks):
+    visits: dict[int, int] = {}
+    asked = [0] * episode.num_replicas
+    told = []
+
+    def dispatch(s, request):
+        visits[request] = visits.get(request, -1) + 1
+        return choose(request, visits[request], s.allowed(request))
+
+    def order(engine):
+        keys = keys_of(len(episode.table), engine.r, asked[engine.r])
+        asked[engine.r] += 1
+        for q in engine.waiting + engine.running:
+            q.key = float(keys[q.idx])
+        told.append((engine.sim.now_s, engine.r, engine.step_s, len(engine.pool.free)))
+
+    sim = ReferenceSimulator(
+        spec,
+        episode,
+        order=None if asks == ASK_NOTHING else order,
+        each_step=asks == ASK_EACH_STEP,
+    )
+    sim.run(dispatch)
+    return sim, told
+
+
+def play_compiled(spec, episode, asks):
+    sim = Simulator(spec, [episode], record=True, asks=asks)
+    visits: dict[int, int] = {}
+    asked = [0] * episode.num_replicas
+    told = []
+    while True:
+        reason = sim.advance()[0]
+        if reason == DONE:
+            return sim, told
+        if reason == DECISION:
+            request = int(sim.state.env[0]["deciding"])
+            visits[request] = visits.get(request, -1) + 1
+            mask = [
+                is_allowed(sim.params, sim.state, 0, request, action)
+                for action in (*range(episode.num_replicas), HOLD, REJECT)
+            ]
+            sim.apply(np.array([choose(request, visits[request], mask)]))
+            continue
+        assert reason == SCHEDULE
+        again = True
+        while again:
+            r = int(sim.state.env[0]["scheduling"])
+            forming, replica = sim.state.forming[0, r], sim.state.replica[0, r]
+            now_s = float(sim.state.env[0]["now_s"])
+            told.append((now_s, r, float(forming["step_s"]), int(replica["free_blocks"])))
+            keys = keys_of(len(episode.table), r, asked[r])
+            queued = np.isin(sim.state.request["status"][0], (QUEUED, RUNNING))
+            mine = queued & (sim.state.request["replica"][0] == r)
+            sim.state.order["key"][0, mine] = keys[mine]
+            forming["keyed"] = 1
+            asked[r] += 1
+            again = resume_first(sim.params, sim.state)
+
+
+def assert_equal(seed: int, asks: int) -> int:
+    spec, episode = case_of(seed)
+    slow, slow_told = play_reference(spec, episode, asks)
+    fast, fast_told = play_compiled(spec, episode, asks)
+    want, got = slow.events(), fast.events()
+    for kind in range(9):
+        a, b = want[want["kind"] == kind], got[got["kind"] == kind]
+        a, b = (np.sort(x, order=["request", "time_s"]) for x in (a, b))
+        assert a["request"].tolist() == b["request"].tolist(), f"kind {kind}"
+        assert a["replica"].tolist() == b["replica"].tolist(), f"kind {kind}"
+        assert a["value"].tolist() == b["value"].tolist(), f"kind {kind}"
+        np.testing.assert_allclose(b["time_s"], a["time_s"], rtol=1e-9, atol=1e-12)
+    assert int(fast.state.env[0]["engine_steps"]) == slow.engine_steps
+    np.testing.assert_allclose(float(fast.state.env[0]["area"]), slow.area, rtol=1e-9, atol=1e-12)
+    assert len(fast_told) == len(slow_told)
+    np.testing.assert_allclose(np.array(fast_told), np.array(slow_told), rtol=1e-9, atol=1e-12)
+    return len(fast_told)
+
+
+@pytest.mark.parametrize("asks", [ASK_NOTHING, ASK_ORDER, ASK_EACH_STEP])
+@pytest.mark.parametrize("block", range(3))
+def test_compiled_and_plain_engine_agree_on_random_scenarios(block, asks):
+    asked = sum(assert_equal(seed, asks) for seed in range(40 * block, 40 * block + 40))
+    assert (asked > 100) == (asks != ASK_NOTHING)
