@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,8 @@ from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import Episode
 from servegym.cluster.state import DONE
 from servegym.envs.kernels import first_invalid, step_range, write_observation
-from servegym.errors import ConfigError, InvalidAction, ResetNeeded
+from servegym.envs.request_batch import RequestBatch
+from servegym.errors import ConfigError, InvalidAction
 from servegym.policy.contract import (
     NUM_OBSERVED_FEATURES,
     NUM_REQUEST_FEATURES,
@@ -22,27 +21,21 @@ from servegym.policy.contract import (
     REQUEST_FEATURES,
     Group,
 )
-from servegym.scenario import Scenario, load_scenario
-from servegym.typing import BoolArray, Float32Array, FloatArray, Int8Array, IntArray
+from servegym.scenario import Scenario
+from servegym.typing import BoolArray, Float32Array, Int8Array, IntArray
 
 _NEEDS = int(Group.COUNTERS | Group.METRICS | Group.PREFIX)
 
 
-class EpisodeBatch:
-    """`num_envs` environments that play episodes of one scenario.
+class EpisodeBatch(RequestBatch):
+    """`num_envs` environments that play episodes of one scenario; see also `RequestBatch`.
 
     Attributes:
-        scenario: What episodes are drawn from.
-        num_envs: Environments.
         width: Replica rows; fleets may be smaller.
         num_actions: Replicas, then hold and reject where the scenario allows them.
         replicas: Observation, `float32[num_envs, width, NUM_OBSERVED_FEATURES]`.
         request: Observation, `float32[num_envs, NUM_REQUEST_FEATURES]`.
         mask: Allowed actions, 1 is allowed, `int8[num_envs, num_actions]`.
-        reward: Of the last step, `float32[num_envs]`.
-        done: Whether the episode ended in the last step, `bool[num_envs]`.
-        dt_s: Simulated seconds between the last two decisions, `float64[num_envs]`.
-        input_id: Which arrival sequence an environment plays, `int64[num_envs]`.
     """
 
     def __init__(
@@ -50,32 +43,16 @@ class EpisodeBatch:
         scenario: Scenario | str,
         num_envs: int,
         *,
-        load: float | tuple[float, float] = 1.0,
-        num_requests: int | None = None,
         r_max: int | None = None,
-        objective: str | None = None,
-        reward_scale: float = 1.0,
-        group_size: int = 1,
-        num_threads: int = 1,
+        **settings: Any,
     ) -> None:
-        if num_envs < 1 or group_size < 1 or num_threads < 1:
-            raise ConfigError("num_envs, group_size and num_threads must be at least 1")
-        self.scenario = load_scenario(scenario) if isinstance(scenario, str) else scenario
-        self.objective = objective or self.scenario.objective
-        if self.objective not in ("latency", "goodput"):
-            raise ConfigError(f"objective must be latency or goodput, got {self.objective!r}")
+        super().__init__(scenario, num_envs, **settings)
         self.width = r_max or self.scenario.max_replicas
         if self.width < self.scenario.max_replicas:
             raise ConfigError(
                 f"r_max ({r_max}) must be at least the {self.scenario.max_replicas} replicas "
                 f"of scenario {self.scenario.name}"
             )
-        if not reward_scale > 0:
-            raise ConfigError(f"reward_scale must be above 0, got {reward_scale}")
-        self.num_envs, self.group_size = num_envs, group_size
-        self._load, self._num_requests, self._scale = load, num_requests, reward_scale
-        self._pool = ThreadPoolExecutor(num_threads) if num_threads > 1 else None
-        self._num_threads = num_threads
         actions = self.scenario.actions
         self.num_actions = self.width + actions.hold + actions.reject
         self.replicas: Float32Array = np.zeros(
@@ -83,20 +60,6 @@ class EpisodeBatch:
         )
         self.request: Float32Array = np.zeros((num_envs, NUM_REQUEST_FEATURES), np.float32)
         self.mask: Int8Array = np.zeros((num_envs, self.num_actions), np.int8)
-        self.reward: Float32Array = np.zeros(num_envs, np.float32)
-        self.done: BoolArray = np.ones(num_envs, np.bool_)
-        self.dt_s: FloatArray = np.zeros(num_envs)
-        self.input_id: IntArray = np.zeros(num_envs, np.int64)
-        self._seed = 0
-        self._count = np.zeros(num_envs, np.int64)
-        self._simulator: Simulator | None = None
-
-    @property
-    def simulator(self) -> Simulator:
-        """The simulator; there is one after the first reset."""
-        if self._simulator is None:
-            raise ResetNeeded("call reset before step")
-        return self._simulator
 
     def observation_space(self) -> spaces.Dict:
         """Space of one environment's observation, from the contract."""
@@ -113,23 +76,6 @@ class EpisodeBatch:
                 "action_mask": spaces.MultiBinary(self.num_actions),
             }
         )
-
-    def seed(self, seed: int) -> None:
-        """Start the sequence of episodes anew."""
-        self._seed = seed
-        self._count[:] = 0
-
-    def draw(self, env: int) -> Episode:
-        """Draw the next episode of one environment; its group plays the same requests."""
-        group = env // self.group_size
-        entropy = np.random.SeedSequence((self._seed, group, int(self._count[env])))
-        seed, number = (int(x) for x in entropy.generate_state(2, np.uint64))
-        load = self._load
-        if not isinstance(load, float | int):
-            load = load[0] + (load[1] - load[0]) * (number / 2.0**64)
-        self.input_id[env] = group
-        self._count[env] += 1
-        return self.scenario.episode(seed, load=load, num_requests=self._num_requests)
 
     def reset(self, envs: IntArray, episodes: list[Episode] | None = None) -> None:
         """Start new episodes in some environments and run them to their first decisions."""
@@ -164,28 +110,14 @@ class EpisodeBatch:
             InvalidAction: If one is not allowed; then nothing has happened.
         """
         simulator = self.simulator
-        actions = np.ascontiguousarray(actions, np.int64)
-        if actions.shape != (self.num_envs,):
-            raise InvalidAction(
-                f"there must be one action for each of {self.num_envs} environments, "
-                f"got shape {actions.shape}"
-            )
+        actions = self.checked(actions)
         bad = first_invalid(simulator.params, simulator.state, actions, active)
         if bad >= 0:
             raise InvalidAction(
                 f"action {int(actions[bad])} is not allowed in environment {bad}: "
                 f"choose one of {np.flatnonzero(self.mask[bad]).tolist()} (see action_mask)"
             )
-        if self._pool is None:
-            self._step_range(0, self.num_envs, actions, active)
-            return
-        edges = np.linspace(0, self.num_envs, self._num_threads + 1).astype(int).tolist()
-        jobs = [
-            self._pool.submit(self._step_range, first, stop, actions, active)
-            for first, stop in itertools.pairwise(edges)
-        ]
-        for job in jobs:
-            job.result()
+        self.in_ranges(lambda first, stop: self._step_range(first, stop, actions, active))
 
     def _step_range(self, first: int, stop: int, actions: IntArray, active: BoolArray) -> None:
         step_range(
@@ -216,20 +148,3 @@ class EpisodeBatch:
             "request": self.request.copy(),
             "action_mask": self.mask.copy(),
         }
-
-    def summary(self, env: int) -> dict[str, float]:
-        """Mean latencies of an episode that has ended."""
-        done = self.simulator.outcomes(env)
-        kept = done[~done["rejected"]]
-        return {
-            "mean_e2e_s": float(np.mean(kept["finish_s"] - kept["arrival_s"])) if len(kept) else 0,
-            "mean_ttft_s": float(np.mean(kept["first_token_s"] - kept["arrival_s"]))
-            if len(kept)
-            else 0,
-            "num_rejected": float(done["rejected"].sum()),
-        }
-
-    def close(self) -> None:
-        """End the threads."""
-        if self._pool is not None:
-            self._pool.shutdown()

@@ -95,14 +95,14 @@ def step_range(
             continue
         env = s.env[e]
         before_s = env.now_s
-        earned = env.good if goodput else _waited(s, e)
+        earned = env.good if goodput else waited(s, e)
         apply(p, s, e, core_action(p, width, actions[e]))
         reason = advance(p, s, e)
         dt_out[e] = env.now_s - before_s
         if goodput:
             reward_out[e] = (env.good - earned) / scale
         else:
-            reward_out[e] = -(_waited(s, e) - earned) / scale
+            reward_out[e] = -(waited(s, e) - earned) / scale
         done_out[e] = reason != DECISION
         if reason == DECISION:
             write_observation(
@@ -116,7 +116,7 @@ def step_range(
 
 
 @kernel
-def _waited(s: State, e: int) -> float:
+def waited(s: State, e: int) -> float:
     """Integral of the requests in the system up to now, request-seconds."""
     env = s.env[e]
     return env.area + env.in_system * (env.now_s - env.area_until_s)

@@ -7,9 +7,25 @@ from typing import Any, Generic
 import gymnasium
 import numpy as np
 
-from servegym.envs.vector import B
+from servegym.envs.vector import B, Batch
 from servegym.errors import ConfigError, ResetNeeded
-from servegym.typing import BoolArray
+from servegym.typing import BoolArray, Int8Array
+
+
+class AllowedActions(gymnasium.spaces.Discrete):
+    """A `Discrete` space that draws from what is allowed now, unless it is given a mask itself."""
+
+    def __init__(self, batch: Batch) -> None:
+        super().__init__(batch.num_actions)
+        self._batch = batch
+
+    def sample(
+        self, mask: Int8Array | None = None, probability: Int8Array | None = None
+    ) -> np.int64:
+        """Draw an action."""
+        if mask is None and probability is None:
+            mask = self._batch.mask[0]
+        return super().sample(mask, probability)
 
 
 class BatchEnv(gymnasium.Env[dict[str, Any], int], Generic[B]):

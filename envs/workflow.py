@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gymnasium
-import numpy as np
-
-from servegym.envs.single import BatchEnv
+from servegym.envs.single import AllowedActions, BatchEnv
 from servegym.envs.workflow_batch import Objective, Placement, Shortlist, WorkflowBatch
 from servegym.envs.workflow_features import (
     DEVICE_COLUMNS,
@@ -15,7 +12,6 @@ from servegym.envs.workflow_features import (
     STAGE_COLUMNS,
     Column,
 )
-from servegym.typing import Int8Array
 from servegym.workflow.online.spec import Episode
 from servegym.workflow_scenario import WorkflowScenario
 
@@ -28,22 +24,6 @@ def column_table(columns: tuple[Column, ...]) -> str:
         for i, c in enumerate(columns)
     ]
     return "\n".join(rows)
-
-
-class AllowedActions(gymnasium.spaces.Discrete):
-    """A `Discrete` space that draws from what is allowed now, unless it is given a mask itself."""
-
-    def __init__(self, batch: WorkflowBatch) -> None:
-        super().__init__(batch.num_actions)
-        self._batch = batch
-
-    def sample(
-        self, mask: Int8Array | None = None, probability: Int8Array | None = None
-    ) -> np.int64:
-        """Draw an action."""
-        if mask is None and probability is None:
-            mask = self._batch.mask[0]
-        return super().sample(mask, probability)
 
 
 class WorkflowEnv(BatchEnv[WorkflowBatch]):

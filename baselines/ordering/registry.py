@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from servegym.baselines.ordering.edf import edf
 from servegym.baselines.ordering.fcfs import fcfs
+from servegym.baselines.ordering.footprint import footprint
 from servegym.baselines.ordering.least_slack import least_slack
 from servegym.baselines.ordering.ltr import ltr
 from servegym.baselines.ordering.mlfq import mlfq
@@ -22,6 +23,7 @@ from servegym.policy.ordering import OrderingRule
 _RULES: dict[str, Callable[..., OrderingRule]] = {
     "edf": edf,
     "fcfs": fcfs,
+    "footprint": footprint,
     "least-slack": least_slack,
     "ltr": ltr,
     "mlfq": mlfq,
@@ -39,6 +41,16 @@ _BOUNDS = {
     "ltr": {"period": (1.0, 1e9), "starvation": (1.0, 1e9)},
     "mlfq": {"growth": (1.1, 100.0), "quantum_s": (1e-6, 1e6)},
     "trail": {"young": (0.0, 1.0)},
+}
+
+#: `(low, high, logarithmic)` of the parameters that tuning tries.
+ORDER_RANGES: dict[str, dict[str, tuple[float, float, bool]]] = {
+    "edf": {"hopeless_last": (0.0, 1.0, False)},
+    "footprint": {"weight": (0.0, 1.5, False)},
+    "least-slack": {"hopeless_last": (0.0, 1.0, False)},
+    "ltr": {"starvation": (50.0, 20000.0, True), "period": (5.0, 500.0, True)},
+    "mlfq": {"quantum_s": (0.05, 50.0, True), "starvation_s": (1.0, 1000.0, True)},
+    "trail": {"young": (0.1, 1.0, False)},
 }
 
 

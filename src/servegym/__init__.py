@@ -14,6 +14,11 @@ if find_spec("gymnasium") is not None:  # inside a serving engine's environment 
         vector_entry_point="servegym.envs.vector:DispatchVectorEnv",
     )
     register(
+        id="servegym/Preemption-v0",
+        entry_point="servegym.envs.preemption:PreemptionEnv",
+        vector_entry_point="servegym.envs.preemption_vector:PreemptionVectorEnv",
+    )
+    register(
         id="servegym/Workflow-v0",
         entry_point="servegym.envs.workflow:WorkflowEnv",
         vector_entry_point="servegym.envs.workflow_vector:WorkflowVectorEnv",

@@ -16,6 +16,12 @@ MAX_NUM_BATCHED_TOKENS: dict[EngineName, int] = {
     "vllm-v0": 8192,
     "sglang": 8192,
     "trtllm": 8192,
+    "vllm-priority": 2048,
 }
 # The places in `ENGINES`, for compiled code.
 VLLM, VLLM_V0, SGLANG, TRTLLM, VLLM_PRIORITY = range(5)
+
+
+def kernels_of(engine: EngineName) -> EngineName:
+    """Name the engine whose kernels one has: the order of requests changes none."""
+    return "vllm" if engine == "vllm-priority" else engine

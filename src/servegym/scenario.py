@@ -22,7 +22,7 @@ from servegym.cluster.state import FAULT_DOWN, FAULT_SLOW, FAULT_UP
 from servegym.costs.formats import ScenarioFormat, number_format
 from servegym.costs.step import StepCost
 from servegym.costs.tables import TableSource
-from servegym.engines import MAX_NUM_BATCHED_TOKENS, EngineName
+from servegym.engines import MAX_NUM_BATCHED_TOKENS, EngineName, kernels_of
 from servegym.errors import ConfigError, unknown_name
 from servegym.workloads.config import TraceConfig, WorkloadConfig
 from servegym.workloads.prediction import PredictorConfig
@@ -184,6 +184,12 @@ class Scenario(Config):
         """Largest fleet an episode can have."""
         return sum(e.count if isinstance(e.count, int) else e.count[1] for e in self.fleet)
 
+    @property
+    def orders_requests(self) -> bool:
+        """Whether there is one engine that goes by priorities: its order is what is decided."""
+        entry = self.fleet[0]
+        return len(self.fleet) == 1 and entry.count == 1 and entry.engine == "vllm-priority"
+
     def episode(self, seed: int, *, load: float = 1.0, num_requests: int | None = None) -> Episode:
         """Draw an episode; the requests of a seed are the same under every policy and fleet.
 
@@ -257,7 +263,7 @@ def step_cost(entry: FleetEntry, model_name: str, precision: ScenarioFormat) -> 
         entry.tp,
         weights.fp8,
         source,
-        engine=entry.engine,
+        engine=kernels_of(entry.engine),
         scales=weights.scales,
     )
 

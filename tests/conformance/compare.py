@@ -25,6 +25,8 @@ KEPT = (
     *(41, 51, 73, 76, 144, 146, 165, 183, 256, 262, 275, 338, 401, 402, 435, 440, 461, 477, 487),
     *(28, 343, 473),
 )
+#: Of those, what is kept of priority mode: with preemptions, some that leave others out of a step.
+KEPT_BY_PRIORITY = (41, 51, 76, 146, 183, 262, 343, 401, 440, 477)
 STEP = (
     "begin_s",
     "scheduled",
@@ -40,7 +42,7 @@ REQUEST = ("cached_tokens", "first_token_s", "finish_s")
 def draw(num_random: int) -> list[dict[str, Any]]:
     """Draw small random workloads, the kept ones among them, and large ones to measure with."""
     seeds = sorted({*range(num_random), *KEPT})
-    small = [for_driver(random_workload(seed), ["default"]) for seed in seeds]
+    small = [for_driver(random_workload(seed), ["default", "priority"]) for seed in seeds]
     large = [
         for_driver(
             serving_workload(seed, prefix_caching=caching, num_blocks=num_blocks),
@@ -59,6 +61,7 @@ def report(workloads: list[dict[str, Any]], told: dict[str, Any]) -> bool:
     total: Counter[tuple[str, ...]] = Counter()
     same: Counter[tuple[str, ...]] = Counter()
     early: Counter[tuple[str, ...]] = Counter()
+    ordered: Counter[tuple[str, ...]] = Counter()
     compiled: Counter[tuple[str, ...]] = Counter()
     shown = 0
     large = []
@@ -77,16 +80,24 @@ def report(workloads: list[dict[str, Any]], told: dict[str, Any]) -> bool:
             difference = first_difference(play_reference(workload, early=True), run["default"])
         early[kind] += difference is None
         compiled[kind] += same_outcome(play_compiled(workload), outcome_of(run["default"]))
+        by_priority = play_reference(workload, early=True, priority=True)
+        unlike = first_difference(by_priority, run["priority"])
+        ordered[kind] += unlike is None
+        difference = difference or unlike
         if difference is not None and shown < 10:
             shown += 1
             print(f"  seed {workload['seed']}, {' '.join(kind)}: {difference[:160]}")
-    print("\nprefix caching / prefill | workloads | identical | and with early identity | compiled")
+    print(
+        "\nprefix caching / prefill | workloads | identical | and with early identity | compiled "
+        "| in priority mode, with early identity"
+    )
     for kind in sorted(total):
         counts = f"{total[kind]} | {same[kind]} | {early[kind]} | {compiled[kind]}"
+        counts += f" | {ordered[kind]}"
         print(f"{' / '.join(kind)} | {counts}")
     if large:
         report_sizes(large)
-    return early == total
+    return early == ordered == total
 
 
 def same_outcome(ours: dict[str, Any], engine: dict[str, Any]) -> bool:
@@ -136,12 +147,18 @@ def record(workloads: list[dict[str, Any]], told: dict[str, Any]) -> None:
     for workload, run in zip(workloads, told["runs"], strict=True):
         if workload["seed"] not in KEPT or "overlap" in run:
             continue
-        row = run["default"]
-        given = {k: v for k, v in workload.items() if k not in ("grid", "modes")}
-        head = {"vllm": told["vllm"], "workload": given} | {k: row[k] for k in REQUEST}
-        lines = [json.dumps([s[k] for k in STEP], separators=(",", ":")) for s in row["steps"]]
-        text = json.dumps(head, separators=(",", ":"))[:-1] + ',"steps":[\n' + ",\n".join(lines)
-        (RECORDED / f"seed-{workload['seed']}.json").write_text(text + "\n]}\n")
+        _write(RECORDED / f"seed-{workload['seed']}.json", workload, told["vllm"], run["default"])
+        if workload["seed"] in KEPT_BY_PRIORITY:
+            path = RECORDED / f"priority-{workload['seed']}.json"
+            _write(path, workload, told["vllm"], run["priority"])
+
+
+def _write(path: Path, workload: dict[str, Any], vllm: str, row: dict[str, Any]) -> None:
+    given = {k: v for k, v in workload.items() if k not in ("grid", "modes")}
+    head = {"vllm": vllm, "workload": given} | {k: row[k] for k in REQUEST}
+    lines = [json.dumps([s[k] for k in STEP], separators=(",", ":")) for s in row["steps"]]
+    text = json.dumps(head, separators=(",", ":"))[:-1] + ',"steps":[\n' + ",\n".join(lines)
+    path.write_text(text + "\n]}\n")
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

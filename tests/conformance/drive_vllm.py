@@ -8,6 +8,7 @@ Runs inside vLLM's environment and imports nothing of servegym:
 from __future__ import annotations
 
 import copy
+import heapq
 import json
 import math
 import sys
@@ -31,11 +32,13 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 MAX_MODEL_LEN = 4096
 #: What is set besides the workload. `reserve_full`: admit only what fits whole (vLLM's default);
-#: `overlap`: form a step while the last one runs (vLLM's default on a GPU).
+#: `overlap`: form a step while the last one runs (vLLM's default on a GPU); `priority`: priority
+#: mode, with new priorities before every step.
 MODES = {
-    "default": {"reserve_full": True, "overlap": False},
-    "first_chunk": {"reserve_full": False, "overlap": False},
-    "overlap": {"reserve_full": True, "overlap": True},
+    "default": {"reserve_full": True, "overlap": False, "priority": False},
+    "first_chunk": {"reserve_full": False, "overlap": False, "priority": False},
+    "overlap": {"reserve_full": True, "overlap": True, "priority": False},
+    "priority": {"reserve_full": True, "overlap": False, "priority": True},
 }
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
@@ -133,6 +136,7 @@ class Driver:
         scheduler.enable_chunked_prefill = workload["chunked_prefill"]
         scheduler.scheduler_reserve_full_isl = mode["reserve_full"]
         scheduler.async_scheduling = mode["overlap"]
+        scheduler.policy = "priority" if mode["priority"] else "fcfs"
         cache.enable_prefix_caching = workload["prefix_caching"]
         cache.num_gpu_blocks = workload["num_blocks"] + 1  # block 0 is vLLM's null block
         group = KVCacheGroupSpec(
@@ -140,6 +144,8 @@ class Driver:
             FullAttentionSpec(block_size=size, num_kv_heads=1, head_size=1, dtype=torch.float32),
         )
         self.overlap = mode["overlap"]
+        self.priority = mode["priority"]
+        self.num_orders = 0
         self.scheduler = (RecordingAsyncScheduler if self.overlap else RecordingScheduler)(
             vllm_config=config,
             kv_cache_config=KVCacheConfig(
@@ -191,6 +197,8 @@ class Driver:
     def schedule(self) -> tuple[Any, dict[str, Any]] | None:
         """Let the scheduler form a step; None if it schedules nothing."""
         s = self.scheduler
+        if self.priority:
+            self.order()
         output = s.schedule()
         if output.total_num_scheduled_tokens == 0:
             s.update_from_output(output, ModelRunnerOutput(req_ids=[], req_id_to_index={}))
@@ -228,6 +236,14 @@ class Driver:
         s.victims = []
         self.steps.append(row)
         return output, {"row": row, "emits": emits}
+
+    def order(self) -> None:
+        """Give all requests new priorities, as the plug-in does."""
+        s = self.scheduler
+        for request in (*s.waiting._heap, *s.running):
+            request.priority = token(int(request.request_id), self.num_orders)
+        heapq.heapify(s.waiting._heap)
+        self.num_orders += 1
 
     def finish_step(self, output: Any, step: dict[str, Any]) -> None:
         """Give the scheduler the step's tokens at its end."""

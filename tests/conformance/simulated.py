@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from servegym.cluster import state as st
+from servegym.cluster.priority import resume
 from servegym.cluster.reference import ReferenceSimulator
-from servegym.cluster.reference_engines import Request, Vllm
+from servegym.cluster.reference_engines import Engine, Request, Vllm, VllmPriority
 from servegym.cluster.simulator import Simulator
-from servegym.cluster.state import DECISION
+from servegym.cluster.state import ASK_EACH_STEP, ASK_NOTHING, DECISION, DONE
 
 from .workloads import cluster_and_episode
 
 
-class RecordingEngine(Vllm):
-    """An engine that notes each of its steps as the driver does; decides nothing."""
+class Recording(Engine):
+    """Mixed into an engine: notes each of its steps as the driver does; decides nothing."""
 
     def __init__(self, sim: ReferenceSimulator, r: int, early: bool) -> None:
         super().__init__(sim, r)
@@ -64,28 +66,67 @@ class RecordingEngine(Vllm):
         self.rows[-1]["finished"] = [q.idx for q in before if q not in self.running]
 
 
-def play_reference(workload: dict[str, Any], *, early: bool = False) -> dict[str, Any]:
+class RecordingVllm(Recording, Vllm):
+    """First come, first served."""
+
+
+class RecordingVllmPriority(Recording, VllmPriority):
+    """In priority mode."""
+
+
+def drawn_key(request: int, order: int) -> float:
+    """Return the priority the driver gives a request in its n-th order."""
+    mask = (1 << 64) - 1
+    x = (request * 0x9E3779B97F4A7C15 + order * 0xD1B54A32D192ED03) & mask
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+    return float((x ^ (x >> 31)) >> 33)
+
+
+def play_reference(
+    workload: dict[str, Any], *, early: bool = False, priority: bool = False
+) -> dict[str, Any]:
     """Play on the plain simulator, step by step.
 
     Args:
         workload: See `workloads`.
         early: Name blocks filled while decoding at once, as the engine does, instead of when the
             request leaves.
+        priority: In priority mode, with new priorities before every step.
     """
-    sim = ReferenceSimulator(*cluster_and_episode(workload))
-    engine = RecordingEngine(sim, 0, early)
+    num_orders = 0
+
+    def order(engine: VllmPriority) -> None:
+        nonlocal num_orders
+        for q in engine.waiting + engine.running:
+            q.key = drawn_key(q.idx, num_orders)
+        num_orders += 1
+
+    sim = ReferenceSimulator(*cluster_and_episode(workload), order=order, each_step=True)
+    engine = (RecordingVllmPriority if priority else RecordingVllm)(sim, 0, early)
     sim.replicas = [engine]
     sim.run(lambda _, __: 0)
     events = sim.events()
     return {"steps": engine.rows} | _per_request(events, len(workload["requests"]))
 
 
-def play_compiled(workload: dict[str, Any]) -> dict[str, Any]:
+def play_compiled(workload: dict[str, Any], *, priority: bool = False) -> dict[str, Any]:
     """Play on the compiled simulator, which tells of each request and how many steps it took."""
     spec, episode = cluster_and_episode(workload)
-    sim = Simulator(spec, [episode], record=True)
-    while sim.advance()[0] == DECISION:
-        sim.apply(np.zeros(1, np.int64))
+    if priority:
+        spec = replace(spec, types=(replace(spec.types[0], engine="vllm-priority"),))
+    asks = ASK_EACH_STEP if priority else ASK_NOTHING
+    sim = Simulator(spec, [episode], record=True, asks=asks)
+    num_orders = 0
+    while (reason := sim.advance()[0]) != DONE:
+        if reason == DECISION:
+            sim.apply(np.zeros(1, np.int64))
+            continue
+        keys = sim.state.order["key"][0]
+        keys[:] = [drawn_key(i, num_orders) for i in range(len(keys))]
+        sim.state.forming[0, 0]["keyed"] = 1
+        resume(sim.params, sim.state, 0)
+        num_orders += 1
     told = _per_request(sim.events(), len(workload["requests"]))
     victims = sim.outcomes()["num_preemptions"].tolist()
     return told | {"num_steps": int(sim.state.env[0]["engine_steps"]), "preemptions": victims}

@@ -8,7 +8,8 @@ import pytest
 from .compare import RECORDED, read
 from .simulated import first_difference, outcome_of, play_compiled, play_reference
 
-NAMES = sorted(path.stem for path in RECORDED.glob("*.json"))
+NAMES = sorted(path.stem for path in RECORDED.glob("seed-*.json"))
+BY_PRIORITY = sorted(path.stem for path in RECORDED.glob("priority-*.json"))
 #: Requests repeat text that is still being generated: the difference docs/conformance.md keeps.
 LATE_IDENTITY = {"seed-28", "seed-343", "seed-473"}
 
@@ -21,6 +22,7 @@ def recordings(differing: set[str]) -> list[object]:
 def test_there_are_enough_recordings():
     assert len(NAMES) >= 20
     assert set(NAMES) >= LATE_IDENTITY
+    assert len(BY_PRIORITY) >= 10
 
 
 @pytest.mark.parametrize("name", recordings(LATE_IDENTITY))
@@ -39,5 +41,22 @@ def test_nothing_else_differs_once_decoded_blocks_get_their_identity_at_once(nam
 def test_compiled_simulator_gives_every_request_the_times_vllm_gave_it(name):
     workload, engine = read(RECORDED / f"{name}.json")
     ours = play_compiled(workload)
+    for column, want in outcome_of(engine).items():
+        np.testing.assert_allclose(ours[column], want, rtol=1e-9, atol=1e-12, err_msg=column)
+
+
+@pytest.mark.parametrize("name", BY_PRIORITY)
+def test_plain_simulator_takes_every_step_vllm_took_in_priority_mode(name):
+    workload, engine = read(RECORDED / f"{name}.json")
+    assert first_difference(play_reference(workload, early=True, priority=True), engine) is None
+    assert sum(len(step["preempted"]) for step in engine["steps"]) > 0
+
+
+@pytest.mark.parametrize("name", BY_PRIORITY)
+def test_compiled_simulator_gives_the_times_vllm_gave_in_priority_mode(name):
+    workload, engine = read(RECORDED / f"{name}.json")
+    if first_difference(play_reference(workload, priority=True), engine) is not None:
+        pytest.skip("repeats text that is still being generated: docs/conformance.md")
+    ours = play_compiled(workload, priority=True)
     for column, want in outcome_of(engine).items():
         np.testing.assert_allclose(ours[column], want, rtol=1e-9, atol=1e-12, err_msg=column)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.progress import Progress, track
 
+from servegym.baselines.ordering.registry import ordering_names
 from servegym.commands.console import make_console, require_writable
 from servegym.commands.evaluate_workflow import DEFAULT_WORKFLOW_POLICIES, evaluate_jobs
 from servegym.commands.schedule import ScheduleDag
@@ -14,9 +16,11 @@ from servegym.commands.workload import chosen_scenario
 from servegym.errors import ConfigError
 from servegym.evaluate.document import write_json
 from servegym.evaluate.harness import Evaluation, evaluate
+from servegym.evaluate.ordering import tuned_order
 from servegym.evaluate.saturation import saturation_load
 from servegym.evaluate.table import comparison_table, saturation_table
-from servegym.export.resolve import resolve_policy
+from servegym.export.resolve import resolve_order, resolve_policy
+from servegym.policy.ordering import OrderingPolicy
 from servegym.policy.policy import Policy
 from servegym.scenario import Scenario
 from servegym.workflow_scenario import is_workflow_scenario
@@ -40,6 +44,9 @@ DEFAULT_POLICIES = (
     "mct-oracle",
 )
 
+#: Where what is decided is the order inside one engine.
+DEFAULT_ORDERS = (*ordering_names(), "srpt-oracle")
+_TUNED = ":tuned"
 
 #: Instead of a scenario: Taillard's first 50, as `servegym schedule --benchmark` has them.
 _JOB_SHOPS = "taillard"
@@ -63,7 +70,8 @@ class Evaluate:
     """Rate of the trace at load 1; by default 80 % of what the fleet can bear."""
     policies: tuple[str, ...] = DEFAULT_POLICIES
     """Rules (see `servegym policies`) and exported policy.onnx files; for jobs those of
-    docs/workflow-online.md, `NAME:tuned` being tuned by replay."""
+    docs/workflow-online.md, for one engine those of docs/preemption.md and ordering.npz files.
+    `NAME:tuned` is tuned by replay, for jobs and engines."""
     loads: tuple[float, ...] = (0.6, 0.8, 1.0)
     """Factors on the arrival rate."""
     seeds: int = 10
@@ -92,7 +100,11 @@ class Evaluate:
         if self.plot:
             raise ConfigError("--plot is for scenarios of jobs: take --report")
         scenario = chosen_scenario(self.scenario, self.trace, self.rate_rps, self.on_bad_row)
-        policies = [resolve_policy(text) for text in self.policies]
+        policies: list[Policy | OrderingPolicy]
+        if scenario.orders_requests:
+            policies = self._orders(scenario)
+        else:
+            policies = [resolve_policy(text) for text in self.policies]
         result = evaluated(
             scenario, policies, self.loads, self.seeds, num_requests=self.num_requests
         )
@@ -102,6 +114,25 @@ class Evaluate:
                     share: saturation_load(scenario, policy, share) for share in (0.9, 0.99)
                 }
         publish(result, self.json, self.report)
+
+    def _orders(self, scenario: Scenario) -> list[Policy | OrderingPolicy]:
+        """Orders inside the one engine there is."""
+        texts = self.policies
+        if texts == DEFAULT_POLICIES:
+            texts = DEFAULT_ORDERS
+        return [
+            resolve_order(
+                tuned_order(
+                    scenario,
+                    text.removesuffix(_TUNED),
+                    self.loads,
+                    num_requests=self.num_requests,
+                )
+                if text.endswith(_TUNED)
+                else text
+            )
+            for text in texts
+        ]
 
     def _run_job_shops(self) -> None:
         """Nothing is drawn there: no loads, no seeds, and the answer is a gap to the best known."""
@@ -142,7 +173,7 @@ class Evaluate:
 
 def evaluated(
     scenario: Scenario,
-    policies: list[Policy],
+    policies: Sequence[Policy | OrderingPolicy],
     loads: tuple[float, ...],
     seeds: int,
     *,

@@ -10,8 +10,12 @@ from servegym.commands.console import make_console
 from servegym.commands.workload import chosen_scenario
 from servegym.costs.explain import costs_table
 from servegym.evaluate.harness import evaluate
-from servegym.export.resolve import resolve_policy
+from servegym.export.resolve import resolve_order, resolve_policy
+from servegym.policy.ordering import OrderingPolicy
+from servegym.policy.policy import Policy
 from servegym.workloads.readers import OnBadRow
+
+DEFAULT_POLICY = "prefix-load"
 
 
 @dataclass(frozen=True)
@@ -26,8 +30,9 @@ class Simulate:
     """`skip` leaves malformed rows of the trace out and says how many; `error` refuses the file."""
     rate_rps: float | None = None
     """Rate of the trace at load 1; by default 80 % of what the fleet can bear."""
-    policy: str = "prefix-load"
-    """Rule (see `servegym policies`) or exported policy.onnx."""
+    policy: str = DEFAULT_POLICY
+    """Rule (see `servegym policies`) or exported policy.onnx; for one engine that goes by
+    priorities an order (docs/preemption.md) or ordering.npz, by default fcfs."""
     load: float = 1.0
     """Factor on the arrival rate."""
     seeds: int = 3
@@ -44,7 +49,11 @@ class Simulate:
         if self.explain:
             for entry in scenario.fleet:
                 console.print(costs_table(entry.gpu, scenario.step_cost(entry)))
-        policy = resolve_policy(self.policy)
+        policy: Policy | OrderingPolicy
+        if scenario.orders_requests:
+            policy = resolve_order("fcfs" if self.policy == DEFAULT_POLICY else self.policy)
+        else:
+            policy = resolve_policy(self.policy)
         result = evaluate(
             scenario,
             [policy],

@@ -9,12 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servegym.cluster.simulator import Simulator
+from servegym.cluster.spec import ClusterSpec, Episode
 from servegym.errors import ConfigError
 from servegym.evaluate.compare import Difference, Ratio, paired_difference, paired_ratio
 from servegym.evaluate.metrics import measure
+from servegym.policy.ordering import OrderingPolicy, OrderingRule
 from servegym.policy.policy import Policy
 from servegym.policy.run import run, time_decisions
+from servegym.policy.run_ordering import make_simulator, run_ordering, time_orders
 from servegym.scenario import Scenario
+from servegym.typing import FloatArray
 
 #: Held-out seeds start here; training and tuning use smaller ones or none.
 FIRST_SEED = 1_000_000
@@ -116,7 +120,7 @@ class Evaluation:
 
 def evaluate(
     scenario: Scenario,
-    policies: Sequence[Policy],
+    policies: Sequence[Policy | OrderingPolicy],
     *,
     loads: Sequence[float] = (1.0,),
     num_seeds: int = 10,
@@ -128,7 +132,8 @@ def evaluate(
 
     Args:
         scenario: What to play.
-        policies: What to compare; names must differ.
+        policies: What to compare; names must differ. Orders if the scenario is one engine that
+            goes by priorities, else policies of dispatch.
         loads: Factors on the arrival rate.
         num_seeds: Episodes per load.
         first_seed: Their seeds count from here.
@@ -150,7 +155,9 @@ def evaluate(
         [(p.name, p.information) for p in policies],
         list(loads),
         seeds,
-        learned=[p.name for p in policies if not hasattr(p, "decide")],
+        learned=[
+            p.name for p in policies if not (hasattr(p, "decide") or isinstance(p, OrderingRule))
+        ],
     )
     spec = scenario.spec
     done = 0
@@ -158,8 +165,7 @@ def evaluate(
         episodes = [scenario.episode(s, load=load, num_requests=num_requests) for s in seeds]
         for policy in policies:
             progress(f"{policy.name} at load {load:g}", done / (len(loads) * len(policies)))
-            simulator = Simulator(spec, episodes, record=True)
-            run(simulator, policy, seed=first_seed)
+            simulator = _played(spec, episodes, policy, first_seed)
             for env, seed in enumerate(seeds):
                 outcomes, steps = simulator.outcomes(env), simulator.steps(env)
                 metrics = measure(
@@ -169,7 +175,7 @@ def evaluate(
                 if env == 0:
                     result.trails[policy.name, load] = Trail(outcomes, steps)
             if policy.name not in result.decision_s:
-                taken = time_decisions(policy, Simulator(spec, episodes[:1]))
+                taken = _time(policy, spec, episodes[:1])
                 result.decision_s[policy.name] = (
                     float(np.median(taken)),
                     float(np.percentile(taken, 99)),
@@ -177,3 +183,23 @@ def evaluate(
             done += 1
     progress("done", 1.0)
     return result
+
+
+def _played(
+    spec: ClusterSpec, episodes: list[Episode], policy: Policy | OrderingPolicy, seed: int
+) -> Simulator:
+    if isinstance(policy, OrderingPolicy):
+        simulator = make_simulator(spec, episodes, policy, record=True)
+        run_ordering(simulator, policy)
+    else:
+        simulator = Simulator(spec, episodes, record=True)
+        run(simulator, policy, seed=seed)
+    return simulator
+
+
+def _time(
+    policy: Policy | OrderingPolicy, spec: ClusterSpec, episodes: list[Episode]
+) -> FloatArray:
+    if isinstance(policy, OrderingPolicy):
+        return time_orders(policy, make_simulator(spec, episodes, policy))
+    return time_decisions(policy, Simulator(spec, episodes))

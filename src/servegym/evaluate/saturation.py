@@ -9,6 +9,7 @@ import numpy as np
 from servegym.errors import ConfigError
 from servegym.evaluate.harness import FIRST_SEED, evaluate
 from servegym.evaluate.workflow import evaluate_workflows
+from servegym.policy.ordering import OrderingPolicy
 from servegym.policy.policy import Policy
 from servegym.scenario import Scenario
 from servegym.workflow.online.policy import WorkflowPolicy
@@ -17,7 +18,7 @@ from servegym.workflow_scenario import WorkflowScenario
 
 def saturation_load(
     scenario: Scenario,
-    policy: Policy,
+    policy: Policy | OrderingPolicy,
     attainment: float,
     *,
     num_seeds: int = 3,

@@ -1,0 +1,38 @@
+"""Least KV still to be held over time first: tokens left, times the KV held meanwhile."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from servegym.policy.ordering import OrderingFeature, OrderingRule
+from servegym.typing import FloatArray
+
+_PROMPT = int(OrderingFeature["PROMPT_TOKENS"])
+_GENERATED = int(OrderingFeature["GENERATED_TOKENS"])
+_REMAINING = int(OrderingFeature["PREDICTED_REMAINING_TOKENS"])
+
+
+def order(features: FloatArray, memory: FloatArray, params: FloatArray) -> FloatArray:
+    """Score; see `policy.ordering`."""
+    remaining = features[:, _REMAINING]
+    held = features[:, _PROMPT] + features[:, _GENERATED] + 0.5 * remaining
+    score: FloatArray = remaining * np.power(held, params[0])
+    return score
+
+
+def footprint(weight: float = 1.0) -> OrderingRule:
+    """Least KV still to be held over time first: tokens left, times the KV held meanwhile.
+
+    Where KV is what is short, a request costs others the blocks it holds as long as it holds them.
+
+    Args:
+        weight: Exponent of the KV held; 0 is `srpt`.
+    """
+    return OrderingRule(
+        "footprint",
+        "predictive",
+        order,
+        params=np.array([weight]),
+        param_names=("weight",),
+        reference="weighted shortest processing time (Smith 1956) on KV-seconds",
+    )
