@@ -76,7 +76,7 @@ class Search:
     """A normal distribution over the weights, narrowed around the best of each generation.
 
     Attributes:
-        mean: Its means, `float64[NUM_PAIR_FEATURES]`.
+        mean: Its means, `float64[weights]`.
         spread: Its standard deviations, same shape.
         generation: How many there have been.
     """
@@ -117,9 +117,26 @@ class Search:
         """
         if not 1 <= elite <= size:
             raise ConfigError(f"elite must be within 1..{size}, got {elite}")
-        tried = self.mean + self.spread * rng.normal(size=(size, len(self.mean)))
+        tried = self.draw(rng, size)
+        return self.update(tried, np.array([loss(theta) for theta in tried]), elite)
+
+    def draw(self, rng: np.random.Generator, size: int) -> FloatArray:
+        """Draw the candidates of a generation, the mean first, `float64[size, weights]`."""
+        tried: FloatArray = self.mean + self.spread * rng.normal(size=(size, len(self.mean)))
         tried[0] = self.mean
-        found = np.array([loss(theta) for theta in tried])
+        return tried
+
+    def update(self, tried: FloatArray, found: FloatArray, elite: int) -> float:
+        """Narrow the distribution around the best.
+
+        Args:
+            tried: Candidates, `float64[size, weights]`.
+            found: Their losses, `float64[size]`.
+            elite: Best ones that make the next distribution.
+
+        Returns:
+            Mean loss of the best.
+        """
         best = np.argsort(found)[:elite]
         share = np.log(elite + 0.5) - np.log(np.arange(1, elite + 1))
         share /= share.sum()

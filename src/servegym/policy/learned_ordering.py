@@ -15,7 +15,7 @@ from servegym.typing import Float32Array, FloatArray
 
 _RUNNING = int(OrderingFeature["IS_RUNNING"])
 #: Normalised features are kept within this.
-_CLIP = 10.0
+CLIP = 10.0
 
 
 class OrderingWeights(NamedTuple):
@@ -62,7 +62,7 @@ def normalise(features: FloatArray, weights: OrderingWeights) -> Float32Array:
     x = np.copysign(np.log1p(np.abs(x)), x)
     x -= weights.mean
     x /= weights.scale
-    return np.clip(x, -_CLIP, _CLIP, out=x)
+    return np.clip(x, -CLIP, CLIP, out=x)
 
 
 class MlpOrdering:

@@ -46,7 +46,7 @@ def _advance_to_asks(p: Params, s: State, reasons: IntArray) -> int:
 
 
 @kernel
-def _read(
+def read_asked(
     p: Params, s: State, reasons: IntArray, rows: FloatArray, requests: IntArray, envs: IntArray
 ) -> None:
     """Write the rows of all environments that ask, one after the other."""
@@ -138,7 +138,7 @@ def _next_asks(simulator: Simulator) -> tuple[FloatArray, IntArray, IntArray]:
         simulator.grow_logs()
     rows = np.empty((num_rows, NUM_ORDERING_FEATURES))
     requests, envs = np.empty(num_rows, np.int64), np.empty(num_rows, np.int64)
-    _read(simulator.params, simulator.state, simulator.reasons, rows, requests, envs)
+    read_asked(simulator.params, simulator.state, simulator.reasons, rows, requests, envs)
     return rows, requests, envs
 
 

@@ -1,0 +1,123 @@
+"""Whole episodes under many perceptrons in compiled code, for a search over their weights."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from servegym.cluster.jit import inlined, kernel
+from servegym.cluster.kernels import advance, apply
+from servegym.cluster.priority import resume
+from servegym.cluster.simulator import Simulator
+from servegym.cluster.spec import ClusterSpec, Episode
+from servegym.cluster.state import ASK_ORDER, DECISION, SCHEDULE, Params, State
+from servegym.policy.learned_ordering import CLIP
+from servegym.policy.ordering import NUM_ORDERING_FEATURES
+from servegym.policy.ordering_rows import write_row
+from servegym.policy.run_ordering import require_one_engine
+from servegym.typing import FloatArray
+
+
+class Perceptrons(NamedTuple):
+    """Perceptrons with one hidden layer, as `learned_ordering.OrderingWeights` has one.
+
+    Attributes:
+        mean: `float64[F]`, the same for all.
+        scale: `float64[F]`.
+        hidden: `float64[C, F, H]`.
+        hidden_bias: `float64[C, H]`.
+        out: `float64[C, H, 2]`.
+    """
+
+    mean: FloatArray
+    scale: FloatArray
+    hidden: FloatArray
+    hidden_bias: FloatArray
+    out: FloatArray
+
+
+@inlined
+def _score(n: Perceptrons, c: int, row: FloatArray, head: int) -> float:
+    """Score one row; the row is normalised in place."""
+    for k in range(row.shape[0]):
+        x = math.copysign(math.log1p(abs(row[k])), row[k])
+        row[k] = min(max((x - n.mean[k]) / n.scale[k], -CLIP), CLIP)
+    total = 0.0
+    for h in range(n.hidden.shape[2]):
+        x = n.hidden_bias[c, h]
+        for k in range(row.shape[0]):
+            x += row[k] * n.hidden[c, k, h]
+        if x > 0.0:
+            total += x * n.out[c, h, head]
+    return total
+
+
+@inlined
+def _order(p: Params, s: State, e: int, n: Perceptrons, c: int, row: FloatArray) -> None:
+    """Write the keys of all requests of the engine that asks."""
+    r = s.env[e].scheduling
+    for running in range(2):
+        request = s.replica[e, r].run_head if running else s.replica[e, r].wait_head
+        while request >= 0:
+            write_row(p, s, e, r, request, running > 0, row)
+            s.order[e, request].key = _score(n, c, row, running)
+            request = s.request[e, request].next_request
+    s.forming[e, r].keyed = 1
+
+
+@kernel
+def _play(
+    p: Params, s: State, n: Perceptrons, first: int, stop: int, per: int, row: FloatArray
+) -> None:
+    """Play environments `first..stop-1` to their ends, `per` of them under each perceptron."""
+    for e in range(first, stop):
+        while True:
+            reason = advance(p, s, e)
+            if reason == DECISION:
+                apply(p, s, e, 0)  # there is one replica
+            elif reason == SCHEDULE:
+                _order(p, s, e, n, e // per, row)
+                resume(p, s, e)
+            else:
+                break
+
+
+def play_perceptrons(
+    spec: ClusterSpec, episodes: Sequence[Episode], nets: Perceptrons, num_threads: int = 1
+) -> Simulator:
+    """Play the same episodes under every perceptron.
+
+    Args:
+        spec: The cluster.
+        episodes: What is played.
+        nets: Who orders the requests.
+        num_threads: Threads that share the work.
+
+    Returns:
+        The simulator, all episodes at their ends: those of the first perceptron, then the next's.
+    """
+    per, count = len(episodes), len(nets.hidden)
+    simulator = Simulator(spec, list(episodes) * count, asks=ASK_ORDER)
+    require_one_engine(simulator)
+    edges = np.linspace(0, per * count, num_threads + 1).astype(int).tolist()
+    with ThreadPoolExecutor(num_threads) as pool:
+        jobs = [
+            pool.submit(
+                _play,
+                simulator.params,
+                simulator.state,
+                nets,
+                *pair,
+                per,
+                np.empty(NUM_ORDERING_FEATURES),
+            )
+            for pair in itertools.pairwise(edges)
+        ]
+        for job in jobs:
+            job.result()
+    return simulator
