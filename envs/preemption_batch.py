@@ -10,7 +10,7 @@ from gymnasium import spaces
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import Episode
 from servegym.cluster.state import ASK_PICK, ASK_PICK_OR_NONE
-from servegym.envs.preemption_kernels import begin, step_range, write_choice
+from servegym.envs.preemption_kernels import Output, Settings, begin, step_range, write_choice
 from servegym.envs.request_batch import RequestBatch
 from servegym.errors import ConfigError, InvalidAction
 from servegym.policy.ordering import NUM_ORDERING_FEATURES, ORDERING_FEATURES, OrderingFeature
@@ -63,13 +63,27 @@ class PreemptionBatch(RequestBatch):
         rows = max_waiting + self.max_running
         self.num_actions = rows + allow_none
         self._asks = ASK_PICK_OR_NONE if allow_none else ASK_PICK
-        self._by_arrival = queue_order == "arrival"
+        self._settings = Settings(
+            by_arrival=queue_order == "arrival",
+            goodput=self.objective == "goodput",
+            scale=float(self._scale),
+            width=max_waiting,
+        )
         self.requests: Float32Array = np.zeros((num_envs, rows, NUM_ORDERING_FEATURES), np.float32)
         self.engine: Float32Array = np.zeros((num_envs, len(ENGINE_FEATURES)), np.float32)
         self.kind: Int8Array = np.zeros(num_envs, np.int8)
         self.mask: Int8Array = np.zeros((num_envs, self.num_actions), np.int8)
-        self._ids: IntArray = np.zeros((num_envs, rows), np.int64)
-        self._earned: FloatArray = np.zeros(num_envs)
+        self._output = Output(
+            self.requests,
+            self.engine,
+            self.kind,
+            self.mask,
+            np.zeros((num_envs, rows), np.int64),
+            np.zeros(num_envs),
+            self.reward,
+            self.done,
+            self.dt_s,
+        )
 
     def observation_space(self) -> spaces.Dict:
         """Space of one environment's observation, from the contract."""
@@ -112,11 +126,18 @@ class PreemptionBatch(RequestBatch):
                     f"none of {_MAX_DRAWS} episodes of {self.scenario.name} has a choice: "
                     "raise load or num_requests"
                 )
-            write_choice(*self._core(), env, *self._how(), *self._where())
+            write_choice(
+                self.simulator.params,
+                self.simulator.state,
+                self._settings,
+                self._output,
+                env,
+                *self._memory(),
+            )
             self.done[env] = False
             self.reward[env] = 0.0
             self.dt_s[env] = 0.0
-            self._earned[env] = 0.0
+            self._output.earned[env] = 0.0
 
     def _load_episode(self, env: int, episode: Episode) -> None:
         if self._simulator is None:
@@ -126,20 +147,9 @@ class PreemptionBatch(RequestBatch):
         else:
             self._simulator.load(env, episode)
 
-    def _core(self) -> tuple[Any, Any]:
-        return self.simulator.params, self.simulator.state
-
-    def _how(self) -> tuple[bool, int, FloatArray, FloatArray]:
-        """How a choice is written, with working memory of its own."""
-        return (
-            self._by_arrival,
-            self.max_waiting,
-            np.empty(NUM_ORDERING_FEATURES),
-            np.empty(self.max_waiting),
-        )
-
-    def _where(self) -> tuple[Any, ...]:
-        return self.requests, self.engine, self.kind, self.mask, self._ids
+    def _memory(self) -> tuple[FloatArray, FloatArray]:
+        """Make working memory for one thread."""
+        return np.empty(NUM_ORDERING_FEATURES), np.empty(self.max_waiting)
 
     def step(self, actions: IntArray, active: BoolArray) -> None:
         """Pick a request in every active environment.
@@ -157,23 +167,18 @@ class PreemptionBatch(RequestBatch):
                 f"action {int(actions[bad[0]])} is not allowed in environment {bad[0]}: "
                 f"choose one of {np.flatnonzero(self.mask[bad[0]]).tolist()} (see action_mask)"
             )
-        goodput, scale = self.objective == "goodput", float(self._scale)
 
         def step(first: int, stop: int) -> None:
             step_range(
-                *self._core(),
+                self.simulator.params,
+                self.simulator.state,
+                self._settings,
+                self._output,
                 first,
                 stop,
                 actions,
                 active,
-                goodput,
-                scale,
-                *self._how(),
-                *self._where(),
-                self._earned,
-                self.reward,
-                self.done,
-                self.dt_s,
+                *self._memory(),
             )
 
         self.in_ranges(step)

@@ -20,7 +20,7 @@ import numpy as np
 from servegym.baselines.ordering.registry import ordering_policy
 from servegym.cluster.spec import Episode
 from servegym.errors import ConfigError
-from servegym.policy.learned_ordering import MlpOrdering, OrderingWeights
+from servegym.policy.learned_ordering import OrderingWeights
 from servegym.policy.ordering import NUM_ORDERING_FEATURES, OrderingFeature, OrderingPolicy
 from servegym.policy.play_perceptron import Perceptrons, play_perceptrons
 from servegym.policy.run_ordering import make_simulator, run_ordering
@@ -30,8 +30,8 @@ from servegym.typing import FloatArray
 
 _log = logging.getLogger(__name__)
 
-#: Features that differ between the requests of an engine; the others cannot change an order alone.
-_OWN = [int(f) for f in OrderingFeature if int(f) < int(OrderingFeature["NUM_RUNNING"])][1:]
+#: The request's own features; the engine's are the same in all rows and change no linear order.
+_OWN = range(int(OrderingFeature["COMPUTED_TOKENS"]), int(OrderingFeature["NUM_RUNNING"]))
 #: Validation episodes' seeds count from here; those that are held out begin at 1,000,000.
 _VALIDATION_SEED = 500_000
 #: Rows that say how features are distributed.
@@ -59,8 +59,8 @@ class OrderingTraining:
     load: tuple[float, float] = (0.6, 1.1)
     max_minutes: float = 10.0
     num_hidden: int = 8
-    num_candidates: int = 24
-    num_episodes: int = 8
+    num_candidates: int = 48
+    num_episodes: int = 12
     num_validation: int = 32
     num_requests: int | None = None
     num_threads: int = 2
@@ -76,17 +76,16 @@ class Trained:
         loss: Its mean loss on the validation episodes, see `losses`.
         base_loss: That of `srpt`.
         generations: Of both searches.
+        spent_s: Wall-clock time of both.
         samples: Rows of features, `float64[n, NUM_ORDERING_FEATURES]`.
-        history: One row a generation: stage, generation, loss of the mean on validation episodes
-            if taken, seconds.
     """
 
     weights: OrderingWeights
     loss: float
     base_loss: float
     generations: int
+    spent_s: float
     samples: FloatArray
-    history: list[dict[str, float]]
 
 
 def losses(scenario: Scenario, state_env: np.ndarray) -> FloatArray:
@@ -136,9 +135,12 @@ class OrderingTrainer:
         self.samples = self._sample()
         logs = np.copysign(np.log1p(np.abs(self.samples)), self.samples)
         self._mean = logs.mean(0)
-        self._scale = np.maximum(logs.std(0), 1e-3)
+        spread = logs.std(0)
+        # of a feature that never differs in training nothing is learned: it is given no weight
+        self._varies = spread > 1e-6
+        self._scale = np.where(self._varies, spread, 1.0)
+        self._linear = [k for k in _OWN if self._varies[k]]
         self._begin_s = time.monotonic()
-        self.history: list[dict[str, float]] = []
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"kind": "ordering", **asdict(config)}, indent=2)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
@@ -172,7 +174,7 @@ class OrderingTrainer:
 
         A linear score passes two hidden units, one for each sign.
         """
-        count, own = len(thetas), len(_OWN)
+        count, own = len(thetas), len(self._linear)
         linear, free = np.split(thetas, [2 * own], axis=1)
         extra = free.shape[1] // (NUM_ORDERING_FEATURES + 3)
         hidden = np.zeros((count, NUM_ORDERING_FEATURES, 4 + extra))
@@ -180,12 +182,13 @@ class OrderingTrainer:
         out = np.zeros((count, 4 + extra, 2))
         for head in range(2):
             direction = linear[:, head * own : (head + 1) * own]
-            hidden[:, _OWN, 2 * head] = direction
-            hidden[:, _OWN, 2 * head + 1] = -direction
+            hidden[:, self._linear, 2 * head] = direction
+            hidden[:, self._linear, 2 * head + 1] = -direction
             out[:, 2 * head, head] = 1.0
             out[:, 2 * head + 1, head] = -1.0
         parts = free.reshape(count, extra, NUM_ORDERING_FEATURES + 3)
-        hidden[:, :, 4:] = parts[:, :, :NUM_ORDERING_FEATURES].transpose(0, 2, 1)
+        inputs = parts[:, :, :NUM_ORDERING_FEATURES] * self._varies
+        hidden[:, :, 4:] = inputs.transpose(0, 2, 1)
         bias[:, 4:] = parts[:, :, NUM_ORDERING_FEATURES]
         out[:, 4:] = parts[:, :, NUM_ORDERING_FEATURES + 1 :]
         return Perceptrons(self._mean, self._scale, hidden, bias, out)
@@ -207,8 +210,8 @@ class OrderingTrainer:
 
     def _first_guess(self) -> FloatArray:
         """Shortest remaining first, for both heads."""
-        theta = np.zeros((2, len(_OWN)))
-        theta[:, _OWN.index(int(OrderingFeature["PREDICTED_REMAINING_TOKENS"]))] = 1.0
+        theta = np.zeros((2, len(self._linear)))
+        theta[:, self._linear.index(int(OrderingFeature["PREDICTED_REMAINING_TOKENS"]))] = 1.0
         return theta.ravel()
 
     def run(self, progress: Callable[[str, float], None] = lambda text, share: None) -> Trained:
@@ -242,7 +245,8 @@ class OrderingTrainer:
             weights=(nets.hidden[0].astype(np.float32), nets.out[0].astype(np.float32)),
             biases=(nets.hidden_bias[0].astype(np.float32), np.zeros(2, np.float32)),
         )
-        return Trained(weights, best_loss, base_loss, generations, self.samples, self.history)
+        spent_s = time.monotonic() - self._begin_s
+        return Trained(weights, best_loss, base_loss, generations, spent_s, self.samples)
 
     def _search(
         self,
@@ -266,23 +270,16 @@ class OrderingTrainer:
             if search.generation >= next_check or over:
                 next_check = search.generation + 5
                 found = float(self.loss(search.mean[None], self._validation)[0])
-                row = {"generation": float(search.generation), "validation_loss": found}
-                self._note(stage, row)
+                self._note(stage, search.generation, found)
                 if found < best_loss:
                     best, best_loss = search.mean.copy(), found
             progress(f"{stage}, best validation loss {best_loss:.4f}", min(spent, 1.0))
             if over:
                 return best, best_loss
 
-    def _note(self, stage: str, row: dict[str, float]) -> None:
-        self.history.append(row)
-        spent_s = time.monotonic() - self._begin_s
-        line = json.dumps({"stage": stage, "spent_s": round(spent_s, 1), **row})
+    def _note(self, stage: str, generation: int, loss: float) -> None:
+        spent_s = round(time.monotonic() - self._begin_s, 1)
+        row = {"stage": stage, "spent_s": spent_s, "generation": generation, "loss": loss}
         with (self.folder / "history.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-        _log.info("%s", line)
-
-
-def as_policy(weights: OrderingWeights, name: str) -> MlpOrdering:
-    """Return trained weights as an order."""
-    return MlpOrdering(weights, information="predictive", name=name)
+            file.write(json.dumps(row) + "\n")
+        _log.info("%s", row)

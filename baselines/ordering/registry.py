@@ -46,7 +46,7 @@ _BOUNDS = {
 #: `(low, high, logarithmic)` of the parameters that tuning tries.
 ORDER_RANGES: dict[str, dict[str, tuple[float, float, bool]]] = {
     "edf": {"hopeless_last": (0.0, 1.0, False)},
-    "footprint": {"weight": (0.0, 1.5, False)},
+    "footprint": {"weight": (0.0, 4.0, False)},
     "least-slack": {"hopeless_last": (0.0, 1.0, False)},
     "ltr": {"starvation": (50.0, 20000.0, True), "period": (5.0, 500.0, True)},
     "mlfq": {"quantum_s": (0.05, 50.0, True), "starvation_s": (1.0, 1000.0, True)},

@@ -305,7 +305,7 @@ def test_compiled_perceptrons_play_as_exported_ones_do(num_threads):
 def test_scores_that_are_not_finite_are_refused():
     spec, episode = make_case(0)
     rule = OrderingRule("broken", "blind", lambda f, m, p: np.full(len(f), np.nan))
-    with pytest.raises(PolicyError, match="broken must give .* finite scores, got 0"):
+    with pytest.raises(PolicyError, match=r"broken must give .* finite scores, got 0"):
         run_ordering(make_simulator(spec, [episode], rule), rule)
 
 

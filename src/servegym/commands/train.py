@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from servegym.commands.console import make_console
+from servegym.commands.train_ordering import train_order
 from servegym.commands.train_workflow import JOB_SHOP, train_scheduler
 from servegym.commands.workload import trace_scenario
 from servegym.errors import ConfigError
+from servegym.scenario import load_scenario
 from servegym.workflow_scenario import is_workflow_scenario
 
 if TYPE_CHECKING:
@@ -28,10 +30,13 @@ def require_torch() -> None:
 
 @dataclass(frozen=True)
 class Train:
-    """Train a PPO dispatcher and export it; a killed run goes on where its checkpoint is."""
+    """Train a PPO dispatcher and export it; a killed run goes on where its checkpoint is.
+
+    For jobs, a scheduler; for one engine that goes by priorities, the order of its requests.
+    """
 
     scenario: str = "mixed-chat"
-    """Bundled scenario name or YAML file, of requests or of jobs, or `job-shop`."""
+    """Bundled scenario name or YAML file, of requests, of one engine or of jobs, or `job-shop`."""
     trace: str | None = None
     """Train on this trace, or log of a router, instead of the scenario's workload."""
     rate_rps: float | None = None
@@ -77,6 +82,9 @@ class Train:
         scenario = self.scenario
         if self.trace:
             scenario = trace_scenario(scenario, self.trace, self.rate_rps, self.out)
+        if load_scenario(scenario).orders_requests:
+            self._train_order(scenario)
+            return
         path = trained(
             self.out,
             base=self.base or "added-delay",
@@ -92,15 +100,24 @@ class Train:
         )
         make_console().print(f"policy: {path}\ntensorboard --logdir {self.out}")
 
-    def _train_scheduler(self) -> None:
+    def _refuse(self, options: tuple[str, ...], why: str) -> None:
+        """Refuse options that mean nothing here."""
         usual = {f.name: f.default for f in fields(self)}
-        options = ("trace", "rate_rps", "decisions", "imitate", "context", "num_envs", "device")
         for option in options:
             if getattr(self, option) != usual[option]:
-                raise ConfigError(
-                    f"--{option.replace('_', '-')} is for scenarios of requests, and"
-                    f" {self.scenario} is one of jobs: leave it out"
-                )
+                raise ConfigError(f"--{option.replace('_', '-')} is for {why}: leave it out")
+
+    def _train_order(self, scenario: str) -> None:
+        options = ("decisions", "base", "imitate", "context", "num_envs", "device")
+        self._refuse(options, f"scenarios of several replicas, and {self.scenario} has one engine")
+        path = train_order(
+            self.out, minutes=self.minutes, scenario=scenario, load=self.load, seed=self.seed
+        )
+        make_console().print(f"order: {path}")
+
+    def _train_scheduler(self) -> None:
+        options = ("trace", "rate_rps", "decisions", "imitate", "context", "num_envs", "device")
+        self._refuse(options, f"scenarios of requests, and {self.scenario} is one of jobs")
         given = {} if self.num_jobs is None else {"num_jobs": self.num_jobs}
         path = train_scheduler(
             self.out,
@@ -138,7 +155,6 @@ def trained(out: Path, *, base: str, context: str = "mean", **settings: Any) -> 
 def network_config(scenario: str, base: str, params: tuple[float, ...], context: str) -> Any:
     """Shape of the network for a scenario's action space."""
     from servegym.agents.network import NetworkConfig
-    from servegym.scenario import load_scenario
 
     actions = load_scenario(scenario).actions
     return NetworkConfig(

@@ -1,0 +1,42 @@
+"""`servegym train` for a scenario of one engine: the order of its requests."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from servegym.export.ordering import save_ordering
+from servegym.train.ordering import OrderingTrainer, OrderingTraining
+
+#: Where a run stops that was given no time.
+DEFAULT_MINUTES = 10.0
+
+
+def train_order(out: Path, *, minutes: float, **settings: Any) -> Path:
+    """Train as `OrderingTraining` says and write `out/ordering.npz` with its manifest."""
+    config = OrderingTraining(
+        max_minutes=DEFAULT_MINUTES if minutes == float("inf") else minutes, **settings
+    )
+    trainer = OrderingTrainer(config, out)
+    logging.getLogger("servegym.train.ordering").setLevel(logging.INFO)
+    columns = (TextColumn("[bold]{task.description}"), BarColumn())
+    with Progress(*columns, TimeRemainingColumn()) as bar:
+        task = bar.add_task("training", total=1.0)
+        found = trainer.run(lambda text, share: bar.update(task, description=text, completed=share))
+    return save_ordering(
+        found.weights,
+        out,
+        found.samples,
+        training={
+            "algorithm": "cross-entropy search",
+            "scenario": config.scenario,
+            "generations": found.generations,
+            "minutes": round(found.spent_s / 60.0, 2),
+            "seed": config.seed,
+            "validation_loss": round(found.loss, 5),
+            "validation_loss_srpt": round(found.base_loss, 5),
+        },
+    )
