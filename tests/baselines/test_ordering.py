@@ -120,6 +120,15 @@ def test_srpt_goes_by_what_is_left():
     assert first_victim("srpt", *rows) == 1
 
 
+def test_footprint_weighs_tokens_left_with_the_kv_they_hold():
+    # 50 left of 100 prompt tokens hold 125 on average, 20 left of 900 hold 910
+    rows = ({}, {"prompt_tokens": 900.0, "predicted_remaining_tokens": 20})
+    assert scores("footprint", *rows) == [50 * 125, 20 * 910]
+    assert admitted("footprint", *rows) == [0, 1]
+    assert admitted("footprint:weight=0", *rows) == admitted("srpt", *rows) == [1, 0]
+    assert first_victim("footprint", *rows) == 1
+
+
 def test_trail_spares_those_that_are_nearly_done():
     # 160 of 200 predicted tokens are 0.8 of them
     rows = (

@@ -12,6 +12,7 @@ from servegym.cluster.kernels import is_allowed
 from servegym.cluster.priority import resume
 from servegym.cluster.reference import ReferenceSimulator
 from servegym.cluster.simulator import Simulator
+from servegym.cluster.spec import ClusterSpec, Episode, ReplicaType, SloClass
 from servegym.cluster.state import (
     ASK_EACH_STEP,
     ASK_NOTHING,
@@ -24,8 +25,9 @@ from servegym.cluster.state import (
     RUNNING,
     SCHEDULE,
 )
+from servegym.workloads.table import RequestTable
 
-from .strategies import choose, random_case
+from .strategies import choose, random_case, random_grid
 
 
 @kernel
@@ -137,3 +139,41 @@ def assert_equal(seed: int, asks: int) -> int:
 def test_compiled_and_plain_engine_agree_on_random_scenarios(block, asks):
     asked = sum(assert_equal(seed, asks) for seed in range(40 * block, 40 * block + 40))
     assert (asked > 100) == (asks != ASK_NOTHING)
+
+
+def flat_grid(step_s):
+    """A step takes so long, whatever is in it."""
+    grid = random_grid(np.random.default_rng(0))
+    zero = {
+        name: np.zeros_like(getattr(grid, name))
+        for name in ("dense_s", "prefill_s", "decode_s", "mixed_s")
+    }
+    return replace(grid, cpu_s=step_s, empty_tiles_s=0.0, **zero)
+
+
+def test_a_request_that_preempts_itself_leaves_those_behind_it_out_of_the_step():
+    # blocks of 4 tokens, 4 of them; each request has 3 prompt and 6 output tokens, and one is
+    # admitted at 0, 1 and 2 s. At 3 s all blocks are held when the second, the least urgent, wants
+    # one for its fifth token: it preempts itself, and the third gets nothing in that step
+    kind = ReplicaType("t", flat_grid(1.0), 4, 64, 3, engine="vllm-priority")
+    table = RequestTable.build(
+        np.array([0.0, 0.5, 1.5]),
+        np.full(3, 3),
+        np.full(3, 6),
+        slo_class=np.array([0, 2, 1], np.int16),
+    )
+    spec = ClusterSpec((kind,), (SloClass(),) * 3, block_size=4)
+    episode = Episode(table, np.zeros(1, np.int16), np.ones(1))
+    sim = Simulator(spec, [episode], record=True)
+    while sim.advance()[0] == DECISION:
+        sim.apply(np.zeros(1, np.int64))
+    slow = ReferenceSimulator(spec, episode)
+    slow.run(lambda *_: 0)
+    fate = sim.outcomes()
+    assert fate["num_preemptions"].tolist() == [0, 1, 0]
+    # the third loses that one step; the second comes back, with 2 blocks, when the first has left
+    assert fate["finish_s"].round(6).tolist() == [6.0, 10.0, 9.0]
+    batches = sim.steps()
+    assert batches["num_decodes"][batches["end_s"].round(6) == 4.0].tolist() == [1]
+    want, got = (np.sort(x, order=["time_s", "request"]) for x in (slow.events(), sim.events()))
+    np.testing.assert_allclose(got["time_s"], want["time_s"], rtol=1e-12)
