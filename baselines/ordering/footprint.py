@@ -7,6 +7,7 @@ import numpy as np
 from servegym.policy.ordering import OrderingFeature, OrderingRule
 from servegym.typing import FloatArray
 
+_RUNNING = int(OrderingFeature["IS_RUNNING"])
 _PROMPT = int(OrderingFeature["PROMPT_TOKENS"])
 _GENERATED = int(OrderingFeature["GENERATED_TOKENS"])
 _REMAINING = int(OrderingFeature["PREDICTED_REMAINING_TOKENS"])
@@ -16,23 +17,26 @@ def order(features: FloatArray, memory: FloatArray, params: FloatArray) -> Float
     """Score; see `policy.ordering`."""
     remaining = features[:, _REMAINING]
     held = features[:, _PROMPT] + features[:, _GENERATED] + 0.5 * remaining
-    score: FloatArray = remaining * np.power(held, params[0])
+    power = np.where(features[:, _RUNNING] > 0.0, params[1], params[0])
+    score: FloatArray = remaining * np.power(held, power)
     return score
 
 
-def footprint(weight: float = 1.0) -> OrderingRule:
+def footprint(weight: float = 1.0, victim_weight: float = 1.0) -> OrderingRule:
     """Least KV still to be held over time first: tokens left, times the KV held meanwhile.
 
     Where KV is what is short, a request costs others the blocks it holds as long as it holds them.
 
     Args:
-        weight: Exponent of the KV held; 0 is `srpt`.
+        weight: Exponent of the KV held, among the waiting; with both at 0 it is `srpt`.
+        victim_weight: The same among the running. Whoever holds much frees much, but has much to
+            compute again.
     """
     return OrderingRule(
         "footprint",
         "predictive",
         order,
-        params=np.array([weight]),
-        param_names=("weight",),
+        params=np.array([weight, victim_weight]),
+        param_names=("weight", "victim_weight"),
         reference="weighted shortest processing time (Smith 1956) on KV-seconds",
     )

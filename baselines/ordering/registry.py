@@ -37,6 +37,7 @@ _RULES: dict[str, Callable[..., OrderingRule]] = {
 #: `(low, high)` of the parameters that are not just any number of at least 0.
 _BOUNDS = {
     "edf": {"hopeless_last": (0.0, 1.0)},
+    "footprint": {"victim_weight": (-10.0, 10.0), "weight": (-10.0, 10.0)},
     "least-slack": {"hopeless_last": (0.0, 1.0)},
     "ltr": {"period": (1.0, 1e9), "starvation": (1.0, 1e9)},
     "mlfq": {"growth": (1.1, 100.0), "quantum_s": (1e-6, 1e6)},
@@ -46,7 +47,7 @@ _BOUNDS = {
 #: `(low, high, logarithmic)` of the parameters that tuning tries.
 ORDER_RANGES: dict[str, dict[str, tuple[float, float, bool]]] = {
     "edf": {"hopeless_last": (0.0, 1.0, False)},
-    "footprint": {"weight": (0.0, 4.0, False)},
+    "footprint": {"weight": (0.0, 4.0, False), "victim_weight": (-2.0, 2.0, False)},
     "least-slack": {"hopeless_last": (0.0, 1.0, False)},
     "ltr": {"starvation": (50.0, 20000.0, True), "period": (5.0, 500.0, True)},
     "mlfq": {"quantum_s": (0.05, 50.0, True), "starvation_s": (1.0, 1000.0, True)},

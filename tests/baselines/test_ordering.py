@@ -127,6 +127,7 @@ def test_footprint_weighs_tokens_left_with_the_kv_they_hold():
     assert admitted("footprint", *rows) == [0, 1]
     assert admitted("footprint:weight=0", *rows) == admitted("srpt", *rows) == [1, 0]
     assert first_victim("footprint", *rows) == 1
+    assert first_victim("footprint:victim_weight=0", *rows) == 0
 
 
 def test_trail_spares_those_that_are_nearly_done():

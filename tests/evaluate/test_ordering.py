@@ -35,8 +35,8 @@ def test_orders_are_compared_on_the_same_requests(small):
 
 
 def test_tuning_finds_what_is_best_on_training_seeds(small):
-    text = tuned_order(small, "footprint", [1.5], num_seeds=2, num_values=3)
-    tried = ["footprint:weight=0", "footprint:weight=2", "footprint:weight=4"]
+    text = tuned_order(small, "trail", [1.5], num_seeds=2, num_values=3)
+    tried = ["trail:young=0.1", "trail:young=0.55", "trail:young=1"]
     losses = {t: order_loss(small, resolve_order(t), [1.5], 2) for t in tried}
     assert text == min(losses, key=losses.__getitem__)
     with pytest.raises(ConfigError, match="unknown tunable order 'srpt'"):
