@@ -329,6 +329,8 @@ def test_without_caching_or_interruptions_engines_serve_first_come_first_served(
     outcomes = play(replace(spec, prefix_caching=False), episode).outcomes()
     assert not outcomes["cached_tokens"].any()
     for r in range(episode.num_replicas):
+        if spec.types[episode.type_idx[r]].engine == "vllm-priority":
+            continue  # goes by class and arrival: one that was held at the router is not late
         mine = outcomes[outcomes["replica"] == r]
         mine = mine[np.argsort(mine["dispatch_s"], kind="stable")]
         assert (np.diff(mine["scheduled_s"]) >= 0).all()
