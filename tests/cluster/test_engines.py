@@ -168,7 +168,7 @@ def test_a_request_must_fit_what_an_engine_leaves_it(play):
 def test_engines_that_compute_prompts_whole_refuse_those_beyond_their_budget(engine):
     spec = cluster(engine, budget=8)
     episode = toy_episode([(0, 8, 2)])
-    if engine in ("vllm", "sglang"):
+    if engine in ("vllm", "vllm-priority", "sglang"):
         episode.validate(spec)
         return
     with pytest.raises(ConfigError, match=r"whole prompts.* must cover .* \(9 tokens\)"):

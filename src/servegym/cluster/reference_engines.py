@@ -279,8 +279,7 @@ class Vllm(Engine):
                 else:
                     decodes.append(q)
             while not preempted and self.waiting and budget > 0:
-                self.bring_first_to_front()
-                q = self.waiting[0]
+                q = self.first_waiting()
                 if len(self.running) >= self.type.max_num_seqs:
                     break
                 hit, unheld = self.cached(q)
@@ -290,6 +289,8 @@ class Vllm(Engine):
                     break
                 if not self.has_room(q, hit, unheld):
                     break
+                self.waiting.remove(q)
+                self.waiting.insert(0, q)
                 chunks.append(self.admit(hit, tokens))
                 budget -= tokens
             if chunks or decodes or not (preempted and self.waiting):
@@ -302,8 +303,9 @@ class Vllm(Engine):
         """Say who is preempted."""
         return self.running[-1]
 
-    def bring_first_to_front(self) -> None:
-        """Put the waiting request that is admitted next at the front of the queue."""
+    def first_waiting(self) -> Request:
+        """Say who is admitted next."""
+        return self.waiting[0]
 
     def may_chunk(self) -> bool:
         """Whether a prompt may be split over steps."""
@@ -330,9 +332,9 @@ class VllmPriority(Vllm):
         """See `Vllm.victim`."""
         return max(self.running, key=self.urgency)
 
-    def bring_first_to_front(self) -> None:
-        """See `Vllm.bring_first_to_front`."""
-        self.waiting.sort(key=self.urgency)
+    def first_waiting(self) -> Request:
+        """See `Vllm.first_waiting`."""
+        return min(self.waiting, key=self.urgency)
 
     def preempt(self, q: Request, *, to_front: bool = True) -> None:
         """See `Engine.preempt`."""
