@@ -9,7 +9,7 @@ from gymnasium import spaces
 
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import Episode
-from servegym.cluster.state import ASK_PICK, ASK_PICK_OR_NONE
+from servegym.cluster.state import ALWAYS, NEVER, WHERE_IT_MATTERS, Asks
 from servegym.envs.preemption_kernels import Output, Settings, begin, step_range, write_choice
 from servegym.envs.request_batch import RequestBatch
 from servegym.errors import ConfigError, InvalidAction
@@ -62,7 +62,11 @@ class PreemptionBatch(RequestBatch):
         self.max_running = self.scenario.spec.types[0].max_num_seqs
         rows = max_waiting + self.max_running
         self.num_actions = rows + allow_none
-        self._asks = ASK_PICK_OR_NONE if allow_none else ASK_PICK
+        self._asks = Asks(
+            dispatch=NEVER,
+            admit=ALWAYS if allow_none else WHERE_IT_MATTERS,
+            preempt=WHERE_IT_MATTERS,
+        )
         self._settings = Settings(
             by_arrival=queue_order == "arrival",
             goodput=self.objective == "goodput",
