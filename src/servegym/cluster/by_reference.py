@@ -31,16 +31,18 @@ class Reference(types.Type):
 
 
 @register_model(Reference)
-class _ReferenceModel(models.PrimitiveModel):  # type: ignore[misc]
+class _ReferenceModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: Reference) -> None:
-        super().__init__(dmm, fe_type, cgutils.voidptr_t)
+        super().__init__(dmm, fe_type, cgutils.voidptr_t)  # type: ignore[no-untyped-call]
 
 
 @infer_getattr
-class _Fields(AttributeTemplate):  # type: ignore[misc]
+class _Fields(AttributeTemplate):
     key = Reference
 
-    def generic_resolve(self, typ: Reference, attr: str) -> types.Type | None:
+    def generic_resolve(  # type: ignore[override]
+        self, typ: Reference, attr: str
+    ) -> types.Type | None:
         names = typ.target.fields
         return typ.target.types[names.index(attr)] if attr in names else None
 
@@ -80,6 +82,6 @@ def pass_by_reference(kind: type[tuple[Any, ...]]) -> None:
     """Let Numba pass NamedTuples of a class by reference."""
     tuple_typeof = typeof_impl.dispatch(tuple)
 
-    @typeof_impl.register(kind)  # type: ignore[untyped-decorator]
+    @typeof_impl.register(kind)
     def _typeof(value: Any, context: Any) -> Reference:
         return Reference(tuple_typeof(value, context))

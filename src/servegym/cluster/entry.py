@@ -48,7 +48,7 @@ def entry(place: int, result: types.Type, *arguments: types.Type) -> Callable[[_
         def face(*values: object) -> object:
             return compiled(*values)
 
-        class _Typing(AbstractTemplate):  # type: ignore[misc]
+        class _Typing(AbstractTemplate):
             key = face
 
             def generic(self, args: tuple[types.Type, ...], kws: object) -> Any:
@@ -70,7 +70,7 @@ def entry(place: int, result: types.Type, *arguments: types.Type) -> Callable[[_
             return builder.call(builder.inttoptr(address, kind.as_pointer()), args)
 
         made: Any = face
-        return made  # type: ignore[no-any-return]
+        return made
 
     return make
 
@@ -84,7 +84,7 @@ def addresses(params: types.Type, state: types.Type) -> IntArray:
         state: And of the state.
     """
     found = np.zeros(NUM_ENTRIES, np.int64)
-    if config.DISABLE_JIT:
+    if config.DISABLE_JIT:  # type: ignore[attr-defined]
         return found
     for place, (compiled, result, arguments) in _compiled.items():
         wanted = signature(result, params, state, *arguments)

@@ -225,6 +225,11 @@ class Engine:
     def stepped(self, decoded: bool, ended: int) -> None:
         """Note a step: whether requests decoded in it, and how many ended with it."""
 
+    def wake(self) -> None:
+        """A request has joined the queue: an idle engine starts, just after now."""
+        if math.isinf(self.due_s):
+            self.due_s = math.nextafter(self.sim.now_s, math.inf)
+
     def stop(self) -> list[Request]:
         """Fail: hand all requests back and forget everything."""
         if self.stepping:
