@@ -174,6 +174,14 @@ def load_episode(params: Params, state: State, env: int, episode: Episode) -> No
     request["prompt"] = table.prompt_tokens
     request["output"] = table.output_tokens
     request["slo_class"] = table.slo_class
+    request["after"] = table.after
+    request["delay_s"] = table.delay_s
+    request["first_after"] = -1
+    request["next_after"] = -1
+    for i in np.flatnonzero(table.after >= 0)[::-1].tolist():
+        first = request["first_after"]
+        request["next_after"][i] = first[table.after[i]]
+        first[table.after[i]] = i
     request["seg_first"] = table.prefix_offsets[:-1]
     request["seg_stop"] = table.prefix_offsets[1:]
     state.segment["key"][env, :m] = table.prefix_keys

@@ -134,7 +134,7 @@ def reject(p: Params, s: State, e: int, request: int) -> None:
     q.finish_s = now_s
     q.replica = -1
     log_event(p, s, e, now_s, EV_REJECT, request, -1, 0.0)
-    leave_system(s, e, now_s)
+    leave_system(s, e, request, now_s)
 
 
 @helper

@@ -30,6 +30,7 @@ from servegym.cluster.running import (
     preempt,
 )
 from servegym.cluster.state import (
+    ARRIVAL,
     DECODE,
     DOWN,
     EV_FINISH,
@@ -56,7 +57,7 @@ from servegym.cluster.steptime import (
     decode_steps_past,
     prefill_s,
 )
-from servegym.cluster.timers import set_turn
+from servegym.cluster.timers import set_timer, set_turn
 from servegym.engines import SGLANG, TRTLLM, VLLM_PRIORITY, VLLM_V0
 
 
@@ -302,7 +303,7 @@ def _finish(p: Params, s: State, e: int, r: int, request: int, now_s: float) -> 
     q.finish_s = now_s
     s.replica[e, r].emitted -= q.generated
     log_event(p, s, e, now_s, EV_FINISH, request, r, 0.0)
-    leave_system(s, e, now_s)
+    leave_system(s, e, request, now_s)
     forget_outstanding(s, e, r, request)
     output = q.output
     tpot = 0.0
@@ -328,9 +329,14 @@ def forget_outstanding(s: State, e: int, r: int, request: int) -> None:
 
 
 @inlined
-def leave_system(s: State, e: int, now_s: float) -> None:
-    """Count one request less in the system from now on."""
+def leave_system(s: State, e: int, request: int, now_s: float) -> None:
+    """Count one request less in the system from now on, and release those that wait for it."""
     env = s.env[e]
+    follower = s.request[e, request].first_after
+    while follower >= 0:
+        q = s.request[e, follower]
+        set_timer(s, e, now_s + q.delay_s, ARRIVAL, follower, follower)
+        follower = q.next_after
     env.area += env.in_system * (now_s - env.area_until_s)
     env.area_until_s = now_s
     env.in_system -= 1

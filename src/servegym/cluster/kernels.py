@@ -24,6 +24,7 @@ from servegym.cluster.running import blocks_for_steps
 from servegym.cluster.state import (
     ADMIT,
     ALWAYS,
+    ARRIVAL,
     DECISION,
     DECODE,
     DISPATCH,
@@ -40,6 +41,7 @@ from servegym.cluster.state import (
     NO_DECISION,
     NOBODY,
     ORDER,
+    PENDING,
     PREEMPT,
     QUEUED,
     REJECT,
@@ -77,16 +79,20 @@ def advance(p: Params, s: State, e: int) -> int:
     while env.num_ended < num_requests:
         if p.record and s.log.shape[1] - max(env.log_len, env.step_len) < 4 * size + 8:
             return LOG_FULL
-        timer_s, kind = math.inf, FAULT
+        timer_s, kind, order = math.inf, FAULT, 0
         if env.num_timers > 0:
             timer_s = s.timer[e, 0].time_s
             kind = s.timer[e, 0].kind
+            order = s.timer[e, 0].order
         engine_s = s.due[e, 0].time_s
         arrival_s = math.inf
         if env.next_arrival < num_requests:
             arrival_s = s.request[e, env.next_arrival].arrival_s
-        # at equal times: faults, engines, other timers, arrivals
-        if (timer_s < engine_s or (timer_s == engine_s and kind == FAULT)) and timer_s <= arrival_s:
+        # at equal times: faults, engines, other timers, arrivals in table order
+        if (timer_s < engine_s or (timer_s == engine_s and kind == FAULT)) and (
+            timer_s < arrival_s
+            or (timer_s == arrival_s and (kind < ARRIVAL or order < env.next_arrival))
+        ):
             env.now_s = timer_s
             _go_off(p, s, e)
         elif engine_s <= arrival_s:
@@ -99,8 +105,9 @@ def advance(p: Params, s: State, e: int) -> int:
             env.now_s = arrival_s
             request = env.next_arrival
             env.next_arrival += 1
+            while env.next_arrival < num_requests and s.request[e, env.next_arrival].after >= 0:
+                env.next_arrival += 1
             _arrive(p, s, e, request)
-            route(p, s, e, request)
         if env.decision != NO_DECISION:
             return DECISION
     return DONE
@@ -120,6 +127,9 @@ def _go_off(p: Params, s: State, e: int) -> None:
             measure(p, s, e, r, env.now_s, s.scraped)
         env.last_scrape_s = env.now_s
         set_timer(s, e, env.now_s + p.metrics_interval_s, SCRAPE, 0, 0)
+    elif kind == ARRIVAL:
+        s.request[e, subject].arrival_s = env.now_s
+        _arrive(p, s, e, subject)
     else:
         env.num_held -= kind == HOLD_OVER
         route(p, s, e, subject)
@@ -132,9 +142,9 @@ def _set_fault(s: State, e: int, i: int) -> None:
         set_timer(s, e, s.fault[e, i].time_s, FAULT, i, i)
 
 
-@inlined
+@helper
 def _arrive(p: Params, s: State, e: int, request: int) -> None:
-    """A request enters the system."""
+    """A request enters the system and wants a replica."""
     env = s.env[e]
     now_s = env.now_s
     env.area += env.in_system * (now_s - env.area_until_s)
@@ -146,7 +156,9 @@ def _arrive(p: Params, s: State, e: int, request: int) -> None:
         env.arrival_gap_s = gap if env.num_arrived == 1 else old + 0.02 * (gap - old)
     env.num_arrived += 1
     env.last_arrival_s = now_s
+    s.order[e, request].idle_since_s = now_s
     log_event(p, s, e, now_s, EV_ARRIVE, request, -1, 0.0)
+    route(p, s, e, request)
 
 
 @kernel
@@ -246,7 +258,9 @@ def reset_env(p: Params, s: State, e: int) -> None:
     env = s.env[e]
     for i in range(env.num_requests):
         q = s.request[e, i]
-        q.status = 0
+        q.status = PENDING
+        if q.after >= 0:
+            q.arrival_s = math.nan
         q.replica = -1
         q.computed = 0
         q.generated = 0

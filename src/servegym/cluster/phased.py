@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 
+from numba import types
+
 from servegym.cluster.blocks import take_for_chunk, take_for_decodes
+from servegym.cluster.entry import FORM_PHASE, entry
 from servegym.cluster.heap import set_event
 from servegym.cluster.jit import helper, inlined
 from servegym.cluster.running import (
@@ -31,7 +34,7 @@ RETRACT_DECODE_STEPS = 20
 CLIP_MAX_NEW_TOKENS = 4096
 
 
-@helper
+@entry(FORM_PHASE, types.void, types.int64, types.int64, types.float64)
 def form_phase(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     """Begin a step of prefills, else a stretch of decode steps, else be idle."""
     v = s.replica[e, r]

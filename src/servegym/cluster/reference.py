@@ -51,8 +51,9 @@ class ReferenceSimulator:
                     for k in range(table.prefix_offsets[i], table.prefix_offsets[i + 1])
                 ],
                 arrival_s=float(table.arrival_s[i]),
+                after=int(table.after[i]),
+                delay_s=float(table.delay_s[i]),
                 key=float(table.slo_class[i]),
-                idle_since_s=float(table.arrival_s[i]),
             )
             for i in range(len(table))
         ]
@@ -77,10 +78,13 @@ class ReferenceSimulator:
         return np.array(self._events, EVENT_DTYPE)
 
     def end(self, q: Request, kind: int, replica: int) -> None:
-        """A request leaves the system."""
+        """A request leaves the system; those that wait for it arrive after their delays."""
         self.log(kind, q.idx, replica)
         self.in_system -= 1
         self.ended += 1
+        for other in self.requests:
+            if other.after == q.idx:
+                self._set_arrival(other, self.now_s + other.delay_s)
 
     def allowed(self, request: int) -> list[bool]:
         """Which actions may be taken: replicas, hold, reject."""
@@ -103,28 +107,24 @@ class ReferenceSimulator:
                 smallest sum of running and four times its waiting requests.
         """
         self.dispatch = dispatch or _least_busy
-        arrivals = list(self.requests)
+        for q in self.requests:
+            if q.after < 0:
+                self._set_arrival(q, q.arrival_s)
         self._set_fault(0)
         if self.spec.metrics_interval_s > 0:
             self._set_timer(0.0, st.SCRAPE, 0)
         while self.ended < len(self.requests):
             engine = min(self.replicas, key=lambda e: e.due_s)
             timer_s, kind = self.timers[0][:2] if self.timers else (math.inf, st.FAULT)
-            arrival_s = arrivals[0].arrival_s if arrivals else math.inf
-            now_s = min(timer_s, engine.due_s, arrival_s)
+            now_s = min(timer_s, engine.due_s)
             self.area += self.in_system * (now_s - self.now_s)
             self.now_s = now_s
             if timer_s == now_s and (kind == st.FAULT or engine.due_s > now_s):
                 self._go_off(*heapq.heappop(self.timers))
-            elif engine.due_s == now_s:
+            else:
                 if engine.stepping:
                     engine.end_step()
                 engine.begin_step()
-            else:
-                q = arrivals.pop(0)
-                self.in_system += 1
-                self.log(st.EV_ARRIVE, q.idx, -1)
-                self._route(q)
 
     def _set_timer(self, time_s: float, kind: int, subject: int) -> None:
         """Let something happen; of equal times and kinds, what was set first goes first."""
@@ -135,6 +135,10 @@ class ReferenceSimulator:
         if i < len(self.episode.faults):
             self._set_timer(float(self.episode.faults.time_s[i]), st.FAULT, i)
 
+    def _set_arrival(self, q: Request, time_s: float) -> None:
+        """Let a request arrive; at equal times those of the table go in its order."""
+        heapq.heappush(self.timers, (time_s, st.ARRIVAL, q.idx, q.idx))
+
     def _go_off(self, time_s: float, kind: int, order: int, subject: int) -> None:
         """Do what a timer was set for."""
         if kind == st.FAULT:
@@ -144,7 +148,12 @@ class ReferenceSimulator:
             self.scraped = [e.metrics() for e in self.replicas]
             self._set_timer(time_s + self.spec.metrics_interval_s, st.SCRAPE, 0)
         else:
-            self._route(self.requests[subject])
+            q = self.requests[subject]
+            if kind == st.ARRIVAL:
+                q.arrival_s = q.idle_since_s = time_s
+                self.in_system += 1
+                self.log(st.EV_ARRIVE, q.idx, -1)
+            self._route(q)
 
     def _route(self, q: Request) -> None:
         """A request wants a replica."""

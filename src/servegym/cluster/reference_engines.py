@@ -43,6 +43,8 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     named: int = 0
     arrival_s: float = 0.0
+    after: int = -1
+    delay_s: float = 0.0
     key: float = 0.0
     idle_since_s: float = 0.0
 

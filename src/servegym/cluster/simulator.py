@@ -186,7 +186,7 @@ class Simulator:
             "finish_s",
         ):
             out[column] = request[column]
-        out["arrival_s"][arrived:] = np.nan
+        out["arrival_s"][arrived:][request["after"][arrived:] < 0] = np.nan
         out["rejected"] = request["status"] == REJECTED
         out["prompt_tokens"] = request["prompt"]
         out["output_tokens"] = request["output"]

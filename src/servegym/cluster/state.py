@@ -37,9 +37,9 @@ NO_DECISION, DISPATCH, ORDER, ADMIT, PREEMPT = range(5)
 # Whether a kind of decision is asked for: never (a compiled rule decides in its place), where there
 # is a choice, or always
 NEVER, WHERE_IT_MATTERS, ALWAYS = range(3)
-# Kinds of timers, in the order in which those of one instant are due. Engines have their turn after
-# the faults, requests that arrive by themselves with the released ones
-FAULT, SCRAPE, RETURN, HOLD_OVER = range(4)
+# Kinds of timers, in the order in which those of one instant are due; engines have their turn after
+# the faults
+FAULT, SCRAPE, RETURN, HOLD_OVER, ARRIVAL = range(5)
 # Picks that are not a request: none yet, nobody
 NOT_PICKED, NOBODY = -1, -2
 # How far such an engine is with its next step
@@ -115,7 +115,11 @@ class Params(NamedTuple):
 REQUEST_DTYPE = np.dtype(
     [
         # inputs
-        ("arrival_s", "f8"),
+        ("arrival_s", "f8"),  # of one that waits for another: NaN until then
+        ("after", "i8"),  # request whose end it waits for, -1: it arrives by itself
+        ("delay_s", "f8"),  # from that end to its arrival
+        ("first_after", "i8"),  # first of those that wait for it, -1: none does
+        ("next_after", "i8"),  # the next that waits for the same
         ("predicted", "f8"),  # output tokens
         ("prompt", "i8"),  # tokens
         ("output", "i8"),  # tokens

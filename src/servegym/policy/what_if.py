@@ -40,6 +40,8 @@ def _copy_request(
     source = s.request[e, i]
     q = scratch.request[0, slot]
     q.arrival_s = 0.0
+    q.after = -1
+    q.first_after = -1
     q.prompt = source.prompt + generated
     room = capacity_tokens - q.prompt + 1  # a longer answer would never end
     q.output = max(1, min(int(np.round(source.predicted)) - generated, room))
