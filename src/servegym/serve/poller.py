@@ -16,6 +16,8 @@ _log = logging.getLogger(__name__)
 
 #: A page beyond this is no metrics page; vLLM's has 50 kB.
 _MAX_PAGE_BYTES = 4_000_000
+#: The format that `serve.metrics` reads; in OpenMetrics times would be in another unit.
+_HEADERS = {"Accept": "text/plain; version=0.0.4"}
 
 
 class MetricsPoller:
@@ -75,7 +77,9 @@ class MetricsPoller:
         asked_s = self._dispatcher.clock()
         complaint = ""
         try:
-            async with self._session.get(self._urls[replica], timeout=self._timeout) as response:
+            async with self._session.get(
+                self._urls[replica], timeout=self._timeout, headers=_HEADERS
+            ) as response:
                 if response.status != 200:
                     raise MetricsError(f"the metrics page answers {response.status}")
                 page = await response.content.read(_MAX_PAGE_BYTES)

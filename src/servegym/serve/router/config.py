@@ -189,7 +189,8 @@ class ScrapeConfig(_Config):
     """How engines' metrics are polled.
 
     Attributes:
-        engine: `auto`, `vllm`, `sglang`, or a YAML file with a mapping; see `serve.metrics`.
+        engine: `auto`, `vllm`, `sglang`, `tensorrt-llm`, or a YAML file with a mapping; see
+            `serve.metrics`.
         interval_s: Time between two polls of a replica.
         timeout_s: Of one poll.
     """
