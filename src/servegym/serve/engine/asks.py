@@ -11,7 +11,11 @@ from servegym.errors import WorkloadError
 #: Tokens of an answer where a completion names no limit, as OpenAI has it.
 DEFAULT_COMPLETION_TOKENS = 16
 
-_Positive = Annotated[int, Field(ge=1)]
+#: Larger counts of tokens are no one's.
+MAX_TOKENS = 2**31 - 1
+_Count = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+_Long = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+_TokenId = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class _Body(BaseModel):
@@ -22,24 +26,24 @@ class _Body(BaseModel):
 class StreamOptions(_Body):
     """What a stream contains besides text."""
 
-    include_usage: bool = False
+    include_usage: bool | None = False
 
 
 class _Ask(_Body):
     model: str | None = None
-    max_tokens: _Positive | None = None
-    stream: bool = False
+    max_tokens: _Count | None = None
+    stream: bool | None = False
     stream_options: StreamOptions | None = None
-    ignore_eos: bool = False
-    seed: int | None = None
-    priority: int = 0
-    n: Literal[1] = 1
-    output_tokens: _Positive | None = None  # ours: where the answer ends by itself
+    ignore_eos: bool | None = False
+    seed: _Long | None = None
+    priority: _Long | None = 0
+    n: Literal[1] | None = 1
+    output_tokens: _Count | None = None  # ours: where the answer ends by itself
 
     @property
     def include_usage(self) -> bool:
         """Whether the last event of a stream tells the numbers of tokens."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 class Completion(_Ask):
@@ -47,9 +51,9 @@ class Completion(_Ask):
 
     prompt: (
         str
-        | list[Annotated[int, Field(ge=0)]]
+        | list[_TokenId]
         | Annotated[list[str], Field(min_length=1, max_length=1)]
-        | Annotated[list[list[Annotated[int, Field(ge=0)]]], Field(min_length=1, max_length=1)]
+        | Annotated[list[list[_TokenId]], Field(min_length=1, max_length=1)]
     )
 
     @property
@@ -86,7 +90,7 @@ class Chat(_Ask):
     """Body of `/v1/chat/completions`."""
 
     messages: list[_Message] = Field(min_length=1)
-    max_completion_tokens: _Positive | None = None
+    max_completion_tokens: _Count | None = None
 
     @property
     def text(self) -> str:
