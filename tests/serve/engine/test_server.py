@@ -277,6 +277,35 @@ def test_next_turn_of_a_conversation_finds_prompt_and_answer_in_the_cache():
     run(test())
 
 
+def test_an_image_is_a_thousand_tokens_and_found_in_the_cache():
+    async def test():
+        async with serving() as (fleet, session):
+            server = fleet.servers[0]
+
+            async def see(data):
+                image = {"type": "image_url", "image_url": {"url": f"data:;base64,{data}"}}
+                parts = [{"type": "text", "text": "look: "}, image]
+                talk = [{"role": "user", "content": parts}]
+                status, said = await ask(session, server, "chat/completions", messages=talk)
+                assert status == 200
+                usage = said["usage"]
+                return usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
+
+            first = await see("A" * 300_000)
+            assert 1000 < first[0] < 1020
+            assert first[1] == 0
+            again, other = await see("A" * 300_000), await see("B" * 30)
+            assert again[0] == other[0] == first[0]
+            assert again[1] > 900
+            assert other[1] < 16
+            wrong = [{"role": "user", "content": [{"type": "hologram"}]}]
+            status, said = await ask(session, server, "chat/completions", messages=wrong)
+            assert status == 400
+            assert "image_url" in said["error"]["message"]
+
+    run(test())
+
+
 def test_metrics_count_running_and_waiting_and_describe_the_cache():
     async def test():
         async with serving(seqs=2, speed=1.0) as (fleet, session):
@@ -319,7 +348,8 @@ def test_metrics_count_running_and_waiting_and_describe_the_cache():
         (b'{"prompt": "\xff"}', 400, ""),
         (
             b'{"prompt": "x", "stream": null, "stream_options": null, "max_tokens": null,'
-            b'"n": null, "seed": null, "ignore_eos": null, "priority": null, "model": null, "stop": null}',
+            b'"n": null, "seed": null, "ignore_eos": null, "priority": null, "model": null,'
+            b'"stop": null}',
             200,
             "",
         ),

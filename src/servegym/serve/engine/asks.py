@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from servegym.errors import WorkloadError
+from servegym.serve.engine.content import CHARS_PER_TOKEN
 
 #: Tokens of an answer where a completion names no limit, as OpenAI has it.
 DEFAULT_COMPLETION_TOKENS = 16
 
 #: Larger counts of tokens are no one's.
 MAX_TOKENS = 2**31 - 1
+#: What an image, or another part of a message that is no text, counts for.
+MEDIUM_TOKENS = 1000
 _Count = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 _Long = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 _TokenId = Annotated[int, Field(ge=0, lt=2**63)]
@@ -70,9 +75,30 @@ class Completion(_Ask):
         return self.max_tokens or DEFAULT_COMPLETION_TOKENS
 
 
-class _Part(_Body):
+class _Text(_Body):
     type: Literal["text"]
     text: str
+
+    @property
+    def content(self) -> str:
+        return self.text
+
+
+class _Medium(BaseModel):
+    """An image or the like: a stretch of tokens of its own, the same for the same content."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    type: Literal["image_url", "image_embeds", "input_audio", "audio_url", "video_url", "file"]
+
+    @property
+    def content(self) -> str:
+        name = json.dumps(self.model_extra, sort_keys=True, default=str).encode()
+        size = MEDIUM_TOKENS * CHARS_PER_TOKEN
+        return hashlib.shake_128(name).hexdigest(size // 2)
+
+
+_Part = Annotated[_Text | _Medium, Field(discriminator="type")]
 
 
 class _Message(_Body):
@@ -82,7 +108,7 @@ class _Message(_Body):
     @property
     def text(self) -> str:
         if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
+            return "".join(part.content for part in self.content)
         return self.content or ""
 
 
