@@ -27,6 +27,7 @@ from servegym.errors import ConfigError, unknown_name
 from servegym.workloads.config import TraceConfig, WorkloadConfig
 from servegym.workloads.prediction import PredictorConfig
 from servegym.workloads.readers import OnBadRow
+from servegym.yaml_text import load_yaml
 
 
 class Config(BaseModel):
@@ -408,7 +409,7 @@ def load_scenario(name_or_path: str | Path) -> Scenario:
 def read_yaml(text: str, origin: str) -> Mapping[str, Any]:
     """Read the keys and values of a scenario; `origin` names it in errors."""
     try:
-        data = yaml.safe_load(text)
+        data = load_yaml(text)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{origin}{line}: not YAML ({error.problem})") from error

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from servegym.errors import ConfigError, ServeGymError, unknown_name
 from servegym.serve.state import EngineMetrics
+from servegym.yaml_text import load_yaml
 
 
 class MetricsError(ServeGymError):
@@ -198,7 +199,7 @@ def metric_names(text: str) -> MetricNames | None:
         message = unknown_name("metrics", text, ["auto", *KNOWN])
         raise ConfigError(f"{message}; or give the path of a .yaml file with a mapping")
     try:
-        data = yaml.safe_load(Path(text).read_text(encoding="utf-8"))
+        data = load_yaml(Path(text).read_text(encoding="utf-8"))
         return MetricNames.model_validate(
             {key: (names,) if isinstance(names, str) else names for key, names in data.items()}
         )

@@ -15,6 +15,7 @@ from servegym.calibrate.datasheet import one_sentence
 from servegym.errors import ConfigError, unknown_name
 from servegym.serve.dispatcher import DispatchConfig
 from servegym.serve.facts import Hardware, Rates
+from servegym.yaml_text import load_yaml
 
 
 class _Config(BaseModel):
@@ -42,10 +43,21 @@ class ReplicaConfig(_Config):
     @classmethod
     def _is_http(cls, value: str | None) -> str | None:
         if value is not None:
-            parts = urlsplit(value)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
+            try:
+                parts = urlsplit(value)
+                good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+            except ValueError:  # a port beyond 65535
+                good = False
+            if not good or parts.query or parts.fragment:
                 raise ValueError("must be like http://host:port")
         return value.rstrip("/") if value else value
+
+    @field_validator("url")
+    @classmethod
+    def _is_without_version(cls, value: str) -> str:
+        if value.endswith("/v1"):
+            raise ValueError("must be without /v1: the router adds the path that a client asks for")
+        return value
 
     @model_validator(mode="after")
     def _has_facts(self) -> Self:
@@ -59,6 +71,13 @@ class ReplicaConfig(_Config):
         found = self.hardware or self.rates
         assert found is not None
         return found
+
+    @property
+    def place(self) -> tuple[str, str, int, str]:
+        """Its url, so that equal places are equal however they are written."""
+        parts = urlsplit(self.url)
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+        return parts.scheme, parts.hostname or "", port, parts.path
 
 
 class ListenConfig(_Config):
@@ -231,11 +250,26 @@ class RouterConfig(_Config):
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
-        names = [replica.name for replica in self.replicas]
-        double = sorted({name for name in names if names.count(name) > 1})
-        if double:
-            raise ValueError(f"replica names must differ, got {', '.join(double)} twice")
         classes = [c.name for c in self.dispatch.slo_classes]
+        for kind, names in (
+            ("replica names", [replica.name for replica in self.replicas]),
+            ("names of SLO classes", classes),
+        ):
+            double = sorted({name for name in names if names.count(name) > 1})
+            if double:
+                raise ValueError(f"{kind} must differ, got {', '.join(double)} twice")
+        places: dict[tuple[str, str, int, str], ReplicaConfig] = {}
+        for replica in self.replicas:
+            other = places.setdefault(replica.place, replica)
+            if other is not replica:
+                raise ValueError(
+                    f"replicas {other.name} and {replica.name} have the same url, {replica.url}: "
+                    "its load would be counted as that of two"
+                )
+        if self.tenants and self.auth is None:
+            raise ValueError(
+                "tenants needs auth: without keys everyone is one tenant, whose limits are limits"
+            )
         for limit in (self.limits, *self.tenants.values()):
             if limit.slo_class is not None and limit.slo_class not in classes:
                 raise ValueError(unknown_name("SLO class", limit.slo_class, classes))
@@ -249,7 +283,7 @@ def read_config(path: Path) -> RouterConfig:
         ConfigError: If it is not there, not YAML, or a key or value is not allowed.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"no configuration at {path}") from None
     except (OSError, UnicodeDecodeError) as error:
