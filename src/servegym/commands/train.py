@@ -25,7 +25,9 @@ def require_torch() -> None:
         import tensorboard  # noqa: F401
         import torch  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f"training needs {error.name}: pip install 'servegym[train]'") from error
+        raise ConfigError(
+            f"training needs {error.name}: pip install -e '.[train]' in a checkout of servegym"
+        ) from error
 
 
 @dataclass(frozen=True)

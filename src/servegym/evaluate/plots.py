@@ -31,7 +31,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise ConfigError("a report needs matplotlib: pip install 'servegym[report]'") from error
+        raise ConfigError("a report needs matplotlib: pip install matplotlib") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -208,7 +208,7 @@ def _read_tokenizer(path: Path) -> _Tokenizer:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise ConfigError(
-            "a tokenizer needs the tokenizers package: pip install 'servegym[tokenizers]'"
+            "a tokenizer needs the tokenizers package: pip install tokenizers"
         ) from error
     try:
         found: _Tokenizer = Tokenizer.from_file(str(path))

@@ -76,9 +76,7 @@ def _parquet(path: Path) -> list[dict[str, object]]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise WorkloadError(
-            "reading Parquet needs pyarrow: pip install 'servegym[parquet]'"
-        ) from error
+        raise WorkloadError("reading Parquet needs pyarrow: pip install pyarrow") from error
     try:
         return list(parquet.read_table(path).to_pylist())
     except (OSError, pyarrow.ArrowException) as error:

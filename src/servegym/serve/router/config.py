@@ -73,6 +73,11 @@ class ReplicaConfig(_Config):
         return found
 
     @property
+    def metrics_page(self) -> str:
+        """Where its metrics are."""
+        return self.metrics_url or f"{self.url}/metrics"
+
+    @property
     def place(self) -> tuple[str, str, int, str]:
         """Its url, so that equal places are equal however they are written."""
         parts = urlsplit(self.url)
