@@ -27,6 +27,7 @@ from numba.core.caching import (
 )
 from numba.misc.appdirs import AppDirs
 
+_config: Any = numba.config
 #: What reading half a file raises. It is no reason to stop: the kernel is compiled anew.
 _TORN = (EOFError, pickle.UnpicklingError, ValueError, AttributeError, ImportError)
 
@@ -45,8 +46,8 @@ def places(source: Path) -> tuple[list[Path], Path | None]:
     """
     below = _CacheLocator.get_suitable_cache_subpath(str(source))
     known = [source.parent / "__pycache__", Path(_user_folder()) / below]
-    if numba.config.CACHE_DIR:
-        known.insert(0, Path(numba.config.CACHE_DIR) / below)
+    if _config.CACHE_DIR:
+        known.insert(0, Path(_config.CACHE_DIR) / below)
     for number, folder in enumerate(known):
         if is_writable(folder):
             return known[: number + 1], folder
@@ -101,7 +102,7 @@ class _Locator(_SourceFileBackedLocatorMixin, _CacheLocator):
 
 
 class _Implementation(CompileResultCacheImpl):
-    _locator_classes = (_Locator,)
+    _locator_classes: list[type[object]] = [_Locator]  # noqa: RUF012
 
 
 class KernelCache(FunctionCache):
@@ -157,7 +158,7 @@ class KernelCache(FunctionCache):
 def cache_of(py_func: Any, not_kept: Callable[[str], None]) -> FunctionCache | NullCache:
     """Return the cache of a function; one that was typed at a prompt may have none."""
     source = Path(py_func.__code__.co_filename)
-    if source.is_file() and not numba.config.CACHE_LOCATOR_CLASSES:
+    if source.is_file() and not _config.CACHE_LOCATOR_CLASSES:
         return KernelCache(py_func, source.absolute(), not_kept)
     try:
         return FunctionCache(py_func)
