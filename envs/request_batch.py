@@ -73,6 +73,10 @@ class RequestBatch:
         self._seed = seed
         self._count[:] = 0
 
+    def skip_to(self, episodes: IntArray) -> None:
+        """Let the next reset begin these episodes of the sequences, `int64[num_envs]` from 0."""
+        self._count[:] = episodes
+
     def draw(self, env: int) -> Episode:
         """Draw the next episode of one environment; its group plays the same requests."""
         group = env // self.group_size

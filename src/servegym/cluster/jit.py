@@ -6,12 +6,38 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from numba import njit
+from numba.core.typeinfer import register_dispatcher
+
+from servegym.cluster.compile_notice import install
+from servegym.cluster.kernel_cache import KernelCache, cache_of
 
 _F = TypeVar("_F", bound=Callable[..., object])
 
 #: Kernels only read and write arrays that their caller owns. Without Numba's runtime (`_nrt`) no
 #: reference counts are kept for them; with it, atomic counting took 95 % of a run's time.
-OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy", "_nrt": False}
+OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False}
+
+#: Says on standard error when kernels are compiled; there is one in a process.
+NOTICE = install(lambda dispatcher: isinstance(getattr(dispatcher, "_cache", None), KernelCache))
+
+
+def compiled(function: _F, signature: object = None, **options: Any) -> _F:
+    """Compile a function with Numba, cached on disk wherever there is a place for it.
+
+    Args:
+        function: What to compile.
+        signature: Compile for these types at once, and for no others; else at the first call.
+        options: Numba's.
+    """
+    dispatcher: Any = njit(**options)(function)
+    # in place of `cache=True`, which fails on a read-only file system
+    dispatcher._cache = cache_of(function, NOTICE.not_kept)
+    if signature is not None:
+        with register_dispatcher(dispatcher):
+            dispatcher.compile(signature)
+        dispatcher.disable_compile()
+    made: _F = dispatcher
+    return made
 
 
 def kernel(function: _F) -> _F:
@@ -20,8 +46,7 @@ def kernel(function: _F) -> _F:
     Integers reach kernels as int64 only: each further combination of integer widths would be
     compiled anew, and compiling is what a first run waits for.
     """
-    compiled: _F = njit(**OPTIONS)(function)
-    return compiled
+    return compiled(function, **OPTIONS)
 
 
 def inlined(function: _F) -> _F:
@@ -30,5 +55,4 @@ def inlined(function: _F) -> _F:
     A call that takes the whole state passes every array by value, some 250 words: without
     inlining, a run takes 6 times as long.
     """
-    compiled: _F = njit(**OPTIONS, forceinline=True)(function)
-    return compiled
+    return compiled(function, **OPTIONS, forceinline=True)
