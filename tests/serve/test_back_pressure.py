@@ -252,8 +252,12 @@ class TestChat:
 
     ROLE = b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}\n\n'
     SAYS = b'data: {"choices":[{"index":0,"delta":{"content":"x"},"finish_reason":null}]}\n\n'
-    REST = [b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n']
-    BODY = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": True}
+    REST = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
+
+    async def ask(self, it):
+        messages = [{"role": "user", "content": "hi"}]
+        body = {"model": "m", "messages": messages, "stream": True}
+        return await it.post(body, "/v1/chat/completions")
 
     def test_ttft_is_that_of_the_first_token(self, tmp_path):
         async def test() -> None:
@@ -263,10 +267,10 @@ class TestChat:
             }
             async with running(1, dispatch=dispatch) as it:
                 it.replicas[0].script = [
-                    *(self.ROLE, 0.1, b": ping\n\n", 0.1, self.SAYS, 0.1, self.SAYS, *self.REST),
+                    *(self.ROLE, 0.1, b": ping\n\n", 0.1, self.SAYS, 0.1, self.SAYS, self.REST),
                     b"data: [DONE]\n\n",
                 ]
-                task = asyncio.create_task(it.post(self.BODY, "/v1/chat/completions"))
+                task = asyncio.create_task(self.ask(it))
                 await until(lambda: it.replicas[0].running == 1)
                 await asyncio.sleep(0.1)
                 assert it.state.view[3, 0] > 0  # the prompt is not computed yet
@@ -287,9 +291,9 @@ class TestChat:
         async def test() -> None:
             async with running(2, request={"first_byte_timeout_s": 0.2}) as it:
                 it.replicas[0].script = [self.ROLE, 30.0]
-                it.replicas[1].script = [self.ROLE, self.SAYS, *self.REST]
+                it.replicas[1].script = [self.ROLE, self.SAYS, self.REST]
                 for _ in range(3):
-                    status, body, headers = await it.post(self.BODY, "/v1/chat/completions")
+                    status, body, headers = await self.ask(it)
                     assert (status, headers["X-Servegym-Replica"]) == (200, "r1")
                     assert body.count(self.ROLE) == 1
 

@@ -25,6 +25,7 @@ class Upstream:
         gap_s: Between them.
         bodies: Requests it got.
         headers: Their headers.
+        queries: Their query strings, as they came.
         cancelled: Requests whose connection went away.
         sent: Events it has written.
     """
@@ -42,6 +43,7 @@ class Upstream:
         self.pad = ""
         self.bodies: list[dict] = []
         self.headers: list[Mapping[str, str]] = []
+        self.queries: list[str] = []
         self.cancelled = 0
         self.sent = 0
         self.running = 0
@@ -91,6 +93,7 @@ class Upstream:
         body = await request.json()
         self.bodies.append(body)
         self.headers.append(request.headers)
+        self.queries.append(request.rel_url.raw_query_string)
         self.running += 1
         try:
             return await self._answer(request, body)

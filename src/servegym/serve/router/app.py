@@ -334,6 +334,9 @@ class Router:
                 return await request.read()
         except TimeoutError:
             raise RequestError(408, "the body did not come in time", "body_timeout") from None
+        except web.RequestPayloadError as error:
+            message = f"the body cannot be unpacked ({type(error).__name__})"
+            raise RequestError(400, message, "invalid_body") from None
 
     def _too_large(self) -> RequestError:
         limit = self.config.request.max_body_bytes

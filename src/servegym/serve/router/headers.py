@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-#: What replicas see of a client unless the configuration says otherwise: what the body is, W3C
-#: trace context and baggage, and what sessions are told by.
+#: What replicas see of a client unless the configuration says otherwise: W3C trace context and
+#: baggage, and what sessions are told by.
 DEFAULT_FORWARDED = (
     "accept",
     "accept-language",
     "baggage",
-    "content-type",
     "traceparent",
     "tracestate",
     "user-agent",
@@ -67,14 +66,14 @@ def check_rules(rules: Iterable[str]) -> None:
 
 
 class HeaderFilter:
-    """Chooses the headers of a client that replicas see.
+    """Chooses the headers of a client that replicas see; `Content-Type` always is one of them.
 
     Args:
         rules: Names, or beginnings of names followed by `*`; case does not matter.
     """
 
     def __init__(self, rules: Iterable[str]) -> None:
-        lower = [rule.lower() for rule in rules]
+        lower = ["content-type", *(rule.lower() for rule in rules)]
         self._names = frozenset(rule for rule in lower if not rule.endswith("*"))
         self._prefixes = tuple(rule[:-1] for rule in lower if rule.endswith("*"))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web import RequestPayloadError
 
 
 class _OneLine(logging.Filter):
@@ -19,7 +20,7 @@ class _OneLine(logging.Filter):
         error, trace = record.exc_info[1], record.exc_info[2]
         what = record.getMessage()
         record.exc_info = record.exc_text = None
-        if isinstance(error, HttpProcessingError):
+        if isinstance(error, (HttpProcessingError, RequestPayloadError)):
             record.levelno, record.levelname = logging.INFO, "INFO"
             record.msg, record.args = "%s: not HTTP (%s)", (what, type(error).__name__)
             return True
