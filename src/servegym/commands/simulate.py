@@ -7,29 +7,20 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from servegym.commands.console import make_console
-from servegym.commands.workload import chosen_scenario
+from servegym.commands.workload import Played
 from servegym.costs.explain import costs_table
 from servegym.evaluate.harness import evaluate
 from servegym.export.resolve import resolve_order, resolve_policy
 from servegym.policy.ordering import OrderingPolicy
 from servegym.policy.policy import Policy
-from servegym.workloads.readers import OnBadRow
 
 DEFAULT_POLICY = "prefix-load"
 
 
 @dataclass(frozen=True)
-class Simulate:
+class Simulate(Played):
     """Play one policy on a scenario or trace and print all metrics."""
 
-    scenario: str = "mixed-chat"
-    """Bundled scenario name or YAML file; gives the fleet."""
-    trace: str | None = None
-    """Replay this trace instead of the scenario's workload."""
-    on_bad_row: OnBadRow = "error"
-    """`skip` leaves malformed rows of the trace out and says how many; `error` refuses the file."""
-    rate_rps: float | None = None
-    """Rate of the trace at load 1; by default 80 % of what the fleet can bear."""
     policy: str = DEFAULT_POLICY
     """Rule (see `servegym policies`) or exported policy.onnx; for one engine that goes by
     priorities an order (docs/preemption.md) or ordering.npz, by default fcfs."""
@@ -44,7 +35,7 @@ class Simulate:
 
     def run(self) -> None:
         """Simulate and print."""
-        scenario = chosen_scenario(self.scenario, self.trace, self.rate_rps, self.on_bad_row)
+        scenario = self.chosen()
         console = make_console()
         if self.explain:
             for entry in scenario.fleet:

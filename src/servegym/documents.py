@@ -1,0 +1,57 @@
+"""JSON and YAML texts in which no key is given twice: the parsers' own keep the last in silence."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+
+class RepeatedKey(ValueError):
+    """Raised when an object has a key twice."""
+
+
+def load_json(text: str) -> Any:
+    """Parse JSON.
+
+    Raises:
+        ValueError: If it is not JSON, or an object has a key twice.
+    """
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def load_yaml(text: str) -> Any:
+    """Parse YAML with plain values only.
+
+    Raises:
+        yaml.YAMLError: If it is not YAML, or a mapping has a key twice.
+    """
+    return yaml.load(text, _Loader)  # a safe loader that is stricter
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise RepeatedKey(f"the key {key!r} is given twice")
+    return found
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader that refuses what the specification forbids."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        # before merge keys (<<) are unfolded: what they bring may be overridden
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge"):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} is given twice", key.start_mark
+                    )
+                seen.add(key.value)
+        found: dict[Hashable, Any] = super().construct_mapping(node, deep)
+        return found
