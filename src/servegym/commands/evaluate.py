@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.progress import Progress, track
 
 from servegym.baselines.ordering.registry import ordering_names
-from servegym.commands.console import make_console, require_writable
+from servegym.commands.console import make_console, print_remarks, require_writable
 from servegym.commands.evaluate_workflow import DEFAULT_WORKFLOW_POLICIES, evaluate_jobs
 from servegym.commands.schedule import ScheduleDag
 from servegym.commands.workload import TRACE_OPTIONS, Played
@@ -17,7 +17,7 @@ from servegym.errors import ConfigError
 from servegym.evaluate.document import write_json
 from servegym.evaluate.harness import Evaluation, evaluate
 from servegym.evaluate.ordering import tuned_order
-from servegym.evaluate.saturation import saturation_load
+from servegym.evaluate.saturation import require_rate, saturation_load
 from servegym.evaluate.table import comparison_table, saturation_table
 from servegym.export.resolve import resolve_order, resolve_policy
 from servegym.policy.ordering import OrderingPolicy
@@ -90,6 +90,8 @@ class Evaluate(Played):
         if self.plot:
             raise ConfigError("--plot is for scenarios of jobs: take --report")
         scenario = self.chosen()
+        if self.saturation:
+            require_rate(scenario)
         policies: list[Policy | OrderingPolicy]
         if scenario.orders_requests:
             policies = self._orders(scenario)
@@ -101,7 +103,8 @@ class Evaluate(Played):
         if self.saturation:
             for policy in track(policies, "saturation", transient=True):
                 result.saturation[policy.name] = {
-                    share: saturation_load(scenario, policy, share) for share in (0.9, 0.99)
+                    share: saturation_load(scenario, policy, share, num_requests=self.num_requests)
+                    for share in (0.9, 0.99)
                 }
         publish(result, self.json, self.report)
 
@@ -178,6 +181,7 @@ def evaluated(
 def publish(result: Evaluation, json: Path | None, report: Path | None) -> None:
     """Print the tables and write the files asked for."""
     console = make_console()
+    print_remarks(console, result.notes)
     for load in result.loads:
         console.print(comparison_table(result, load, console.width))
     if result.saturation:

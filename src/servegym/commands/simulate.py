@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from servegym.commands.console import make_console
+from servegym.commands.console import make_console, print_remarks
 from servegym.commands.workload import Played
 from servegym.costs.explain import costs_table
 from servegym.evaluate.harness import evaluate
@@ -52,9 +52,12 @@ class Simulate(Played):
             num_seeds=self.seeds,
             num_requests=self.num_requests,
         )
+        print_remarks(console, result.notes)
         table = Table(title=f"{policy.name} on {scenario.name}, load {self.load:g}")
         table.add_column("metric")
-        table.add_column("mean over seeds", justify="right")
+        table.add_column(
+            "mean over seeds" if len(result.seeds) > 1 else "one episode", justify="right"
+        )
         for key in result.runs[0].metrics:
             table.add_row(key, f"{result.mean(policy.name, self.load, key):.5g}")
         console.print(table)
