@@ -125,13 +125,16 @@ def test_document_has_stable_keys(compared):
         "command",
         "decision_s",
         "loads",
+        "notes",
         "runs",
         "saturation_load",
         "scenario",
         "scenario_sha256",
         "schema",
         "seeds",
+        "seeds_asked",
         "servegym_version",
+        "trace",
     }
     assert document["schema"] == "servegym-evaluation-1"
     assert len(document["aggregates"]) == 3 * 2
