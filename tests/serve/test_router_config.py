@@ -55,7 +55,7 @@ def test_a_short_file_is_enough(tmp_path):
         (GOOD + "tenants: {alice: {max_concurrent: 1}}\n", "tenants needs auth: without keys"),
         (GOOD + CLASSES, "names of SLO classes must differ, got chat twice"),
         (GOOD + "listen: {port: 1}\nlisten: {port: 2}\n", "line 4: .*key 'listen' stands there t"),
-        (GOOD + "listen: {port: 1, port: 2}\n", "line 3: .*key 'port' stands there twice"),
+        (GOOD + "listen: {port: 1, port: 2}\n", "line 3: .*key 'port' is given twice"),
         ("replicas:\n  - {name: a, url: 'http://b'}\n", "a needs either hardware or rates"),
         (GOOD + GOOD.partition("\n")[2], "replica names must differ, got a twice"),
         (GOOD.replace(", decode_step_s: 0.01", ""), "rates.decode_step_s: field required"),

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from servegym.documents import load_yaml
 from servegym.errors import ConfigError
 from servegym.scenario import parse_scenario
-from servegym.yaml_text import load_yaml
 
 SCENARIOS = Path(__file__).parents[1] / "assets" / "scenarios"
 
@@ -24,7 +24,7 @@ SCENARIOS = Path(__file__).parents[1] / "assets" / "scenarios"
     ],
 )
 def test_a_key_that_stands_twice_is_named_with_its_line(text, line):
-    with pytest.raises(yaml.MarkedYAMLError, match="stands there twice") as refused:
+    with pytest.raises(yaml.MarkedYAMLError, match="is given twice") as refused:
         load_yaml(text)
     assert refused.value.problem_mark.line + 1 == line
 
@@ -55,5 +55,5 @@ def test_bundled_scenarios_have_no_key_twice():
 
 def test_a_scenario_with_a_key_twice_is_refused():
     text = "name: a\nmodel: Llama-3.1-8B\nmodel: Llama-3.1-70B\n"
-    with pytest.raises(ConfigError, match=r"mine, line 3: .*'model' stands there twice"):
+    with pytest.raises(ConfigError, match=r"mine, line 3: .*'model' is given twice"):
         parse_scenario(text, "mine")

@@ -1,12 +1,35 @@
-"""YAML in which no key stands twice: of two values the first would be lost in silence."""
+"""JSON and YAML texts in which no key is given twice: the parsers' own keep the last in silence."""
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from typing import Any
 
 import yaml
 
 _MERGE = "tag:yaml.org,2002:merge"
+
+
+class RepeatedKey(ValueError):
+    """Raised when an object has a key twice."""
+
+
+def load_json(text: str) -> Any:
+    """Parse JSON.
+
+    Raises:
+        ValueError: If it is not JSON, or an object has a key twice.
+    """
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise RepeatedKey(f"the key {key!r} is given twice")
+    return found
 
 
 class _NoKeyTwice:
@@ -24,7 +47,7 @@ class _NoKeyTwice:
                 break  # no key at all: the loader itself says so
             if known:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands there twice", key_node.start_mark
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep=deep)  # type: ignore[misc]
@@ -39,10 +62,7 @@ class _FastLoader(_NoKeyTwice, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  
 
 
 def load_yaml(text: str) -> Any:
-    """Read a YAML document with plain values only.
-
-    Args:
-        text: The document.
+    """Parse YAML with plain values only.
 
     Raises:
         yaml.YAMLError: If it is not YAML, or a mapping has a key twice.
