@@ -18,6 +18,7 @@ from servegym.envs.actions import as_integers
 from servegym.envs.kernels import first_invalid
 from servegym.envs.observation import Table, View
 from servegym.envs.scene import Scene
+from servegym.envs.shaping import Potentials
 from servegym.errors import ConfigError, EnvironmentClosed, InvalidAction, ResetNeeded, unknown_name
 from servegym.typing import BoolArray, FloatArray, Int8Array, IntArray
 
@@ -34,7 +35,12 @@ class Batch(ABC):
         scenario: What episodes are drawn from: a name, a path or a scenario.
         load: Factor on the arrival rate, or a range from which each episode draws one.
         objective: What is rewarded; the scenario's if not given.
-        reward_scale: Divides rewards.
+        reward_scale: Divides rewards; `auto`: by about what one decision is worth.
+        shaping: `cost-to-go` charges each decision what it adds to the cost of what is in the
+            system; see `envs.shaping`.
+        episode_end: `drained`: when everything has ended; `last-arrival`: truncated at the first
+            decision after it.
+        warmup: Arrivals before the first decision that is the agent's; a rule decides till then.
         invalid_action: What a forbidden action does: `raise` refuses it, `resample` takes an
             allowed one drawn at random instead, `penalise` does so for `invalid_penalty`.
         invalid_penalty: Taken off the reward (as given out, after `reward_scale`) by `penalise`.
@@ -70,7 +76,10 @@ class Batch(ABC):
         *,
         load: float | tuple[float, float] = 1.0,
         objective: str | None = None,
-        reward_scale: float = 1.0,
+        reward_scale: float | Literal["auto"] = 1.0,
+        shaping: Literal["none", "cost-to-go"] = "none",
+        episode_end: Literal["drained", "last-arrival"] = "drained",
+        warmup: int = 0,
         invalid_action: InvalidActions = "raise",
         invalid_penalty: float = 1.0,
         normalise: bool = False,
@@ -82,12 +91,20 @@ class Batch(ABC):
         self.objective: str = objective or self.scenario.objective
         at_least_one(num_envs=num_envs, group_size=group_size, num_threads=num_threads)
         one_of(objective=(self.objective, self.objectives))
-        one_of(invalid_action=(invalid_action, get_args(InvalidActions)))
-        if not reward_scale > 0:
-            raise ConfigError(f"reward_scale must be above 0, got {reward_scale}")
+        one_of(
+            invalid_action=(invalid_action, get_args(InvalidActions)),
+            shaping=(shaping, ("none", "cost-to-go")),
+            episode_end=(episode_end, ("drained", "last-arrival")),
+        )
+        if reward_scale == "auto":
+            reward_scale = self._typical_reward()
+        elif isinstance(reward_scale, str) or not reward_scale > 0:
+            raise ConfigError(f'reward_scale must be above 0 or "auto", got {reward_scale!r}')
+        if warmup < 0:
+            raise ConfigError(f"warmup must be at least 0 arrivals, got {warmup}")
         if not invalid_penalty >= 0:
             raise ConfigError(f"invalid_penalty must be at least 0, got {invalid_penalty}")
-        self.num_envs, self.group_size = num_envs, group_size
+        self.num_envs, self.group_size, self.warmup = num_envs, group_size, warmup
         self.invalid_action = invalid_action
         self._load, self._scale = load, float(reward_scale)
         self._penalty = float(invalid_penalty) if invalid_action == "penalise" else 0.0
@@ -107,6 +124,8 @@ class Batch(ABC):
         self._count = np.zeros(num_envs, np.int64)
         self._substitutes: dict[int, np.random.Generator] = {}
         self._simulator: Any = None
+        self._truncates = episode_end == "last-arrival"
+        self._shaping = None if shaping == "none" else self._potentials()
 
     def _allocate(
         self, num_actions: int, tables: dict[str, Table], others: dict[str, spaces.Space[Any]]
@@ -130,6 +149,22 @@ class Batch(ABC):
     @abstractmethod
     def _draw(self, seed: int, load: float, number: int) -> Any:
         """Draw an episode; `number` is random too."""
+
+    @abstractmethod
+    def _typical_reward(self) -> float:
+        """About what one decision is worth, before it is scaled."""
+
+    @abstractmethod
+    def _potentials(self) -> Potentials:
+        """Make what shapes rewards."""
+
+    @abstractmethod
+    def _arrivals(self) -> tuple[IntArray, IntArray]:
+        """Arrivals so far and in all, `int64[num_envs]` each."""
+
+    @abstractmethod
+    def _rule_action(self, env: int) -> int:
+        """What the rule of the warm-up does in one environment."""
 
     @abstractmethod
     def _reset(self, envs: IntArray, episodes: Sequence[Any] | None) -> None:
@@ -198,9 +233,39 @@ class Batch(ABC):
         self.check_open()
         self._reset(envs, episodes)
         self.done[envs] = False
+        for env in envs.tolist():
+            if self.warmup:
+                self._warm_up(env)
+            if self._truncates:
+                self._check_length(env)
+            if self._shaping is not None:
+                self._shaping.begin(self.simulator, env)
         for array in (self.truncated, self.invalid, self.reward, self.dt_s):
             array[envs] = 0
         self.metrics[:, envs] = 0.0
+
+    def _warm_up(self, env: int) -> None:
+        """Let the rule decide in one environment until the arrivals of the warm-up are there."""
+        alone = np.zeros(self.num_envs, np.bool_)
+        alone[env] = True
+        actions = np.zeros(self.num_envs, np.int64)
+        while self._arrivals()[0][env] <= self.warmup:
+            actions[env] = self._rule_action(env)
+            self._step_range(env, env + 1, actions, alone)
+            if self.done[env]:
+                self._refuse_length(env)
+
+    def _check_length(self, env: int) -> None:
+        arrived, in_all = self._arrivals()
+        if arrived[env] == in_all[env]:
+            self._refuse_length(env)
+
+    def _refuse_length(self, env: int) -> None:
+        end = " and an end at the last arrival" if self._truncates else ""
+        raise ConfigError(
+            f"an episode of {int(self._arrivals()[1][env])} arrivals leaves the agent no decision"
+            f" with a warmup of {self.warmup}{end}: let it be longer"
+        )
 
     def step(self, actions: Any, active: BoolArray) -> None:
         """Take a decision in every active environment.
@@ -219,12 +284,20 @@ class Batch(ABC):
                 )
         else:
             chosen = self._replaced(chosen, active)
-        self._in_ranges(lambda first, stop: self._step_range(first, stop, chosen, active))
+        self._in_ranges(lambda first, stop: self._step_part(first, stop, chosen, active))
+        if self._truncates:
+            arrived, in_all = self._arrivals()
+            self.truncated[:] = active & ~self.done & (arrived == in_all)
         if self._penalty:
             self.reward[self.invalid] -= self._penalty
         self.metrics[:] = 0.0
-        for env in np.flatnonzero(active & self.done).tolist():
+        for env in np.flatnonzero(active & (self.done | self.truncated)).tolist():
             self.metrics[:, env] = self.summary(env)
+
+    def _step_part(self, first: int, stop: int, actions: IntArray, active: BoolArray) -> None:
+        self._step_range(first, stop, actions, active)
+        if self._shaping is not None:
+            self._shaping.add(self.simulator, first, stop, active, self.done, self.reward)
 
     def _replaced(self, actions: IntArray, active: BoolArray) -> IntArray:
         """Replace forbidden actions by random ones, each environment by draws of its own."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,8 @@ from servegym.cluster.kernels import advance
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import Episode
 from servegym.cluster.state import DONE
+from servegym.envs.batch import one_of
+from servegym.envs.costs import COST_FEATURES, cost_features
 from servegym.envs.kernels import step_range, write_observation
 from servegym.envs.observation import Table
 from servegym.envs.request_batch import RequestBatch
@@ -24,10 +26,14 @@ from servegym.policy.contract import (
     REPLICA_FEATURES,
     REQUEST_FEATURES,
     Group,
+    ReplicaFeature,
 )
 from servegym.scenario import Scenario
-from servegym.typing import BoolArray, Float32Array, IntArray
+from servegym.typing import BoolArray, Float32Array, Int8Array, IntArray
 
+Features = Literal["contract", "costs"]
+
+_OUTSTANDING = int(ReplicaFeature["OUTSTANDING_REQUESTS"])
 _NEEDS = int(Group.COUNTERS | Group.METRICS | Group.PREFIX)
 
 
@@ -38,12 +44,14 @@ class DispatchBatch(RequestBatch):
         num_envs: Environments.
         scenario: A name, a path or a `Scenario`.
         r_max: Replica rows, if there are to be more than the scenario's largest fleet has.
+        features: What is observed of replicas: the `contract`'s features, or the `costs` of
+            choosing them, all within 0 to 1; see `envs.costs`.
         settings: See `RequestBatch`.
 
     Attributes:
         width: Replica rows; fleets may be smaller.
         num_actions: Replicas, then hold and reject where the scenario allows them.
-        replicas: Observation, `float32[num_envs, width, NUM_OBSERVED_FEATURES]`.
+        replicas: Features of the contract, `float32[num_envs, width, NUM_OBSERVED_FEATURES]`.
         request: Observation, `float32[num_envs, NUM_REQUEST_FEATURES]`.
     """
 
@@ -53,9 +61,12 @@ class DispatchBatch(RequestBatch):
         scenario: Scenario | str = "mixed-chat",
         *,
         r_max: int | None = None,
+        features: Features = "contract",
         **settings: Any,
     ) -> None:
         super().__init__(num_envs, scenario, **settings)
+        one_of(features=(features, get_args(Features)))
+        self._shows_costs = features == "costs"
         self.width = r_max or self.scenario.max_replicas
         if self.width < self.scenario.max_replicas:
             raise ConfigError(
@@ -64,10 +75,11 @@ class DispatchBatch(RequestBatch):
             )
         actions = self.scenario.actions
         replicas = (self.width, NUM_OBSERVED_FEATURES)
+        shown = COST_FEATURES if self._shows_costs else REPLICA_FEATURES[:NUM_OBSERVED_FEATURES]
         self._allocate(
             self.width + actions.hold + actions.reject,
             {
-                "replicas": Table(REPLICA_FEATURES[:NUM_OBSERVED_FEATURES], replicas),
+                "replicas": Table(shown, (self.width, len(shown))),
                 "request": Table(REQUEST_FEATURES, (NUM_REQUEST_FEATURES,)),
             },
             {},
@@ -120,7 +132,31 @@ class DispatchBatch(RequestBatch):
         )
 
     def _parts(self) -> dict[str, NDArray[Any]]:
-        return {"replicas": self.replicas, "request": self.request, "action_mask": self.mask}
+        return self._shown(self.replicas, self.request, self.mask)
+
+    def _shown(
+        self, replicas: Float32Array, request: Float32Array, mask: Int8Array
+    ) -> dict[str, NDArray[Any]]:
+        if self._shows_costs:
+            replicas = cost_features(replicas, request)
+        return {"replicas": replicas, "request": request, "action_mask": mask}
+
+    def seen(self, replicas: Float32Array, request: Float32Array, mask: Int8Array) -> Any:
+        """Return how this batch's agents see decisions from elsewhere.
+
+        Args:
+            replicas: Features of the contract, `float32[n, width, NUM_OBSERVED_FEATURES]`.
+            request: Features of the contract, `float32[n, NUM_REQUEST_FEATURES]`.
+            mask: Allowed actions, `int8[n, num_actions]`.
+        """
+        return self.view(self._shown(replicas, request, mask))
+
+    def _rule_action(self, env: int) -> int:
+        """Least outstanding requests; the first of equals."""
+        outstanding = self.replicas[env, :, _OUTSTANDING]
+        load = np.where(self.mask[env, : self.width] == 1, outstanding, np.inf)
+        best = int(load.argmin())
+        return best if load[best] < np.inf else int(self.mask[env].argmax())
 
     def scene(self, env: int) -> Scene:
         """Show the replicas, what they run and what waits for them."""

@@ -162,6 +162,12 @@ class PreemptionBatch(RequestBatch):
             "action_mask": self.mask,
         }
 
+    def _rule_action(self, env: int) -> int:
+        """First come, first served: admits who came first, preempts who came last."""
+        rows = np.flatnonzero(self.mask[env, : self._output.ids.shape[1]])
+        order = self._output.ids[env, rows]
+        return int(rows[order.argmax() if self.kind[env] else order.argmin()])
+
     def summary(self, env: int) -> tuple[float, ...]:
         """Latencies, goodput and preemptions of an episode that has ended."""
         victims = self.simulator.state.request["num_preemptions"][env]

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import numpy as np
+
+from servegym.cluster.nominal import REFERENCE_BATCH, nominal_facts
 from servegym.cluster.outcome import latencies, within_slo
 from servegym.cluster.spec import Episode
 from servegym.envs.batch import Batch
+from servegym.envs.shaping import CostToGo, Potentials
 from servegym.scenario import Scenario, load_scenario
+from servegym.typing import IntArray
 
 
 class RequestBatch(Batch):
@@ -48,9 +53,33 @@ class RequestBatch(Batch):
     def _draw(self, seed: int, load: float, number: int) -> Episode:
         return self.scenario.episode(seed, load=load, num_requests=self._num_requests)
 
+    def _typical_reward(self) -> float:
+        """Seconds of a mean request on a mean replica, shared; or its mean worth in goodput."""
+        spec, table = self.scenario.spec, self.scenario.episode(0).table
+        if self.objective == "goodput":
+            weights = np.array([c.weight for c in spec.slo_classes])
+            return float(weights[table.slo_class].mean())
+        facts = nominal_facts(spec)
+        rate, step_s, seq_s = (facts[:, i].mean() for i in (1, 2, 3))
+        each_s = step_s + (REFERENCE_BATCH - 1) * seq_s
+        return float(table.prompt_tokens.mean() / rate + table.output_tokens.mean() * each_s)
+
+    def _potentials(self) -> Potentials:
+        return CostToGo(self.num_envs, goodput=self.objective == "goodput", scale=self._scale)
+
+    def _arrivals(self) -> tuple[IntArray, IntArray]:
+        env = self.simulator.state.env
+        return env["next_arrival"], env["num_requests"]
+
     def summary(self, env: int) -> tuple[float, ...]:
-        """Latencies and goodput of an episode that has ended, as `evaluate.metrics` has them."""
-        done = self.simulator.outcomes(env)
+        """Latencies and goodput of an episode that has ended, as `evaluate.metrics` has them.
+
+        Requests of the warm-up do not count, nor those that had not ended at a truncation.
+        """
+        done = self.simulator.outcomes(env)[self.warmup :]
+        done = done[np.isfinite(done["finish_s"])]
+        if not len(done):
+            return (0.0,) * 5
         ttft_s, _, e2e_s = latencies(done)
         served = ~done["rejected"]
         good = within_slo(done, self.scenario.spec)

@@ -16,6 +16,7 @@ from servegym.envs.dispatch import DispatchVectorEnv
 from servegym.envs.preemption import PreemptionVectorEnv
 from servegym.envs.vector import BatchVectorEnv
 from servegym.envs.workflow import WorkflowVectorEnv
+from servegym.errors import ConfigError, unknown_name
 from servegym.typing import IntArray
 
 
@@ -142,3 +143,23 @@ class WorkflowVecEnv(BatchVecEnv):
     """`servegym/Workflow-v0` for SB3 and sb3-contrib."""
 
     vector_type = WorkflowVectorEnv
+
+
+def make_vec(env_id: str, num_envs: int, **settings: Any) -> BatchVecEnv:
+    """Make an environment by its id, as `gymnasium.make_vec`, for SB3.
+
+    Args:
+        env_id: A registered one of servegym, such as `servegym/Dispatch-v1`.
+        num_envs: Environments.
+        settings: In addition to those of the id, or in their place.
+
+    Raises:
+        ConfigError: If servegym has no such environment.
+    """
+    spec = gymnasium.registry.get(env_id)
+    for adapter in (DispatchVecEnv, PreemptionVecEnv, WorkflowVecEnv):
+        vector = adapter.vector_type
+        if spec and spec.vector_entry_point == f"{vector.__module__}:{vector.__name__}":
+            return adapter(num_envs, **{**spec.kwargs, **settings})
+    known = [name for name in gymnasium.registry if name.startswith("servegym/")]
+    raise ConfigError(unknown_name("environment", env_id, known))

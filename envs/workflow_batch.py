@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from servegym.envs.batch import Batch, at_least_one, one_of
 from servegym.envs.observation import Table
 from servegym.envs.scene import Scene
+from servegym.envs.shaping import Potentials
 from servegym.envs.workflow_features import (
     DEVICE_COLUMNS,
     GLOBAL_COLUMNS,
@@ -33,6 +34,7 @@ from servegym.envs.workflow_kernels import (
     step_range,
 )
 from servegym.envs.workflow_scene import workflow_scene
+from servegym.envs.workflow_shaping import JobsToGo
 from servegym.errors import ConfigError
 from servegym.typing import BoolArray, IntArray
 from servegym.workflow.job import Job
@@ -46,6 +48,7 @@ Objective = Literal["jct", "makespan", "deadline"]
 Placement = Literal["agent", "eft"]
 Shortlist = Literal["work-left", "arrival", "rank", "slack"]
 _OBJECTIVES = {"jct": JCT, "makespan": MAKESPAN, "deadline": DEADLINE}
+_DURATION, _MOVE = ([c.name for c in PAIR_COLUMNS].index(n) for n in ("duration_s", "delay_s"))
 _SHORTLISTS = {
     "work-left": BY_WORK_LEFT,
     "arrival": BY_ARRIVAL,
@@ -187,6 +190,38 @@ class WorkflowBatch(Batch):
             if reason != DECISION:
                 raise ConfigError("an episode needs at least one stage that runs on a device")
 
+    def _typical_reward(self) -> float:
+        """Weighted seconds of work of a mean job on a fleet as it is, or 1 a job for deadlines."""
+        if self.objective == "deadline":
+            return 1.0
+        state = Simulator(self.scenario.spec, [self.scenario.episode(0)]).state
+        num_jobs, num_devices = (int(state.env[0][k]) for k in ("num_jobs", "num_devices"))
+        jobs = state.job[0, :num_jobs]
+        if self.objective == "makespan":
+            return float(jobs["work_s"].mean()) / num_devices
+        return float(np.mean(jobs["weight"] * np.maximum(jobs["work_s"], 1e-9)))
+
+    def _potentials(self) -> Potentials:
+        return JobsToGo(self.num_envs, objective=_OBJECTIVES[self.objective], scale=self._scale)
+
+    def _arrivals(self) -> tuple[IntArray, IntArray]:
+        env = self.simulator.state.env
+        return env["next_job"], env["num_jobs"]
+
+    def _rule_action(self, env: int) -> int:
+        """Start the first stage of the shortlist where it is expected to end first."""
+        allowed = np.flatnonzero(self.mask[env])
+        if self._settings.eft:
+            return int(allowed[0])
+        devices = self.output.pairs.shape[2]
+        own = allowed[
+            (allowed < devices * (1 + allowed[0] // devices)) & (allowed < self.num_actions - 1)
+        ]
+        if not len(own):
+            return int(allowed[0])
+        pairs = self.output.pairs[env, own // devices, own % devices]
+        return int(own[(pairs[:, _DURATION] + pairs[:, _MOVE]).argmin()])
+
     def _fit(self) -> None:
         """Let the working memory of graphs grow with the simulator's arrays."""
         stages = self.simulator.state.stage.shape[1] if self._graph else 1
@@ -233,8 +268,14 @@ class WorkflowBatch(Batch):
         return {**found, "action_mask": o.mask}
 
     def summary(self, env: int) -> tuple[float, ...]:
-        """Completion times of an episode that has ended."""
-        jobs = self.simulator.jobs(env)
+        """Completion times of an episode that has ended.
+
+        Jobs of the warm-up do not count, nor those that had not ended at a truncation.
+        """
+        jobs = self.simulator.jobs(env)[self.warmup :]
+        jobs = jobs[np.isfinite(jobs["finish_s"])]
+        if not len(jobs):
+            return (0.0,) * 3
         jct_s = jobs["finish_s"] - jobs["arrival_s"]
         return (
             float(jct_s.mean()),

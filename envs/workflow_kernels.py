@@ -144,11 +144,11 @@ def _earned(p: Params, s: State, c: Settings, e: int) -> float:
         return -env.weighted_area
     if c.objective == DEADLINE:
         return env.good
-    return -_least_makespan_s(view(p, s, e), s, e)
+    return -least_makespan_s(view(p, s, e), s, e)
 
 
 @inlined
-def _least_makespan_s(w: View, s: State, e: int) -> float:
+def least_makespan_s(w: View, s: State, e: int) -> float:
     """When the jobs that have arrived can end at best, on expected durations, seconds."""
     now_s = w.env[0].now_s
     latest_s = w.env[0].makespan_s

@@ -23,3 +23,29 @@ if find_spec("gymnasium") is not None:  # inside a serving engine's environment 
         entry_point="servegym.envs.workflow:WorkflowEnv",
         vector_entry_point="servegym.envs.workflow:WorkflowVectorEnv",
     )
+    #: What lets stock algorithms with stock settings learn; see `docs/env-dispatch.md`.
+    kind = {
+        "shaping": "cost-to-go",
+        "reward_scale": "auto",
+        "normalise": True,
+        "flat": True,
+        "invalid_action": "resample",
+    }
+    register(
+        id="servegym/Dispatch-v1",
+        entry_point="servegym.envs.dispatch:DispatchEnv",
+        vector_entry_point="servegym.envs.dispatch:DispatchVectorEnv",
+        kwargs={**kind, "features": "costs"},
+    )
+    register(
+        id="servegym/Preemption-v1",
+        entry_point="servegym.envs.preemption:PreemptionEnv",
+        vector_entry_point="servegym.envs.preemption:PreemptionVectorEnv",
+        kwargs=kind,
+    )
+    register(
+        id="servegym/Workflow-v1",
+        entry_point="servegym.envs.workflow:WorkflowEnv",
+        vector_entry_point="servegym.envs.workflow:WorkflowVectorEnv",
+        kwargs=kind,
+    )
