@@ -106,7 +106,7 @@ class Batch(ABC):
             raise ConfigError(f"invalid_penalty must be at least 0, got {invalid_penalty}")
         self.num_envs, self.group_size, self.warmup = num_envs, group_size, warmup
         self.invalid_action = invalid_action
-        self._load, self._scale = load, float(reward_scale)
+        self._load, self.reward_scale = load, float(reward_scale)
         self._penalty = float(invalid_penalty) if invalid_action == "penalise" else 0.0
         self._normalise, self._flat = normalise, flat
         self._num_threads = num_threads

@@ -120,7 +120,7 @@ class DispatchBatch(RequestBatch):
             _NEEDS,
             NUM_OBSERVED_FEATURES,
             self.objective == "goodput",
-            self._scale,
+            self.reward_scale,
             np.empty(NUM_REQUEST_FEATURES),
             np.empty(self.width + 2, np.bool_),
             self.replicas,

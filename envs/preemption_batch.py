@@ -87,7 +87,7 @@ class PreemptionBatch(RequestBatch):
         self._settings = Settings(
             by_arrival=queue_order == "arrival",
             goodput=self.objective == "goodput",
-            scale=self._scale,
+            scale=self.reward_scale,
             width=max_waiting,
         )
         self.requests: Float32Array = np.zeros((num_envs, *rows), np.float32)

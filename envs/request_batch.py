@@ -65,7 +65,7 @@ class RequestBatch(Batch):
         return float(table.prompt_tokens.mean() / rate + table.output_tokens.mean() * each_s)
 
     def _potentials(self) -> Potentials:
-        return CostToGo(self.num_envs, goodput=self.objective == "goodput", scale=self._scale)
+        return CostToGo(self.num_envs, goodput=self.objective == "goodput", scale=self.reward_scale)
 
     def _arrivals(self) -> tuple[IntArray, IntArray]:
         env = self.simulator.state.env

@@ -117,7 +117,7 @@ class WorkflowBatch(Batch):
             shortlist=_SHORTLISTS[shortlist],
             eft=placement == "eft",
             graph=bool(graph),
-            scale=self._scale,
+            scale=self.reward_scale,
         )
         devices = self.scenario.max_devices
         starts = max_stages if placement == "eft" else max_stages * devices
@@ -202,7 +202,7 @@ class WorkflowBatch(Batch):
         return float(np.mean(jobs["weight"] * np.maximum(jobs["work_s"], 1e-9)))
 
     def _potentials(self) -> Potentials:
-        return JobsToGo(self.num_envs, objective=_OBJECTIVES[self.objective], scale=self._scale)
+        return JobsToGo(self.num_envs, objective=_OBJECTIVES[self.objective], scale=self.reward_scale)
 
     def _arrivals(self) -> tuple[IntArray, IntArray]:
         env = self.simulator.state.env
