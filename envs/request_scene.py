@@ -75,7 +75,7 @@ def dispatch_scene(scenario: Scenario, simulator: Simulator, env: int) -> Scene:
 
 
 def engine_scene(scenario: Scenario, simulator: Simulator, env: int, asked: str) -> Scene:
-    """Show an engine and its requests, the running ones first, by arrival.
+    """Show an engine and its requests, those first that may be chosen, by arrival.
 
     Args:
         scenario: What is played.
@@ -97,7 +97,8 @@ def engine_scene(scenario: Scenario, simulator: Simulator, env: int, asked: str)
         )
     ]
     due = s.env[env]["scheduling"] >= 0
-    for part, runs in ((running, True), (waiting, False)):
+    parts = [(running, True), (waiting, False)]
+    for part, runs in parts if asked == "preempt" else parts[::-1]:
         for request in part.tolist():
             q = s.request[env, request]
             done = int(q["generated"])

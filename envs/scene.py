@@ -12,8 +12,9 @@ from servegym.errors import ConfigError
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
 
-#: Size of a picture.
-WIDTH, HEIGHT = 960, 540
+#: Size of a picture; lower if there are few rows.
+WIDTH, MAX_HEIGHT = 960, 540
+_ROW = 34.0
 _LEFT, _TOP, _NAME, _BAR, _NOTE = 12, 66, 170, 130, 230
 _INK, _FAINT, _BACK, _TRACK = (32, 33, 36), (128, 134, 139), (255, 255, 255), (232, 234, 237)
 #: Colours of requests by class, and of stages by job; a colour-blind-safe set.
@@ -73,7 +74,7 @@ class Scene(NamedTuple):
 
 def as_text(scene: Scene) -> str:
     """Draw with characters: `#` runs, `.` waits, `>` may be chosen, `x` is out of order."""
-    lines = [scene.title, scene.question, f"{'':24}{scene.bar:16}{scene.cells}"]
+    lines = [scene.title, scene.question, f"{'':24}{scene.bar:16.15}{scene.cells}"]
     for row in scene.rows:
         full = round(row.fill * 10)
         mark = "x" if row.down else ">" if row.lit else " "
@@ -89,7 +90,7 @@ def _shown(cells: str, most: int) -> str:
 
 
 def as_image(scene: Scene) -> NDArray[np.uint8]:
-    """Draw a picture, `uint8[HEIGHT, WIDTH, 3]`.
+    """Draw a picture, `uint8[height, WIDTH, 3]`; the height is even and the same for a `num_rows`.
 
     Raises:
         ConfigError: If Pillow is not installed.
@@ -100,9 +101,9 @@ def as_image(scene: Scene) -> NDArray[np.uint8]:
         raise ConfigError(
             'render_mode "rgb_array" needs Pillow: pip install "servegym[report]", or use "ansi"'
         ) from error
-    image = Image.new("RGB", (WIDTH, HEIGHT), _BACK)
+    height = min(_ROW, (MAX_HEIGHT - _TOP - 8) / max(1, scene.num_rows))
+    image = Image.new("RGB", (WIDTH, 2 * int((_TOP + 9 + scene.num_rows * height) / 2)), _BACK)
     draw = ImageDraw.Draw(image)
-    height = min(34.0, (HEIGHT - _TOP - 8) / max(1, scene.num_rows))
     font, small = (ImageFont.load_default(size) for size in (15, max(8, min(13, height * 0.62))))
     draw.text((_LEFT, 8), scene.title, _INK, font)
     draw.text((_LEFT, 28), scene.question, _FAINT, font)

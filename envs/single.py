@@ -46,7 +46,7 @@ class BatchEnv(gymnasium.Env[Any, Any], Generic[B]):
 
     Args:
         scenario: A name, a path or a scenario; the batch's default if not given.
-        render_mode: `rgb_array` (a picture, `uint8[540, 960, 3]`), `ansi` (text) or `None`.
+        render_mode: `rgb_array` (a picture, `uint8[height, 960, 3]`), `ansi` (text) or `None`.
         settings: The batch's.
     """
 
