@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from servegym.envs.batch import EpisodeBatch
+from servegym.envs.dispatch_batch import DispatchBatch
 from servegym.typing import BoolArray, IntArray
 
 _FIRST_LENGTH = 256
@@ -52,7 +52,7 @@ class Places:
         self._steps = np.where(ended, 0, self._steps + 1)
         self.episodes = self.episodes + ended
 
-    def go_to(self, batch: EpisodeBatch) -> None:
+    def go_to(self, batch: DispatchBatch) -> None:
         """Bring environments that were seeded as in the run to these places.
 
         Args:

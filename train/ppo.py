@@ -294,11 +294,12 @@ class Trainer:
             taken = action.cpu().numpy()
             observation, reward, terminated, _, info = self.env.step(taken)
             self.places.note(taken, terminated)
-            for metrics in info.get("episode_metrics", []):
-                if metrics is not None:
-                    episodes.append(metrics["mean_e2e_s"])
-            rewards[step] = self.scale(reward, info["dt_s"], terminated)
             dts[step], ends[step] = info["dt_s"], terminated
+            if terminated.any():  # `info` is of the next episode there
+                final = info["final_info"]
+                dts[step, terminated] = final["dt_s"][terminated]
+                episodes += final["episode_metrics"]["mean_e2e_s"][terminated].tolist()
+            rewards[step] = self.scale(reward, dts[step], terminated)
             seen.append(prepared)
             logits.append(scores)
             actions.append(action)

@@ -34,6 +34,10 @@ class ResetNeeded(ServeGymError):
     """Raised when `step` is called before `reset`, or after the end of an episode."""
 
 
+class EnvironmentClosed(ServeGymError):
+    """Raised when an environment is used after `close`."""
+
+
 class ExportError(ServeGymError):
     """Raised when a policy file and its manifest do not belong together or cannot be read."""
 
