@@ -37,13 +37,12 @@ def write_observation(
     needs: int,
     num_rows: int,
     request: FloatArray,
-    mask: BoolArray,
     replicas_out: Float32Array,
     request_out: Float32Array,
     mask_out: Int8Array,
 ) -> None:
     """Write the observation of one pending decision; replicas by row, features by column."""
-    observe(p, s, e, needs, request, mask)
+    observe(p, s, e, needs, request)
     width = s.shown.shape[2]
     for f in range(num_rows):
         for r in range(width):
@@ -51,7 +50,7 @@ def write_observation(
     for g in range(request.shape[0]):
         request_out[e, g] = request[g]
     for r in range(width):
-        mask_out[e, r] = mask[r]
+        mask_out[e, r] = s.allowed[e, r]
     place = width
     if p.allow_hold:
         mask_out[e, place] = 1
@@ -73,7 +72,6 @@ def step_range(
     goodput: bool,
     scale: float,
     request: FloatArray,
-    mask: BoolArray,
     replicas_out: Float32Array,
     request_out: Float32Array,
     mask_out: Int8Array,
@@ -99,7 +97,7 @@ def step_range(
         done_out[e] = reason != DECISION
         if reason == DECISION:
             write_observation(
-                p, s, e, needs, num_rows, request, mask, replicas_out, request_out, mask_out
+                p, s, e, needs, num_rows, request, replicas_out, request_out, mask_out
             )
         else:
             replicas_out[e] = 0.0

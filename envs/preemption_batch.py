@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import Episode
-from servegym.cluster.state import ASK_PICK, ASK_PICK_OR_NONE
+from servegym.cluster.state import ALWAYS, NEVER, WHERE_IT_MATTERS, Asks
 from servegym.envs.batch import one_of
 from servegym.envs.observation import Table
 from servegym.envs.preemption_kernels import Output, Settings, begin, step_range, write_choice
@@ -83,7 +83,11 @@ class PreemptionBatch(RequestBatch):
             },
             {"kind": spaces.Discrete(2)},
         )
-        self._asks = ASK_PICK_OR_NONE if allow_none else ASK_PICK
+        self._asks = Asks(
+            dispatch=NEVER,
+            admit=ALWAYS if allow_none else WHERE_IT_MATTERS,
+            preempt=WHERE_IT_MATTERS,
+        )
         self._settings = Settings(
             by_arrival=queue_order == "arrival",
             goodput=self.objective == "goodput",

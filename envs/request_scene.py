@@ -96,7 +96,7 @@ def engine_scene(scenario: Scenario, simulator: Simulator, env: int, asked: str)
             f"{len(running)} running, {len(waiting)} waiting",
         )
     ]
-    due = s.env[env]["scheduling"] >= 0
+    due = s.env[env]["asking"] >= 0
     parts = [(running, True), (waiting, False)]
     for part, runs in parts if asked == "preempt" else parts[::-1]:
         for request in part.tolist():
