@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from servegym.cluster.dispatch import is_allowed
 from servegym.cluster.jit import kernel
 from servegym.cluster.kernels import advance, apply
 from servegym.cluster.state import DECISION, HOLD, REJECT, Params, State
@@ -21,19 +20,12 @@ def core_action(p: Params, num_replicas: int, action: int) -> int:
 
 
 @kernel
-def first_invalid(p: Params, s: State, actions: IntArray, active: BoolArray) -> int:
+def first_invalid(mask: Int8Array, actions: IntArray, active: BoolArray) -> int:
     """Return the first active environment whose action is not allowed, or -1."""
-    width = s.shown.shape[2]
-    size = width + p.allow_hold + p.allow_reject
     for e in range(actions.shape[0]):
-        if not active[e]:
-            continue
-        action = actions[e]
-        if action < 0 or action >= size:
-            return e
-        chosen = core_action(p, width, action)
-        if not is_allowed(p, s, e, s.env[e].deciding, chosen):
-            return e
+        if active[e]:
+            if not 0 <= actions[e] < mask.shape[1] or mask[e, actions[e]] == 0:
+                return e
     return -1
 
 
@@ -83,7 +75,7 @@ def step_range(
     replicas_out: Float32Array,
     request_out: Float32Array,
     mask_out: Int8Array,
-    reward_out: Float32Array,
+    reward_out: FloatArray,
     done_out: BoolArray,
     dt_out: FloatArray,
 ) -> None:

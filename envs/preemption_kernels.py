@@ -44,7 +44,7 @@ class Output(NamedTuple):
     mask: Int8Array  # [E, A]
     ids: IntArray  # [E, M] request of each row
     earned: FloatArray  # [E] reward times scale so far
-    reward: Float32Array  # [E]
+    reward: FloatArray  # [E]
     done: BoolArray  # [E]
     dt_s: FloatArray  # [E] simulated seconds since the last choice
 

@@ -91,11 +91,18 @@ class Simulator:
         self.params = make_params(spec, record=record, asks=asks)
         self._capacity = Capacity.of(episodes, max_replicas=max_replicas, record=record)
         self.state = make_state(spec, self._capacity)
-        self.params.entries[:] = addresses(typeof(self.params), typeof(self.state))
+        self._find_entries()
         self.reasons = np.zeros(len(episodes), np.int64)
         self.scratch: object = None  # working memory of planners, see policy.what_if
         for env, episode in enumerate(episodes):
             load_episode(self.params, self.state, env, episode)
+
+    def _find_entries(self) -> None:
+        self.params.entries[:] = addresses(typeof(self.params), typeof(self.state))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._find_entries()  # compiled code lies elsewhere in another process
 
     @property
     def num_envs(self) -> int:

@@ -15,7 +15,7 @@ from servegym.errors import WorkloadError
 from servegym.replay.fleet import Fleet
 from servegym.typing import BoolArray, FloatArray, Int16Array, IntArray
 from servegym.workloads.readers import OnBadRow, prefix_segments
-from servegym.workloads.records import json_object, records
+from servegym.workloads.records import columns_of, records
 from servegym.workloads.table import RequestTable
 
 STATUSES = ("finished", "rejected", "cancelled", "failed")
@@ -159,7 +159,7 @@ def logged_rows(
             last = line
             where = f"{file.name}, line {line}"
             try:
-                row = json_object(where, record) if isinstance(record, str) else record
+                row = columns_of(where, record)
                 if "decisions" not in row:
                     raise WorkloadError(
                         f"{where} is no row of a decision log, it has no decisions: give the log "

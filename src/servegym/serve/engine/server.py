@@ -234,7 +234,7 @@ class EngineServer:
             content.prompt_tokens,
             tokens,
             content.identity,
-            ask.priority,
+            ask.priority or 0,
             finish_reason,
         )
         return Stream(
@@ -278,8 +278,10 @@ def _output_tokens(headers: Mapping[str, str]) -> int | None:
     text = headers.get(OUTPUT_TOKENS_HEADER)
     if text is None:
         return None
-    if not text.isdecimal() or not int(text):
-        raise WorkloadError(f"{OUTPUT_TOKENS_HEADER} must be a number above 0, got {text!r}")
+    if not (text.isdecimal() and len(text) <= 10 and 0 < int(text) <= asks.MAX_TOKENS):
+        raise WorkloadError(
+            f"{OUTPUT_TOKENS_HEADER} must be a number from 1 to {asks.MAX_TOKENS}, got {text:.40}"
+        )
     return int(text)
 
 

@@ -9,7 +9,9 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar, cast
 
 import aiohttp
 from aiohttp import web
@@ -21,18 +23,21 @@ from servegym.serve.facts import fleet_facts
 from servegym.serve.metrics import metric_names
 from servegym.serve.poller import MetricsPoller
 from servegym.serve.prometheus import CONTENT_TYPE, Exposition
+from servegym.serve.prompt import Prompt
 from servegym.serve.router.admin import Admin
 from servegym.serve.router.auth import read_keys
 from servegym.serve.router.config import RouterConfig
 from servegym.serve.router.errors import RequestError
 from servegym.serve.router.health import Health
+from servegym.serve.router.http_log import http_logger
 from servegym.serve.router.limits import Limits
 from servegym.serve.router.proxy import Proxy
-from servegym.serve.router.request import read_request, with_hints
+from servegym.serve.router.request import Asked, read_request, with_hints
 from servegym.serve.router.telemetry import Telemetry
 from servegym.serve.vllm.hints import hints
 
 _log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
 
 #: Seconds that an idle connection to a replica is kept: below the 5 s after which uvicorn, which
 #: vLLM runs in, closes its end, or requests would be sent into closing connections.
@@ -40,6 +45,10 @@ _UPSTREAM_KEEPALIVE_S = 4.0
 #: Connections that may wait to be taken; a storm of clients needs them.
 _BACKLOG = 2048
 _MAX_ID_CHARACTERS = 128
+_ID_HEADER = "X-Request-Id"
+_ID = web.RequestKey("id", str)
+#: Larger bodies are read and hashed in a thread: all streams would wait for it.
+_LARGE_BYTES = 64 * 1024
 #: Tenant of everyone where there are no keys.
 _EVERYONE = "default"
 
@@ -78,6 +87,7 @@ class Router:
         self._poller: MetricsPoller | None = None
         self._proxy: Proxy | None = None
         self._ports: list[int] = []
+        self._reading = ThreadPoolExecutor(1, "large-bodies")
 
     @property
     def port(self) -> int:
@@ -142,7 +152,20 @@ class Router:
                 await part.stop()
         if self._session is not None:
             await self._session.close()
+        self._reading.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.dispatcher.close)
+
+    def reload_keys(self) -> None:
+        """Read the API keys anew; keys that cannot be read leave the old ones in place."""
+        if self.config.auth is None:
+            _log.info("there are no API keys to read anew")
+            return
+        try:
+            self._keys = read_keys(self.config.auth)
+        except ConfigError as error:
+            _log.error("the API keys stay as they are: %s", error)
+        else:
+            _log.info("the API keys have been read anew")
 
     async def drain(self) -> int:
         """Refuse new requests and wait for those in progress, at most `drain_s`.
@@ -162,6 +185,7 @@ class Router:
             app,
             handler_cancellation=True,  # a client that goes away ends its request upstream too
             access_log=None,
+            logger=http_logger,
             shutdown_timeout=1.0,
             # a body that is refused unread must not keep a connection
             lingering_time=1.0,
@@ -187,6 +211,7 @@ class Router:
         app.router.add_post("/v1/completions", self._completions)
         app.router.add_post("/v1/chat/completions", self._completions)
         app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/v1/models/{name:.+}", self._model_page)
         app.router.add_get("/health", self._health_page)
         app.router.add_get("/metrics", self._metrics)
         return app
@@ -199,6 +224,7 @@ class Router:
     ) -> web.StreamResponse:
         """Turn what goes wrong into OpenAI's error objects, and count the answers."""
         endpoint = "other"
+        key = request[_ID] = _request_id(request)
         try:
             resource = request.match_info.route.resource
             if resource is not None:
@@ -221,6 +247,8 @@ class Router:
             message = "the router failed: its log says why"
             response = RequestError(500, message, "internal_error").response()
         self.telemetry.requests[endpoint, response.status] += 1
+        if not response.prepared:
+            response.headers[_ID_HEADER] = key
         return response
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
@@ -247,18 +275,16 @@ class Router:
         body = await self._body(request)
         read_s = dispatcher.clock()
         chat = request.path.endswith("/chat/completions")
-        asked = read_request(body, chat=chat, slo_field=config.slo_field)
+        asked, prompt = await self._off_loop(len(body), self._read, body, chat)
         model = self._model(asked.model)
         named = request.headers.get(config.slo_header) or asked.slo_class
         try:
             slo_class = dispatcher.slo_class(named or self._limits.of(tenant).slo_class)
         except ValueError as error:
             raise RequestError(400, str(error), "unknown_slo_class") from error
-        key = request.headers.get("X-Request-Id", "")
-        if not 0 < len(key) <= _MAX_ID_CHARACTERS or not key.isprintable():
-            key = secrets.token_hex(12)
+        key = request[_ID]
         job = dispatcher.arrive(
-            asked.prompt,
+            prompt,
             key=key,
             tenant=tenant,
             slo_class=slo_class,
@@ -267,11 +293,28 @@ class Router:
         )
         if config.engine_hints:
             level = dispatcher.config.slo_classes[slo_class]
-            predicted = job.request.predicted_output_tokens
-            body = with_hints(asked.fields, hints(predicted, level.ttft_s, level.tpot_s))
+            told = hints(job.request.predicted_output_tokens, level.ttft_s, level.tpot_s)
+            body = await self._off_loop(len(body), with_hints, asked.fields, told)
         return await self._proxy.forward(
             request, job, body, key=key, stream=asked.stream, read_s=read_s
         )
+
+    def _read(self, body: bytes, chat: bool) -> tuple[Asked, Prompt]:
+        """Read a body and measure its prompt."""
+        asked = read_request(body, chat=chat, slo_field=self.config.request.slo_field)
+        prompt = asked.prompt
+        if not isinstance(prompt, Prompt):
+            prompt = self.dispatcher.reader.read(cast("str | Sequence[int]", prompt))
+        return asked, prompt
+
+    async def _off_loop(
+        self, num_bytes: int, function: Callable[..., _Result], *args: object
+    ) -> _Result:
+        """Do something with a body; with a large one in a thread."""
+        if num_bytes < _LARGE_BYTES:
+            return function(*args)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._reading, function, *args)
 
     def _model(self, asked: str) -> str:
         """Return the model a request is for; engines that serve one need not be told which."""
@@ -281,8 +324,7 @@ class Router:
             return asked
         if not asked and len(models) == 1:
             return next(iter(models))
-        known = ", ".join(sorted(models))
-        raise RequestError(404, f"there is no model {asked!r}, only {known}", "model_not_found")
+        raise _no_model(asked, models)
 
     async def _body(self, request: web.Request) -> bytes:
         if (request.content_length or 0) > self.config.request.max_body_bytes:
@@ -292,6 +334,9 @@ class Router:
                 return await request.read()
         except TimeoutError:
             raise RequestError(408, "the body did not come in time", "body_timeout") from None
+        except web.RequestPayloadError as error:
+            message = f"the body cannot be unpacked ({type(error).__name__})"
+            raise RequestError(400, message, "invalid_body") from None
 
     def _too_large(self) -> RequestError:
         limit = self.config.request.max_body_bytes
@@ -314,6 +359,15 @@ class Router:
         return web.json_response(
             {"object": "list", "data": [models[name] for name in sorted(models)]}
         )
+
+    async def _model_page(self, request: web.Request) -> web.StreamResponse:
+        self._tenant(request)
+        assert self._health is not None
+        name = request.match_info["name"]
+        models = self._health.models()
+        if name not in models:
+            raise _no_model(name, models)
+        return web.json_response(models[name])
 
     async def _health_page(self, request: web.Request) -> web.StreamResponse:
         """Say whether requests may be sent here; load balancers ask without a key."""
@@ -350,6 +404,8 @@ class Router:
 def serve(config: RouterConfig, ready: Callable[[Router], None]) -> None:
     """Run a router until it is told to stop (SIGTERM, SIGINT), then let it drain.
 
+    SIGHUP reads the API keys anew and stops nothing.
+
     Args:
         config: Its configuration.
         ready: Called once it serves.
@@ -373,6 +429,7 @@ async def _serve(config: RouterConfig, ready: Callable[[Router], None]) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, router.reload_keys)
     await router.start()
     # what is there now stays: looking through all of it would stop every stream for 0.1 s
     gc.freeze()
@@ -383,6 +440,18 @@ async def _serve(config: RouterConfig, ready: Callable[[Router], None]) -> None:
     if left:
         _log.warning("%d requests are cut off after %g s", left, config.drain_s)
     await router.stop()
+
+
+def _request_id(request: web.Request) -> str:
+    """Return the id that a client has given its request, else a new one."""
+    key = request.headers.get(_ID_HEADER, "")
+    good = 0 < len(key) <= _MAX_ID_CHARACTERS and key.isprintable()
+    return key if good else secrets.token_hex(12)
+
+
+def _no_model(name: str, models: Iterable[str]) -> RequestError:
+    known = ", ".join(sorted(models)) or "none yet"
+    return RequestError(404, f"there is no model {name!r}, only {known}", "model_not_found")
 
 
 def _upstream_key(name: str | None) -> str | None:

@@ -15,7 +15,7 @@ from servegym.errors import WorkloadError
 from servegym.typing import FloatArray
 from servegym.workflow.job import Job, JobBuilder
 from servegym.workflow.workloads.coding_agent import CALL, PAUSE, SUB_CALL, SUB_TOOL, TOOL
-from servegym.workloads.records import json_object, records
+from servegym.workloads.records import columns_of, records
 
 _COLUMNS = {
     *("session", "agent", "kind", "spawned_agent", "input_tokens", "output_tokens"),
@@ -84,7 +84,7 @@ def read_weka(
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     for line, record in records(path):
         where = f"{path.name}, line {line}"
-        row = json_object(where, record) if isinstance(record, str) else record
+        row = columns_of(where, record)
         missing = sorted(_COLUMNS - row.keys())
         if missing:
             raise WorkloadError(f"{where}: no column {', '.join(missing)}")

@@ -167,7 +167,7 @@ def _columns(file: Path, needed: set[str]) -> dict[str, list[Any]]:
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise WorkloadError("tables need pyarrow: pip install 'servegym[parquet]'") from error
+        raise WorkloadError("tables need pyarrow: pip install pyarrow") from error
     table = parquet.read_table(file)
     missing = sorted(needed - set(table.column_names))
     if missing:

@@ -1,0 +1,73 @@
+"""JSON and YAML texts in which no key is given twice: the parsers' own keep the last in silence."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import yaml
+
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+class RepeatedKey(ValueError):
+    """Raised when an object has a key twice."""
+
+
+def load_json(text: str) -> Any:
+    """Parse JSON.
+
+    Raises:
+        ValueError: If it is not JSON, or an object has a key twice.
+    """
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise RepeatedKey(f"the key {key!r} is given twice")
+    return found
+
+
+class _NoKeyTwice:
+    """Part of a loader; what it refuses it refuses as the parser does, with the place."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.tag == _MERGE:
+                continue
+            key = self.construct_object(key_node, deep=True)  # type: ignore[attr-defined]
+            try:
+                known = key in seen
+            except TypeError:
+                break  # no key at all: the loader itself says so
+            if known:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)  # type: ignore[misc]
+
+
+class _Loader(_NoKeyTwice, yaml.SafeLoader):
+    pass
+
+
+class _FastLoader(_NoKeyTwice, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    pass
+
+
+def load_yaml(text: str) -> Any:
+    """Parse YAML with plain values only.
+
+    Raises:
+        yaml.YAMLError: If it is not YAML, or a mapping has a key twice.
+    """
+    try:
+        return yaml.load(text, Loader=_FastLoader)
+    except yaml.YAMLError:  # the parser in Python says better what is wrong, and where
+        return yaml.load(text, Loader=_Loader)
