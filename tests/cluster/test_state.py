@@ -142,9 +142,9 @@ def test_threads_that_share_the_arrays_change_nothing(num_threads):
     sim = Simulator(spec, episodes)
 
     def run(env: int) -> None:
-        request, mask = np.zeros(NUM_REQUEST_FEATURES), np.zeros(sim.max_replicas + 2, np.bool_)
+        request, mask = np.zeros(NUM_REQUEST_FEATURES), sim.state.allowed[env]
         while advance(sim.params, sim.state, env) == DECISION:
-            observe(sim.params, sim.state, env, int(EVERYTHING), request, mask)
+            observe(sim.params, sim.state, env, int(EVERYTHING), request)
             apply(sim.params, sim.state, env, choose(*visit(sim, env), mask.tolist()))
 
     with ThreadPoolExecutor(num_threads) as pool:
