@@ -11,6 +11,7 @@ import pytest
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import (
     DECISION,
+    DONE,
     EV_ARRIVE,
     EV_FINISH,
     EV_REJECT,
@@ -22,6 +23,7 @@ from servegym.cluster.state import (
     Asks,
 )
 from servegym.errors import WorkloadError
+from servegym.scenario import load_scenario
 from servegym.workloads.table import ANY_END, RequestTable
 
 from .strategies import random_case, with_followers
@@ -231,3 +233,18 @@ def test_a_part_of_a_table_keeps_who_waits_for_whom():
     assert table.window(1.0, 3.0).after.tolist() == [-1, 0, 0]
     queue = RequestTable.build(np.arange(4.0), np.ones(4), np.ones(4), after=[-1, -2, -2, 1])
     assert queue.take(np.array([1, 2, 3])).after.tolist() == [-1, -2, 0]
+
+
+def test_overload_slows_users_who_wait_and_buries_those_who_do_not():
+    def worst_s(wait: bool) -> float:
+        scenario = load_scenario("mixed-chat")
+        sessions = scenario.workload.sessions.model_copy(update={"wait_for_answers": wait})
+        workload = scenario.workload.model_copy(update={"sessions": sessions})
+        scenario = scenario.model_copy(update={"workload": workload})
+        episode = scenario.episode(0, load=4.0, num_requests=1500)
+        sim = Simulator(scenario.spec, [episode], asks=Asks(dispatch=NEVER))
+        assert sim.advance()[0] == DONE
+        run = sim.outcomes()
+        return float((run["first_token_s"] - run["arrival_s"]).max())
+
+    assert worst_s(True) < 0.8 * worst_s(False)

@@ -7,6 +7,7 @@ import pytest
 
 from servegym.errors import WorkloadError
 from servegym.workloads.config import GeneratedConfig, LengthConfig, SessionConfig
+from servegym.workloads.table import BY_ITSELF
 
 SYSTEM_TOKENS = 100
 SESSIONS = SessionConfig(
@@ -148,3 +149,20 @@ def test_a_context_limit_ends_conversations_and_does_not_cut_turns():
 def test_seeds_give_different_conversations_with_different_texts():
     one, other = draw(num=200, seed=1), draw(num=200, seed=2)
     assert not set(one.prefix_keys[1::2].tolist()) & set(other.prefix_keys[1::2].tolist())
+
+
+def test_users_who_wait_for_answers_say_the_same_but_go_by_their_answers():
+    waiting = SESSIONS.model_copy(update={"wait_for_answers": True})
+    open_loop, closed = draw(num=2000), draw(waiting, num=2000)
+    assert (open_loop.after == BY_ITSELF).all()
+    for name in ("arrival_s", "prompt_tokens", "output_tokens", "session", "prefix_keys"):
+        np.testing.assert_array_equal(getattr(open_loop, name), getattr(closed, name))
+    for i, before in enumerate(closed.after.tolist()):
+        earlier = np.flatnonzero(closed.session[:i] == closed.session[i])
+        assert before == (earlier[-1] if len(earlier) else BY_ITSELF)
+    waits = closed.after >= 0
+    assert waits.sum() > 500
+    # between two turns of the open loop lies what the user of the closed one thinks
+    gaps = closed.arrival_s[waits] - closed.arrival_s[closed.after[waits]]
+    np.testing.assert_allclose(closed.delay_s[waits], gaps, rtol=1e-9, atol=1e-9)
+    assert (closed.delay_s[~waits] == 0).all()

@@ -37,6 +37,8 @@ def test_columns_left_out_get_neutral_values():
     assert t.slo_class.tolist() == [0] * 4
     assert t.tenant.tolist() == [0] * 4
     assert t.session.tolist() == [-1] * 4
+    assert t.after.tolist() == [-1] * 4  # everybody comes by themselves
+    assert t.delay_s.tolist() == [0.0] * 4
     assert t.predicted_output_tokens.tolist() == [25.0] * 4  # the mean of 10, 20, 30, 40
     assert t.prefix_offsets.tolist() == [0] * 5
 
@@ -51,6 +53,8 @@ def test_columns_have_their_types():
         "slo_class": "int16",
         "tenant": "int32",
         "session": "int32",
+        "after": "int32",
+        "delay_s": "float64",
         "prefix_offsets": "int64",
         "prefix_keys": "int64",
         "prefix_ends": "int32",

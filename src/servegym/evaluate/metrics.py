@@ -67,7 +67,8 @@ def measure(
     Returns:
         Metrics by name; see `docs/evaluation.md`.
     """
-    kept = outcomes[int(warmup * len(outcomes)) :]
+    by_arrival = outcomes[np.argsort(outcomes["arrival_s"], kind="stable")]
+    kept = by_arrival[int(warmup * len(outcomes)) :]
     ttft, tpot, e2e = latencies(kept)
     out: dict[str, float] = {}
     for name, values in (("ttft", ttft), ("tpot", tpot), ("e2e", e2e)):

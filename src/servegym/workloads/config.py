@@ -17,7 +17,7 @@ from servegym.workloads import arrivals
 from servegym.workloads.dialect import TimeUnit
 from servegym.workloads.readers import OnBadRow, Trace, read_trace
 from servegym.workloads.shortening import TooLong
-from servegym.workloads.table import RequestTable
+from servegym.workloads.table import BY_ITSELF, RequestTable
 
 _MAX_SPARE = 64.0  # turns drawn for each one that fits the context
 
@@ -93,11 +93,13 @@ class SessionConfig(_Config):
 
     A conversation starts with one of `num_system_prompts` system prompts (Zipf popularity); its
     turns are `think_s` seconds apart on average and come until it ends (geometric) or its
-    context reaches `max_context_tokens`.
+    context reaches `max_context_tokens`. With `wait_for_answers` these seconds begin when the
+    answer to the turn before has ended (a closed loop), else when that turn began.
     """
 
     mean_turns: float = Field(4.0, ge=1)
     think_s: float = Field(20.0, gt=0)
+    wait_for_answers: bool = False
     num_system_prompts: int = Field(8, ge=1)
     system_prompt_tokens: int = Field(512, ge=0)
     zipf: float = Field(1.0, ge=0)
@@ -187,6 +189,7 @@ class GeneratedConfig(_Config):
                     "and output shorter"
                 )
             return self._conversations(rng, num, rate, c, 2.0 * spare)
+        after = _turn_before(session[keep]) if c.wait_for_answers else np.full(num, BY_ITSELF)
         salt = int(rng.integers(1, 1 << 40))
         keys = np.empty((num, 2), np.int64)
         keys[:, 0] = 1 + system[session[keep]]
@@ -199,10 +202,21 @@ class GeneratedConfig(_Config):
             prompt[keep],
             answered[keep],
             session=session[keep],
+            after=after,
+            delay_s=np.where(after == BY_ITSELF, 0.0, gaps[keep]),
             prefix_offsets=2 * np.arange(num + 1),
             prefix_keys=keys.ravel(),
             prefix_ends=ends.ravel(),
         )
+
+
+def _turn_before(session: IntArray) -> IntArray:
+    """Find the row with the same conversation before each row, `BY_ITSELF` if there is none."""
+    together = np.argsort(session, kind="stable")
+    same = session[together[1:]] == session[together[:-1]]
+    before = np.full(len(session), BY_ITSELF)
+    before[together[1:][same]] = together[:-1][same]
+    return before
 
 
 class TraceConfig(_Config):
