@@ -183,7 +183,7 @@ def test_slow_replica_fails_nothing_and_gets_less():
 
 def test_hanging_replica_is_left_alone_until_it_goes_on():
     async def test():
-        limits = {"first_byte_timeout_s": 0.3, "idle_timeout_s": 0.3}
+        limits = {"first_byte_timeout_s": 0.3, "stall_timeout_s": 0.3}
         async with serving(request=limits) as service:
             await service.fault("hang")
             wave = service.wave("first", 24)
@@ -201,7 +201,7 @@ def test_hanging_replica_is_left_alone_until_it_goes_on():
 
 def test_streams_of_a_replica_that_begins_to_hang_end_in_time_and_say_so():
     async def test():
-        async with serving(request={"idle_timeout_s": 0.3}) as service:
+        async with serving(request={"stall_timeout_s": 0.3}) as service:
             wave = service.wave("first", 12, tokens=300)
             await until(lambda: len(service.begun) == 12)
             await service.fault("hang")

@@ -15,6 +15,7 @@ from servegym.calibrate.datasheet import one_sentence
 from servegym.errors import ConfigError, unknown_name
 from servegym.serve.dispatcher import DispatchConfig
 from servegym.serve.facts import Hardware, Rates
+from servegym.serve.router.headers import DEFAULT_FORWARDED, check_rules
 from servegym.yaml_text import load_yaml
 
 
@@ -151,10 +152,18 @@ class RequestConfig(_Config):
         max_body_bytes: Larger bodies are refused.
         body_timeout_s: For a client to send its body.
         connect_timeout_s: To reach a replica.
-        first_byte_timeout_s: From the dispatch to the first byte of the answer.
-        idle_timeout_s: Between two pieces of an answer.
+        first_byte_timeout_s: From the dispatch of a stream to its first token. An answer that is
+            not streamed has no first token: see `answer_timeout_s`.
+        stall_timeout_s: Between two tokens of a stream; comments are none.
+        answer_timeout_s: For a whole answer that is not streamed; `None`: as long as the client
+            waits. When it is over the client gets a 504, and nothing is tried again.
         client_timeout_s: For a client to take a piece of the answer.
-        max_retries: Other replicas tried before the first byte.
+        max_retries: Other replicas tried before the first token.
+        retry_share: Retries within 10 s, as a share of the requests within 10 s or in progress...
+        retry_reserve: ... and so many more. Requests that a replica did not even take, or whose
+            connection it broke, are tried again beyond this budget: it takes no more.
+        forward_headers: Headers of clients that replicas see; `x-*` names all that begin so.
+        forward_query: Whether replicas see the query string of a URL.
         max_held: Requests on hold at most.
         hold_s: How long a hold lasts.
         max_hold_s: How long a request is held in all, be it that the policy wants it or that no
@@ -172,9 +181,14 @@ class RequestConfig(_Config):
     body_timeout_s: float = Field(30.0, gt=0)
     connect_timeout_s: float = Field(2.0, gt=0)
     first_byte_timeout_s: float = Field(120.0, gt=0)
-    idle_timeout_s: float = Field(60.0, gt=0)
+    stall_timeout_s: float = Field(60.0, gt=0)
+    answer_timeout_s: float | None = Field(None, gt=0)
     client_timeout_s: float = Field(60.0, gt=0)
     max_retries: int = Field(2, ge=0)
+    retry_share: float = Field(0.2, ge=0)
+    retry_reserve: int = Field(100, ge=0)
+    forward_headers: tuple[str, ...] = DEFAULT_FORWARDED
+    forward_query: bool = True
     max_held: int = Field(1000, ge=0)
     hold_s: float = Field(0.05, gt=0)
     max_hold_s: float = Field(10.0, ge=0)
@@ -183,6 +197,12 @@ class RequestConfig(_Config):
     slo_field: str | None = None
     expose_replica: bool = False
     engine_hints: bool = False
+
+    @field_validator("forward_headers")
+    @classmethod
+    def _may_be_forwarded(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        check_rules(value)
+        return value
 
 
 class HealthConfig(_Config):
@@ -194,9 +214,22 @@ class HealthConfig(_Config):
         timeout_s: Of one check.
         down_after: Failed checks in a row that take a replica out.
         up_after: Good checks in a row that take it back.
-        eject_after: Requests that fail in a row that take it out, whatever its checks say.
-        eject_s: How long; doubled each time it fails again at once, up to `max_eject_s`.
+        eject_after: A replica is ejected, whatever its checks say, if at least so many of its
+            latest requests have failed there while another replica answered them well ...
+        eject_rate: ... and if that is a share of them higher by so much than in the rest of the
+            fleet (the median of the others).
+        window_requests: How many requests of a replica are looked at, at least `eject_after`.
+        window_s: How long.
+        eject_s: How long it is out; doubled each time it fails again before it has given a whole
+            answer, up to `max_eject_s`. Then one request at a time is sent there, until one
+            succeeds.
         max_eject_s: The longest.
+        max_ejected_share: Largest share of the replicas that are up and serve the same models
+            that may be out by ejection; of two or more, one may be. 0: none is ever ejected.
+        silent_after_s: A replica with streams in progress that has sent no token of any for so
+            long gets no new requests until it does.
+        max_busy_s: A replica that says it is full (429, 503) is passed over, if another has room,
+            for the seconds of its `Retry-After` (1 if it gives none), at most so many.
     """
 
     path: str = Field("/health", pattern="^/")
@@ -205,8 +238,14 @@ class HealthConfig(_Config):
     down_after: int = Field(2, ge=1)
     up_after: int = Field(1, ge=1)
     eject_after: int = Field(3, ge=1)
+    eject_rate: float = Field(0.5, gt=0, le=1)
+    window_requests: int = Field(20, ge=1)
+    window_s: float = Field(60.0, gt=0)
     eject_s: float = Field(5.0, gt=0)
     max_eject_s: float = Field(300.0, gt=0)
+    max_ejected_share: float = Field(0.5, ge=0, le=1)
+    silent_after_s: float = Field(10.0, gt=0)
+    max_busy_s: float = Field(10.0, ge=0)
 
 
 class ScrapeConfig(_Config):
