@@ -22,7 +22,7 @@ from servegym.serve.poller import MetricsPoller
 from servegym.serve.prometheus import CONTENT_TYPE, Exposition
 from servegym.serve.router.admin import Admin
 from servegym.serve.router.api import Api
-from servegym.serve.router.auth import read_keys
+from servegym.serve.router.auth import read_keys, watch_file
 from servegym.serve.router.config import RouterConfig
 from servegym.serve.router.health import Health
 from servegym.serve.router.http_log import http_logger
@@ -70,6 +70,7 @@ class Router:
         self._poller: MetricsPoller | None = None
         self._api: Api | None = None
         self._ports: list[int] = []
+        self._watch: asyncio.Task[None] | None = None
 
     @property
     def port(self) -> int:
@@ -97,7 +98,7 @@ class Router:
         )
         self._health = Health(config.health, config.replicas, self.dispatcher, self._session)
         self._poller = MetricsPoller(
-            [r.metrics_url or f"{r.url}/metrics" for r in config.replicas],
+            [replica.metrics_page for replica in config.replicas],
             self._names,
             self.dispatcher,
             self._session,
@@ -132,9 +133,14 @@ class Router:
         except OSError as error:
             await self.stop()
             raise ConfigError(f"the router cannot listen: {error.strerror or error}") from error
+        if config.auth is not None and config.auth.keys_file is not None:
+            watching = watch_file(config.auth.keys_file, self.reload_keys)
+            self._watch = asyncio.create_task(watching)
 
     async def stop(self) -> None:
         """Stop serving; requests in progress are cut off. See `drain`."""
+        if self._watch is not None:
+            self._watch.cancel()
         for runner in self._runners:
             await runner.cleanup()
         self._runners = []
