@@ -76,6 +76,7 @@ class TestForwarding:
         [
             ("Authorization", "upstream_key_env names the replicas' key"),
             ("Host", "host is never forwarded"),
+            ("accept-encoding", "is never forwarded"),
             ("a b", "is no name of a header"),
             ("", "must not be empty"),
         ],

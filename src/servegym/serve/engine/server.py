@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import socket
 from collections.abc import Callable, Mapping
@@ -142,6 +143,8 @@ class EngineServer:
                 await self._site.stop()
                 self._site = None
             self._pacer.fail()
+            self._drop_connections()
+            await asyncio.sleep(0.01)  # those that were just being accepted
             self._drop_connections()
 
     async def _recover(self) -> None:

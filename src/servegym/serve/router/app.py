@@ -208,6 +208,16 @@ class Router:
         page = Exposition()
         self.telemetry.write(page)
         add_dispatcher(page, self.dispatcher)
+        if self._health is not None:
+            standings = self._health.ejection.standings
+            page.counter(
+                "servegym_replica_ejections",
+                "Times a replica was left alone for what became of requests there",
+                [
+                    ({"replica": name}, standing.num_ejections)
+                    for name, standing in zip(self.dispatcher.names, standings, strict=True)
+                ],
+            )
         if self._poller is not None:
             page.counter(
                 "servegym_replica_failed_polls",
