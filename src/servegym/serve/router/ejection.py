@@ -314,7 +314,12 @@ class Ejection:
         standing.num_ejections += 1
         standing.on_trial, standing.trial, standing.hung = False, None, hung
         standing.outcomes.clear()
-        _log.warning("%s %s: no new ones for %g s", self._names[replica], why, standing.eject_s)
+        _log.warning(
+            "%s %s: left alone for %g s, if others can do without",
+            self._names[replica],
+            why,
+            standing.eject_s,
+        )
         self._changed()
 
     def _try_again(self, replica: int, now_s: float) -> None:
