@@ -94,8 +94,8 @@ def within(
             f"{places[row]}: a prompt of {prompt_tokens[row]:,} and an output of"
             f" {output_tokens[row]:,} tokens exceed {limit:,}, the longest context here;"
             f" {count:,} of {len(total):,} requests do, by {beyond:,} tokens or"
-            f" {beyond / tokens:.2g} of all: take larger replicas or raise max_context_tokens (--max-context-tokens), or"
-            " say too_long (--too-long) cut or skip"
+            f" {beyond / tokens:.2g} of all: take larger replicas or raise max_context_tokens"
+            " (--max-context-tokens), or say too_long (--too-long) cut or skip"
         )
     if too_long == "skip":
         if over.all():
