@@ -85,7 +85,8 @@ def chosen_scenario(scenario: str, trace: str | None = None, **options: Any) -> 
         chosen = with_trace(chosen, trace, **options)
     played = chosen.played_workload
     if isinstance(played, TraceConfig):
-        print_remarks(make_console(), played.read().remarks())
+        read = played.read()
+        print_remarks(make_console(), [read.headline(), *read.remarks()])
     return chosen
 
 
