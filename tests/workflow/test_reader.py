@@ -345,6 +345,51 @@ def test_a_duration_given_twice_is_refused(read):
         read(text)
 
 
+def nodes_of(part, way=()):
+    """Yield the way to every value of a document."""
+    items = part.items() if isinstance(part, dict) else enumerate(part)
+    for key, value in items:
+        yield (*way, key)
+        if isinstance(value, dict | list):
+            yield from nodes_of(value, (*way, key))
+
+
+ANY_VALUE = [
+    None,
+    True,
+    -1,
+    0,
+    3.5,
+    1e400,
+    2**70,
+    "",
+    "x1",
+    "z",
+    [],
+    ["x1"],
+    [[]],
+    {},
+    {"id": "x1"},
+]
+
+
+@pytest.mark.parametrize("value", ANY_VALUE, ids=repr)
+@pytest.mark.parametrize("document", [DAG, RECENT, OLDER], ids=["dag", "recent", "older"])
+def test_any_value_anywhere_is_read_or_refused(read, document, value):
+    refused = 0
+    for way in nodes_of(document):
+        made = copy.deepcopy(document)
+        part = made
+        for key in way[:-1]:
+            part = part[key]
+        part[way[-1]] = value
+        try:
+            read(made)
+        except WorkflowError:
+            refused += 1
+    assert refused > 0
+
+
 def test_missing_file_and_bytes_are_refused(tmp_path):
     with pytest.raises(WorkflowError, match=r"none\.json cannot be read: No such file"):
         read_workflow(tmp_path / "none.json")

@@ -177,7 +177,7 @@ def _from_tables(
             [min(measure(u, "output_bytes"), measure(v, "input_bytes")) for u, v in ends],
             fleet,
         )
-        made.append((flow, [_program(nodes["name"][i]) for i in mine]))
+        made.append((flow, [_program(str(nodes["name"][i])) for i in mine]))
     return made
 
 
