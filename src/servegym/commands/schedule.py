@@ -15,7 +15,7 @@ from rich.table import Table
 import servegym
 from servegym.baselines.workflow.cp_sat import cp_sat
 from servegym.baselines.workflow.registry import EXACT_RULES, WorkflowRule, workflow_rule
-from servegym.commands.console import make_console, require_writable
+from servegym.commands.console import make_console, print_remarks, require_writable
 from servegym.commands.schedule_benchmark import Benchmark, run_benchmark
 from servegym.errors import ConfigError
 from servegym.evaluate.plots import PALETTE, pyplot
@@ -80,6 +80,10 @@ class ScheduleDag:
         workflow = read_workflow(self.dag, fleet)
         schedules = {name: rule(workflow) for name, rule in rules.items()}
         console = make_console()
+        g = workflow.graph
+        if g.over_link.any() and not g.data_bytes.any():
+            remark = f"no edge of {workflow.name} carries data: its links make no difference"
+            print_remarks(console, [remark])
         console.print(schedules_table(workflow, schedules))
         if self.json:
             document = schedule_document(self.dag, workflow, schedules)

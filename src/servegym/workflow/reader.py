@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from servegym.documents import load_json
 from servegym.workflow.dag_file import dag_from_document
 from servegym.workflow.graph import Workflow, WorkflowError
 from servegym.workflow.jobshop import job_shop_from_text
@@ -22,15 +22,15 @@ def read_workflow(path: Path, fleet: Fleet | None = None) -> Workflow:
         WorkflowError: If the file cannot be read or its content is wrong.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
         raise WorkflowError(f"{path} cannot be read: {reason}") from error
     if not text.lstrip().startswith(("{", "[")):
         return job_shop_from_text(text, path.name)
     try:
-        document = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        document = load_json(text)
+    except (ValueError, RecursionError) as error:
         raise WorkflowError(f"{path.name} is not JSON: {error}") from error
     if isinstance(document, dict) and "workflow" in document:
         return workflow_from_wfformat(document, path.name, fleet or Fleet())
