@@ -159,7 +159,7 @@ class KernelCache(FunctionCache):
 def cache_of(py_func: Any, not_kept: Callable[[str], None]) -> FunctionCache | NullCache:
     """Return the cache of a function; one that was typed at a prompt may have none."""
     source = Path(py_func.__code__.co_filename)
-    if source.is_file() and not _config.CACHE_LOCATOR_CLASSES:
+    if source.is_file() and not getattr(_config, "CACHE_LOCATOR_CLASSES", ""):
         return KernelCache(py_func, source.absolute(), not_kept)
     try:
         return FunctionCache(py_func)
