@@ -427,7 +427,9 @@ class WorkflowTrainer:
     ) -> dict[str, float]:
         c = self.config
         warm = self.update < c.warmup_updates
-        self.optimizer.param_groups[0]["lr"] = c.learning_rate * max(0.02, 1.0 - self._share())
+        self.optimizer.param_groups[0]["lr"] = c.learning_rate * max(
+            0.02, 1.0 - self.budget.share()
+        )
         kl, clipped, errors, entropies = 0.0, [], [], []
         for _ in range(c.epochs):
             order = np.random.default_rng((c.seed, 2, self.update)).permutation(len(played))

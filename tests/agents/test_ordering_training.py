@@ -159,6 +159,23 @@ def test_budget_counts_from_when_all_is_compiled_and_holds(tight, tmp_path, monk
     assert now[0] - 101.0 == found.spent_s == 9 * 3.0 + 3 * 1.0 == 30.0
 
 
+def test_a_budget_shorter_than_a_generation_is_exceeded_by_one_alone(tight, tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(ordering.time, "monotonic", lambda: now[0])
+    real = OrderingTrainer.loss
+
+    def loss(self, thetas, episodes):
+        now[0] += 46.0 if len(thetas) > 1 else 1.0
+        return real(self, thetas, episodes)
+
+    monkeypatch.setattr(OrderingTrainer, "loss", loss)
+    trainer = OrderingTrainer(settings(tight, max_minutes=0.3), tmp_path / "run")
+    found = trainer.run()
+    assert found.generations == 1
+    assert found.spent_s == 47.0
+    assert found.weights.weights[0].shape[1] == 4  # the linear score alone
+
+
 def test_command_trains_and_evaluates(tight, tmp_path, capsys):
     out = tmp_path / "learned"
     main(["train", "--scenario", tight, "--minutes", "0.05", "--out", str(out)])
