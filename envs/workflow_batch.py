@@ -202,7 +202,9 @@ class WorkflowBatch(Batch):
         return float(np.mean(jobs["weight"] * np.maximum(jobs["work_s"], 1e-9)))
 
     def _potentials(self) -> Potentials:
-        return JobsToGo(self.num_envs, objective=_OBJECTIVES[self.objective], scale=self.reward_scale)
+        return JobsToGo(
+            self.num_envs, objective=_OBJECTIVES[self.objective], scale=self.reward_scale
+        )
 
     def _arrivals(self) -> tuple[IntArray, IntArray]:
         env = self.simulator.state.env
