@@ -35,7 +35,7 @@ if find_spec("gymnasium") is not None:  # inside a serving engine's environment 
         id="servegym/Dispatch-v1",
         entry_point="servegym.envs.dispatch:DispatchEnv",
         vector_entry_point="servegym.envs.dispatch:DispatchVectorEnv",
-        kwargs={**kind, "features": "costs"},
+        kwargs={**kind, "features": "costs", "num_requests": 1024},
     )
     register(
         id="servegym/Preemption-v1",

@@ -37,15 +37,15 @@ def test_kind_form_passes_the_checker_and_is_one_bounded_vector(problem, kind_id
 
 def test_kind_form_is_the_other_with_arguments(problem, kind_id):
     settings = {
-        **problem.settings,
         "shaping": "cost-to-go",
         "reward_scale": "auto",
         "normalise": True,
         "flat": True,
         "invalid_action": "resample",
+        **problem.settings,
     }
     if "Dispatch" in kind_id:
-        settings["features"] = "costs"
+        settings |= {"features": "costs", "num_requests": 1024}
     kind = gymnasium.make(kind_id, **problem.settings).unwrapped
     same = gymnasium.make(problem.env_id, **settings).unwrapped
     np.testing.assert_array_equal(kind.reset(seed=0)[0], same.reset(seed=0)[0])
