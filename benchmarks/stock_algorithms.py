@@ -1,7 +1,7 @@
 """Stock algorithms with stock settings on a dispatch environment, judged by the harness.
 
 `python benchmarks/stock_algorithms.py`: MaskablePPO and A2C of Stable-Baselines3 with their default
-settings learn for five minutes each on `servegym/Dispatch-v1`, then play held-out episodes beside
+settings learn for five minutes each on `servegym/DispatchShaped-v0`, then play held-out episodes beside
 `random`, `least-outstanding` and `added-delay`: once the most probable action each time, once one
 drawn. Ratios are to least outstanding, over paired seeds. With `--id servegym/Dispatch-v0` it shows
 what the kinder rewards and observations are worth.
@@ -43,7 +43,7 @@ class TimeLimit(BaseCallback):
 
 def learn(name: str, arguments: argparse.Namespace) -> list[StockPolicy]:
     """Train one algorithm; nothing of it is set but the seed and the device."""
-    kinder = {} if arguments.id.endswith("-v1") else {"flat": True}
+    kinder = {} if "Shaped" in arguments.id else {"flat": True}
     envs = make_vec(
         arguments.id,
         arguments.num_envs,
@@ -73,7 +73,7 @@ def learn(name: str, arguments: argparse.Namespace) -> list[StockPolicy]:
 def main() -> None:
     """Train, judge, print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--id", default="servegym/Dispatch-v1")
+    parser.add_argument("--id", default="servegym/DispatchShaped-v0")
     parser.add_argument("--algorithms", nargs="+", default=["MaskablePPO", "A2C"])
     parser.add_argument("--scenario", default="mixed-chat")
     parser.add_argument("--load", type=float, default=1.0)

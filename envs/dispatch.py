@@ -72,7 +72,7 @@ see `docs/env-dispatch.md` and `docs/environments.md`.
 ## Version History
 v0: first version.
 
-v1: `shaping="cost-to-go"`, `reward_scale="auto"`, `features="costs"`, `num_requests=1024`, `normalise`,
+`servegym/DispatchShaped-v0` is the same with `shaping="cost-to-go"`, `reward_scale="auto"`, `features="costs"`, `num_requests=1024`, `normalise`,
 `flat`, `invalid_action="resample"`: what stock algorithms learn from.
 """
 

@@ -62,7 +62,7 @@ see `docs/env-preemption.md` and `docs/environments.md`.
 ## Version History
 v0: first version.
 
-v1: `shaping="cost-to-go"`, `reward_scale="auto"`, `normalise`, `flat`, `invalid_action="resample"`.
+`servegym/PreemptionShaped-v0` is the same with `shaping="cost-to-go"`, `reward_scale="auto"`, `normalise`, `flat`, `invalid_action="resample"`.
 """
 
     batch_type = PreemptionBatch

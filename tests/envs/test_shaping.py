@@ -139,7 +139,8 @@ def test_every_policy_keeps_its_rank_and_a_short_sight_does_not_mislead(make_sce
 def test_from_any_state_on_the_best_actions_are_the_same(make_scenario):
     """Backward induction over the tree of histories: optimal actions agree in every state."""
     n = 6
-    table = RequestTable.build(np.arange(n) * 0.05, np.full(n, 300), np.arange(n) * 40 + 10)
+    prompts, outputs = np.array([4000, 200] * 3), np.array([600, 600] + [10] * 4)
+    table = RequestTable.build(np.arange(n) * 0.3, prompts, outputs)
     episode = Episode(table, np.array([0, 1], np.int16), np.ones(2))
 
     def optimal(rewards: dict[tuple[int, ...], np.ndarray]) -> dict[tuple[int, ...], int]:
