@@ -1,10 +1,10 @@
 """Stock algorithms with stock settings on a dispatch environment, judged by the harness.
 
 `python benchmarks/stock_algorithms.py`: MaskablePPO and A2C of Stable-Baselines3 with their default
-settings learn for five minutes each on `servegym/DispatchShaped-v0`, then play held-out episodes beside
-`random`, `least-outstanding` and `added-delay`: once the most probable action each time, once one
-drawn. Ratios are to least outstanding, over paired seeds. With `--id servegym/Dispatch-v0` it shows
-what the kinder rewards and observations are worth.
+settings learn for five minutes each on `servegym/DispatchShaped-v0`, then play held-out episodes
+beside `random`, `least-outstanding` and `added-delay`: once the most probable action each time,
+once one drawn. Ratios are to least outstanding, over paired seeds. With `--id servegym/Dispatch-v0`
+it shows what the shaped rewards and the other observation are worth.
 """
 
 from __future__ import annotations
