@@ -81,7 +81,8 @@ def test_costs_are_those_of_the_rule(make_scenario):
     while not done:
         assert seen in env.observation_space
         best = int(seen["replicas"][:, NAMES.index("cost")].argmin())
-        raw = env.batch.replicas[0].T.astype(np.float64)
+        assert seen["replicas"][best, NAMES.index("excess")] == 0.0
+        raw = np.ascontiguousarray(env.batch.replicas[0].T, np.float64)
         request = env.batch.request[0].astype(np.float64)
         mask = np.array([*(env.batch.mask[0] == 1), False, False])
         agreed += best == rule.decide(raw, request, mask, rule.params, rule.memory[0], rule.rng[0])
@@ -90,11 +91,15 @@ def test_costs_are_those_of_the_rule(make_scenario):
 
 
 def test_costs_by_hand():
-    replicas = np.zeros((1, 2, 21), np.float32)
+    replicas = np.zeros((1, 3, 21), np.float32)
+    # half as fast in everything: an excess of log 2 over log 4
+    replicas[0, 2, [0, 1, 3, 9, 10, 11, 13]] = [1, 4, 500, 500, 0.02, 0.002, 8]
+    replicas[0, 2, 20] = 100
     replicas[0, 0, [0, 1, 3, 9, 10, 11, 13, 17, 20]] = [1, 4, 500, 1000, 0.01, 0.001, 8, 0.25, 100]
     request = np.array([[300, 50, 1.4, 0.014, 0.0, 0, 0, 0, 0]], np.float32)
     found = cost_features(replicas, request)
     assert not found[0, 1].any()  # absent
+    assert found[0, 2, NAMES.index("excess")] == pytest.approx(0.5, abs=1e-6)
     queue, prefill, decode, delay = 0.5, 0.2, 50 * 0.014, 4 * (0.2 + 50 * 0.001)
     seconds = np.array([queue, prefill, decode, delay, queue + prefill + decode + delay])
     np.testing.assert_allclose(
@@ -104,6 +109,7 @@ def test_costs_by_hand():
             0.5,
             0.25,
             *np.log1p(seconds / 0.1) / np.log1p(2000.0),
+            0.0,
             0.5 * 0.7 / 1.4,
             0.5,
         ],
