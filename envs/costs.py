@@ -77,7 +77,8 @@ def cost_features(replicas: Float32Array, request: Float32Array) -> Float32Array
     found[..., 1] = others / np.maximum(column("MAX_NUM_SEQS"), 1.0)
     found[..., 2] = column("KV_CACHE_USAGE")
     found[..., 3:8] = np.log1p(seconds / _FIRST_S) / np.log1p(_LAST_S / _FIRST_S)
-    found[..., 8] = (
+    found[..., 8] = np.log(np.maximum(cost_s, 1e-9) / np.clip(least_s, 1e-9, 1e9)) / np.log(_MOST)
+    found[..., 9] = (
         0.5 * (entry("WAITED_S") + queue_s + prefill_s) / np.maximum(entry("TTFT_SLO_S"), 1e-3)
     )
     found[..., 10] = 0.5 * step_s / np.maximum(entry("TPOT_SLO_S"), 1e-4)
