@@ -19,7 +19,14 @@ from servegym.envs.kernels import first_invalid
 from servegym.envs.observation import Table, View
 from servegym.envs.scene import Scene
 from servegym.envs.shaping import Potentials
-from servegym.errors import ConfigError, EnvironmentClosed, InvalidAction, ResetNeeded, unknown_name
+from servegym.errors import (
+    ConfigError,
+    EnvironmentClosed,
+    InvalidAction,
+    ResetNeeded,
+    UnknownSetting,
+    unknown_name,
+)
 from servegym.typing import BoolArray, FloatArray, Int8Array, IntArray
 
 InvalidActions = Literal["raise", "resample", "penalise"]
@@ -386,12 +393,16 @@ def make_batch(batch_type: type[Batch], num_envs: int, settings: dict[str, Any])
     """Make a batch; an unknown setting is refused by name.
 
     Raises:
-        ConfigError: If a setting is unknown or its value is not allowed.
+        UnknownSetting: If there is no such setting.
+        ConfigError: If a value is not allowed.
     """
     known = settings_of(batch_type)
     for name in settings:
         if name not in known:
-            raise ConfigError(unknown_name("setting", name, known))
+            # in Python's words first: some libraries try keywords and read what is said
+            raise UnknownSetting(
+                f"unexpected keyword argument {name!r}: {unknown_name('setting', name, known)}"
+            )
     return batch_type(num_envs, **settings)
 
 

@@ -14,6 +14,10 @@ class ConfigError(ServeGymError):
     """Raised when a scenario, a setting or a name is not allowed."""
 
 
+class UnknownSetting(ConfigError, TypeError):
+    """Raised when a class is given a keyword that it does not know, as Python itself would."""
+
+
 class WorkloadError(ServeGymError):
     """Raised when a trace or a request table cannot be used as it is."""
 

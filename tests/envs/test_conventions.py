@@ -238,6 +238,8 @@ def test_unknown_settings_are_refused_and_known_ones_are_in_the_signature(proble
     for make in (problem.single, problem.vector):
         with pytest.raises(ConfigError, match=r"unknown setting 'laod'.*did you mean load"):
             make(laod=2.0)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'frameskip'"):
+            make(frameskip=1)  # TorchRL tries it
         parameters = inspect.signature(make).parameters
         assert {"scenario", "load", "flat", "render_mode"} <= parameters.keys()
         assert parameters["scenario"].default == make().batch.scenario.name
