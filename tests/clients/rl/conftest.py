@@ -40,9 +40,10 @@ SMALL: dict[str, tuple[list[str], dict[str, Any]]] = {
 def _cases() -> list[Case]:
     cases = []
     for env_id in IDS:
-        name, version = env_id.removeprefix("servegym/").split("-")
-        scenarios, settings = SMALL[name]
-        for scenario in scenarios if version == "v0" else scenarios[:1]:
+        name = env_id.removeprefix("servegym/").split("-")[0]
+        plain = name.removesuffix("Shaped")
+        scenarios, settings = SMALL[plain]
+        for scenario in scenarios if name == plain else scenarios[:1]:
             cases.append(Case(env_id, {"scenario": scenario, **settings}))
     return cases
 
