@@ -18,7 +18,7 @@ from servegym.costs.grid import (
     CostGrid,
 )
 from servegym.engines import EngineName
-from servegym.workloads.table import RequestTable
+from servegym.workloads.table import ANY_END, BY_ITSELF, RequestTable
 
 
 def random_grid(rng: np.random.Generator) -> CostGrid:
@@ -176,10 +176,12 @@ def choose(request: int, visit: int, allowed: list[bool]) -> int:
 
 
 def with_followers(spec: ClusterSpec, episode: Episode, seed: int) -> tuple[ClusterSpec, Episode]:
-    """Let about half of the requests wait for the end of an earlier one, some for the same."""
+    """Let about half of the requests wait: for the end of an earlier one, or of any."""
     rng = np.random.default_rng((seed, 3))
     n = len(episode.table)
     after = (rng.random(n) * np.arange(n)).astype(np.int32)
-    after[(np.arange(n) == 0) | (rng.random(n) < 0.5)] = -1
+    after[rng.random(n) < 0.4] = BY_ITSELF
+    after[rng.random(n) < 0.2] = ANY_END
+    after[0] = BY_ITSELF
     delay_s = rng.choice([0.0, 0.01, 0.1], n) * np.where(rng.random(n) < 0.5, 1, rng.random(n))
     return spec, replace(episode, table=replace(episode.table, after=after, delay_s=delay_s))

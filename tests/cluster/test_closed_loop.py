@@ -22,7 +22,7 @@ from servegym.cluster.state import (
     Asks,
 )
 from servegym.errors import WorkloadError
-from servegym.workloads.table import RequestTable
+from servegym.workloads.table import ANY_END, RequestTable
 
 from .strategies import random_case, with_followers
 from .test_invariants import play as play_to_the_end
@@ -80,6 +80,18 @@ def test_several_may_wait_for_the_same_one(play):  # noqa: F811
     episode = waiting_episode([(0, 10, 1), (0, 10, 1), (0, 10, 1)], [-1, 0, 0], [0, 4, 1])
     played = play(toy_cluster(), episode, {})
     assert_times(played, arrival_s=[0, 6, 3], finish_s=[2, 8, 5])
+
+
+def test_whoever_is_free_next_sends_the_next_request(play):  # noqa: F811
+    # two clients, five requests of one step each; both replicas serve one request at a time
+    requests = [(0, 10, 1), (0, 30, 1), (0, 20, 1), (0, 20, 1), (0, 10, 1)]
+    episode = waiting_episode(
+        requests, [-1, -1, ANY_END, ANY_END, ANY_END], [0, 0, 1, 0, 0], type_idx=[0, 0]
+    )
+    played = play(toy_cluster(), episode, {1: [1], 2: [0], 3: [1], 4: [0]})
+    # a step of so many tokens: 10 -> 2 s, 20 -> 3 s, 30 -> 4 s. The first is free at 2 and waits
+    # 1 s: 3 to 6; the second sends the fourth at 4: to 7; the first the fifth at 6: to 8
+    assert_times(played, arrival_s=[0, 0, 3, 4, 6], finish_s=[2, 4, 6, 7, 8])
 
 
 def test_a_rejection_is_an_end_too(play):  # noqa: F811
@@ -174,10 +186,14 @@ def test_every_request_of_a_random_closed_loop_ends_once(seed):
     run, table = sim.outcomes(), episode.table
     assert np.isfinite(run["finish_s"]).all()
     waits = table.after >= 0
+    sent = table.after == ANY_END
+    assert sent.sum() > 0
+    ends = np.sort(run["finish_s"])[: sent.sum()]
+    np.testing.assert_array_equal(run["arrival_s"][sent], ends + table.delay_s[sent])
     np.testing.assert_array_equal(
         run["arrival_s"][waits], run["finish_s"][table.after[waits]] + table.delay_s[waits]
     )
-    np.testing.assert_array_equal(run["arrival_s"][~waits], table.arrival_s[~waits])
+    np.testing.assert_array_equal(run["arrival_s"][~waits & ~sent], table.arrival_s[~waits & ~sent])
 
 
 def test_who_has_not_arrived_yet_has_no_arrival():
@@ -192,8 +208,9 @@ def test_who_has_not_arrived_yet_has_no_arrival():
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"after": [-1, 1]}, "after must be an earlier request or -1, got 1 in request 1"),
-        ({"after": [-1, -2]}, "got -2 in request 1"),
+        ({"after": [-1, 1]}, r"after must be an earlier request, .* got 1 in request 1"),
+        ({"after": [-1, -3]}, "got -3 in request 1"),
+        ({"after": [-2, -1]}, "the first request has no end to wait for"),
         ({"delay_s": [0.0, -1.0]}, "delay_s must be finite and at least 0, got -1.0 in request 1"),
         ({"delay_s": [0.0, np.nan]}, "got nan in request 1"),
     ],
@@ -212,3 +229,5 @@ def test_a_part_of_a_table_keeps_who_waits_for_whom():
     # the first is left out: the second arrives by itself
     assert table.take(np.array([1, 2, 4])).after.tolist() == [-1, 0, -1]
     assert table.window(1.0, 3.0).after.tolist() == [-1, 0, 0]
+    queue = RequestTable.build(np.arange(4.0), np.ones(4), np.ones(4), after=[-1, -2, -2, 1])
+    assert queue.take(np.array([1, 2, 3])).after.tolist() == [-1, -2, 0]

@@ -59,6 +59,7 @@ from servegym.cluster.steptime import (
 )
 from servegym.cluster.timers import set_timer, set_turn
 from servegym.engines import SGLANG, TRTLLM, VLLM_PRIORITY, VLLM_V0
+from servegym.workloads.table import ANY_END
 
 
 @entry(FORM_STEP, types.void, types.int64, types.int64, types.float64)
@@ -329,6 +330,14 @@ def forget_outstanding(s: State, e: int, r: int, request: int) -> None:
 
 
 @inlined
+def next_with(s: State, e: int, i: int, after: int) -> int:
+    """The first request from `i` on that waits for `BY_ITSELF` or `ANY_END`."""
+    while i < s.env[e].num_requests and s.request[e, i].after != after:
+        i += 1
+    return i
+
+
+@inlined
 def leave_system(s: State, e: int, request: int, now_s: float) -> None:
     """Count one request less in the system from now on, and release those that wait for it."""
     env = s.env[e]
@@ -337,6 +346,10 @@ def leave_system(s: State, e: int, request: int, now_s: float) -> None:
         q = s.request[e, follower]
         set_timer(s, e, now_s + q.delay_s, ARRIVAL, follower, follower)
         follower = q.next_after
+    follower = env.next_sent
+    if follower < env.num_requests:
+        env.next_sent = next_with(s, e, follower + 1, ANY_END)
+        set_timer(s, e, now_s + s.request[e, follower].delay_s, ARRIVAL, follower, follower)
     env.area += env.in_system * (now_s - env.area_until_s)
     env.area_until_s = now_s
     env.in_system -= 1

@@ -13,6 +13,7 @@ from servegym.cluster.engine import (
     cut_stretch,
     end_step,
     form_step,
+    next_with,
     steps_ended_by,
     stop_replica,
 )
@@ -61,6 +62,7 @@ from servegym.cluster.state import (
     State,
 )
 from servegym.cluster.timers import drop_first_timer, set_timer
+from servegym.workloads.table import ANY_END, BY_ITSELF
 
 
 @entry(ADVANCE, types.int64, types.int64)
@@ -94,7 +96,7 @@ def advance(p: Params, s: State, e: int) -> int:
             or (timer_s == arrival_s and (kind < ARRIVAL or order < env.next_arrival))
         ):
             env.now_s = timer_s
-            _go_off(p, s, e)
+            go_off(p, s, e)
         elif engine_s <= arrival_s:
             env.now_s = engine_s
             r = s.due[e, 0].replica
@@ -103,18 +105,14 @@ def advance(p: Params, s: State, e: int) -> int:
             form_step(p, s, e, r, engine_s)
         else:
             env.now_s = arrival_s
-            request = env.next_arrival
-            env.next_arrival += 1
-            while env.next_arrival < num_requests and s.request[e, env.next_arrival].after >= 0:
-                env.next_arrival += 1
-            _arrive(p, s, e, request)
+            arrive_next(p, s, e)
         if env.decision != NO_DECISION:
             return DECISION
     return DONE
 
 
 @helper
-def _go_off(p: Params, s: State, e: int) -> None:
+def go_off(p: Params, s: State, e: int) -> None:
     """Do what the first timer was set for."""
     env = s.env[e]
     kind, subject = s.timer[e, 0].kind, s.timer[e, 0].subject
@@ -135,6 +133,15 @@ def _go_off(p: Params, s: State, e: int) -> None:
         route(p, s, e, subject)
 
 
+@helper
+def arrive_next(p: Params, s: State, e: int) -> None:
+    """Let the next request of the table arrive now."""
+    env = s.env[e]
+    request = env.next_arrival
+    env.next_arrival = next_with(s, e, request + 1, BY_ITSELF)
+    _arrive(p, s, e, request)
+
+
 @inlined
 def _set_fault(s: State, e: int, i: int) -> None:
     """Set the timer of fault `i`, if there are so many."""
@@ -142,7 +149,7 @@ def _set_fault(s: State, e: int, i: int) -> None:
         set_timer(s, e, s.fault[e, i].time_s, FAULT, i, i)
 
 
-@helper
+@inlined
 def _arrive(p: Params, s: State, e: int, request: int) -> None:
     """A request enters the system and wants a replica."""
     env = s.env[e]
@@ -259,7 +266,7 @@ def reset_env(p: Params, s: State, e: int) -> None:
     for i in range(env.num_requests):
         q = s.request[e, i]
         q.status = PENDING
-        if q.after >= 0:
+        if q.after != BY_ITSELF:
             q.arrival_s = math.nan
         q.replica = -1
         q.computed = 0
@@ -313,6 +320,7 @@ def reset_env(p: Params, s: State, e: int) -> None:
     env.now_s = 0.0
     env.next_arrival = 0
     env.num_arrived = 0
+    env.next_sent = next_with(s, e, 0, ANY_END)
     env.decision = NO_DECISION
     env.deciding = -1
     env.asking = -1

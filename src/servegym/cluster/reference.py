@@ -17,6 +17,7 @@ from servegym.cluster import state as st
 from servegym.cluster.outcome import EVENT_DTYPE
 from servegym.cluster.reference_engines import RULES, Request, VllmPriority
 from servegym.cluster.spec import ClusterSpec, Episode
+from servegym.workloads.table import ANY_END, BY_ITSELF
 
 
 class ReferenceSimulator:
@@ -59,6 +60,7 @@ class ReferenceSimulator:
         ]
         types = [spec.types[t] for t in episode.type_idx.tolist()]
         self.replicas = [RULES[kind.engine](self, r) for r, kind in enumerate(types)]
+        self.unsent = [q for q in self.requests if q.after == ANY_END]
         self.now_s = 0.0
         self.in_system = 0
         self.ended = 0
@@ -82,9 +84,10 @@ class ReferenceSimulator:
         self.log(kind, q.idx, replica)
         self.in_system -= 1
         self.ended += 1
-        for other in self.requests:
-            if other.after == q.idx:
-                self._set_arrival(other, self.now_s + other.delay_s)
+        released = [other for other in self.requests if other.after == q.idx] + self.unsent[:1]
+        del self.unsent[:1]
+        for other in released:
+            self._set_arrival(other, self.now_s + other.delay_s)
 
     def allowed(self, request: int) -> list[bool]:
         """Which actions may be taken: replicas, hold, reject."""
@@ -108,7 +111,7 @@ class ReferenceSimulator:
         """
         self.dispatch = dispatch or _least_busy
         for q in self.requests:
-            if q.after < 0:
+            if q.after == BY_ITSELF:
                 self._set_arrival(q, q.arrival_s)
         self._set_fault(0)
         if self.spec.metrics_interval_s > 0:

@@ -20,6 +20,7 @@ from servegym.cluster.priority import STEP_WEIGHT
 from servegym.cluster.rng import block_identity, private_key, step_noise_z
 from servegym.cluster.spec import WATERMARK_BLOCKS
 from servegym.engines import EngineName
+from servegym.workloads.table import BY_ITSELF
 
 if TYPE_CHECKING:
     from servegym.cluster.reference import ReferenceSimulator
@@ -43,7 +44,7 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     named: int = 0
     arrival_s: float = 0.0
-    after: int = -1
+    after: int = BY_ITSELF
     delay_s: float = 0.0
     key: float = 0.0
     idle_since_s: float = 0.0

@@ -28,6 +28,7 @@ from servegym.cluster.state import (
 )
 from servegym.errors import InvalidAction
 from servegym.typing import IntArray
+from servegym.workloads.table import BY_ITSELF
 
 
 @kernel
@@ -193,7 +194,7 @@ class Simulator:
             "finish_s",
         ):
             out[column] = request[column]
-        out["arrival_s"][arrived:][request["after"][arrived:] < 0] = np.nan
+        out["arrival_s"][arrived:][request["after"][arrived:] == BY_ITSELF] = np.nan
         out["rejected"] = request["status"] == REJECTED
         out["prompt_tokens"] = request["prompt"]
         out["output_tokens"] = request["output"]

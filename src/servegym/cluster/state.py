@@ -116,7 +116,7 @@ REQUEST_DTYPE = np.dtype(
     [
         # inputs
         ("arrival_s", "f8"),  # of one that waits for another: NaN until then
-        ("after", "i8"),  # request whose end it waits for, -1: it arrives by itself
+        ("after", "i8"),  # request whose end it waits for, BY_ITSELF or ANY_END
         ("delay_s", "f8"),  # from that end to its arrival
         ("first_after", "i8"),  # first of those that wait for it, -1: none does
         ("next_after", "i8"),  # the next that waits for the same
@@ -211,6 +211,7 @@ ENV_DTYPE = np.dtype(
         ("now_s", "f8"),
         ("next_arrival", "i8"),
         ("num_arrived", "i8"),
+        ("next_sent", "i8"),  # first that waits for any end and is not yet on its way
         ("decision", "i8"),  # kind of the decision that is due, NO_DECISION: none is
         ("deciding", "i8"),  # request it is about, -1: none or several
         ("asking", "i8"),  # replica whose engine asks, -1: none

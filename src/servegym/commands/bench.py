@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,10 @@ from rich.table import Table
 
 from servegym.baselines.registry import policy
 from servegym.cluster.simulator import Simulator
+from servegym.commands.bench_changes import changes, flatten, read_result, write_result
 from servegym.commands.console import make_console, require_writable
 from servegym.policy.run import run
 from servegym.scenario import Scenario, load_scenario
-from servegym.whole_files import write_whole
 
 _START = (
     "import servegym, gymnasium; gymnasium.make('servegym/Dispatch-v0', num_requests=8).reset()"
@@ -35,6 +33,8 @@ class Bench:
 
     json: Path | None = None
     """Write the measurements here."""
+    against: Path | None = None
+    """Compare with this file, written by `--json`: what changed by more than the spreads."""
     repetitions: int = 5
     """Of every measurement but the start-ups."""
     seconds: float = 2.0
@@ -45,6 +45,7 @@ class Bench:
     def run(self) -> None:
         """Measure and print."""
         require_writable(self.json)
+        before = read_result(self.against) if self.against else None
         console = make_console()
         result: dict[str, Any] = {"requests_per_s": {}, "engine_steps_per_s": {}}
         for replicas in (1, 8, 64, 512):
@@ -53,8 +54,8 @@ class Bench:
             result["requests_per_s"][str(replicas)] = spread([a for a, _ in rates])
             result["engine_steps_per_s"][str(replicas)] = spread([b for _, b in rates])
         console.print("constant-size decision (power of two)")
-        grown = [[self._simulate(n, "power-of-two")[0] for _ in range(3)][-1] for n in (8, 512)]
-        result["cost_growth_8_to_512"] = grown[0] / grown[1]
+        growth = [self._growth() for _ in range(self.repetitions + 1)][1:]
+        result["cost_growth_8_to_512"] = spread(growth)
         for name, envs in (("bench", 256), ("mixed-chat", 64)):
             console.print(f"environment {name}, {envs} environments")
             result[f"env_decisions_per_s_{name}"] = spread(
@@ -66,18 +67,27 @@ class Bench:
         console.print("start-up")
         if self.cold:
             with tempfile.TemporaryDirectory() as cache:
-                result["cold_start_s"] = spread([start_s(cache)])
+                result["cold_start_s"] = spread([start_s(cache)])  # minutes: once
                 result["warm_start_s"] = spread([start_s(cache) for _ in range(3)])
         table = Table("what", "median", "least", "most", "repetitions")
-        for key, value in _flat(result):
-            if isinstance(value, dict):
-                cells = (f"{value[k]:,.4g}" for k in ("median", "min", "max"))
-                table.add_row(key, *cells, str(value["repetitions"]))
-            else:
-                table.add_row(key, f"{value:.3g}", "", "", "")
+        for key, value in flatten(result).items():
+            cells = (f"{value[k]:,.4g}" for k in ("median", "min", "max"))
+            table.add_row(key, *cells, str(value["repetitions"]))
         console.print(table)
+        if before is not None:
+            table = Table("what", "before", "after", "ratio", "change")
+            for change in changes(before, result):
+                ratio = change.after / change.before
+                medians = (f"{m:,.4g}" for m in (change.before, change.after))
+                table.add_row(change.name, *medians, f"{ratio:.3f}", change.verdict)
+            console.print(table)
         if self.json:
-            write_whole({self.json: (jsonlib.dumps(result, indent=1) + "\n").encode()})
+            write_result(self.json, result)
+
+    def _growth(self) -> float:
+        """Cost per request with 512 replicas over that with 8, one measured after the other."""
+        few, many = (self._simulate(n, "power-of-two")[0] for n in (8, 512))
+        return few / many
 
     def _simulate(self, replicas: int, name: str = "least-outstanding") -> tuple[float, float]:
         scenario = _fleet(replicas)
@@ -138,13 +148,3 @@ def spread(values: list[float]) -> dict[str, float]:
         "max": max(values),
         "repetitions": len(values),
     }
-
-
-def _flat(result: dict[str, Any]) -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Callable[..., Any] | Any]] = []
-    for key, value in result.items():
-        if isinstance(value, dict) and "median" not in value:
-            rows += [(f"{key} @ {k}", v) for k, v in value.items()]
-        else:
-            rows.append((key, value))
-    return rows

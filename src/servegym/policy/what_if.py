@@ -29,6 +29,7 @@ from servegym.cluster.state import (
     State,
 )
 from servegym.cluster.steptime import decode_span_s
+from servegym.workloads.table import BY_ITSELF
 
 
 @kernel
@@ -40,7 +41,7 @@ def _copy_request(
     source = s.request[e, i]
     q = scratch.request[0, slot]
     q.arrival_s = 0.0
-    q.after = -1
+    q.after = BY_ITSELF
     q.first_after = -1
     q.prompt = source.prompt + generated
     room = capacity_tokens - q.prompt + 1  # a longer answer would never end

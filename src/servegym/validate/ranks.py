@@ -21,12 +21,12 @@ import numpy as np
 
 from servegym.cluster.engine import end_step, form_step
 from servegym.cluster.jit import inlined, kernel
-from servegym.cluster.kernels import apply
+from servegym.cluster.kernels import arrive_next, go_off
 from servegym.cluster.simulator import Simulator
-from servegym.cluster.state import DECODE, DISPATCH, DONE, IDLE, LOG_FULL, STEP, Params, State
+from servegym.cluster.state import DECODE, DONE, IDLE, LOG_FULL, STEP, Params, State
 from servegym.cluster.steptime import decode_span_s, dense_s, locate
 from servegym.costs.step import StepCost
-from servegym.typing import FloatArray, IntArray
+from servegym.typing import FloatArray
 
 _KNOTS = np.unique(np.round(np.geomspace(1, 65536, 97)))
 _ACTIVATION_BYTES = 2.0
@@ -87,20 +87,15 @@ class SharedCost:
         )
 
 
-def play_ranks(simulator: Simulator, shared: SharedCost, concurrency: int = 0) -> None:
+def play_ranks(simulator: Simulator, shared: SharedCost) -> None:
     """Play all requests of environment 0 to their ends on replicas that are such ranks.
 
-    A request goes to the rank with the smallest sum of running and four times its waiting
-    requests, as in vLLM's coordinator.
-
     Args:
-        simulator: Its replicas' grids hold what a rank computes by itself.
+        simulator: Does not ask for dispatches; its replicas' grids hold what a rank computes by
+            itself.
         shared: What comes on top.
-        concurrency: Clients, each of which sends a request when its last one has ended; 0: all
-            requests have arrival times.
     """
     end_s = np.array([math.inf])
-    released = np.array([concurrency or simulator.state.request.shape[1]])
     state = simulator.state
     while True:
         reason = _play(
@@ -108,7 +103,6 @@ def play_ranks(simulator: Simulator, shared: SharedCost, concurrency: int = 0) -
             state,
             0,
             end_s,
-            released,
             shared.tokens,
             shared.experts_s,
             shared.skewed_experts_s,
@@ -127,7 +121,6 @@ def _play(
     s: State,
     e: int,
     end_s: FloatArray,
-    released: IntArray,
     knots: FloatArray,
     experts_s: FloatArray,
     skewed_experts_s: FloatArray,
@@ -136,8 +129,7 @@ def _play(
 ) -> int:
     """Play until all requests have ended (`DONE`) or a log is full.
 
-    What outlasts a call: `end_s` of the joint step, and the number of requests `released`, those
-    with an arrival time; the others get one when a request ends.
+    What outlasts a call is `end_s` of the joint step.
     """
     env = s.env[e]
     num_ranks = env.num_replicas
@@ -146,20 +138,16 @@ def _play(
         if p.record and s.log.shape[1] - max(env.log_len, env.step_len) < room:
             return LOG_FULL
         arrival_s = math.inf
-        if env.next_arrival < min(released[0], env.num_requests):
+        if env.next_arrival < env.num_requests:
             arrival_s = s.request[e, env.next_arrival].arrival_s
+        released_s = s.timer[e, 0].time_s if env.num_timers > 0 else math.inf
+        arrival_s = min(arrival_s, released_s)
         if end_s[0] > arrival_s:
             env.now_s = arrival_s
-            env.decision = DISPATCH
-            env.deciding = env.next_arrival
-            env.next_arrival += 1
-            env.in_system += 1
-            best, least = 0, 1 << 60
-            for r in range(num_ranks):
-                score = 4 * s.replica[e, r].num_waiting + s.replica[e, r].num_running
-                if score < least:
-                    best, least = r, score
-            apply(p, s, e, best)
+            if released_s == arrival_s:
+                go_off(p, s, e)
+            else:
+                arrive_next(p, s, e)
             if end_s[0] == math.inf:  # all were idle: requests of the same instant come first
                 end_s[0] = np.nextafter(arrival_s, math.inf)
             continue
@@ -169,12 +157,7 @@ def _play(
         for r in range(num_ranks):
             v = s.replica[e, r]
             if v.mode == STEP or v.mode == DECODE:
-                ended = env.num_ended
                 end_step(p, s, e, r, now_s)
-                for _ in range(env.num_ended - ended):
-                    if released[0] < env.num_requests:
-                        s.request[e, released[0]].arrival_s = now_s
-                        released[0] += 1
         for r in range(num_ranks):
             form_step(p, s, e, r, now_s)
             v = s.replica[e, r]

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from servegym.cluster.engine import end_step, form_step
-from servegym.cluster.jit import kernel
-from servegym.cluster.kernels import apply
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import ClusterSpec, Episode, ReplicaType
-from servegym.cluster.state import DISPATCH, DONE, WAKING, Params, State
+from servegym.cluster.state import NEVER, Asks
 from servegym.typing import FloatArray, IntArray
 from servegym.validate.ranks import SharedCost, play_ranks
 from servegym.validate.runs import tpot
-from servegym.workloads.table import RequestTable
+from servegym.workloads.table import ANY_END, BY_ITSELF, RequestTable
 
 
 @dataclass(frozen=True)
@@ -73,41 +69,6 @@ class Replay:
         }
 
 
-@kernel
-def _play(p: Params, s: State, e: int, concurrency: int) -> None:
-    """Play an episode on replica 0; with a concurrency, requests arrive when others end.
-
-    The compiled loop of the simulator stops at every arrival and never at an end; this one is for
-    a single replica without faults, holds and records, made of the same step functions.
-    """
-    env = s.env[e]
-    released = env.num_requests
-    if concurrency > 0:
-        released = min(concurrency, released)
-    while env.num_ended < env.num_requests:
-        replica_s = s.due[e, 0].time_s
-        arrival_s = math.inf
-        if env.next_arrival < released:
-            arrival_s = s.request[e, env.next_arrival].arrival_s
-        if replica_s <= arrival_s:  # at equal times a step ends before a request arrives
-            env.now_s = replica_s
-            if s.replica[e, 0].mode != WAKING:
-                ended = env.num_ended
-                end_step(p, s, e, 0, replica_s)
-                for _ in range(env.num_ended - ended):
-                    if released < env.num_requests:
-                        s.request[e, released].arrival_s = replica_s
-                        released += 1
-            form_step(p, s, e, 0, replica_s)
-        else:
-            env.now_s = arrival_s
-            env.decision = DISPATCH
-            env.deciding = env.next_arrival
-            env.next_arrival += 1
-            env.in_system += 1
-            apply(p, s, e, 0)
-
-
 def replay_open(
     replica: ReplicaType,
     arrival_s: FloatArray,
@@ -141,12 +102,8 @@ def replay_open(
     simulator = _simulator(spec, table, num_replicas, record)
     if shared is not None:
         play_ranks(simulator, shared)
-    elif num_replicas == 1 and not record:
-        _play(simulator.params, simulator.state, 0, 0)
-    while simulator.advance()[0] != DONE:  # ends at once if all have been played
-        ranks = simulator.state.replica[0]
-        score = 4 * ranks["num_waiting"] + ranks["num_running"]
-        simulator.apply(np.array([np.argmin(score)]))
+    else:
+        simulator.advance()
     return _replay(simulator, replica)
 
 
@@ -175,12 +132,14 @@ def replay_closed(
         shared: What these do together; needed for several.
     """
     spec = ClusterSpec((replica,), block_size=block_size)
-    table = RequestTable.build(np.zeros(len(prompt_tokens)), prompt_tokens, output_tokens)
+    n = len(prompt_tokens)
+    after = np.where(np.arange(n) < concurrency, BY_ITSELF, ANY_END)
+    table = RequestTable.build(np.zeros(n), prompt_tokens, output_tokens, after=after)
     simulator = _simulator(spec, table, num_ranks, record=False)
     if shared is None:
-        _play(simulator.params, simulator.state, 0, int(concurrency))
+        simulator.advance()
     else:
-        play_ranks(simulator, shared, concurrency)
+        play_ranks(simulator, shared)
     return _replay(simulator, replica)
 
 
@@ -188,7 +147,7 @@ def _simulator(
     spec: ClusterSpec, table: RequestTable, num_replicas: int, record: bool
 ) -> Simulator:
     episode = Episode(table, np.zeros(num_replicas, np.int16), np.ones(num_replicas))
-    return Simulator(spec, [episode], record=record)
+    return Simulator(spec, [episode], record=record, asks=Asks(dispatch=NEVER))
 
 
 def _replay(simulator: Simulator, replica: ReplicaType) -> Replay:

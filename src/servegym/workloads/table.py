@@ -9,6 +9,9 @@ import numpy as np
 from servegym.errors import WorkloadError
 from servegym.typing import FloatArray, Int16Array, Int32Array, IntArray
 
+#: In `RequestTable.after`: the request waits for nobody, or for the next end of any request.
+BY_ITSELF, ANY_END = -1, -2
+
 
 @dataclass(frozen=True)
 class RequestTable:
@@ -29,8 +32,9 @@ class RequestTable:
         slo_class: Index into the scenario's SLO classes, `int16[n]`.
         tenant: Tenant number, `int32[n]`.
         session: Conversation number, -1 for none, `int32[n]`.
-        after: Request whose end each one waits for, an earlier one in the table; -1 if it arrives
-            by itself, `int32[n]`. An end is an answer or a rejection.
+        after: Request whose end each one waits for, an earlier one in the table, `int32[n]`;
+            `BY_ITSELF` if it waits for none; `ANY_END` if it is sent by whoever is free next: the
+            k-th such request waits for the k-th end. An end is an answer or a rejection.
         delay_s: Seconds from that end to its arrival: thinking, or tools at work, `float64[n]`. The
             `arrival_s` of such a request is when it would arrive if nobody waited.
         prefix_offsets: Segments of request i are `prefix_offsets[i]:prefix_offsets[i+1]`,
@@ -73,12 +77,15 @@ class RequestTable:
             if not (values >= 1).all():
                 i = int(np.argmin(values >= 1))
                 raise WorkloadError(f"{name} must be at least 1, got {values[i]} in request {i}")
-        late = (self.after < -1) | (self.after >= np.arange(n))
+        late = (self.after < ANY_END) | (self.after >= np.arange(n))
         if late.any():
             i = int(np.argmax(late))
             raise WorkloadError(
-                f"after must be an earlier request or -1, got {self.after[i]} in request {i}"
+                f"after must be an earlier request, {BY_ITSELF} (by itself) or {ANY_END} (any "
+                f"end), got {self.after[i]} in request {i}"
             )
+        if self.after[0] == ANY_END:
+            raise WorkloadError("the first request has no end to wait for: it must come by itself")
         if not (np.isfinite(self.delay_s) & (self.delay_s >= 0)).all():
             i = int(np.argmin(np.isfinite(self.delay_s) & (self.delay_s >= 0)))
             raise WorkloadError(
@@ -128,7 +135,7 @@ class RequestTable:
             slo_class=column(slo_class, 0, np.int16),  # type: ignore[arg-type]
             tenant=column(tenant, 0, np.int32),  # type: ignore[arg-type]
             session=column(session, -1, np.int32),  # type: ignore[arg-type]
-            after=column(after, -1, np.int32),  # type: ignore[arg-type]
+            after=column(after, BY_ITSELF, np.int32),  # type: ignore[arg-type]
             delay_s=column(delay_s, 0, np.float64),  # type: ignore[arg-type]
             prefix_offsets=np.zeros(n + 1, np.int64)
             if prefix_offsets is None
@@ -144,7 +151,7 @@ class RequestTable:
     def take(self, rows: IntArray) -> RequestTable:
         """Return the given rows (ascending), with arrivals unchanged.
 
-        One that waits for a request that is left out arrives by itself.
+        One that waits for a request that is left out arrives by itself, and so does the first.
         """
         counts = np.diff(self.prefix_offsets)[rows]
         offsets = np.concatenate(([0], np.cumsum(counts)))
@@ -155,9 +162,11 @@ class RequestTable:
             for f in fields(self)
             if not f.name.startswith("prefix_")
         }
-        place = np.full(len(self) + 1, -1, np.int32)  # that of nobody, -1, is the last
+        place = np.full(len(self), BY_ITSELF, np.int32)
         place[rows] = np.arange(len(rows), dtype=np.int32)
-        per_request["after"] = place[per_request["after"]]
+        after = per_request["after"]
+        per_request["after"] = np.where(after < 0, after, place[after])
+        per_request["after"][:1] = BY_ITSELF
         return RequestTable(
             **per_request,
             prefix_offsets=offsets.astype(np.int64),
