@@ -1,13 +1,16 @@
-"""JSON and YAML texts in which no key is given twice: the parsers' own keep the last in silence."""
+"""JSON and YAML that say one thing: of a key given twice, other readers take the last."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Hashable
 from typing import Any
 
 import yaml
+
+_AMBIGUOUS = re.compile(r"[-+]?0[0-9_]+|.*:.*")
 
 
 class RepeatedKey(ValueError):
@@ -41,7 +44,17 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe loader that refuses what the specification forbids."""
+    """A safe loader that refuses what the specification forbids, or readers take differently."""
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        """Read a number; 010 is eight and 1:30 ninety to some, and not to those who write them."""
+        if _AMBIGUOUS.fullmatch(node.value):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{node.value} is no plain decimal number", node.start_mark
+            )
+        kind = node.tag.rpartition(":")[2]
+        found: int | float = getattr(self, f"construct_yaml_{kind}")(node)
+        return found
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -55,3 +68,7 @@ class _Loader(yaml.SafeLoader):
                 seen.add(key.value)
         found: dict[Hashable, Any] = super().construct_mapping(node, deep)
         return found
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
