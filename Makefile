@@ -1,4 +1,4 @@
-.PHONY: demo test test-vllm test-live check bench setup
+.PHONY: demo test test-vllm test-live test-clients check bench setup
 
 setup:
 	@scripts/setup
@@ -14,6 +14,9 @@ test-vllm: setup  ## compare with vLLM's real scheduler, in an environment of it
 
 test-live: setup  ## the plug-in in the real vLLM, Ray Serve and LiteLLM, in environments of their own
 	scripts/test-live
+
+test-clients: setup  ## other people's clients and checkers, in environments of their own
+	scripts/test-clients
 
 check: setup  ## lint, types, import directions
 	scripts/check

@@ -31,10 +31,15 @@ def random_allowed(mask: BoolArray, rng: UInt64Array, other_than: int) -> int:
     """Draw one of the allowed replicas but `other_than`, -1 if there is none."""
     count = 0
     for r in range(mask.shape[0] - 2):
-        count += mask[r] and r != other_than
+        count += mask[r]
+    apart = other_than >= 0 and mask[other_than]
+    if apart:
+        count -= 1
     if count == 0:
         return -1
     pick = int(next_uniform(rng) * count)
+    if count == mask.shape[0] - 2 - apart:  # all are allowed: nothing to look for
+        return pick + 1 if apart and pick >= other_than else pick
     for r in range(mask.shape[0] - 2):
         if mask[r] and r != other_than:
             if pick == 0:

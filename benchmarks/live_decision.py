@@ -21,8 +21,9 @@ from servegym.export.manifest import Manifest
 from servegym.policy.frozen import NumpyPolicy
 from servegym.policy.numpy_network import FAMILY, NUM_INPUTS, NetworkShape, NumpyNetwork
 from servegym.serve.facts import Rates, fleet_facts
+from servegym.serve.loaded_policy import LoadedPolicy, load_policy
 from servegym.serve.ranges import Ranges
-from servegym.serve.runtime import LoadedPolicy, PolicyRuntime, RuntimeConfig, load_policy
+from servegym.serve.runtime import PolicyRuntime, RuntimeConfig
 from servegym.serve.state import EngineMetrics, LiveState
 
 RULES = ("least-outstanding", "added-delay", "llm-d")

@@ -1,150 +1,430 @@
-"""A batch of dispatch episodes over one simulator: what all environment classes share."""
+"""A batch of episodes over one compiled simulator: what all environments share."""
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+import itertools
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 from gymnasium import spaces
+from numpy.typing import NDArray
 
-from servegym.cluster.kernels import advance
-from servegym.cluster.simulator import Simulator
-from servegym.cluster.spec import Episode
-from servegym.cluster.state import DONE
-from servegym.envs.kernels import first_invalid, step_range, write_observation
-from servegym.envs.request_batch import RequestBatch
-from servegym.errors import ConfigError, InvalidAction
-from servegym.policy.contract import (
-    NUM_OBSERVED_FEATURES,
-    NUM_REQUEST_FEATURES,
-    REPLICA_FEATURES,
-    REQUEST_FEATURES,
-    Group,
+from servegym.envs.actions import as_integers
+from servegym.envs.kernels import first_invalid
+from servegym.envs.observation import Table, View
+from servegym.envs.scene import Scene
+from servegym.envs.shaping import Potentials
+from servegym.errors import (
+    ConfigError,
+    EnvironmentClosed,
+    InvalidAction,
+    ResetNeeded,
+    UnknownSetting,
+    unknown_name,
 )
-from servegym.scenario import Scenario
-from servegym.typing import BoolArray, Float32Array, Int8Array, IntArray
+from servegym.typing import BoolArray, FloatArray, Int8Array, IntArray
 
-_NEEDS = int(Group.COUNTERS | Group.METRICS | Group.PREFIX)
+InvalidActions = Literal["raise", "resample", "penalise"]
 
 
-class EpisodeBatch(RequestBatch):
-    """`num_envs` environments that play episodes of one scenario; see also `RequestBatch`.
+class Batch(ABC):
+    """`num_envs` environments that play episodes of one scenario.
+
+    A subclass loads the scenario, calls `_allocate` and fills the arrays named here.
+
+    Args:
+        num_envs: Environments.
+        scenario: What episodes are drawn from: a name, a path or a scenario.
+        load: Factor on the arrival rate, or a range from which each episode draws one.
+        objective: What is rewarded; the scenario's if not given.
+        reward_scale: Divides rewards; `auto`: by about what one decision is worth.
+        shaping: `cost-to-go` charges each decision what it adds to the cost of what is in the
+            system; see `envs.shaping`.
+        episode_end: `drained`: when everything has ended; `last-arrival`: truncated at the first
+            decision after it.
+        warmup: Arrivals before the first decision that is the agent's; a rule decides till then.
+        invalid_action: What a forbidden action does: `raise` refuses it, `resample` takes an
+            allowed one drawn at random instead, `penalise` does so for `invalid_penalty`.
+        invalid_penalty: Taken off the reward (as given out, after `reward_scale`) by `penalise`.
+        normalise: Whether numbers are observed within -1 to 1; see `envs.observation.Table`.
+        flat: Whether all but the mask is observed as one vector.
+        group_size: Environments that play the same arrivals.
+        num_threads: Threads over which environments are split, with equal results.
 
     Attributes:
-        width: Replica rows; fleets may be smaller.
-        num_actions: Replicas, then hold and reject where the scenario allows them.
-        replicas: Observation, `float32[num_envs, width, NUM_OBSERVED_FEATURES]`.
-        request: Observation, `float32[num_envs, NUM_REQUEST_FEATURES]`.
+        num_actions: Actions of one environment.
         mask: Allowed actions, 1 is allowed, `int8[num_envs, num_actions]`.
+        reward: Of the last step, `float64[num_envs]`.
+        done: Whether the episode ended in the last step, `bool[num_envs]`.
+        truncated: Whether it was cut off instead, `bool[num_envs]`.
+        dt_s: Simulated seconds between the last two decisions, `float64[num_envs]`.
+        input_id: Which arrival sequence an environment plays, `int64[num_envs]`.
+        invalid: Whether the last action was forbidden, `bool[num_envs]`.
+        metrics: Results of the episode that ended in the last step, 0 in any other,
+            `float64[len(metric_names), num_envs]`.
     """
+
+    episode_type: ClassVar[type]
+    objectives: ClassVar[tuple[str, ...]]
+    metric_names: ClassVar[tuple[str, ...]]
+    num_actions: int
+    mask: Int8Array
+    view: View
 
     def __init__(
         self,
-        scenario: Scenario | str,
         num_envs: int,
+        scenario: Any,
         *,
-        r_max: int | None = None,
-        **settings: Any,
+        load: float | tuple[float, float] = 1.0,
+        objective: str | None = None,
+        reward_scale: float | Literal["auto"] = 1.0,
+        shaping: Literal["none", "cost-to-go"] = "none",
+        episode_end: Literal["drained", "last-arrival"] = "drained",
+        warmup: int = 0,
+        invalid_action: InvalidActions = "raise",
+        invalid_penalty: float = 1.0,
+        normalise: bool = False,
+        flat: bool = False,
+        group_size: int = 1,
+        num_threads: int = 1,
     ) -> None:
-        super().__init__(scenario, num_envs, **settings)
-        self.width = r_max or self.scenario.max_replicas
-        if self.width < self.scenario.max_replicas:
-            raise ConfigError(
-                f"r_max ({r_max}) must be at least the {self.scenario.max_replicas} replicas "
-                f"of scenario {self.scenario.name}"
-            )
-        actions = self.scenario.actions
-        self.num_actions = self.width + actions.hold + actions.reject
-        self.replicas: Float32Array = np.zeros(
-            (num_envs, self.width, NUM_OBSERVED_FEATURES), np.float32
+        self.scenario = self._load_scenario(scenario) if isinstance(scenario, str) else scenario
+        self.objective: str = objective or self.scenario.objective
+        at_least_one(num_envs=num_envs, group_size=group_size, num_threads=num_threads)
+        one_of(objective=(self.objective, self.objectives))
+        one_of(
+            invalid_action=(invalid_action, get_args(InvalidActions)),
+            shaping=(shaping, ("none", "cost-to-go")),
+            episode_end=(episode_end, ("drained", "last-arrival")),
         )
-        self.request: Float32Array = np.zeros((num_envs, NUM_REQUEST_FEATURES), np.float32)
-        self.mask: Int8Array = np.zeros((num_envs, self.num_actions), np.int8)
+        if reward_scale == "auto":
+            reward_scale = self._typical_reward()
+        elif isinstance(reward_scale, str) or not reward_scale > 0:
+            raise ConfigError(f'reward_scale must be above 0 or "auto", got {reward_scale!r}')
+        if warmup < 0:
+            raise ConfigError(f"warmup must be at least 0 arrivals, got {warmup}")
+        if not invalid_penalty >= 0:
+            raise ConfigError(f"invalid_penalty must be at least 0, got {invalid_penalty}")
+        self.num_envs, self.group_size, self.warmup = num_envs, group_size, warmup
+        self.invalid_action = invalid_action
+        self._load, self.reward_scale = load, float(reward_scale)
+        self._penalty = float(invalid_penalty) if invalid_action == "penalise" else 0.0
+        self._normalise, self._flat = normalise, flat
+        self._num_threads = num_threads
+        self._pool: ThreadPoolExecutor | None = None
+        self._pool_pid = 0
+        self._closed = False
+        self.reward: FloatArray = np.zeros(num_envs)
+        self.done: BoolArray = np.ones(num_envs, np.bool_)
+        self.truncated: BoolArray = np.zeros(num_envs, np.bool_)
+        self.dt_s: FloatArray = np.zeros(num_envs)
+        self.input_id: IntArray = np.zeros(num_envs, np.int64)
+        self.invalid: BoolArray = np.zeros(num_envs, np.bool_)
+        self.metrics: FloatArray = np.zeros((len(self.metric_names), num_envs))
+        self._entropy = [(0, env // group_size) for env in range(num_envs)]
+        self._count = np.zeros(num_envs, np.int64)
+        self._substitutes: dict[int, np.random.Generator] = {}
+        self._simulator: Any = None
+        self._truncates = episode_end == "last-arrival"
+        self._shaping = None if shaping == "none" else self._potentials()
 
-    def observation_space(self) -> spaces.Dict:
-        """Space of one environment's observation, from the contract."""
-        low = np.array([f.low for f in REPLICA_FEATURES[:NUM_OBSERVED_FEATURES]], np.float32)
-        high = np.array([f.high for f in REPLICA_FEATURES[:NUM_OBSERVED_FEATURES]], np.float32)
-        q_high = np.array([f.high for f in REQUEST_FEATURES], np.float32)
-        shape = (self.width, NUM_OBSERVED_FEATURES)
-        return spaces.Dict(
-            {
-                "replicas": spaces.Box(
-                    np.broadcast_to(low, shape), np.broadcast_to(high, shape), dtype=np.float32
-                ),
-                "request": spaces.Box(np.zeros_like(q_high), q_high, dtype=np.float32),
-                "action_mask": spaces.MultiBinary(self.num_actions),
-            }
-        )
+    def _allocate(
+        self, num_actions: int, tables: dict[str, Table], others: dict[str, spaces.Space[Any]]
+    ) -> None:
+        """Make the mask and the view.
 
-    def reset(self, envs: IntArray, episodes: list[Episode] | None = None) -> None:
-        """Start new episodes in some environments and run them to their first decisions."""
-        drawn = episodes or [self.draw(env) for env in envs.tolist()]
+        Args:
+            num_actions: Actions of one environment.
+            tables: Numbers observed, by name.
+            others: Spaces of what else is observed, by name.
+        """
+        self.num_actions = num_actions
+        self.mask = np.zeros((self.num_envs, num_actions), np.int8)
+        self.view = View(tables, others, num_actions, normalise=self._normalise, flat=self._flat)
+
+    @staticmethod
+    @abstractmethod
+    def _load_scenario(name: str) -> Any:
+        """Load a scenario by name or path."""
+
+    @abstractmethod
+    def _draw(self, seed: int, load: float, number: int) -> Any:
+        """Draw an episode; `number` is random too."""
+
+    @abstractmethod
+    def _typical_reward(self) -> float:
+        """About what one decision is worth, before it is scaled."""
+
+    @abstractmethod
+    def _potentials(self) -> Potentials:
+        """Make what shapes rewards."""
+
+    @abstractmethod
+    def _arrivals(self) -> tuple[IntArray, IntArray]:
+        """Arrivals so far and in all, `int64[num_envs]` each."""
+
+    @abstractmethod
+    def _rule_action(self, env: int) -> int:
+        """What the rule of the warm-up does in one environment."""
+
+    @abstractmethod
+    def _reset(self, envs: IntArray, episodes: Sequence[Any] | None) -> None:
+        """Start episodes and run them to their first decisions."""
+
+    @abstractmethod
+    def _step_range(self, first: int, stop: int, actions: IntArray, active: BoolArray) -> None:
+        """Take the decisions of environments `first..stop-1` that are active."""
+
+    @abstractmethod
+    def _parts(self) -> dict[str, NDArray[Any]]:
+        """Observations by name, the mask last; not copied."""
+
+    @abstractmethod
+    def summary(self, env: int) -> tuple[float, ...]:
+        """Results of an episode that has ended, in the order of `metric_names`."""
+
+    @abstractmethod
+    def scene(self, env: int) -> Scene:
+        """Describe one environment to who draws it."""
+
+    @property
+    def simulator(self) -> Any:
+        """The simulator; there is one after the first reset."""
         if self._simulator is None:
-            first = drawn if len(envs) == self.num_envs else drawn[:1] * self.num_envs
-            self._simulator = Simulator(self.scenario.spec, first, max_replicas=self.width)
-        for env, episode in zip(envs.tolist(), drawn, strict=True):
-            self.simulator.load(env, episode)
-            if advance(self.simulator.params, self.simulator.state, env) == DONE:
-                raise ConfigError("an episode needs at least one decision")
-            write_observation(
-                self.simulator.params,
-                self.simulator.state,
-                env,
-                _NEEDS,
-                NUM_OBSERVED_FEATURES,
-                np.empty(NUM_REQUEST_FEATURES),
-                np.empty(self.width + 2, np.bool_),
-                self.replicas,
-                self.request,
-                self.mask,
-            )
-            self.done[env] = False
-            self.reward[env] = 0.0
-            self.dt_s[env] = 0.0
+            raise ResetNeeded("call reset before step")
+        return self._simulator
 
-    def step(self, actions: IntArray, active: BoolArray) -> None:
+    @property
+    def now_s(self) -> FloatArray:
+        """Simulated time, `float64[num_envs]`."""
+        return self.simulator.state.env["now_s"].copy()
+
+    def seed(self, seed: int) -> None:
+        """Start the sequences of episodes of all environments anew."""
+        for env in range(self.num_envs):
+            self._begin_sequence(env, (seed, env // self.group_size))
+
+    def seed_one(self, env: int, seed: int) -> None:
+        """Let one environment play what a batch of one plays with this seed."""
+        self._begin_sequence(env, (seed, 0))
+
+    def skip_to(self, episodes: IntArray) -> None:
+        """Let the next reset begin these episodes of the sequences, `int64[num_envs]` from 0."""
+        self._count[:] = episodes
+
+    def _begin_sequence(self, env: int, entropy: tuple[int, int]) -> None:
+        self._entropy[env] = entropy
+        self._count[env] = 0
+        self._substitutes.pop(env, None)
+
+    def draw(self, env: int) -> Any:
+        """Draw the next episode of one environment; its group plays the same arrivals."""
+        entropy = np.random.SeedSequence((*self._entropy[env], int(self._count[env])))
+        seed, first, second = (int(x) for x in entropy.generate_state(3, np.uint64))
+        load = self._load
+        if not isinstance(load, float | int):
+            load = load[0] + (load[1] - load[0]) * (first / 2.0**64)
+        self.input_id[env] = env // self.group_size
+        self._count[env] += 1
+        return self._draw(seed, load, second)
+
+    def reset(self, envs: IntArray, episodes: Sequence[Any] | None = None) -> None:
+        """Start new episodes in some environments and run them to their first decisions.
+
+        Args:
+            envs: Which environments.
+            episodes: What they play, one each; drawn if not given.
+        """
+        self.check_open()
+        self._reset(envs, episodes)
+        self.done[envs] = False
+        for env in envs.tolist():
+            if self.warmup:
+                self._warm_up(env)
+            if self._truncates:
+                self._check_length(env)
+            if self._shaping is not None:
+                self._shaping.begin(self.simulator, env)
+        for array in (self.truncated, self.invalid, self.reward, self.dt_s):
+            array[envs] = 0
+        self.metrics[:, envs] = 0.0
+
+    def _warm_up(self, env: int) -> None:
+        """Let the rule decide in one environment until the arrivals of the warm-up are there."""
+        alone = np.zeros(self.num_envs, np.bool_)
+        alone[env] = True
+        actions = np.zeros(self.num_envs, np.int64)
+        while self._arrivals()[0][env] <= self.warmup:
+            actions[env] = self._rule_action(env)
+            self._step_range(env, env + 1, actions, alone)
+            if self.done[env]:
+                self._refuse_length(env)
+
+    def _check_length(self, env: int) -> None:
+        arrived, in_all = self._arrivals()
+        if arrived[env] == in_all[env]:
+            self._refuse_length(env)
+
+    def _refuse_length(self, env: int) -> None:
+        end = " and an end at the last arrival" if self._truncates else ""
+        raise ConfigError(
+            f"an episode of {int(self._arrivals()[1][env])} arrivals leaves the agent no decision"
+            f" with a warmup of {self.warmup}{end}: let it be longer"
+        )
+
+    def step(self, actions: Any, active: BoolArray) -> None:
         """Take a decision in every active environment.
 
         Raises:
-            InvalidAction: If one is not allowed; then nothing has happened.
+            InvalidAction: If one is not allowed and is to be refused; then nothing has happened.
         """
-        simulator = self.simulator
-        actions = self.checked(actions)
-        bad = first_invalid(simulator.params, simulator.state, actions, active)
-        if bad >= 0:
-            raise InvalidAction(
-                f"action {int(actions[bad])} is not allowed in environment {bad}: "
-                f"choose one of {np.flatnonzero(self.mask[bad]).tolist()} (see action_mask)"
-            )
-        self.in_ranges(lambda first, stop: self._step_range(first, stop, actions, active))
+        self.check_open()
+        chosen = as_integers(actions, self.num_envs)
+        bad = first_invalid(self.mask, chosen, active)
+        if self.invalid_action == "raise":
+            if bad >= 0:
+                raise InvalidAction(
+                    f"action {int(chosen[bad])} is not allowed in environment {bad}: "
+                    f"choose one of {np.flatnonzero(self.mask[bad]).tolist()} (see action_mask)"
+                )
+        else:
+            chosen = self._replaced(chosen, active)
+        self._in_ranges(lambda first, stop: self._step_part(first, stop, chosen, active))
+        if self._truncates:
+            arrived, in_all = self._arrivals()
+            self.truncated[:] = active & ~self.done & (arrived == in_all)
+        if self._penalty:
+            self.reward[self.invalid] -= self._penalty
+        self.metrics[:] = 0.0
+        for env in np.flatnonzero(active & (self.done | self.truncated)).tolist():
+            self.metrics[:, env] = self.summary(env)
 
-    def _step_range(self, first: int, stop: int, actions: IntArray, active: BoolArray) -> None:
-        step_range(
-            self.simulator.params,
-            self.simulator.state,
-            first,
-            stop,
-            actions,
-            active,
-            _NEEDS,
-            NUM_OBSERVED_FEATURES,
-            self.objective == "goodput",
-            self._scale,
-            np.empty(NUM_REQUEST_FEATURES),
-            np.empty(self.width + 2, np.bool_),
-            self.replicas,
-            self.request,
-            self.mask,
-            self.reward,
-            self.done,
-            self.dt_s,
-        )
+    def _step_part(self, first: int, stop: int, actions: IntArray, active: BoolArray) -> None:
+        self._step_range(first, stop, actions, active)
+        if self._shaping is not None:
+            self._shaping.add(self.simulator, first, stop, active, self.done, self.reward)
 
-    def observation(self) -> dict[str, Any]:
-        """Copy the observations of all environments."""
-        return {
-            "replicas": self.replicas.copy(),
-            "request": self.request.copy(),
+    def _replaced(self, actions: IntArray, active: BoolArray) -> IntArray:
+        """Replace forbidden actions by random ones, each environment by draws of its own."""
+        inside = (actions >= 0) & (actions < self.num_actions)
+        allowed = self.mask[np.arange(self.num_envs), np.where(inside, actions, 0)] == 1
+        self.invalid[:] = active & ~(inside & allowed)
+        actions = actions.copy()
+        for env in np.flatnonzero(self.invalid).tolist():
+            if env not in self._substitutes:
+                self._substitutes[env] = np.random.default_rng((*self._entropy[env], 1))
+            actions[env] = self._substitutes[env].choice(np.flatnonzero(self.mask[env]))
+        return actions
+
+    def _in_ranges(self, step: Callable[[int, int], None]) -> None:
+        """Call `step(first, stop)` for all environments, in as many ranges as there are threads."""
+        if self._num_threads == 1:
+            step(0, self.num_envs)
+            return
+        if self._pool is None or self._pool_pid != os.getpid():
+            # a forked process has the pool, but not its threads
+            self._pool, self._pool_pid = ThreadPoolExecutor(self._num_threads), os.getpid()
+        edges = np.linspace(0, self.num_envs, self._num_threads + 1).astype(int).tolist()
+        for job in [self._pool.submit(step, *pair) for pair in itertools.pairwise(edges)]:
+            job.result()
+
+    def observation(self) -> Any:
+        """Return fresh arrays with the observations of all environments."""
+        return self.view(self._parts())
+
+    def info(self) -> dict[str, Any]:
+        """Return fresh arrays with what else is known of all environments; keys never change."""
+        info: dict[str, Any] = {
             "action_mask": self.mask.copy(),
+            "dt_s": self.dt_s.copy(),
+            "now_s": self.now_s,
+            "input_id": self.input_id.copy(),
         }
+        if self.invalid_action != "raise":
+            info["invalid_action"] = self.invalid.copy()
+        info["episode_metrics"] = dict(zip(self.metric_names, self.metrics.copy(), strict=True))
+        return info
+
+    def close(self) -> None:
+        """End the threads; the environments cannot be used any more."""
+        self._closed = True
+        if self._pool is not None and self._pool_pid == os.getpid():
+            self._pool.shutdown()
+        self._pool = None
+
+    def check_open(self) -> None:
+        """Raise `EnvironmentClosed` after `close`."""
+        if self._closed:
+            raise EnvironmentClosed("the environment was closed: make a new one")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pool": None}  # threads are made where they are needed
+
+
+def at_least_one(**sizes: int) -> None:
+    """Refuse sizes below 1."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}")
+
+
+def one_of(**settings: tuple[str, tuple[str, ...]]) -> None:
+    """Refuse values that are not among the allowed ones, given as `name=(value, allowed)`."""
+    for name, (value, allowed) in settings.items():
+        if value not in allowed:
+            raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def settings_of(batch_type: type[Batch]) -> dict[str, inspect.Parameter]:
+    """Find all settings of a kind of batch: its own, then those it hands on."""
+    found: dict[str, inspect.Parameter] = {}
+    for cls in batch_type.__mro__:
+        for name, parameter in inspect.signature(vars(cls)["__init__"]).parameters.items():
+            if name not in ("self", "num_envs") and parameter.kind is not parameter.VAR_KEYWORD:
+                found.setdefault(name, parameter)
+        if cls is Batch:
+            break
+    return found
+
+
+def make_batch(batch_type: type[Batch], num_envs: int, settings: dict[str, Any]) -> Any:
+    """Make a batch; an unknown setting is refused by name.
+
+    Raises:
+        UnknownSetting: If there is no such setting.
+        ConfigError: If a value is not allowed.
+    """
+    known = settings_of(batch_type)
+    for name in settings:
+        if name not in known:
+            # in Python's words first: some libraries try keywords and read what is said
+            raise UnknownSetting(
+                f"unexpected keyword argument {name!r}: {unknown_name('setting', name, known)}"
+            )
+    return batch_type(num_envs, **settings)
+
+
+def face_signature(
+    batch_type: type[Batch], first: dict[str, Any], last: dict[str, Any]
+) -> inspect.Signature:
+    """Say what a face of a kind of batch takes: `first`, its settings, `last`, with defaults."""
+    settings = {name: p.default for name, p in settings_of(batch_type).items()}
+    positional = [*first, "scenario"]
+    return inspect.Signature(
+        [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.POSITIONAL_OR_KEYWORD
+                if name in positional
+                else inspect.Parameter.KEYWORD_ONLY,
+                default=default,
+            )
+            for name, default in (first | settings | last).items()
+        ]
+    )

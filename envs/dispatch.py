@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import gymnasium
-
-from servegym.cluster.spec import Episode
-from servegym.envs.batch import EpisodeBatch
+from servegym.envs.dispatch_batch import DispatchBatch
 from servegym.envs.single import BatchEnv
+from servegym.envs.vector import BatchVectorEnv
 from servegym.policy.contract import (
     NUM_OBSERVED_FEATURES,
     REPLICA_FEATURES,
     REQUEST_FEATURES,
     Feature,
 )
-from servegym.scenario import Scenario
 
 
 def feature_table(features: tuple[Feature, ...]) -> str:
@@ -26,7 +23,7 @@ def feature_table(features: tuple[Feature, ...]) -> str:
     return "\n".join(rows)
 
 
-class DispatchEnv(BatchEnv[EpisodeBatch]):
+class DispatchEnv(BatchEnv[DispatchBatch]):
     __doc__ = f"""Dispatch requests of an LLM serving cluster to its replicas.
 
 ## Description
@@ -36,7 +33,8 @@ iteration; see `docs/simulator.md`.
 
 ## Action Space
 `Discrete`: the replicas, then *hold* and *reject* if the scenario allows them. Actions outside
-`action_mask` raise `InvalidAction`.
+`action_mask` raise `InvalidAction` unless `invalid_action` says otherwise; `action_space.sample()`
+draws from those inside.
 
 ## Observation Space
 A `Dict` with `replicas` (`float32[R, {NUM_OBSERVED_FEATURES}]`, rows of absent replicas are 0),
@@ -60,36 +58,30 @@ The first arrival of an episode drawn from the scenario, all replicas idle and e
 
 ## Episode End
 Terminated when all requests have ended: after the last decision the cluster is run dry, and what
-happens then is rewarded in the last step. Never truncated.
+happens then is rewarded in the last step. With
+`episode_end="last-arrival"` truncated at the first decision after the last arrival instead.
 
 ## Arguments
-`scenario` (name, path or `Scenario`), `load` (factor on the arrival rate, or a range drawn per
-episode), `num_requests`, `r_max` (rows of `replicas`), `objective`, `reward_scale`.
+`scenario` (name, path or `Scenario`), `num_requests`, `r_max` (rows of `replicas`), `features`
+(`contract`, or `costs` of choosing each replica);
+`load` (factor on the arrival rate, or a range drawn per episode), `objective`, `reward_scale`,
+`shaping`, `warmup`, `episode_end`, `invalid_action` and `invalid_penalty`, `normalise`, `flat`;
+see `docs/env-dispatch.md` and `docs/environments.md`.
 `reset(options={{"episode": Episode(...)}})` plays a given episode.
 
 ## Version History
 v0: first version.
+
+`servegym/DispatchShaped-v0` is the same with `shaping="cost-to-go"`, `reward_scale="auto"`, `features="costs"`, `num_requests=1024`, `normalise`,
+`flat`, `invalid_action="resample"`: what stock algorithms learn from.
 """
 
-    def __init__(
-        self,
-        scenario: Scenario | str = "mixed-chat",
-        *,
-        load: float | tuple[float, float] = 1.0,
-        num_requests: int | None = None,
-        r_max: int | None = None,
-        objective: str | None = None,
-        reward_scale: float = 1.0,
-        render_mode: str | None = None,
-    ) -> None:
-        batch = EpisodeBatch(
-            scenario,
-            1,
-            load=load,
-            num_requests=num_requests,
-            r_max=r_max,
-            objective=objective,
-            reward_scale=reward_scale,
-        )
-        actions = gymnasium.spaces.Discrete(batch.num_actions)
-        super().__init__(batch, actions, Episode, render_mode)
+    batch_type = DispatchBatch
+    batch: DispatchBatch
+
+
+class DispatchVectorEnv(BatchVectorEnv[DispatchBatch]):
+    """`num_envs` environments as `DispatchEnv`, stepped in one compiled call; see `BatchVectorEnv`."""
+
+    batch_type = DispatchBatch
+    batch: DispatchBatch

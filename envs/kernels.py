@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from servegym.cluster.jit import kernel
-from servegym.cluster.kernels import advance, apply, is_allowed
+from servegym.cluster.kernels import advance, apply
 from servegym.cluster.state import DECISION, HOLD, REJECT, Params, State
 from servegym.policy.observe import observe
 from servegym.typing import BoolArray, Float32Array, FloatArray, Int8Array, IntArray
@@ -20,19 +20,12 @@ def core_action(p: Params, num_replicas: int, action: int) -> int:
 
 
 @kernel
-def first_invalid(p: Params, s: State, actions: IntArray, active: BoolArray) -> int:
+def first_invalid(mask: Int8Array, actions: IntArray, active: BoolArray) -> int:
     """Return the first active environment whose action is not allowed, or -1."""
-    width = s.shown.shape[2]
-    size = width + p.allow_hold + p.allow_reject
     for e in range(actions.shape[0]):
-        if not active[e]:
-            continue
-        action = actions[e]
-        if action < 0 or action >= size:
-            return e
-        chosen = core_action(p, width, action)
-        if not is_allowed(p, s, e, s.env[e].deciding, chosen):
-            return e
+        if active[e]:
+            if not 0 <= actions[e] < mask.shape[1] or mask[e, actions[e]] == 0:
+                return e
     return -1
 
 
@@ -44,13 +37,12 @@ def write_observation(
     needs: int,
     num_rows: int,
     request: FloatArray,
-    mask: BoolArray,
     replicas_out: Float32Array,
     request_out: Float32Array,
     mask_out: Int8Array,
 ) -> None:
     """Write the observation of one pending decision; replicas by row, features by column."""
-    observe(p, s, e, needs, request, mask)
+    observe(p, s, e, needs, request)
     width = s.shown.shape[2]
     for f in range(num_rows):
         for r in range(width):
@@ -58,7 +50,7 @@ def write_observation(
     for g in range(request.shape[0]):
         request_out[e, g] = request[g]
     for r in range(width):
-        mask_out[e, r] = mask[r]
+        mask_out[e, r] = s.allowed[e, r]
     place = width
     if p.allow_hold:
         mask_out[e, place] = 1
@@ -80,11 +72,10 @@ def step_range(
     goodput: bool,
     scale: float,
     request: FloatArray,
-    mask: BoolArray,
     replicas_out: Float32Array,
     request_out: Float32Array,
     mask_out: Int8Array,
-    reward_out: Float32Array,
+    reward_out: FloatArray,
     done_out: BoolArray,
     dt_out: FloatArray,
 ) -> None:
@@ -106,7 +97,7 @@ def step_range(
         done_out[e] = reason != DECISION
         if reason == DECISION:
             write_observation(
-                p, s, e, needs, num_rows, request, mask, replicas_out, request_out, mask_out
+                p, s, e, needs, num_rows, request, replicas_out, request_out, mask_out
             )
         else:
             replicas_out[e] = 0.0

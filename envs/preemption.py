@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from servegym.cluster.spec import Episode
 from servegym.envs.dispatch import feature_table
-from servegym.envs.preemption_batch import ENGINE_FEATURES, PreemptionBatch, QueueOrder
-from servegym.envs.single import AllowedActions, BatchEnv
+from servegym.envs.preemption_batch import ENGINE_FEATURES, PreemptionBatch
+from servegym.envs.single import BatchEnv
+from servegym.envs.vector import BatchVectorEnv
 from servegym.policy.ordering import NUM_ORDERING_FEATURES, ORDERING_FEATURES
-from servegym.scenario import Scenario
 
 
 class PreemptionEnv(BatchEnv[PreemptionBatch]):
@@ -23,8 +22,8 @@ exported as an order and run in vLLM; see `docs/preemption.md`.
 ## Action Space
 `Discrete`: the rows of `requests`, then, with `allow_none`, *nobody* (only to admit, and while
 others run). To admit a request that does not fit ends admission in this engine step, as the head
-of vLLM's queue does. Actions outside `action_mask` raise `InvalidAction`;
-`action_space.sample()` draws from those inside.
+of vLLM's queue does. Actions outside `action_mask` raise `InvalidAction` unless
+`invalid_action` says otherwise; `action_space.sample()` draws from those inside.
 
 ## Observation Space
 A `Dict` with `requests` (`float32[max_waiting + max_num_seqs, {NUM_ORDERING_FEATURES}]`: the
@@ -49,40 +48,29 @@ The first choice of an episode drawn from the scenario; episodes without any are
 
 ## Episode End
 Terminated when all requests have ended: after the last choice the engine is run dry, and what
-happens then is rewarded in the last step. Never truncated.
+happens then is rewarded in the last step. With
+`episode_end="last-arrival"` truncated at the first decision after the last arrival instead.
 
 ## Arguments
-`scenario` (name, path or `Scenario`, of one replica with `engine: vllm-priority`), `load` (factor
-on the arrival rate, or a range drawn per episode), `num_requests`, `max_waiting`, `queue_order`
-(`shortest` by predicted tokens left, or `arrival`), `allow_none`, `objective`, `reward_scale`.
+`scenario` (name, path or `Scenario`, of one replica with `engine: vllm-priority`), `num_requests`,
+`max_waiting`, `queue_order` (`shortest` by predicted tokens left, or `arrival`), `allow_none`;
+`load` (factor on the arrival rate, or a range drawn per episode), `objective`, `reward_scale`,
+`shaping`, `warmup`, `episode_end`, `invalid_action` and `invalid_penalty`, `normalise`, `flat`;
+see `docs/env-preemption.md` and `docs/environments.md`.
 `reset(options={{"episode": Episode(...)}})` plays a given episode.
 
 ## Version History
 v0: first version.
+
+`servegym/PreemptionShaped-v0` is the same with `shaping="cost-to-go"`, `reward_scale="auto"`, `normalise`, `flat`, `invalid_action="resample"`.
 """
 
-    def __init__(
-        self,
-        scenario: Scenario | str = "kv-starved",
-        *,
-        load: float | tuple[float, float] = 1.0,
-        num_requests: int | None = None,
-        max_waiting: int = 64,
-        queue_order: QueueOrder = "shortest",
-        allow_none: bool = False,
-        objective: str | None = None,
-        reward_scale: float = 1.0,
-        render_mode: str | None = None,
-    ) -> None:
-        batch = PreemptionBatch(
-            scenario,
-            1,
-            load=load,
-            num_requests=num_requests,
-            max_waiting=max_waiting,
-            queue_order=queue_order,
-            allow_none=allow_none,
-            objective=objective,
-            reward_scale=reward_scale,
-        )
-        super().__init__(batch, AllowedActions(batch), Episode, render_mode)
+    batch_type = PreemptionBatch
+    batch: PreemptionBatch
+
+
+class PreemptionVectorEnv(BatchVectorEnv[PreemptionBatch]):
+    """`num_envs` environments as `PreemptionEnv`, stepped in one compiled call; see `BatchVectorEnv`."""
+
+    batch_type = PreemptionBatch
+    batch: PreemptionBatch

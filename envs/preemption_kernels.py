@@ -6,13 +6,11 @@ from typing import NamedTuple
 
 from servegym.cluster.jit import inlined, kernel
 from servegym.cluster.kernels import advance, apply
-from servegym.cluster.priority import resume
 from servegym.cluster.state import (
     ADMIT,
-    ASK_PICK_OR_NONE,
+    ALWAYS,
     DECISION,
     NOBODY,
-    SCHEDULE,
     Params,
     State,
 )
@@ -46,25 +44,15 @@ class Output(NamedTuple):
     mask: Int8Array  # [E, A]
     ids: IntArray  # [E, M] request of each row
     earned: FloatArray  # [E] reward times scale so far
-    reward: Float32Array  # [E]
+    reward: FloatArray  # [E]
     done: BoolArray  # [E]
     dt_s: FloatArray  # [E] simulated seconds since the last choice
-
-
-@inlined
-def _run_to_choice(p: Params, s: State, e: int) -> bool:
-    """Run until a request is to be picked; return False at the end of the episode."""
-    while True:
-        reason = advance(p, s, e)
-        if reason != DECISION:
-            return reason == SCHEDULE
-        apply(p, s, e, 0)  # there is one replica
 
 
 @kernel
 def begin(p: Params, s: State, e: int) -> bool:
     """Run a new episode to its first choice; return False if it has none."""
-    return _run_to_choice(p, s, e)
+    return advance(p, s, e) == DECISION
 
 
 @inlined
@@ -111,9 +99,9 @@ def write_choice(
         row: Working memory, `float64[NUM_ORDERING_FEATURES]`.
         key: Working memory, `float64[width]`.
     """
-    r = s.env[e].scheduling
-    v, f = s.replica[e, r], s.forming[e, r]
-    admit = f.choice == ADMIT
+    r = s.env[e].asking
+    v = s.replica[e, r]
+    admit = s.env[e].decision == ADMIT
     o.requests[e] = 0.0
     o.mask[e] = 0
     for i in range(_shortlist(s, c, e, r, o.ids[e], key)):
@@ -129,7 +117,7 @@ def write_choice(
         o.mask[e, place] = not admit
         place += 1
         request = s.request[e, request].next_request
-    if p.asks == ASK_PICK_OR_NONE and admit and v.num_running > 0:
+    if p.asks.admit == ALWAYS and admit and v.num_running > 0:
         o.mask[e, o.requests.shape[1]] = 1
     _copy(row[row.shape[0] - o.engine.shape[1] :], o.engine[e])
     o.kind[e] = 0 if admit else 1
@@ -154,8 +142,8 @@ def step_range(
             continue
         before_s = s.env[e].now_s
         picked = NOBODY if actions[e] == o.requests.shape[1] else o.ids[e, actions[e]]
-        s.forming[e, s.env[e].scheduling].picked = picked
-        more = resume(p, s, e) or _run_to_choice(p, s, e)
+        apply(p, s, e, picked)
+        more = advance(p, s, e) == DECISION
         o.dt_s[e] = s.env[e].now_s - before_s
         sofar = s.env[e].good if c.goodput else -waited(s, e)
         o.reward[e] = (sofar - o.earned[e]) / c.scale

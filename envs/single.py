@@ -2,103 +2,139 @@
 
 from __future__ import annotations
 
-from typing import Any, Generic
+from typing import Any, ClassVar, Generic, TypeVar
 
 import gymnasium
 import numpy as np
 
-from servegym.envs.vector import B, Batch
-from servegym.errors import ConfigError, ResetNeeded
-from servegym.typing import BoolArray, Int8Array
+from servegym.envs.actions import AllowedAction, rebind
+from servegym.envs.batch import Batch, face_signature, make_batch
+from servegym.envs.scene import as_image, as_text
+from servegym.errors import ConfigError, ResetNeeded, unknown_name
+from servegym.typing import BoolArray
+
+B = TypeVar("B", bound=Batch)
+RENDER_MODES = ("rgb_array", "ansi")
+#: Options of `reset` that wrappers of others mean for themselves and hand on: Minari's collector.
+_OF_WRAPPERS = ("minari_autoseed",)
 
 
-class AllowedActions(gymnasium.spaces.Discrete):
-    """A `Discrete` space that draws from what is allowed now, unless it is given a mask itself."""
-
-    def __init__(self, batch: Batch) -> None:
-        super().__init__(batch.num_actions)
-        self._batch = batch
-
-    def sample(
-        self, mask: Int8Array | None = None, probability: Int8Array | None = None
-    ) -> np.int64:
-        """Draw an action."""
-        if mask is None and probability is None:
-            mask = self._batch.mask[0]
-        return super().sample(mask, probability)
+def check_render_mode(render_mode: str | None) -> str | None:
+    """Refuse what cannot be drawn."""
+    if render_mode is not None and render_mode not in RENDER_MODES:
+        raise ConfigError(
+            f"render_mode must be None, {' or '.join(RENDER_MODES)}, got {render_mode!r}"
+        )
+    return render_mode
 
 
-class BatchEnv(gymnasium.Env[dict[str, Any], int], Generic[B]):
+def check_options(options: dict[str, Any] | None, allowed: tuple[str, ...]) -> dict[str, Any]:
+    """Refuse options of `reset` that nothing would be done with."""
+    for name in options or {}:
+        if name not in allowed and name not in _OF_WRAPPERS:
+            raise ConfigError(unknown_name("option of reset", name, allowed))
+    return options or {}
+
+
+def draw(batch: Batch, env: int, render_mode: str | None) -> Any:
+    """Draw one environment, or nothing if that was not asked for."""
+    if render_mode is None:
+        return None
+    return (as_image if render_mode == "rgb_array" else as_text)(batch.scene(env))
+
+
+class BatchEnv(gymnasium.Env[Any, Any], Generic[B]):
     """Gymnasium's face of a batch of one.
 
     Args:
-        batch: Of one environment.
-        action_space: Over its actions.
-        episode_type: What `reset(options={"episode": ...})` takes.
-        render_mode: Must be `None`.
+        scenario: A name, a path or a scenario; the batch's default if not given.
+        render_mode: `rgb_array` (a picture, `uint8[height, 960, 3]`), `ansi` (text) or `None`.
+        settings: The batch's.
     """
 
-    metadata = {"render_modes": []}  # noqa: RUF012 - Gymnasium's convention
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": [*RENDER_MODES], "render_fps": 10}  # type: ignore[misc]
+    batch_type: ClassVar[type[Batch]]
+    batch: B
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = face_signature(cls.batch_type, {}, {"render_mode": None})  # type: ignore[attr-defined]
 
     def __init__(
-        self,
-        batch: B,
-        action_space: gymnasium.spaces.Discrete,
-        episode_type: type,
-        render_mode: str | None,
+        self, scenario: Any = None, *, render_mode: str | None = None, **settings: Any
     ) -> None:
-        if render_mode is not None:
-            raise ConfigError(f"render_mode must be None, got {render_mode!r}")
-        self.batch = batch
-        self.render_mode = render_mode
-        self.observation_space = batch.observation_space()
-        self.action_space: gymnasium.spaces.Space[Any] = action_space
-        self._episode_type = episode_type
+        self.render_mode = check_render_mode(render_mode)
+        if scenario is not None:
+            settings["scenario"] = scenario
+        self.batch = make_batch(self.batch_type, 1, settings)
+        self.observation_space = self.batch.view.space
+        self.action_space = AllowedAction(self.batch)
         self._ready = False
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    ) -> tuple[Any, dict[str, Any]]:
         """Start an episode.
 
         Args:
             seed: Restarts the sequence of episodes.
             options: `{"episode": Episode}` to play that one.
+
+        Raises:
+            ConfigError: If an option is unknown or the episode is none.
         """
+        episode = check_options(options, ("episode",)).get("episode")
+        if not isinstance(episode, self.batch.episode_type | None):
+            raise ConfigError(f"episode must be an Episode, got {type(episode).__name__}")
         super().reset(seed=seed)
         if seed is not None or not self._ready:
             self.batch.seed(int(self.np_random.integers(1 << 62)))
-        episode = (options or {}).get("episode")
-        given = [episode] if isinstance(episode, self._episode_type) else None
-        self.batch.reset(np.zeros(1, np.int64), given)
+        self.batch.reset(np.zeros(1, np.int64), None if episode is None else [episode])
         self._ready = True
         return self._observation(), self._info()
 
-    def step(self, action: int) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Take the decision that is due and run to the next."""
-        if not self._ready or self.batch.done[0]:
+        self.batch.check_open()
+        if not self._ready or self.batch.done[0] or self.batch.truncated[0]:
             raise ResetNeeded("the episode is over or none has begun: call reset")
-        self.batch.step(np.array([action], np.int64), np.ones(1, np.bool_))
-        info = self._info()
-        done = bool(self.batch.done[0])
-        if done:
-            info["episode_metrics"] = self.batch.summary(0)
-        return self._observation(), float(self.batch.reward[0]), done, False, info
+        self.batch.step(np.asarray(action)[None], np.ones(1, np.bool_))
+        done, truncated = bool(self.batch.done[0]), bool(self.batch.truncated[0])
+        return self._observation(), float(self.batch.reward[0]), done, truncated, self._info()
 
     def action_masks(self) -> BoolArray:
         """Allowed actions, `bool[num_actions]`, as sb3-contrib asks for them."""
         return self.batch.mask[0].astype(np.bool_)
 
-    def _observation(self) -> dict[str, Any]:
-        return {name: value[0] for name, value in self.batch.observation().items()}
+    def render(self) -> Any:
+        """Draw what is to be seen now, as `render_mode` says."""
+        return draw(self.batch, 0, self.render_mode)
+
+    def _observation(self) -> Any:
+        seen = self.batch.observation()
+        if isinstance(seen, dict):
+            return {name: value[0] for name, value in seen.items()}
+        return seen[0]
 
     def _info(self) -> dict[str, Any]:
-        return {
-            "action_mask": self.batch.mask[0].copy(),
-            "dt_s": float(self.batch.dt_s[0]),
-            "now_s": float(self.batch.simulator.state.env[0]["now_s"]),
-        }
+        return first_of(self.batch.info())
 
     def close(self) -> None:
-        """Release threads."""
+        """Release threads; the environment cannot be used any more."""
         self.batch.close()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.action_space = rebind(self.action_space, self.batch)
+
+
+def first_of(info: dict[str, Any]) -> dict[str, Any]:
+    """Return the first environment's part of a batch's info, numbers as Python's."""
+    return {
+        key: first_of(value)
+        if isinstance(value, dict)
+        else value[0].tolist()
+        if value.ndim == 1
+        else value[0]
+        for key, value in info.items()
+    }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from servegym.envs.single import AllowedActions, BatchEnv
-from servegym.envs.workflow_batch import Objective, Placement, Shortlist, WorkflowBatch
+from servegym.envs.single import BatchEnv
+from servegym.envs.vector import BatchVectorEnv
+from servegym.envs.workflow_batch import WorkflowBatch
 from servegym.envs.workflow_features import (
     DEVICE_COLUMNS,
     GLOBAL_COLUMNS,
@@ -12,8 +13,6 @@ from servegym.envs.workflow_features import (
     STAGE_COLUMNS,
     Column,
 )
-from servegym.workflow.online.spec import Episode
-from servegym.workflow_scenario import WorkflowScenario
 
 
 def column_table(columns: tuple[Column, ...]) -> str:
@@ -36,8 +35,8 @@ can start on a device with a free slot. See `docs/workflow-online.md` for the si
 ## Action Space
 `Discrete(K * D + 1)`: action `k * D + d` starts the stage of row k on device d, the last action waits
 until something has happened. With `placement="eft"`, `Discrete(K + 1)`: the stage of row k starts where
-it is expected to end first. Actions outside `action_mask` raise `InvalidAction`; `action_space.sample()` draws
-from those that are allowed.
+it is expected to end first. Actions outside `action_mask` raise `InvalidAction` unless
+`invalid_action` says otherwise; `action_space.sample()` draws from those that are allowed.
 
 ## Observation Space
 A `Dict` with `stages` (`float32[K, {len(STAGE_COLUMNS)}]`), `pairs` (`float32[K, D, {len(PAIR_COLUMNS)}]`),
@@ -80,51 +79,31 @@ The first decision of an episode drawn from the scenario, all devices idle.
 
 ## Episode End
 Terminated when all jobs have ended: after the last decision the fleet is run dry, and what happens then is
-rewarded in the last step. Never truncated.
+rewarded in the last step. With
+`episode_end="last-arrival"` truncated at the first decision after the last arrival instead.
 
 ## Arguments
-`scenario` (name, path or `WorkflowScenario`), `load` and `num_jobs` (numbers, or ranges drawn per episode),
-`max_stages`, `placement` (`agent`, `eft`), `shortlist` (`work-left`, `arrival`, `rank`, `slack`), `graph`,
-`max_nodes`, `max_edges`, `objective`, `reward_scale`. Episodes draw their jobs from a pool of `pool_size` jobs
-that `pool_seed` makes; with `pool_size=None` every episode has new ones, which takes time to draw.
+`scenario` (name, path or `WorkflowScenario`), `num_jobs` (a number, or a range drawn per episode), `max_stages`,
+`placement` (`agent`, `eft`), `shortlist` (`work-left`, `arrival`, `rank`, `slack`), `graph`, `max_nodes`,
+`max_edges`. Episodes draw their jobs from a pool of `pool_size` jobs that `pool_seed` makes; with
+`pool_size=None` every episode has new ones, which takes time to draw;
+`load` (factor on the arrival rate, or a range drawn per episode), `objective`, `reward_scale`,
+`shaping`, `warmup`, `episode_end`, `invalid_action` and `invalid_penalty`, `normalise`, `flat`;
+see `docs/env-workflow.md` and `docs/environments.md`.
 `reset(options={{"episode": Episode(...)}})` plays a given episode.
 
 ## Version History
 v0: first version.
+
+`servegym/WorkflowShaped-v0` is the same with `shaping="cost-to-go"`, `reward_scale="auto"`, `normalise`, `flat`, `invalid_action="resample"`.
 """
 
-    def __init__(
-        self,
-        scenario: WorkflowScenario | str = "random-dags",
-        *,
-        load: float | tuple[float, float] = 1.0,
-        num_jobs: int | tuple[int, int] | None = None,
-        max_stages: int = 16,
-        placement: Placement = "agent",
-        shortlist: Shortlist = "work-left",
-        graph: bool = False,
-        max_nodes: int = 256,
-        max_edges: int = 512,
-        objective: Objective | None = None,
-        reward_scale: float = 1.0,
-        pool_size: int | None = 256,
-        pool_seed: int = 0,
-        render_mode: str | None = None,
-    ) -> None:
-        batch = WorkflowBatch(
-            scenario,
-            1,
-            load=load,
-            num_jobs=num_jobs,
-            max_stages=max_stages,
-            placement=placement,
-            shortlist=shortlist,
-            graph=graph,
-            max_nodes=max_nodes,
-            max_edges=max_edges,
-            objective=objective,
-            reward_scale=reward_scale,
-            pool_size=pool_size,
-            pool_seed=pool_seed,
-        )
-        super().__init__(batch, AllowedActions(batch), Episode, render_mode)
+    batch_type = WorkflowBatch
+    batch: WorkflowBatch
+
+
+class WorkflowVectorEnv(BatchVectorEnv[WorkflowBatch]):
+    """`num_envs` environments as `WorkflowEnv`, stepped in one compiled call; see `BatchVectorEnv`."""
+
+    batch_type = WorkflowBatch
+    batch: WorkflowBatch

@@ -92,16 +92,6 @@ def core_action(s: State, c: Settings, o: Output, e: int, action: int) -> int:
 
 
 @kernel
-def first_invalid(o: Output, actions: IntArray, active: BoolArray) -> int:
-    """Return the first active environment whose action is not allowed, or -1."""
-    for e in range(actions.shape[0]):
-        if active[e]:
-            if not 0 <= actions[e] < o.mask.shape[1] or o.mask[e, actions[e]] == 0:
-                return e
-    return -1
-
-
-@kernel
 def begin_episode(p: Params, s: State, c: Settings, o: Output, e: int) -> int:
     """Run a freshly loaded environment to its first decision and observe it."""
     reason = advance(p, s, e)
@@ -154,11 +144,11 @@ def _earned(p: Params, s: State, c: Settings, e: int) -> float:
         return -env.weighted_area
     if c.objective == DEADLINE:
         return env.good
-    return -_least_makespan_s(view(p, s, e), s, e)
+    return -least_makespan_s(view(p, s, e), s, e)
 
 
 @inlined
-def _least_makespan_s(w: View, s: State, e: int) -> float:
+def least_makespan_s(w: View, s: State, e: int) -> float:
     """When the jobs that have arrived can end at best, on expected durations, seconds."""
     now_s = w.env[0].now_s
     latest_s = w.env[0].makespan_s

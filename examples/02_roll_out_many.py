@@ -30,9 +30,9 @@ def main() -> None:
         load = np.where(
             observation["action_mask"] > 0, observation["replicas"][..., outstanding], np.inf
         )
-        observation, _, _, _, info = envs.step(load.argmin(-1))
+        observation, _, terminated, _, info = envs.step(load.argmin(-1))
         simulated_s += info["dt_s"].sum()
-        finished += [m["mean_e2e_s"] for m in info.get("episode_metrics", []) if m is not None]
+        finished += info["episode_metrics"]["mean_e2e_s"][terminated].tolist()
     took = time.perf_counter() - begin
     envs.close()
     print(f"{len(finished)} episodes ended, mean latency {np.mean(finished):.2f} s")

@@ -17,6 +17,7 @@ import yaml
 
 from servegym.baselines.registry import names
 from servegym.cli import COMMANDS, main
+from servegym.commands.train import Train
 from servegym.scenario import scenario_names
 
 SCENARIO = {
@@ -369,6 +370,23 @@ def test_simulate_counts_the_rows_of_a_trace_it_skips(place, capsys):
     )
 
 
+def test_runs_of_different_scenarios_have_different_folders_by_default():
+    def folder(**settings) -> str:
+        return str(Train(**settings)._folder("ppo"))
+
+    assert folder() == "runs/ppo-mixed-chat"
+    assert folder(scenario="tiny.yaml") == "runs/ppo-tiny"
+    assert folder(scenario="tiny.yaml", trace="logs/monday.csv") == "runs/ppo-tiny-monday"
+    assert folder(out=Path("mine")) == "mine"
+
+
+def test_trace_of_another_run_is_refused_and_its_scenario_kept(place, refused):
+    (place / "mine").mkdir()
+    (place / "mine" / "scenario.yaml").write_text("name: other\n")
+    words = [*SHORT_TRAIN, "--trace", "trace.csv", "--out", "mine"]
+    assert "mine/scenario.yaml is another scenario than tiny.yaml" in refused(*words)
+
+
 def test_tune_prints_the_best_of_its_budget(place, capsys):
     main(["tune", *TINY, "--policy", "speed-family", "--budget", "3"])
     text = capsys.readouterr().out
@@ -393,11 +411,16 @@ def test_train_export_and_evaluate_a_policy(place, capsys):
     assert manifest["training"]["decisions"] == 2048
     assert manifest["training"]["base"] == "speed-family"
     assert manifest["scenario"] == "tiny.yaml"
-    # the same command again trains no further; with more decisions it goes on
-    main([*train, "--decisions", "3072"])
-    manifest = json.loads((run / "policy" / "manifest.json").read_text())
-    assert manifest["training"]["decisions"] == 3072
+    # the same command again trains no further; another one is refused
     first = (run / "policy" / "policy.onnx").read_bytes()
+    main([*train, "--decisions", "2048"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "finished with this configuration: runs/a, after 2 updates" in said
+    assert (run / "policy" / "policy.onnx").read_bytes() == first
+    with pytest.raises(SystemExit) as end:
+        main([*train, "--decisions", "3072"])
+    assert end.value.code == 2
+    assert "total_decisions is 2048 there, 3072 here" in capsys.readouterr().err
     main(["export", "--run-folder", "runs/a", "--out", "exported"])
     assert (place / "exported" / "policy.onnx").read_bytes() == first
     capsys.readouterr()

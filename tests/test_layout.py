@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 import tomllib
@@ -95,3 +96,16 @@ def test_serving_loads_neither_pytorch_nor_gymnasium():
 
 def test_tests_are_no_packages():
     assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def test_nothing_tells_to_install_what_no_index_has():
+    """The package is on no index: a checkout works, and so do the names of what it needs."""
+    told = [
+        (path.relative_to(ROOT), line)
+        for folder in ("src", "envs", "agents", "baselines", "train", "docs", "examples", "scripts")
+        for path in sorted((ROOT / folder).rglob("*"))
+        if path.suffix in (".py", ".md", ".yaml", "") and path.is_file()
+        for line in path.read_text().splitlines()
+        if re.search(r"pip install [^/.]*\bservegym\b(?! in)", line.split("#")[0])
+    ]
+    assert told == []

@@ -10,23 +10,30 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
 
 from servegym.baselines.ordering.registry import ordering_policy
 from servegym.cluster.spec import Episode
-from servegym.errors import ConfigError
+from servegym.errors import ConfigError, OutputError
 from servegym.policy.learned_ordering import OrderingWeights
 from servegym.policy.ordering import NUM_ORDERING_FEATURES, OrderingFeature, OrderingPolicy
 from servegym.policy.play_perceptron import Perceptrons, play_perceptrons
 from servegym.policy.run_ordering import make_simulator, run_ordering
 from servegym.scenario import Scenario, load_scenario
+from servegym.train.budget import Budget
+from servegym.train.run_folder import RunFolder, restoring
 from servegym.train.workflow_search import Search
 from servegym.typing import FloatArray
+from servegym.whole_files import unwritable
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +41,10 @@ _log = logging.getLogger(__name__)
 _OWN = range(int(OrderingFeature["COMPUTED_TOKENS"]), int(OrderingFeature["NUM_RUNNING"]))
 #: Validation episodes' seeds count from here; those that are held out begin at 1,000,000.
 _VALIDATION_SEED = 500_000
+#: Generations between validations.
+_CHECK_EVERY = 5
+#: Share of the time for the search of a linear score, where hidden units follow.
+_LINEAR_SHARE = 0.4
 #: Rows that say how features are distributed.
 _NUM_SAMPLES = 20_000
 
@@ -45,7 +56,8 @@ class OrderingTraining:
     Attributes:
         scenario: Bundled name or YAML file, of one engine that goes by priorities.
         load: Range of the load factor, drawn per episode.
-        max_minutes: Wall-clock time, shared by both searches.
+        max_minutes: Wall-clock time, shared by both searches, from when all is compiled.
+        max_generations: Generations of both, at most.
         num_hidden: Hidden units beside the linear score; 0 stops with that.
         num_candidates: Of a generation.
         num_episodes: That each of them plays.
@@ -58,6 +70,7 @@ class OrderingTraining:
     scenario: str = "kv-starved"
     load: tuple[float, float] = (0.6, 1.1)
     max_minutes: float = 10.0
+    max_generations: int = 1_000_000
     num_hidden: int = 8
     num_candidates: int = 48
     num_episodes: int = 12
@@ -65,6 +78,15 @@ class OrderingTraining:
     num_requests: int | None = None
     num_threads: int = 2
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.load[0] <= self.load[1]:
+            raise ConfigError(f"load must go from low to high, above 0, got {self.load}")
+        if not self.max_minutes > 0:
+            raise ConfigError(f"minutes must be above 0, got {self.max_minutes:g}")
+        for name in ("max_generations", "num_candidates", "num_episodes", "num_validation"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass
@@ -117,19 +139,19 @@ class OrderingTrainer:
 
     Args:
         config: Settings.
-        folder: Where config.json and history.jsonl go.
+        folder: Where config.json, checkpoint.pt, history.jsonl and tensorboard/ go.
     """
 
     def __init__(self, config: OrderingTraining, folder: Path) -> None:
-        self.config, self.folder = config, folder
+        self._created_s = time.monotonic()
+        self.config = config
         self.scenario = load_scenario(config.scenario)
         if not self.scenario.orders_requests:
             raise ConfigError(
                 f"scenario {self.scenario.name} must have a fleet of one replica with "
                 "engine: vllm-priority to train an order on it"
             )
-        if not 0 < config.load[0] <= config.load[1]:
-            raise ConfigError(f"load must go from low to high, above 0, got {config.load}")
+        self.folder = RunFolder(folder, "order", config, self.scenario.model_dump(mode="json"))
         self._rng = np.random.default_rng(config.seed)
         self._validation = self._episodes(_VALIDATION_SEED, config.num_validation)
         self.samples = self._sample()
@@ -140,10 +162,15 @@ class OrderingTrainer:
         self._varies = spread > 1e-6
         self._scale = np.where(self._varies, spread, 1.0)
         self._linear = [k for k in _OWN if self._varies[k]]
-        self._begin_s = time.monotonic()
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"kind": "ordering", **asdict(config)}, indent=2)
-        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        self.budget = Budget(config.max_minutes)
+        self.spent_s, self.finished, self._prepared = 0.0, False, False
+        # the first search is for the linear score, the second for hidden units beside it
+        self.stage, self.generation = 0, 0
+        self.best = self._first_guess()
+        self.best_loss = self.first_loss = math.inf
+        self.search = Search(self.best.copy(), np.full(len(self.best), 0.3))
+        self._next_check = _CHECK_EVERY
+        self._generation_s = self._check_s = 0.0
 
     def _episodes(self, first_seed: int, count: int) -> list[Episode]:
         """Draw episodes over the range of loads, evenly, in the order of their seeds."""
@@ -214,72 +241,160 @@ class OrderingTrainer:
         theta[:, self._linear.index(int(OrderingFeature["PREDICTED_REMAINING_TOKENS"]))] = 1.0
         return theta.ravel()
 
+    def prepare(self) -> float:
+        """Compile, and go on from the checkpoint if there is one.
+
+        Returns:
+            Seconds since the trainer was made; the budget begins to count now.
+
+        Raises:
+            ConfigError: If the checkpoint is broken.
+            OutputError: If the folder cannot be written.
+        """
+        content = self.folder.begin()
+        if content is None:
+            self.best_loss = self.first_loss = self._check(self.best)
+            _log.info("srpt: validation loss %.4f", self.first_loss)
+        else:
+            self._restore(content)
+            if not self.finished:
+                self._check(self.best)  # compiles
+        self.budget.start(self.spent_s)
+        self._prepared = True
+        return time.monotonic() - self._created_s
+
     def run(self, progress: Callable[[str, float], None] = lambda text, share: None) -> Trained:
         """Search, and return the best on validation episodes.
 
         Args:
             progress: Called with what is done and the share of the time.
         """
-        config = self.config
-        best = self._first_guess()
-        best_loss = base_loss = float(self.loss(best[None], self._validation)[0])
-        _log.info("srpt: validation loss %.4f", base_loss)
-        share = 1.0 if config.num_hidden == 0 else 0.4
-        search = Search(best.copy(), np.full(len(best), 0.3))
-        best, best_loss = self._search(search, best, best_loss, share, "linear", progress)
-        generations = search.generation
-        if config.num_hidden:
-            free = np.zeros((config.num_hidden, NUM_ORDERING_FEATURES + 3))
-            free[:, : NUM_ORDERING_FEATURES + 1] = self._rng.normal(
-                0.0, 0.3, (config.num_hidden, NUM_ORDERING_FEATURES + 1)
-            )
-            # their outputs are 0 at first, so the order is still the linear one
-            wide = np.concatenate([best, free.ravel()])
-            search = Search(wide.copy(), np.full(len(wide), 0.1))
-            best, best_loss = self._search(search, wide, best_loss, 1.0, "hidden", progress)
-            generations += search.generation
-        nets = self.perceptrons(best[None])
+        if not self._prepared:
+            self.prepare()
+        if not self.finished:
+            with self.folder.tensorboard(self.generation + 1) as writer:
+                while not self.finished:
+                    self._play_generation(writer)
+                    text = f"{self._stage_name}, best validation loss {self.best_loss:.4f}"
+                    progress(text, self._share())
+        return self.found()
+
+    def found(self) -> Trained:
+        """Return the best up to now."""
+        nets = self.perceptrons(self.best[None])
         weights = OrderingWeights(
             mean=nets.mean.astype(np.float32),
             scale=nets.scale.astype(np.float32),
             weights=(nets.hidden[0].astype(np.float32), nets.out[0].astype(np.float32)),
             biases=(nets.hidden_bias[0].astype(np.float32), np.zeros(2, np.float32)),
         )
-        spent_s = time.monotonic() - self._begin_s
-        return Trained(weights, best_loss, base_loss, generations, spent_s, self.samples)
+        return Trained(
+            weights, self.best_loss, self.first_loss, self.generation, self.spent_s, self.samples
+        )
 
-    def _search(
-        self,
-        search: Search,
-        best: FloatArray,
-        best_loss: float,
-        until_share: float,
-        stage: str,
-        progress: Callable[[str, float], None],
-    ) -> tuple[FloatArray, float]:
-        """Narrow a distribution until a share of the time is over; return the best mean."""
+    @property
+    def _stage_name(self) -> str:
+        return ("linear", "hidden")[self.stage]
+
+    def _share(self) -> float:
+        """Share of the run that is over, by generations or by the clock."""
+        by_generations = self.generation / self.config.max_generations
+        return min(1.0, max(by_generations, self.budget.share()))
+
+    def _is_over(self) -> bool:
+        """Whether this search has had its share, or would exceed it with another generation."""
+        last = self.config.num_hidden == 0 or self.stage == 1
+        share = 1.0 if last else _LINEAR_SHARE
+        ahead_s = self._generation_s + self._check_s
+        by_generations = self.generation / self.config.max_generations
+        return by_generations >= share or not self.budget.fits(ahead_s, share)
+
+    def _play_generation(self, writer: SummaryWriter) -> None:
+        """Narrow the distribution once; at the end of a search go on to the next."""
+        config, search, begin_s = self.config, self.search, time.monotonic()
+        first_seed = int(self._rng.integers(1, _VALIDATION_SEED - config.num_episodes))
+        episodes = self._episodes(first_seed, config.num_episodes)
+        tried = search.draw(self._rng, config.num_candidates)
+        found = search.update(tried, self.loss(tried, episodes), config.num_candidates // 4)
+        self.generation += 1
+        writer.add_scalar("search/loss", found, self.generation)
+        self._generation_s = time.monotonic() - begin_s
+        over = self._is_over()
+        if search.generation >= self._next_check or over:
+            self._next_check = search.generation + _CHECK_EVERY
+            loss = self._check(search.mean)
+            if loss < self.best_loss:
+                self.best, self.best_loss = search.mean.copy(), loss
+            writer.add_scalar("validation/loss", loss, self.generation)
+            writer.add_scalar("validation/best_loss", self.best_loss, self.generation)
+            self._note(loss)
+        if over:
+            self._next_stage()
+        self._save()
+
+    def _next_stage(self) -> None:
         config = self.config
-        next_check = 5
-        while True:
-            first_seed = int(self._rng.integers(1, _VALIDATION_SEED - config.num_episodes))
-            episodes = self._episodes(first_seed, config.num_episodes)
-            tried = search.draw(self._rng, config.num_candidates)
-            search.update(tried, self.loss(tried, episodes), config.num_candidates // 4)
-            spent = (time.monotonic() - self._begin_s) / (60.0 * config.max_minutes)
-            over = spent >= until_share
-            if search.generation >= next_check or over:
-                next_check = search.generation + 5
-                found = float(self.loss(search.mean[None], self._validation)[0])
-                self._note(stage, search.generation, found)
-                if found < best_loss:
-                    best, best_loss = search.mean.copy(), found
-            progress(f"{stage}, best validation loss {best_loss:.4f}", min(spent, 1.0))
-            if over:
-                return best, best_loss
+        no_time = not self.budget.fits(self._generation_s + self._check_s)
+        no_more = no_time or self.generation >= config.max_generations
+        if config.num_hidden == 0 or self.stage == 1 or no_more:
+            self.finished = True
+            return
+        self.stage, self._next_check = 1, _CHECK_EVERY
+        free = np.zeros((config.num_hidden, NUM_ORDERING_FEATURES + 3))
+        free[:, : NUM_ORDERING_FEATURES + 1] = self._rng.normal(
+            0.0, 0.3, (config.num_hidden, NUM_ORDERING_FEATURES + 1)
+        )
+        # their outputs are 0 at first, so the order is still the linear one
+        self.best = np.concatenate([self.best, free.ravel()])
+        self.search = Search(self.best.copy(), np.full(len(self.best), 0.1))
 
-    def _note(self, stage: str, generation: int, loss: float) -> None:
-        spent_s = round(time.monotonic() - self._begin_s, 1)
-        row = {"stage": stage, "spent_s": spent_s, "generation": generation, "loss": loss}
-        with (self.folder / "history.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    def _check(self, theta: FloatArray) -> float:
+        """Play the validation episodes."""
+        begin_s = time.monotonic()
+        found = float(self.loss(theta[None], self._validation)[0])
+        self._check_s = time.monotonic() - begin_s
+        return found
+
+    def _save(self) -> None:
+        """Write all that the rest of the run depends on."""
+        self.spent_s = self.budget.spent_s
+        self.folder.save(
+            f"{self.generation} generations",
+            {
+                "stage": self.stage,
+                "generation": self.generation,
+                "best": torch.from_numpy(self.best),
+                "losses": [self.best_loss, self.first_loss],
+                "search": self.search.state(),
+                "next_check": self._next_check,
+                "spent_s": self.spent_s,
+                "rng": json.dumps(self._rng.bit_generator.state),
+                "finished": self.finished,
+            },
+        )
+
+    def _restore(self, content: dict[str, Any]) -> None:
+        with restoring(self.folder.path):
+            self.stage, self.generation = int(content["stage"]), int(content["generation"])
+            self.best = content["best"].numpy()
+            self.best_loss, self.first_loss = content["losses"]
+            self.search = Search.of(content["search"])
+            self._next_check = int(content["next_check"])
+            self.spent_s, self.finished = float(content["spent_s"]), bool(content["finished"])
+            self._rng.bit_generator.state = json.loads(content["rng"])
+            self.perceptrons(self.best[None])  # of the right size
+
+    def _note(self, loss: float) -> None:
+        row = {
+            "stage": self._stage_name,
+            "spent_s": round(self.budget.spent_s, 1),
+            "generation": self.search.generation,
+            "loss": loss,
+        }
+        path = self.folder.path / "history.jsonl"
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise OutputError(unwritable(path, error)) from error
         _log.info("%s", row)

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
-import os
-import pickle
-import subprocess
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +17,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-import servegym
 from servegym.agents.network import DispatchNetwork, NetworkConfig, Prepared
 from servegym.baselines.registry import policy
 from servegym.errors import ConfigError
 from servegym.scenario import load_scenario
+from servegym.train.budget import Budget
 from servegym.train.imitation import demonstrations, imitate
+from servegym.train.places import Places
+from servegym.train.returns import RunningScale, chosen, gae, less_group_mean
+from servegym.train.run_folder import RunFolder, restoring
 from servegym.train.validation import Validation
 
 _log = logging.getLogger(__name__)
@@ -123,11 +122,10 @@ class Trainer:
     """A training run in a folder: config, TensorBoard log and checkpoint."""
 
     def __init__(self, config: PPOConfig, folder: Path) -> None:
-        self.config, self.folder = config, folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"{folder} cannot be made a folder: {error.strerror}") from error
+        self._created_s = time.monotonic()
+        self.config = config
+        scenario = load_scenario(config.scenario)
+        self.folder = RunFolder(folder, "dispatcher", config, scenario.model_dump(mode="json"))
         torch.manual_seed(config.seed)
         torch.set_num_threads(config.torch_threads)
         self.device = torch.device(config.device)
@@ -144,16 +142,18 @@ class Trainer:
             load=config.load,
             group_size=config.group_size,
         )
-        self.update = 0
+        self.update, self.spent_s, self.finished = 0, 0.0, False
+        self.budget = Budget(config.max_minutes)
         self.scale = RunningScale(config.num_envs, config.horizon_s)
+        self.places = Places.at_the_beginning(config.num_envs)
         self.history: list[dict[str, float]] = []
+        self.last: dict[str, float] = {}
         low, high = config.load
-        self.validation = Validation(
-            load_scenario(config.scenario), loads=np.linspace(low, high, 4).tolist()
-        )
+        self.validation = Validation(scenario, loads=np.linspace(low, high, 4).tolist())
         self.best = copy.deepcopy(self.network.state_dict())
         self.best_scores = self.first_scores = self.validation.scores(self.network.cpu())
         self.network.to(self.device)
+        self._prepared = False
 
     @property
     def num_updates(self) -> int:
@@ -161,20 +161,49 @@ class Trainer:
         c = self.config
         return c.total_decisions // (c.num_envs * c.num_steps)
 
+    def prepare(self) -> float:
+        """Compile, go on from the checkpoint if there is one, and imitate if that is asked for.
+
+        Returns:
+            Seconds since the trainer was made; the budget begins to count now.
+
+        Raises:
+            ConfigError: If the checkpoint is broken.
+            OutputError: If the folder cannot be written.
+        """
+        content = self.folder.begin()
+        if content is not None:
+            self._restore(content)
+        if not self.finished:
+            if self.config.imitate and self.update == 0:
+                self._imitate()
+            _, info = self.env.reset(seed=self.config.seed)
+            self.env.step(info["action_mask"].argmax(-1))  # compiles
+            self.env.reset(seed=self.config.seed)
+            self.places.go_to(self.env.batch)
+        self.budget.start(self.spent_s)
+        self._prepared = True
+        return time.monotonic() - self._created_s
+
     def run(self, *, progress: bool = True) -> DispatchNetwork:
         """Train to the end (or the time limit), resuming from a checkpoint if there is one."""
+        if not self._prepared:
+            self.prepare()
+        if not self.finished:
+            decisions = self.config.num_envs * self.config.num_steps
+            with self.folder.tensorboard(self.update * decisions + 1) as writer:
+                self._train(writer, progress)
+            self._keep_the_better()
+            self._save(finished=True)
+            self.finished = True
+        self.env.close()
+        self.network.load_state_dict(self.best)
+        return self.network
+
+    def _train(self, writer: SummaryWriter, progress: bool) -> None:
         c = self.config
-        self._resume()
-        self._write_config()
-        if c.imitate and self.update == 0:
-            self._imitate()
-        # the first step compiles, for a minute on first use: before the clock starts
-        _, info = self.env.reset(seed=c.seed)
-        self.env.step(info["action_mask"].argmax(-1))
-        observation, _ = self.env.reset(seed=c.seed + 1000 * self.update)
-        begin = time.perf_counter()
-        first_update = self.update
-        writer = SummaryWriter(str(self.folder / "tensorboard"))
+        observation = self.env.batch.observation()
+        begin, first_update = time.perf_counter(), self.update
         columns = (
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -184,7 +213,7 @@ class Trainer:
         with Progress(*columns, TimeRemainingColumn(), disable=not progress) as bar:
             task = bar.add_task("PPO", total=1.0, s="")
             while self.update < self.num_updates:
-                done_share = self._share(begin)
+                done_share = self._share()
                 if done_share >= 1.0:
                     break
                 observation, batch, rows, episodes = self._rollout(observation)
@@ -194,26 +223,19 @@ class Trainer:
                 stats["time/fps"] = decisions / (time.perf_counter() - begin)
                 if episodes:
                     stats["rollout/mean_e2e_s"] = float(np.mean(episodes))
+                step = self.update * c.num_envs * c.num_steps
                 for key, value in stats.items():
-                    writer.add_scalar(key, value, self.update * c.num_envs * c.num_steps)
+                    writer.add_scalar(key, value, step)
                 self.history.append(stats)
+                self.last |= stats
                 text = f"{stats['time/fps']:,.0f} decisions/s"
                 if "rollout/mean_e2e_s" in stats:  # only when an episode has just ended
                     latest = f"  mean E2E {stats['rollout/mean_e2e_s']:.2f} s"
                 text += latest
-                bar.update(task, completed=self._share(begin), s=text)
+                bar.update(task, completed=self._share(), s=text)
                 if self.update % c.validate_every == 0:
-                    gain = self._keep_the_better()
-                    writer.add_scalar(
-                        "validation/gain", gain, self.update * c.num_envs * c.num_steps
-                    )
+                    writer.add_scalar("validation/gain", self._keep_the_better(), step)
                     self._save()
-        self._keep_the_better()
-        self._save()
-        writer.close()
-        self.env.close()
-        self.network.load_state_dict(self.best)
-        return self.network
 
     def _imitate(self) -> None:
         c = self.config
@@ -239,10 +261,9 @@ class Trainer:
             self.best, self.best_scores = copy.deepcopy(self.network.state_dict()), scores
         return float((self.first_scores - scores).mean())
 
-    def _share(self, begin: float) -> float:
+    def _share(self) -> float:
         """Share of the run that is over, by decisions or by the clock."""
-        minutes = (time.perf_counter() - begin) / 60
-        return min(1.0, max(self.update / self.num_updates, minutes / self.config.max_minutes))
+        return min(1.0, max(self.update / self.num_updates, self.budget.share()))
 
     def _prepare(self, observation: dict[str, Any]) -> Prepared:
         return self.network.prepare(
@@ -270,12 +291,15 @@ class Trainer:
             # the Gumbel trick: one exponential draw per action instead of a distribution object
             noise = torch.empty_like(scores).exponential_().log_()
             action = (scores - noise).argmax(-1)
-            observation, reward, terminated, _, info = self.env.step(action.cpu().numpy())
-            for metrics in info.get("episode_metrics", []):
-                if metrics is not None:
-                    episodes.append(metrics["mean_e2e_s"])
-            rewards[step] = self.scale(reward, info["dt_s"], terminated)
+            taken = action.cpu().numpy()
+            observation, reward, terminated, _, info = self.env.step(taken)
+            self.places.note(taken, terminated)
             dts[step], ends[step] = info["dt_s"], terminated
+            if terminated.any():  # `info` is of the next episode there
+                final = info["final_info"]
+                dts[step, terminated] = final["dt_s"][terminated]
+                episodes += final["episode_metrics"]["mean_e2e_s"][terminated].tolist()
+            rewards[step] = self.scale(reward, dts[step], terminated)
             seen.append(prepared)
             logits.append(scores)
             actions.append(action)
@@ -342,138 +366,41 @@ class Trainer:
             "train/learning_rate": self.optimizer.param_groups[0]["lr"],
         }
 
-    def _write_config(self) -> None:
-        described = asdict(self.config) | {"network": self.config.network.model_dump()}
-        described["max_minutes"] = str(self.config.max_minutes)
-        described["servegym_version"] = servegym.__version__
-        described["git_revision"] = _git_revision()
-        (self.folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
-
-    def _base(self) -> list[Any]:
-        """Return what the learned residual was added to."""
-        network = self.config.network
-        return [network.base, list(network.base_params), network.eta]
-
-    def _save(self) -> None:
-        """Write the checkpoint whole or not at all."""
-        content = {
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "best": self.best,
-            "best_scores": torch.from_numpy(self.best_scores),
-            "update": self.update,
-            "scale": [self.scale.mean, self.scale.square, self.scale.count],
-            "rng": torch.get_rng_state(),
-            "base": self._base(),
-        }
-        part = self.folder / "checkpoint.part"
-        torch.save(content, part)
-        os.replace(part, self.folder / "checkpoint.pt")
-
-    def _resume(self) -> None:
-        path = self.folder / "checkpoint.pt"
-        if not path.exists():
-            return
-        content = read_checkpoint(path, self.device)
-        if content["base"] != self._base():
-            raise ConfigError(
-                f"{path} was trained on the base {content['base']}, not {self._base()}: "
-                "choose a new output folder"
-            )
-        try:
-            self.network.load_state_dict(content["network"])
-        except RuntimeError as error:
-            raise ConfigError(
-                f"{path} is of a network of another shape: choose a new output folder"
-            ) from error
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.best, self.best_scores = content["best"], content["best_scores"].cpu().numpy()
-        self.update = int(content["update"])
-        self.scale.mean, self.scale.square, self.scale.count = content["scale"]
-        torch.set_rng_state(content["rng"].cpu())
-
-
-def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read what a run has saved; no code in it is ever run."""
-    try:
-        content: dict[str, Any] = torch.load(path, weights_only=True, map_location=device)
-    except (EOFError, RuntimeError, pickle.UnpicklingError, ValueError) as error:
-        raise ConfigError(f"{path} is broken: delete it to start anew") from error
-    return content
-
-
-class RunningScale:
-    """Divide rewards by the running standard deviation of discounted returns."""
-
-    def __init__(self, num_envs: int, horizon_s: float) -> None:
-        self._returns = np.zeros(num_envs)
-        self._horizon_s = horizon_s
-        self.mean = self.square = self.count = 0.0
-
-    def __call__(self, reward: np.ndarray, dt_s: np.ndarray, done: np.ndarray) -> np.ndarray:
-        """Scale one step's rewards, `float[num_envs]`."""
-        self._returns = self._returns * np.exp(-dt_s / self._horizon_s) + reward
-        n = len(reward)
-        self.count += n
-        self.mean += float((self._returns - self.mean).sum()) / self.count
-        self.square += (float((self._returns**2).mean()) - self.square) * n / self.count
-        self._returns[done] = 0.0
-        return reward / math.sqrt(max(self.square - self.mean**2, 1e-8))
-
-
-def gae(reward: Tensor, value: Tensor, gamma: Tensor, last: Tensor, lam: Tensor) -> Tensor:
-    """Generalised advantage estimation with a discount and a lambda per step.
-
-    Steps last differently long, and a decision shows its effect over seconds, not over a number
-    of later decisions; so both are exponentials of time.
-
-    Args:
-        reward: `float32[steps, envs]`.
-        value: Of the states acted in, same shape.
-        gamma: Discount to the next state, 0 at the end of an episode, same shape.
-        last: Value of the state after the last step, `float32[envs]`.
-        lam: Lambda of each step, same shape.
-
-    Returns:
-        Advantages, `float32[steps, envs]`.
-    """
-    advantage = torch.zeros_like(reward)
-    running, following = torch.zeros_like(last), last
-    for t in range(len(reward) - 1, -1, -1):
-        delta = reward[t] + gamma[t] * following - value[t]
-        running = delta + gamma[t] * lam[t] * running
-        advantage[t] = running
-        following = value[t]
-    return advantage
-
-
-def chosen(values: Tensor, actions: Tensor) -> Tensor:
-    """Pick each row's value at its action, `float32[batch]`."""
-    return values.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
-
-
-def less_group_mean(advantage: Tensor, group_size: int) -> Tensor:
-    """Subtract from each environment the mean of the others that play the same requests.
-
-    An input-dependent baseline (Mao et al. 2019): what the arrivals alone did to the return is
-    the same for the whole group. Leaving oneself out keeps the gradient unbiased.
-
-    Args:
-        advantage: `float32[steps, envs]`, groups are neighbours.
-        group_size: Environments per group; 1 changes nothing.
-    """
-    if group_size == 1:
-        return advantage
-    groups = advantage.unflatten(1, (-1, group_size))
-    others = (groups.sum(-1, keepdim=True) - groups) / (group_size - 1)
-    return (groups - others).flatten(1)
-
-
-def _git_revision() -> str:
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, timeout=5
+    def _save(self, *, finished: bool = False) -> None:
+        """Write all that the rest of the run depends on."""
+        scale, cuda = self.scale, self.device.type == "cuda"
+        self.folder.save(
+            f"{self.update} updates",
+            {
+                "network": self.network.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "best": self.best,
+                "best_scores": torch.from_numpy(self.best_scores),
+                "update": self.update,
+                "spent_s": self.budget.spent_s,
+                "scale": [scale.mean, scale.square, scale.count],
+                "returns": torch.from_numpy(scale.returns.copy()),
+                "rng": torch.get_rng_state(),
+                "device_rng": torch.cuda.get_rng_state() if cuda else torch.empty(0),
+                "episodes": torch.from_numpy(self.places.episodes),
+                "taken": [torch.from_numpy(x) for x in self.places.taken()],
+                "last": self.last,
+                "finished": finished,
+            },
         )
-    except OSError:
-        return ""
-    return done.stdout.strip()
+
+    def _restore(self, content: dict[str, Any]) -> None:
+        with restoring(self.folder.path):
+            self.network.load_state_dict(content["network"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.best, self.best_scores = content["best"], content["best_scores"].numpy()
+            DispatchNetwork(self.config.network).load_state_dict(self.best)
+            self.update, self.spent_s = int(content["update"]), float(content["spent_s"])
+            self.scale.mean, self.scale.square, self.scale.count = content["scale"]
+            self.scale.returns = content["returns"].numpy().copy()
+            taken = [x.numpy() for x in content["taken"]]
+            self.places = Places(content["episodes"].numpy().copy(), taken)
+            self.last, self.finished = dict(content["last"]), bool(content["finished"])
+            torch.set_rng_state(content["rng"])
+            if len(content["device_rng"]):
+                torch.cuda.set_rng_state(content["device_rng"])

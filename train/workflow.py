@@ -5,13 +5,10 @@ Episodes are played to their ends in compiled code, network included; PyTorch on
 
 from __future__ import annotations
 
-import json
 import logging
-import math
-import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +17,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-import servegym
-from servegym.agents.workflow_network import (
-    MAX_EXPORTED_DEPTH,
-    Graph,
-    Pairs,
-    WorkflowNetwork,
-    WorkflowNetworkConfig,
-)
-from servegym.agents.workflow_policy import learned_rule
-from servegym.errors import ConfigError, ExportError
+from servegym.agents.workflow_network import Graph, Pairs, WorkflowNetwork, WorkflowNetworkConfig
+from servegym.agents.workflow_policy import LearnedRule, learned_rule
+from servegym.errors import ConfigError
 from servegym.export.workflow import DecisionSample
+from servegym.train.budget import Budget
 from servegym.train.job_shop import RandomJobShops
-from servegym.train.ppo import read_checkpoint
+from servegym.train.run_folder import RunFolder, restoring
 from servegym.train.validation import FIRST_SEED
+from servegym.train.workflow_arrays import (
+    advantages,
+    as_graph,
+    as_pairs,
+    choices,
+    decision_samples,
+    discounted,
+)
 from servegym.train.workflow_rollout import Played, play
 from servegym.train.workflow_search import (
     OBJECTIVES,
@@ -42,7 +41,7 @@ from servegym.train.workflow_search import (
     losses,
     time_unit_s,
 )
-from servegym.typing import FloatArray, IntArray
+from servegym.typing import FloatArray
 from servegym.workflow.online.spec import Episode
 from servegym.workflow_scenario import WorkflowScenario, load_workflow_scenario
 
@@ -67,11 +66,13 @@ class WorkflowTraining:
     pool_size: int = 1000
     """Different jobs to train on."""
     max_minutes: float = 10.0
-    """Wall-clock time of both parts."""
+    """Wall-clock time of both parts, from when all is compiled."""
     search_share: float = 0.8
     """Share of it for the search, which brings nearly all of the gain."""
     search_episodes: int = 6
     """Of a generation, spread over the loads."""
+    max_generations: int = 100_000
+    """Of the search, at most."""
     max_updates: int = 100_000
     """Of PPO, at most."""
     groups: int = 4
@@ -142,13 +143,11 @@ class WorkflowTrainer:
     """A training run in a folder: config, TensorBoard log and checkpoint."""
 
     def __init__(self, config: WorkflowTraining, folder: Path) -> None:
+        self._created_s = time.monotonic()
         scenario = training_scenario(config.scenario)
-        self.scenario, self.folder = scenario, folder
+        self.scenario = scenario
+        self.folder = RunFolder(folder, "scheduler", config, contents(scenario))
         self.objective = config.objective or scenario.objective
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"{folder} cannot be made a folder: {error.strerror}") from error
         torch.manual_seed(config.seed)
         torch.set_num_threads(1)
         self.pool = scenario.draw_jobs(config.seed, config.pool_size)
@@ -163,34 +162,71 @@ class WorkflowTrainer:
         self.search = Search.begin(network.base)
         self._set_theta(self.search.mean)
         self.update, self.spent_s, self.scale = 0, 0.0, 0.0
+        self.searched = self.finished = self._prepared = False
+        self.budget = Budget(config.max_minutes)
+        self._generation_s = self._update_s = self._validate_s = 0.0
         self.history: list[dict[str, float]] = []
         self.validation = self._validation_episodes()
         self.first_scores = self.best_scores = self._validate()
         self.best = _copy(self.network)
 
+    def prepare(self) -> float:
+        """Compile, and go on from the checkpoint if there is one.
+
+        Returns:
+            Seconds since the trainer was made; the budget begins to count now.
+
+        Raises:
+            ConfigError: If the checkpoint is broken.
+            OutputError: If the folder cannot be written.
+        """
+        content = self.folder.begin()
+        if content is not None:
+            self._restore(content)
+        if not self.finished:
+            self._play(
+                [self.scenario.episode(FIRST_SEED, num_jobs=1)],
+                learned_rule(self.network.weights(), sample=True),
+            )  # compiles
+            self._validate()  # says how long it takes
+        self.budget.start(self.spent_s)
+        self._prepared = True
+        return time.monotonic() - self._created_s
+
     def run(self, progress: Callable[[str, float], None] = lambda text, share: None) -> None:
         """Train to the end or the time limit, going on from a checkpoint if there is one."""
-        self.resume()
-        self._write_config()
-        self._clock_s = time.perf_counter() - self.spent_s
-        writer = SummaryWriter(str(self.folder / "tensorboard"))
-        if self.update == 0:
-            self._search(writer, progress)
-        while self.update < self.config.max_updates and self._share() < 1.0:
+        if not self._prepared:
+            self.prepare()
+        if not self.finished:
+            with self.folder.tensorboard(self._step + 1) as writer:
+                if not self.searched:
+                    self._search(writer, progress)
+                self._improve(writer, progress)
+            self._keep_the_better()
+            self.finished = True
+            self._save()
+        self.network.load_state_dict(self.best)
+
+    @property
+    def _step(self) -> int:
+        """Generations and updates: what the log counts."""
+        return self.search.generation + self.update
+
+    def _improve(self, writer: SummaryWriter, progress: Callable[[str, float], None]) -> None:
+        c = self.config
+        while self.update < c.max_updates and self.budget.fits(self._update_s + self._validate_s):
+            begin_s = time.monotonic()
             stats = self._ppo()
+            self._update_s = time.monotonic() - begin_s
             self.update += 1
-            if self.update % self.config.validate_every == 0:
+            if self.update % c.validate_every == 0:
                 stats["validation/gain"] = self._keep_the_better()
                 self._save()
             for key, value in stats.items():
-                writer.add_scalar(key, value, self.update)
+                writer.add_scalar(key, value, self._step)
             self.history.append(stats)
             _log.info("update %d: %s", self.update, stats)
             progress(f"PPO {self.gain:+.3f}", self._share())
-        self._keep_the_better()
-        self._save()
-        writer.close()
-        self.network.load_state_dict(self.best)
 
     @property
     def gain(self) -> float:
@@ -201,14 +237,19 @@ class WorkflowTrainer:
         """Take decisions from a training episode of each of three loads, for the export."""
         self.network.load_state_dict(self.best)
         rng = np.random.default_rng((self.config.seed, 3))
-        played = play(
+        episodes = self._episodes(rng, np.linspace(*self.config.load, 3))
+        played = self._play(episodes, learned_rule(self.network.weights()))
+        return [x for one in played for x in decision_samples(one, -(-count // 3))]
+
+    def _play(self, episodes: list[Episode], policy: LearnedRule, seed: int = 0) -> list[Played]:
+        return play(
             self.scenario.spec,
-            self._episodes(rng, np.linspace(*self.config.load, 3)),
-            learned_rule(self.network.weights()),
+            episodes,
+            policy,
             objective=self.objective,
             tau_s=self.config.network.tau_s,
+            seed=seed,
         )
-        return [x for one in played for x in decision_samples(one, -(-count // 3))]
 
     def _episodes(self, rng: np.random.Generator, loads: FloatArray) -> list[Episode]:
         low, high = self.config.num_jobs
@@ -233,8 +274,11 @@ class WorkflowTrainer:
         ]
 
     def _validate(self) -> FloatArray:
+        begin_s = time.monotonic()
         policy = learned_rule(self.network.weights())
-        return losses(self.scenario.spec, self.validation, policy, self.objective)
+        found = losses(self.scenario.spec, self.validation, policy, self.objective)
+        self._validate_s = time.monotonic() - begin_s
+        return found
 
     def _keep_the_better(self) -> float:
         scores = self._validate()
@@ -243,12 +287,26 @@ class WorkflowTrainer:
         return float((self.first_scores - scores).mean())
 
     def _share(self) -> float:
-        self.spent_s = time.perf_counter() - self._clock_s
-        return self.spent_s / (60.0 * self.config.max_minutes)
+        """Share of the run that is over, by updates or by the clock."""
+        most = max(1, self.config.max_updates)
+        return min(1.0, max(self.update / most, self.budget.share()))
+
+    def _goes_on_searching(self) -> bool:
+        """Whether another generation has a place in the budget, and what must follow it too."""
+        c = self.config
+        if self.search.generation >= c.max_generations:
+            return False
+        closing_s = (1 + len(SHARPENINGS)) * self._validate_s
+        if self.search.generation == 0 and c.search_share > 0:
+            return True
+        return self.budget.fits(self._generation_s, c.search_share) and self.budget.fits(
+            self._generation_s + closing_s
+        )
 
     def _search(self, writer: SummaryWriter, progress: Callable[[str, float], None]) -> None:
         c = self.config
-        while self._share() < c.search_share:
+        while self._goes_on_searching():
+            begin_s = time.monotonic()
             rng = np.random.default_rng((c.seed, self.search.generation))
             loads = np.linspace(*c.load, c.search_episodes)
             episodes = self._episodes(rng, loads)
@@ -266,12 +324,14 @@ class WorkflowTrainer:
             if self.search.generation % 5 == 0:
                 gain = self._keep_the_better()
                 _log.info("generation %d: gain %.4f", self.search.generation, gain)
-                writer.add_scalar("search/gain", gain, self.search.generation)
+                writer.add_scalar("validation/gain", gain, self.search.generation)
                 self._save()
+            self._generation_s = time.monotonic() - begin_s
             progress(f"search {self.gain:+.3f}", self._share())
         self._keep_the_better()
         self.network.load_state_dict(self.best)
         self._sharpen()
+        self.searched = True
         self._save()
 
     def _set_theta(self, theta: FloatArray) -> None:
@@ -304,14 +364,7 @@ class WorkflowTrainer:
         drawn = self._episodes(rng, rng.uniform(*c.load, c.groups))
         episodes = [episode for episode in drawn for _ in range(c.group_size)]
         policy = learned_rule(self.network.weights(), sample=True)
-        played = play(
-            self.scenario.spec,
-            episodes,
-            policy,
-            objective=self.objective,
-            tau_s=c.network.tau_s,
-            seed=int(rng.integers(2**31)),
-        )
+        played = self._play(episodes, policy, int(rng.integers(2**31)))
         rows = [(as_pairs([one]), as_graph([one])) for one in played]
         with torch.no_grad():
             values = [self.network.values(pairs).double().numpy() for pairs, _ in rows]
@@ -374,7 +427,9 @@ class WorkflowTrainer:
     ) -> dict[str, float]:
         c = self.config
         warm = self.update < c.warmup_updates
-        self.optimizer.param_groups[0]["lr"] = c.learning_rate * max(0.02, 1.0 - self._share())
+        self.optimizer.param_groups[0]["lr"] = c.learning_rate * max(
+            0.02, 1.0 - self.budget.share()
+        )
         kl, clipped, errors, entropies = 0.0, [], [], []
         for _ in range(c.epochs):
             order = np.random.default_rng((c.seed, 2, self.update)).permutation(len(played))
@@ -412,207 +467,44 @@ class WorkflowTrainer:
             "train/decisions": float(sum(len(one.chosen) for one in played)),
         }
 
-    def _write_config(self) -> None:
-        described = asdict(self.config) | {"network": self.config.network.model_dump()}
-        described["objective"] = self.objective
-        described["kind"] = "workflow"
-        described["servegym_version"] = servegym.__version__
-        (self.folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
-
     def _save(self) -> None:
-        """Write the checkpoint whole or not at all."""
-        content = {
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "best": self.best,
-            "best_scores": torch.from_numpy(self.best_scores),
-            "update": self.update,
-            "spent_s": self.spent_s,
-            "scale": self.scale,
-            "search": [
-                torch.from_numpy(self.search.mean),
-                torch.from_numpy(self.search.spread),
-                self.search.generation,
-            ],
-            "rng": torch.get_rng_state(),
-            "made_for": self._made_for(),
-        }
-        part = self.folder / "checkpoint.part"
-        torch.save(content, part)
-        os.replace(part, self.folder / "checkpoint.pt")
-
-    def _made_for(self) -> list[Any]:
-        return [self.objective, *self.config.network.model_dump().values()]
-
-    def resume(self) -> None:
-        """Go on from the checkpoint in the folder, if there is one."""
-        path = self.folder / "checkpoint.pt"
-        if not path.exists():
-            return
-        content = read_checkpoint(path)
-        if content.get("made_for") != self._made_for():
-            raise ConfigError(
-                f"{path} was trained with another objective or network"
-                f" ({content.get('made_for')}, not {self._made_for()}): choose a new output folder"
-            )
-        self.network.load_state_dict(content["network"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.best, self.best_scores = content["best"], content["best_scores"].numpy()
-        self.update, self.spent_s = int(content["update"]), float(content["spent_s"])
-        self.scale = float(content["scale"])
-        mean, spread, generation = content["search"]
-        self.search = Search(mean.numpy(), spread.numpy(), int(generation))
-        torch.set_rng_state(content["rng"])
-
-
-def as_pairs(played: Sequence[Played]) -> Pairs:
-    """Lay the pairs of some episodes one behind the other."""
-    stages = np.cumsum([0] + [len(one.stages) for one in played])
-    jobs = np.cumsum([0] + [int(one.job.max()) + 1 for one in played])
-    decisions = np.cumsum([0] + [len(one.chosen) for one in played])
-    each = [np.repeat(np.arange(len(one.chosen)), np.diff(one.first)) for one in played]
-    return Pairs(
-        torch.from_numpy(np.concatenate([one.features for one in played])),
-        torch.from_numpy(np.concatenate([one.base for one in played])),
-        torch.from_numpy(
-            np.concatenate([x.stage + n for x, n in zip(played, stages, strict=False)])
-        ),
-        torch.from_numpy(
-            np.concatenate([x.job[x.stage] + n for x, n in zip(played, jobs, strict=False)])
-        ),
-        torch.from_numpy(np.concatenate([x + n for x, n in zip(each, decisions, strict=False)])),
-        int(decisions[-1]),
-    )
-
-
-def as_graph(played: Sequence[Played]) -> Graph:
-    """Lay the jobs of some episodes one behind the other."""
-    stages = np.cumsum([0] + [len(one.stages) for one in played])
-    jobs = np.cumsum([0] + [int(one.job.max()) + 1 for one in played])
-    members = [np.flatnonzero(one.hidden == 0) for one in played]
-
-    return Graph(
-        torch.from_numpy(np.concatenate([one.stages for one in played])),
-        _joined([one.parent for one in played], stages),
-        _joined([one.child for one in played], stages),
-        max(one.depth for one in played),
-        _joined(members, stages),
-        _joined([one.job[m] for one, m in zip(played, members, strict=True)], jobs),
-        int(jobs[-1]),
-    )
-
-
-def decision_samples(one: Played, count: int) -> list[DecisionSample]:
-    """Take decisions, evenly spread over an episode, with the jobs that they are about.
-
-    Raises:
-        ExportError: If a job has a longer way of stages than an exported graph can follow.
-    """
-    if one.depth > MAX_EXPORTED_DEPTH:
-        raise ExportError(
-            f"a job has {one.depth} known stages one behind the other, an exported graph follows at"
-            f" most {MAX_EXPORTED_DEPTH}: train without message passing"
+        """Write all that the rest of the run depends on."""
+        self.spent_s = self.budget.spent_s
+        self.folder.save(
+            f"{self.search.generation} generations and {self.update} updates",
+            {
+                "network": self.network.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "best": self.best,
+                "best_scores": torch.from_numpy(self.best_scores),
+                "update": self.update,
+                "spent_s": self.spent_s,
+                "scale": self.scale,
+                "search": self.search.state(),
+                "searched": self.searched,
+                "rng": torch.get_rng_state(),
+                "finished": self.finished,
+            },
         )
-    found = []
-    for t in np.unique(np.linspace(0, len(one.chosen) - 1, count).astype(int)).tolist():
-        rows = slice(int(one.first[t]), int(one.first[t + 1]))
-        stage = one.stage[rows]
-        jobs, job = np.unique(one.job[stage], return_inverse=True)
-        inside = np.flatnonzero(np.isin(one.job, jobs))
-        place = np.full(len(one.job), -1)
-        place[inside] = np.arange(len(inside))
-        children = np.zeros((len(inside), len(inside)), np.float32)
-        edges = np.isin(one.parent, inside)
-        children[place[one.parent[edges]], place[one.child[edges]]] = 1.0
-        known = (one.job[inside] == jobs[:, None]) & (one.hidden[inside] == 0)
-        members = known / np.maximum(1, known.sum(-1, keepdims=True))
-        found.append(
-            DecisionSample(
-                one.features[rows],
-                one.base[rows],
-                place[stage],
-                job.astype(np.int64),
-                one.stages[inside],
-                children,
-                members.astype(np.float32),
-            )
-        )
-    return found
+
+    def _restore(self, content: dict[str, Any]) -> None:
+        with restoring(self.folder.path):
+            self.best, self.best_scores = content["best"], content["best_scores"].numpy()
+            self.network.load_state_dict(self.best)
+            self.network.load_state_dict(content["network"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.update, self.spent_s = int(content["update"]), float(content["spent_s"])
+            self.scale = float(content["scale"])
+            self.search = Search.of(content["search"])
+            self.searched, self.finished = bool(content["searched"]), bool(content["finished"])
+            torch.set_rng_state(content["rng"])
 
 
-def _joined(parts: Sequence[IntArray], offsets: IntArray) -> Tensor:
-    """Lay index arrays one behind the other, each moved by its offset."""
-    return torch.from_numpy(np.concatenate([x + n for x, n in zip(parts, offsets, strict=False)]))
-
-
-def choices(
-    scores: Tensor, decision: Tensor, first: Tensor, chosen: Tensor, count: Tensor, may_wait: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return what the softmax over each decision's pairs, and waiting with score 0, gives.
-
-    Args:
-        scores: Of all pairs, `float32[P]`.
-        decision: Of each pair, `int64[P]`, ascending.
-        first: First pair of each decision, `int64[D]`.
-        chosen: Which of its pairs each decision took; `count` for waiting, `int64[D]`.
-        count: Pairs of each decision, `int64[D]`.
-        may_wait: Whether it could wait, `bool[D]`.
-
-    Returns:
-        Logarithm of the probability of what was chosen, and the entropy, `float32[D]` each.
-    """
-    size = len(first)
-    with torch.no_grad():
-        most = torch.where(may_wait, 0.0, -math.inf)
-        most = most.scatter_reduce(0, decision, scores, "amax", include_self=True)
-    waiting = torch.where(may_wait, (-most).exp(), 0.0)
-    total = waiting.index_add(0, decision, (scores - most[decision]).exp())
-    log_total = total.log() + most
-    log_probs = scores - log_total[decision]
-    waits = chosen == count
-    picked = log_probs[(first + chosen).clamp(max=len(scores) - 1)]
-    log_prob = torch.where(waits, -log_total, picked)
-    entropy = scores.new_zeros(size).index_add(0, decision, -log_probs.exp() * log_probs)
-    entropy = entropy + torch.where(may_wait, log_total * (-log_total).exp(), 0.0)
-    return log_prob, entropy
-
-
-def discounted(one: Played, horizon_s: float) -> FloatArray:
-    """Return the discounted sum of rewards from each decision on, `float64[D]`."""
-    rewards = np.diff(one.earned)
-    gamma = np.exp(-np.diff(np.append(one.time_s, one.end_s)) / horizon_s)
-    found = np.zeros(len(rewards) + 1)
-    for t in range(len(rewards) - 1, -1, -1):
-        # what is earned on the way is on average half the way ahead
-        found[t] = math.sqrt(gamma[t]) * rewards[t] + gamma[t] * found[t + 1]
-    return found[:-1]
-
-
-def advantages(
-    one: Played, values: FloatArray, horizon_s: float, credit_s: float, scale: float
-) -> FloatArray:
-    """Estimate advantages with discounts by time; episodes are played to their ends.
-
-    Args:
-        one: The episode.
-        values: Of the states decided in, in units of `scale`, `float64[D]`.
-        horizon_s: Time constant of the discount.
-        credit_s: Time constant of lambda.
-        scale: Rewards are divided by this.
-
-    Returns:
-        `float64[D]`.
-    """
-    rewards = np.diff(one.earned) / scale
-    passed_s = np.diff(np.append(one.time_s, one.end_s))
-    gamma, lam = np.exp(-passed_s / horizon_s), np.exp(-passed_s / credit_s)
-    following = np.append(values[1:], 0.0)
-    delta = np.sqrt(gamma) * rewards + gamma * following - values
-    found, running = np.zeros(len(values)), 0.0
-    for t in range(len(values) - 1, -1, -1):
-        running = delta[t] + gamma[t] * lam[t] * running
-        found[t] = running
-    return found
+def contents(scenario: WorkflowScenario | RandomJobShops) -> dict[str, Any]:
+    """Return what a scenario says, as the configuration of a run holds it."""
+    if isinstance(scenario, WorkflowScenario):
+        return scenario.model_dump(mode="json")
+    return {"name": scenario.name, "machines": list(scenario.machines)}
 
 
 def _copy(network: nn.Module) -> dict[str, Tensor]:

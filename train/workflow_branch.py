@@ -8,7 +8,7 @@ branches tells more of a decision than thousands of returns do.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, typeof, types
+from numba import typeof, types
 
 from servegym.agents.workflow_policy import (
     NUM_ROWS,
@@ -19,7 +19,7 @@ from servegym.agents.workflow_policy import (
     ROWS,
     LearnedRule,
 )
-from servegym.cluster.jit import OPTIONS
+from servegym.cluster.jit import OPTIONS, compiled
 from servegym.typing import FloatArray, IntArray, UInt64Array
 from servegym.workflow.online.kernels import advance, apply
 from servegym.workflow.online.policy import SIGNATURE, Decide
@@ -69,7 +69,7 @@ _players: list[object] = []
 def _player(arguments: tuple[object, ...]) -> object:
     if not _players:  # the types of the arguments never differ
         signature = types.int64(types.FunctionType(SIGNATURE), *map(typeof, arguments))
-        _players.append(njit(signature, **OPTIONS)(_play_until))
+        _players.append(compiled(_play_until, signature, **OPTIONS))
     return _players[0]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit, typeof, types
+from numba import typeof, types
 
 from servegym.agents.workflow_features import NUM_STAGE_FEATURES, describe_stage
 from servegym.agents.workflow_policy import (
@@ -20,7 +20,7 @@ from servegym.agents.workflow_policy import (
     ROWS,
     LearnedRule,
 )
-from servegym.cluster.jit import OPTIONS, kernel
+from servegym.cluster.jit import OPTIONS, compiled, kernel
 from servegym.typing import Float32Array, FloatArray, IntArray, UInt64Array
 from servegym.workflow.online.kernels import advance, apply
 from servegym.workflow.online.policy import SIGNATURE, Decide
@@ -85,7 +85,7 @@ _collectors: list[object] = []
 def _collector(arguments: tuple[object, ...]) -> object:
     if not _collectors:  # the types of the arguments never differ
         signature = types.int64(types.FunctionType(SIGNATURE), *map(typeof, arguments))
-        _collectors.append(njit(signature, **OPTIONS)(_collect))
+        _collectors.append(compiled(_collect, signature, **OPTIONS))
     return _collectors[0]
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 
 from servegym.agents.workflow_features import NUM_PAIR_FEATURES, PAIR_FEATURES
 from servegym.agents.workflow_policy import WorkflowWeights, learned_rule
@@ -95,6 +97,16 @@ class Search:
                 mean[PAIR_FEATURES.index(name)] = value
         spread[PAIR_FEATURES.index("one")] = 2.0
         return cls(mean, spread)
+
+    def state(self) -> list[Any]:
+        """Return what a checkpoint holds of it."""
+        return [torch.from_numpy(self.mean), torch.from_numpy(self.spread), self.generation]
+
+    @classmethod
+    def of(cls, state: list[Any]) -> Search:
+        """Make it again from `state`."""
+        mean, spread, generation = state
+        return cls(mean.numpy(), spread.numpy(), int(generation))
 
     def step(
         self,

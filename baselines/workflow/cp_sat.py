@@ -39,7 +39,7 @@ def cp_sat(
     try:
         from ortools.sat.python import cp_model
     except ImportError as error:
-        raise ConfigError("cp-sat needs OR-Tools: pip install 'servegym[exact]'") from error
+        raise ConfigError("cp-sat needs OR-Tools: pip install ortools") from error
     start = heft(workflow)
     unit_s, whole = _unit_s(workflow, start.makespan_s)
     model = cp_model.CpModel()

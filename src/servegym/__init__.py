@@ -11,15 +11,41 @@ if find_spec("gymnasium") is not None:  # inside a serving engine's environment 
     register(
         id="servegym/Dispatch-v0",
         entry_point="servegym.envs.dispatch:DispatchEnv",
-        vector_entry_point="servegym.envs.vector:DispatchVectorEnv",
+        vector_entry_point="servegym.envs.dispatch:DispatchVectorEnv",
     )
     register(
         id="servegym/Preemption-v0",
         entry_point="servegym.envs.preemption:PreemptionEnv",
-        vector_entry_point="servegym.envs.preemption_vector:PreemptionVectorEnv",
+        vector_entry_point="servegym.envs.preemption:PreemptionVectorEnv",
     )
     register(
         id="servegym/Workflow-v0",
         entry_point="servegym.envs.workflow:WorkflowEnv",
-        vector_entry_point="servegym.envs.workflow_vector:WorkflowVectorEnv",
+        vector_entry_point="servegym.envs.workflow:WorkflowVectorEnv",
+    )
+    # what lets stock algorithms with stock settings learn; see docs/env-dispatch.md
+    _SHAPED = {
+        "shaping": "cost-to-go",
+        "reward_scale": "auto",
+        "normalise": True,
+        "flat": True,
+        "invalid_action": "resample",
+    }
+    register(
+        id="servegym/DispatchShaped-v0",
+        entry_point="servegym.envs.dispatch:DispatchEnv",
+        vector_entry_point="servegym.envs.dispatch:DispatchVectorEnv",
+        kwargs={**_SHAPED, "features": "costs", "num_requests": 1024},
+    )
+    register(
+        id="servegym/PreemptionShaped-v0",
+        entry_point="servegym.envs.preemption:PreemptionEnv",
+        vector_entry_point="servegym.envs.preemption:PreemptionVectorEnv",
+        kwargs=_SHAPED,
+    )
+    register(
+        id="servegym/WorkflowShaped-v0",
+        entry_point="servegym.envs.workflow:WorkflowEnv",
+        vector_entry_point="servegym.envs.workflow:WorkflowVectorEnv",
+        kwargs=_SHAPED,
     )

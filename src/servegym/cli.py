@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ import tyro
 
 from servegym.commands.bench import Bench
 from servegym.commands.calibrate import Calibrate
+from servegym.commands.compile import Compile
 from servegym.commands.costs import Costs
 from servegym.commands.demo import Demo
 from servegym.commands.evaluate import Evaluate
@@ -48,6 +50,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "scenarios": Scenarios,
     "policies": Policies,
     "costs": Costs,
+    "compile": Compile,
     "calibrate": Calibrate,
     "validate": Validate,
     "replay": Replay,
@@ -60,18 +63,47 @@ DESCRIPTION = """Train, judge and ship schedulers for LLM serving clusters.
 
 First steps: `servegym scenarios` and `servegym policies` list what there is;
 `servegym evaluate --scenario mixed-chat` compares all rules; `servegym train --minutes 5` learns
-one; `servegym evaluate --policies prefix-load runs/ppo/policy/policy.onnx` judges it."""
+one; `servegym evaluate --policies prefix-load runs/ppo-mixed-chat/policy/policy.onnx` judges it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; wrong input ends with one sentence and exit code 2."""
+    """Run a command; wrong input ends with one sentence and exit code 2.
+
+    As do files that cannot be read or written. Ctrl-C ends with 130, and a reader that has gone,
+    as in `servegym --help | head`, with 141, as for other programs.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        command = _parse(words)
-        command.run()
-    except ServeGymError as error:
-        print(f"servegym: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        try:
+            _parse(words).run()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        _close_output()
+        raise SystemExit(141) from None
+    except (ServeGymError, OSError) as error:
+        raise _ended(_described(error), 2) from None
+    except KeyboardInterrupt as stop:
+        raise _ended(str(stop) or "interrupted", 130) from None
+
+
+def _ended(sentence: str, code: int) -> SystemExit:
+    print(f"servegym: {sentence}", file=sys.stderr)
+    return SystemExit(code)
+
+
+def _described(error: ServeGymError | OSError) -> str:
+    """Say what is wrong with a file in a sentence, where nobody has yet."""
+    if isinstance(error, ServeGymError) or not error.strerror:
+        return str(error) or type(error).__name__
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror[:1].lower()}{error.strerror[1:]}"
+
+
+def _close_output() -> None:
+    """Send what is still to be printed nowhere, so that Python's end does not complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parse(words: list[str]) -> Command:

@@ -14,6 +14,14 @@ class ConfigError(ServeGymError):
     """Raised when a scenario, a setting or a name is not allowed."""
 
 
+class OutputError(ServeGymError):
+    """Raised when a file or folder cannot be written, such as on a full or read-only disk."""
+
+
+class UnknownSetting(ConfigError, TypeError):
+    """Raised when a class is given a keyword that it does not know, as Python itself would."""
+
+
 class WorkloadError(ServeGymError):
     """Raised when a trace or a request table cannot be used as it is."""
 
@@ -28,6 +36,10 @@ class PolicyError(ServeGymError):
 
 class ResetNeeded(ServeGymError):
     """Raised when `step` is called before `reset`, or after the end of an episode."""
+
+
+class EnvironmentClosed(ServeGymError):
+    """Raised when an environment is used after `close`."""
 
 
 class ExportError(ServeGymError):

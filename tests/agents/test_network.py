@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from servegym.agents.features import NUM_INPUTS, replica_inputs
 from servegym.agents.network import DispatchNetwork, NetworkConfig
-from servegym.envs.vector import DispatchVectorEnv
+from servegym.envs.dispatch import DispatchVectorEnv
 from servegym.export.sample import sample_observations
 from servegym.scenario import load_scenario
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +19,9 @@ from servegym.policy.play_perceptron import play_perceptrons
 from servegym.policy.run_ordering import make_simulator, run_ordering
 from servegym.scenario import load_scenario
 from servegym.serve.vllm.plugin import load_policy
+from servegym.train import ordering
 from servegym.train.ordering import OrderingTrainer, OrderingTraining
+from servegym.train.workflow_search import Search
 
 TIGHT = {
     "name": "tight",
@@ -87,10 +90,107 @@ def test_what_is_found_is_no_worse_on_validation_and_runs_in_the_plugin(tight, t
     assert not found.weights.weights[0][int(OrderingFeature["CLIENT_PRIORITY"])].any()
 
 
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("killed_at", [1, 4, 8])
+def test_killed_search_ends_as_an_uninterrupted_one(tight, tmp_path, monkeypatch, killed_at):
+    # no clock: generations alone count, 4 of them for the linear score
+    config = settings(tight, max_minutes=math.inf, max_generations=10)
+    whole = OrderingTrainer(config, tmp_path / "whole").run()
+    real = Search.update
+    made = []
+
+    def update(self, *arguments):
+        made.append(self.generation)
+        if len(made) > killed_at:
+            raise Killed
+        return real(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Search, "update", update)
+        with pytest.raises(Killed):
+            OrderingTrainer(config, tmp_path / "parts").run()
+    again = OrderingTrainer(config, tmp_path / "parts")
+    again.prepare()
+    assert (again.generation, again.stage) == (killed_at, int(killed_at >= 4))
+    found = again.run()
+    assert (found.generations, found.loss, found.base_loss) == (10, whole.loss, whole.base_loss)
+    for got, want in zip(found.weights.weights, whole.weights.weights, strict=True):
+        np.testing.assert_array_equal(got, want)
+    # a third sitting has nothing to do, and knows what was found
+    third = OrderingTrainer(config, tmp_path / "parts")
+    third.prepare()
+    assert third.finished
+    assert third.run().loss == whole.loss
+    assert list((tmp_path / "parts" / "tensorboard").iterdir())
+
+
+def test_any_other_setting_is_refused_by_name(tight, tmp_path):
+    config = settings(tight, max_generations=1)
+    trainer = OrderingTrainer(config, tmp_path / "run")
+    trainer.folder.begin()
+    for other, named in (
+        ({"num_candidates": 9}, "num_candidates is 8 there, 9 here"),
+        ({"load": (0.8, 1.3)}, r"load is \[0.8, 1.2\] there, \[0.8, 1.3\] here"),
+        ({"seed": 3, "max_minutes": 1.0}, "max_minutes is 0.05 there, 1.0 here; seed is 0 there"),
+    ):
+        with pytest.raises(ConfigError, match=rf"{named}.*: give another --out"):
+            OrderingTrainer(replace(config, **other), tmp_path / "run")
+
+
+def test_budget_counts_from_when_all_is_compiled_and_holds(tight, tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(ordering.time, "monotonic", lambda: now[0])
+    real = OrderingTrainer.loss
+
+    def loss(self, thetas, episodes):
+        now[0] += 3.0 if len(thetas) > 1 else 1.0  # a generation, a validation
+        return real(self, thetas, episodes)
+
+    monkeypatch.setattr(OrderingTrainer, "loss", loss)
+    trainer = OrderingTrainer(settings(tight, max_minutes=0.5), tmp_path / "run")
+    now[0] += 100.0
+    assert trainer.prepare() == 101.0
+    found = trainer.run()
+    # 3 for the linear score: with a fourth and its validation it would take 14 of its 12 s
+    assert found.generations == 9
+    assert now[0] - 101.0 == found.spent_s == 9 * 3.0 + 3 * 1.0 == 30.0
+
+
+def test_a_budget_shorter_than_a_generation_is_exceeded_by_one_alone(tight, tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(ordering.time, "monotonic", lambda: now[0])
+    real = OrderingTrainer.loss
+
+    def loss(self, thetas, episodes):
+        now[0] += 46.0 if len(thetas) > 1 else 1.0
+        return real(self, thetas, episodes)
+
+    monkeypatch.setattr(OrderingTrainer, "loss", loss)
+    trainer = OrderingTrainer(settings(tight, max_minutes=0.3), tmp_path / "run")
+    found = trainer.run()
+    assert found.generations == 1
+    assert found.spent_s == 47.0
+    assert found.weights.weights[0].shape[1] == 4  # the linear score alone
+
+
 def test_command_trains_and_evaluates(tight, tmp_path, capsys):
     out = tmp_path / "learned"
     main(["train", "--scenario", tight, "--minutes", "0.05", "--out", str(out)])
-    assert (out / "manifest.json").is_file()
+    said = capsys.readouterr().out
+    assert "which no budget counts" in said
+    # the same again is finished; another scenario or seed is refused, and nothing is touched
+    before = (out / "ordering.npz").read_bytes(), (out / "manifest.json").read_bytes()
+    main(["train", "--scenario", tight, "--minutes", "0.05", "--out", str(out)])
+    assert "finished with this configuration" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--scenario", tight, "--minutes", "0.05", "--seed", "1", "--out", str(out)])
+    assert end.value.code == 2
+    assert "seed is 0 there, 1 here" in capsys.readouterr().err
+    main(["export", "--run-folder", str(out)])
+    assert before == ((out / "ordering.npz").read_bytes(), (out / "manifest.json").read_bytes())
     json = tmp_path / "numbers.json"
     order = str(out / "ordering.npz")
     short = ["--loads", "1", "--seeds", "2", "--json", str(json)]

@@ -19,7 +19,8 @@ from servegym.errors import ConfigError
 from servegym.policy.run import run
 from servegym.scenario import load_scenario
 from servegym.train import ppo
-from servegym.train.ppo import PPOConfig, RunningScale, Trainer, chosen, gae, less_group_mean
+from servegym.train.ppo import PPOConfig, Trainer
+from servegym.train.returns import RunningScale, chosen, gae, less_group_mean
 from servegym.train.validation import FIRST_SEED, Validation
 
 UPDATE = 4 * 16  # decisions of one update of the tiny runs
@@ -61,7 +62,7 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 def saved(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Weights that training goes on with; the trainer itself ends with the best ones."""
-    return torch.load(trainer.folder / "checkpoint.pt", weights_only=True)["network"]
+    return torch.load(trainer.folder.path / "checkpoint.pt", weights_only=True)["network"]
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -155,9 +156,10 @@ def test_run_leaves_config_checkpoint_and_log(tiny, tmp_path):
     assert trainer.history[1]["train/learning_rate"] == pytest.approx(2.5e-4)  # half is over
     assert all(math.isfinite(x) for stats in trainer.history for x in stats.values())
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["num_steps"] == 16
-    assert config["network"]["base"] == "added-delay"
-    assert config["servegym_version"]
+    assert config["settings"]["num_steps"] == 16
+    assert config["settings"]["network"]["base"] == "added-delay"
+    assert config["scenario"]["workload"]["rate_rps"]
+    assert config["versions"]["servegym"]
     assert list((tmp_path / "tensorboard").iterdir())
     assert (tmp_path / "checkpoint.pt").exists()
     assert not (tmp_path / "checkpoint.part").exists()
@@ -172,31 +174,20 @@ def test_warmup_trains_the_critic_alone(tiny, tmp_path):
     assert changed == {"critic", "value"}
 
 
-def test_stopped_run_goes_on_where_it_was(tiny, tmp_path):
+def test_finished_run_with_the_same_configuration_trains_no_further(tiny, tmp_path):
     first = Trainer(tiny(2), tmp_path)
+    assert not first.finished
     first.run(progress=False)
-    learned = saved(first)
-    assert not equal(learned, weights(Trainer(tiny(2), tmp_path / "other")))
-    # asked for no more updates, a new trainer is where the first one ended
-    second = Trainer(tiny(2, seed=5), tmp_path)
-    assert not equal(weights(first), weights(second))
+    learned, content = saved(first), (tmp_path / "checkpoint.pt").read_bytes()
+    second = Trainer(tiny(2), tmp_path)
     second.run(progress=False)
+    assert second.finished
     assert second.update == 2
     assert second.history == []
-    assert equal(saved(second), learned)
     assert equal(weights(second), weights(first))
-    assert second.scale.count == first.scale.count == 2 * UPDATE
-    assert second.scale.mean == pytest.approx(first.scale.mean, rel=1e-6)
-    assert second.scale.square == pytest.approx(first.scale.square, rel=1e-6)
-    moments = [t.optimizer.state_dict()["state"][0]["exp_avg"] for t in (first, second)]
-    assert torch.equal(*moments)
-    # asked for five, it makes the three that are left
-    third = Trainer(tiny(5), tmp_path)
-    third.run(progress=False)
-    assert third.update == 5
-    assert len(third.history) == 3
-    assert third.history[0]["train/learning_rate"] == pytest.approx(5e-4 * 0.6)  # 2 of 5 are over
-    assert not equal(saved(third), learned)
+    assert equal(saved(second), learned)
+    assert second.last == first.last
+    assert (tmp_path / "checkpoint.pt").read_bytes() == content
 
 
 def test_run_returns_the_network_that_validated_best(tiny, tmp_path, monkeypatch):
@@ -243,48 +234,114 @@ def test_validation_scores_are_logarithms_of_mean_latency(write_scenario):
     np.testing.assert_array_equal(validation.scores(network), scores)
 
 
-def test_interrupted_run_goes_on_at_its_last_checkpoint(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("killed_at", [3, 13])
+def test_interrupted_run_ends_as_an_uninterrupted_one(tiny, tmp_path, monkeypatch, killed_at):
     class Killed(Exception):
         pass
 
     def learn(self, *arguments):
-        if self.update == 13:
+        if self.update == killed_at:
             raise Killed
         return real(self, *arguments)
 
+    whole = Trainer(tiny(14), tmp_path / "whole")
+    whole.run(progress=False)
     real = Trainer._learn
-    monkeypatch.setattr(Trainer, "_learn", learn)
-    with pytest.raises(Killed):
-        Trainer(tiny(14), tmp_path).run(progress=False)
-    monkeypatch.setattr(Trainer, "_learn", real)
-    again = Trainer(tiny(14), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_learn", learn)
+        with pytest.raises(Killed):
+            Trainer(tiny(14), tmp_path / "parts").run(progress=False)
+    again = Trainer(tiny(14), tmp_path / "parts")
     again.run(progress=False)
     assert again.update == 14
-    assert len(again.history) == 4  # checkpoints are written every 10 updates
+    # checkpoints are written every 10 updates; episodes of 40 decisions were left in their middle
+    assert len(again.history) == (4 if killed_at == 13 else 14)
+    assert equal(saved(again), saved(whole))
+    assert equal(weights(again), weights(whole))
+    for name in ("mean", "square", "count"):
+        assert getattr(again.scale, name) == getattr(whole.scale, name)
+    np.testing.assert_array_equal(again.scale.returns, whole.scale.returns)
+    np.testing.assert_array_equal(again.places.episodes, whole.places.episodes)
+    assert again.places.episodes.min() > 1
+    for got, want in zip(again.places.taken(), whole.places.taken(), strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert again.history[-1]["train/value_loss"] == whole.history[-1]["train/value_loss"]
 
 
-@pytest.mark.parametrize("other", [{"hidden": 16}, {"context": "attention"}])
-def test_checkpoint_of_another_shape_is_refused_and_left_alone(tiny, tmp_path, other):
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"seed": 5}, r"\(seed is 0 there, 5 here\)"),
+        ({"load": (0.5, 0.7)}, r"load is \[0.6, 1.1\] there, \[0.5, 0.7\] here"),
+        ({"total_decisions": 2 * UPDATE}, "total_decisions is 64 there, 128 here"),
+        ({"max_minutes": 1.0}, 'max_minutes is "inf" there, 1.0 here'),
+        ({"clip": 0.1, "epochs": 1}, "epochs is 2 there, 1 here; clip is 0.2 there, 0.1 here"),
+        ({"network": NetworkConfig(hidden=16)}, "network.hidden is 32 there, 16 here"),
+        ({"network": NetworkConfig(context="attention")}, "network.context"),
+        ({"network": NetworkConfig(base="least-outstanding", base_params=())}, "network.base"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_any_other_setting_is_refused_by_name_and_nothing_is_touched(tiny, tmp_path, other, named):
     Trainer(tiny(1), tmp_path).run(progress=False)
     before = {n: (tmp_path / n).read_bytes() for n in ("checkpoint.pt", "config.json")}
-    with pytest.raises(ConfigError, match="of another shape: choose a new output folder"):
-        Trainer(tiny(2, network=NetworkConfig(**other)), tmp_path).run(progress=False)
+    with pytest.raises(ConfigError, match=rf"{named}.*: give another --out"):
+        Trainer(tiny(1, **other), tmp_path)
     assert {n: (tmp_path / n).read_bytes() for n in before} == before
 
 
-def test_checkpoint_on_another_base_is_refused(tiny, tmp_path):
-    # what was learned corrects one rule; added to another it means nothing
+def test_scenario_that_has_changed_is_refused_under_the_same_name(tiny, tmp_path):
+    config = tiny(1)
+    Trainer(config, tmp_path).run(progress=False)
+    path = Path(config.scenario)
+    path.write_text(path.read_text().replace("num_requests: 40", "num_requests: 41"))
+    with pytest.raises(ConfigError, match=r"scenario\.num_requests is 40 there, 41 here"):
+        Trainer(config, tmp_path)
+
+
+def test_other_version_is_refused(tiny, tmp_path, monkeypatch):
     Trainer(tiny(1), tmp_path).run(progress=False)
-    other = NetworkConfig(base="least-outstanding", base_params=())
-    with pytest.raises(ConfigError):
-        Trainer(tiny(2, network=other), tmp_path).run(progress=False)
+    monkeypatch.setattr("servegym.__version__", "9.9.9")
+    with pytest.raises(ConfigError, match=r'versions\.servegym is ".*" there, "9.9.9" here'):
+        Trainer(tiny(1), tmp_path)
+
+
+@pytest.mark.parametrize("key", ["network", "optimizer", "best", "returns", "taken", "rng", "last"])
+def test_checkpoint_without_a_key_is_refused_in_one_sentence(tiny, tmp_path, key):
+    Trainer(tiny(1), tmp_path).run(progress=False)
+    content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    del content[key]
+    torch.save(content, tmp_path / "checkpoint.pt")
+    with pytest.raises(ConfigError, match=rf"checkpoint\.pt lacks '{key}': delete it"):
+        Trainer(tiny(1), tmp_path).run(progress=False)
+
+
+def test_checkpoint_of_another_run_is_refused(tiny, tmp_path):
+    for name, seed in (("a", 0), ("b", 1)):
+        Trainer(tiny(1, seed=seed), tmp_path / name).run(progress=False)
+    (tmp_path / "a" / "checkpoint.pt").write_bytes((tmp_path / "b" / "checkpoint.pt").read_bytes())
+    with pytest.raises(ConfigError, match=r"was not made by the run that config\.json"):
+        Trainer(tiny(1), tmp_path / "a").run(progress=False)
+
+
+def test_truncated_checkpoint_is_refused_in_one_sentence(tiny, tmp_path):
+    Trainer(tiny(1), tmp_path).run(progress=False)
+    whole = (tmp_path / "checkpoint.pt").read_bytes()
+    for size in (10, len(whole) // 2, len(whole) - 10):
+        (tmp_path / "checkpoint.pt").write_bytes(whole[:size])
+        with pytest.raises(ConfigError, match=r"checkpoint\.pt is broken: delete it"):
+            Trainer(tiny(1), tmp_path).run(progress=False)
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint"])
-def test_broken_checkpoint_is_refused_in_one_sentence(tiny, tmp_path, content):
+def test_broken_files_are_refused_in_one_sentence(tiny, tmp_path, content):
     (tmp_path / "checkpoint.pt").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"checkpoint\.pt"):
-        Trainer(tiny(1), tmp_path).run(progress=False)
+    with pytest.raises(ConfigError, match=r"is no training run: it has no config\.json"):
+        Trainer(tiny(1), tmp_path)
+    (tmp_path / "checkpoint.pt").unlink()
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config\.json is broken"):
+        Trainer(tiny(1), tmp_path)
 
 
 @pytest.mark.parametrize(

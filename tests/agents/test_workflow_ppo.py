@@ -17,13 +17,10 @@ from servegym.baselines.workflow.online.registry import online_rule
 from servegym.cli import main
 from servegym.errors import ConfigError, ExportError
 from servegym.export.workflow import export_scheduler, read_scheduler
-from servegym.train.workflow import (
-    WorkflowTrainer,
-    WorkflowTraining,
-    advantages,
-    choices,
-    discounted,
-)
+from servegym.train import workflow
+from servegym.train.run_folder import RunFolder
+from servegym.train.workflow import WorkflowTrainer, WorkflowTraining, contents
+from servegym.train.workflow_arrays import advantages, choices, discounted
 from servegym.train.workflow_rollout import Played, play
 from servegym.train.workflow_search import Search, losses
 from servegym.workflow.online.run import run
@@ -218,25 +215,111 @@ def test_ppo_moves_towards_what_is_better(tiny, tmp_path):
     assert trainer.gain > 0.05
 
 
-def test_updates_are_the_same_twice_and_go_on_from_a_checkpoint(tiny, tmp_path):
-    def trained(folder, *updates):
-        for most in updates:
-            trainer = WorkflowTrainer(tiny(max_updates=most), tmp_path / folder)
-            trainer._share = lambda: 0.5  # no clock: the learning rate falls by it
-            trainer.run()
-        return torch.load(tmp_path / folder / "checkpoint.pt", weights_only=True)["network"]
-
-    whole, again, parts = trained("a", 4), trained("b", 4), trained("c", 2, 4)
-    for name in whole:
-        assert torch.equal(whole[name], again[name])
-        assert torch.equal(whole[name], parts[name])
+class Killed(Exception):
+    pass
 
 
-def test_a_checkpoint_of_another_network_is_refused(tiny, tmp_path):
-    WorkflowTrainer(tiny(max_updates=0), tmp_path).run()
-    other = tiny(max_updates=0, network=WorkflowNetworkConfig(base="srpt-cp"))
-    with pytest.raises(ConfigError, match="choose a new output folder"):
-        WorkflowTrainer(other, tmp_path).run()
+@pytest.mark.parametrize("killed", ["generation 7", "update 3"])
+def test_interrupted_run_ends_as_an_uninterrupted_one(tiny, tmp_path, monkeypatch, killed):
+    # no clock: only generations and updates count
+    config = tiny(max_minutes=math.inf, search_share=0.5, max_generations=8, max_updates=5)
+
+    def saved(folder):
+        return torch.load(tmp_path / folder / "checkpoint.pt", weights_only=True)
+
+    whole = WorkflowTrainer(config, tmp_path / "whole")
+    whole.run()
+    real_step, real_ppo = Search.step, WorkflowTrainer._ppo
+
+    def step(self, *arguments):
+        if killed == f"generation {self.generation}":
+            raise Killed
+        return real_step(self, *arguments)
+
+    def ppo(self):
+        if killed == f"update {self.update}":
+            raise Killed
+        return real_ppo(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Search, "step", step)
+        patch.setattr(WorkflowTrainer, "_ppo", ppo)
+        with pytest.raises(Killed):
+            WorkflowTrainer(config, tmp_path / "parts").run()
+    again = WorkflowTrainer(config, tmp_path / "parts")
+    again.prepare()
+    assert (again.search.generation, again.update) == ((5, 0) if "gen" in killed else (8, 2))
+    again.run()
+    assert (again.search.generation, again.update) == (8, 5)
+    for part in ("network", "best"):
+        got, want = saved("parts")[part], saved("whole")[part]
+        assert all(torch.equal(got[name], want[name]) for name in want)
+    np.testing.assert_array_equal(again.search.mean, whole.search.mean)
+    np.testing.assert_array_equal(again.best_scores, whole.best_scores)
+    # and a third sitting has nothing to do
+    third = WorkflowTrainer(config, tmp_path / "parts")
+    third.prepare()
+    assert third.finished
+    third.run()
+    assert third.history == []
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"network": WorkflowNetworkConfig(base="srpt-cp")}, 'network.base is "none" there'),
+        ({"objective": "makespan"}, 'objective is "" there, "makespan" here'),
+        ({"num_jobs": (5, 9)}, r"num_jobs is \[5, 8\] there, \[5, 9\] here"),
+        ({"seed": 1}, "seed is 0 there, 1 here"),
+        ({"max_updates": 1}, "max_updates is 0 there, 1 here"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_any_other_setting_is_refused_by_name(tiny, tmp_path, other, named):
+    RunFolder(tmp_path, "scheduler", tiny(max_updates=0), scenario_of(tiny)).begin()
+    with pytest.raises(ConfigError, match=rf"{named}.*: give another --out"):
+        WorkflowTrainer(tiny(**{"max_updates": 0, **other}), tmp_path)
+
+
+def scenario_of(tiny) -> dict[str, object]:
+    return contents(load_workflow_scenario(tiny().scenario))
+
+
+def test_checkpoint_without_a_key_is_refused_in_one_sentence(tiny, tmp_path):
+    config = tiny(max_updates=0)
+    WorkflowTrainer(config, tmp_path).run()
+    content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    for key in ("search", "best", "searched"):
+        torch.save({k: v for k, v in content.items() if k != key}, tmp_path / "checkpoint.pt")
+        with pytest.raises(ConfigError, match=rf"checkpoint\.pt lacks '{key}': delete it"):
+            WorkflowTrainer(config, tmp_path).run()
+
+
+def test_short_budget_holds_with_what_follows_the_search(tiny, tmp_path, monkeypatch):
+    # a clock of our own: 1 s a generation, 0.1 s a validation, 2 s an update
+    now = [0.0]
+    monkeypatch.setattr(workflow.time, "monotonic", lambda: now[0])
+    real_ppo, real_losses, real_step = WorkflowTrainer._ppo, workflow.losses, Search.step
+
+    def takes(seconds, real):
+        def timed(*arguments, **named):
+            now[0] += seconds
+            return real(*arguments, **named)
+
+        return timed
+
+    monkeypatch.setattr(workflow, "losses", takes(0.1, real_losses))
+    monkeypatch.setattr(WorkflowTrainer, "_ppo", takes(2.0, real_ppo))
+    monkeypatch.setattr(Search, "step", takes(1.0, real_step))
+    trainer = WorkflowTrainer(tiny(max_minutes=20 / 60, search_share=0.8), tmp_path)
+    now[0] += 300.0  # compiling
+    assert trainer.prepare() > 300.0
+    begin_s = now[0]
+    trainer.run()
+    assert trainer.search.generation >= 5
+    assert trainer.update >= 1
+    assert 15.0 < now[0] - begin_s <= 20.0 + 2.0  # the first update's length is not known before
+    assert trainer.spent_s == pytest.approx(now[0] - begin_s)
 
 
 @pytest.mark.parametrize(

@@ -173,3 +173,13 @@ def choose(request: int, visit: int, allowed: list[bool]) -> int:
     if allowed[-1] and rng.random() < 0.2:
         options.append(REJECT)
     return int(options[rng.integers(len(options))])
+
+
+def with_followers(spec: ClusterSpec, episode: Episode, seed: int) -> tuple[ClusterSpec, Episode]:
+    """Let about half of the requests wait for the end of an earlier one, some for the same."""
+    rng = np.random.default_rng((seed, 3))
+    n = len(episode.table)
+    after = (rng.random(n) * np.arange(n)).astype(np.int32)
+    after[(np.arange(n) == 0) | (rng.random(n) < 0.5)] = -1
+    delay_s = rng.choice([0.0, 0.01, 0.1], n) * np.where(rng.random(n) < 0.5, 1, rng.random(n))
+    return spec, replace(episode, table=replace(episode.table, after=after, delay_s=delay_s))

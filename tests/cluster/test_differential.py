@@ -11,12 +11,12 @@ from servegym.cluster.outcome import outcomes_from_events
 from servegym.cluster.reference import ReferenceSimulator
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import ClusterSpec, Episode
-from servegym.cluster.state import DECISION, EV_PREEMPT
+from servegym.cluster.state import DECISION, DONE, EV_PREEMPT, NEVER, Asks
 from servegym.engines import ENGINES, EngineName
 from servegym.policy.contract import Group, ReplicaFeature
 from servegym.policy.observe import observe_batch
 
-from .strategies import choose, long_answers, random_case
+from .strategies import choose, long_answers, random_case, with_followers
 
 
 def play_reference(spec, episode):
@@ -63,10 +63,7 @@ def assert_equal(seed: int, engines: Sequence[EngineName] = ("vllm",)) -> None:
     assert_same_events(*random_case(seed, engines))
 
 
-def assert_same_events(spec: ClusterSpec, episode: Episode) -> ReferenceSimulator:
-    slow, slow_seen = play_reference(spec, episode)
-    fast, fast_seen = play_compiled(spec, episode)
-    want, got = slow.events(), fast.events()
+def assert_same_log(want: np.ndarray, got: np.ndarray) -> None:
     for kind in range(9):
         a, b = want[want["kind"] == kind], got[got["kind"] == kind]
         a, b = (np.sort(x, order=["request", "time_s"]) for x in (a, b))
@@ -74,6 +71,13 @@ def assert_same_events(spec: ClusterSpec, episode: Episode) -> ReferenceSimulato
         assert a["replica"].tolist() == b["replica"].tolist(), f"kind {kind}"
         assert a["value"].tolist() == b["value"].tolist(), f"kind {kind}"
         np.testing.assert_allclose(b["time_s"], a["time_s"], rtol=1e-9, atol=1e-12)
+
+
+def assert_same_events(spec: ClusterSpec, episode: Episode) -> ReferenceSimulator:
+    slow, slow_seen = play_reference(spec, episode)
+    fast, fast_seen = play_compiled(spec, episode)
+    got = fast.events()
+    assert_same_log(slow.events(), got)
     assert int(fast.state.env[0]["engine_steps"]) == slow.engine_steps
     np.testing.assert_allclose(float(fast.state.env[0]["area"]), slow.area, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(np.array(fast_seen), np.array(slow_seen), rtol=1e-9, atol=1e-9)
@@ -100,6 +104,22 @@ def test_they_agree_on_other_engines(block, engine):
 def test_they_agree_on_fleets_of_several_engines(block):
     for seed in range(1000 + 40 * block, 1040 + 40 * block):
         assert_equal(seed, ENGINES)
+
+
+@pytest.mark.parametrize("block", range(3))
+def test_they_agree_on_requests_that_wait_for_others(block):
+    for seed in range(2000 + 40 * block, 2040 + 40 * block):
+        assert_same_events(*with_followers(*random_case(seed, ENGINES), seed))
+
+
+def test_they_agree_on_dispatches_that_nobody_asks_for():
+    for seed in range(3000, 3040):
+        spec, episode = with_followers(*random_case(seed, ENGINES), seed)
+        slow = ReferenceSimulator(spec, episode)
+        slow.run()
+        fast = Simulator(spec, [episode], record=True, asks=Asks(dispatch=NEVER))
+        assert fast.advance()[0] == DONE
+        assert_same_log(slow.events(), fast.events())
 
 
 def test_they_agree_where_sglang_retracts():

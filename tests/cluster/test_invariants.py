@@ -21,8 +21,10 @@ from servegym.cluster.state import (
     EV_PREEMPT,
     EV_REJECT,
     EV_RETURN,
+    HOLD_OVER,
     IDLE,
     PREFILL,
+    RETURN,
     VIEW_OUTSTANDING,
     VIEW_PENDING_PREFILL,
 )
@@ -146,10 +148,10 @@ def test_every_request_in_the_system_is_in_one_place(seed):
 
     def look(sim: Simulator) -> None:
         env, requests = sim.state.env[0], sim.state.request[0]
-        size = requests.shape[0]
-        held = (env["hold_first"] + np.arange(env["hold_count"])) % size
-        returned = (env["return_first"] + np.arange(env["return_count"])) % size
-        places = [sim.state.held[0, held]["request"].tolist(), sim.state.returned[0, returned]]
+        timers = sim.state.timer[0, : env["num_timers"]]
+        turns = timers[np.isin(timers["kind"], (RETURN, HOLD_OVER))]
+        assert (turns["kind"] == HOLD_OVER).sum() == env["num_held"]
+        places = [turns["subject"].tolist()]
         places.append([int(env["deciding"])] if env["deciding"] >= 0 else [])
         for r in range(episode.num_replicas):
             replica = sim.state.replica[0, r]

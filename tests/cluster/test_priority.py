@@ -7,32 +7,27 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from servegym.cluster.jit import kernel
-from servegym.cluster.kernels import is_allowed
-from servegym.cluster.priority import resume
+from servegym.cluster.dispatch import is_allowed
 from servegym.cluster.reference import ReferenceSimulator
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import ClusterSpec, Episode, ReplicaType, SloClass
 from servegym.cluster.state import (
-    ASK_EACH_STEP,
-    ASK_NOTHING,
-    ASK_ORDER,
+    ALWAYS,
     DECISION,
+    DISPATCH,
     DONE,
     HOLD,
+    NEVER,
+    ORDER,
     QUEUED,
     REJECT,
     RUNNING,
-    SCHEDULE,
+    WHERE_IT_MATTERS,
+    Asks,
 )
 from servegym.workloads.table import RequestTable
 
 from .strategies import choose, random_case, random_grid
-
-
-@kernel
-def resume_first(p, s):
-    return resume(p, s, 0)
 
 
 def keys_of(num_requests: int, replica: int, asked: int) -> np.ndarray:
@@ -74,24 +69,24 @@ def play_reference(spec, episode, asks):
     sim = ReferenceSimulator(
         spec,
         episode,
-        order=None if asks == ASK_NOTHING else order,
-        each_step=asks == ASK_EACH_STEP,
+        order=None if asks == NEVER else order,
+        each_step=asks == ALWAYS,
     )
     sim.run(dispatch)
     return sim, told
 
 
 def play_compiled(spec, episode, asks):
-    sim = Simulator(spec, [episode], record=True, asks=asks)
+    sim = Simulator(spec, [episode], record=True, asks=Asks(order=asks))
     visits: dict[int, int] = {}
     asked = [0] * episode.num_replicas
     told = []
     while True:
-        reason = sim.advance()[0]
-        if reason == DONE:
+        if sim.advance()[0] == DONE:
             return sim, told
-        if reason == DECISION:
-            request = int(sim.state.env[0]["deciding"])
+        env = sim.state.env[0]
+        if env["decision"] == DISPATCH:
+            request = int(env["deciding"])
             visits[request] = visits.get(request, -1) + 1
             mask = [
                 is_allowed(sim.params, sim.state, 0, request, action)
@@ -99,20 +94,17 @@ def play_compiled(spec, episode, asks):
             ]
             sim.apply(np.array([choose(request, visits[request], mask)]))
             continue
-        assert reason == SCHEDULE
-        again = True
-        while again:
-            r = int(sim.state.env[0]["scheduling"])
-            forming, replica = sim.state.forming[0, r], sim.state.replica[0, r]
-            now_s = float(sim.state.env[0]["now_s"])
-            told.append((now_s, r, float(forming["step_s"]), int(replica["free_blocks"])))
-            keys = keys_of(len(episode.table), r, asked[r])
-            queued = np.isin(sim.state.request["status"][0], (QUEUED, RUNNING))
-            mine = queued & (sim.state.request["replica"][0] == r)
-            sim.state.order["key"][0, mine] = keys[mine]
-            forming["keyed"] = 1
-            asked[r] += 1
-            again = resume_first(sim.params, sim.state)
+        assert env["decision"] == ORDER
+        r = int(env["asking"])
+        forming, replica = sim.state.forming[0, r], sim.state.replica[0, r]
+        now_s = float(env["now_s"])
+        told.append((now_s, r, float(forming["step_s"]), int(replica["free_blocks"])))
+        keys = keys_of(len(episode.table), r, asked[r])
+        queued = np.isin(sim.state.request["status"][0], (QUEUED, RUNNING))
+        mine = queued & (sim.state.request["replica"][0] == r)
+        sim.state.order["key"][0, mine] = keys[mine]
+        asked[r] += 1
+        sim.apply(np.zeros(1, np.int64))
 
 
 def assert_equal(seed: int, asks: int) -> int:
@@ -134,11 +126,11 @@ def assert_equal(seed: int, asks: int) -> int:
     return len(fast_told)
 
 
-@pytest.mark.parametrize("asks", [ASK_NOTHING, ASK_ORDER, ASK_EACH_STEP])
+@pytest.mark.parametrize("asks", [NEVER, WHERE_IT_MATTERS, ALWAYS])
 @pytest.mark.parametrize("block", range(3))
 def test_compiled_and_plain_engine_agree_on_random_scenarios(block, asks):
     asked = sum(assert_equal(seed, asks) for seed in range(40 * block, 40 * block + 40))
-    assert (asked > 100) == (asks != ASK_NOTHING)
+    assert (asked > 100) == (asks != NEVER)
 
 
 def flat_grid(step_s):

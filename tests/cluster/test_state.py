@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -265,3 +268,24 @@ def test_loading_one_environment_keeps_the_decision_that_is_due_in_another():
     assert [len(sim.events(env)) for env in range(2)] == [2, 0]
     finish(sim)
     assert fate(sim, 0) == fate(sim, 1) == alone(spec, episode)
+
+
+def test_a_pickled_simulator_goes_on_in_another_process(tmp_path):
+    """Addresses of compiled code are those of one process."""
+    spec, episodes = siblings(1)
+    simulator = Simulator(spec, episodes[:1])
+    simulator.advance()
+    stored = tmp_path / "simulator"
+    stored.write_bytes(pickle.dumps(simulator))
+    program = (
+        "import pickle, pathlib, sys, numpy as np\n"
+        "simulator = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())\n"
+        "simulator.apply(np.zeros(1, np.int64))\n"
+        "print(simulator.advance()[0], simulator.state.env[0]['now_s'].hex())\n"
+    )
+    simulator.apply(np.zeros(1, np.int64))
+    here = f"{simulator.advance()[0]} {simulator.state.env[0]['now_s'].hex()}"
+    there = subprocess.run(
+        [sys.executable, "-c", program, stored], capture_output=True, text=True, check=True
+    )
+    assert there.stdout.strip() == here

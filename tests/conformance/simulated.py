@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from servegym.cluster import state as st
-from servegym.cluster.priority import resume
 from servegym.cluster.reference import ReferenceSimulator
 from servegym.cluster.reference_engines import Engine, Request, Vllm, VllmPriority
 from servegym.cluster.simulator import Simulator
-from servegym.cluster.state import ASK_EACH_STEP, ASK_NOTHING, DECISION, DONE
+from servegym.cluster.state import ALWAYS, DECISION, NEVER, Asks
 
 from .workloads import cluster_and_episode
 
@@ -115,17 +114,13 @@ def play_compiled(workload: dict[str, Any], *, priority: bool = False) -> dict[s
     spec, episode = cluster_and_episode(workload)
     if priority:
         spec = replace(spec, types=(replace(spec.types[0], engine="vllm-priority"),))
-    asks = ASK_EACH_STEP if priority else ASK_NOTHING
+    asks = Asks(dispatch=NEVER, order=ALWAYS if priority else NEVER)
     sim = Simulator(spec, [episode], record=True, asks=asks)
     num_orders = 0
-    while (reason := sim.advance()[0]) != DONE:
-        if reason == DECISION:
-            sim.apply(np.zeros(1, np.int64))
-            continue
+    while sim.advance()[0] == DECISION:
         keys = sim.state.order["key"][0]
         keys[:] = [drawn_key(i, num_orders) for i in range(len(keys))]
-        sim.state.forming[0, 0]["keyed"] = 1
-        resume(sim.params, sim.state, 0)
+        sim.apply(np.zeros(1, np.int64))
         num_orders += 1
     told = _per_request(sim.events(), len(workload["requests"]))
     victims = sim.outcomes()["num_preemptions"].tolist()

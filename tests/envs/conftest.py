@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 from servegym.cluster.spec import Episode
+from servegym.envs.dispatch import DispatchEnv, DispatchVectorEnv
+from servegym.envs.preemption import PreemptionEnv, PreemptionVectorEnv
+from servegym.envs.workflow import WorkflowEnv, WorkflowVectorEnv
 from servegym.scenario import Scenario
+from servegym.workflow_scenario import WorkflowScenario
 from servegym.workloads.table import RequestTable
 
 #: One fast and two slower replicas; 40 short requests; a full episode takes milliseconds.
@@ -23,6 +27,51 @@ SMALL = {
     },
     "num_requests": 40,
 }
+#: An engine short of KV blocks.
+TIGHT = {
+    "name": "tight",
+    "engine": {"block_size": 16, "max_num_seqs": 8, "prefix_caching": False},
+    "fleet": [{"gpu": "L4", "num_blocks": 120, "engine": "vllm-priority"}],
+    "workload": {
+        "kind": "generated",
+        "rate_rps": 3.0,
+        "prompt": {"medians_tokens": [200.0], "max_tokens": 800},
+        "output": {"medians_tokens": [150.0], "max_tokens": 600},
+    },
+    "num_requests": 12,
+}
+#: Small jobs on three devices.
+DAGS = {
+    "name": "dags",
+    "devices": [{"name": "a", "count": 2}, {"name": "b", "count": 1}],
+    "workload": {"kind": "random-dag", "device_types": ["a", "b"], "num_tasks": 6, "ccr": 0.5},
+    "rate_jobs_per_s": 0.3,
+    "num_jobs": 3,
+}
+
+
+class Problem(NamedTuple):
+    """One of the environments, on a small scenario."""
+
+    env_id: str
+    single: type
+    vector: type
+    settings: dict[str, Any]
+
+
+@pytest.fixture(params=["dispatch", "preemption", "workflow"])
+def problem(request) -> Problem:
+    """Return each environment in turn; masks forbid something in all."""
+    if request.param == "dispatch":
+        scenario = Scenario.model_validate({**SMALL, "num_requests": 15})
+        settings = {"scenario": scenario, "r_max": 5}
+        return Problem("servegym/Dispatch-v0", DispatchEnv, DispatchVectorEnv, settings)
+    if request.param == "preemption":
+        settings = {"scenario": Scenario.model_validate(TIGHT), "max_waiting": 4}
+        return Problem("servegym/Preemption-v0", PreemptionEnv, PreemptionVectorEnv, settings)
+    dags = WorkflowScenario.model_validate(DAGS)
+    settings = {"scenario": dags, "pool_size": 6, "max_stages": 4}
+    return Problem("servegym/Workflow-v0", WorkflowEnv, WorkflowVectorEnv, settings)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from servegym.baselines.workflow.online.registry import online_rule
-from servegym.envs.workflow import WorkflowEnv
+from servegym.envs.workflow import WorkflowEnv, WorkflowVectorEnv
 from servegym.envs.workflow_features import (
     DEVICE_COLUMNS,
     GLOBAL_COLUMNS,
@@ -19,7 +19,6 @@ from servegym.envs.workflow_features import (
     PAIR_COLUMNS,
     STAGE_COLUMNS,
 )
-from servegym.envs.workflow_vector import WorkflowVectorEnv
 from servegym.errors import ConfigError, InvalidAction, ResetNeeded
 from servegym.workflow.job import JobBuilder
 from servegym.workflow.online.run import begin, run

@@ -9,11 +9,17 @@ import numpy as np
 import pytest
 
 from servegym.baselines.ordering.registry import ordering_names, ordering_policy
-from servegym.cluster.priority import resume
 from servegym.cluster.reference import ReferenceSimulator
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import ClusterSpec, Episode, ReplicaType, SloClass
-from servegym.cluster.state import ASK_PICK, DECISION, DONE, EV_PREEMPT, PREEMPT, SCHEDULE
+from servegym.cluster.state import (
+    DECISION,
+    EV_PREEMPT,
+    NEVER,
+    PREEMPT,
+    WHERE_IT_MATTERS,
+    Asks,
+)
 from servegym.errors import ConfigError, PolicyError
 from servegym.policy.learned_ordering import MlpOrdering, OrderingWeights
 from servegym.policy.ordering import NUM_ORDERING_FEATURES, OrderingFeature, OrderingRule
@@ -174,24 +180,19 @@ def test_simulated_engine_tells_what_the_live_plugin_tells(caching):
 
 def play_picks(spec, episode, score):
     """Pick by score, one request at a time."""
-    simulator = Simulator(spec, [episode], record=True, asks=ASK_PICK)
+    asks = Asks(dispatch=NEVER, admit=WHERE_IT_MATTERS, preempt=WHERE_IT_MATTERS)
+    simulator = Simulator(spec, [episode], record=True, asks=asks)
     p, s = simulator.params, simulator.state
     picks = 0
-    while (reason := simulator.advance()[0]) != DONE:
-        if reason == DECISION:
-            simulator.apply(np.zeros(1, np.int64))
-            continue
-        again = True
-        while again:
-            rows, ids = read_rows(p, s)
-            scores = score(rows)
-            victims = s.forming[0, 0]["choice"] == PREEMPT
-            arrival_s = s.request["arrival_s"][0, ids]
-            order = np.lexsort((ids, arrival_s, scores))
-            mine = [i for i in order if (rows[i, RUNNING] > 0) == victims]
-            s.forming[0, 0]["picked"] = ids[mine[-1] if victims else mine[0]]
-            picks += 1
-            again = resume(p, s, 0)
+    while simulator.advance()[0] == DECISION:
+        rows, ids = read_rows(p, s)
+        scores = score(rows)
+        victims = s.env[0]["decision"] == PREEMPT
+        arrival_s = s.request["arrival_s"][0, ids]
+        order = np.lexsort((ids, arrival_s, scores))
+        mine = [i for i in order if (rows[i, RUNNING] > 0) == victims]
+        simulator.apply(np.array([ids[mine[-1] if victims else mine[0]]]))
+        picks += 1
     return simulator, picks
 
 
@@ -199,7 +200,7 @@ def read_rows(p, s):
     v = s.replica[0, 0]
     n = int(v["num_waiting"] + v["num_running"])
     rows, ids, envs = np.empty((n, NUM_ORDERING_FEATURES)), np.empty(n, int), np.empty(n, int)
-    read_asked(p, s, np.full(1, SCHEDULE), rows, ids, envs)
+    read_asked(p, s, np.full(1, DECISION), rows, ids, envs)
     return rows, ids
 
 

@@ -104,6 +104,7 @@ def play_live(
                 SloConfig(name=c.name, ttft_s=c.ttft_s, tpot_s=c.tpot_s) for c in played.slo_classes
             ),
             log=DecisionLogConfig(folder=folder, **log),
+            seed=seed,
         ),
         names,
         fleet_facts(facts),

@@ -28,6 +28,9 @@ class Running:
     def state(self):
         return self.router.dispatcher.state
 
+    def standing(self, replica: int):
+        return self.router._health.ejection.standings[replica]
+
     async def post(self, body, path: str = "/v1/completions", **settings):
         async with self.client.post(self.url + path, json=body, **settings) as response:
             return response.status, await response.read(), response.headers

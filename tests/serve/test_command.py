@@ -41,7 +41,7 @@ def write(folder: Path, policy: str = "added-delay", port: int = 0) -> Path:
 
 
 def test_check_says_that_a_file_is_good(tmp_path, capsys):
-    main(["serve", "router", "--config", str(write(tmp_path)), "--check"])
+    main(["serve", "router", "--config", str(write(tmp_path)), "--check", "--offline"])
     assert "router.yaml is good" in capsys.readouterr().out
 
 

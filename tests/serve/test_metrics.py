@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,9 +18,14 @@ from servegym.serve.metrics import (
     MetricsError,
     metric_names,
     read_metrics,
+    samples,
 )
 from servegym.serve.state import EngineMetrics
 
+from .linear import LONG, cpu_limit
+
+A = frozenset({"a"})
+PAGES = Path(__file__).parent / "pages"
 VLLM_PAGE = """\
 # HELP vllm:num_requests_running Number of requests in model execution batches.
 # TYPE vllm:num_requests_running gauge
@@ -30,6 +40,7 @@ vllm:cache_config_info{block_size="16",engine="0",n="a \\"q\\" }",num_gpu_blocks
 vllm:cache_config_info{block_size="16",engine="1",num_gpu_blocks="50"} 1.0
 vllm:e2e_request_latency_seconds_bucket{engine="0",le="0.3",model_name="m"} 5.0
 """
+SGLANG_PAGE = (PAGES / "sglang-dp-attention.txt").read_text()
 
 
 def test_vllm_engines_of_one_server_are_added_up():
@@ -50,17 +61,43 @@ vllm:cache_config_info{block_size="16",num_gpu_blocks="None"} 1.0
     assert read_metrics(page, None) == EngineMetrics(2, 5, 0.125)
 
 
-def test_sglang_counts_each_request_once_whatever_its_ranks():
-    page = """\
-sglang:num_running_reqs{model_name="m",tp_rank="0",pp_rank="0"} 6
-sglang:num_running_reqs{model_name="m",tp_rank="1",pp_rank="0"} 6
-sglang:num_queue_reqs{model_name="m",tp_rank="0"} 2
-sglang:token_usage{model_name="m",tp_rank="0"} 0.28
-sglang:max_total_num_tokens{model_name="m",tp_rank="0"} 41000
-"""
-    want = EngineMetrics(6, 2, 0.28, kv_capacity_tokens=41000)
-    assert read_metrics(page, SGLANG) == want
-    assert read_metrics(page, None) == want
+@pytest.mark.parametrize(
+    ("page", "engine", "want"),
+    [
+        ("vllm-0.8", "vllm", EngineMetrics(12, 3, 0.5, kv_capacity_tokens=32_000)),
+        ("vllm-data-parallel", "vllm", EngineMetrics(10, 6, 0.25, kv_capacity_tokens=64_000)),
+        ("sglang-tensor-parallel", "sglang", EngineMetrics(6, 2, 0.28, kv_capacity_tokens=41_000)),
+        ("sglang-dp-attention", "sglang", EngineMetrics(10, 6, 0.25, kv_capacity_tokens=400_000)),
+        (
+            "sglang-dp-attention-all-ranks",
+            "sglang",
+            EngineMetrics(10, 6, 0.25, kv_capacity_tokens=400_000),
+        ),
+        ("tensorrt-llm", "tensorrt-llm", EngineMetrics(9, 4, 0.625, kv_capacity_tokens=48_000)),
+    ],
+)
+def test_pages_written_from_the_engines_sources(page, engine, want):
+    text = (PAGES / f"{page}.txt").read_text()
+    assert read_metrics(text, metric_names(engine)) == want
+    assert read_metrics(text, None) == want
+
+
+def test_each_part_is_counted_by_its_lowest_rank_whatever_the_order():
+    lines = (PAGES / "sglang-dp-attention-all-ranks.txt").read_text().splitlines()
+    want = read_metrics("\n".join(lines), SGLANG)
+    # the ranks above the first repeat what it says: even stale values of theirs do not count
+    others = [re.sub(r"} .*", "} 77.0", x) for x in lines if re.search('tp_rank="[1357]"', x)]
+    first = [x for x in lines if re.search('tp_rank="[0246]"', x)]
+    assert read_metrics("\n".join(others + first[::-1]), SGLANG) == want
+
+
+def test_a_breakdown_without_its_total_is_added_up():
+    page = "\n".join(
+        x
+        for x in (PAGES / "sglang-dp-attention-all-ranks.txt").read_text().splitlines()
+        if 'priority=""' not in x or "reqs" not in x
+    )
+    assert read_metrics(page, SGLANG)[:2] == (10, 6)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +130,65 @@ def test_samples_with_a_time_say_their_age():
     assert read_metrics(page, VLLM, wall_s=1700000004.5).age_s == pytest.approx(4.5)
     assert read_metrics(page, VLLM, wall_s=1699999999.0).age_s == 0  # their clock is ahead
     assert read_metrics(VLLM_PAGE, VLLM, wall_s=1700000004.5).age_s == 0
+
+
+@pytest.mark.parametrize(
+    "number", ["1e308", "1e999", "-5", "nan", "9" * 5000, "1 " + "9" * 400, "0x3", "1 -"]
+)
+def test_no_number_breaks_the_reader_or_gets_out_of_range(number):
+    for page in (
+        VLLM_PAGE.replace("} 3.0", f"}} {number}").replace("} 4.0", f"}} {number}"),
+        VLLM_PAGE.replace('"100"', f'"{number}"').replace('"16"', f'"{number}"'),
+        SGLANG_PAGE.replace("100000.0", number),
+    ):
+        try:
+            metrics = read_metrics(page, None, 1e9)
+        except MetricsError:
+            continue
+        assert 0 <= metrics.num_running < math.inf
+        assert metrics.kv_capacity_tokens is None or 0 < metrics.kv_capacity_tokens < math.inf
+        assert math.isfinite(metrics.age_s)
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        " ",
+        "\t ",
+        "{",
+        "}",
+        '"',
+        "\\",
+        ",",
+        'a="',
+        "vllm:num_requests_running",
+        "vllm:num_requests_running ",
+        "vllm:num_requests_running{",
+        'vllm:num_requests_running{a="',
+        'vllm:num_requests_running{a="b"',
+        'a="b",',
+        "1 ",
+        "\n ",
+        "\r",
+    ],
+)
+@pytest.mark.parametrize("before", ["", "vllm:num_requests_running", "vllm:num_requests_running{"])
+def test_no_run_of_anything_costs_more_than_its_length(before, piece):
+    page = before + piece * (LONG // len(piece))
+    with cpu_limit(), contextlib.suppress(MetricsError):
+        read_metrics(page, None)
+
+
+def test_a_page_of_nothing_but_samples_is_refused():
+    with pytest.raises(MetricsError, match="more than 10000 such samples"):
+        read_metrics("vllm:num_requests_running 1\n" * 20_000, None)
+
+
+def test_labels_are_read_to_the_letter():
+    got = list(samples('a{b="1",c="x\\"}{,",} 3 4000 # {t="1"} 9\na 5 # {}\na{b="1" c="2"} 3', A))
+    assert got[0] == ("a", {"b": "1", "c": 'x\\"}{,'}, 3.0, 4.0)
+    assert got[1][:3] == ("a", {}, 5.0)
+    assert len(got) == 2
 
 
 @given(st.text(max_size=300))

@@ -64,3 +64,11 @@ def test_only_so_many_groups_are_remembered():
         predictor.learn(str(tenant), 0, 7)
     assert len(predictor._groups) <= 10
     assert predictor.predict("none of these", 0) == 7
+
+
+def test_numbers_of_any_size_are_no_trouble():
+    predictor = LengthPredictor(LengthPrediction(kind="max-tokens", min_answers=1))
+    assert 1e9 < predictor.predict("a", 0, 10**400) < 1e10
+    predictor = LengthPredictor(LengthPrediction(min_answers=1))
+    predictor.learn("a", 0, 10**400)
+    assert 1e9 < predictor.predict("a", 0, 10**400) < 1e10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,7 +11,6 @@ from servegym.errors import ConfigError
 from servegym.serve.prompt import PrefixConfig, PromptReader, chat_text
 from servegym.serve.router.errors import RequestError
 from servegym.serve.router.request import read_request
-from servegym.serve.router.stream import Reader
 
 
 def test_token_ids_are_counted_exactly():
@@ -62,13 +62,76 @@ def test_a_later_turn_begins_as_the_earlier_one():
     assert chat_text(first) != chat_text([{**first[0], "role": "user"}, first[1]])
 
 
-def test_parts_of_messages_count_whatever_they_are():
-    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
-    one = chat_text([{"role": "user", "content": [{"type": "text", "text": "see"}, picture]}])
-    other = chat_text([{"role": "user", "content": [{"type": "text", "text": "see"}]}])
-    assert one.startswith(other)
-    assert "AAAA" in one
+def picture(name: str, num_bytes: int = 300_000):
+    url = "data:image/png;base64," + (name * num_bytes)[:num_bytes]
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def talk(*parts):
+    return chat_text([{"role": "user", "content": [*parts, {"type": "text", "text": "see"}]}])
+
+
+def test_an_image_counts_by_the_piece_and_not_by_its_bytes():
+    reader = PromptReader(PrefixConfig(media_tokens=1000))
+    text = reader.read(talk())
+    one, two = reader.read(talk(picture("A"))), reader.read(talk(picture("A", 90), picture("B")))
+    assert (one.tokens, two.tokens) == (text.tokens + 1000, text.tokens + 2000)
+    assert (one.num_media, two.num_media) == (1, 2)
+    assert one.num_bytes == two.num_bytes == text.num_bytes
+    for other in ({"type": "input_audio", "input_audio": {"data": "A" * 10**6}}, {}, 7, None):
+        assert reader.read(talk(other)).tokens == text.tokens + 1000
+    assert "see" in talk({"type": "refusal", "refusal": "no"}, "see")
     chat_text([{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, 7])
+
+
+def test_images_do_not_shift_the_estimate_of_texts():
+    reader = PromptReader(PrefixConfig(media_tokens=1000, bytes_per_token=4))
+    long = "x" * 4000
+    before = reader.read(long).tokens
+    for _ in range(100):
+        prompt = reader.read(talk(picture("A")))
+        reader.learn(prompt, round(prompt.tokens - prompt.media_tokens) + 256)
+    assert reader.read(long).tokens == before
+    assert reader.read(talk(picture("B"))).media_tokens == pytest.approx(256, rel=0.02)
+    reader.learn(prompt, 10**400)
+    assert reader.read(talk(picture("B"))).tokens < 20_000
+
+
+@pytest.mark.parametrize("tokenized", [False, True])
+def test_equal_images_are_equal_prefixes_of_their_size(tokenized):
+    reader = PromptReader(PrefixConfig(block_tokens=16, media_tokens=480))
+    if tokenized:
+        reader._tokenizer = ByCharacter()
+    same = reader.read(talk(picture("A"))).keys
+    longer = reader.read(talk(picture("A")) + " and tell me more, much more, of it all").keys
+    other = reader.read(talk(picture("B"))).keys
+    assert len(same) >= 480 // 16
+    assert longer[: len(same) - 1].tolist() == same[:-1].tolist()
+    assert not set(other.tolist()) & set(same[1:].tolist())
+    prompt = reader.read(talk(picture("A")))
+    assert len(prompt.keys) * prompt.block_tokens == pytest.approx(prompt.tokens, rel=0.1)
+
+
+class ByCharacter:
+    """A tokenizer of characters."""
+
+    def encode(self, sequence, *, add_special_tokens=True):
+        return SimpleNamespace(ids=[ord(character) for character in sequence])
+
+
+def test_a_body_full_of_parts_makes_no_heap():
+    prompt = PromptReader(PrefixConfig(media_tokens=100_000)).read(talk(*[{}] * 100_000))
+    assert prompt.num_media == 100_000
+    assert len(prompt.keys) < 10**6
+
+
+def test_markers_that_a_client_writes_itself_are_no_trouble():
+    for text in ("\x04", "\x04\x05", "\x04" * 10_000, f"\x04{'a' * 32}", f"\x04{'a' * 32}\x05"):
+        assert PromptReader(PrefixConfig()).read(text).tokens >= 1
+
+
+def test_token_ids_of_any_size_are_read():
+    assert PromptReader(PrefixConfig(block_tokens=1)).read([2**63, 10**400, -(10**400)]).tokens == 3
 
 
 @pytest.mark.parametrize(
@@ -82,7 +145,8 @@ def test_parts_of_messages_count_whatever_they_are():
 )
 def test_all_forms_of_a_prompt_are_read(prompt, want):
     asked = read_request(json.dumps({"prompt": prompt, "max_tokens": 7}).encode(), chat=False)
-    assert (asked.prompt, asked.max_tokens, asked.stream) == (want, 7, False)
+    found = asked.prompt if isinstance(asked.prompt, str) else list(asked.prompt)
+    assert (found, asked.max_tokens, asked.stream) == (want, 7, False)
 
 
 def test_chats_have_two_names_for_the_limit():
@@ -94,47 +158,3 @@ def test_chats_have_two_names_for_the_limit():
     assert read_request(json.dumps(both).encode(), chat=True).max_tokens == 2
     with pytest.raises(RequestError, match="tier must be a text"):
         read_request(json.dumps({**body, "tier": 1}).encode(), chat=True, slo_field="tier")
-
-
-class TestReader:
-    def test_counts_the_tokens_of_a_chat(self):
-        reader = Reader(is_stream=True, is_chat=True)
-        for piece in (
-            b'data: {"role"}\n\nda',
-            b'ta: {"a"}\n\n',
-            b"data: {}\n\ndata: [DO",
-            b"NE]\n\n",
-        ):
-            reader.feed(piece)
-        assert reader.done
-        assert reader.num_events == 4
-        assert reader.output_tokens() == 2  # the first announces the role, the last the end
-        assert Reader(is_stream=True, is_chat=True).output_tokens() == 0
-
-    def test_believes_the_engine_first(self):
-        reader = Reader(is_stream=True, is_chat=False)
-        usage = (
-            b'data: {"usage": {"prompt_tokens": 11, "completion_tokens":  42, '
-            b'"prompt_tokens_details": {"cached_tokens": 8}}}\n\n'
-        )
-        reader.feed(b'data: {"text": "\\"completion_tokens\\": 7"}\n\n')
-        assert reader.usage() == (None, None, None)
-        reader.feed(usage[:50])
-        reader.feed(usage[50:] + b"data: [DONE]\n\n")
-        assert reader.usage() == (11, 42, 8)
-        assert reader.output_tokens() == 42
-
-    def test_finds_usage_at_the_end_of_a_long_answer(self):
-        reader = Reader(is_stream=False, is_chat=False)
-        reader.feed(b"x" * 100_000 + b'"usage": {"prompt_tokens": 1, "comple')
-        reader.feed(b'tion_tokens": 2}}')
-        assert reader.usage()[:2] == (1, 2)
-        assert reader.num_events == 0
-
-    def test_sees_an_error_in_the_stream(self):
-        reader = Reader(is_stream=True, is_chat=False)
-        reader.feed(b'data: {"text": "data: {\\"error\\"}"}\n\n')
-        assert not reader.failed
-        reader.feed(b'data: {"err')
-        reader.feed(b'or": {"message": "x"}}\n\n')
-        assert reader.failed

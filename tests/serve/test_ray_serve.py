@@ -11,6 +11,7 @@ import pytest
 import servegym.serve.ray_serve as module
 from servegym.errors import ConfigError
 from servegym.policy.contract import ReplicaFeature
+from servegym.serve.prompt import chat_text
 from servegym.serve.ray_serve import (
     Described,
     RayFleet,
@@ -126,17 +127,21 @@ def test_a_request_given_up_leaves_the_books():
     assert f.dispatcher.state.outstanding(0) == 0
 
 
+PICTURE = {"type": "image_url", "image_url": {"url": "A" * 400_000}}
+TALK = [{"role": "user", "content": [PICTURE]}, {"role": "assistant", "content": "a cat"}]
+
+
 @pytest.mark.parametrize(
     ("arguments", "keywords", "wanted"),
     [
         (["hello"], {}, Described("hello")),
         ([{"prompt": "hello", "max_tokens": 7}], {}, Described("hello", 7)),
         ([{"prompt": [3, 4]}], {}, Described([3, 4])),
-        ([], {"request": {"messages": [{"content": "a"}, {"content": "b"}]}}, Described("a\nb")),
+        ([], {"request": {"messages": TALK}}, Described(chat_text(TALK))),
         (
-            [SimpleNamespace(messages=[SimpleNamespace(content="a")], max_completion_tokens=3)],
+            [SimpleNamespace(messages=[SimpleNamespace(**TALK[0])], max_completion_tokens=3)],
             {},
-            Described("a", 3),
+            Described(chat_text(TALK[:1]), 3),
         ),
         ([object()], {}, Described("")),
         ([], {}, Described("")),

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 import pytest
 
 from servegym.errors import ConfigError
-from servegym.serve.router.auth import Keys, read_keys
+from servegym.serve.router.auth import Keys, read_keys, watch_file
 from servegym.serve.router.config import AuthConfig, LimitConfig, parse_config, read_config
 from servegym.serve.router.errors import RequestError
 from servegym.serve.router.limits import Limits
 
+from .linear import cpu_limit
+
+CLASSES = "dispatch: {slo_classes: [{name: chat}, {name: batch}, {name: chat}]}\n"
 RATES = "rates: {prefill_tokens_per_s: 20000, decode_step_s: 0.01}"
 GOOD = f"replicas:\n  - {{name: a, url: 'http://10.0.0.1:8000/', {RATES}}}\n"
+
+
+def two(url: str) -> str:
+    return f"{GOOD}  - {{name: b, url: '{url}', {RATES}}}\n"
 
 
 def test_a_short_file_is_enough(tmp_path):
@@ -39,6 +47,15 @@ def test_a_short_file_is_enough(tmp_path):
         (GOOD + "request: {hold_s: -1}\n", "request.hold_s: .*greater than 0, got -1"),
         (GOOD + "limits: {slo_class: chat}\n", "unknown SLO class 'chat': choose one of default"),
         (GOOD.replace("http:", "ftp:"), "replicas.0.url: must be like http://host:port, got"),
+        (GOOD.replace(":8000/", ":80000/"), "replicas.0.url: must be like http://host:port, got"),
+        (GOOD.replace(":8000/", ":8000/?x=1"), "replicas.0.url: must be like http://host:port"),
+        (GOOD.replace(":8000/", ":8000/v1/"), "replicas.0.url: must be without /v1: the router"),
+        (two("http://10.0.0.1:8000"), "replicas a and b have the same url"),
+        (two("HTTP://10.0.0.1:08000/"), "replicas a and b have the same url"),
+        (GOOD + "tenants: {alice: {max_concurrent: 1}}\n", "tenants needs auth: without keys"),
+        (GOOD + CLASSES, "names of SLO classes must differ, got chat twice"),
+        (GOOD + "listen: {port: 1}\nlisten: {port: 2}\n", "line 4: .*key 'listen' stands there t"),
+        (GOOD + "listen: {port: 1, port: 2}\n", "line 3: .*key 'port' is given twice"),
         ("replicas:\n  - {name: a, url: 'http://b'}\n", "a needs either hardware or rates"),
         (GOOD + GOOD.partition("\n")[2], "replica names must differ, got a twice"),
         (GOOD.replace(", decode_step_s: 0.01", ""), "rates.decode_step_s: field required"),
@@ -88,6 +105,8 @@ class TestKeys:
             ("alice: short-key", "a key of tenant alice has 9 characters: it needs at least 16"),
             ("alice: [1234567890123456789]", "the keys of tenant alice must be texts"),
             ("a: sk-0123456789-0123\nb: sk-0123456789-0123", "tenants a and b have the same key"),
+            ("a: [sk-0123456789-0123, sk-0123456789-0123]", "tenant a has the same key twice"),
+            ("a: sk-0123456789-0123\na: sk-0123456789-0124", "in which each tenant stands once"),
             ("a: [", "is no readable YAML file of keys"),
         ],
     )
@@ -120,6 +139,41 @@ class TestKeys:
             return best
 
         assert 0.5 < seconds(near) / seconds(far) < 2.0
+
+    def test_a_key_is_looked_up_at_once_among_a_hundred_thousand(self):
+        keys = Keys({f"t{i}": [f"sk-{i:020}"] for i in range(100_000)})
+        assert keys.tenant("Bearer sk-00000000000000077777") == "t77777"
+        with cpu_limit(2.0):  # comparing with each of them took 20 ms
+            for i in range(20_000):
+                keys.tenant(f"Bearer sk-{i}-unknown")
+
+    @pytest.mark.parametrize("wrong", ["Bearer \ud800", "Bearer " + "x" * 10**6, "\x00", " "])
+    def test_a_senseless_header_is_no_key(self, wrong):
+        assert Keys({"alice": [self.ALICE]}).tenant(wrong) is None
+
+    def test_a_change_of_the_file_is_seen_whatever_the_way(self, tmp_path):
+        path, changes = tmp_path / "keys.yaml", []
+
+        async def test():
+            task = asyncio.create_task(watch_file(path, lambda: changes.append(1), 0.01))
+            await asyncio.sleep(0.05)
+            for change in (
+                lambda: path.write_text("a: 1"),
+                lambda: path.write_text("a: 12"),
+                path.unlink,
+                lambda: path.symlink_to(tmp_path / "one"),
+                lambda: ((tmp_path / "two").write_text("x"), (tmp_path / "two").rename(path)),
+            ):
+                seen = len(changes)
+                change()
+                async with asyncio.timeout(5):
+                    while len(changes) == seen and not (path.is_symlink()):
+                        await asyncio.sleep(0.005)
+                await asyncio.sleep(0.05)
+            assert 4 <= len(changes) <= 8
+            task.cancel()
+
+        asyncio.run(test())
 
 
 class TestLimits:

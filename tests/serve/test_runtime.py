@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,12 @@ import pytest
 
 from servegym.errors import ConfigError, ExportError
 from servegym.export.manifest import Manifest
-from servegym.policy.contract import NO_BOUND, Group, ReplicaFeature
+from servegym.policy.contract import FIRST_NOMINAL, NO_BOUND, Group, ReplicaFeature
 from servegym.policy.policy import Observations
 from servegym.serve.guards import BreakerConfig, Circuit, Reason
+from servegym.serve.loaded_policy import LoadedPolicy
 from servegym.serve.ranges import Ranges
-from servegym.serve.runtime import LoadedPolicy, PolicyRuntime, RuntimeConfig, in_share
+from servegym.serve.runtime import PolicyRuntime, RuntimeConfig, in_share
 
 from .observations import observe
 
@@ -307,6 +309,67 @@ class TestRanges:
         assert ranges.far(observe([49], request={"waited_s": 1.1})) == ["waited_s"]
         assert Ranges.of(manifest, 0.0).far(observe([31])) == ["outstanding_requests"]
         assert Ranges.of(Manifest(sha256=""), 1.0) is None
+
+
+class TestSilence:
+    """A policy that never gets to decide is not kept quiet."""
+
+    def test_it_is_said_after_so_many_decisions_and_when_it_is_over(self, caplog):
+        runtime = TestRanges.runtime(max_features_out=0, silent_after_decisions=5)
+        for _ in range(4):
+            runtime.decide(observe([21]))
+        assert not caplog.records
+        for _ in range(200):
+            runtime.decide(observe([21]))
+        said = [record.getMessage() for record in caplog.records]
+        assert [text.split(" decisions")[0].split()[-1] for text in said] == ["5", "50"]
+        assert "scripted has not been asked in 5" in said[0]
+        assert "out_of_range (outstanding_requests); least-outstanding decides" in said[0]
+        assert (runtime.silence.num_in_row, runtime.silence.num_noticed) == (204, 1)
+        assert runtime.status()["kept_out_in_row"] == 204
+        caplog.clear()
+        runtime.decide(observe([5, 0]))
+        assert "asked again, after 204 decisions" in caplog.text
+        assert runtime.silence.num_in_row == 0
+
+    def test_single_doubts_are_no_news(self, caplog):
+        runtime = TestRanges.runtime(max_features_out=0, silent_after_decisions=2)
+        for _ in range(20):
+            runtime.decide(observe([21, 0]))
+            assert runtime.decide(observe([5, 0])).by == "policy"
+        assert not caplog.records
+
+    @pytest.mark.parametrize("reason", [Reason.MISSING, Reason.STALE, Reason.NAN])
+    def test_every_doubt_about_the_state_counts(self, caplog, reason):
+        runtime, _, _ = scripted(silent_after_decisions=3)
+        age = {Reason.MISSING: NO_BOUND, Reason.STALE: 100.0, Reason.NAN: math.nan}[reason]
+        for _ in range(3):
+            assert runtime.decide(observe([0, 1], metrics_age_s=age)).reason is reason
+        assert f"3 decisions in a row: {reason.value}; least-outstanding decides" in caplog.text
+
+    def test_an_open_breaker_is_said(self, caplog):
+        runtime, policy, _ = scripted(breaker={"open_faults": 2})
+        policy.action = 7
+        for _ in range(3):
+            runtime.decide(SEEN)
+        assert "scripted is out of service after faults (invalid_action)" in caplog.text
+
+    def test_a_fleet_that_no_decision_can_be_about_is_said_at_once(self, caplog):
+        runtime = TestRanges.runtime(max_features_out=2)
+        rows = slice(FIRST_NOMINAL, FIRST_NOMINAL + 4)
+        fleet = observe([0, 0, 0]).replicas[0].copy()
+        runtime.meet(fleet)
+        assert runtime.never_decides() is None
+        fleet[rows] = 0.0
+        assert runtime.never_decides() is None  # not yet known
+        fleet[rows, 1] = 1e15
+        reason = runtime.never_decides()
+        assert "scripted can never decide for this fleet: relative_speed, " in reason
+        assert not caplog.records
+        runtime.install(runtime.loaded)
+        assert reason in caplog.text
+        fleet[rows.start : rows.start + 2] = 0.0
+        assert runtime.never_decides() is None  # two may be far
 
 
 def test_status_is_plain_json():

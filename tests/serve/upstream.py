@@ -14,13 +14,18 @@ class Upstream:
 
     Attributes:
         mode: What it does with requests: `ok`, `hang` (takes them and says nothing), `headers`
-            (says 200 and no more), `die` (breaks off after half of its tokens), `error` (an error
-            event in the stream), or a status to answer.
+            (says 200 and no more), `die` (breaks off after half of its tokens), `die_first` (breaks
+            off at once), `error` (an error event in the stream), `error_first` (instead of its
+            first token), or a status to answer.
+        script: Pieces of a stream, in place of its tokens; a number is a pause in seconds.
+        refusal: Headers beside a status.
+        poison: A prompt that makes any engine answer 500.
         healthy: What its health check says.
         tokens: Events of an answer.
         gap_s: Between them.
         bodies: Requests it got.
         headers: Their headers.
+        queries: Their query strings, as they came.
         cancelled: Requests whose connection went away.
         sent: Events it has written.
     """
@@ -32,9 +37,13 @@ class Upstream:
         self.metrics = True
         self.tokens = 5
         self.gap_s = 0.0
+        self.script: list[bytes | float] | None = None
+        self.refusal: dict[str, str] = {}
+        self.poison: str | None = None
         self.pad = ""
         self.bodies: list[dict] = []
         self.headers: list[Mapping[str, str]] = []
+        self.queries: list[str] = []
         self.cancelled = 0
         self.sent = 0
         self.running = 0
@@ -84,6 +93,7 @@ class Upstream:
         body = await request.json()
         self.bodies.append(body)
         self.headers.append(request.headers)
+        self.queries.append(request.rel_url.raw_query_string)
         self.running += 1
         try:
             return await self._answer(request, body)
@@ -95,7 +105,12 @@ class Upstream:
 
     async def _answer(self, request, body):
         if isinstance(self.mode, int):
-            return web.json_response({"error": {"message": "no"}}, status=self.mode)
+            said = {"error": {"message": "no"}}
+            return web.json_response(said, status=self.mode, headers=self.refusal)
+        if self.poison is not None and body.get("prompt") == self.poison:
+            return web.json_response({"error": {"message": "poison"}}, status=500)
+        if self.mode == "die_first":
+            request.transport.abort()
         if self.mode == "hang":
             await asyncio.sleep(60)
         usage = {
@@ -113,6 +128,16 @@ class Upstream:
         await response.prepare(request)
         if self.mode == "headers":
             await asyncio.sleep(60)
+        if self.mode == "error_first":
+            await response.write(b'data: {"error": {"message": "no memory", "code": 500}}\n\n')
+            return response
+        if self.script is not None:
+            for piece in self.script:
+                if isinstance(piece, bytes):
+                    await response.write(piece)
+                else:
+                    await asyncio.sleep(piece)
+            return response
         for i in range(self.tokens):
             if self.mode == "die" and i == self.tokens // 2:
                 request.transport.abort()

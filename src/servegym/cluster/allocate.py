@@ -7,19 +7,19 @@ from typing import NamedTuple
 
 import numpy as np
 
+from servegym.cluster.entry import NUM_ENTRIES
 from servegym.cluster.kernels import reset_env
 from servegym.cluster.nominal import nominal_facts
 from servegym.cluster.outcome import EVENT_DTYPE, STEP_DTYPE
 from servegym.cluster.spec import ClusterSpec, Episode, ReplicaType
 from servegym.cluster.state import (
-    ASK_NOTHING,
     BLOCK_DTYPE,
+    DISPATCH_ONLY,
     DUE_DTYPE,
     END_DTYPE,
     ENV_DTYPE,
     FAULT_DTYPE,
     FORMING_DTYPE,
-    HELD_DTYPE,
     KNOWN_DTYPE,
     NUM_ITL_BINS,
     NUM_SCRAPED,
@@ -28,6 +28,8 @@ from servegym.cluster.state import (
     REPLICA_DTYPE,
     REQUEST_DTYPE,
     SEGMENT_DTYPE,
+    TIMER_DTYPE,
+    Asks,
     Params,
     State,
 )
@@ -81,7 +83,7 @@ def _longest_request(kind: ReplicaType, spec: ClusterSpec) -> int:
     return tokens
 
 
-def make_params(spec: ClusterSpec, *, record: bool, asks: int = ASK_NOTHING) -> Params:
+def make_params(spec: ClusterSpec, *, record: bool, asks: Asks = DISPATCH_ONLY) -> Params:
     """Stack the replica types and rules of a cluster into arrays."""
     grids = [t.grid for t in spec.types]
 
@@ -120,8 +122,9 @@ def make_params(spec: ClusterSpec, *, record: bool, asks: int = ASK_NOTHING) -> 
         metrics_interval_s=float(spec.metrics_interval_s),
         noise_sigma=float(spec.noise_sigma),
         noise_period_steps=int(spec.noise_period_steps),
-        asks=int(asks),
+        asks=Asks(*map(int, asks)),
         record=bool(record),
+        entries=np.zeros(NUM_ENTRIES, np.int64),
     )
 
 
@@ -152,8 +155,8 @@ def make_state(spec: ClusterSpec, capacity: Capacity) -> State:
         shown=np.zeros((e, NUM_VIEW_ROWS, r)),
         order=np.zeros((e, n), ORDER_DTYPE),
         forming=np.zeros((e, r), FORMING_DTYPE),
-        held=np.zeros((e, n), HELD_DTYPE),
-        returned=np.zeros((e, n), np.int64),
+        timer=np.zeros((e, n + 2), TIMER_DTYPE),
+        allowed=np.zeros((e, r + 2), np.bool_),
         fault=np.zeros((e, capacity.faults), FAULT_DTYPE),
         itl_count=np.zeros((e, NUM_ITL_BINS), np.int64),
         log=np.zeros((e, capacity.log), EVENT_DTYPE),
@@ -171,6 +174,14 @@ def load_episode(params: Params, state: State, env: int, episode: Episode) -> No
     request["prompt"] = table.prompt_tokens
     request["output"] = table.output_tokens
     request["slo_class"] = table.slo_class
+    request["after"] = table.after
+    request["delay_s"] = table.delay_s
+    request["first_after"] = -1
+    request["next_after"] = -1
+    for i in np.flatnonzero(table.after >= 0)[::-1].tolist():
+        first = request["first_after"]
+        request["next_after"][i] = first[table.after[i]]
+        first[table.after[i]] = i
     request["seg_first"] = table.prefix_offsets[:-1]
     request["seg_stop"] = table.prefix_offsets[1:]
     state.segment["key"][env, :m] = table.prefix_keys

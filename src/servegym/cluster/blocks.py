@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from servegym.cluster.jit import inlined, kernel
+from servegym.cluster.jit import helper, inlined
 from servegym.cluster.rng import block_identity, mix64, private_key
 from servegym.cluster.state import Params, State
 
 
-@kernel
+@helper
 def reset_blocks(p: Params, s: State, e: int, r: int) -> None:
     """Empty the cache: all blocks free, in index order, and all table rows unused."""
     v = s.replica[e, r]
@@ -56,7 +56,7 @@ def find_block(s: State, e: int, r: int, identity: int) -> int:
     return -1
 
 
-@kernel
+@helper
 def _insert(s: State, e: int, r: int, identity: int, block: int) -> None:
     """Note which block has an identity; of several, `find_block` returns the first noted."""
     known = s.known[e, r]
@@ -68,7 +68,7 @@ def _insert(s: State, e: int, r: int, identity: int, block: int) -> None:
     known[i].block = block
 
 
-@kernel
+@helper
 def _forget(s: State, e: int, r: int, identity: int, block: int) -> None:
     """Delete a block's entry; later ones of its probe run move back in order, leaving no marks."""
     known = s.known[e, r]
@@ -89,7 +89,7 @@ def _forget(s: State, e: int, r: int, identity: int, block: int) -> None:
     known[i].identity = 0
 
 
-@kernel
+@helper
 def _take(s: State, e: int, r: int) -> int:
     """Take the least recently used free block; it loses its identity."""
     blocks = s.block[e, r]
@@ -118,7 +118,7 @@ def take_for_decodes(p: Params, s: State, e: int, r: int, count: int) -> None:
         v.num_reserve += 1
 
 
-@kernel
+@helper
 def give_back_from_decodes(p: Params, s: State, e: int, r: int) -> None:
     """Put the latest block taken for decoding requests back: nobody wrote to it."""
     v = s.replica[e, r]
@@ -163,7 +163,7 @@ def take_for_chunk(
     )
 
 
-@kernel
+@helper
 def _name(p: Params, s: State, e: int, r: int, request: int, first: int, end: int) -> None:
     """Give blocks `first..end-1` of a request their identities."""
     row = s.table[e, r, s.request[e, request].seq_slot]
@@ -178,7 +178,7 @@ def _name(p: Params, s: State, e: int, r: int, request: int, first: int, end: in
         s.block[e, r, row[j]].identity = identity
 
 
-@kernel
+@helper
 def count_hits(p: Params, s: State, e: int, r: int, request: int, max_blocks: int) -> int:
     """Count the leading blocks of a request that are in the cache, at most `max_blocks`."""
     seg, seg_stop = s.request[e, request].seg_first, s.request[e, request].seg_stop
@@ -192,7 +192,7 @@ def count_hits(p: Params, s: State, e: int, r: int, request: int, max_blocks: in
     return max_blocks
 
 
-@kernel
+@helper
 def match(p: Params, s: State, e: int, r: int, request: int, max_blocks: int) -> tuple[int, int]:
     """Write the cached leading blocks of a request into the next free table row.
 

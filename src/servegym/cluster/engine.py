@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+from numba import types
+
 from servegym.cluster.blocks import (
     count_hits,
-    match,
     reset_blocks,
     take_for_chunk,
     take_for_decodes,
 )
+from servegym.cluster.entry import END_STEP, FORM_STEP, PREFIX_HIT_TOKENS, entry
 from servegym.cluster.heap import push_end, set_event
-from servegym.cluster.jit import inlined, kernel
+from servegym.cluster.jit import helper, inlined
 from servegym.cluster.log import count_itl, log_event, log_steps
 from servegym.cluster.phased import forget_pressure, form_phase
 from servegym.cluster.priority import form_by_priority, hold_back, note_durations, reset_forming
 from servegym.cluster.running import (
     admit_head,
+    at_hand,
     begin_decodes,
     begin_mixed,
     block_residue,
@@ -26,6 +30,7 @@ from servegym.cluster.running import (
     preempt,
 )
 from servegym.cluster.state import (
+    ARRIVAL,
     DECODE,
     DOWN,
     EV_FINISH,
@@ -34,6 +39,7 @@ from servegym.cluster.state import (
     FINISHED,
     IDLE,
     PREFILL,
+    RETURN,
     RETURNED,
     STEP,
     VIEW_OUTSTANDING,
@@ -42,6 +48,7 @@ from servegym.cluster.state import (
     VIEW_PENDING_PREFILL,
     VIEW_RECENT_TPOT,
     VIEW_RECENT_TTFT,
+    WAKING,
     Params,
     State,
 )
@@ -50,10 +57,11 @@ from servegym.cluster.steptime import (
     decode_steps_past,
     prefill_s,
 )
+from servegym.cluster.timers import set_timer, set_turn
 from servegym.engines import SGLANG, TRTLLM, VLLM_PRIORITY, VLLM_V0
 
 
-@inlined
+@entry(FORM_STEP, types.void, types.int64, types.int64, types.float64)
 def form_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     """Begin the next step, or a stretch of decode steps up to where something changes."""
     v = s.replica[e, r]
@@ -146,11 +154,7 @@ def _admit(
         request = v.wait_head
         q = s.request[e, request]
         total = q.prompt + q.generated
-        hits, unheld = 0, 0
-        computed = min(q.preset_hit, total - 1)
-        if p.prefix_caching:
-            hits, unheld = match(p, s, e, r, request, (total - 1) // size)
-            computed = hits * size
+        hits, unheld, computed = at_hand(p, s, e, r, request)
         take = min(total - computed, budget)
         if not chunked and take < total - computed:
             break
@@ -176,7 +180,7 @@ def _blocks_to_end(p: Params, s: State, e: int, request: int) -> int:
     return (q.prompt + q.output - 1 + p.block_size - 1) // p.block_size
 
 
-@kernel
+@helper
 def _promised_blocks(p: Params, s: State, e: int, r: int) -> int:
     """Blocks that decoding requests, fed for the step to come, will still take to their ends."""
     v = s.replica[e, r]
@@ -207,7 +211,7 @@ def settle_decodes(p: Params, s: State, e: int, r: int, steps: int) -> None:
     s.env[e].engine_steps += steps
 
 
-@inlined
+@entry(END_STEP, types.void, types.int64, types.int64, types.float64)
 def end_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     """End the step or decode stretch in progress: tokens come out, requests end."""
     v = s.replica[e, r]
@@ -299,7 +303,7 @@ def _finish(p: Params, s: State, e: int, r: int, request: int, now_s: float) -> 
     q.finish_s = now_s
     s.replica[e, r].emitted -= q.generated
     log_event(p, s, e, now_s, EV_FINISH, request, r, 0.0)
-    leave_system(s, e, now_s)
+    leave_system(s, e, request, now_s)
     forget_outstanding(s, e, r, request)
     output = q.output
     tpot = 0.0
@@ -325,9 +329,14 @@ def forget_outstanding(s: State, e: int, r: int, request: int) -> None:
 
 
 @inlined
-def leave_system(s: State, e: int, now_s: float) -> None:
-    """Count one request less in the system from now on."""
+def leave_system(s: State, e: int, request: int, now_s: float) -> None:
+    """Count one request less in the system from now on, and release those that wait for it."""
     env = s.env[e]
+    follower = s.request[e, request].first_after
+    while follower >= 0:
+        q = s.request[e, follower]
+        set_timer(s, e, now_s + q.delay_s, ARRIVAL, follower, follower)
+        follower = q.next_after
     env.area += env.in_system * (now_s - env.area_until_s)
     env.area_until_s = now_s
     env.in_system -= 1
@@ -360,6 +369,19 @@ def cut_stretch(p: Params, s: State, e: int, r: int, now_s: float) -> None:
 
 
 @inlined
+def wake(p: Params, s: State, e: int, r: int, now_s: float) -> None:
+    """A request has joined a queue: start the engine, or let it look at the queue soon."""
+    v = s.replica[e, r]
+    t = v.type_idx
+    if v.mode == IDLE:
+        v.mode = WAKING
+        set_event(s, e, r, np.nextafter(now_s, math.inf))
+    elif v.num_running < p.max_num_seqs[t] and (v.num_waiting == 1 or p.engine[t] == VLLM_PRIORITY):
+        # an engine that could not admit the head of its queue cannot admit what comes behind it
+        cut_stretch(p, s, e, r, now_s)
+
+
+@inlined
 def catch_up(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     """Book the ended steps of a decode stretch, so that the prefix cache shows what they evicted.
 
@@ -383,7 +405,7 @@ def catch_up(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     v.seg_steps -= steps
 
 
-@kernel
+@helper
 def stop_replica(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     """Fail-stop: ended steps count, the running one is lost, all requests go back."""
     v = s.replica[e, r]
@@ -428,10 +450,9 @@ def stop_replica(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     set_event(s, e, r, math.inf)
 
 
-@kernel
+@helper
 def _return(p: Params, s: State, e: int, r: int, request: int, now_s: float) -> None:
     """Hand a request back to the router for a new decision."""
-    env = s.env[e]
     q = s.request[e, request]
     forget_outstanding(s, e, r, request)
     if math.isnan(q.first_token_s):
@@ -442,17 +463,15 @@ def _return(p: Params, s: State, e: int, r: int, request: int, now_s: float) -> 
     q.join_iter = -1
     q.heap_pos = -1
     q.table_len = 0
-    q.preset_hit = 0
+    q.landed_tokens = 0
     q.next_request = -1
     q.prev_request = -1
     q.num_restarts += 1
-    size = s.returned.shape[1]
-    s.returned[e, (env.return_first + env.return_count) % size] = request
-    env.return_count += 1
+    set_turn(s, e, now_s, RETURN, request)
     log_event(p, s, e, now_s, EV_RETURN, request, r, 0.0)
 
 
-@kernel
+@helper
 def clear_replica(p: Params, s: State, e: int, r: int) -> None:
     """Empty the queues, lists and cache of a replica."""
     v = s.replica[e, r]
@@ -475,7 +494,7 @@ def clear_replica(p: Params, s: State, e: int, r: int) -> None:
     reset_blocks(p, s, e, r)
 
 
-@kernel
+@entry(PREFIX_HIT_TOKENS, types.int64, *[types.int64] * 3, types.float64)
 def prefix_hit_tokens(p: Params, s: State, e: int, r: int, request: int, now_s: float) -> int:
     """Leading prompt tokens of a request in a replica's cache; its last token never counts."""
     if not p.prefix_caching:

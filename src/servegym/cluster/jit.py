@@ -6,12 +6,46 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from numba import njit
+from numba.core.typeinfer import register_dispatcher
+
+from servegym.cluster.by_reference import pass_by_reference
+from servegym.cluster.compile_notice import install
+from servegym.cluster.kernel_cache import KernelCache, cache_of
+from servegym.cluster.state import Params, State
+
+pass_by_reference(Params)
+pass_by_reference(State)
 
 _F = TypeVar("_F", bound=Callable[..., object])
 
 #: Kernels only read and write arrays that their caller owns. Without Numba's runtime (`_nrt`) no
 #: reference counts are kept for them; with it, atomic counting took 95 % of a run's time.
-OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy", "_nrt": False}
+OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False}
+
+#: Of functions that only kernels call: wrappers for Python and C would take most of their time.
+_INTERNAL: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
+#: Says on standard error when kernels are compiled; there is one in a process.
+NOTICE = install(lambda dispatcher: isinstance(getattr(dispatcher, "_cache", None), KernelCache))
+
+
+def compiled(function: _F, signature: object = None, **options: Any) -> _F:
+    """Compile a function with Numba, cached on disk wherever there is a place for it.
+
+    Args:
+        function: What to compile.
+        signature: Compile for these types at once, and for no others; else at the first call.
+        options: Numba's.
+    """
+    dispatcher: Any = njit(**options)(function)
+    # in place of `cache=True`, which fails on a read-only file system
+    dispatcher._cache = cache_of(function, NOTICE.not_kept)
+    if signature is not None:
+        with register_dispatcher(dispatcher):
+            dispatcher.compile(signature)
+        dispatcher.disable_compile()
+    made: _F = dispatcher
+    return made
 
 
 def kernel(function: _F) -> _F:
@@ -20,15 +54,17 @@ def kernel(function: _F) -> _F:
     Integers reach kernels as int64 only: each further combination of integer widths would be
     compiled anew, and compiling is what a first run waits for.
     """
-    compiled: _F = njit(**OPTIONS)(function)
-    return compiled
+    return compiled(function, **OPTIONS)
+
+
+def helper(function: _F) -> _F:
+    """Compile a function that only kernels call.
+
+    Params and State reach it by reference, so a call costs no more than any other.
+    """
+    return compiled(function, **OPTIONS, **_INTERNAL)
 
 
 def inlined(function: _F) -> _F:
-    """Compile a function into each of its callers.
-
-    A call that takes the whole state passes every array by value, some 250 words: without
-    inlining, a run takes 6 times as long.
-    """
-    compiled: _F = njit(**OPTIONS, forceinline=True)(function)
-    return compiled
+    """Compile a small or hot function, which only kernels call, into each of its callers."""
+    return compiled(function, **OPTIONS, **_INTERNAL, forceinline=True)

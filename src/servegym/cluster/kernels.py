@@ -5,52 +5,54 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numba import types
 
+from servegym.cluster.dispatch import hold, is_allowed, reject, route, send, set_up
 from servegym.cluster.engine import (
     clear_replica,
     cut_stretch,
     end_step,
     form_step,
-    leave_system,
-    prefix_hit_tokens,
     steps_ended_by,
     stop_replica,
 )
-from servegym.cluster.heap import set_event
-from servegym.cluster.jit import inlined, kernel
+from servegym.cluster.entry import ADVANCE, APPLY, entry
+from servegym.cluster.jit import helper, inlined, kernel
 from servegym.cluster.log import log_event
+from servegym.cluster.priority import form_by_priority
 from servegym.cluster.running import blocks_for_steps
 from servegym.cluster.state import (
+    ADMIT,
+    ALWAYS,
+    ARRIVAL,
     DECISION,
     DECODE,
+    DISPATCH,
     DONE,
     DOWN,
     EV_ARRIVE,
-    EV_DISPATCH,
-    EV_HOLD,
-    EV_REJECT,
+    FAULT,
     FAULT_DOWN,
     FAULT_SLOW,
-    HELD,
     HOLD,
+    HOLD_OVER,
     IDLE,
     LOG_FULL,
-    NO_CHOICE,
+    NO_DECISION,
+    NOBODY,
+    ORDER,
+    PENDING,
+    PREEMPT,
     QUEUED,
     REJECT,
-    REJECTED,
-    SCHEDULE,
+    RUNNING,
+    SCRAPE,
     SCRAPED_EMITTED,
     SCRAPED_KV_USAGE,
     SCRAPED_RUNNING,
     SCRAPED_WAITING,
     VIEW_DECODE_SEQ,
     VIEW_DECODE_STEP,
-    VIEW_KV_CAPACITY,
-    VIEW_OUTSTANDING,
-    VIEW_OUTSTANDING_PREDICTED,
-    VIEW_OUTSTANDING_PROMPT,
-    VIEW_PENDING_PREFILL,
     VIEW_PREFILL_RATE,
     VIEW_RELATIVE_SPEED,
     VIEW_UP,
@@ -58,199 +60,160 @@ from servegym.cluster.state import (
     Params,
     State,
 )
-from servegym.engines import VLLM_PRIORITY
+from servegym.cluster.timers import drop_first_timer, set_timer
 
 
-@inlined
+@entry(ADVANCE, types.int64, types.int64)
 def advance(p: Params, s: State, e: int) -> int:
     """Run one environment until a decision is due, all requests have ended, or a log is full.
 
     Returns:
-        `DECISION` (for request `s.env[e].deciding`), `SCHEDULE` (for the engine of replica
-        `s.env[e].scheduling`, see `cluster.priority`), `DONE` or `LOG_FULL` (call again, with
-        room).
+        `DECISION` (see `decision`, `deciding` and `asking` of `s.env[e]`), `DONE` or `LOG_FULL`
+        (call again, with room).
     """
     env = s.env[e]
-    if env.deciding >= 0:
+    if env.decision != NO_DECISION:
         return DECISION
-    if env.scheduling >= 0:
-        return SCHEDULE
     size = s.request.shape[1]
     num_requests = env.num_requests
     while env.num_ended < num_requests:
         if p.record and s.log.shape[1] - max(env.log_len, env.step_len) < 4 * size + 8:
             return LOG_FULL
-        replica_s = s.due[e, 0].time_s
-        fault_s = math.inf
-        if env.next_fault < env.num_faults:
-            fault_s = s.fault[e, env.next_fault].time_s
-        scrape_s = env.next_scrape_s
+        timer_s, kind, order = math.inf, FAULT, 0
+        if env.num_timers > 0:
+            timer_s = s.timer[e, 0].time_s
+            kind = s.timer[e, 0].kind
+            order = s.timer[e, 0].order
+        engine_s = s.due[e, 0].time_s
         arrival_s = math.inf
         if env.next_arrival < num_requests:
             arrival_s = s.request[e, env.next_arrival].arrival_s
-        hold_s = math.inf
-        if env.hold_count > 0:
-            hold_s = s.held[e, env.hold_first].until_s
-        decision_s = min(arrival_s, hold_s)
-        if env.return_count > 0:
-            decision_s = env.now_s
-        if fault_s <= replica_s and fault_s <= scrape_s and fault_s <= decision_s:
-            env.now_s = fault_s
-            _fault(p, s, e)
-        elif replica_s <= scrape_s and replica_s <= decision_s:
-            env.now_s = replica_s
+        # at equal times: faults, engines, other timers, arrivals in table order
+        if (timer_s < engine_s or (timer_s == engine_s and kind == FAULT)) and (
+            timer_s < arrival_s
+            or (timer_s == arrival_s and (kind < ARRIVAL or order < env.next_arrival))
+        ):
+            env.now_s = timer_s
+            _go_off(p, s, e)
+        elif engine_s <= arrival_s:
+            env.now_s = engine_s
             r = s.due[e, 0].replica
             if s.replica[e, r].mode != WAKING:
-                end_step(p, s, e, r, replica_s)
-            form_step(p, s, e, r, replica_s)
-            if s.forming[e, r].choice != NO_CHOICE:
-                env.scheduling = r
-                return SCHEDULE
-        elif scrape_s <= decision_s:
-            env.now_s = scrape_s
-            for r in range(env.num_replicas):
-                measure(p, s, e, r, scrape_s, s.scraped)
-            env.last_scrape_s = scrape_s
-            env.next_scrape_s = scrape_s + p.metrics_interval_s
+                end_step(p, s, e, r, engine_s)
+            form_step(p, s, e, r, engine_s)
         else:
-            env.now_s = decision_s
-            request = _next_request(p, s, e, decision_s, hold_s, arrival_s)
-            if _must_wait(s, e, request):
-                _hold(p, s, e, request)
-            else:
-                env.deciding = request
-                return DECISION
+            env.now_s = arrival_s
+            request = env.next_arrival
+            env.next_arrival += 1
+            while env.next_arrival < num_requests and s.request[e, env.next_arrival].after >= 0:
+                env.next_arrival += 1
+            _arrive(p, s, e, request)
+        if env.decision != NO_DECISION:
+            return DECISION
     return DONE
 
 
-@inlined
-def _next_request(
-    p: Params, s: State, e: int, now_s: float, hold_s: float, arrival_s: float
-) -> int:
-    """Take the request whose turn it is from the returned, the held or the arriving ones."""
+@helper
+def _go_off(p: Params, s: State, e: int) -> None:
+    """Do what the first timer was set for."""
     env = s.env[e]
-    size = s.request.shape[1]
-    if env.return_count > 0:
-        request = s.returned[e, env.return_first]
-        env.return_first = (env.return_first + 1) % size
-        env.return_count -= 1
-        return request
-    if hold_s <= arrival_s:
-        request = s.held[e, env.hold_first].request
-        env.hold_first = (env.hold_first + 1) % size
-        env.hold_count -= 1
-        return request
-    request = env.next_arrival
-    env.next_arrival += 1
+    kind, subject = s.timer[e, 0].kind, s.timer[e, 0].subject
+    drop_first_timer(s, e)
+    if kind == FAULT:
+        _set_fault(s, e, subject + 1)
+        _fault(p, s, e, subject)
+    elif kind == SCRAPE:
+        for r in range(env.num_replicas):
+            measure(p, s, e, r, env.now_s, s.scraped)
+        env.last_scrape_s = env.now_s
+        set_timer(s, e, env.now_s + p.metrics_interval_s, SCRAPE, 0, 0)
+    elif kind == ARRIVAL:
+        s.request[e, subject].arrival_s = env.now_s
+        _arrive(p, s, e, subject)
+    else:
+        env.num_held -= kind == HOLD_OVER
+        route(p, s, e, subject)
+
+
+@inlined
+def _set_fault(s: State, e: int, i: int) -> None:
+    """Set the timer of fault `i`, if there are so many."""
+    if i < s.env[e].num_faults:
+        set_timer(s, e, s.fault[e, i].time_s, FAULT, i, i)
+
+
+@helper
+def _arrive(p: Params, s: State, e: int, request: int) -> None:
+    """A request enters the system and wants a replica."""
+    env = s.env[e]
+    now_s = env.now_s
     env.area += env.in_system * (now_s - env.area_until_s)
     env.area_until_s = now_s
     env.in_system += 1
-    if request > 0:
+    if env.num_arrived > 0:
         gap = now_s - env.last_arrival_s
         old = env.arrival_gap_s
-        env.arrival_gap_s = gap if request == 1 else old + 0.02 * (gap - old)
+        env.arrival_gap_s = gap if env.num_arrived == 1 else old + 0.02 * (gap - old)
+    env.num_arrived += 1
     env.last_arrival_s = now_s
+    s.order[e, request].idle_since_s = now_s
     log_event(p, s, e, now_s, EV_ARRIVE, request, -1, 0.0)
-    return request
-
-
-@inlined
-def kv_need(s: State, e: int, request: int) -> int:
-    """KV tokens a request holds at its end."""
-    q = s.request[e, request]
-    return q.prompt + q.output - 1
-
-
-@inlined
-def is_allowed(p: Params, s: State, e: int, request: int, action: int) -> bool:
-    """Whether an action (a replica, `HOLD` or `REJECT`) may be taken for a request."""
-    if action == HOLD:
-        return p.allow_hold
-    if action == REJECT:
-        return p.allow_reject
-    if action < 0 or action >= s.env[e].num_replicas:
-        return False
-    return (
-        s.shown[e, VIEW_UP, action] > 0.0
-        and kv_need(s, e, request) <= s.shown[e, VIEW_KV_CAPACITY, action]
-    )
-
-
-@inlined
-def _must_wait(s: State, e: int, request: int) -> bool:
-    need = kv_need(s, e, request)
-    for r in range(s.env[e].num_replicas):
-        if s.shown[e, VIEW_UP, r] > 0.0 and need <= s.shown[e, VIEW_KV_CAPACITY, r]:
-            return False
-    return True
-
-
-@inlined
-def _hold(p: Params, s: State, e: int, request: int) -> None:
-    i = (s.env[e].hold_first + s.env[e].hold_count) % s.request.shape[1]
-    s.held[e, i].request = request
-    s.held[e, i].until_s = s.env[e].now_s + p.hold_s
-    s.env[e].hold_count += 1
-    s.request[e, request].status = HELD
-    s.request[e, request].num_holds += 1
-    log_event(p, s, e, s.env[e].now_s, EV_HOLD, request, -1, 0.0)
-
-
-@inlined
-def apply(p: Params, s: State, e: int, action: int) -> None:
-    """Take the decision that is due; the action must be allowed."""
-    env = s.env[e]
-    request = env.deciding
-    now_s = env.now_s
-    env.deciding = -1
-    q = s.request[e, request]
-    if action == HOLD:
-        _hold(p, s, e, request)
-        return
-    if action == REJECT:
-        q.status = REJECTED
-        q.finish_s = now_s
-        q.replica = -1
-        log_event(p, s, e, now_s, EV_REJECT, request, -1, 0.0)
-        leave_system(s, e, now_s)
-        return
-    r = action
-    v = s.replica[e, r]
-    q.status = QUEUED
-    q.replica = r
-    q.dispatch_s = now_s
-    v.emitted += q.generated
-    log_event(p, s, e, now_s, EV_DISPATCH, request, r, 0.0)
-    hint = prefix_hit_tokens(p, s, e, r, request, now_s) if p.prefix_caching else 0
-    q.hit_hint = hint
-    s.shown[e, VIEW_OUTSTANDING, r] += 1
-    s.shown[e, VIEW_OUTSTANDING_PROMPT, r] += q.prompt
-    s.shown[e, VIEW_OUTSTANDING_PREDICTED, r] += q.predicted
-    if math.isnan(q.first_token_s):
-        s.shown[e, VIEW_PENDING_PREFILL, r] += q.prompt - hint
-    v.last_dispatch_s = now_s
-    tail = v.wait_tail
-    q.next_request = -1
-    if tail >= 0:
-        s.request[e, tail].next_request = request
-    else:
-        v.wait_head = request
-    v.wait_tail = request
-    v.num_waiting += 1
-    if v.mode == IDLE:
-        v.mode = WAKING
-        set_event(s, e, r, np.nextafter(now_s, math.inf))
-    elif v.num_running < p.max_num_seqs[v.type_idx] and (
-        tail < 0 or p.engine[v.type_idx] == VLLM_PRIORITY
-    ):
-        # an engine that could not admit the head of its queue cannot admit what comes behind it
-        cut_stretch(p, s, e, r, now_s)
+    route(p, s, e, request)
 
 
 @kernel
-def _fault(p: Params, s: State, e: int) -> None:
-    i = s.env[e].next_fault
-    s.env[e].next_fault = i + 1
+def may_answer(p: Params, s: State, e: int, answer: int) -> bool:
+    """Whether an answer may be given to the decision that is due; see `apply`."""
+    env = s.env[e]
+    kind, r = env.decision, env.asking
+    if kind == DISPATCH:
+        return is_allowed(p, s, e, env.deciding, answer)
+    if kind == ADMIT and answer == NOBODY:
+        return p.asks.admit == ALWAYS and s.replica[e, r].num_running > 0
+    if kind in (ADMIT, PREEMPT):
+        status = QUEUED if kind == ADMIT else RUNNING
+        return (
+            0 <= answer < env.num_requests
+            and s.request[e, answer].replica == r
+            and s.request[e, answer].status == status
+        )
+    return True
+
+
+@entry(APPLY, types.void, types.int64, types.int64)
+def apply(p: Params, s: State, e: int, answer: int) -> None:
+    """Take the decision that is due.
+
+    Args:
+        p: Constants.
+        s: State.
+        e: Environment.
+        answer: To `DISPATCH` an allowed replica, `HOLD` or `REJECT`; to `ADMIT` and `PREEMPT` a
+            request, or `NOBODY`; to `ORDER` anything: the keys have been written.
+    """
+    env = s.env[e]
+    request, r = env.deciding, env.asking
+    kind = env.decision
+    env.decision = NO_DECISION
+    env.deciding = -1
+    env.asking = -1
+    if kind == DISPATCH:
+        if answer == HOLD:
+            hold(p, s, e, request)
+        elif answer == REJECT:
+            reject(p, s, e, request)
+        else:
+            send(p, s, e, request, answer)
+        return
+    if kind == ORDER:
+        s.forming[e, r].keyed = 1
+    else:
+        s.forming[e, r].picked = answer
+    form_by_priority(p, s, e, r, env.now_s)
+
+
+@helper
+def _fault(p: Params, s: State, e: int, i: int) -> None:
     r = s.fault[e, i].replica
     kind = s.fault[e, i].kind
     now_s = s.fault[e, i].time_s
@@ -263,10 +226,10 @@ def _fault(p: Params, s: State, e: int) -> None:
             end_step(p, s, e, r, now_s)
             s.replica[e, r].mode = IDLE
         stop_replica(p, s, e, r, now_s)
-        s.shown[e, VIEW_UP, r] = 0.0
+        set_up(s, e, r, False)
     else:
         s.replica[e, r].mode = IDLE
-        s.shown[e, VIEW_UP, r] = 1.0
+        set_up(s, e, r, True)
 
 
 @inlined
@@ -295,7 +258,9 @@ def reset_env(p: Params, s: State, e: int) -> None:
     env = s.env[e]
     for i in range(env.num_requests):
         q = s.request[e, i]
-        q.status = 0
+        q.status = PENDING
+        if q.after >= 0:
+            q.arrival_s = math.nan
         q.replica = -1
         q.computed = 0
         q.generated = 0
@@ -311,7 +276,7 @@ def reset_env(p: Params, s: State, e: int) -> None:
         q.num_holds = 0
         q.cached = -1
         q.hit_hint = 0
-        q.preset_hit = 0
+        q.landed_tokens = 0
         q.next_request = -1
         q.prev_request = -1
         q.heap_pos = -1
@@ -341,17 +306,24 @@ def reset_env(p: Params, s: State, e: int) -> None:
         clear_replica(p, s, e, r)
     s.scraped[e] = 0.0
     s.itl_count[e] = 0
+    for r in range(s.allowed.shape[1] - 2):
+        s.allowed[e, r] = False
+    s.allowed[e, s.allowed.shape[1] - 2] = p.allow_hold
+    s.allowed[e, s.allowed.shape[1] - 1] = p.allow_reject
     env.now_s = 0.0
     env.next_arrival = 0
+    env.num_arrived = 0
+    env.decision = NO_DECISION
     env.deciding = -1
-    env.scheduling = -1
-    env.next_fault = 0
-    env.next_scrape_s = 0.0 if p.metrics_interval_s > 0.0 else math.inf
+    env.asking = -1
+    env.num_timers = 0
+    env.num_set = 0
+    env.num_held = 0
     env.last_scrape_s = 0.0
-    env.hold_first = 0
-    env.hold_count = 0
-    env.return_first = 0
-    env.return_count = 0
+    env.num_up = env.num_replicas
+    env.num_allowed = 0
+    env.allowed_above = math.inf
+    env.allowed_up_to = 0.0
     env.in_system = 0
     env.area = 0.0
     env.area_until_s = 0.0
@@ -362,3 +334,6 @@ def reset_env(p: Params, s: State, e: int) -> None:
     env.engine_steps = 0
     env.log_len = 0
     env.step_len = 0
+    _set_fault(s, e, 0)
+    if p.metrics_interval_s > 0.0:
+        set_timer(s, e, 0.0, SCRAPE, 0, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from servegym.cluster.jit import inlined, kernel
+from servegym.cluster.jit import helper, inlined
 from servegym.cluster.state import ITL_BINS_PER_DECADE, ITL_FIRST_S, PREFILL, Params, State
 
 
@@ -63,7 +63,7 @@ def log_steps(
         count_itl(p, s, e, mean_s, num_steps * batch)
 
 
-@kernel
+@helper
 def _count_after_stall(p: Params, s: State, e: int, r: int, step_s: float) -> None:
     """Count the inter-token times of a decode step that others' prefills came before."""
     v = s.replica[e, r]

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 
-from servegym.cluster.blocks import match, take_for_chunk, take_for_decodes
+from numba import types
+
+from servegym.cluster.blocks import take_for_chunk, take_for_decodes
+from servegym.cluster.entry import FORM_PHASE, entry
 from servegym.cluster.heap import set_event
-from servegym.cluster.jit import inlined, kernel
+from servegym.cluster.jit import helper, inlined
 from servegym.cluster.running import (
     admit_head,
+    at_hand,
     begin_decodes,
     block_residue,
     preempt,
@@ -30,7 +34,7 @@ RETRACT_DECODE_STEPS = 20
 CLIP_MAX_NEW_TOKENS = 4096
 
 
-@kernel
+@entry(FORM_PHASE, types.void, types.int64, types.int64, types.float64)
 def form_phase(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     """Begin a step of prefills, else a stretch of decode steps, else be idle."""
     v = s.replica[e, r]
@@ -90,11 +94,7 @@ def _prefill_v0(p: Params, s: State, e: int, r: int, now_s: float) -> tuple[int,
         request = v.wait_head
         q = s.request[e, request]
         total = q.prompt + q.generated
-        hits = 0
-        computed = min(q.preset_hit, total - 1)
-        if p.prefix_caching:
-            hits, _ = match(p, s, e, r, request, (total - 1) // size)
-            computed = hits * size
+        hits, _, computed = at_hand(p, s, e, r, request)
         take = total - computed
         if tokens + take > budget or (total + size - 1) // size + watermark > v.free_blocks:
             break
@@ -187,11 +187,7 @@ def _prefill_sglang(p: Params, s: State, e: int, r: int, now_s: float) -> tuple[
         request = v.wait_head
         q = s.request[e, request]
         total = q.prompt + q.generated
-        hits, unheld = 0, 0
-        computed = min(q.preset_hit, total - 1)
-        if p.prefix_caching:
-            hits, unheld = match(p, s, e, r, request, (total - 1) // size)
-            computed = hits * size
+        hits, unheld, computed = at_hand(p, s, e, r, request)
         new = min(q.output - q.generated, CLIP_MAX_NEW_TOKENS)
         left = (v.free_blocks - unheld) * size - reserved - ahead
         if total - hits * size + new + size >= left:
@@ -222,7 +218,7 @@ def _prefill_sglang(p: Params, s: State, e: int, r: int, now_s: float) -> tuple[
     return tokens, attention_s
 
 
-@kernel
+@helper
 def _tokens_to_come(s: State, e: int, r: int) -> int:
     """Sum over the decoding requests of the tokens to come, of each as far as is foreseen."""
     v = s.replica[e, r]
@@ -257,7 +253,7 @@ def _feed_sglang(p: Params, s: State, e: int, r: int, now_s: float) -> bool:
     return v.batch_full == 0
 
 
-@kernel
+@helper
 def _retract_decodes(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     """Retract those with the fewest output tokens until the others can decode; estimate anew."""
     v = s.replica[e, r]

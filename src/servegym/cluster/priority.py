@@ -2,23 +2,26 @@
 
 The waiting request with the lowest key is admitted first, the running one with the highest is
 preempted first. Keys may be written anew, or the request be picked, whenever there is a choice:
-the engine then stops where it is with its step (`State.forming`) until `resume` is called.
+the engine then stops where it is with its step (`State.forming`) until it is answered.
 """
 
 from __future__ import annotations
 
 import math
 
+from numba import types
+
 from servegym.cluster.blocks import (
     give_back_from_decodes,
-    match,
     take_for_chunk,
     take_for_decodes,
 )
+from servegym.cluster.entry import FORM_BY_PRIORITY, entry
 from servegym.cluster.heap import push_end, remove_end, set_event
-from servegym.cluster.jit import inlined, kernel
+from servegym.cluster.jit import helper, inlined
 from servegym.cluster.running import (
     admit_head,
+    at_hand,
     begin_decodes,
     begin_mixed,
     block_residue,
@@ -27,17 +30,15 @@ from servegym.cluster.running import (
 from servegym.cluster.state import (
     ADMIT,
     ADMITTING,
-    ASK_EACH_STEP,
-    ASK_NOTHING,
-    ASK_PICK,
-    ASK_PICK_OR_NONE,
+    ALWAYS,
     DECODE,
     FEEDING,
     IDLE,
-    NO_CHOICE,
+    NEVER,
     NOBODY,
     NOT_FORMING,
     NOT_PICKED,
+    ORDER,
     PREEMPT,
     WAKING,
     Params,
@@ -49,39 +50,36 @@ from servegym.cluster.steptime import decode_span_s, prefill_s, step_factor
 STEP_WEIGHT = 0.05
 
 
-@kernel
+@helper
 def reset_forming(s: State, e: int, r: int) -> None:
     """Forget steps, keys and picks of a replica."""
     f = s.forming[e, r]
     f.step_s = 0.0
     f.stage = NOT_FORMING
-    f.choice = NO_CHOICE
     f.picked = NOT_PICKED
     f.keyed = 0
     f.skipped_from = -1
     f.num_skipped = 0
 
 
-@kernel
+@entry(FORM_BY_PRIORITY, types.void, types.int64, types.int64, types.float64)
 def form_by_priority(p: Params, s: State, e: int, r: int, now_s: float) -> None:
-    """Begin the next step, go on forming it, or stop to ask: `State.forming[e, r].choice`."""
+    """Begin the next step, go on forming it, or stop to ask."""
     v = s.replica[e, r]
     f = s.forming[e, r]
     while True:
         if f.stage == NOT_FORMING:
-            if ASK_NOTHING < p.asks < ASK_PICK and f.keyed == 0:
-                f.choice = _choice_ahead(p, s, e, r)
-                if f.choice != NO_CHOICE:
-                    v.mode = WAKING
-                    return
+            if p.asks.order != NEVER and f.keyed == 0 and _order_matters(p, s, e, r):
+                _ask(s, e, r, ORDER)
+                return
             _start(p, s, e, r)
         if f.stage == FEEDING:
             if not _feed(p, s, e, r, now_s):
-                v.mode = WAKING
+                _ask(s, e, r, PREEMPT)
                 return
             f.stage = ADMITTING
         if f.preempted == 0 and not _admit(p, s, e, r, now_s):
-            v.mode = WAKING
+            _ask(s, e, r, ADMIT)
             return
         f.stage = NOT_FORMING
         f.keyed = 0
@@ -97,25 +95,21 @@ def form_by_priority(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     elif v.first_prefill >= 0:
         begin_mixed(p, s, e, r, now_s, v.num_decodes, tokens, f.attention_s)
     else:
-        single = p.asks == ASK_EACH_STEP or f.blocked > 0
+        single = p.asks.order == ALWAYS or f.blocked > 0
         begin_decodes(p, s, e, r, now_s, single or (f.preempted > 0 and v.num_waiting > 0), 0)
 
 
-@kernel
-def resume(p: Params, s: State, e: int) -> bool:
-    """Go on after keys or a pick were written; return whether there is another choice."""
-    r = s.env[e].scheduling
-    s.forming[e, r].choice = NO_CHOICE
-    form_by_priority(p, s, e, r, s.env[e].now_s)
-    if s.forming[e, r].choice != NO_CHOICE:
-        return True
-    s.env[e].scheduling = -1
-    return False
+@inlined
+def _ask(s: State, e: int, r: int, kind: int) -> None:
+    """Stop forming the step until a decision has been taken."""
+    s.env[e].decision = kind
+    s.env[e].asking = r
+    s.replica[e, r].mode = WAKING
 
 
 @inlined
-def _choice_ahead(p: Params, s: State, e: int, r: int) -> int:
-    """Say whether keys matter in the step to come, and for what."""
+def _order_matters(p: Params, s: State, e: int, r: int) -> bool:
+    """Whether keys matter in the step to come, or are asked for in any case."""
     v = s.replica[e, r]
     t = v.type_idx
     size = p.block_size
@@ -128,17 +122,13 @@ def _choice_ahead(p: Params, s: State, e: int, r: int) -> int:
         free -= (q.computed + take + size - 1) // size - q.table_len
         budget -= take
     if free < 0:
-        if v.num_running > 1 or p.asks == ASK_EACH_STEP:
-            return PREEMPT
-        return NO_CHOICE
-    if p.asks == ASK_EACH_STEP and v.num_running + v.num_waiting > 0:
-        return ADMIT
+        return v.num_running > 1 or p.asks.order == ALWAYS
+    if p.asks.order == ALWAYS and v.num_running + v.num_waiting > 0:
+        return True
     if v.num_waiting < 2 or v.num_running >= p.max_num_seqs[t] or budget <= 0:
-        return NO_CHOICE
+        return False
     # the chunk of a prompt may bring blocks into the cache with which others fit
-    if (p.prefix_caching and request >= 0) or _any_fits(p, s, e, r, free, budget):
-        return ADMIT
-    return NO_CHOICE
+    return (p.prefix_caching and request >= 0) or _any_fits(p, s, e, r, free, budget)
 
 
 @inlined
@@ -185,7 +175,6 @@ def _feed(p: Params, s: State, e: int, r: int, now_s: float) -> bool:
         while need > v.free_blocks:
             victim = _victim(p, s, e, r)
             if victim < 0:
-                f.choice = PREEMPT
                 return False
             _preempt_in_step(p, s, e, r, victim, request, now_s)
             if victim == request:
@@ -213,7 +202,7 @@ def _victim(p: Params, s: State, e: int, r: int) -> int:
     f = s.forming[e, r]
     if v.num_running == 1:
         return v.run_head
-    if p.asks >= ASK_PICK:
+    if p.asks.preempt != NEVER:
         picked = f.picked
         f.picked = NOT_PICKED
         return picked
@@ -295,7 +284,7 @@ def _begin_without_skipped(p: Params, s: State, e: int, r: int, now_s: float) ->
     set_event(s, e, r, now_s + factor * span)
 
 
-@kernel
+@helper
 def hold_back(p: Params, s: State, e: int, r: int) -> int:
     """Before a step is booked: those it left out stay where they are.
 
@@ -321,7 +310,7 @@ def hold_back(p: Params, s: State, e: int, r: int) -> int:
     return held
 
 
-@kernel
+@helper
 def note_durations(p: Params, s: State, e: int, r: int, steps: int, end_s: float) -> None:
     """Take the next `steps` steps of the stretch in progress, over at `end_s`, into the average."""
     v = s.replica[e, r]
@@ -345,33 +334,30 @@ def _admit(p: Params, s: State, e: int, r: int, now_s: float) -> bool:
     v = s.replica[e, r]
     f = s.forming[e, r]
     t = v.type_idx
-    size = p.block_size
     while f.budget > 0 and v.num_waiting > 0 and v.num_running < p.max_num_seqs[t]:
-        if p.asks >= ASK_PICK:
+        if p.asks.admit != NEVER:
             request = f.picked
             f.picked = NOT_PICKED
             if request == NOBODY:
                 f.blocked = 1
                 break
             if request == NOT_PICKED:
-                if v.num_waiting == 1 and (p.asks < ASK_PICK_OR_NONE or v.num_running == 0):
+                if v.num_waiting == 1 and (p.asks.admit != ALWAYS or v.num_running == 0):
                     request = v.wait_head
                 elif _any_fits(p, s, e, r, v.free_blocks, f.budget):
-                    f.choice = ADMIT
                     return False
                 else:
                     break
         else:
             request = _first_waiting(s, e, r)
-        hits, unheld = _match(p, s, e, r, request)
+        hits, unheld, computed = at_hand(p, s, e, r, request)
         q = s.request[e, request]
         total = q.prompt + q.generated
-        computed = hits * size if p.prefix_caching else min(q.preset_hit, total - 1)
         take = min(total - computed, f.budget)
         if _needs(p, s, e, request, hits, unheld) > v.free_blocks or (
             not p.chunked_prefill and take < total - computed
         ):
-            if p.asks != ASK_NOTHING and v.num_waiting > 1:
+            if (p.asks.order != NEVER or p.asks.admit != NEVER) and v.num_waiting > 1:
                 f.blocked = 1 if _any_fits(p, s, e, r, v.free_blocks, f.budget) else 0
             break
         _bring_to_front(s, e, r, request)
@@ -382,29 +368,19 @@ def _admit(p: Params, s: State, e: int, r: int, now_s: float) -> bool:
 
 
 @inlined
-def _match(p: Params, s: State, e: int, r: int, request: int) -> tuple[int, int]:
-    """Blocks of a waiting request in the cache, and how many of them nobody holds."""
-    if not p.prefix_caching:
-        return 0, 0
-    q = s.request[e, request]
-    return match(p, s, e, r, request, (q.prompt + q.generated - 1) // p.block_size)
-
-
-@inlined
 def _needs(p: Params, s: State, e: int, request: int, hits: int, unheld: int) -> int:
     """Free blocks that a waiting request needs to be admitted: its whole text must fit."""
     q = s.request[e, request]
     return (q.prompt + q.generated + p.block_size - 1) // p.block_size - hits + unheld
 
 
-@kernel
+@helper
 def _any_fits(p: Params, s: State, e: int, r: int, free: int, budget: int) -> bool:
     """Whether one of the waiting requests fits into so many blocks and tokens."""
     request = s.replica[e, r].wait_head
     while request >= 0:
         q = s.request[e, request]
-        hits, unheld = _match(p, s, e, r, request)
-        computed = hits * p.block_size if p.prefix_caching else q.preset_hit
+        hits, unheld, computed = at_hand(p, s, e, r, request)
         whole = p.chunked_prefill or q.prompt + q.generated - computed <= budget
         if whole and _needs(p, s, e, request, hits, unheld) <= free:
             return True

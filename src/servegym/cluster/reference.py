@@ -6,6 +6,7 @@ the two equal.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable
 
@@ -50,8 +51,9 @@ class ReferenceSimulator:
                     for k in range(table.prefix_offsets[i], table.prefix_offsets[i + 1])
                 ],
                 arrival_s=float(table.arrival_s[i]),
+                after=int(table.after[i]),
+                delay_s=float(table.delay_s[i]),
                 key=float(table.slo_class[i]),
-                idle_since_s=float(table.arrival_s[i]),
             )
             for i in range(len(table))
         ]
@@ -63,6 +65,8 @@ class ReferenceSimulator:
         self.area = 0.0
         self.engine_steps = 0
         self.scraped = [(0, 0, 0.0, 0)] * episode.num_replicas
+        self.timers: list[tuple[float, int, int, int]] = []  # time_s, kind, order, subject
+        self._num_set = 0
         self._events: list[tuple[float, float, int, int, int]] = []
 
     def log(self, kind: int, request: int, replica: int, value: float = 0.0) -> None:
@@ -74,10 +78,13 @@ class ReferenceSimulator:
         return np.array(self._events, EVENT_DTYPE)
 
     def end(self, q: Request, kind: int, replica: int) -> None:
-        """A request leaves the system."""
+        """A request leaves the system; those that wait for it arrive after their delays."""
         self.log(kind, q.idx, replica)
         self.in_system -= 1
         self.ended += 1
+        for other in self.requests:
+            if other.after == q.idx:
+                self._set_arrival(other, self.now_s + other.delay_s)
 
     def allowed(self, request: int) -> list[bool]:
         """Which actions may be taken: replicas, hold, reject."""
@@ -92,59 +99,79 @@ class ReferenceSimulator:
         q, size = self.requests[request], self.spec.block_size
         return len(self.replicas[replica].hits(q, (q.prompt - 1) // size)) * size
 
-    def run(self, dispatch: Callable[[ReferenceSimulator, int], int]) -> None:
-        """Play to the end; `dispatch` answers with a replica, `HOLD` or `REJECT`."""
-        faults, table = self.episode.faults, self.episode.table
-        interval = self.spec.metrics_interval_s
-        next_arrival = next_fault = 0
-        scrape_s = 0.0 if interval > 0 else math.inf
-        held: list[tuple[float, Request]] = []
-        returned: list[Request] = []
+    def run(self, dispatch: Callable[[ReferenceSimulator, int], int] | None = None) -> None:
+        """Play to the end.
+
+        Args:
+            dispatch: Answers with a replica, `HOLD` or `REJECT`; None: the replica with the
+                smallest sum of running and four times its waiting requests.
+        """
+        self.dispatch = dispatch or _least_busy
+        for q in self.requests:
+            if q.after < 0:
+                self._set_arrival(q, q.arrival_s)
+        self._set_fault(0)
+        if self.spec.metrics_interval_s > 0:
+            self._set_timer(0.0, st.SCRAPE, 0)
         while self.ended < len(self.requests):
-            fault_s = faults.time_s[next_fault] if next_fault < len(faults) else math.inf
             engine = min(self.replicas, key=lambda e: e.due_s)
-            arrival_s = table.arrival_s[next_arrival] if next_arrival < len(table) else math.inf
-            hold_s = held[0][0] if held else math.inf
-            decision_s = self.now_s if returned else min(hold_s, arrival_s)
-            now_s = float(min(fault_s, engine.due_s, scrape_s, decision_s))
+            timer_s, kind = self.timers[0][:2] if self.timers else (math.inf, st.FAULT)
+            now_s = min(timer_s, engine.due_s)
             self.area += self.in_system * (now_s - self.now_s)
             self.now_s = now_s
-            if fault_s == now_s:
-                self._fault(next_fault, returned)
-                next_fault += 1
-            elif engine.due_s == now_s:
+            if timer_s == now_s and (kind == st.FAULT or engine.due_s > now_s):
+                self._go_off(*heapq.heappop(self.timers))
+            else:
                 if engine.stepping:
                     engine.end_step()
                 engine.begin_step()
-            elif scrape_s == now_s:
-                self.scraped = [e.metrics() for e in self.replicas]
-                scrape_s += interval
-            else:
-                if returned:
-                    q = returned.pop(0)
-                elif hold_s <= arrival_s:
-                    q = held.pop(0)[1]
-                else:
-                    q = self.requests[next_arrival]
-                    next_arrival += 1
-                    self.in_system += 1
-                    self.log(st.EV_ARRIVE, q.idx, -1)
-                action = st.HOLD
-                if any(self.allowed(q.idx)[:-2]):
-                    action = dispatch(self, q.idx)
-                if action == st.HOLD:
-                    held.append((now_s + self.spec.hold_s, q))
-                    self.log(st.EV_HOLD, q.idx, -1)
-                elif action == st.REJECT:
-                    self.end(q, st.EV_REJECT, -1)
-                else:
-                    self.log(st.EV_DISPATCH, q.idx, action)
-                    chosen = self.replicas[action]
-                    chosen.waiting.append(q)
-                    if math.isinf(chosen.due_s):
-                        chosen.due_s = math.nextafter(now_s, math.inf)
 
-    def _fault(self, i: int, returned: list[Request]) -> None:
+    def _set_timer(self, time_s: float, kind: int, subject: int) -> None:
+        """Let something happen; of equal times and kinds, what was set first goes first."""
+        self._num_set += 1
+        heapq.heappush(self.timers, (time_s, kind, self._num_set, subject))
+
+    def _set_fault(self, i: int) -> None:
+        if i < len(self.episode.faults):
+            self._set_timer(float(self.episode.faults.time_s[i]), st.FAULT, i)
+
+    def _set_arrival(self, q: Request, time_s: float) -> None:
+        """Let a request arrive; at equal times those of the table go in its order."""
+        heapq.heappush(self.timers, (time_s, st.ARRIVAL, q.idx, q.idx))
+
+    def _go_off(self, time_s: float, kind: int, order: int, subject: int) -> None:
+        """Do what a timer was set for."""
+        if kind == st.FAULT:
+            self._set_fault(subject + 1)
+            self._fault(subject)
+        elif kind == st.SCRAPE:
+            self.scraped = [e.metrics() for e in self.replicas]
+            self._set_timer(time_s + self.spec.metrics_interval_s, st.SCRAPE, 0)
+        else:
+            q = self.requests[subject]
+            if kind == st.ARRIVAL:
+                q.arrival_s = q.idle_since_s = time_s
+                self.in_system += 1
+                self.log(st.EV_ARRIVE, q.idx, -1)
+            self._route(q)
+
+    def _route(self, q: Request) -> None:
+        """A request wants a replica."""
+        action = st.HOLD
+        if any(self.allowed(q.idx)[:-2]):
+            action = self.dispatch(self, q.idx)
+        if action == st.HOLD:
+            self._set_timer(self.now_s + self.spec.hold_s, st.HOLD_OVER, q.idx)
+            self.log(st.EV_HOLD, q.idx, -1)
+        elif action == st.REJECT:
+            self.end(q, st.EV_REJECT, -1)
+        else:
+            self.log(st.EV_DISPATCH, q.idx, action)
+            chosen = self.replicas[action]
+            chosen.waiting.append(q)
+            chosen.wake()
+
+    def _fault(self, i: int) -> None:
         engine = self.replicas[int(self.episode.faults.replica[i])]
         kind = int(self.episode.faults.kind[i])
         if kind == st.FAULT_SLOW:
@@ -153,6 +180,13 @@ class ReferenceSimulator:
             if engine.stepping and engine.due_s == self.now_s:
                 engine.end_step()
                 engine.stepping = False
-            returned += engine.stop()
+            for q in engine.stop():
+                self._set_timer(self.now_s, st.RETURN, q.idx)
         else:
             engine.up = True
+
+
+def _least_busy(sim: ReferenceSimulator, request: int) -> int:
+    """The first allowed replica with the smallest sum of running and four times waiting."""
+    allowed = [e for e, ok in zip(sim.replicas, sim.allowed(request), strict=False) if ok]
+    return min(allowed, key=lambda e: len(e.running) + 4 * len(e.waiting)).r

@@ -43,6 +43,8 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     named: int = 0
     arrival_s: float = 0.0
+    after: int = -1
+    delay_s: float = 0.0
     key: float = 0.0
     idle_since_s: float = 0.0
 
@@ -224,6 +226,11 @@ class Engine:
 
     def stepped(self, decoded: bool, ended: int) -> None:
         """Note a step: whether requests decoded in it, and how many ended with it."""
+
+    def wake(self) -> None:
+        """A request has joined the queue: an idle engine starts, just after now."""
+        if math.isinf(self.due_s):
+            self.due_s = math.nextafter(self.sim.now_s, math.inf)
 
     def stop(self) -> list[Request]:
         """Fail: hand all requests back and forget everything."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from servegym.cluster.blocks import hold_matched, release, take_for_chunk
+from servegym.cluster.blocks import hold_matched, match, release, take_for_chunk
 from servegym.cluster.heap import remove_end, set_event
-from servegym.cluster.jit import inlined, kernel
+from servegym.cluster.jit import helper, inlined
 from servegym.cluster.log import log_event
 from servegym.cluster.state import (
     DECODE,
@@ -17,6 +17,22 @@ from servegym.cluster.state import (
     State,
 )
 from servegym.cluster.steptime import decode_span_s, dense_s, mixed_s, step_factor
+
+
+@inlined
+def at_hand(p: Params, s: State, e: int, r: int, request: int) -> tuple[int, int, int]:
+    """What a waiting request would not have to compute if it were admitted now.
+
+    Returns:
+        Its leading blocks in the prefix cache, how many of them nobody holds, and the tokens whose
+        KV is there: those of the blocks, or those that have landed.
+    """
+    q = s.request[e, request]
+    most = q.prompt + q.generated - 1  # one token at least is computed
+    if not p.prefix_caching:
+        return 0, 0, min(q.landed_tokens, most)
+    hits, unheld = match(p, s, e, r, request, most // p.block_size)
+    return hits, unheld, hits * p.block_size
 
 
 @inlined
@@ -118,13 +134,13 @@ def _interrupt(p: Params, s: State, e: int, r: int, request: int, now_s: float) 
         q.last_token_s = now_s
     leave_running(p, s, e, r, request)
     q.computed = 0
-    q.preset_hit = 0
+    q.landed_tokens = 0
     q.num_preemptions += 1
     q.status = QUEUED
     log_event(p, s, e, now_s, EV_PREEMPT, request, r, 0.0)
 
 
-@kernel
+@helper
 def preempt(p: Params, s: State, e: int, r: int, request: int, now_s: float) -> None:
     """Preempt by recompute: release everything, wait at the front of the queue."""
     v = s.replica[e, r]
@@ -137,7 +153,7 @@ def preempt(p: Params, s: State, e: int, r: int, request: int, now_s: float) -> 
     v.num_waiting += 1
 
 
-@kernel
+@helper
 def retract(p: Params, s: State, e: int, r: int, request: int, now_s: float) -> None:
     """Preempt by recompute as SGLang does: the request waits at the end of the queue."""
     v = s.replica[e, r]

@@ -6,14 +6,26 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numba import typeof
 from numpy.typing import NDArray
 
 from servegym.cluster.allocate import Capacity, load_episode, make_params, make_state
+from servegym.cluster.entry import addresses
 from servegym.cluster.jit import kernel
-from servegym.cluster.kernels import advance, apply, is_allowed
+from servegym.cluster.kernels import advance, apply, may_answer
 from servegym.cluster.outcome import OUTCOME_DTYPE
 from servegym.cluster.spec import ClusterSpec, Episode
-from servegym.cluster.state import ASK_NOTHING, DONE, LOG_FULL, REJECTED, Params, State
+from servegym.cluster.state import (
+    DISPATCH,
+    DISPATCH_ONLY,
+    DONE,
+    LOG_FULL,
+    NO_DECISION,
+    REJECTED,
+    Asks,
+    Params,
+    State,
+)
 from servegym.errors import InvalidAction
 from servegym.typing import IntArray
 
@@ -25,15 +37,14 @@ def _advance_all(p: Params, s: State, reasons: IntArray) -> None:
 
 
 @kernel
-def _apply_all(p: Params, s: State, actions: IntArray) -> int:
-    """Apply the actions of all environments that wait; return the first bad one or -1."""
-    for e in range(actions.shape[0]):
-        request = s.env[e].deciding
-        if request >= 0 and not is_allowed(p, s, e, request, actions[e]):
+def _apply_all(p: Params, s: State, answers: IntArray) -> int:
+    """Answer all environments that wait; return the first one with a bad answer or -1."""
+    for e in range(answers.shape[0]):
+        if s.env[e].decision != NO_DECISION and not may_answer(p, s, e, answers[e]):
             return e
-    for e in range(actions.shape[0]):
-        if s.env[e].deciding >= 0:
-            apply(p, s, e, actions[e])
+    for e in range(answers.shape[0]):
+        if s.env[e].decision != NO_DECISION:
+            apply(p, s, e, answers[e])
     return -1
 
 
@@ -54,7 +65,7 @@ class Simulator:
         episodes: What each environment plays.
         record: Whether to write the event log, the step log and the ITL histogram.
         max_replicas: Replica columns, if there are to be more than the episodes need.
-        asks: What engines that go by priorities ask for, one of `state.ASK_*`.
+        asks: Which decisions are asked for.
 
     Attributes:
         spec: The rules and replica types.
@@ -71,7 +82,7 @@ class Simulator:
         *,
         record: bool = False,
         max_replicas: int = 0,
-        asks: int = ASK_NOTHING,
+        asks: Asks = DISPATCH_ONLY,
     ) -> None:
         for episode in episodes:
             episode.validate(spec)
@@ -80,10 +91,18 @@ class Simulator:
         self.params = make_params(spec, record=record, asks=asks)
         self._capacity = Capacity.of(episodes, max_replicas=max_replicas, record=record)
         self.state = make_state(spec, self._capacity)
+        self._find_entries()
         self.reasons = np.zeros(len(episodes), np.int64)
         self.scratch: object = None  # working memory of planners, see policy.what_if
         for env, episode in enumerate(episodes):
             load_episode(self.params, self.state, env, episode)
+
+    def _find_entries(self) -> None:
+        self.params.entries[:] = addresses(typeof(self.params), typeof(self.state))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._find_entries()  # compiled code lies elsewhere in another process
 
     @property
     def num_envs(self) -> int:
@@ -112,18 +131,16 @@ class Simulator:
         new: Any
         for old, new in zip(self.state, bigger, strict=True):
             new[tuple(slice(size) for size in old.shape)] = old
-        for i, env in enumerate(bigger.env):  # rings wrap at the old size: unroll them
-            for ring, first in (("held", "hold_first"), ("returned", "return_first")):
-                old = getattr(self.state, ring)[i]
-                getattr(bigger, ring)[i, : len(old)] = np.roll(old, -int(env[first]))
-                env[first] = 0
+        width = self._capacity.replicas
+        bigger.allowed[:, width:] = False  # hold and reject stand behind all replicas
+        bigger.allowed[:, -2:] = self.state.allowed[:, -2:]
         self.state, self._capacity = bigger, merged
 
     def advance(self) -> IntArray:
         """Run every environment until a decision is due or all its requests have ended.
 
         Returns:
-            `DECISION`, `SCHEDULE` or `DONE` per environment, `int64[num_envs]`.
+            `DECISION` or `DONE` per environment, `int64[num_envs]`.
         """
         _advance_all(self.params, self.state, self.reasons)
         while (self.reasons == LOG_FULL).any():
@@ -141,26 +158,25 @@ class Simulator:
         self.state = self.state._replace(**logs)
         self._capacity = self._capacity._replace(log=2 * size)
 
-    def apply(self, actions: IntArray) -> None:
+    def apply(self, answers: IntArray) -> None:
         """Take the decisions that are due.
 
         Args:
-            actions: Replica index, `HOLD` or `REJECT` per environment, `int64[num_envs]`; ignored
-                where no decision is due.
+            answers: What `kernels.apply` takes, for a dispatch a replica, `HOLD` or `REJECT`, per
+                environment, `int64[num_envs]`; ignored where no decision is due.
 
         Raises:
-            InvalidAction: If an action is not allowed; then none has been taken.
+            InvalidAction: If an answer is not allowed; then none has been given.
         """
-        bad = _apply_all(self.params, self.state, np.ascontiguousarray(actions, np.int64))
+        bad = _apply_all(self.params, self.state, np.ascontiguousarray(answers, np.int64))
         if bad >= 0:
-            allowed = [
-                a
-                for a in range(-2, int(self.state.env[bad]["num_replicas"]))
-                if is_allowed(self.params, self.state, bad, self.state.env[bad]["deciding"], a)
-            ]
+            env = self.state.env[bad]
+            dispatch = env["decision"] == DISPATCH
+            stop = int(env["num_replicas"] if dispatch else env["num_requests"])
+            allowed = [a for a in range(-2, stop) if may_answer(self.params, self.state, bad, a)]
             raise InvalidAction(
-                f"action {int(actions[bad])} of environment {bad} is not allowed now: "
-                f"choose one of {allowed} (-1 holds, -2 rejects)"
+                f"action {int(answers[bad])} of environment {bad} is not allowed now: choose one "
+                f"of {allowed} ({'-1 holds, -2 rejects' if dispatch else 'requests; -2: nobody'})"
             )
 
     def outcomes(self, env: int = 0) -> NDArray[np.void]:
@@ -177,7 +193,7 @@ class Simulator:
             "finish_s",
         ):
             out[column] = request[column]
-        out["arrival_s"][arrived:] = np.nan
+        out["arrival_s"][arrived:][request["after"][arrived:] < 0] = np.nan
         out["rejected"] = request["status"] == REJECTED
         out["prompt_tokens"] = request["prompt"]
         out["output_tokens"] = request["output"]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from servegym.typing import FloatArray, Int32Array, IntArray
+from servegym.typing import BoolArray, FloatArray, Int32Array, IntArray
 
 Records = NDArray[np.void]
 
@@ -30,12 +30,16 @@ FAULT_SLOW, FAULT_DOWN, FAULT_UP = range(3)
     EV_RETURN,
 ) = range(9)
 # Why `advance` came back
-DECISION, DONE, LOG_FULL, SCHEDULE = range(4)
-# What the engines that go by priorities ask for: nothing, an order of all requests before a step
-# with something to decide or before every step, or one request at a time, or one or none
-ASK_NOTHING, ASK_ORDER, ASK_EACH_STEP, ASK_PICK, ASK_PICK_OR_NONE = range(5)
-# What they ask about: whom to admit next, whom to preempt
-NO_CHOICE, ADMIT, PREEMPT = range(3)
+DECISION, DONE, LOG_FULL = range(3)
+# Kinds of decisions: which replica a request goes to; and of an engine that goes by priorities
+# the order of its requests, whom to admit next, whom to preempt
+NO_DECISION, DISPATCH, ORDER, ADMIT, PREEMPT = range(5)
+# Whether a kind of decision is asked for: never (a compiled rule decides in its place), where there
+# is a choice, or always
+NEVER, WHERE_IT_MATTERS, ALWAYS = range(3)
+# Kinds of timers, in the order in which those of one instant are due; engines have their turn after
+# the faults
+FAULT, SCRAPE, RETURN, HOLD_OVER, ARRIVAL = range(5)
 # Picks that are not a request: none yet, nobody
 NOT_PICKED, NOBODY = -1, -2
 # How far such an engine is with its next step
@@ -47,6 +51,28 @@ HOLD, REJECT = -1, -2
 ITL_FIRST_S = 1e-4
 ITL_BINS_PER_DECADE = 50
 NUM_ITL_BINS = 8 * ITL_BINS_PER_DECADE
+
+
+class Asks(NamedTuple):
+    """Which decisions are asked for: `NEVER`, `WHERE_IT_MATTERS` or `ALWAYS`.
+
+    Attributes:
+        dispatch: `ALWAYS` is the same as `WHERE_IT_MATTERS`. If never, a request goes to the
+            replica with the smallest sum of running and four times its waiting requests, as in the
+            coordinator of vLLM's data-parallel ranks.
+        order: `ALWAYS` is before every step.
+        admit: `ALWAYS` is also where one request waits, and the answer may be `NOBODY`.
+        preempt: `ALWAYS` is the same as `WHERE_IT_MATTERS`.
+    """
+
+    dispatch: int = WHERE_IT_MATTERS
+    order: int = NEVER
+    admit: int = NEVER
+    preempt: int = NEVER
+
+
+#: What is asked for unless somebody says otherwise.
+DISPATCH_ONLY = Asks()
 
 
 class Params(NamedTuple):
@@ -80,15 +106,20 @@ class Params(NamedTuple):
     metrics_interval_s: float  # 0: metrics are always fresh
     noise_sigma: float
     noise_period_steps: int
-    asks: int  # ASK_* of engines that go by priorities
+    asks: Asks
     record: bool  # write the event log, the step log and the ITL histogram
+    entries: IntArray  # [NUM_ENTRIES] addresses of entry points, see cluster.entry
 
 
 #: One request. Token counts of a decoding request are as of `join_iter`.
 REQUEST_DTYPE = np.dtype(
     [
         # inputs
-        ("arrival_s", "f8"),
+        ("arrival_s", "f8"),  # of one that waits for another: NaN until then
+        ("after", "i8"),  # request whose end it waits for, -1: it arrives by itself
+        ("delay_s", "f8"),  # from that end to its arrival
+        ("first_after", "i8"),  # first of those that wait for it, -1: none does
+        ("next_after", "i8"),  # the next that waits for the same
         ("predicted", "f8"),  # output tokens
         ("prompt", "i8"),  # tokens
         ("output", "i8"),  # tokens
@@ -119,9 +150,9 @@ REQUEST_DTYPE = np.dtype(
         ("cached", "i8"),  # prefix tokens found at the first admission; -1 before
         ("hit_hint", "i8"),  # tokens the router believed cached at dispatch
         (
-            "preset_hit",
+            "landed_tokens",
             "i8",
-        ),  # tokens taken as cached at admission, without prefix caching
+        ),  # tokens that need not be computed after admission, without prefix caching
         ("next_request", "i8"),  # links of waiting queues and running lists
         ("prev_request", "i8"),
         ("heap_pos", "i8"),  # place in the replica's end heap, -1: not in it
@@ -179,15 +210,18 @@ ENV_DTYPE = np.dtype(
         ("noise_seed", "u8"),
         ("now_s", "f8"),
         ("next_arrival", "i8"),
-        ("deciding", "i8"),  # request that waits for a decision, -1: none
-        ("scheduling", "i8"),  # replica whose engine asks for an order or a pick, -1: none
-        ("next_fault", "i8"),
-        ("next_scrape_s", "f8"),
+        ("num_arrived", "i8"),
+        ("decision", "i8"),  # kind of the decision that is due, NO_DECISION: none is
+        ("deciding", "i8"),  # request it is about, -1: none or several
+        ("asking", "i8"),  # replica whose engine asks, -1: none
+        ("num_timers", "i8"),
+        ("num_set", "i8"),  # timers of requests so far: the first set is due first
+        ("num_held", "i8"),
         ("last_scrape_s", "f8"),
-        ("hold_first", "i8"),  # rings of held and returned requests
-        ("hold_count", "i8"),
-        ("return_first", "i8"),
-        ("return_count", "i8"),
+        ("num_up", "i8"),
+        ("num_allowed", "i8"),  # replicas in `allowed`, which holds for requests that need more
+        ("allowed_above", "f8"),  # than so many KV tokens, and
+        ("allowed_up_to", "f8"),  # not more than so many
         ("in_system", "i8"),
         ("area", "f8"),  # integral of in_system, request-seconds
         ("area_until_s", "f8"),
@@ -214,7 +248,6 @@ FORMING_DTYPE = np.dtype(
     [
         ("step_s", "f8"),  # moving average of step times, 0 before the first
         ("stage", "i8"),  # NOT_FORMING, FEEDING, ADMITTING
-        ("choice", "i8"),  # what it asks about
         ("picked", "i8"),  # request picked for that
         ("keyed", "i8"),  # whether keys were written for this step
         ("feeding", "i8"),  # running request whose turn it is, -1: all had theirs
@@ -232,12 +265,15 @@ FORMING_DTYPE = np.dtype(
 SEGMENT_DTYPE = np.dtype([("key", "i8"), ("end", "i8")], align=True)
 END_DTYPE = np.dtype([("key", "i8"), ("request", "i8")], align=True)
 DUE_DTYPE = np.dtype([("time_s", "f8"), ("replica", "i8")], align=True)
+#: Something that happens at a time: a fault, a scrape, or a request's turn.
+TIMER_DTYPE = np.dtype(
+    [("time_s", "f8"), ("kind", "i8"), ("order", "i8"), ("subject", "i8")], align=True
+)
 BLOCK_DTYPE = np.dtype(
     [("identity", "i8"), ("holders", "i4"), ("after", "i4"), ("before", "i4")],
     align=True,
 )
 KNOWN_DTYPE = np.dtype([("identity", "i8"), ("block", "i4")], align=True)
-HELD_DTYPE = np.dtype([("until_s", "f8"), ("request", "i8")], align=True)
 FAULT_DTYPE = np.dtype(
     [("time_s", "f8"), ("value", "f8"), ("replica", "i8"), ("kind", "i8")], align=True
 )
@@ -247,7 +283,7 @@ class State(NamedTuple):
     """What changes; axes: E environments, N requests, R replicas, and as noted.
 
     Records, not one array a field: a request's fields are used together, so they share cache
-    lines, and a kernel takes 20 arguments instead of 130, which decides how long it compiles.
+    lines, and a kernel handles 20 arrays instead of 130, which decides how long it compiles.
     """
 
     request: Records  # REQUEST_DTYPE[E, N]
@@ -266,8 +302,8 @@ class State(NamedTuple):
     shown: FloatArray  # [E, NUM_VIEW_ROWS, R] replica part of the observation; see VIEW_* below
     order: Records  # ORDER_DTYPE[E, N]
     forming: Records  # FORMING_DTYPE[E, R]
-    held: Records  # HELD_DTYPE[E, N] ring
-    returned: IntArray  # [E, N] ring of requests returned by failed replicas
+    timer: Records  # TIMER_DTYPE[E, N + 2] heap: one a request, the next fault and scrape
+    allowed: BoolArray  # [E, R + 2] replicas, hold, reject: actions for the decision that is due
     fault: Records  # FAULT_DTYPE[E, F]
     itl_count: IntArray  # [E, NUM_ITL_BINS] inter-token times
     log: Records  # outcome.EVENT_DTYPE[E, L]

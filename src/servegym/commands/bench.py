@@ -22,6 +22,7 @@ from servegym.cluster.simulator import Simulator
 from servegym.commands.console import make_console, require_writable
 from servegym.policy.run import run
 from servegym.scenario import Scenario, load_scenario
+from servegym.whole_files import write_whole
 
 _START = (
     "import servegym, gymnasium; gymnasium.make('servegym/Dispatch-v0', num_requests=8).reset()"
@@ -76,7 +77,7 @@ class Bench:
                 table.add_row(key, f"{value:.3g}", "", "", "")
         console.print(table)
         if self.json:
-            self.json.write_text(jsonlib.dumps(result, indent=1) + "\n")
+            write_whole({self.json: (jsonlib.dumps(result, indent=1) + "\n").encode()})
 
     def _simulate(self, replicas: int, name: str = "least-outstanding") -> tuple[float, float]:
         scenario = _fleet(replicas)

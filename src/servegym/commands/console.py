@@ -29,9 +29,16 @@ def require_writable(*paths: Path | None) -> None:
             raise ConfigError(f"{path} cannot be written: give the name of a file in a folder")
 
 
+class _PipedConsole(Console):
+    """Leaves to the program how it ends when its reader has gone; rich would exit with 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def make_console() -> Console:
     """Return a console as wide as the terminal."""
-    return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, soft_wrap=False)
+    return _PipedConsole(width=None if sys.stdout.isatty() else PLAIN_WIDTH, soft_wrap=False)
 
 
 def print_remarks(console: Console, remarks: Iterable[str]) -> None:

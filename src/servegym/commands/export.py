@@ -2,57 +2,68 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from servegym.commands.console import make_console
 from servegym.commands.train import exported, require_torch
-from servegym.commands.train_workflow import export_run, is_scheduler_run
+from servegym.commands.train_ordering import exported_order
+from servegym.commands.train_workflow import export_trained
 from servegym.errors import ExportError
+
+if TYPE_CHECKING:
+    from servegym.train.run_folder import StoredRun
 
 
 @dataclass(frozen=True)
 class Export:
-    """Export the checkpoint of a training run to policy.onnx and manifest.json."""
+    """Export the best of a training run, finished or not, with its manifest."""
 
     run_folder: Path
     """Folder that `servegym train --out` has written."""
     out: Path | None = None
-    """Where to; by default `policy/` in the run's folder."""
+    """Where to; by default `policy/` in the run's folder, for an order the run's folder."""
 
     def run(self) -> None:
         """Export."""
         require_torch()
-        from servegym.agents.network import DispatchNetwork, NetworkConfig
-        from servegym.train.ppo import PPOConfig, read_checkpoint
+        from servegym.train.run_folder import CHECKPOINT, CONFIG, StoredRun
 
-        checkpoint, settings = self.run_folder / "checkpoint.pt", self.run_folder / "config.json"
-        if not (checkpoint.is_file() and settings.is_file()):
+        if not all((self.run_folder / name).is_file() for name in (CONFIG, CHECKPOINT)):
             raise ExportError(
-                f"{self.run_folder} is no training run: it needs checkpoint.pt and config.json"
+                f"{self.run_folder} is no training run: it needs {CHECKPOINT} and {CONFIG}"
             )
-        folder = self.out or self.run_folder / "policy"
-        scheduler = is_scheduler_run(settings)
-        if scheduler is not None:
-            path = export_run(self.run_folder, scheduler, folder)
-            make_console().print(f"policy: {path}")
-            return
-        content = read_checkpoint(checkpoint)
-        try:
-            raw = json.loads(settings.read_text())
-            network_config = NetworkConfig.model_validate(raw["network"])
-        except (KeyError, ValueError) as error:
-            raise ExportError(f"{settings} does not describe a training run") from error
-        network = DispatchNetwork(network_config)
+        stored = StoredRun.read(self.run_folder)
+        export = {"dispatcher": _dispatcher, "order": _order, "scheduler": _scheduler}[stored.kind]
+        make_console().print(f"policy: {export(stored, self.out)}")
+
+
+def _dispatcher(stored: StoredRun, out: Path | None) -> Path:
+    from servegym.agents.network import DispatchNetwork
+    from servegym.train.ppo import PPOConfig
+    from servegym.train.run_folder import read_checkpoint, restoring
+
+    config = stored.rebuild(PPOConfig)
+    content = read_checkpoint(stored.path, stored.configuration)
+    network = DispatchNetwork(config.network)
+    with restoring(stored.path):
         network.load_state_dict(content["best"])
-        config = PPOConfig(
-            scenario=raw["scenario"],
-            num_envs=raw["num_envs"],
-            num_steps=raw["num_steps"],
-            load=tuple(raw["load"]),
-            seed=raw["seed"],
-            network=network_config,
-        )
-        path = exported(network, config, folder, int(content["update"]), {})
-        make_console().print(f"policy: {path}")
+        update, last = int(content["update"]), dict(content["last"])
+    return exported(network, config, out or stored.path / "policy", update, last)
+
+
+def _order(stored: StoredRun, out: Path | None) -> Path:
+    from servegym.train.ordering import OrderingTrainer, OrderingTraining
+
+    trainer = OrderingTrainer(stored.rebuild(OrderingTraining), stored.path)
+    trainer.prepare()
+    return exported_order(trainer.found(), trainer.config, out or stored.path)
+
+
+def _scheduler(stored: StoredRun, out: Path | None) -> Path:
+    from servegym.train.workflow import WorkflowTrainer, WorkflowTraining
+
+    trainer = WorkflowTrainer(stored.rebuild(WorkflowTraining), stored.path)
+    trainer.prepare()
+    return export_trained(trainer, out or stored.path / "policy")

@@ -19,6 +19,7 @@ from servegym.commands.console import make_console, print_remarks, require_writa
 from servegym.commands.schedule_benchmark import Benchmark, run_benchmark
 from servegym.errors import ConfigError
 from servegym.evaluate.plots import PALETTE, pyplot
+from servegym.whole_files import write_whole
 from servegym.workflow.bounds import critical_path_s, lower_bound_s
 from servegym.workflow.gantt_page import gantt_page
 from servegym.workflow.graph import Workflow
@@ -93,7 +94,7 @@ class ScheduleDag:
         console.print(schedules_table(workflow, schedules))
         if self.json:
             document = schedule_document(self.dag, workflow, schedules)
-            self.json.write_text(jsonlib.dumps(document, indent=1) + "\n", encoding="utf-8")
+            write_whole({self.json: (jsonlib.dumps(document, indent=1) + "\n").encode()})
             console.print(f"numbers: {self.json}")
         if self.plot:
             draw_schedules(schedules, self.plot)
@@ -201,7 +202,7 @@ def schedule_document(
 def draw_schedules(schedules: dict[str, Schedule], path: Path) -> None:
     """Draw a Gantt chart of each schedule, one below the other, on the same time axis."""
     if path.suffix == ".html":
-        path.write_text(gantt_page(schedules, PALETTE[:7]), encoding="utf-8")
+        write_whole({path: gantt_page(schedules, PALETTE[:7]).encode()})
         return
     plt = pyplot()
     rows = len(next(iter(schedules.values())).workflow.devices)

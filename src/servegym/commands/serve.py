@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -16,12 +17,13 @@ from servegym.errors import ConfigError
 
 if TYPE_CHECKING:
     from servegym.serve.router.app import Router
+    from servegym.serve.router.config import RouterConfig
 
 
 def require_aiohttp() -> None:
     """Say what to install if the serving extra is missing."""
     if find_spec("aiohttp") is None:
-        raise ConfigError("serving needs aiohttp: pip install 'servegym[serve]'")
+        raise ConfigError("serving needs aiohttp: pip install aiohttp")
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,9 @@ class ServeRouter:
     config: Path
     """YAML file of the router."""
     check: bool = False
-    """Only check the file and the policy it names."""
+    """Only check the file, the policy it names, and whether its replicas are there."""
+    offline: bool = False
+    """Leave the replicas out of the check."""
 
     def run(self) -> None:
         """Serve until stopped."""
@@ -43,7 +47,14 @@ class ServeRouter:
         config = read_config(self.config)
         console = make_console()
         if self.check:
-            Router(config).dispatcher.close()
+            problems = _problems(config, Router(config), ask=not self.offline)
+            for problem in problems:
+                console.print(problem, highlight=False, markup=False, soft_wrap=True)
+            if problems:
+                raise ConfigError(
+                    f"{self.config} names what is not as it should be ({len(problems)}, see above)"
+                    + ("" if self.offline else "; --offline leaves the replicas out of the check")
+                )
             console.print(f"{self.config} is good")
             return
 
@@ -56,10 +67,33 @@ class ServeRouter:
                 f"http://{listen.host}:{router.port}/v1, "
                 f"operators: http://{listen.admin_host}:{router.admin_port}"
             )
+            state = router.dispatcher.state
+            for index, replica in enumerate(config.replicas):
+                if not state.is_up(index):
+                    console.print(
+                        f"{replica.name} is down: {replica.url}{config.health.path} has not "
+                        "answered well yet; it gets requests once it does",
+                        markup=False,
+                    )
             if config.auth is None:
                 console.print("no API keys are configured: everyone who can reach it is served")
 
         serve(config, ready)
+
+
+def _problems(config: RouterConfig, router: Router, *, ask: bool) -> list[str]:
+    """Say, a sentence each, what a file that can be read is wrong about."""
+    from servegym.serve.router.auth import read_keys
+    from servegym.serve.router.probe import probe
+
+    router.dispatcher.close()
+    found = []
+    if reason := router.dispatcher.runtime.never_decides():
+        found.append(reason)
+    if config.auth is not None:
+        without = sorted(config.tenants.keys() - read_keys(config.auth).tenants)
+        found += [f"tenant {name} has limits but no key: give it one" for name in without]
+    return found + (asyncio.run(probe(config)) if ask else [])
 
 
 What = Annotated[

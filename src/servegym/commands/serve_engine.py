@@ -47,9 +47,7 @@ class ServeEngine:
         try:
             from servegym.serve.engine.fleet import Fleet, FleetConfig
         except ModuleNotFoundError as error:
-            raise ConfigError(
-                f"{error.name} is missing: pip install 'servegym[serve]' to serve"
-            ) from error
+            raise ConfigError(f"serving needs {error.name}: pip install {error.name}") from error
         config = FleetConfig(
             scenario=load_scenario(self.scenario),
             replicas=_indices(self.replica),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from servegym.commands.console import make_console
+from servegym.commands.sitting import sitting
 from servegym.commands.train_ordering import train_order
 from servegym.commands.train_workflow import JOB_SHOP, train_scheduler
 from servegym.commands.workload import trace_scenario
@@ -25,7 +26,9 @@ def require_torch() -> None:
         import tensorboard  # noqa: F401
         import torch  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f"training needs {error.name}: pip install 'servegym[train]'") from error
+        raise ConfigError(
+            f"training needs {error.name}: pip install -e '.[train]' in a checkout of servegym"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,14 @@ class Train:
     """Train on this trace, or log of a router, instead of the scenario's workload."""
     rate_rps: float | None = None
     """Rate of the trace at load 1; by default 80 % of what the fleet can bear."""
-    out: Path = field(default_factory=lambda: Path("runs/ppo"))
-    """Folder of the run: config.json, tensorboard/, checkpoint.pt, policy/."""
+    out: Path | None = None
+    """Folder of the run: config.json, tensorboard/, checkpoint.pt, policy/. By default
+    runs/KIND-SCENARIO, such as runs/ppo-mixed-chat. A folder is gone on with under the same
+    configuration only."""
     decisions: int = 4_000_000
     """Dispatch decisions to train on."""
     minutes: float = float("inf")
-    """Stop earlier after this wall-clock time."""
+    """Stop earlier after this wall-clock time, which counts from when all is compiled."""
     base: str | None = None
     """Rule the policy starts from, with its parameters: added-delay (default), prefix-load,
     speed-family or least-outstanding; for jobs none (default), srpt-cp, sjf-cp, edd or rank."""
@@ -80,13 +85,15 @@ class Train:
                     " is one of requests: leave it out"
                 )
         scenario = self.scenario
+        orders = load_scenario(scenario).orders_requests
+        out = self._folder("order" if orders else "ppo")
         if self.trace:
-            scenario = trace_scenario(scenario, self.trace, self.rate_rps, self.out)
-        if load_scenario(scenario).orders_requests:
-            self._train_order(scenario)
+            scenario = trace_scenario(scenario, self.trace, self.rate_rps, out)
+        if orders:
+            self._train_order(scenario, out)
             return
         path = trained(
-            self.out,
+            out,
             base=self.base or "added-delay",
             context=self.context,
             imitate=self.imitate,
@@ -98,7 +105,14 @@ class Train:
             seed=self.seed,
             device=self.device,
         )
-        make_console().print(f"policy: {path}\ntensorboard --logdir {self.out}")
+        make_console().print(f"policy: {path}\ntensorboard --logdir {out}")
+
+    def _folder(self, kind: str) -> Path:
+        """Folder of the run: runs of different scenarios do not meet unless they are told to."""
+        if self.out is not None:
+            return self.out
+        parts = [kind, Path(self.scenario).stem, *([Path(self.trace).stem] if self.trace else [])]
+        return Path("runs") / "-".join(parts)
 
     def _refuse(self, options: tuple[str, ...], why: str) -> None:
         """Refuse options that mean nothing here."""
@@ -107,20 +121,21 @@ class Train:
             if getattr(self, option) != usual[option]:
                 raise ConfigError(f"--{option.replace('_', '-')} is for {why}: leave it out")
 
-    def _train_order(self, scenario: str) -> None:
+    def _train_order(self, scenario: str, out: Path) -> None:
         options = ("decisions", "base", "imitate", "context", "num_envs", "device")
         self._refuse(options, f"scenarios of several replicas, and {self.scenario} has one engine")
         path = train_order(
-            self.out, minutes=self.minutes, scenario=scenario, load=self.load, seed=self.seed
+            out, minutes=self.minutes, scenario=scenario, load=self.load, seed=self.seed
         )
-        make_console().print(f"order: {path}")
+        make_console().print(f"order: {path}\ntensorboard --logdir {out}")
 
     def _train_scheduler(self) -> None:
         options = ("trace", "rate_rps", "decisions", "imitate", "context", "num_envs", "device")
         self._refuse(options, f"scenarios of requests, and {self.scenario} is one of jobs")
         given = {} if self.num_jobs is None else {"num_jobs": self.num_jobs}
+        out = self._folder("jobs")
         path = train_scheduler(
-            self.out,
+            out,
             base=self.base or "none",
             minutes=self.minutes,
             scenario=self.scenario,
@@ -129,7 +144,7 @@ class Train:
             seed=self.seed,
             **given,
         )
-        make_console().print(f"policy: {path}\ntensorboard --logdir {self.out}")
+        make_console().print(f"policy: {path}\ntensorboard --logdir {out}")
 
 
 def trained(out: Path, *, base: str, context: str = "mean", **settings: Any) -> Path:
@@ -147,9 +162,9 @@ def trained(out: Path, *, base: str, context: str = "mean", **settings: Any) -> 
         network=network_config(settings["scenario"], name, tuple(rule.params.tolist()), context),
     )
     trainer = Trainer(config, out)
-    network = trainer.run()
-    last = trainer.history[-1] if trainer.history else {}
-    return exported(network, config, out / "policy", trainer.update, last)
+    with sitting(trainer):
+        network = trainer.run()
+        return exported(network, config, out / "policy", trainer.update, trainer.last)
 
 
 def network_config(scenario: str, base: str, params: tuple[float, ...], context: str) -> Any:

@@ -8,8 +8,9 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from servegym.commands.sitting import sitting
 from servegym.export.ordering import save_ordering
-from servegym.train.ordering import OrderingTrainer, OrderingTraining
+from servegym.train.ordering import OrderingTrainer, OrderingTraining, Trained
 
 #: Where a run stops that was given no time.
 DEFAULT_MINUTES = 10.0
@@ -23,12 +24,20 @@ def train_order(out: Path, *, minutes: float, **settings: Any) -> Path:
     trainer = OrderingTrainer(config, out)
     logging.getLogger("servegym.train.ordering").setLevel(logging.INFO)
     columns = (TextColumn("[bold]{task.description}"), BarColumn())
-    with Progress(*columns, TimeRemainingColumn()) as bar:
-        task = bar.add_task("training", total=1.0)
-        found = trainer.run(lambda text, share: bar.update(task, description=text, completed=share))
+    with sitting(trainer):
+        with Progress(*columns, TimeRemainingColumn()) as bar:
+            task = bar.add_task("training", total=1.0)
+            found = trainer.run(
+                lambda text, share: bar.update(task, description=text, completed=share)
+            )
+        return exported_order(found, config, out)
+
+
+def exported_order(found: Trained, config: OrderingTraining, folder: Path) -> Path:
+    """Write what a run has found as a file for the plug-in."""
     return save_ordering(
         found.weights,
-        out,
+        folder,
         found.samples,
         training={
             "algorithm": "cross-entropy search",

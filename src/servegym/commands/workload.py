@@ -13,6 +13,7 @@ from servegym.commands.console import make_console, print_remarks
 from servegym.errors import ConfigError
 from servegym.scenario import Scenario, load_scenario
 from servegym.traced_scenario import with_trace
+from servegym.whole_files import write_whole
 from servegym.workloads.config import MAX_CONTEXT_TOKENS, TraceConfig
 from servegym.workloads.dialect import TimeUnit
 from servegym.workloads.readers import OnBadRow
@@ -96,8 +97,11 @@ def trace_scenario(scenario: str, trace: str, rate_rps: float | None, folder: Pa
     A trained policy is exported and judged on the scenario it was trained on: it must be a file.
     """
     chosen = chosen_scenario(scenario, str(Path(trace).resolve()), rate_rps=rate_rps)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "scenario.yaml"
     text = yaml.safe_dump(chosen.model_dump(mode="json", exclude_none=True), sort_keys=False)
-    path.write_text(text, encoding="utf-8")
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise ConfigError(
+            f"{path} is another scenario than {scenario} with {trace}: give another --out"
+        )
+    write_whole({path: text.encode()})
     return str(path)

@@ -39,7 +39,7 @@ class TableSource(RooflineSource):
         if not tables_installed():
             raise ConfigError(
                 "measured tables need the package aiconfigurator-core: pip install "
-                "'servegym[calibration]', or use --source fits"
+                "'aiconfigurator-core>=0.12,<0.13', or use --source fits"
             )
         if not self.gpu.aic_system:
             raise ConfigError("there are no measured tables of this GPU: use --source fits")
@@ -332,6 +332,6 @@ def source_of(
     if not tables_installed():
         return fits, (
             "The package aiconfigurator-core with the measured tables is not installed "
-            "(pip install 'servegym[calibration]'): the fits stand in."
+            "(pip install 'aiconfigurator-core>=0.12,<0.13'): the fits stand in."
         )
     return TableSource(gpu, fp8, fp4=fp4), ""

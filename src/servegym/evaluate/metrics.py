@@ -6,30 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servegym.cluster.nominal import reference_request_s
+from servegym.cluster.outcome import latencies, within_slo
 from servegym.cluster.spec import ClusterSpec, Episode, ReplicaType
 from servegym.cluster.state import ITL_BINS_PER_DECADE, ITL_FIRST_S
-from servegym.typing import BoolArray, FloatArray, IntArray
+from servegym.typing import FloatArray, IntArray
 
 PERCENTILES = (50, 90, 95, 99)
-
-
-def within_slo(outcomes: NDArray[np.void], spec: ClusterSpec) -> BoolArray:
-    """Which requests met all limits of their class; rejected ones did not."""
-    ttft, tpot, _ = latencies(outcomes)
-    limits = np.array([(c.ttft_s, c.tpot_s) for c in spec.slo_classes])[outcomes["slo_class"]]
-    ok = (ttft <= limits[:, 0]) & (np.nan_to_num(tpot, nan=0.0) <= limits[:, 1])
-    return np.asarray(ok & ~outcomes["rejected"])
-
-
-def latencies(outcomes: NDArray[np.void]) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Return TTFT, TPOT (NaN for one token) and E2E in seconds, NaN for rejected requests."""
-    served = ~outcomes["rejected"]
-    ttft = np.where(served, outcomes["first_token_s"] - outcomes["arrival_s"], np.nan)
-    e2e = np.where(served, outcomes["finish_s"] - outcomes["arrival_s"], np.nan)
-    decode = outcomes["finish_s"] - outcomes["first_token_s"]
-    more = outcomes["output_tokens"] - 1
-    tpot = np.where(served & (more > 0), decode / np.maximum(more, 1), np.nan)
-    return ttft, tpot, e2e
 
 
 def unloaded_s(outcomes: NDArray[np.void], spec: ClusterSpec) -> FloatArray:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from servegym.cluster.outcome import latencies
 from servegym.errors import ConfigError
 from servegym.evaluate.harness import Evaluation
-from servegym.evaluate.metrics import latencies
 
 #: Okabe-Ito: distinguishable with every kind of colour vision.
 PALETTE = (
@@ -31,7 +31,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise ConfigError("a report needs matplotlib: pip install 'servegym[report]'") from error
+        raise ConfigError("a report needs matplotlib: pip install matplotlib") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -82,7 +82,7 @@ class FrozenPolicy:
             import onnxruntime
         except ImportError as error:
             raise ExportError(
-                "running an exported policy needs onnxruntime: pip install 'servegym[serve]'"
+                "running an exported policy needs onnxruntime: pip install onnxruntime"
             ) from error
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1

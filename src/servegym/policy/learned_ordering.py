@@ -97,7 +97,7 @@ class OnnxOrdering:
             import onnxruntime
         except ImportError as error:
             raise ExportError(
-                "an order in ONNX form needs onnxruntime: pip install 'servegym[serve]'"
+                "an order in ONNX form needs onnxruntime: pip install onnxruntime"
             ) from error
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1

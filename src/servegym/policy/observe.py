@@ -6,16 +6,15 @@ import numpy as np
 
 from servegym.cluster.engine import prefix_hit_tokens
 from servegym.cluster.jit import kernel
-from servegym.cluster.kernels import kv_need, measure
+from servegym.cluster.kernels import measure
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import (
-    DECISION,
+    DISPATCH,
     SCRAPED_EMITTED,
     SCRAPED_KV_USAGE,
     SCRAPED_RUNNING,
     SCRAPED_WAITING,
     VIEW_GENERATED,
-    VIEW_KV_CAPACITY,
     VIEW_KV_USAGE,
     VIEW_METRICS_AGE,
     VIEW_NUM_RUNNING,
@@ -29,7 +28,7 @@ from servegym.cluster.state import (
 from servegym.policy.contract import NUM_REPLICA_FEATURES, NUM_REQUEST_FEATURES, Group
 from servegym.policy.policy import Observations
 from servegym.policy.what_if import fill_what_if
-from servegym.typing import BoolArray, FloatArray, IntArray
+from servegym.typing import FloatArray, IntArray
 
 _METRICS = int(Group.METRICS)
 _PREFIX = int(Group.PREFIX)
@@ -37,10 +36,8 @@ _FAR_S = 1e6
 
 
 @kernel
-def observe(
-    p: Params, s: State, e: int, needs: int, request_out: FloatArray, mask_out: BoolArray
-) -> None:
-    """Bring `s.shown[e]` up to date for the decision that is due, and describe its request.
+def observe(p: Params, s: State, e: int, needs: int, request_out: FloatArray) -> None:
+    """Bring `s.shown[e]` up to date for the dispatch that is due, and describe its request.
 
     Args:
         p: Constants.
@@ -48,7 +45,6 @@ def observe(
         e: Environment.
         needs: Feature groups to fill, bits of `Group`.
         request_out: `float64[NUM_REQUEST_FEATURES]`.
-        mask_out: `bool[R + 2]`; replicas, hold, reject.
     """
     env = s.env[e]
     i = env.deciding
@@ -56,15 +52,6 @@ def observe(
     now_s = env.now_s
     view = s.shown[e]
     num_replicas = env.num_replicas
-    width = view.shape[1]
-    need = kv_need(s, e, i)
-    num_up = 0
-    for r in range(width):
-        up = view[VIEW_UP, r] > 0.0
-        num_up += up
-        mask_out[r] = up and need <= view[VIEW_KV_CAPACITY, r]
-    mask_out[width] = p.allow_hold
-    mask_out[width + 1] = p.allow_reject
     slo = p.slo_s[request.slo_class]
     request_out[0] = request.prompt
     request_out[1] = request.predicted
@@ -73,8 +60,8 @@ def observe(
     request_out[4] = p.slo_weight[request.slo_class]
     request_out[5] = now_s - request.arrival_s
     request_out[6] = 1.0 / env.arrival_gap_s if env.arrival_gap_s > 0.0 else 0.0
-    request_out[7] = num_up
-    request_out[8] = env.hold_count
+    request_out[7] = env.num_up
+    request_out[8] = env.num_held
     if needs & _METRICS:
         fresh = p.metrics_interval_s == 0.0
         age = 0.0 if fresh else now_s - env.last_scrape_s
@@ -97,7 +84,7 @@ def observe(
 
 
 def observe_batch(simulator: Simulator, needs: Group) -> tuple[Observations, IntArray]:
-    """Observe every decision that is due.
+    """Observe every dispatch that is due.
 
     Args:
         simulator: After `advance`.
@@ -106,14 +93,13 @@ def observe_batch(simulator: Simulator, needs: Group) -> tuple[Observations, Int
     Returns:
         The observations and the environment of each row, `int64[batch]`.
     """
-    envs = np.flatnonzero(simulator.reasons == DECISION)
+    envs = np.flatnonzero(simulator.state.env["decision"] == DISPATCH)
     width = simulator.max_replicas
     replicas = np.empty((len(envs), NUM_REPLICA_FEATURES, width))
     request = np.empty((len(envs), NUM_REQUEST_FEATURES))
-    mask = np.empty((len(envs), width + 2), np.bool_)
     for row, env in enumerate(envs.tolist()):
         if needs & Group.WHAT_IF:
             fill_what_if(simulator, env)
-        observe(simulator.params, simulator.state, env, int(needs), request[row], mask[row])
+        observe(simulator.params, simulator.state, env, int(needs), request[row])
         replicas[row] = simulator.state.shown[env]
-    return Observations(replicas, request, mask), envs
+    return Observations(replicas, request, simulator.state.allowed[envs]), envs

@@ -12,10 +12,9 @@ import numpy as np
 
 from servegym.cluster.jit import inlined, kernel
 from servegym.cluster.kernels import advance, apply
-from servegym.cluster.priority import resume
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import ClusterSpec, Episode
-from servegym.cluster.state import ASK_ORDER, DECISION, SCHEDULE, Params, State
+from servegym.cluster.state import DECISION, NEVER, WHERE_IT_MATTERS, Asks, Params, State
 from servegym.policy.learned_ordering import CLIP
 from servegym.policy.ordering import NUM_ORDERING_FEATURES
 from servegym.policy.ordering_rows import write_row
@@ -60,14 +59,13 @@ def _score(n: Perceptrons, c: int, row: FloatArray, head: int) -> float:
 @inlined
 def _order(p: Params, s: State, e: int, n: Perceptrons, c: int, row: FloatArray) -> None:
     """Write the keys of all requests of the engine that asks."""
-    r = s.env[e].scheduling
+    r = s.env[e].asking
     for running in range(2):
         request = s.replica[e, r].run_head if running else s.replica[e, r].wait_head
         while request >= 0:
             write_row(p, s, e, r, request, running > 0, row)
             s.order[e, request].key = _score(n, c, row, running)
             request = s.request[e, request].next_request
-    s.forming[e, r].keyed = 1
 
 
 @kernel
@@ -76,15 +74,9 @@ def _play(
 ) -> None:
     """Play environments `first..stop-1` to their ends, `per` of them under each perceptron."""
     for e in range(first, stop):
-        while True:
-            reason = advance(p, s, e)
-            if reason == DECISION:
-                apply(p, s, e, 0)  # there is one replica
-            elif reason == SCHEDULE:
-                _order(p, s, e, n, e // per, row)
-                resume(p, s, e)
-            else:
-                break
+        while advance(p, s, e) == DECISION:
+            _order(p, s, e, n, e // per, row)
+            apply(p, s, e, 0)
 
 
 def play_perceptrons(
@@ -102,7 +94,8 @@ def play_perceptrons(
         The simulator, all episodes at their ends: those of the first perceptron, then the next's.
     """
     per, count = len(episodes), len(nets.hidden)
-    simulator = Simulator(spec, list(episodes) * count, asks=ASK_ORDER)
+    asks = Asks(dispatch=NEVER, order=WHERE_IT_MATTERS)
+    simulator = Simulator(spec, list(episodes) * count, asks=asks)
     require_one_engine(simulator)
     edges = np.linspace(0, per * count, num_threads + 1).astype(int).tolist()
     with ThreadPoolExecutor(num_threads) as pool:

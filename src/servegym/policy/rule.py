@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from numba import njit, typeof, types
+from numba import typeof, types
 
-from servegym.cluster.jit import OPTIONS
+from servegym.cluster.jit import OPTIONS, compiled
 from servegym.policy.policy import Decide
 
 #: `decide(replicas[F, R], request[G], mask[R + 2], params[p], memory[m], rng[1]) -> action`.
@@ -22,8 +22,8 @@ SIGNATURE = types.int64(
 
 def rule(function: Callable[..., int]) -> Decide:
     """Compile a dispatch rule with the signature every rule shares (cached on disk)."""
-    compiled: Decide = njit(SIGNATURE, cache=True)(function)
-    return compiled
+    made: Decide = compiled(function, SIGNATURE)
+    return made
 
 
 def compile_for_rules(
@@ -38,5 +38,4 @@ def compile_for_rules(
         example: Arguments of the types it will be called with.
     """
     signature = types.int64(types.FunctionType(SIGNATURE), *map(typeof, example))
-    compiled: Callable[..., int] = njit(signature, **OPTIONS)(function)
-    return compiled
+    return compiled(function, signature, **OPTIONS)

@@ -14,7 +14,7 @@ from servegym.policy.contract import NUM_REQUEST_FEATURES, Group
 from servegym.policy.observe import observe, observe_batch
 from servegym.policy.policy import Decide, Heuristic, Policy
 from servegym.policy.rule import compile_for_rules
-from servegym.typing import BoolArray, FloatArray, UInt64Array
+from servegym.typing import FloatArray, UInt64Array
 
 
 def _play(
@@ -27,15 +27,14 @@ def _play(
     memory: FloatArray,
     rng: UInt64Array,
     request: FloatArray,
-    mask: BoolArray,
 ) -> int:
     """Run one environment to its end under a compiled rule; stop early if a log is full."""
     while True:
         reason = advance(p, s, e)
         if reason != DECISION:
             return reason
-        observe(p, s, e, needs, request, mask)
-        apply(p, s, e, decide(s.shown[e], request, mask, params, memory, rng))
+        observe(p, s, e, needs, request)
+        apply(p, s, e, decide(s.shown[e], request, s.allowed[e], params, memory, rng))
 
 
 _players: list[Callable[..., int]] = []
@@ -73,7 +72,6 @@ def run(simulator: Simulator, policy: Policy, seed: int = 0) -> None:
 
 def _run_compiled(simulator: Simulator, policy: Heuristic) -> None:
     request = np.zeros(NUM_REQUEST_FEATURES)
-    mask = np.zeros(simulator.max_replicas + 2, np.bool_)
     for env in range(simulator.num_envs):
         while True:
             arguments = (
@@ -85,7 +83,6 @@ def _run_compiled(simulator: Simulator, policy: Heuristic) -> None:
                 policy.memory[env],
                 policy.rng[env],
                 request,
-                mask,
             )
             reason = _player(arguments)(policy.decide, *arguments)
             if reason != LOG_FULL:

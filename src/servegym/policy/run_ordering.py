@@ -11,15 +11,15 @@ import numpy as np
 
 from servegym.cluster.jit import kernel
 from servegym.cluster.kernels import advance, apply
-from servegym.cluster.priority import resume
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import ClusterSpec, Episode
 from servegym.cluster.state import (
-    ASK_EACH_STEP,
-    ASK_ORDER,
+    ALWAYS,
     DECISION,
     LOG_FULL,
-    SCHEDULE,
+    NEVER,
+    WHERE_IT_MATTERS,
+    Asks,
     Params,
     State,
 )
@@ -34,13 +34,9 @@ def _advance_to_asks(p: Params, s: State, reasons: IntArray) -> int:
     """Run all environments until they ask or end; return how many requests those that ask have."""
     num_rows = 0
     for e in range(reasons.shape[0]):
-        while True:
-            reasons[e] = advance(p, s, e)
-            if reasons[e] != DECISION:
-                break
-            apply(p, s, e, 0)  # there is one replica
-        if reasons[e] == SCHEDULE:
-            v = s.replica[e, s.env[e].scheduling]
+        reasons[e] = advance(p, s, e)
+        if reasons[e] == DECISION:
+            v = s.replica[e, s.env[e].asking]
             num_rows += v.num_waiting + v.num_running
     return num_rows
 
@@ -52,8 +48,8 @@ def read_asked(
     """Write the rows of all environments that ask, one after the other."""
     first = 0
     for e in range(reasons.shape[0]):
-        if reasons[e] == SCHEDULE:
-            stop = write_rows(p, s, e, s.env[e].scheduling, first, rows, requests)
+        if reasons[e] == DECISION:
+            stop = write_rows(p, s, e, s.env[e].asking, first, rows, requests)
             envs[first:stop] = e
             first = stop
 
@@ -67,8 +63,7 @@ def _answer(p: Params, s: State, scores: FloatArray, requests: IntArray, envs: I
     for i in range(scores.shape[0]):
         e = envs[i]
         if e != last:
-            s.forming[e, s.env[e].scheduling].keyed = 1
-            resume(p, s, e)
+            apply(p, s, e, 0)
             last = e
 
 
@@ -76,7 +71,7 @@ def make_simulator(
     spec: ClusterSpec, episodes: list[Episode], policy: OrderingPolicy, *, record: bool = False
 ) -> Simulator:
     """Make a simulator whose engines ask as often as a policy has to be asked."""
-    asks = ASK_EACH_STEP if policy.memory_size else ASK_ORDER
+    asks = Asks(dispatch=NEVER, order=ALWAYS if policy.memory_size else WHERE_IT_MATTERS)
     return Simulator(spec, episodes, record=record, asks=asks)
 
 

@@ -16,15 +16,13 @@ import numpy as np
 from servegym.cluster.allocate import Capacity, make_state
 from servegym.cluster.engine import form_step, prefix_hit_tokens, steps_ended_by
 from servegym.cluster.jit import kernel
-from servegym.cluster.kernels import advance, kv_need, reset_env
+from servegym.cluster.kernels import advance, reset_env
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import (
     DECODE,
     PREFILL,
     QUEUED,
     STEP,
-    VIEW_KV_CAPACITY,
-    VIEW_UP,
     VIEW_WHAT_IF_ADDED,
     VIEW_WHAT_IF_E2E,
     Params,
@@ -42,12 +40,14 @@ def _copy_request(
     source = s.request[e, i]
     q = scratch.request[0, slot]
     q.arrival_s = 0.0
+    q.after = -1
+    q.first_after = -1
     q.prompt = source.prompt + generated
     room = capacity_tokens - q.prompt + 1  # a longer answer would never end
     q.output = max(1, min(int(np.round(source.predicted)) - generated, room))
     q.predicted = q.output
     q.slo_class = source.slo_class
-    q.preset_hit = cached
+    q.landed_tokens = cached
     q.status = QUEUED
     q.replica = 0
     q.next_request = -1
@@ -143,12 +143,11 @@ def _step_left_s(p: Params, s: State, e: int, r: int) -> float:
 @kernel
 def _fill(p: Params, quiet: Params, s: State, e: int, scratch: State) -> None:
     i = s.env[e].deciding
-    need = kv_need(s, e, i)
     view = s.shown[e]
     for r in range(s.env[e].num_replicas):
         view[VIEW_WHAT_IF_E2E, r] = 0.0
         view[VIEW_WHAT_IF_ADDED, r] = 0.0
-        if view[VIEW_UP, r] == 0.0 or need > view[VIEW_KV_CAPACITY, r]:
+        if not s.allowed[e, r]:
             continue
         delay = _step_left_s(p, s, e, r)
         count = _copy_engine(p, quiet, s, e, r, scratch, -1)

@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from servegym.cluster.outcome import latencies, within_slo
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import Episode
 from servegym.cluster.state import DECISION
 from servegym.errors import ConfigError, ExportError
-from servegym.evaluate.metrics import latencies, within_slo
 from servegym.export.manifest import read_manifest
 from servegym.export.resolve import resolve_policy
 from servegym.policy.observe import observe_batch

@@ -225,7 +225,7 @@ def _pyarrow() -> Any:
     try:
         import pyarrow
     except ImportError as error:
-        raise ConfigError("a Parquet log needs pyarrow: pip install 'servegym[parquet]'") from error
+        raise ConfigError("a Parquet log needs pyarrow: pip install pyarrow") from error
     return pyarrow
 
 

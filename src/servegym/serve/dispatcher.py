@@ -31,6 +31,7 @@ from servegym.serve.prefix_index import PrefixIndex
 from servegym.serve.prompt import PrefixConfig, Prompt, PromptReader
 from servegym.serve.runtime import Decision, PolicyRuntime, RuntimeConfig
 from servegym.serve.state import EngineMetrics, LiveRequest, LiveState
+from servegym.serve.ties import TieBreaker, counts_replicas
 from servegym.typing import BoolArray, FloatArray
 
 Status = Literal["finished", "rejected", "cancelled", "failed"]
@@ -65,6 +66,8 @@ class DispatchConfig(BaseModel):
         prediction: Of output lengths.
         prefix: How prompts are read.
         log: The decision log, if there is one.
+        seed: Of the order in which equally good replicas get requests; `None`: another for every
+            dispatcher, so that several of one fleet do not all prefer the same.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -76,6 +79,7 @@ class DispatchConfig(BaseModel):
     prediction: LengthPrediction = LengthPrediction()
     prefix: PrefixConfig = PrefixConfig()
     log: DecisionLogConfig | None = None
+    seed: int | None = Field(None, ge=0)
 
 
 class Job:
@@ -169,6 +173,7 @@ class Dispatcher:
             facts, classes, allow_hold=config.allow_hold, allow_reject=config.allow_reject
         )
         self.runtime = PolicyRuntime(config.runtime)
+        self.runtime.meet(self.state.view)
         self.predictor = LengthPredictor(config.prediction)
         self.reader = PromptReader(config.prefix)
         self.index = PrefixIndex([0] * len(self.names))
@@ -177,6 +182,7 @@ class Dispatcher:
             self._size_index(r)
         self._class_idx = {c.name: i for i, c in enumerate(config.slo_classes)}
         self.log = DecisionLog(config.log) if config.log else None
+        self._ties = TieBreaker(len(self.names), config.seed)
 
     def slo_class(self, name: str | None) -> int:
         """Return the index of a service level; the default's for `None`.
@@ -238,11 +244,12 @@ class Dispatcher:
         seen = self.state.observe(
             request, now_s, hit_tokens=self._hits(job), allowed=allowed, may_hold=may_hold
         )
-        decision = self.runtime.decide(seen, request.key)
+        decision = self._choose(seen, request.key)
         if self.log is not None:
             job.decisions.append(self._decision_row(job, decision, now_s, seen))
         if decision.action >= 0:
             self.state.dispatch(request, decision.action, now_s)
+            self._ties.chose(decision.action)
             if math.isnan(job.first_dispatch_s):
                 job.first_dispatch_s = now_s
         elif decision.action == HOLD:
@@ -309,6 +316,19 @@ class Dispatcher:
         """Write what is left of the log."""
         if self.log is not None:
             self.log.close()
+
+    def _choose(self, seen: Observations, key: str) -> Decision:
+        """Let the runtime decide, equally good replicas in turn."""
+        loaded = self.runtime.loaded
+        if counts_replicas(self.runtime.fallback) or (loaded and counts_replicas(loaded.policy)):
+            return self.runtime.decide(seen, key)
+        shown, order = self._ties.show(seen)
+        action, by, reason, duration_s, proposed = self.runtime.decide(shown, key)
+        if action >= 0:
+            action = int(order[action])
+        if proposed is not None and proposed >= 0:
+            proposed = int(order[proposed])
+        return Decision(action, by, reason, duration_s, proposed)
 
     def _take_back(self, job: Job) -> None:
         if job.request.replica >= 0:

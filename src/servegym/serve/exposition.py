@@ -30,6 +30,16 @@ def add_dispatcher(page: Exposition, dispatcher: Dispatcher) -> None:
         "Decisions in which a feature was far from what training has shown",
         [({"feature": name}, count) for name, count in sorted(runtime.features_out.items())],
     )
+    page.gauge(
+        "servegym_policy_kept_out_decisions",
+        "Decisions in a row in which the state kept the policy from being asked",
+        runtime.silence.num_in_row,
+    )
+    page.gauge(
+        "servegym_policy_never_decides",
+        "1 if the fleet itself is too far from what the policy was trained on",
+        float(runtime.never_decides() is not None),
+    )
     page.counter(
         "servegym_policy_loads",
         "Policies put in place after the first, and policies that failed their checks",

@@ -125,6 +125,46 @@ class CircuitBreaker:
         self.num_opened += 1
 
 
+class Silence:
+    """Notices a policy that is not asked because the state forbids it, time after time.
+
+    Args:
+        after: Times in a row that are worth a word; then ten times as many, and so on.
+
+    Attributes:
+        num_in_row: Times it was kept out since it was last asked.
+        num_noticed: How often `after` was reached.
+    """
+
+    def __init__(self, after: int) -> None:
+        self.num_in_row = 0
+        self.num_noticed = 0
+        self._after = after
+        self._next = after
+
+    def kept_out(self) -> bool:
+        """Count a decision without the policy; return whether it is time to say so."""
+        self.num_in_row += 1
+        if self.num_in_row < self._next:
+            return False
+        self.num_noticed += self._next == self._after
+        self._next *= 10
+        return True
+
+    def asked(self) -> int:
+        """Count a decision with it; return how often it was kept out before, if that was said."""
+        if not self.num_in_row:  # as a rule
+            return 0
+        noticed = self.num_in_row if self._next > self._after else 0
+        self.reset()
+        return noticed
+
+    def reset(self) -> None:
+        """Begin anew, as with another policy."""
+        self.num_in_row = 0
+        self._next = self._after
+
+
 class Counters:
     """Decisions by reason, and who made them.
 

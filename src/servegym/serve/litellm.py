@@ -23,6 +23,7 @@ from servegym.cluster.state import HOLD
 from servegym.errors import ConfigError, unknown_name
 from servegym.serve.dispatcher import DispatchConfig, Dispatcher, Job
 from servegym.serve.facts import Hardware, Rates, fleet_facts
+from servegym.serve.prompt import chat_text
 
 #: How a request is found again when it has ended: LiteLLM passes it on and back.
 _KEY = "litellm_call_id"
@@ -89,7 +90,7 @@ def prompt_text(
 ) -> str | list[int]:
     """Return what a request asks, as text or token ids."""
     if messages:
-        return "\n".join(str(message.get("content", "")) for message in messages)
+        return chat_text(messages)
     if given is None or isinstance(given, str):
         return given or ""
     tokens = [token for token in given if isinstance(token, int)]

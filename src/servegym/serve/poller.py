@@ -11,11 +11,14 @@ import aiohttp
 
 from servegym.serve.dispatcher import Dispatcher
 from servegym.serve.metrics import MetricNames, MetricsError, read_metrics
+from servegym.serve.state import EngineMetrics
 
 _log = logging.getLogger(__name__)
 
 #: A page beyond this is no metrics page; vLLM's has 50 kB.
 _MAX_PAGE_BYTES = 4_000_000
+#: The format that `serve.metrics` reads; in OpenMetrics times would be in another unit.
+_HEADERS = {"Accept": "text/plain; version=0.0.4"}
 
 
 class MetricsPoller:
@@ -49,7 +52,7 @@ class MetricsPoller:
         self._dispatcher = dispatcher
         self._session = session
         self._interval_s = interval_s
-        self._timeout = aiohttp.ClientTimeout(total=timeout_s)
+        self._timeout_s = timeout_s
         self._complaint = [""] * len(urls)
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -75,20 +78,40 @@ class MetricsPoller:
         asked_s = self._dispatcher.clock()
         complaint = ""
         try:
-            async with self._session.get(self._urls[replica], timeout=self._timeout) as response:
-                if response.status != 200:
-                    raise MetricsError(f"the metrics page answers {response.status}")
-                page = await response.content.read(_MAX_PAGE_BYTES)
-                while not response.content.at_eof() and len(page) < _MAX_PAGE_BYTES:
-                    page += await response.content.read(_MAX_PAGE_BYTES - len(page))
-            metrics = read_metrics(page.decode("utf-8", "replace"), self._names, time.time())
+            metrics = await fetch_metrics(
+                self._session, self._urls[replica], self._names, self._timeout_s
+            )
             self._dispatcher.update_metrics(replica, metrics, asked_s)
         except MetricsError as error:
             complaint = str(error)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            complaint = f"the metrics page cannot be read: {type(error).__name__}"
-        if complaint:
             self.num_failed[replica] += 1
             if complaint != self._complaint[replica]:
                 _log.warning("%s: %s", self._dispatcher.names[replica], complaint)
         self._complaint[replica] = complaint
+
+
+async def fetch_metrics(
+    session: aiohttp.ClientSession, url: str, names: MetricNames | None, timeout_s: float
+) -> EngineMetrics:
+    """Ask for a metrics page and read it.
+
+    Args:
+        session: To ask with.
+        url: Of the page.
+        names: What to look for; `None` tries the known engines.
+        timeout_s: For all of it.
+
+    Raises:
+        MetricsError: If there is no page, or a quantity is not on it.
+    """
+    timeout = aiohttp.ClientTimeout(total=timeout_s)
+    try:
+        async with session.get(url, timeout=timeout, headers=_HEADERS) as response:
+            if response.status != 200:
+                raise MetricsError(f"the metrics page answers {response.status}")
+            page = await response.content.read(_MAX_PAGE_BYTES)
+            while not response.content.at_eof() and len(page) < _MAX_PAGE_BYTES:
+                page += await response.content.read(_MAX_PAGE_BYTES - len(page))
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise MetricsError(f"the metrics page cannot be read: {type(error).__name__}") from error
+    return read_metrics(page.decode("utf-8", "replace"), names, time.time())

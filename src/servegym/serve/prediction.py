@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+#: What clients and engines say beyond this is no length.
+_MAX_TOKENS = 2**31
 
 
 class LengthPrediction(BaseModel):
@@ -63,7 +67,7 @@ class LengthPredictor:
             max_tokens: What the client allows, if it says so.
         """
         config = self.config
-        limit = float(max_tokens) if max_tokens is not None else float("inf")
+        limit = float(min(max_tokens, _MAX_TOKENS)) if max_tokens is not None else math.inf
         if config.kind == "max-tokens" and max_tokens is not None:
             return max(1.0, limit)
         for key in _keys(tenant, slo_class):
@@ -75,6 +79,7 @@ class LengthPredictor:
 
     def learn(self, tenant: str, slo_class: int, output_tokens: int) -> None:
         """Count a finished answer."""
+        output_tokens = min(output_tokens, _MAX_TOKENS)
         for key in _keys(tenant, slo_class):
             group = self._groups.get(key)
             if group is None:

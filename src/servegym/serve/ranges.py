@@ -6,6 +6,8 @@ import numpy as np
 
 from servegym.export.manifest import Manifest
 from servegym.policy.contract import (
+    FIRST_NOMINAL,
+    NUM_NOMINAL,
     NUM_OBSERVED_FEATURES,
     REPLICA_FEATURES,
     REQUEST_FEATURES,
@@ -94,3 +96,14 @@ class Ranges:
         far = ~(near | (replicas[_UP] <= 0.0)).all(1)
         rows = np.flatnonzero(np.concatenate((far, ~near_request)))
         return [_NAMES[row] for row in rows.tolist()]
+
+    def far_facts(self, fleet: FloatArray) -> list[str]:
+        """Return the static features that are far from training at any replica of a fleet.
+
+        Args:
+            fleet: Replica rows, `float64[NUM_REPLICA_FEATURES, R]`. A fact of 0 is not yet known.
+        """
+        rows = slice(FIRST_NOMINAL, FIRST_NOMINAL + NUM_NOMINAL)
+        facts = fleet[rows]
+        near = (np.abs(facts - self._middle[rows]) <= self._half[rows]) | (facts == 0.0)
+        return [_NAMES[FIRST_NOMINAL + row] for row in np.flatnonzero(~near.all(1)).tolist()]

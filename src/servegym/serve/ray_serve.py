@@ -30,6 +30,7 @@ from servegym.errors import ConfigError
 from servegym.policy.contract import FIRST_NOMINAL, NUM_NOMINAL
 from servegym.serve.dispatcher import DispatchConfig, Dispatcher, Job
 from servegym.serve.facts import Hardware, Rates, fleet_facts
+from servegym.serve.prompt import chat_text
 from servegym.serve.state import EngineMetrics
 
 
@@ -91,17 +92,15 @@ def describe_openai(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> De
     body = request if isinstance(request, Mapping) else getattr(request, "__dict__", {})
     prompt = body.get("prompt") or ""
     if not prompt and body.get("messages"):
-        prompt = "\n".join(str(_content(message)) for message in body["messages"])
+        prompt = chat_text([_as_mapping(message) for message in body["messages"]])
     if not (isinstance(prompt, str) or (prompt and all(isinstance(t, int) for t in prompt))):
         prompt = str(prompt)
     limit = body.get("max_completion_tokens") or body.get("max_tokens")
     return Described(prompt, limit if isinstance(limit, int) else None)
 
 
-def _content(message: Any) -> Any:
-    if isinstance(message, Mapping):
-        return message.get("content", "")
-    return getattr(message, "content", "")
+def _as_mapping(message: Any) -> Mapping[str, Any]:
+    return message if isinstance(message, Mapping) else getattr(message, "__dict__", {})
 
 
 class RayFleet:

@@ -6,28 +6,20 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from servegym.baselines.registry import policy as rule
 from servegym.cluster.state import HOLD, REJECT
-from servegym.errors import ConfigError, ExportError, ServeGymError
-from servegym.export.manifest import Manifest, read_manifest
-from servegym.export.resolve import exported_policy
+from servegym.errors import ConfigError, ServeGymError
 from servegym.policy.contract import (
-    FIRST_NOMINAL,
     NO_BOUND,
-    NUM_NOMINAL,
     NUM_OBSERVED_FEATURES,
     NUM_REPLICA_FEATURES,
     NUM_REQUEST_FEATURES,
     Group,
     ReplicaFeature,
-    RequestFeature,
 )
 from servegym.policy.policy import Observations, Policy
 from servegym.serve.guards import (
@@ -37,10 +29,11 @@ from servegym.serve.guards import (
     CircuitBreaker,
     Counters,
     Reason,
+    Silence,
 )
+from servegym.serve.loaded_policy import LoadedPolicy, is_allowed, load_policy
 from servegym.serve.prometheus import Histogram
-from servegym.serve.ranges import Ranges
-from servegym.typing import BoolArray
+from servegym.typing import BoolArray, FloatArray
 
 _log = logging.getLogger(__name__)
 
@@ -48,10 +41,7 @@ Mode = Literal["live", "shadow"]
 #: Upper bounds of the decision-latency histogram, seconds.
 LATENCY_BOUNDS_S = (20e-6, 50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 50e-3)
 _AGE = int(ReplicaFeature["METRICS_AGE_S"])
-_UP = int(ReplicaFeature["UP"])
 _ENV = np.zeros(1, np.int64)
-#: Fleet sizes that a policy is tried on before it is put in place.
-_TRIAL_SIZES = (1, 2, 16)
 
 
 class RuntimeConfig(BaseModel):
@@ -70,6 +60,8 @@ class RuntimeConfig(BaseModel):
         range_margin: A feature is far from training if it is outside the range its manifest
             states by more than so many widths of that range; see `serve.ranges`.
         max_features_out: With more features than this far from training the fallback decides.
+        silent_after_decisions: It is said, loudly, when the state has kept the policy from being
+            asked so many times in a row.
         breaker: Of the circuit breaker.
         seed: Of rules that draw.
     """
@@ -85,6 +77,7 @@ class RuntimeConfig(BaseModel):
     max_metrics_age_s: float = Field(5.0, gt=0)
     range_margin: float = Field(1.0, ge=0)
     max_features_out: int = Field(3, ge=0)
+    silent_after_decisions: int = Field(100, ge=1)
     breaker: BreakerConfig = BreakerConfig()
     seed: int = Field(0, ge=0)
 
@@ -105,92 +98,6 @@ class Decision(NamedTuple):
     reason: Reason
     duration_s: float
     proposed: int | None
-
-
-@dataclass(frozen=True)
-class LoadedPolicy:
-    """A policy that has passed its checks.
-
-    Attributes:
-        text: What it was loaded from.
-        policy: It.
-        manifest: Of an exported policy.
-        ranges: What is not far from its training; `None` for rules.
-    """
-
-    text: str
-    policy: Policy
-    manifest: Manifest | None = None
-    ranges: Ranges | None = None
-
-    @property
-    def version(self) -> str:
-        """First digits of the file's checksum; a rule's own text."""
-        return self.manifest.sha256[:12] if self.manifest else self.text
-
-
-def load_policy(text: str, config: RuntimeConfig) -> LoadedPolicy:
-    """Load a policy and try it; nothing that fails here ever decides.
-
-    Args:
-        text: A rule's name with parameters, or the path of a `policy.onnx`.
-        config: For the ranges and the seed.
-
-    Raises:
-        ConfigError: If there is no such rule, or it cannot be live.
-        ExportError: If the file is not a valid policy, or decides what it may not.
-    """
-    manifest = None
-    if text.endswith(".onnx"):
-        manifest = read_manifest(Path(text))
-        found: Policy = exported_policy(Path(text), manifest)
-    else:
-        found = rule(text)
-    if found.information == "oracle" or found.needs & Group.WHAT_IF:
-        raise ConfigError(
-            f"{text} cannot be live: it needs what only a simulator knows; "
-            "choose another rule or an exported policy"
-        )
-    found.reset(1, config.seed)
-    ranges = Ranges.of(manifest, config.range_margin) if manifest else None
-    loaded = LoadedPolicy(text, found, manifest, ranges)
-    _try_out(loaded)
-    found.reset(1, config.seed)
-    return loaded
-
-
-def _try_out(loaded: LoadedPolicy) -> None:
-    for width in _TRIAL_SIZES:
-        replicas = np.zeros((NUM_REPLICA_FEATURES, width))
-        request = np.ones(NUM_REQUEST_FEATURES)
-        if loaded.manifest and loaded.manifest.replica_ranges:
-            middle = np.mean(loaded.manifest.replica_ranges, axis=1)
-            replicas[:NUM_OBSERVED_FEATURES] = middle[:, None]
-            request[:] = np.mean(loaded.manifest.request_ranges, axis=1)
-        replicas[_UP] = 1.0
-        static = replicas[FIRST_NOMINAL : FIRST_NOMINAL + NUM_NOMINAL]
-        static[static == 0.0] = 1.0  # rules divide by them
-        request[RequestFeature["NUM_UP"]] = width
-        mask = np.ones(width + 2, np.bool_)
-        mask[width:] = False
-        seen = Observations(replicas[None], request[None], mask[None])
-        try:
-            action = int(loaded.policy.act(seen, _ENV)[0])
-        except Exception as error:
-            raise ExportError(f"{loaded.text} fails on a fleet of {width}: {error}") from error
-        if not _is_allowed(action, mask):
-            raise ExportError(
-                f"{loaded.text} chooses {action} of {width} replicas: export the policy again"
-            )
-
-
-def _is_allowed(action: int, mask: BoolArray) -> bool:
-    width = len(mask) - 2
-    if 0 <= action < width:
-        return bool(mask[action])
-    if action == HOLD:
-        return bool(mask[width])
-    return action == REJECT and bool(mask[width + 1])
 
 
 def _reads_metrics(policy: Policy) -> bool:
@@ -215,6 +122,7 @@ class PolicyRuntime:
         breaker: The circuit breaker.
         latency: Seconds per decision.
         features_out: How often each feature was far from training, by name.
+        silence: Notices a policy that is never asked.
 
     Raises:
         ConfigError: If the fallback, or a policy by name, is unknown or cannot be live.
@@ -231,8 +139,10 @@ class PolicyRuntime:
         self.breaker = CircuitBreaker(config.breaker)
         self.latency = Histogram(LATENCY_BOUNDS_S)
         self.features_out: dict[str, int] = {}
+        self.silence = Silence(config.silent_after_decisions)
         self._clock = clock
         self._turn = 0
+        self._fleet: FloatArray | None = None
         self._loaded: LoadedPolicy | None = None
         if config.fallback.endswith(".onnx"):
             raise ConfigError(f"the fallback must be a rule by name, got {config.fallback!r}")
@@ -267,6 +177,36 @@ class PolicyRuntime:
             self.counters.num_reloads += 1
         self._loaded = loaded
         self.breaker.reset()
+        self.silence.reset()
+        self._announce_strangers()
+
+    def meet(self, fleet: FloatArray) -> None:
+        """Learn which fleet is decided for; a policy that can never decide for it is announced.
+
+        Args:
+            fleet: Replica rows of its observations, `float64[NUM_REPLICA_FEATURES, R]`, which may
+                change under the runtime.
+        """
+        self._fleet = fleet
+        self._announce_strangers()
+
+    def never_decides(self) -> str | None:
+        """Say why the policy can never decide for this fleet, if so: what stays is too far off."""
+        loaded = self._loaded
+        if loaded is None or loaded.ranges is None or self._fleet is None:
+            return None
+        far = loaded.ranges.far_facts(self._fleet)
+        if len(far) <= self.config.max_features_out:
+            return None
+        return (
+            f"{loaded.text} can never decide for this fleet: {', '.join(far)} are far from its "
+            f"training, and at most {self.config.max_features_out} features may be "
+            "(max_features_out): correct the replicas' hardware or rates, or train on such a fleet"
+        )
+
+    def _announce_strangers(self) -> None:
+        if reason := self.never_decides():
+            _log.error("%s; %s decides", reason, self.config.fallback)
 
     def reload(self, text: str | None = None) -> LoadedPolicy:
         """Load a policy, by default the same again, and put it in place.
@@ -297,7 +237,11 @@ class PolicyRuntime:
             doubt = self._doubt(observations)
             if doubt is not None:
                 reason = doubt
+                if self.silence.kept_out():
+                    self._announce_silence(doubt)
             else:
+                if num_missed := self.silence.asked():
+                    _log.warning("the policy is asked again, after %d decisions", num_missed)
                 proposed, fault = self._ask(observations, begin_s)
                 reason = fault or reason
         by: Literal["policy", "fallback"] = "fallback"
@@ -310,6 +254,18 @@ class PolicyRuntime:
         duration_s = self._clock() - begin_s
         self._count(by, action, proposed, reason, duration_s)
         return Decision(action, by, reason, duration_s, proposed)
+
+    def _announce_silence(self, doubt: Reason) -> None:
+        assert self._loaded is not None
+        out = sorted(self.features_out, key=lambda name: -self.features_out[name])
+        _log.error(
+            "%s has not been asked in %d decisions in a row: %s%s; %s decides",
+            self._loaded.text,
+            self.silence.num_in_row,
+            doubt.value,
+            f" ({', '.join(out[:8])})" if doubt is Reason.OUT_OF_RANGE else "",
+            self.config.fallback,
+        )
 
     def _forbidden(self, observations: Observations) -> Reason | None:
         """Say why no policy can decide this, if so."""
@@ -380,11 +336,15 @@ class PolicyRuntime:
             _log.exception("%s failed", self._loaded.text)
             fault = Reason.ERROR
         now_s = self._clock()
-        if action is not None and not _is_allowed(action, observations.mask[0]):
+        if action is not None and not is_allowed(action, observations.mask[0]):
             action, fault = None, Reason.INVALID
         if fault is None and now_s - begin_s > self.config.timeout_s:
             fault = Reason.TIMEOUT
+        num_opened = self.breaker.num_opened
         self.breaker.record(fault in FAULTS, now_s)
+        if self.breaker.num_opened > num_opened:
+            text, fallback = self._loaded.text, self.config.fallback
+            _log.error("%s is out of service after faults (%s): %s decides", text, fault, fallback)
         return action, fault
 
     def _fall_back(self, observations: Observations, reason: Reason) -> tuple[int, Reason]:
@@ -397,7 +357,7 @@ class PolicyRuntime:
                 request = np.nan_to_num(observations.request, nan=0.0, posinf=1e9, neginf=0.0)
                 observations = Observations(finite, request, observations.mask)
             action = int(self._fallback.act(observations, _ENV)[0])
-            if _is_allowed(action, mask):
+            if is_allowed(action, mask):
                 return action, reason
         except Exception:
             _log.exception("the fallback %s failed", self.config.fallback)
@@ -440,6 +400,7 @@ class PolicyRuntime:
             "canary_fraction": self.canary_fraction,
             "breaker": self.breaker.state(now_s).name.lower(),
             "breaker_opened": self.breaker.num_opened,
+            "kept_out_in_row": self.silence.num_in_row,
             "counters": self.counters.snapshot(),
             "features_out": dict(self.features_out),
         }

@@ -23,7 +23,7 @@ from servegym.cluster.engine import end_step, form_step
 from servegym.cluster.jit import inlined, kernel
 from servegym.cluster.kernels import apply
 from servegym.cluster.simulator import Simulator
-from servegym.cluster.state import DECODE, DONE, IDLE, LOG_FULL, STEP, Params, State
+from servegym.cluster.state import DECODE, DISPATCH, DONE, IDLE, LOG_FULL, STEP, Params, State
 from servegym.cluster.steptime import decode_span_s, dense_s, locate
 from servegym.costs.step import StepCost
 from servegym.typing import FloatArray, IntArray
@@ -150,6 +150,7 @@ def _play(
             arrival_s = s.request[e, env.next_arrival].arrival_s
         if end_s[0] > arrival_s:
             env.now_s = arrival_s
+            env.decision = DISPATCH
             env.deciding = env.next_arrival
             env.next_arrival += 1
             env.in_system += 1

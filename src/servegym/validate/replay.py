@@ -13,7 +13,7 @@ from servegym.cluster.jit import kernel
 from servegym.cluster.kernels import apply
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import ClusterSpec, Episode, ReplicaType
-from servegym.cluster.state import DONE, WAKING, Params, State
+from servegym.cluster.state import DISPATCH, DONE, WAKING, Params, State
 from servegym.typing import FloatArray, IntArray
 from servegym.validate.ranks import SharedCost, play_ranks
 from servegym.validate.runs import tpot
@@ -101,6 +101,7 @@ def _play(p: Params, s: State, e: int, concurrency: int) -> None:
             form_step(p, s, e, 0, replica_s)
         else:
             env.now_s = arrival_s
+            env.decision = DISPATCH
             env.deciding = env.next_arrival
             env.next_arrival += 1
             env.in_system += 1

@@ -138,9 +138,7 @@ def _parquet(path: Path) -> list[dict[str, object]]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise WorkloadError(
-            "reading Parquet needs pyarrow: pip install 'servegym[parquet]'"
-        ) from error
+        raise WorkloadError("reading Parquet needs pyarrow: pip install pyarrow") from error
     try:
         with parquet.ParquetFile(path) as file:
             _require_distinct(path.name, file.schema_arrow.names)

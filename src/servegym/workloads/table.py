@@ -29,6 +29,10 @@ class RequestTable:
         slo_class: Index into the scenario's SLO classes, `int16[n]`.
         tenant: Tenant number, `int32[n]`.
         session: Conversation number, -1 for none, `int32[n]`.
+        after: Request whose end each one waits for, an earlier one in the table; -1 if it arrives
+            by itself, `int32[n]`. An end is an answer or a rejection.
+        delay_s: Seconds from that end to its arrival: thinking, or tools at work, `float64[n]`. The
+            `arrival_s` of such a request is when it would arrive if nobody waited.
         prefix_offsets: Segments of request i are `prefix_offsets[i]:prefix_offsets[i+1]`,
             `int64[n+1]`.
         prefix_keys: Text of each segment, `int64[m]`.
@@ -43,6 +47,8 @@ class RequestTable:
     slo_class: Int16Array
     tenant: Int32Array
     session: Int32Array
+    after: Int32Array
+    delay_s: FloatArray
     prefix_offsets: IntArray
     prefix_keys: IntArray
     prefix_ends: Int32Array
@@ -67,6 +73,17 @@ class RequestTable:
             if not (values >= 1).all():
                 i = int(np.argmin(values >= 1))
                 raise WorkloadError(f"{name} must be at least 1, got {values[i]} in request {i}")
+        late = (self.after < -1) | (self.after >= np.arange(n))
+        if late.any():
+            i = int(np.argmax(late))
+            raise WorkloadError(
+                f"after must be an earlier request or -1, got {self.after[i]} in request {i}"
+            )
+        if not (np.isfinite(self.delay_s) & (self.delay_s >= 0)).all():
+            i = int(np.argmin(np.isfinite(self.delay_s) & (self.delay_s >= 0)))
+            raise WorkloadError(
+                f"delay_s must be finite and at least 0, got {self.delay_s[i]} in request {i}"
+            )
         if len(self.prefix_offsets) != n + 1 or len(self.prefix_keys) != len(self.prefix_ends):
             raise WorkloadError("the prefix segments do not match the requests")
 
@@ -83,6 +100,8 @@ class RequestTable:
         slo_class: IntArray | Int16Array | None = None,
         tenant: IntArray | Int32Array | None = None,
         session: IntArray | Int32Array | None = None,
+        after: IntArray | Int32Array | None = None,
+        delay_s: FloatArray | None = None,
         predicted_output_tokens: FloatArray | None = None,
         prefix_offsets: IntArray | None = None,
         prefix_keys: IntArray | None = None,
@@ -109,6 +128,8 @@ class RequestTable:
             slo_class=column(slo_class, 0, np.int16),  # type: ignore[arg-type]
             tenant=column(tenant, 0, np.int32),  # type: ignore[arg-type]
             session=column(session, -1, np.int32),  # type: ignore[arg-type]
+            after=column(after, -1, np.int32),  # type: ignore[arg-type]
+            delay_s=column(delay_s, 0, np.float64),  # type: ignore[arg-type]
             prefix_offsets=np.zeros(n + 1, np.int64)
             if prefix_offsets is None
             else np.asarray(prefix_offsets, np.int64),
@@ -121,7 +142,10 @@ class RequestTable:
         )
 
     def take(self, rows: IntArray) -> RequestTable:
-        """Return the given rows (ascending), with arrivals unchanged."""
+        """Return the given rows (ascending), with arrivals unchanged.
+
+        One that waits for a request that is left out arrives by itself.
+        """
         counts = np.diff(self.prefix_offsets)[rows]
         offsets = np.concatenate(([0], np.cumsum(counts)))
         starts = self.prefix_offsets[:-1][rows]
@@ -131,6 +155,9 @@ class RequestTable:
             for f in fields(self)
             if not f.name.startswith("prefix_")
         }
+        place = np.full(len(self) + 1, -1, np.int32)  # that of nobody, -1, is the last
+        place[rows] = np.arange(len(rows), dtype=np.int32)
+        per_request["after"] = place[per_request["after"]]
         return RequestTable(
             **per_request,
             prefix_offsets=offsets.astype(np.int64),
@@ -150,7 +177,7 @@ class RequestTable:
         return replace(part, arrival_s=part.arrival_s - start_s)
 
     def scaled(self, rate_factor: float) -> RequestTable:
-        """Return the same requests arriving `rate_factor` times as fast."""
+        """Return the same requests arriving `rate_factor` times as fast; delays stay."""
         if not (np.isfinite(rate_factor) and rate_factor > 0):
             raise WorkloadError(f"rate_factor must be above 0, got {rate_factor}")
         return replace(self, arrival_s=self.arrival_s / rate_factor)

@@ -132,5 +132,23 @@ def test_engine_that_hung_while_idle_serves_what_came_meanwhile(clock):
     clock.run_until(clock.now_s + 30.0)
     assert request.status == Status.WAITING
     pacer.resume()
+    assert pacer.replica.due_s == pacer.now_s  # not as long again as it hung
+    clock.run_until(clock.now_s + 1.0)
+    assert request.status == Status.FINISHED
+
+
+def test_engine_that_failed_while_it_hung_serves_at_once_what_came_after(clock):
+    pacer, _ = make_pacer(clock)
+    pacer.submit(EngineRequest("0", 20, 30, lambda j: j))
+    clock.run_until(clock.now_s + 0.05)
+    pacer.hang()
     clock.run_until(clock.now_s + 30.0)
+    pacer.fail()
+    clock.run_until(clock.now_s + 30.0)
+    request = EngineRequest("1", 20, 3, lambda j: j)
+    pacer.submit(request)
+    clock.run_until(clock.now_s + 30.0)
+    pacer.resume()
+    assert pacer.replica.due_s == pacer.now_s
+    clock.run_until(clock.now_s + 1.0)
     assert request.status == Status.FINISHED

@@ -26,6 +26,7 @@ fleet:
   - {{gpu: H100-SXM-80GB, count: 2, num_blocks: {blocks}}}
 workload: {{kind: generated, rate_rps: 1.0, output: {{medians_tokens: [40.0], max_tokens: 80}}}}
 """
+HUGE = {"replica": 0, "kind": "slow", "value": float("inf")}
 STEP_S = 0.01  # a decode step of this model on this GPU takes a little less
 
 
@@ -129,6 +130,31 @@ def test_chat_stream_names_the_role_first_and_says_what_the_whole_answer_says():
         assert "".join(d["content"] for d in deltas) == whole["choices"][0]["message"]["content"]
         assert whole["object"] == "chat.completion"
         assert {part["object"] for part in parts} == {"chat.completion.chunk"}
+
+    run(test())
+
+
+def test_the_role_comes_with_the_first_output_and_not_before():
+    async def test():
+        async with serving() as (fleet, session):
+            server = fleet.servers[0]
+            await fleet.apply(Fault(0, "hang"))
+            messages = [{"role": "user", "content": "hi"}]
+            for tokens in (1, 5):
+                body = {"messages": messages, "max_tokens": tokens, "stream": True}
+                url = f"{server.url}/v1/chat/completions"
+                async with session.post(url, json=body) as response:
+                    first = asyncio.create_task(response.content.readline())
+                    await until(lambda: server.state()["num_waiting"] == 1)
+                    await asyncio.sleep(0.05)
+                    assert not first.done()
+                    await fleet.apply(Fault(0, "recover"))
+                    role = json.loads((await first)[6:])
+                    assert role["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+                    deltas = [x["choices"][0]["delta"] for x in await events(response)]
+                    assert not any("role" in delta for delta in deltas)
+                    assert "".join(d["content"] for d in deltas).count(" ") == tokens
+                await fleet.apply(Fault(0, "hang"))
 
     run(test())
 
@@ -251,6 +277,35 @@ def test_next_turn_of_a_conversation_finds_prompt_and_answer_in_the_cache():
     run(test())
 
 
+def test_an_image_is_a_thousand_tokens_and_found_in_the_cache():
+    async def test():
+        async with serving() as (fleet, session):
+            server = fleet.servers[0]
+
+            async def see(data):
+                image = {"type": "image_url", "image_url": {"url": f"data:;base64,{data}"}}
+                parts = [{"type": "text", "text": "look: "}, image]
+                talk = [{"role": "user", "content": parts}]
+                status, said = await ask(session, server, "chat/completions", messages=talk)
+                assert status == 200
+                usage = said["usage"]
+                return usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
+
+            first = await see("A" * 300_000)
+            assert 1000 < first[0] < 1020
+            assert first[1] == 0
+            again, other = await see("A" * 300_000), await see("B" * 30)
+            assert again[0] == other[0] == first[0]
+            assert again[1] > 900
+            assert other[1] < 16
+            wrong = [{"role": "user", "content": [{"type": "hologram"}]}]
+            status, said = await ask(session, server, "chat/completions", messages=wrong)
+            assert status == 400
+            assert "image_url" in said["error"]["message"]
+
+    run(test())
+
+
 def test_metrics_count_running_and_waiting_and_describe_the_cache():
     async def test():
         async with serving(seqs=2, speed=1.0) as (fleet, session):
@@ -291,6 +346,22 @@ def test_metrics_count_running_and_waiting_and_describe_the_cache():
         (b'{"prompt": "' + b"x" * 9_000_000 + b'"}', 413, "8388608 bytes"),
         (b'{"prompt": "' + b"x" * 100_000 + b'"}', 400, "room for 0"),
         (b'{"prompt": "\xff"}', 400, ""),
+        (
+            b'{"prompt": "x", "stream": null, "stream_options": null, "max_tokens": null,'
+            b'"n": null, "seed": null, "ignore_eos": null, "priority": null, "model": null,'
+            b'"stop": null}',
+            200,
+            "",
+        ),
+        (b'{"prompt": "x", "max_tokens": 16.0}', 200, ""),
+        *(
+            (b'{"prompt": "x", "%b": %b}' % (field, number), 400, field.decode())
+            for field in (b"max_tokens", b"output_tokens", b"seed", b"priority")
+            for number in (b"9" * 400, b"1e400", b"-1e400", b"NaN", b"Infinity")
+        ),
+        (b'{"prompt": "x", "max_tokens": %b}' % (b"9" * 5000), 400, "number out of range"),
+        (b'{"prompt": [%b]}' % (b"9" * 400), 400, "prompt"),
+        (b'{"prompt": %b}' % (b"[" * 100_000), 400, ""),
     ],
 )
 def test_wrong_bodies_get_a_status_and_a_sentence(body, status, said):
@@ -421,7 +492,13 @@ def test_faults_come_by_the_switch_and_by_the_clock():
             async with session.post(url, json=slow) as response:
                 state = await response.json()
             assert [s["faults"] for s in state] == [["slow=4"], ["drain"]]
-            for wrong in ({"replica": 0, "kind": "sow"}, {"replica": 7, "kind": "hang"}, [], "x"):
+            for wrong in (
+                {"replica": 0, "kind": "sow"},
+                {"replica": 7, "kind": "hang"},
+                [],
+                "x",
+                HUGE,
+            ):
                 async with session.post(url, json=wrong) as response:
                     assert response.status == 400
                     assert (await response.json())["error"]
@@ -453,6 +530,18 @@ def test_client_that_does_not_read_makes_no_heap_of_events_and_still_gets_all():
         parts = [json.loads(x) for x in re.findall(rb"data: (\{.*\})", bytes(received))]
         text = "".join(p["choices"][0]["text"] for p in parts)
         assert text == expected("x", 30000)
+
+    run(test())
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "9" * 400, "9" * 5000, "1e3", "nan", ""])
+def test_wrong_lengths_in_the_header_are_refused(number):
+    async def test():
+        async with serving() as (fleet, session):
+            headers = {"X-Output-Tokens": number}
+            status, said = await ask(session, fleet.servers[0], headers=headers, prompt="x")
+            assert status == 400
+            assert "must be a number from 1 to 2147483647" in said["error"]["message"]
 
     run(test())
 
@@ -501,7 +590,7 @@ def test_impossible_fleet_is_refused(settings, said):
 
 def test_stamped_events_tell_when_the_request_came_and_when_they_were_sent():
     async def test():
-        async with serving(stamped=True) as (fleet, session):
+        async with serving(stamped=True, speed=2.0) as (fleet, session):
             body = {"prompt": "x", "max_tokens": 20, "ignore_eos": True, "stream": True}
             before_s = time.monotonic()
             async with session.post(f"{fleet.servers[0].url}/v1/completions", json=body) as answer:

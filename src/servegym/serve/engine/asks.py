@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from servegym.errors import WorkloadError
+from servegym.serve.engine.content import CHARS_PER_TOKEN
 
 #: Tokens of an answer where a completion names no limit, as OpenAI has it.
 DEFAULT_COMPLETION_TOKENS = 16
 
-_Positive = Annotated[int, Field(ge=1)]
+#: Larger counts of tokens are no one's.
+MAX_TOKENS = 2**31 - 1
+#: What an image, or another part of a message that is no text, counts for.
+MEDIUM_TOKENS = 1000
+_Count = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+_Long = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+_TokenId = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class _Body(BaseModel):
@@ -22,24 +31,24 @@ class _Body(BaseModel):
 class StreamOptions(_Body):
     """What a stream contains besides text."""
 
-    include_usage: bool = False
+    include_usage: bool | None = False
 
 
 class _Ask(_Body):
     model: str | None = None
-    max_tokens: _Positive | None = None
-    stream: bool = False
+    max_tokens: _Count | None = None
+    stream: bool | None = False
     stream_options: StreamOptions | None = None
-    ignore_eos: bool = False
-    seed: int | None = None
-    priority: int = 0
-    n: Literal[1] = 1
-    output_tokens: _Positive | None = None  # ours: where the answer ends by itself
+    ignore_eos: bool | None = False
+    seed: _Long | None = None
+    priority: _Long | None = 0
+    n: Literal[1] | None = 1
+    output_tokens: _Count | None = None  # ours: where the answer ends by itself
 
     @property
     def include_usage(self) -> bool:
         """Whether the last event of a stream tells the numbers of tokens."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 class Completion(_Ask):
@@ -47,9 +56,9 @@ class Completion(_Ask):
 
     prompt: (
         str
-        | list[Annotated[int, Field(ge=0)]]
+        | list[_TokenId]
         | Annotated[list[str], Field(min_length=1, max_length=1)]
-        | Annotated[list[list[Annotated[int, Field(ge=0)]]], Field(min_length=1, max_length=1)]
+        | Annotated[list[list[_TokenId]], Field(min_length=1, max_length=1)]
     )
 
     @property
@@ -66,9 +75,30 @@ class Completion(_Ask):
         return self.max_tokens or DEFAULT_COMPLETION_TOKENS
 
 
-class _Part(_Body):
+class _Text(_Body):
     type: Literal["text"]
     text: str
+
+    @property
+    def content(self) -> str:
+        return self.text
+
+
+class _Medium(BaseModel):
+    """An image or the like: a stretch of tokens of its own, the same for the same content."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    type: Literal["image_url", "image_embeds", "input_audio", "audio_url", "video_url", "file"]
+
+    @property
+    def content(self) -> str:
+        name = json.dumps(self.model_extra, sort_keys=True, default=str).encode()
+        size = MEDIUM_TOKENS * CHARS_PER_TOKEN
+        return hashlib.shake_128(name).hexdigest(size // 2)
+
+
+_Part = Annotated[_Text | _Medium, Field(discriminator="type")]
 
 
 class _Message(_Body):
@@ -78,7 +108,7 @@ class _Message(_Body):
     @property
     def text(self) -> str:
         if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
+            return "".join(part.content for part in self.content)
         return self.content or ""
 
 
@@ -86,7 +116,7 @@ class Chat(_Ask):
     """Body of `/v1/chat/completions`."""
 
     messages: list[_Message] = Field(min_length=1)
-    max_completion_tokens: _Positive | None = None
+    max_completion_tokens: _Count | None = None
 
     @property
     def text(self) -> str:

@@ -189,12 +189,16 @@ class Fleet:
         return await self._state(http)
 
 
+#: What JSON of another form, numbers too large or nesting too deep raise.
+_NO_FAULT = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+
+
 def _fault(body: str) -> Fault:
     """Read `{"replica": 0, "kind": "slow", "value": 10}`."""
     try:
         data = json.loads(body)
         return Fault(int(data["replica"]), str(data["kind"]), float(data.get("value", 1.0)))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except _NO_FAULT as error:
         raise ConfigError(
             'a fault is an object such as {"replica": 0, "kind": "slow", "value": 10}'
         ) from error

@@ -53,7 +53,8 @@ class Pacer:
         self._clock_s = clock_s
         self._origin_s = clock_s()
         self._timer: asyncio.TimerHandle | None = None
-        self._hung_since_s = math.nan
+        self._hung = False
+        self._left_s = math.inf  # of the step in progress when it hung
 
     @property
     def now_s(self) -> float:
@@ -63,7 +64,7 @@ class Pacer:
     @property
     def hanging(self) -> bool:
         """Whether the engine stands still."""
-        return not math.isnan(self._hung_since_s)
+        return self._hung
 
     def submit(self, request: EngineRequest) -> None:
         """Put a request into the waiting queue now; see `Replica.submit`."""
@@ -86,6 +87,7 @@ class Pacer:
         """Lose everything; see `Replica.fail`."""
         self._catch_up()
         lost = self.replica.fail()
+        self._left_s = math.inf
         self._arm()
         return lost
 
@@ -93,14 +95,17 @@ class Pacer:
         """Stand still: requests are taken in, and nothing happens to them."""
         if not self.hanging:
             self._catch_up()
-            self._hung_since_s = self.now_s
+            self._hung = True
+            self._left_s = self.replica.due_s - self.now_s
             self._arm()
 
     def resume(self) -> None:
-        """Go on where `hang` interrupted."""
+        """Go on where `hang` interrupted; an engine that was idle begins with what has come."""
         if self.hanging:
-            self.replica.due_s += self.now_s - self._hung_since_s
-            self._hung_since_s = math.nan
+            self._hung = False
+            if not math.isinf(self.replica.due_s):
+                left_s = self._left_s if math.isfinite(self._left_s) else 0.0
+                self.replica.due_s = self.now_s + left_s
             self._arm()
 
     def stop(self) -> None:

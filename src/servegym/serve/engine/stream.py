@@ -39,6 +39,7 @@ class Stream:
         "_fields",
         "_framed",
         "_head",
+        "_lead",
         "_sent",
         "_stamped",
         "_tail",
@@ -79,10 +80,15 @@ class Stream:
         event = _compact(self._chunk("\x00", None))
         head, tail = event.split(b"\\u0000")
         self._head, self._tail = b"data: " + head, tail + b"\n"
+        # as in vLLM the role comes with the first output, not when the request is taken
+        self._lead = _event(self._chunk("", None, "assistant")) if chat else b""
 
-    def _chunk(self, text: str, finish_reason: str | None) -> dict[str, Any]:
+    def _chunk(
+        self, text: str, finish_reason: str | None, role: str | None = None
+    ) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self._chat else "text_completion"
-        said = {"delta": {"content": text}} if self._chat else {"text": text}
+        delta = {"role": role, "content": text} if role else {"content": text}
+        said = {"delta": delta} if self._chat else {"text": text}
         choice = {"index": 0, **said, "logprobs": None, "finish_reason": finish_reason}
         return {**self._fields, "object": kind, "choices": [choice]}
 
@@ -121,10 +127,6 @@ class Stream:
         await response.prepare(http)
         # Events bypass the response: its `write` is a coroutine, which costs more than the event.
         self._transport = http.transport
-        if self._chat:
-            role = self._chunk("", None)
-            role["choices"][0]["delta"] = {"role": "assistant", "content": ""}
-            self._write(_event(role))
         return response
 
     def send(self, generated: int) -> None:
@@ -135,14 +137,14 @@ class Stream:
         transport = self._transport
         if transport is None or transport.get_write_buffer_size() > _MAX_UNREAD_BYTES:
             return
-        self._write(
-            b"%b%b%b%b\n" % (self._head, self._take(generated).encode(), self._tail, self._stamp())
-        )
+        text = self._take(generated).encode()
+        lead, self._lead = self._lead, b""
+        self._write(b"%b%b%b%b%b\n" % (lead, self._head, text, self._tail, self._stamp()))
 
     def rest(self, include_usage: bool) -> bytes:
         """Return what is left to send when the request has ended."""
         event = self._chunk(self._take(self.request.output_tokens), self.request.finish_reason)
-        parts = [_event(event, self._stamp())]
+        parts = [self._lead, _event(event, self._stamp())]
         if include_usage:
             last = {**self._chunk("", None), "choices": [], "usage": self.usage}
             parts.append(_event(last))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Literal, TypeVar
 
@@ -16,6 +17,7 @@ from servegym.serve.dispatcher import Dispatcher
 from servegym.serve.router.errors import RequestError
 from servegym.serve.router.health import Health
 
+_log = logging.getLogger(__name__)
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -105,6 +107,8 @@ class Admin:
         replica = self._dispatcher.names.index(name)
         self._health.drain(replica, draining)
         left = self._dispatcher.state.outstanding(replica)
+        verb = "drains" if draining else "takes requests again"
+        _told(request, f"{name} {verb}, with {left} requests in progress")
         return web.json_response(
             {"replica": name, "draining": draining, "outstanding_requests": left}
         )
@@ -117,19 +121,28 @@ class Admin:
             wanted = text or (runtime.loaded.text if runtime.loaded else runtime.config.policy)
             try:
                 loaded = await asyncio.to_thread(runtime.prepare, wanted)
-            except ServeGymError:
+            except ServeGymError as error:
                 runtime.counters.num_refused += 1
+                _told(request, f"the policy {wanted!r} is refused: {error}")
                 raise
+            before = runtime.loaded.version if runtime.loaded else "none"
             runtime.install(loaded)
+            _told(request, f"the policy is {loaded.text!r} ({loaded.version}), it was {before}")
         return web.json_response({"policy": loaded.text, "version": loaded.version})
 
     async def _mode(self, request: web.Request) -> web.StreamResponse:
         runtime = self._dispatcher.runtime
         body = await _read(request, ModeBody)
+        before = (runtime.mode, runtime.canary_fraction)
         if body.mode is not None:
             runtime.mode = body.mode
         if body.canary_fraction is not None:
             runtime.canary_fraction = body.canary_fraction
+        _told(
+            request,
+            f"the mode is {runtime.mode} with a canary of {runtime.canary_fraction:g}, "
+            "it was {} with {:g}".format(*before),
+        )
         return web.json_response({"mode": runtime.mode, "canary_fraction": runtime.canary_fraction})
 
     async def _state(self, request: web.Request) -> web.StreamResponse:
@@ -145,6 +158,7 @@ class Admin:
         for r, (name, health) in enumerate(
             zip(dispatcher.names, self._health.replicas, strict=True)
         ):
+            standing = self._health.ejection.standings[r]
             age_s = state.metrics_age_s(r, now_s)
             features = state.describe(r) | {"metrics_age_s": age_s}
             replicas.append(
@@ -153,8 +167,10 @@ class Admin:
                     "takes_requests": state.is_up(r),
                     "healthy": health.up,
                     "draining": health.draining,
-                    "ejected_s": max(0.0, health.ejected_until_s - now_s),
-                    "ejections": health.num_ejections,
+                    "ejected_s": max(0.0, standing.ejected_until_s - now_s),
+                    "on_trial": standing.on_trial,
+                    "silent": standing.silent,
+                    "ejections": standing.num_ejections,
                     "models": sorted(health.models),
                     "prefix_blocks": dispatcher.index.sizes()[r],
                     "features": features,
@@ -166,6 +182,11 @@ class Admin:
             "arrival_rate_rps": state.arrival_rate_rps,
             "replicas": replicas,
         }
+
+
+def _told(request: web.Request, what: str) -> None:
+    """Leave a line of what an operator has done."""
+    _log.warning("operator at %s: %s", request.remote, what)
 
 
 async def _read(request: web.Request, model: type[_B]) -> _B:

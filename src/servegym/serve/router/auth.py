@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-import hmac
 import logging
 import os
-from collections.abc import Mapping
+import secrets
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import yaml
 
+from servegym.documents import load_yaml
 from servegym.errors import ConfigError
 from servegym.serve.router.config import AuthConfig
 
@@ -23,15 +25,20 @@ MIN_KEY_CHARACTERS = 16
 class Keys:
     """Known keys, as digests.
 
+    Digests are keyed by a number that is drawn at the start, so no one outside can tell which
+    digest a key has: how long it takes to look one up says nothing about the keys, and it takes
+    as long with one key as with a million.
+
     Args:
         tenants: Keys by tenant.
 
     Raises:
-        ConfigError: If there is none, one is too short, or two tenants share one.
+        ConfigError: If there is none, one is too short, or one is there twice.
     """
 
     def __init__(self, tenants: Mapping[str, list[str]]) -> None:
-        self._digests: list[tuple[bytes, str]] = []
+        self._secret = secrets.token_bytes(32)
+        self._tenants: dict[bytes, str] = {}
         for tenant, keys in tenants.items():
             for key in keys:
                 if len(key) < MIN_KEY_CHARACTERS:
@@ -39,26 +46,30 @@ class Keys:
                         f"a key of tenant {tenant} has {len(key)} characters: "
                         f"it needs at least {MIN_KEY_CHARACTERS}"
                     )
-                digest = _digest(key)
-                owner = next((name for known, name in self._digests if known == digest), None)
-                if owner is not None and owner != tenant:
+                digest = self._digest(key)
+                owner = self._tenants.get(digest)
+                if owner == tenant:
+                    raise ConfigError(f"tenant {tenant} has the same key twice")
+                if owner is not None:
                     raise ConfigError(f"tenants {owner} and {tenant} have the same key")
-                self._digests.append((digest, tenant))
-        if not self._digests:
+                self._tenants[digest] = tenant
+        if not self._tenants:
             raise ConfigError("auth is configured, but there is no key: no one could be served")
 
-    def tenant(self, authorization: str | None) -> str | None:
-        """Return the tenant of an `Authorization` header, `None` without a known key.
+    @property
+    def tenants(self) -> frozenset[str]:
+        """Who has a key."""
+        return frozenset(self._tenants.values())
 
-        All keys are compared, each in constant time: how long it takes says nothing about them.
-        """
+    def tenant(self, authorization: str | None) -> str | None:
+        """Return the tenant of an `Authorization` header, `None` without a known key."""
         scheme, _, key = (authorization or "").partition(" ")
-        given = _digest(key.strip())
-        found: str | None = None
-        for digest, tenant in self._digests:
-            if hmac.compare_digest(digest, given):
-                found = tenant
+        found = self._tenants.get(self._digest(key.strip()))
         return found if scheme.lower() == "bearer" else None
+
+    def _digest(self, key: str) -> bytes:
+        data = key.encode("utf-8", "surrogatepass")
+        return hashlib.blake2b(data, key=self._secret, digest_size=32).digest()
 
 
 def read_keys(config: AuthConfig) -> Keys:
@@ -77,17 +88,40 @@ def read_keys(config: AuthConfig) -> Keys:
     return Keys(tenants)
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+async def watch_file(path: Path, changed: Callable[[], None], interval_s: float = 2.0) -> None:
+    """Look at a file for ever, and say when it has changed.
+
+    Args:
+        path: It may be replaced, be a link that is turned, or be away for a while.
+        changed: Called in a thread of its own, as it may take long.
+        interval_s: Between two looks.
+    """
+    seen = _stamp(path)
+    while True:
+        await asyncio.sleep(interval_s)
+        now = _stamp(path)
+        if now != seen:
+            seen = now
+            await asyncio.to_thread(changed)
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def _from_file(path: Path) -> dict[str, list[str]]:
     try:
         if path.stat().st_mode & 0o077:
             _log.warning("%s can be read by others: chmod 600 it", path)
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        raise ConfigError(f"{path} is no readable YAML file of keys") from None
+        raise ConfigError(
+            f"{path} is no readable YAML file of keys in which each tenant stands once"
+        ) from None
     if not isinstance(data, Mapping):
         raise ConfigError(f"{path} must hold a key or a list of keys for each tenant")
     keys = {

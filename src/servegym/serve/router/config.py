@@ -12,9 +12,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from servegym.calibrate.datasheet import one_sentence
+from servegym.documents import load_yaml
 from servegym.errors import ConfigError, unknown_name
 from servegym.serve.dispatcher import DispatchConfig
 from servegym.serve.facts import Hardware, Rates
+from servegym.serve.router.headers import DEFAULT_FORWARDED, check_rules
 
 
 class _Config(BaseModel):
@@ -42,10 +44,21 @@ class ReplicaConfig(_Config):
     @classmethod
     def _is_http(cls, value: str | None) -> str | None:
         if value is not None:
-            parts = urlsplit(value)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
+            try:
+                parts = urlsplit(value)
+                good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+            except ValueError:  # a port beyond 65535
+                good = False
+            if not good or parts.query or parts.fragment:
                 raise ValueError("must be like http://host:port")
         return value.rstrip("/") if value else value
+
+    @field_validator("url")
+    @classmethod
+    def _is_without_version(cls, value: str) -> str:
+        if value.endswith("/v1"):
+            raise ValueError("must be without /v1: the router adds the path that a client asks for")
+        return value
 
     @model_validator(mode="after")
     def _has_facts(self) -> Self:
@@ -59,6 +72,18 @@ class ReplicaConfig(_Config):
         found = self.hardware or self.rates
         assert found is not None
         return found
+
+    @property
+    def metrics_page(self) -> str:
+        """Where its metrics are."""
+        return self.metrics_url or f"{self.url}/metrics"
+
+    @property
+    def place(self) -> tuple[str, str, int, str]:
+        """Its url, so that equal places are equal however they are written."""
+        parts = urlsplit(self.url)
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+        return parts.scheme, parts.hostname or "", port, parts.path
 
 
 class ListenConfig(_Config):
@@ -127,10 +152,18 @@ class RequestConfig(_Config):
         max_body_bytes: Larger bodies are refused.
         body_timeout_s: For a client to send its body.
         connect_timeout_s: To reach a replica.
-        first_byte_timeout_s: From the dispatch to the first byte of the answer.
-        idle_timeout_s: Between two pieces of an answer.
+        first_byte_timeout_s: From the dispatch of a stream to its first token. An answer that is
+            not streamed has no first token: see `answer_timeout_s`.
+        stall_timeout_s: Between two tokens of a stream; comments are none.
+        answer_timeout_s: For a whole answer that is not streamed; `None`: as long as the client
+            waits. When it is over the client gets a 504, and nothing is tried again.
         client_timeout_s: For a client to take a piece of the answer.
-        max_retries: Other replicas tried before the first byte.
+        max_retries: Other replicas tried before the first token.
+        retry_share: Retries within 10 s, as a share of the requests within 10 s or in progress...
+        retry_reserve: ... and so many more. Requests that a replica did not even take, or whose
+            connection it broke, are tried again beyond this budget: it takes no more.
+        forward_headers: Headers of clients that replicas see; `x-*` names all that begin so.
+        forward_query: Whether replicas see the query string of a URL.
         max_held: Requests on hold at most.
         hold_s: How long a hold lasts.
         max_hold_s: How long a request is held in all, be it that the policy wants it or that no
@@ -148,9 +181,14 @@ class RequestConfig(_Config):
     body_timeout_s: float = Field(30.0, gt=0)
     connect_timeout_s: float = Field(2.0, gt=0)
     first_byte_timeout_s: float = Field(120.0, gt=0)
-    idle_timeout_s: float = Field(60.0, gt=0)
+    stall_timeout_s: float = Field(60.0, gt=0)
+    answer_timeout_s: float | None = Field(None, gt=0)
     client_timeout_s: float = Field(60.0, gt=0)
     max_retries: int = Field(2, ge=0)
+    retry_share: float = Field(0.2, ge=0)
+    retry_reserve: int = Field(100, ge=0)
+    forward_headers: tuple[str, ...] = DEFAULT_FORWARDED
+    forward_query: bool = True
     max_held: int = Field(1000, ge=0)
     hold_s: float = Field(0.05, gt=0)
     max_hold_s: float = Field(10.0, ge=0)
@@ -159,6 +197,12 @@ class RequestConfig(_Config):
     slo_field: str | None = None
     expose_replica: bool = False
     engine_hints: bool = False
+
+    @field_validator("forward_headers")
+    @classmethod
+    def _may_be_forwarded(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        check_rules(value)
+        return value
 
 
 class HealthConfig(_Config):
@@ -170,9 +214,22 @@ class HealthConfig(_Config):
         timeout_s: Of one check.
         down_after: Failed checks in a row that take a replica out.
         up_after: Good checks in a row that take it back.
-        eject_after: Requests that fail in a row that take it out, whatever its checks say.
-        eject_s: How long; doubled each time it fails again at once, up to `max_eject_s`.
+        eject_after: A replica is ejected, whatever its checks say, if at least so many of its
+            latest requests have failed there while another replica answered them well ...
+        eject_rate: ... and if that is a share of them higher by so much than in the rest of the
+            fleet (the median of the others).
+        window_requests: How many requests of a replica are looked at, at least `eject_after`.
+        window_s: How long.
+        eject_s: How long it is out; doubled each time it fails again before it has given a whole
+            answer, up to `max_eject_s`. Then one request at a time is sent there, until one
+            succeeds.
         max_eject_s: The longest.
+        max_ejected_share: Largest share of the replicas that are up and serve the same models
+            that may be out by ejection; of two or more, one may be. 0: none is ever ejected.
+        silent_after_s: A replica with streams in progress that has sent no token of any for so
+            long gets no new requests until it does.
+        max_busy_s: A replica that says it is full (429, 503) is passed over, if another has room,
+            for the seconds of its `Retry-After` (1 if it gives none), at most so many.
     """
 
     path: str = Field("/health", pattern="^/")
@@ -181,15 +238,22 @@ class HealthConfig(_Config):
     down_after: int = Field(2, ge=1)
     up_after: int = Field(1, ge=1)
     eject_after: int = Field(3, ge=1)
+    eject_rate: float = Field(0.5, gt=0, le=1)
+    window_requests: int = Field(20, ge=1)
+    window_s: float = Field(60.0, gt=0)
     eject_s: float = Field(5.0, gt=0)
     max_eject_s: float = Field(300.0, gt=0)
+    max_ejected_share: float = Field(0.5, ge=0, le=1)
+    silent_after_s: float = Field(10.0, gt=0)
+    max_busy_s: float = Field(10.0, ge=0)
 
 
 class ScrapeConfig(_Config):
     """How engines' metrics are polled.
 
     Attributes:
-        engine: `auto`, `vllm`, `sglang`, or a YAML file with a mapping; see `serve.metrics`.
+        engine: `auto`, `vllm`, `sglang`, `tensorrt-llm`, or a YAML file with a mapping; see
+            `serve.metrics`.
         interval_s: Time between two polls of a replica.
         timeout_s: Of one poll.
     """
@@ -230,11 +294,26 @@ class RouterConfig(_Config):
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
-        names = [replica.name for replica in self.replicas]
-        double = sorted({name for name in names if names.count(name) > 1})
-        if double:
-            raise ValueError(f"replica names must differ, got {', '.join(double)} twice")
         classes = [c.name for c in self.dispatch.slo_classes]
+        for kind, names in (
+            ("replica names", [replica.name for replica in self.replicas]),
+            ("names of SLO classes", classes),
+        ):
+            double = sorted({name for name in names if names.count(name) > 1})
+            if double:
+                raise ValueError(f"{kind} must differ, got {', '.join(double)} twice")
+        places: dict[tuple[str, str, int, str], ReplicaConfig] = {}
+        for replica in self.replicas:
+            other = places.setdefault(replica.place, replica)
+            if other is not replica:
+                raise ValueError(
+                    f"replicas {other.name} and {replica.name} have the same url, {replica.url}: "
+                    "its load would be counted as that of two"
+                )
+        if self.tenants and self.auth is None:
+            raise ValueError(
+                "tenants needs auth: without keys everyone is one tenant, whose limits are limits"
+            )
         for limit in (self.limits, *self.tenants.values()):
             if limit.slo_class is not None and limit.slo_class not in classes:
                 raise ValueError(unknown_name("SLO class", limit.slo_class, classes))
@@ -248,7 +327,7 @@ def read_config(path: Path) -> RouterConfig:
         ConfigError: If it is not there, not YAML, or a key or value is not allowed.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"no configuration at {path}") from None
     except (OSError, UnicodeDecodeError) as error:

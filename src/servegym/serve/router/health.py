@@ -1,4 +1,4 @@
-"""Which replicas take requests: checks, ejection of those that fail requests, and draining."""
+"""Which replicas take requests: checks, operators' draining, and ejection (`ejection`)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import aiohttp
 
 from servegym.serve.dispatcher import Dispatcher
 from servegym.serve.router.config import HealthConfig, ReplicaConfig
+from servegym.serve.router.ejection import Ejection
 
 _log = logging.getLogger(__name__)
 
@@ -24,20 +25,14 @@ class ReplicaHealth:
     Attributes:
         up: By its checks.
         draining: By an operator.
-        ejected_until_s: By its failed requests; on the dispatcher's clock.
         models: Names it serves; empty while unknown.
-        num_ejections: Times it was ejected.
     """
 
     def __init__(self) -> None:
         self.up = False
         self.draining = False
-        self.ejected_until_s = 0.0
         self.models: dict[str, dict[str, object]] = {}
-        self.num_ejections = 0
         self.checks_in_row = 0  # equal results
-        self.failed_in_row = 0  # requests
-        self.eject_s = 0.0  # of the last ejection
 
 
 class Health:
@@ -51,6 +46,7 @@ class Health:
 
     Attributes:
         replicas: By index.
+        ejection: Told what becomes of requests.
     """
 
     def __init__(
@@ -67,13 +63,22 @@ class Health:
         self._session = session
         self._timeout = aiohttp.ClientTimeout(total=config.timeout_s)
         self._tasks: list[asyncio.Task[None]] = []
+        self.ejection = Ejection(
+            config, dispatcher.names, dispatcher.clock, self._peers, self._settle
+        )
 
     async def start(self) -> None:
         """Check every replica once, then go on doing so."""
-        for r in range(len(self.replicas)):
-            self._apply(r)
+        self._settle()
         await asyncio.gather(*(self._check(r) for r in range(len(self.replicas))))
+        for health, name, url in zip(
+            self.replicas, self._dispatcher.names, self._urls, strict=True
+        ):
+            if not health.up:
+                place = url + self.config.path
+                _log.error("%s is down: %s has never answered well; is its url right?", name, place)
         self._tasks = [asyncio.create_task(self._run(r)) for r in range(len(self.replicas))]
+        self._tasks.append(asyncio.create_task(self._look()))
 
     async def stop(self) -> None:
         """Stop checking."""
@@ -84,40 +89,15 @@ class Health:
     def drain(self, replica: int, draining: bool) -> None:
         """Send a replica no more requests, or send it some again."""
         self.replicas[replica].draining = draining
-        self._apply(replica)
+        self._settle()
 
-    def request_failed(self, replica: int, *, refused: bool) -> None:
-        """A request has failed at a replica.
-
-        Args:
-            replica: Index.
-            refused: It did not even take the connection: no need to see that more than once.
-        """
+    def refused(self, replica: int) -> None:
+        """A replica did not take a connection: it is down until a check says otherwise."""
         health = self.replicas[replica]
-        health.failed_in_row += 1
-        if health.failed_in_row < self.config.eject_after and not refused:
-            return
-        now_s = self._dispatcher.clock()
-        if now_s < health.ejected_until_s:
-            return
-        health.eject_s = min(
-            max(self.config.eject_s, 2.0 * health.eject_s), self.config.max_eject_s
-        )
-        health.ejected_until_s = now_s + health.eject_s
-        health.num_ejections += 1
-        _log.warning(
-            "%s failed %d requests in a row: none for %g s",
-            self._dispatcher.names[replica],
-            health.failed_in_row,
-            health.eject_s,
-        )
-        self._apply(replica)
-
-    def request_succeeded(self, replica: int) -> None:
-        """A replica has begun to answer a request."""
-        health = self.replicas[replica]
-        health.failed_in_row = 0
-        health.eject_s = 0.0
+        if health.up:
+            self._set_up(replica, False)
+            health.checks_in_row = 0
+            self._settle()
 
     def models(self) -> dict[str, dict[str, object]]:
         """Models of all replicas that are not down, by name."""
@@ -157,17 +137,26 @@ class Health:
             health.checks_in_row += 1
             needed = self.config.up_after if good else self.config.down_after
             if health.checks_in_row >= needed:
-                health.up = good
                 health.checks_in_row = 0
-                name = self._dispatcher.names[replica]
-                _log.warning("%s is %s", name, "up" if good else "down")
+                self._set_up(replica, good)
                 if good:
                     await self._read_models(replica)
-                else:
-                    self._dispatcher.index.clear(replica)  # it has probably been restarted
         else:
             health.checks_in_row = 0
-        self._apply(replica)
+        self._settle()
+
+    def _set_up(self, replica: int, up: bool) -> None:
+        self.replicas[replica].up = up
+        _log.warning("%s is %s", self._dispatcher.names[replica], "up" if up else "down")
+        if not up:
+            self._dispatcher.index.clear(replica)  # it has probably been restarted
+
+    async def _look(self) -> None:
+        config = self.config
+        pause_s = min(1.0, config.silent_after_s / 4, config.eject_s / 4)
+        while True:
+            await asyncio.sleep(pause_s)
+            self.ejection.look()
 
     async def _read_models(self, replica: int) -> None:
         """Ask for the list of models; a replica that has none serves whatever it is asked."""
@@ -181,8 +170,32 @@ class Health:
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError, TypeError):
             return
 
-    def _apply(self, replica: int) -> None:
-        health = self.replicas[replica]
-        ejected = self._dispatcher.clock() < health.ejected_until_s
-        up = health.up and not health.draining and not ejected
-        self._dispatcher.state.set_up(replica, up)
+    def _peers(self, replica: int) -> list[int]:
+        """Replicas that are up and have a model in common with one, itself included."""
+        mine = self.replicas[replica].models.keys()
+        return [
+            r
+            for r, health in enumerate(self.replicas)
+            if health.up
+            and not health.draining
+            and (not mine or not health.models or mine & health.models.keys())
+        ]
+
+    def _settle(self) -> None:
+        """Tell the dispatcher who takes requests; of the ejected ones only so many are kept out.
+
+        A replica that is the last to serve a model is never kept out.
+        """
+        up = {r for r, health in enumerate(self.replicas) if health.up and not health.draining}
+        kept_out: set[int] = set()
+        for r in self.ejection.out(self._dispatcher.clock()):
+            if r not in up:
+                continue
+            peers = set(self._peers(r))
+            left = peers - kept_out - {r}
+            models = self.replicas[r].models
+            served = all(any(self.serves(p, model) for p in left) for model in models)
+            if left and served and self.ejection.may_be_out(len(peers & kept_out), len(peers)):
+                kept_out.add(r)
+        for r in range(len(self.replicas)):
+            self._dispatcher.state.set_up(r, r in up and r not in kept_out)

@@ -1,67 +1,27 @@
-"""The way of one request: decide, send, pass the answer through piece by piece."""
+"""The way of one request: decide, send, and pass the answer on or try another replica."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Mapping
+import math
 
 import aiohttp
 import numpy as np
 from aiohttp import web
+from yarl import URL
 
 from servegym.cluster.state import HOLD
 from servegym.serve.dispatcher import Dispatcher, Job
 from servegym.serve.router.config import RequestConfig
-from servegym.serve.router.errors import RequestError, error_body
+from servegym.serve.router.ejection import Attempt
+from servegym.serve.router.errors import RequestError
+from servegym.serve.router.headers import HeaderFilter, returned
 from servegym.serve.router.health import Health
-from servegym.serve.router.stream import Reader
+from servegym.serve.router.relay import Failures, Relay
+from servegym.serve.router.retry_budget import RetryBudget
 from servegym.serve.router.telemetry import Telemetry
+from servegym.serve.router.upstream import UpstreamError, ask
 from servegym.typing import BoolArray
-
-_log = logging.getLogger(__name__)
-
-#: Answers that say something about the replica, not the request: another one may do better.
-_RETRY_STATUS = frozenset({429, 500, 502, 503, 504})
-#: Headers of a client that a replica should see.
-_FORWARDED = ("Content-Type", "Accept", "traceparent", "tracestate")
-#: Headers of an answer that are about one connection, or that the router sets itself.
-_OWN_HEADERS = frozenset(
-    {
-        "connection",
-        "keep-alive",
-        "proxy-authenticate",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-        "date",
-        "server",
-        "x-request-id",
-    }
-)
-
-
-class UpstreamError(Exception):
-    """Raised when a replica fails a request before the first byte of its answer.
-
-    Args:
-        cause: For the counters.
-        refused: It did not take the connection.
-    """
-
-    def __init__(self, cause: str, *, refused: bool = False) -> None:
-        super().__init__(cause)
-        self.cause = cause
-        self.refused = refused
-
-
-class Answer:
-    """A replica's answer whose first piece is there."""
-
-    def __init__(self, response: aiohttp.ClientResponse, first: bytes) -> None:
-        self.response = response
-        self.first = first
 
 
 class Proxy:
@@ -70,7 +30,7 @@ class Proxy:
     Args:
         config: Limits and times.
         dispatcher: Decides.
-        health: Told what failed.
+        health: Told what becomes of requests.
         telemetry: Counts.
         session: To the replicas.
         urls: Of the replicas.
@@ -90,10 +50,14 @@ class Proxy:
         self.config = config
         self._dispatcher = dispatcher
         self._health = health
+        self._ejection = health.ejection
         self._telemetry = telemetry
         self._session = session
         self._urls = urls
         self._upstream_key = upstream_key
+        self._filter = HeaderFilter(config.forward_headers)
+        self._budget = RetryBudget(config.retry_share, config.retry_reserve, dispatcher.clock)
+        self._relay = Relay(config, dispatcher, health, telemetry)
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=config.connect_timeout_s)
 
     async def forward(
@@ -119,34 +83,44 @@ class Proxy:
         Raises:
             RequestError: If there is no answer to pass on.
         """
+        failures: Failures = []
         tried: set[int] = set()
-        num_tries = 0
+        headers = self._headers(request, key)
+        self._budget.request()
         try:
             while True:
-                replica = await self._place(job, tried)
-                if num_tries == 0:
+                replica = await self._place(job, tried, stream=stream)
+                if not failures:
                     passed_s = self._dispatcher.clock() - read_s - job.held_s
                     self._telemetry.overhead.observe(passed_s)
-                num_tries += 1
+                attempt = self._ejection.begin(replica, stream=stream)
                 prefill = None if stream else self._assume_prefill(job)
                 try:
-                    answer = await self._ask(request, replica, body, key)
+                    answer = await ask(
+                        self._session,
+                        self._url(replica, request),
+                        body,
+                        headers,
+                        timeout=self._timeout,
+                        first_token_s=self._patience_s(attempt),
+                    )
+                    return await self._relay.pass_on(request, job, attempt, answer, key, failures)
                 except UpstreamError as error:
-                    self._failed(replica, error.cause, refused=error.refused)
-                    tried.add(replica)
-                    if num_tries > self.config.max_retries:
-                        raise self._gave_up(error) from None
-                    self._telemetry.retries[error.cause] += 1
-                    continue
+                    failures.append((attempt, error))
+                    self._note(attempt, error)
                 finally:
+                    self._ejection.end(attempt)
                     if prefill is not None:
                         prefill.cancel()
-                return await self._relay(request, job, replica, answer, key)
+                tried.add(replica)
+                if not self._may_try_again(job, failures, tried, stream=stream):
+                    return self._give_up(job, failures, key)
+                self._telemetry.retries[failures[-1][1].cause] += 1
         except asyncio.CancelledError:
-            self._end(job, "cancelled")
+            self._relay.end(job, "cancelled")
             raise
         finally:
-            self._end(job, "failed")
+            self._relay.end(job, "failed")
 
     def _assume_prefill(self, job: Job) -> asyncio.TimerHandle:
         """Without a stream no one says when the prompt is computed: take the known rate for it."""
@@ -154,7 +128,7 @@ class Proxy:
         loop = asyncio.get_running_loop()
         return loop.call_later(left_s, self._dispatcher.end_prefill, job)
 
-    async def _place(self, job: Job, tried: set[int]) -> int:
+    async def _place(self, job: Job, tried: set[int], *, stream: bool) -> int:
         """Decide where a request goes; hold it as long as the policy wants or none is up.
 
         Raises:
@@ -163,7 +137,7 @@ class Proxy:
         config, dispatcher = self.config, self._dispatcher
         until_s = job.request.arrival_s + config.max_hold_s
         while True:
-            allowed = self._allowed(job, tried)
+            allowed = self._allowed(job, tried, stream=stream)
             may_hold = (
                 dispatcher.state.num_held - job.request.held < config.max_held
                 and dispatcher.clock() + config.hold_s <= until_s
@@ -196,182 +170,98 @@ class Proxy:
             await asyncio.sleep(pause_s)
             job.held_s += pause_s
 
-    def _allowed(self, job: Job, tried: set[int]) -> BoolArray:
-        """Replicas that are up and have the model; those that failed it only if no other is."""
+    def _allowed(self, job: Job, tried: set[int], *, stream: bool) -> BoolArray:
+        """Replicas that are up and have the model; the others if there is no better one.
+
+        Worse are those that say they are full, and to an answer that is not streamed, those that
+        have stopped talking: no one would notice that they still do not. Those that have failed
+        the request are the last.
+        """
         state, health = self._dispatcher.state, self._health
         allowed = np.array(
             [state.is_up(r) and health.serves(r, job.model) for r in range(len(self._urls))]
         )
-        fresh = allowed.copy()
-        fresh[list(tried)] = False
-        return fresh if fresh.any() else allowed
+        worse = self._ejection.passed_over(stream=stream)
+        for avoided in ({*tried, *worse}, tried) if worse else (tried,):
+            left = allowed.copy()
+            left[list(avoided)] = False
+            if left.any():
+                return left
+        return allowed
 
-    async def _ask(self, request: web.Request, replica: int, body: bytes, key: str) -> Answer:
-        """Send a request to a replica and wait for the first byte of the answer's body.
+    def _patience_s(self, attempt: Attempt) -> float | None:
+        """How long an answer may take to begin."""
+        if not attempt.stream:
+            return self.config.answer_timeout_s
+        if attempt.is_trial:
+            return min(self._ejection.trial_s, self.config.first_byte_timeout_s)
+        return self.config.first_byte_timeout_s
+
+    def _note(self, attempt: Attempt, error: UpstreamError) -> None:
+        """Note that a replica failed a request; what that says is seen when another answers it."""
+        replica = attempt.replica
+        self._telemetry.upstream_failures[self._dispatcher.names[replica], error.cause] += 1
+        if error.cause == "refused":
+            self._health.refused(replica)
+        elif error.is_full:
+            self._ejection.busy(replica, error.retry_after_s)
+        elif attempt.is_trial and error.cause == "timeout" and not attempt.replica_has_moved:
+            self._ejection.failed(attempt, hung=True)
+
+    def _may_try_again(
+        self, job: Job, failures: Failures, tried: set[int], *, stream: bool
+    ) -> bool:
+        error = failures[-1][1]
+        if len(failures) > self.config.max_retries or (error.cause == "timeout" and not stream):
+            return False
+        if error.of_connection:
+            return True
+        denied: str | None = None
+        if sum(e.refusal is not None and not e.is_full for _, e in failures) > 1:
+            denied = "request"  # two replicas say so: it is the request
+        elif self._allowed(job, tried, stream=stream)[list(tried)].any():
+            denied = "replicas"  # there is no other
+        elif not self._budget.take(self._telemetry.in_flight):
+            denied = "budget"
+        if denied is not None:
+            self._telemetry.retries_denied[denied] += 1
+        return denied is None
+
+    def _give_up(self, job: Job, failures: Failures, key: str) -> web.StreamResponse:
+        """Pass on what a replica said, in its own words if it said something.
 
         Raises:
-            UpstreamError: If there is none in time, or it is one that another may better.
+            RequestError: If none did.
         """
-        response: aiohttp.ClientResponse | None = None
-        try:
-            async with asyncio.timeout(self.config.first_byte_timeout_s):
-                response = await self._session.post(
-                    self._urls[replica] + request.path,
-                    data=body,
-                    headers=self._headers(request.headers, key),
-                    timeout=self._timeout,
-                    allow_redirects=False,
-                )
-                if response.status in _RETRY_STATUS:
-                    raise UpstreamError(f"status_{response.status}")
-                first = await response.content.readany()
-        except UpstreamError:
-            assert response is not None
-            response.close()
-            raise
-        except aiohttp.ClientConnectorError:
-            raise UpstreamError("refused", refused=True) from None
-        except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            if response is not None:
-                response.close()
-            late = isinstance(error, TimeoutError)
-            raise UpstreamError("timeout" if late else "disconnected") from None
-        except asyncio.CancelledError:
-            if response is not None:
-                response.close()
-            raise
-        if not first and response.status == 200:
-            response.close()
-            raise UpstreamError("empty")
-        return Answer(response, first)
-
-    async def _relay(
-        self, request: web.Request, job: Job, replica: int, answer: Answer, key: str
-    ) -> web.StreamResponse:
-        """Pass an answer through, no piece kept longer than the client needs to take it."""
-        upstream, clock = answer.response, self._dispatcher.clock
-        is_stream = upstream.content_type == "text/event-stream"
-        reader = Reader(is_stream=is_stream, is_chat="chat" in request.path)
-        response = web.StreamResponse(
-            status=upstream.status, headers=self._answer(upstream, replica, key)
-        )
-        if upstream.content_length is not None:
-            response.content_length = upstream.content_length
-        loop = asyncio.get_running_loop()
-        writing = False
-        self._health.request_succeeded(replica)
-        try:
-            async with asyncio.timeout(self.config.client_timeout_s) as deadline:
-                if is_stream:
-                    self._dispatcher.first_token(job)
-                    self._telemetry.ttft.observe(clock() - job.request.arrival_s)
-                writing = True
-                await response.prepare(request)
-                piece = answer.first
-                while piece:
-                    count = reader.feed(piece)
-                    if count:
-                        self._dispatcher.tokens(job, count)
-                    await response.write(piece)
-                    writing = False
-                    deadline.reschedule(loop.time() + self.config.idle_timeout_s)
-                    piece = await upstream.content.readany()
-                    writing = True
-                    deadline.reschedule(loop.time() + self.config.client_timeout_s)
-                broken = reader.failed or (is_stream and not reader.done)
-                if not broken:
-                    await response.write_eof()
-        except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            if writing:  # the client's side: it has gone, or takes nothing
-                self._end(job, "cancelled")
-                _abort(request)
-                return response
-            broken = True
-            cause = "idle" if isinstance(error, TimeoutError) else "broken"
-            self._failed(replica, cause, refused=False)
-        finally:
-            # an answer read to its end gives its connection back; another is cut off, and the
-            # engine stops computing it
-            if upstream.content.at_eof():
-                upstream.release()
-            else:
-                upstream.close()
-        self._close_books(job, upstream.status, reader, broken=broken)
-        if broken:
-            await self._tell_broken(request, response, is_stream)
+        error = next((e for _, e in reversed(failures) if e.refusal), failures[-1][1])
+        retry_after_s = self.config.retry_after_s
+        if error.refusal is None:
+            if error.cause == "timeout":
+                raise RequestError(504, "no replica has answered in time", "upstream_timeout")
+            raise RequestError(
+                502, "no replica could answer", "upstream_failed", retry_after_s=retry_after_s
+            )
+        status, given, body = error.refusal
+        self._relay.end(job, "refused" if error.is_full else "failed")
+        if not body:
+            refused = RequestError(status, "the replica gave no reason", "upstream_failed")
+            return refused.response()
+        response = web.Response(status=status, headers=returned(given), body=body)
+        response.headers["X-Request-Id"] = key
+        if error.is_full:
+            response.headers.setdefault("Retry-After", str(max(1, math.ceil(retry_after_s))))
         return response
 
-    def _close_books(self, job: Job, status: int, reader: Reader, *, broken: bool) -> None:
-        prompt_tokens, _, cached_tokens = reader.usage()
-        if prompt_tokens is not None:
-            self._dispatcher.usage(job, prompt_tokens=prompt_tokens, cached_tokens=cached_tokens)
-        if broken or status != 200:
-            self._end(job, "failed" if broken else "refused")
-            return
-        self._telemetry.e2e.observe(self._dispatcher.clock() - job.request.arrival_s)
-        self._telemetry.outcomes["finished"] += 1
-        self._dispatcher.finish(job, reader.output_tokens())
+    def _url(self, replica: int, request: web.Request) -> URL:
+        query = request.rel_url.raw_query_string if self.config.forward_query else ""
+        place = self._urls[replica] + request.rel_url.raw_path
+        return URL(f"{place}?{query}" if query else place, encoded=True)
 
-    async def _tell_broken(
-        self, request: web.Request, response: web.StreamResponse, is_stream: bool
-    ) -> None:
-        """Tell a client that its answer is not whole: an error event, and no proper end."""
-        if is_stream:
-            body = error_body(502, "the replica failed in the middle of the answer", "broken")
-            try:
-                async with asyncio.timeout(1.0):
-                    await response.write(b"\n\ndata: " + body + b"\n\n")
-            except (TimeoutError, OSError, aiohttp.ClientError):
-                pass
-        _abort(request)
-
-    def _end(self, job: Job, status: str) -> None:
-        if not job.ended:
-            self._telemetry.outcomes[status] += 1
-            self._dispatcher.end(job, "cancelled" if status == "cancelled" else "failed")
-
-    def _failed(self, replica: int, cause: str, *, refused: bool) -> None:
-        name = self._dispatcher.names[replica]
-        self._telemetry.upstream_failures[name, cause] += 1
-        # a replica that is full says so with 429; it is well
-        if cause != "status_429":
-            self._health.request_failed(replica, refused=refused)
-
-    def _gave_up(self, error: UpstreamError) -> RequestError:
-        if error.cause == "timeout":
-            return RequestError(504, "no replica has answered in time", "upstream_timeout")
-        retry_after_s = self.config.retry_after_s
-        if error.cause in ("status_429", "status_503"):
-            return RequestError(
-                503, "the replicas are overloaded", "overloaded", retry_after_s=retry_after_s
-            )
-        return RequestError(
-            502, "no replica could answer", "upstream_failed", retry_after_s=retry_after_s
-        )
-
-    def _headers(self, given: Mapping[str, str], key: str) -> dict[str, str]:
-        headers = {name: given[name] for name in _FORWARDED if name in given}
-        headers.setdefault("Content-Type", "application/json")
-        headers["X-Request-Id"] = key
-        if self._upstream_key is not None:
-            headers["Authorization"] = f"Bearer {self._upstream_key}"
-        return headers
-
-    def _answer(
-        self, upstream: aiohttp.ClientResponse, replica: int, key: str
-    ) -> list[tuple[str, str]]:
-        headers = [
-            (name, value)
-            for name, value in upstream.headers.items()
-            if name.lower() not in _OWN_HEADERS and name.lower() != "content-length"
-        ]
+    def _headers(self, request: web.Request, key: str) -> list[tuple[str, str]]:
+        headers = self._filter.forwarded(request.headers)
+        if "Content-Type" not in request.headers:
+            headers.append(("Content-Type", "application/json"))
         headers.append(("X-Request-Id", key))
-        if self.config.expose_replica:
-            headers.append(("X-Servegym-Replica", self._dispatcher.names[replica]))
+        if self._upstream_key is not None:
+            headers.append(("Authorization", f"Bearer {self._upstream_key}"))
         return headers
-
-
-def _abort(request: web.Request) -> None:
-    """Cut a client's connection: an answer that ends properly would pass for a whole one."""
-    if request.transport is not None:
-        request.transport.abort()

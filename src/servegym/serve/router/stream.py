@@ -1,74 +1,336 @@
-"""Reading along with an answer that passes through: its tokens and what the engine reports."""
+"""Reading along with an answer that passes through: its tokens and what the engine reports.
+
+Streams are read as the standard of server-sent events says (WHATWG, HTML, section 9.2.6), whatever
+the pieces they come in. What an event means follows what engines send (vLLM, SGLang, OpenAI):
+
+- output is a choice with text, or a delta with anything but its role, or with token ids or
+  log-probabilities; an event that only announces the role is none, nor is a comment;
+- an error is an object with a true `error`, or `object` or `type` equal to `"error"`, or an event
+  of type `error`; what comes after it, `[DONE]` included, changes nothing;
+- a stream is whole after `[DONE]`, or if every choice it has shown has its `finish_reason`.
+"""
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
-#: The end of an answer that is kept to find its usage in: engines put it last.
+from servegym.serve.router.json_body import parse_json
+
+#: Events, and answers in one piece, are read up to this size; beyond it only the end is looked at,
+#: where engines put their usage.
+_MAX_READ_BYTES = 128 * 1024
 _TAIL_BYTES = 8192
-_PROMPT = re.compile(rb'"prompt_tokens"\s*:\s*(\d+)')
-_COMPLETION = re.compile(rb'"completion_tokens"\s*:\s*(\d+)')
-_CACHED = re.compile(rb'"cached_tokens"\s*:\s*(\d+)')
-_DATA = b"data:"
-_DONE = b"data: [DONE]"
-_ERROR = b'data: {"error"'
+#: Larger counts are no counts of tokens.
+_MAX_TOKENS = 2**31
+_PROMPT = re.compile(rb'"prompt_tokens"\s*:\s*(\d{1,10})\b')
+_COMPLETION = re.compile(rb'"completion_tokens"\s*:\s*(\d{1,10})\b')
+_CACHED = re.compile(rb'"cached_tokens"\s*:\s*(\d{1,10})\b')
+_BOM = b"\xef\xbb\xbf"
+#: The text of an event, and what makes it more than output. A name within generated text cannot be
+#: mistaken for a field: there its quotes are escaped.
+_TEXT = re.compile(rb'"(?:text|content|reasoning|reasoning_content)":"([^"\\]*)"')
+_UNFINISHED = b'"finish_reason":null'
+_TELLING = re.compile(rb'"(?:error|usage|role|tool_calls)"')
+#: Events whose shape is learnt; an engine that changes its events all the time is read in full.
+_MAX_SHAPES = 16
 
 
 class Reader:
-    """Follows one answer, piece by piece.
-
-    A field name within generated text cannot be mistaken for a field: there its quotes are
-    escaped.
+    """Follows one answer, piece by piece, in time linear in its length.
 
     Args:
         is_stream: Whether it is a stream of server-sent events.
-        is_chat: Whether the first event announces the role and brings no token.
 
     Attributes:
-        num_events: Events so far.
+        begun: Whether there has been output, or its end without any.
         done: Whether the stream has said that it is complete.
-        failed: Whether the engine has reported an error in the stream.
+        failed: Whether the engine has reported an error in an answer that began as a good one.
+        error: That error as it came, if it was an object.
+        error_status: The HTTP status that it names, 500 if none.
+        is_stream: As given.
+        num_tokens: Events with output so far.
     """
 
-    __slots__ = ("_is_chat", "_is_stream", "_tail", "done", "failed", "num_events")
+    __slots__ = (
+        "_at_start",
+        "_cached_tokens",
+        "_completion_tokens",
+        "_data",
+        "_finished",
+        "_head",
+        "_kept",
+        "_kind",
+        "_line",
+        "_line_bytes",
+        "_num_bytes",
+        "_num_shapes",
+        "_prompt_tokens",
+        "_seen",
+        "_skip_lf",
+        "_tail",
+        "begun",
+        "done",
+        "error",
+        "error_status",
+        "failed",
+        "is_stream",
+        "num_tokens",
+    )
 
-    def __init__(self, *, is_stream: bool, is_chat: bool) -> None:
-        self._is_stream = is_stream
-        self._is_chat = is_chat
-        self._tail = b""
-        self.num_events = 0
+    def __init__(self, *, is_stream: bool) -> None:
+        self.is_stream = is_stream
+        self.begun = False
         self.done = False
         self.failed = False
+        self.error: dict[str, Any] | None = None
+        self.error_status = 500
+        self.num_tokens = 0
+        self._prompt_tokens: int | None = None
+        self._completion_tokens: int | None = None
+        self._cached_tokens: int | None = None
+        # of a stream: the line and the event that are not complete, and its choices
+        self._line: list[bytes] = []
+        self._line_bytes = 0
+        self._data: list[bytes] = []
+        self._num_bytes = 0  # of the event; of an answer in one piece
+        self._kind = b""
+        self._at_start = True
+        self._skip_lf = False
+        self._head = self._tail = b""
+        self._num_shapes = 0
+        self._seen: set[int] = set()
+        self._finished: set[int] = set()
+        # of an answer in one piece: all of it, or its end
+        self._kept = bytearray()
+
+    @property
+    def whole(self) -> bool:
+        """Whether an answer whose bytes have ended is all there."""
+        if not self.is_stream:
+            return not self.failed
+        ended = self.done or (bool(self._seen) and self._seen <= self._finished)
+        return ended and not self.failed
 
     def feed(self, piece: bytes) -> int:
-        """Take in a piece; return how many events began in it."""
-        window = self._tail[1 - len(_DATA) :] + piece  # a name may be cut in two
-        failed = self._is_stream and _ERROR in self._tail[1 - len(_ERROR) :] + piece
-        self._tail = (self._tail + piece)[-_TAIL_BYTES:]
-        if not self._is_stream:
+        """Take in a piece; return how many events with output ended in it."""
+        if not self.is_stream:
+            self._keep(piece)
             return 0
-        count = window.count(_DATA)
-        self.num_events += count
-        self.failed |= failed
-        self.done |= _DONE in self._tail[-64:]
-        return count
+        if self._is_like_the_last(piece):
+            self.num_tokens += 1
+            return 1
+        before = self.num_tokens
+        if self._skip_lf and piece:
+            self._skip_lf = False
+            piece = piece[1:] if piece.startswith(b"\n") else piece
+        lines = piece.splitlines()
+        rest = b"" if piece.endswith((b"\n", b"\r")) or not lines else lines.pop()
+        self._skip_lf = piece.endswith(b"\r")
+        size = self._line_bytes
+        if lines and size:
+            lines[0] = b"".join(self._line) + lines[0]
+            self._line.clear()
+            self._line_bytes = 0
+        for line in lines:
+            self._take(line, max(size, len(line)))
+            size = 0
+        if self._num_shapes < _MAX_SHAPES and self.num_tokens == before + 1 and not rest:
+            self._learn_shape(piece)
+        if rest:
+            self._line_bytes += len(rest)
+            if self._line_bytes <= _MAX_READ_BYTES:
+                self._line.append(rest)
+        return self.num_tokens - before
+
+    def close(self) -> int:
+        """The answer has ended; return how many events with output ended with it.
+
+        Engines that leave out the last empty line are understood, as clients do.
+        """
+        if not self.is_stream:
+            self._read_document()
+            return 0
+        before = self.num_tokens
+        if self._line:
+            line = b"".join(self._line)
+            self._line.clear()
+            self._take(line, self._line_bytes)
+        self._dispatch()
+        return self.num_tokens - before
 
     def usage(self) -> tuple[int | None, int | None, int | None]:
         """Return prompt, completion and cached tokens as the engine reports them, if it does."""
-        return (
-            _last(_PROMPT, self._tail),
-            _last(_COMPLETION, self._tail),
-            _last(_CACHED, self._tail),
-        )
+        return self._prompt_tokens, self._completion_tokens, self._cached_tokens
 
     def output_tokens(self) -> int:
         """Return the length of the answer: as reported, else one token an event."""
-        reported = self.usage()[1]
-        if reported is not None:
-            return reported
-        return max(0, self.num_events - self.done - self._is_chat)
+        return self.num_tokens if self._completion_tokens is None else self._completion_tokens
+
+    def _is_like_the_last(self, piece: bytes) -> bool:
+        """Whether a piece is an event of output that was read before, but for its text.
+
+        By far most pieces are; nothing more need be read of them.
+        """
+        head, tail = self._head, self._tail
+        if (
+            not head
+            or self._line_bytes
+            or self._num_bytes
+            or not piece.startswith(head)
+            or not piece.endswith(tail)
+        ):
+            return False
+        end = len(piece) - len(tail)
+        # no quote in the text: it ends where the other ended, and brings no field of its own
+        return end >= len(head) and piece.find(b'"', len(head), end) < 0 and piece[end - 1] != 92
+
+    def _learn_shape(self, piece: bytes) -> None:
+        """Note what is around the text of an event of output, if it is a whole one in one line."""
+        plain = (
+            piece.startswith(b"data: {") and piece.endswith(b"}\n\n") and piece.count(b"\n") == 2
+        )
+        if not plain or b"\r" in piece or _UNFINISHED not in piece:
+            return
+        self._num_shapes += 1
+        found = _TEXT.search(piece)
+        if (
+            found is not None
+            and not _TELLING.search(piece)
+            and not _TEXT.search(piece, found.end())
+        ):
+            self._head, self._tail = piece[: found.start(1)], piece[found.end(1) :]
+
+    def _take(self, line: bytes, size: int) -> None:
+        """Take in a line of a stream, whose end may be missing where `size` is more."""
+        if self._at_start:
+            self._at_start = False
+            line = line.removeprefix(_BOM)
+        if not line:
+            self._dispatch()
+            return
+        name, _, value = line.partition(b":")
+        if name == b"data":
+            self._num_bytes += size
+            self._data.append(
+                value.removeprefix(b" ") if self._num_bytes <= _MAX_READ_BYTES else b""
+            )
+        elif name == b"event":
+            self._num_bytes += size
+            self._kind = value.removeprefix(b" ")
+
+    def _dispatch(self) -> None:
+        """An event is complete."""
+        data, kind, size = self._data, self._kind, self._num_bytes
+        self._num_bytes = 0
+        if not data:
+            self._kind = b""
+            return
+        self._data, self._kind = [], b""
+        if size > _MAX_READ_BYTES:  # prompt log-probabilities, say
+            self._output(1)
+            return
+        text = data[0] if len(data) == 1 else b"\n".join(data)
+        if text.strip() == b"[DONE]":
+            self.done = True
+            return
+        try:
+            event = parse_json(text)
+        except ValueError:
+            event = None
+        if kind == b"error":
+            self._fail(event)
+        elif isinstance(event, dict):
+            self._read_event(event)
+        else:
+            self._output(1)  # whatever it is, the engine has said something
+
+    def _read_event(self, event: dict[str, Any]) -> None:
+        if _is_error(event):
+            self._fail(event)
+            return
+        usage, choices = event.get("usage"), event.get("choices")
+        if isinstance(usage, dict):
+            self._read_usage(usage)
+        if isinstance(choices, list):
+            for choice in choices:
+                if isinstance(choice, dict):
+                    self._read_choice(choice)
+        elif not isinstance(usage, dict):
+            self._output(1)
+
+    def _read_choice(self, choice: dict[str, Any]) -> None:
+        index = choice.get("index")
+        index = index if isinstance(index, int) else 0
+        self._seen.add(index)
+        delta = choice.get("delta")
+        said = delta if isinstance(delta, dict) else {}
+        ends = choice.get("finish_reason") is not None
+        makes = bool(choice.get("text") or choice.get("logprobs") or choice.get("token_ids"))
+        makes = makes or any(value for name, value in said.items() if name != "role")
+        # a token may have no text of its own: half of a character, or kept back for a stop word
+        makes = makes or (self.begun and not ends and "role" not in said)
+        if makes:
+            self._output(1)
+        if ends:
+            self._finished.add(index)
+            self.begun = True
+
+    def _read_usage(self, usage: dict[str, Any]) -> None:
+        details = usage.get("prompt_tokens_details")
+        self._prompt_tokens = _count(usage.get("prompt_tokens"), self._prompt_tokens)
+        self._completion_tokens = _count(usage.get("completion_tokens"), self._completion_tokens)
+        if isinstance(details, dict):
+            self._cached_tokens = _count(details.get("cached_tokens"), self._cached_tokens)
+
+    def _output(self, tokens: int) -> None:
+        self.begun = True
+        self.num_tokens += tokens
+
+    def _fail(self, event: object) -> None:
+        self.failed = True
+        self.error = event if isinstance(event, dict) else None
+        error = event.get("error") if isinstance(event, dict) else None
+        for place in (error, event):
+            if isinstance(place, dict):
+                for name in ("code", "status", "status_code"):
+                    status = place.get(name)
+                    if type(status) is int and 400 <= status <= 599:
+                        self.error_status = status
+                        return
+
+    def _keep(self, piece: bytes) -> None:
+        self._num_bytes += len(piece)
+        self._kept += piece
+        if len(self._kept) > _MAX_READ_BYTES:
+            del self._kept[:-_TAIL_BYTES]
+
+    def _read_document(self) -> None:
+        text = bytes(self._kept)
+        if self._num_bytes > len(text):
+            self._prompt_tokens = _last(_PROMPT, text)
+            self._completion_tokens = _last(_COMPLETION, text)
+            self._cached_tokens = _last(_CACHED, text)
+            return
+        try:
+            document = parse_json(text)
+        except ValueError:
+            return
+        if isinstance(document, dict):
+            if _is_error(document):
+                self._fail(document)
+            elif isinstance(document.get("usage"), dict):
+                self._read_usage(document["usage"])
+
+
+def _is_error(event: dict[str, Any]) -> bool:
+    return bool(event.get("error")) or "error" in (event.get("object"), event.get("type"))
+
+
+def _count(value: object, known: int | None) -> int | None:
+    return value if type(value) is int and 0 <= value < _MAX_TOKENS else known
 
 
 def _last(pattern: re.Pattern[bytes], text: bytes) -> int | None:
     found = pattern.findall(text)
-    return int(found[-1]) if found else None
+    return _count(int(found[-1]), None) if found else None

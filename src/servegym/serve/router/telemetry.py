@@ -19,8 +19,10 @@ class Telemetry:
         outcomes: By how requests ended.
         upstream_failures: By replica and cause.
         retries: By cause.
+        retries_denied: By what spoke against them: `budget`, `request` (two replicas have failed
+            it), `replicas` (there is no other).
         in_flight: Requests in the router.
-        ttft: From arrival to first byte, seconds.
+        ttft: From arrival to first token, of streams, seconds.
         e2e: From arrival to end, seconds.
         overhead: From the end of the request's body to its first dispatch, holds not counted.
     """
@@ -30,6 +32,7 @@ class Telemetry:
         self.outcomes: Counter[str] = Counter()
         self.upstream_failures: Counter[tuple[str, str]] = Counter()
         self.retries: Counter[str] = Counter()
+        self.retries_denied: Counter[str] = Counter()
         self.in_flight = 0
         self.ttft = Histogram(_LATENCY_S)
         self.e2e = Histogram(_LATENCY_S)
@@ -63,8 +66,13 @@ class Telemetry:
             "Requests sent to another replica",
             [({"cause": cause}, count) for cause, count in sorted(self.retries.items())],
         )
+        page.counter(
+            "servegym_router_retries_denied",
+            "Failed requests that were not sent to another replica",
+            [({"reason": name}, count) for name, count in sorted(self.retries_denied.items())],
+        )
         page.gauge("servegym_router_in_flight", "Requests in the router", self.in_flight)
-        page.histogram("servegym_router_ttft_seconds", "Arrival to first byte", self.ttft)
+        page.histogram("servegym_router_ttft_seconds", "To the first token of streams", self.ttft)
         page.histogram("servegym_router_e2e_seconds", "Arrival to end", self.e2e)
         page.histogram(
             "servegym_router_overhead_seconds", "Body read to first dispatch", self.overhead

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
-from numba import njit, typeof, types
+from numba import typeof, types
 
-from servegym.cluster.jit import OPTIONS
+from servegym.cluster.jit import OPTIONS, compiled
 from servegym.typing import FloatArray, IntArray, UInt64Array
 from servegym.workflow.online.allocate import Capacity, make_params, make_state
 from servegym.workflow.online.simulator import Simulator
@@ -44,9 +44,8 @@ def rule(function: Callable[..., int]) -> Decide:
     The rule answers with `stage * num_devices + device`, which must be able to start
     (`view.can_start`), or with `state.WAIT`, which is refused if nothing is running or to come.
     """
-    options = {key: value for key, value in OPTIONS.items() if key != "cache"}
-    compiled: Decide = njit(SIGNATURE, cache=True, **options)(function)
-    return compiled
+    made: Decide = compiled(function, SIGNATURE, **OPTIONS)
+    return made
 
 
 @runtime_checkable

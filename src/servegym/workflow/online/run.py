@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-from numba import njit, typeof, types
+from numba import typeof, types
 
-from servegym.cluster.jit import OPTIONS
+from servegym.cluster.jit import OPTIONS, compiled
 from servegym.errors import InvalidAction
 from servegym.typing import FloatArray, UInt64Array
 from servegym.workflow.online.kernels import advance, apply, is_allowed
@@ -49,7 +49,7 @@ _players: list[Callable[..., int]] = []
 def _player(arguments: tuple[object, ...]) -> Callable[..., int]:
     if not _players:  # the types of the arguments never differ
         signature = types.int64(types.FunctionType(SIGNATURE), *map(typeof, arguments))
-        _players.append(njit(signature, **OPTIONS)(_play))
+        _players.append(compiled(_play, signature, **OPTIONS))
     return _players[0]
 
 

@@ -194,7 +194,7 @@ def _columns(file: Path, needed: set[str]) -> dict[str, list[Any]]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise WorkloadError("tables need pyarrow: pip install 'servegym[parquet]'") from error
+        raise WorkloadError("tables need pyarrow: pip install pyarrow") from error
     try:
         table = parquet.read_table(file)
     except (OSError, pyarrow.ArrowException) as error:

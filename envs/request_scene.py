@@ -1,0 +1,125 @@
+"""What is to be seen of environments that play requests."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from servegym.cluster.simulator import Simulator
+from servegym.cluster.state import QUEUED, RUNNING
+from servegym.envs.scene import Row, Scene
+from servegym.policy.contract import ReplicaFeature
+from servegym.scenario import Scenario
+from servegym.typing import IntArray
+
+_UP, _KV, _TOKENS = (
+    int(ReplicaFeature[name]) for name in ("UP", "KV_CACHE_USAGE", "OUTSTANDING_PROMPT_TOKENS")
+)
+#: Rows of requests in the picture of an engine, at most.
+_MOST_REQUESTS = 24
+
+
+def _title(scenario: Scenario, simulator: Simulator, env: int) -> str:
+    e = simulator.state.env[env]
+    return (
+        f"{scenario.name}   {e['now_s']:.2f} s   {e['num_ended']} of {e['num_requests']} requests"
+        f" have ended, {e['in_system']} in the system"
+    )
+
+
+def _of(simulator: Simulator, env: int, replica: int, status: int) -> IntArray:
+    """Requests of a replica with a status, by arrival."""
+    q = simulator.state.request[env][: simulator.state.env[env]["num_requests"]]
+    return np.flatnonzero((q["status"] == status) & (q["replica"] == replica))
+
+
+def _classes(simulator: Simulator, env: int, requests: IntArray) -> tuple[int, ...]:
+    return tuple(simulator.state.request[env]["slo_class"][requests].tolist())
+
+
+def dispatch_scene(scenario: Scenario, simulator: Simulator, env: int) -> Scene:
+    """Show each replica: KV use as last reported, running and waiting requests, what is left."""
+    s = simulator.state
+    rows = []
+    for r in range(int(s.env[env]["num_replicas"])):
+        shown, v = s.shown[env, :, r], s.replica[env, r]
+        name = scenario.spec.types[v["type_idx"]].name
+        tokens = shown[_TOKENS]
+        up = shown[_UP] > 0
+        rows.append(
+            Row(
+                f"{r}  {name}",
+                float(shown[_KV]),
+                _classes(simulator, env, _of(simulator, env, r, RUNNING)),
+                _classes(simulator, env, _of(simulator, env, r, QUEUED)),
+                f"{tokens:,.0f} prompt tokens, speed {v['speed']:.2f}",
+                lit=bool(up),
+                down=not up,
+            )
+        )
+    request = int(s.env[env]["deciding"])
+    question = "the episode is over"
+    if request >= 0:
+        q = s.request[env, request]
+        question = (
+            f"where to: request {request}, {q['prompt']:,} prompt tokens, about"
+            f" {q['predicted']:,.0f} to generate"
+        )
+    return Scene(
+        _title(scenario, simulator, env),
+        question,
+        "KV cache",
+        "running (full) and waiting requests",
+        tuple(rows),
+        simulator.max_replicas,
+    )
+
+
+def engine_scene(scenario: Scenario, simulator: Simulator, env: int, asked: str) -> Scene:
+    """Show an engine and its requests, those first that may be chosen, by arrival.
+
+    Args:
+        scenario: What is played.
+        simulator: It.
+        env: Environment.
+        asked: What the choice that is due is about, `admit` or `preempt`.
+    """
+    s = simulator.state
+    v = s.replica[env, 0]
+    capacity = int(simulator.params.num_blocks[v["type_idx"]])
+    running, waiting = (_of(simulator, env, 0, status) for status in (RUNNING, QUEUED))
+    rows = [
+        Row(
+            scenario.spec.types[v["type_idx"]].name,
+            (capacity - int(v["free_blocks"])) / capacity,
+            _classes(simulator, env, running),
+            _classes(simulator, env, waiting),
+            f"{len(running)} running, {len(waiting)} waiting",
+        )
+    ]
+    due = s.env[env]["asking"] >= 0
+    parts = [(running, True), (waiting, False)]
+    for part, runs in parts if asked == "preempt" else parts[::-1]:
+        for request in part.tolist():
+            q = s.request[env, request]
+            done = int(q["generated"])
+            if runs and q["join_iter"] >= 0:
+                done += int(v["iteration"] - q["join_iter"])
+            own = (int(q["slo_class"]),)
+            rows.append(
+                Row(
+                    f"{request}  {'runs' if runs else 'waits'}",
+                    min(1.0, done / max(1.0, float(q["predicted"]))),
+                    own if runs else (),
+                    () if runs else own,
+                    f"{q['prompt']:,} prompt, {done:,} of ~{q['predicted']:,.0f} tokens",
+                    lit=bool(due) and runs == (asked == "preempt"),
+                )
+            )
+    return Scene(
+        _title(scenario, simulator, env),
+        f"whom to {asked}" if due else "the episode is over",
+        "KV cache; tokens",
+        "running (full) and waiting requests",
+        tuple(rows),
+        1 + _MOST_REQUESTS,
+    )

@@ -1,0 +1,167 @@
+"""`servegym compile`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium
+import numpy as np
+from numba.core.event import install_listener
+from rich.table import Table
+
+import servegym
+from servegym.cluster import jit
+from servegym.cluster.compile_notice import CompileCounter
+from servegym.cluster.kernel_cache import places
+from servegym.cluster.rng import step_noise_z
+from servegym.commands.console import make_console
+from servegym.errors import ConfigError
+from servegym.scenario import load_scenario
+
+Part = Literal["dispatch", "orders", "jobs", "schedules", "live"]
+
+
+def compile_dispatch() -> None:
+    """Simulator, rules and planners, environments of dispatchers."""
+    from servegym.baselines.registry import policy
+    from servegym.cluster.simulator import Simulator
+    from servegym.policy.run import run
+
+    scenario = load_scenario("mixed-chat")
+    for name, record in (("least-outstanding", False), ("what-if", False), ("random", True)):
+        episode = scenario.episode(0, num_requests=8)
+        run(Simulator(scenario.spec, [episode], record=record), policy(name))
+    play_environments("servegym/Dispatch-v0", num_requests=8)
+
+
+def compile_orders() -> None:
+    """Orders inside an engine: rules, learned ones and their search, environments."""
+    from servegym.baselines.ordering.registry import ordering_policy
+    from servegym.policy.ordering import NUM_ORDERING_FEATURES
+    from servegym.policy.play_perceptron import Perceptrons, play_perceptrons
+    from servegym.policy.run_ordering import make_simulator, run_ordering
+
+    scenario = load_scenario("kv-starved")
+    episodes = [scenario.episode(0, num_requests=16)]
+    srpt = ordering_policy("srpt")
+    run_ordering(make_simulator(scenario.spec, episodes, srpt), srpt)
+    width = NUM_ORDERING_FEATURES
+    nets = Perceptrons(
+        np.zeros(width),
+        np.ones(width),
+        np.zeros((1, width, 4)),
+        np.zeros((1, 4)),
+        np.zeros((1, 4, 2)),
+    )
+    play_perceptrons(scenario.spec, episodes, nets)
+    play_environments("servegym/Preemption-v0", num_requests=16)
+
+
+def compile_jobs() -> None:
+    """Jobs that arrive over time: rules, learned schedulers, environments."""
+    from servegym.agents.workflow_features import NUM_PAIR_FEATURES
+    from servegym.agents.workflow_policy import WorkflowWeights, learned_rule
+    from servegym.baselines.workflow.online.registry import online_rule
+    from servegym.workflow.online.run import run
+    from servegym.workflow.online.simulator import Simulator
+    from servegym.workflow_scenario import load_workflow_scenario
+
+    scenario = load_workflow_scenario("text-to-sql")
+    learned = learned_rule(WorkflowWeights("srpt-cp", 1.0, 1.0, np.zeros(NUM_PAIR_FEATURES)))
+    for policy in (online_rule("fifo"), online_rule("heft-replan"), learned):
+        run(Simulator(scenario.spec, [scenario.episode(0, num_jobs=3)]), policy)
+    if find_spec("torch"):
+        from servegym.train.workflow_rollout import play
+
+        play(
+            scenario.spec,
+            [scenario.episode(0, num_jobs=3)],
+            learned,
+            objective="jct",
+            tau_s=1.0,
+            max_decisions=64,
+            max_rows=1024,
+        )
+    play_environments("servegym/Workflow-v0", num_jobs=3)
+
+
+def compile_schedules() -> None:
+    """Schedules of one DAG, of a job shop and of one machine."""
+    from servegym.baselines.workflow.registry import workflow_rule
+    from servegym.workflow.generate import RandomDag, random_job_shop
+    from servegym.workflow.tardiness import random_single_machine
+
+    for name in ("heft", "cpop", "peft", "min-min"):
+        workflow_rule(name)(RandomDag(num_tasks=8).sample(0))
+    workflow_rule("mwkr")(random_job_shop(2, 2, 0))
+    workflow_rule("edd+ls")(random_single_machine(4, 0.5, 0.5, 0))
+
+
+def compile_live() -> None:
+    """What the emulated engine and the router run besides the rules."""
+    step_noise_z(np.uint64(0), 0, 0)
+
+
+def play_environments(name: str, **settings: Any) -> None:
+    """Play an episode of an environment, then a few steps of its vector forms."""
+    assert servegym.__version__  # importing servegym registers the environments
+    env = gymnasium.make(name, **settings)
+    _, info = env.reset(seed=0)
+    over = False
+    while not over:
+        _, _, terminated, truncated, info = env.step(int(np.argmax(info["action_mask"])))
+        over = terminated or truncated
+    env.close()
+    several = gymnasium.make_vec(name, num_envs=2, **settings)
+    _, info = several.reset(seed=0)
+    for _ in range(4):
+        *_, info = several.step(info["action_mask"].argmax(-1))
+    several.close()
+
+
+PARTS: dict[Part, Callable[[], None]] = {
+    "dispatch": compile_dispatch,
+    "orders": compile_orders,
+    "jobs": compile_jobs,
+    "schedules": compile_schedules,
+    "live": compile_live,
+}
+
+
+@dataclass(frozen=True)
+class Compile:
+    """Compile all kernels now, and keep them on disk: for images of containers, and before demos.
+
+    What is on disk already is only loaded. NUMBA_CACHE_DIR says where; by default beside the
+    package, in `__pycache__`.
+    """
+
+    parts: tuple[Part, ...] = tuple(PARTS)
+    """Which: dispatch (with the rules, environments and planners), orders, jobs, schedules, live
+    (router and emulated engine, which need `dispatch` too)."""
+
+    def run(self) -> None:
+        """Compile and say what was done."""
+        console = make_console()
+        kept = places(Path(jit.__file__).absolute())[1]
+        if kept is None:
+            raise ConfigError(
+                "no folder for compiled kernels can be written: set NUMBA_CACHE_DIR to one that can"
+            )
+        table = Table("part", "kernels compiled", "seconds")
+        counter = CompileCounter()
+        with install_listener("numba:compile", counter):
+            for part in dict.fromkeys(self.parts):
+                begin_s, before = time.monotonic(), counter.kernels
+                PARTS[part]()
+                seconds = time.monotonic() - begin_s
+                table.add_row(part, str(counter.kernels - before), f"{seconds:.1f}")
+        console.print(table)
+        console.print(
+            f"kept in {kept}" + (" and its neighbours" if kept.name == "__pycache__" else "")
+        )

@@ -1,0 +1,123 @@
+"""A policy for live use: loaded, checked and tried before it may decide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from servegym.baselines.registry import policy as rule
+from servegym.cluster.state import HOLD, REJECT
+from servegym.errors import ConfigError, ExportError
+from servegym.export.manifest import Manifest, read_manifest
+from servegym.export.resolve import exported_policy
+from servegym.policy.contract import (
+    FIRST_NOMINAL,
+    NUM_NOMINAL,
+    NUM_OBSERVED_FEATURES,
+    NUM_REPLICA_FEATURES,
+    NUM_REQUEST_FEATURES,
+    Group,
+    ReplicaFeature,
+    RequestFeature,
+)
+from servegym.policy.policy import Observations, Policy
+from servegym.serve.ranges import Ranges
+from servegym.typing import BoolArray
+
+if TYPE_CHECKING:
+    from servegym.serve.runtime import RuntimeConfig
+
+_UP = int(ReplicaFeature["UP"])
+_ENV = np.zeros(1, np.int64)
+#: Fleet sizes that a policy is tried on before it is put in place.
+_TRIAL_SIZES = (1, 2, 16)
+
+
+@dataclass(frozen=True)
+class LoadedPolicy:
+    """A policy that has passed its checks.
+
+    Attributes:
+        text: What it was loaded from.
+        policy: It.
+        manifest: Of an exported policy.
+        ranges: What is not far from its training; `None` for rules.
+    """
+
+    text: str
+    policy: Policy
+    manifest: Manifest | None = None
+    ranges: Ranges | None = None
+
+    @property
+    def version(self) -> str:
+        """First digits of the file's checksum; a rule's own text."""
+        return self.manifest.sha256[:12] if self.manifest else self.text
+
+
+def load_policy(text: str, config: RuntimeConfig) -> LoadedPolicy:
+    """Load a policy and try it; nothing that fails here ever decides.
+
+    Args:
+        text: A rule's name with parameters, or the path of a `policy.onnx`.
+        config: For the ranges and the seed.
+
+    Raises:
+        ConfigError: If there is no such rule, or it cannot be live.
+        ExportError: If the file is not a valid policy, or decides what it may not.
+    """
+    manifest = None
+    if text.endswith(".onnx"):
+        manifest = read_manifest(Path(text))
+        found: Policy = exported_policy(Path(text), manifest)
+    else:
+        found = rule(text)
+    if found.information == "oracle" or found.needs & Group.WHAT_IF:
+        raise ConfigError(
+            f"{text} cannot be live: it needs what only a simulator knows; "
+            "choose another rule or an exported policy"
+        )
+    found.reset(1, config.seed)
+    ranges = Ranges.of(manifest, config.range_margin) if manifest else None
+    loaded = LoadedPolicy(text, found, manifest, ranges)
+    _try_out(loaded)
+    found.reset(1, config.seed)
+    return loaded
+
+
+def _try_out(loaded: LoadedPolicy) -> None:
+    for width in _TRIAL_SIZES:
+        replicas = np.zeros((NUM_REPLICA_FEATURES, width))
+        request = np.ones(NUM_REQUEST_FEATURES)
+        if loaded.manifest and loaded.manifest.replica_ranges:
+            middle = np.mean(loaded.manifest.replica_ranges, axis=1)
+            replicas[:NUM_OBSERVED_FEATURES] = middle[:, None]
+            request[:] = np.mean(loaded.manifest.request_ranges, axis=1)
+        replicas[_UP] = 1.0
+        static = replicas[FIRST_NOMINAL : FIRST_NOMINAL + NUM_NOMINAL]
+        static[static == 0.0] = 1.0  # rules divide by them
+        request[RequestFeature["NUM_UP"]] = width
+        mask = np.ones(width + 2, np.bool_)
+        mask[width:] = False
+        seen = Observations(replicas[None], request[None], mask[None])
+        try:
+            action = int(loaded.policy.act(seen, _ENV)[0])
+        except Exception as error:
+            raise ExportError(f"{loaded.text} fails on a fleet of {width}: {error}") from error
+        if not is_allowed(action, mask):
+            raise ExportError(
+                f"{loaded.text} chooses {action} of {width} replicas: export the policy again"
+            )
+
+
+def is_allowed(action: int, mask: BoolArray) -> bool:
+    """Whether an action is one of those that a mask, `bool[R + 2]`, leaves open."""
+    width = len(mask) - 2
+    if 0 <= action < width:
+        return bool(mask[action])
+    if action == HOLD:
+        return bool(mask[width])
+    return action == REJECT and bool(mask[width + 1])
