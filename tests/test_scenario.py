@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from servegym.cluster.state import FAULT_DOWN, FAULT_SLOW, FAULT_UP
+from servegym.documents import load_yaml
 from servegym.errors import ConfigError, ServeGymError
 from servegym.scenario import load_scenario, parse_scenario, scenario_names
 from servegym.traced_scenario import with_trace
@@ -403,6 +404,22 @@ def test_requests_that_all_arrive_at_one_time_are_played_as_a_batch(tmp_path, lo
 def test_a_key_given_twice_is_refused_by_line(text):
     with pytest.raises(ConfigError, match=r"x\.yaml, line 2: .*the key '\w+' is given twice"):
         parse_scenario(text, "x.yaml")
+
+
+@pytest.mark.parametrize("value", ["010", "1:30", "-007", "1:30.5"])
+def test_a_number_that_some_read_as_octal_or_as_minutes_is_refused_by_line(value):
+    text = f"name: a\nnum_requests: {value}\n"
+    with pytest.raises(
+        ConfigError, match=rf"x\.yaml, line 2: .*{value} is no plain decimal number"
+    ):
+        parse_scenario(text, "x.yaml")
+
+
+def test_plain_numbers_and_merged_keys_are_read_as_ever():
+    assert load_yaml("[1, -2, 0, 1_000, 0.5, 1.0e-3, .inf, 0x10]") == [
+        *(1, -2, 0, 1000, 0.5, 0.001, float("inf"), 16),
+    ]
+    assert load_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\n")["b"] == {"x": 3, "y": 2}
 
 
 @pytest.mark.parametrize("rate_rps", [None, 5.0])

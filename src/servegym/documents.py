@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 #: thousand are open, so it gets no text that could have so many.
 _OPENING = ("[", "{", "- ", "? ")
 _MAX_FAST_DEPTH = 5_000
+_AMBIGUOUS = re.compile(r"[-+]?0[0-9_]+|.*:.*")
 _MERGE = "tag:yaml.org,2002:merge"
 
 
@@ -36,7 +38,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-class _NoKeyTwice:
+class _OneMeaning:
     """Part of a loader; what it refuses it refuses as the parser does, with the place."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -57,12 +59,28 @@ class _NoKeyTwice:
         return super().construct_mapping(node, deep=deep)  # type: ignore[misc]
 
 
-class _Loader(_NoKeyTwice, yaml.SafeLoader):
+class _Loader(_OneMeaning, yaml.SafeLoader):
     pass
 
 
-class _FastLoader(_NoKeyTwice, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+class _FastLoader(_OneMeaning, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     pass
+
+
+def _number(loader: Any, node: Any) -> int | float:
+    """Read a number; 010 is eight and 1:30 ninety to some, and not to those who write them."""
+    if _AMBIGUOUS.fullmatch(node.value):
+        raise yaml.constructor.ConstructorError(
+            None, None, f"{node.value} is no plain decimal number", node.start_mark
+        )
+    kind = node.tag.rpartition(":")[2]
+    found: int | float = getattr(loader, f"construct_yaml_{kind}")(node)
+    return found
+
+
+for _tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
+    yaml.add_constructor(_tag, _number, _Loader)
+    yaml.add_constructor(_tag, _number, _FastLoader)
 
 
 def load_yaml(text: str) -> Any:

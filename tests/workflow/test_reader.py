@@ -345,6 +345,12 @@ def test_a_duration_given_twice_is_refused(read):
         read(text)
 
 
+@pytest.mark.parametrize("document", [DAG, SHOP])
+def test_devices_for_a_file_that_names_its_own_are_refused(read, document):
+    with pytest.raises(WorkflowError, match=r"dag\.json names its own devices"):
+        read(document, Fleet())
+
+
 def nodes_of(part, way=()):
     """Yield the way to every value of a document."""
     items = part.items() if isinstance(part, dict) else enumerate(part)

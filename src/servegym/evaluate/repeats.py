@@ -43,6 +43,8 @@ def requests_key(episode: Episode) -> bytes:
         table.arrival_s,
         table.prompt_tokens,
         table.output_tokens,
+        table.after,
+        table.delay_s,
         table.prefix_offsets,
         table.prefix_keys,
         table.prefix_ends,

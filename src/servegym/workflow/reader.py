@@ -16,10 +16,11 @@ def read_workflow(path: Path, fleet: Fleet | None = None) -> Workflow:
 
     Args:
         path: The file.
-        fleet: Devices for WfFormat, which names none.
+        fleet: Devices for WfFormat, which names none; None: the usual ones.
 
     Raises:
-        WorkflowError: If the file cannot be read or its content is wrong.
+        WorkflowError: If the file cannot be read, its content is wrong, or it names devices itself
+            and a fleet is given.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -27,6 +28,7 @@ def read_workflow(path: Path, fleet: Fleet | None = None) -> Workflow:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
         raise WorkflowError(f"{path} cannot be read: {reason}") from error
     if not text.lstrip().startswith(("{", "[")):
+        _refuse_fleet(path, fleet)
         return job_shop_from_text(text, path.name)
     try:
         document = load_json(text)
@@ -38,4 +40,12 @@ def read_workflow(path: Path, fleet: Fleet | None = None) -> Workflow:
         raise WorkflowError(
             f'{path.name} must be an object with "schema": "servegym-dag-1", or WfFormat'
         )
+    _refuse_fleet(path, fleet)
     return dag_from_document(document, path.name)
+
+
+def _refuse_fleet(path: Path, fleet: Fleet | None) -> None:
+    if fleet is not None:
+        raise WorkflowError(
+            f"{path.name} names its own devices: speeds and links are for WfFormat, leave them out"
+        )
