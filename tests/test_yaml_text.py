@@ -42,7 +42,15 @@ def test_the_rest_is_as_ever(text):
     assert load_yaml(text) == yaml.safe_load(text)
 
 
-@pytest.mark.parametrize("text", ["? [a]\n: 1", "a: !!python/object:os.system x", "a: ["])
+@pytest.mark.parametrize("text", ["[", "{a: ", "- ", "? "])
+def test_nesting_of_any_depth_ends_no_process(text):
+    with pytest.raises(yaml.YAMLError, match=r"nested too deeply|expected|mapping"):
+        load_yaml(text * 30_000)
+
+
+@pytest.mark.parametrize(
+    "text", ["9" * 5000, "2026-99-99", "? [a]\n: 1", "a: !!python/object:os.system x", "a: ["]
+)
 def test_what_is_no_plain_value_is_refused(text):
     with pytest.raises(yaml.YAMLError):
         load_yaml(text)

@@ -6,6 +6,10 @@ from typing import Any
 
 import yaml
 
+#: What opens a collection within a line. The parser in C ends the process where a few ten
+#: thousand are open, so it gets no text that could have so many.
+_OPENING = ("[", "{", "- ", "? ")
+_MAX_FAST_DEPTH = 5_000
 _MERGE = "tag:yaml.org,2002:merge"
 
 
@@ -47,7 +51,14 @@ def load_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: If it is not YAML, or a mapping has a key twice.
     """
+    if sum(map(text.count, _OPENING)) < _MAX_FAST_DEPTH:
+        try:
+            return yaml.load(text, Loader=_FastLoader)
+        except (yaml.YAMLError, ValueError, OverflowError):
+            pass  # the parser in Python says better what is wrong, and where
     try:
-        return yaml.load(text, Loader=_FastLoader)
-    except yaml.YAMLError:  # the parser in Python says better what is wrong, and where
         return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    except (ValueError, OverflowError) as error:  # a number of thousands of digits, no such date
+        raise yaml.YAMLError(f"a value cannot be read: {error}") from error

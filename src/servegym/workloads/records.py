@@ -52,7 +52,7 @@ def json_object(where: str, text: str) -> dict[str, object]:
     """
     try:
         record = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WorkloadError(f"{where}: not JSON ({error})") from error
     if not isinstance(record, dict):
         raise WorkloadError(f"{where}: must be an object with a key for each column")
