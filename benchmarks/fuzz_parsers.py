@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 from multidict import CIMultiDict
 
+from servegym.documents import load_yaml
 from servegym.errors import ServeGymError
 from servegym.serve.engine import asks
 from servegym.serve.engine.faults import Fault
@@ -39,7 +40,6 @@ from servegym.serve.router.headers import DEFAULT_FORWARDED, HeaderFilter, retry
 from servegym.serve.router.request import read_request
 from servegym.serve.router.stream import Reader
 from servegym.workloads.readers import read_trace
-from servegym.yaml_text import load_yaml
 
 #: A reader's own words for what it does not take.
 REFUSALS = (ServeGymError, RequestError)

@@ -45,6 +45,14 @@ def place(tmp_path, monkeypatch) -> Path:
     header = "arrival_s,prompt_tokens,output_tokens\n"
     (tmp_path / "trace.csv").write_text(header + "\n".join(rows) + "\n")
     (tmp_path / "bad.csv").write_text(header + "0.0,100,10\n0.1,many,10\n")
+    (tmp_path / "long.csv").write_text(header + "0.0,100,10\n0.1,200000,10\n")
+    (tmp_path / "wide.csv").write_text(header + "0.0,100,10\n0.1,1,000,10\n")
+    (tmp_path / "batch.csv").write_text(header + "5.0,100,10\n" * 20)
+    played = {"kind": "trace", "path": "long.csv"}
+    (tmp_path / "long.yaml").write_text(yaml.safe_dump(SCENARIO | {"workload": played}))
+    second = '{"timestamp": %s, "input_length": 40, "output_length": 5, "hash_ids": [%s, %s, 9]}\n'
+    seconds = "".join(second % (i / 4, 2 * i, 2 * i + 1) for i in range(20))
+    (tmp_path / "seconds.jsonl").write_text(seconds)
     (tmp_path / "columns.csv").write_text("a,b\n1,2\n")
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe\x00\x01")
@@ -186,6 +194,17 @@ def test_help_explains_an_option(capsys, name, words):
         (["simulate", "--trace", "bytes.csv"], "bytes.csv"),
         (["simulate", "--trace", "list.jsonl"], "list.jsonl, line 1"),
         (["simulate", "--trace", "trace.csv", "--rate-rps", "-1"], "rate_rps must be above 0"),
+        (["simulate", *TINY, "--rate-rps", "5"], "--rate-rps is for a trace, and none is given"),
+        (["evaluate", *TINY, "--too-long", "cut"], "--too-long is for a trace, and none is given"),
+        (["evaluate", "--scenario", "taillard", "--seeds", "3"], "--seeds has no meaning for job"),
+        (["simulate", *TINY, "--trace", "long.csv"], "long.csv, line 3: .* 1 of 2 requests do, by"),
+        (["evaluate", "--scenario", "long.yaml"], "long.csv, line 3: .* 1 of 2 requests do, by"),
+        (["evaluate", *TINY, "--trace", "wide.csv"], "wide.csv, line 3: 4 fields, but the header"),
+        (["fit", "seconds.jsonl"], "seconds.jsonl, line 1: .*--time-unit"),
+        (
+            ["evaluate", *TINY, "--trace", "batch.csv", "--saturation"],
+            "batch.csv arrive at one time, so that there is no largest load",
+        ),
         (["evaluate", *TINY, "--policies", "random", "random"], "its own name"),
         (["evaluate", *TINY, "--policies"], "polic"),
         (["evaluate", *TINY, "--loads"], "load"),
@@ -393,3 +412,29 @@ def test_train_export_and_evaluate_a_policy(place, capsys):
     assert 0.5 < ratio["value"] < 2.0  # it began as that rule
     main(["simulate", *TINY, "--policy", "exported/policy.onnx"])
     assert "exported on tiny" in capsys.readouterr().out
+
+
+def test_what_was_done_to_a_trace_is_said_by_option_and_by_file(place, capsys):
+    words = ["--policies", "round-robin", "--loads", "1", "--json", "out.json"]
+    main(
+        ["evaluate", *TINY[:2], "--trace", "long.csv", "--too-long", "cut", "--seeds", "3", *words]
+    )
+    said = " ".join(capsys.readouterr().out.split())
+    assert "long.csv: cut 1 of 2 requests, as they exceed 131,072 tokens" in said
+    assert "the 3 seeds make one episode" in said
+    assert "[" not in said.split("one episode: it is played once")[1]
+    trace = json.loads((place / "out.json").read_text())["trace"]
+    assert (trace["cut_requests"], trace["tokens_not_played"]) == (1, 200_010 - 131_072)
+    scenario = yaml.safe_load((place / "long.yaml").read_text())
+    scenario["workload"]["too_long"] = "cut"
+    (place / "cut.yaml").write_text(yaml.safe_dump(scenario))
+    main(["evaluate", "--scenario", "cut.yaml", "--seeds", "3", *words])
+    assert "cut 1 of 2 requests" in " ".join(capsys.readouterr().out.split())
+    assert json.loads((place / "out.json").read_text())["trace"] == trace
+
+
+def test_a_batch_is_played_and_its_loads_are_one(place, capsys):
+    main(["evaluate", *TINY[:2], "--trace", "batch.csv", "--policies", "round-robin"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the 3 loads make the same episodes" in said
+    assert "nan" not in said

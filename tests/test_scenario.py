@@ -9,8 +9,10 @@ import pytest
 import yaml
 
 from servegym.cluster.state import FAULT_DOWN, FAULT_SLOW, FAULT_UP
+from servegym.documents import load_yaml
 from servegym.errors import ConfigError, ServeGymError
-from servegym.scenario import load_scenario, parse_scenario, scenario_names, with_trace
+from servegym.scenario import load_scenario, parse_scenario, scenario_names
+from servegym.traced_scenario import with_trace
 
 BASE = {
     "name": "tiny",
@@ -346,9 +348,33 @@ def test_with_trace_rate_grows_with_fleet_and_speed(trace):
     assert fast.workload.rate_rps == pytest.approx(2 * one.workload.rate_rps)
 
 
-def test_with_trace_cuts_requests_to_the_largest_replica(trace):
+def test_requests_that_no_replica_can_take_are_refused_with_their_counts(trace):
     small = scenario(**fleet(num_blocks=20))  # 320 tokens
-    episode = with_trace(small, trace, rate_rps=1.0).episode(0)
+    said = r"steady\.csv, line 2: .* exceed 320, .* 500 of 500 requests do, .* 0\.71 of all"
+    with pytest.raises(ServeGymError, match=said):
+        with_trace(small, trace, rate_rps=1.0)
+    written = scenario(**fleet(num_blocks=20), workload={"kind": "trace", "path": trace})
+    with pytest.raises(ServeGymError, match=said):
+        written.episode(0)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "vllm-v0", "sglang", "trtllm"])
+def test_requests_are_cut_on_request_to_what_each_engine_can_take(trace, engine):
+    small = scenario(**fleet(num_blocks=60, engine=engine, max_num_batched_tokens=700))
+    small.played_workload
+    cut = with_trace(small, trace, rate_rps=1.0, too_long="cut")
+    workload = {"kind": "trace", "path": trace, "too_long": "cut", "rate_rps": 1.0}
+    written = small.model_copy(update={"workload": cut.workload.model_validate(workload)})
+    episodes = [s.episode(0) for s in (cut, written)]
+    for episode in episodes:
+        episode.validate(small.spec)
+    assert episodes[0].table.prompt_tokens.tolist() == episodes[1].table.prompt_tokens.tolist()
+    assert cut.played_workload.read().counts()["cut_requests"] == 500
+
+
+def test_with_trace_cuts_requests_on_request_to_the_largest_replica(trace):
+    small = scenario(**fleet(num_blocks=20))  # 320 tokens
+    episode = with_trace(small, trace, rate_rps=1.0, too_long="cut").episode(0)
     episode.validate(small.spec)
     assert (episode.table.prompt_tokens + episode.table.output_tokens).max() == 320
 
@@ -358,6 +384,42 @@ def test_a_trace_of_one_request_has_no_rate_to_set(tmp_path):
     path.write_text("arrival_s,prompt_tokens,output_tokens\n0,1000,100\n")
     with pytest.raises(ServeGymError, match=r"one\.csv cannot be played at rate_rps 4"):
         with_trace(scenario(), str(path), rate_rps=4.0).episode(0)
+
+
+@pytest.mark.parametrize("load", [0.5, 2.0])
+def test_requests_that_all_arrive_at_one_time_are_played_as_a_batch(tmp_path, load):
+    path = tmp_path / "batch.csv"
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n" + "7,1000,100\n" * 40)
+    batch = with_trace(scenario(), str(path))
+    assert batch.workload.rate_rps is None
+    assert batch.played_workload.is_batch
+    assert batch.episode(0, load=load).table.arrival_s.tolist() == [0.0] * 30
+    with pytest.raises(ServeGymError, match=r"rate_rps 4: .* arrive at one time; leave rate_rps"):
+        with_trace(scenario(), str(path), rate_rps=4.0).episode(0)
+
+
+@pytest.mark.parametrize(
+    "text", ["name: a\nname: b\n", "name: a\nworkload: {kind: generated, rate_rps: 1, rate_rps: 2}"]
+)
+def test_a_key_given_twice_is_refused_by_line(text):
+    with pytest.raises(ConfigError, match=r"x\.yaml, line 2: .*the key '\w+' is given twice"):
+        parse_scenario(text, "x.yaml")
+
+
+@pytest.mark.parametrize("value", ["010", "1:30", "-007", "1:30.5"])
+def test_a_number_that_some_read_as_octal_or_as_minutes_is_refused_by_line(value):
+    text = f"name: a\nnum_requests: {value}\n"
+    with pytest.raises(
+        ConfigError, match=rf"x\.yaml, line 2: .*{value} is no plain decimal number"
+    ):
+        parse_scenario(text, "x.yaml")
+
+
+def test_plain_numbers_and_merged_keys_are_read_as_ever():
+    assert load_yaml("[1, -2, 0, 1_000, 0.5, 1.0e-3, .inf, 0x10]") == [
+        *(1, -2, 0, 1000, 0.5, 0.001, float("inf"), 16),
+    ]
+    assert load_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\n")["b"] == {"x": 3, "y": 2}
 
 
 @pytest.mark.parametrize("rate_rps", [None, 5.0])

@@ -22,12 +22,11 @@ from servegym.cluster.state import FAULT_DOWN, FAULT_SLOW, FAULT_UP
 from servegym.costs.formats import ScenarioFormat, number_format
 from servegym.costs.step import StepCost
 from servegym.costs.tables import TableSource
+from servegym.documents import load_yaml
 from servegym.engines import MAX_NUM_BATCHED_TOKENS, EngineName, kernels_of
 from servegym.errors import ConfigError, unknown_name
 from servegym.workloads.config import TraceConfig, WorkloadConfig
 from servegym.workloads.prediction import PredictorConfig
-from servegym.workloads.readers import OnBadRow
-from servegym.yaml_text import load_yaml
 
 
 class Config(BaseModel):
@@ -172,6 +171,23 @@ class Scenario(Config):
             noise_period_steps=trouble.noise_period_steps,
         )
 
+    @property
+    def played_workload(self) -> WorkloadConfig:
+        """The workload; the longest context of a trace is at most what a replica here can take."""
+        if not isinstance(self.workload, TraceConfig):
+            return self.workload
+        return self.workload.model_copy(
+            update={"max_context_tokens": min(self.workload.max_context_tokens, self.longest)}
+        )
+
+    @property
+    def longest(self) -> int:
+        """Most tokens, prompt and output, of a request that the fleet can take."""
+        types, engine = self.spec.types, self.engine
+        most = max(t.capacity_tokens(engine.block_size) for t in types)
+        whole = [t for t in types if t.needs_whole_prompts(engine.chunked_prefill)]
+        return max(2, min([most, *(t.max_num_batched_tokens for t in whole)]))
+
     def step_cost(self, entry: FleetEntry) -> StepCost:
         """Return the step cost of a fleet entry's replicas.
 
@@ -209,7 +225,7 @@ class Scenario(Config):
         elif num_requests < 1:
             raise ConfigError(f"num_requests must be at least 1, got {num_requests}")
         requests, lengths, fleet, faults, noise = np.random.SeedSequence(seed).spawn(5)
-        table = self.workload.table(
+        table = self.played_workload.table(
             np.random.default_rng(requests),
             num_requests=num_requests,
             load=load,
@@ -334,47 +350,6 @@ def draw_faults(
         np.array([x[2] for x in rows], np.int8),
         np.array([x[3] for x in rows], np.float64),
     )
-
-
-def with_trace(
-    scenario: Scenario, path: str, rate_rps: float | None = None, on_bad_row: OnBadRow = "error"
-) -> Scenario:
-    """Replace a scenario's workload by a trace.
-
-    Args:
-        scenario: Gives fleet, service levels and disturbances.
-        path: The trace.
-        rate_rps: Rate at load 1; without it 80 % of what the cost model says the fleet can bear
-            of this trace, prefixes not counted.
-        on_bad_row: Refuse the file at a malformed row, or leave the row out.
-
-    Raises:
-        ConfigError: If `rate_rps` is impossible.
-    """
-    if rate_rps is not None and not 0 < rate_rps < np.inf:
-        raise ConfigError(f"rate_rps must be above 0 and finite, got {rate_rps}")
-    spec = scenario.spec
-    episode = scenario.episode(0, num_requests=1)
-    longest = max(spec.types[t].num_blocks for t in episode.type_idx) * spec.block_size
-    workload = TraceConfig(
-        path=path, max_context_tokens=min(131072, longest), on_bad_row=on_bad_row
-    )
-    if rate_rps is None:
-        table = workload.whole()
-        prompt, output = float(table.prompt_tokens.mean()), float(table.output_tokens.mean())
-        capacity = 0.0
-        for t, speed in zip(episode.type_idx, episode.speed, strict=True):
-            replica = spec.types[t]
-            fit = replica.num_blocks * spec.block_size / (prompt + output)
-            batch = int(max(1, min(32, fit, replica.max_num_seqs)))
-            step_s = replica.grid.step_s([], batch, int(batch * (prompt + output / 2)))
-            budget = replica.max_num_batched_tokens
-            prefill_s = prompt / budget * replica.grid.step_s([(budget, int(prompt / 2))])
-            capacity += speed / (prefill_s + output * step_s / batch)
-        rate_rps = 0.8 * capacity
-    workload = workload.model_copy(update={"rate_rps": rate_rps})
-    name = f"{scenario.name} + {Path(path).name}"
-    return scenario.model_copy(update={"workload": workload, "name": name})
 
 
 def scenario_names() -> list[str]:

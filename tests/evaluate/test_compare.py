@@ -125,13 +125,16 @@ def test_document_has_stable_keys(compared):
         "command",
         "decision_s",
         "loads",
+        "notes",
         "runs",
         "saturation_load",
         "scenario",
         "scenario_sha256",
         "schema",
         "seeds",
+        "seeds_asked",
         "servegym_version",
+        "trace",
     }
     assert document["schema"] == "servegym-evaluation-1"
     assert len(document["aggregates"]) == 3 * 2
@@ -193,12 +196,14 @@ def test_written_document_has_no_nan_even_from_one_seed(make_scenario, tmp_path)
         raise AssertionError(f"{name} is not JSON")
 
     policies = [policy("round-robin"), policy("speed-family")]
-    # one request: no span, no goodput, no second pair
-    result = evaluate(make_scenario(), policies, num_seeds=1, num_requests=1)
+    # one request of one token: no time per output token, no second pair
+    one_token = {"medians_tokens": [1.0], "max_tokens": 1}
+    workload = {"kind": "generated", "rate_rps": 30.0, "output": one_token}
+    result = evaluate(make_scenario(workload=workload), policies, num_seeds=1, num_requests=1)
     path = tmp_path / "deep" / "er" / "result.json"
     write_json(result, path)
     document = json.loads(path.read_text(), parse_constant=refuse)
-    assert document["runs"][0]["metrics"]["goodput_rps"] is None
+    assert document["runs"][0]["metrics"]["tpot_mean_s"] is None
     assert document["aggregates"][0]["ratio"]["ci95"][1] is None
     assert document["runs"][0]["metrics"]["e2e_mean_s"] > 0
 

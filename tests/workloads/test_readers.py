@@ -17,7 +17,10 @@ AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 BURST = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
 
 
-def mooncake(timestamp=0, prompt=600, output=5, hash_ids=(1, 2)):
+def mooncake(timestamp=0, prompt=600, output=5, hash_ids=None):
+    """A row with a hash for every 512 tokens of its prompt, unless others are given."""
+    if hash_ids is None:
+        hash_ids = range(max(1, -(-(prompt or 1) // 512)))
     return json.dumps(
         {
             "timestamp": timestamp,
@@ -144,14 +147,14 @@ def test_equal_leading_hashes_give_equal_keys(write):
         mooncake(0, 1500, 5, (1, 2, 3)),
         mooncake(1, 1500, 5, (1, 2, 4)),
         mooncake(2, 1000, 5, (9, 2)),  # the same block after another beginning: another text
-        mooncake(3, 100, 5, ()),
+        mooncake(3, 100, 5, (9,)),
     ]
     table = read_trace(write("a.jsonl", "\n".join(lines))).table
     a, b, c, d = (keys_of(table, i) for i in range(4))
     assert a[:2] == b[:2]
     assert a[2] != b[2]
     assert not set(a) & set(c)
-    assert d == []
+    assert d == c[:1]
     assert table.prefix_ends[:3].tolist() == [512, 1024, 1536]  # a hash covers 512 tokens
 
 
@@ -185,7 +188,16 @@ BAD_ROWS = {
     "csv zero output": ("a.csv", NATIVE + GOOD + "1,10,0\n", 3, "output_tokens"),
     "csv fraction": ("a.csv", NATIVE + GOOD + "1,10.5,10\n", 3, "prompt_tokens"),
     "csv empty cell": ("a.csv", NATIVE + GOOD + "1,,10\n", 3, "prompt_tokens"),
-    "csv short row": ("a.csv", NATIVE + GOOD + "1,10\n", 3, "output_tokens"),
+    "csv short row": ("a.csv", NATIVE + GOOD + "1,10\n", 3, "2 fields, but the header has 3"),
+    "csv long row": ("a.csv", NATIVE + GOOD + "1,1,234,10\n", 3, "4 fields, but the header has 3"),
+    "csv thousands": ("a.csv", NATIVE + GOOD + '1,"1,234",10\n', 3, "prompt_tokens"),
+    "csv thousands with points": ("a.csv", NATIVE + GOOD + "1,2.000,10\n", 3, "may mean thousands"),
+    "csv thousands with blanks": ("a.csv", NATIVE + GOOD + "1,2 000,10\n", 3, "prompt_tokens"),
+    "csv underscores": ("a.csv", NATIVE + GOOD + "1,1_234,10\n", 3, "prompt_tokens"),
+    "csv other digits": ("a.csv", NATIVE + GOOD + "1,\u0663,10\n", 3, "prompt_tokens"),
+    "csv decimal comma": ("a.csv", NATIVE + GOOD + '"1,5",10,10\n', 3, "arrival_s"),
+    "csv mark amid": ("a.csv", NATIVE + GOOD + "\ufeff1,10,10\n", 3, "arrival_s"),
+    "csv time is infinite": ("a.csv", NATIVE + GOOD + "-inf,10,10\n", 3, "arrival_s"),
     "csv infinite tokens": ("a.csv", NATIVE + GOOD + "1,inf,10\n", 3, "prompt_tokens"),
     "csv more than int32": ("a.csv", NATIVE + GOOD + "1,3000000000,10\n", 3, "prompt_tokens"),
     "csv time is a word": ("a.csv", NATIVE + GOOD + "noon,10,10\n", 3, "arrival_s"),
@@ -195,12 +207,22 @@ BAD_ROWS = {
     "csv negative class": ("a.csv", CLASSED + "1,1,1,-1\n", 3, "slo_class"),
     "csv hash is a word": ("a.csv", HASHED + "1,1,1,a b\n", 3, "prefix_hashes"),
     "azure time": ("a.csv", AZURE + "16/11/2023,10,10\n", 2, "TIMESTAMP"),
+    "azure day alone": ("a.csv", AZURE + "20231116,10,10\n", 2, "TIMESTAMP"),
     "azure tokens": ("a.csv", AZURE + "2023-11-16 18:15:46.6,10,x\n", 2, "GeneratedTokens"),
     "burstgpt failed": ("a.csv", BURST + "5,GPT-4,10,0,10,API log\n", 2, "Response tokens"),
     "mooncake null": ("a.jsonl", GOOD_JSON + mooncake(prompt=None), 2, "input_length"),
     "mooncake negative": ("a.jsonl", GOOD_JSON + mooncake(prompt=-1), 2, "input_length"),
     "mooncake zero": ("a.jsonl", GOOD_JSON + mooncake(output=0), 2, "output_length"),
     "mooncake infinite": ("a.jsonl", GOOD_JSON + mooncake(output=np.inf), 2, "output_length"),
+    "mooncake true": ("a.jsonl", GOOD_JSON + mooncake(output=True), 2, "output_length"),
+    "mooncake huge": ("a.jsonl", GOOD_JSON + mooncake(output=10**400), 2, "output_length"),
+    "mooncake time is nan": ("a.jsonl", GOOD_JSON + mooncake(timestamp=np.nan), 2, "timestamp"),
+    "mooncake key twice": (
+        "a.jsonl",
+        GOOD_JSON + '{"timestamp": 1, "input_length": 9, "input_length": 90, "output_length": 1}',
+        2,
+        "the key 'input_length' is given twice",
+    ),
     "mooncake time": ("a.jsonl", GOOD_JSON + mooncake(timestamp="noon"), 2, "timestamp"),
     "mooncake hash": ("a.jsonl", GOOD_JSON + mooncake(hash_ids=["a"]), 2, "hash_ids"),
     "mooncake hash fraction": ("a.jsonl", GOOD_JSON + mooncake(hash_ids=[1.5]), 2, "hash_ids"),
@@ -278,6 +300,49 @@ def test_a_bad_parquet_row_is_refused_with_its_place(tmp_path):
     parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
     with pytest.raises(WorkloadError, match=r"a\.parquet, line 2, column prompt_tokens"):
         read_trace(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("name", ["native.csv", "mooncake.jsonl", "azure_2023.csv"])
+def test_line_ends_of_all_systems_are_read_also_mixed(write, name, end):
+    first, rest = SAME_STREAM[name].split("\n", 1)
+    assert_the_same_stream(read_trace(write(name, first + end + rest)))
+    assert_the_same_stream(read_trace(write(name, SAME_STREAM[name].replace("\n", end))))
+
+
+@pytest.mark.parametrize("text", ["arrival_s, prompt_tokens , output_tokens\n", NATIVE + "\n  \n"])
+def test_blanks_around_names_and_empty_lines_do_not_count(write, text):
+    assert_the_same_stream(read_trace(write("a.csv", text + "100.0,4808,10\n101.25,3180,8\n\n")))
+
+
+def test_a_column_named_twice_is_refused_by_file(write, tmp_path):
+    text = "arrival_s,prompt_tokens,output_tokens,prompt_tokens\n0,10,10,1000\n"
+    with pytest.raises(WorkloadError, match=r"a\.csv has 2 columns 'prompt_tokens'"):
+        read_trace(write("a.csv", text))
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    names = ["arrival_s", "prompt_tokens", "output_tokens", "prompt_tokens"]
+    table = pa.table([[0.0], [10], [10], [1000]], names=names)
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(WorkloadError, match=r"a\.parquet has 2 columns 'prompt_tokens'"):
+        read_trace(tmp_path / "a.parquet")
+
+
+def test_an_open_quote_does_not_swallow_the_rest_of_the_file(write):
+    with pytest.raises(WorkloadError, match=r"a\.csv, line \d: no CSV"):
+        read_trace(write("a.csv", NATIVE + '0,10,10\n1,"10,10\n2,10,10\n'))
+
+
+def test_a_null_in_an_optional_parquet_column_is_none(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    columns = {"arrival_s": [0.0, 1.0], "prompt_tokens": [5, 5], "output_tokens": [5, 5]}
+    columns |= {"session": [3, None], "slo_class": [0, None], "hash_ids": [[1], None]}
+    parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
+    trace = read_trace(tmp_path / "a.parquet")
+    assert trace.table.session.tolist() == [3, -1]
+    assert trace.class_given.tolist() == [True, False]
+    assert trace.table.prefix_offsets.tolist() == [0, 1, 1]
 
 
 # ---- unusable files ----

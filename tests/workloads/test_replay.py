@@ -85,9 +85,48 @@ def test_a_rate_of_a_single_time_is_refused(tmp_path, rows):
     assert TraceConfig(path=str(path)).table(rng(), num_requests=1).arrival_s.tolist() == [0.0]
 
 
-def test_requests_are_cut_to_the_context(trace):
-    config = TraceConfig(path=trace, max_context_tokens=60)
+def test_requests_beyond_the_context_are_refused_with_their_counts(trace):
+    with pytest.raises(WorkloadError) as caught:
+        TraceConfig(path=trace, max_context_tokens=60).whole()
+    said = str(caught.value)
+    assert said.startswith("squares.csv, line 57: a prompt of 56 and an output of 5 tokens")
+    assert "145 of 200 requests" in said
+    assert "by 10,585 tokens or 0.5 of all" in said  # 1 + 2 + ... + 145 of 21,100
+    assert "--too-long" in said
+
+
+def test_requests_are_left_out_and_counted_on_request(trace):
+    read = TraceConfig(path=trace, max_context_tokens=60, too_long="skip").read()
+    assert read.table.prompt_tokens.tolist() == list(range(1, 56))
+    assert read.counts()["left_out_requests"] == 145
+    assert read.counts()["cut_requests"] == 0
+    assert read.counts()["tokens_not_played"] == sum(range(56, 201)) + 145 * 5
+    assert read.remarks()[0].startswith("squares.csv: left out 145 of 200 requests, as they exceed")
+    with pytest.raises(WorkloadError, match="as all others, exceeds 2 tokens"):
+        TraceConfig(path=trace, max_context_tokens=2, too_long="skip").read()
+
+
+def test_a_trace_within_the_context_is_played_as_it_is(trace):
+    read = TraceConfig(path=trace, too_long="cut").read()
+    assert read.shortened is None
+    assert read.remarks() == []
+
+
+def test_an_output_beyond_half_the_context_is_whole_where_it_fits(tmp_path):
+    path = tmp_path / "long.csv"
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n0,10,50\n1,10,80\n")
+    read = TraceConfig(path=str(path), max_context_tokens=60, too_long="cut").read()
+    assert read.table.output_tokens.tolist() == [50, 30]
+    assert read.table.prompt_tokens.tolist() == [10, 10]
+    assert read.counts()["cut_requests"] == 1
+    assert read.counts()["tokens_not_played"] == 50
+
+
+def test_requests_are_cut_to_the_context_on_request(trace):
+    config = TraceConfig(path=trace, max_context_tokens=60, too_long="cut")
     table = config.whole()
+    assert config.read().counts()["cut_requests"] == 145
+    assert config.read().counts()["tokens_not_played"] == sum(range(1, 146))
     total = table.prompt_tokens + table.output_tokens
     assert total.max() == 60
     uncut = np.arange(1, 201) + 5 <= 60
@@ -114,3 +153,25 @@ def test_classes_of_the_trace_are_kept(tmp_path):
     path.write_text("arrival_s,prompt_tokens,output_tokens,slo_class\n0,1,1,1\n1,1,1,0\n2,1,1,1\n")
     table = TraceConfig(path=str(path)).table(rng(), num_requests=3, class_shares=(0.9, 0.1))
     assert table.slo_class.tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_classes_of_the_trace_are_kept_also_where_all_are_of_one(tmp_path, number):
+    header = "arrival_s,prompt_tokens,output_tokens,slo_class\n"
+    path = tmp_path / "classes.csv"
+    path.write_text(header + "".join(f"{i},1,1,{number}\n" for i in range(50)))
+    table = TraceConfig(path=str(path)).table(rng(), num_requests=40, class_shares=(0.5, 0.5))
+    assert table.slo_class.tolist() == [number] * 40
+
+
+def test_classes_are_drawn_for_the_rows_without_alone(tmp_path):
+    path = tmp_path / "some.jsonl"
+    keys = '"arrival_s": {}, "prompt_tokens": 1, "output_tokens": 1'
+    given = "{" + keys + ', "slo_class": 0}\n'
+    without = "{" + keys + "}\n"
+    path.write_text(
+        "".join((given if i % 2 else without).replace("{}", str(i)) for i in range(400))
+    )
+    table = TraceConfig(path=str(path)).table(rng(), num_requests=400, class_shares=(0.5, 0.5))
+    assert not table.slo_class[1::2].any()
+    assert table.slo_class[::2].mean() == pytest.approx(0.5, abs=0.12)

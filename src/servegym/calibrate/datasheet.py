@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from servegym.assets.specs import AllReduceFit, GpuSpec, KernelFit, gpu, gpu_names
+from servegym.documents import load_yaml
 from servegym.errors import ConfigError
 
 
@@ -45,7 +46,7 @@ def read_datasheet(path: Path) -> DataSheet:
         ConfigError: If there is none, a peak is missing or impossible, or the name is taken.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         raise ConfigError(f"{path} is not a readable YAML file with a data sheet") from None
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -31,3 +32,9 @@ def require_writable(*paths: Path | None) -> None:
 def make_console() -> Console:
     """Return a console as wide as the terminal."""
     return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, soft_wrap=False)
+
+
+def print_remarks(console: Console, remarks: Iterable[str]) -> None:
+    """Print sentences as they are: they name files, which are no markup."""
+    for remark in remarks:
+        console.print(remark, markup=False, highlight=False, soft_wrap=True)

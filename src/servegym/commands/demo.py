@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from servegym.commands.console import make_console
+from servegym.commands.console import make_console, print_remarks
 from servegym.commands.evaluate import evaluated, publish
 from servegym.commands.train import require_torch, trained
 from servegym.commands.workload import chosen_scenario
@@ -78,6 +78,7 @@ class Demo:
             else chosen_scenario("azure-conv-fit")
         )
         on_trace = evaluated(traced, policies, (1.0,), self.seeds)
+        print_remarks(console, on_trace.notes)
         console.print(comparison_table(on_trace, 1.0, console.width))
         write_json(on_trace, self.out / "results-trace.json")
         write_report(on_trace, self.out / "report-trace.html")

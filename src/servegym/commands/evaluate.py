@@ -9,22 +9,21 @@ from pathlib import Path
 from rich.progress import Progress, track
 
 from servegym.baselines.ordering.registry import ordering_names
-from servegym.commands.console import make_console, require_writable
+from servegym.commands.console import make_console, print_remarks, require_writable
 from servegym.commands.evaluate_workflow import DEFAULT_WORKFLOW_POLICIES, evaluate_jobs
 from servegym.commands.schedule import ScheduleDag
-from servegym.commands.workload import chosen_scenario
+from servegym.commands.workload import TRACE_OPTIONS, Played
 from servegym.errors import ConfigError
 from servegym.evaluate.document import write_json
 from servegym.evaluate.harness import Evaluation, evaluate
 from servegym.evaluate.ordering import tuned_order
-from servegym.evaluate.saturation import saturation_load
+from servegym.evaluate.saturation import require_rate, saturation_load
 from servegym.evaluate.table import comparison_table, saturation_table
 from servegym.export.resolve import resolve_order, resolve_policy
 from servegym.policy.ordering import OrderingPolicy
 from servegym.policy.policy import Policy
 from servegym.scenario import Scenario
 from servegym.workflow_scenario import is_workflow_scenario
-from servegym.workloads.readers import OnBadRow
 
 DEFAULT_POLICIES = (
     "random",
@@ -56,18 +55,9 @@ _PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(Played):
     """Compare policies on the same requests: a table, JSON and a report page."""
 
-    scenario: str = "mixed-chat"
-    """Bundled scenario name or YAML file; gives the fleet. `taillard`: gaps of schedulers to the
-    best known on 50 job shops."""
-    trace: str | None = None
-    """Replay this trace instead of the scenario's workload."""
-    on_bad_row: OnBadRow = "error"
-    """`skip` leaves malformed rows of the trace out and says how many; `error` refuses the file."""
-    rate_rps: float | None = None
-    """Rate of the trace at load 1; by default 80 % of what the fleet can bear."""
     policies: tuple[str, ...] = DEFAULT_POLICIES
     """Rules (see `servegym policies`) and exported policy.onnx files; for jobs those of
     docs/workflow-online.md, for one engine those of docs/preemption.md and ordering.npz files.
@@ -99,7 +89,9 @@ class Evaluate:
             return
         if self.plot:
             raise ConfigError("--plot is for scenarios of jobs: take --report")
-        scenario = chosen_scenario(self.scenario, self.trace, self.rate_rps, self.on_bad_row)
+        scenario = self.chosen()
+        if self.saturation:
+            require_rate(scenario)
         policies: list[Policy | OrderingPolicy]
         if scenario.orders_requests:
             policies = self._orders(scenario)
@@ -111,7 +103,8 @@ class Evaluate:
         if self.saturation:
             for policy in track(policies, "saturation", transient=True):
                 result.saturation[policy.name] = {
-                    share: saturation_load(scenario, policy, share) for share in (0.9, 0.99)
+                    share: saturation_load(scenario, policy, share, num_requests=self.num_requests)
+                    for share in (0.9, 0.99)
                 }
         publish(result, self.json, self.report)
 
@@ -136,11 +129,8 @@ class Evaluate:
 
     def _run_job_shops(self) -> None:
         """Nothing is drawn there: no loads, no seeds, and the answer is a gap to the best known."""
-        for name in ("trace", "rate_rps", "num_requests", "report", "plot", "saturation"):
-            if getattr(self, name):
-                raise ConfigError(
-                    f"--{name.replace('_', '-')} has no meaning for job shops: leave it out"
-                )
+        others = ("trace", "num_requests", "report", "plot", "saturation", "loads", "seeds")
+        self.refuse((*others, *TRACE_OPTIONS), "has no meaning for job shops")
         policies = self.policies
         if policies == DEFAULT_POLICIES:
             policies = _JOB_SHOP_RULES
@@ -149,12 +139,8 @@ class Evaluate:
     def _run_jobs(self) -> None:
         if self.plot and self.plot.suffix not in _PLOT_SUFFIXES:
             raise ConfigError(f"{self.plot} must end in {', '.join(_PLOT_SUFFIXES)}")
-        for option, value in {"trace": self.trace, "rate_rps": self.rate_rps}.items():
-            if value:
-                raise ConfigError(
-                    f"--{option.replace('_', '-')} is for scenarios of requests, and"
-                    f" {self.scenario} is one of jobs: leave it out"
-                )
+        why = f"is for scenarios of requests, and {self.scenario} is one of jobs"
+        self.refuse(("trace", *TRACE_OPTIONS), why)
         policies = self.policies
         if policies == DEFAULT_POLICIES:
             policies = DEFAULT_WORKFLOW_POLICIES
@@ -195,6 +181,7 @@ def evaluated(
 def publish(result: Evaluation, json: Path | None, report: Path | None) -> None:
     """Print the tables and write the files asked for."""
     console = make_console()
+    print_remarks(console, result.notes)
     for load in result.loads:
         console.print(comparison_table(result, load, console.width))
     if result.saturation:

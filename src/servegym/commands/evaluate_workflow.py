@@ -13,7 +13,7 @@ from servegym.baselines.workflow.online.registry import (
     ONLINE_RULES,
     online_rule,
 )
-from servegym.commands.console import make_console
+from servegym.commands.console import make_console, print_remarks
 from servegym.errors import ConfigError
 from servegym.evaluate.document import write_json
 from servegym.evaluate.saturation import require_limits, saturation_load_of_jobs
@@ -65,6 +65,7 @@ def evaluate_jobs(
                 share: saturation_load_of_jobs(scenario, policy, share, num_jobs=num_jobs)
                 for share in (0.9, 0.99)
             }
+    print_remarks(console, result.notes)
     for load in result.loads:
         console.print(workflow_table(result, load))
     if saturation:

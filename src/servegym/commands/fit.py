@@ -9,7 +9,8 @@ import tyro
 import yaml
 from rich.table import Table
 
-from servegym.commands.console import make_console
+from servegym.commands.console import make_console, print_remarks
+from servegym.workloads.dialect import TimeUnit
 from servegym.workloads.fit import QUANTILES, fit_quality, fit_workload
 from servegym.workloads.readers import OnBadRow, read_trace
 
@@ -22,13 +23,21 @@ class Fit:
     """Trace file."""
     on_bad_row: OnBadRow = "error"
     """`error` refuses the file at a malformed row, `skip` counts and leaves out."""
+    time_unit: TimeUnit | None = None
+    """What the column of times counts, where the columns do not say."""
+    hash_block_tokens: int | None = None
+    """Tokens of a prefix hash, where the columns do not say."""
 
     def run(self) -> None:
         """Fit and print."""
-        trace = read_trace(self.trace, on_bad_row=self.on_bad_row)
+        trace = read_trace(
+            self.trace,
+            on_bad_row=self.on_bad_row,
+            time_unit=self.time_unit,
+            hash_block_tokens=self.hash_block_tokens,
+        )
         console = make_console()
-        if trace.num_skipped:
-            console.print(f"skipped {trace.num_skipped} rows; the first: {trace.first_bad}")
+        print_remarks(console, trace.remarks())
         config = fit_workload(trace.table)
         console.print(yaml.safe_dump({"workload": config.model_dump(mode="json")}, sort_keys=False))
         table = Table(title=f"{trace.name}: {len(trace.table)} requests, {config.rate_rps:.3g}/s")

@@ -6,30 +6,21 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from servegym.commands.console import make_console
-from servegym.commands.workload import chosen_scenario
+from servegym.commands.console import make_console, print_remarks
+from servegym.commands.workload import Played
 from servegym.costs.explain import costs_table
 from servegym.evaluate.harness import evaluate
 from servegym.export.resolve import resolve_order, resolve_policy
 from servegym.policy.ordering import OrderingPolicy
 from servegym.policy.policy import Policy
-from servegym.workloads.readers import OnBadRow
 
 DEFAULT_POLICY = "prefix-load"
 
 
 @dataclass(frozen=True)
-class Simulate:
+class Simulate(Played):
     """Play one policy on a scenario or trace and print all metrics."""
 
-    scenario: str = "mixed-chat"
-    """Bundled scenario name or YAML file; gives the fleet."""
-    trace: str | None = None
-    """Replay this trace instead of the scenario's workload."""
-    on_bad_row: OnBadRow = "error"
-    """`skip` leaves malformed rows of the trace out and says how many; `error` refuses the file."""
-    rate_rps: float | None = None
-    """Rate of the trace at load 1; by default 80 % of what the fleet can bear."""
     policy: str = DEFAULT_POLICY
     """Rule (see `servegym policies`) or exported policy.onnx; for one engine that goes by
     priorities an order (docs/preemption.md) or ordering.npz, by default fcfs."""
@@ -44,7 +35,7 @@ class Simulate:
 
     def run(self) -> None:
         """Simulate and print."""
-        scenario = chosen_scenario(self.scenario, self.trace, self.rate_rps, self.on_bad_row)
+        scenario = self.chosen()
         console = make_console()
         if self.explain:
             for entry in scenario.fleet:
@@ -61,9 +52,12 @@ class Simulate:
             num_seeds=self.seeds,
             num_requests=self.num_requests,
         )
+        print_remarks(console, result.notes)
         table = Table(title=f"{policy.name} on {scenario.name}, load {self.load:g}")
         table.add_column("metric")
-        table.add_column("mean over seeds", justify="right")
+        table.add_column(
+            "mean over seeds" if len(result.seeds) > 1 else "one episode", justify="right"
+        )
         for key in result.runs[0].metrics:
             table.add_row(key, f"{result.mean(policy.name, self.load, key):.5g}")
         console.print(table)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from rich.progress import track
 
-from servegym.commands.console import make_console
+from servegym.commands.console import make_console, print_remarks
 from servegym.errors import ConfigError
+from servegym.evaluate.repeats import window_notes
 from servegym.scenario import load_scenario
 from servegym.train.tune import candidates, score
 
@@ -35,6 +36,7 @@ class Tune:
                 raise ConfigError(f"{what} must be at least 1, got {value}")
         if not self.loads:
             raise ConfigError("there must be at least one load, got none")
+        print_remarks(make_console(), window_notes(scenario, 1, None))
         best, best_score = "", float("inf")
         for text in track(candidates(self.policy, self.budget), "tuning", transient=True):
             got = score(scenario, text, self.loads, self.seeds)

@@ -2,31 +2,91 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from servegym.commands.console import make_console
-from servegym.scenario import Scenario, load_scenario, with_trace
-from servegym.workloads.config import TraceConfig
+from servegym.commands.console import make_console, print_remarks
+from servegym.errors import ConfigError
+from servegym.scenario import Scenario, load_scenario
+from servegym.traced_scenario import with_trace
+from servegym.workloads.config import MAX_CONTEXT_TOKENS, TraceConfig
+from servegym.workloads.dialect import TimeUnit
 from servegym.workloads.readers import OnBadRow
+from servegym.workloads.shortening import TooLong
+
+#: What means nothing without a trace.
+TRACE_OPTIONS = (
+    "on_bad_row",
+    "time_unit",
+    "hash_block_tokens",
+    "max_context_tokens",
+    "too_long",
+    "rate_rps",
+)
 
 
-def chosen_scenario(
-    scenario: str,
-    trace: str | None = None,
-    rate_rps: float | None = None,
-    on_bad_row: OnBadRow = "error",
-) -> Scenario:
-    """Load a scenario, with its workload replaced if a trace is given; say what was skipped."""
-    loaded = load_scenario(scenario)
-    if not trace:
-        return loaded
-    chosen = with_trace(loaded, trace, rate_rps, on_bad_row)
-    if isinstance(chosen.workload, TraceConfig):
-        read = chosen.workload.read()
-        if read.num_skipped:
-            make_console().print(f"skipped {read.num_skipped} rows; the first: {read.first_bad}")
+@dataclass(frozen=True)
+class Played:
+    """What is played: a scenario, or its fleet with a trace."""
+
+    scenario: str = "mixed-chat"
+    """Bundled scenario name or YAML file; gives the fleet. For `evaluate` also `taillard`: gaps of
+    schedulers to the best known on 50 job shops."""
+    trace: str | None = None
+    """Replay this trace instead of the scenario's workload."""
+    on_bad_row: OnBadRow = "error"
+    """`skip` leaves malformed rows of the trace out and says how many; `error` refuses the file."""
+    time_unit: TimeUnit | None = None
+    """What the trace's column of times counts, where its columns do not say."""
+    hash_block_tokens: int | None = None
+    """Tokens of a prefix hash of the trace, where its columns do not say."""
+    max_context_tokens: int = MAX_CONTEXT_TOKENS
+    """Longest prompt and output of the trace together; at most what the largest replica takes."""
+    too_long: TooLong = "error"
+    """Longer requests of the trace: `error` refuses the file, `cut` and `skip` shorten or leave
+    them out and say how many."""
+    rate_rps: float | None = None
+    """Rate of the trace at load 1; by default 80 % of what the fleet can bear."""
+
+    def chosen(self) -> Scenario:
+        """Load what is to be played, and say what was done to a trace."""
+        if self.trace is None:
+            self.refuse(TRACE_OPTIONS, "is for a trace, and none is given with --trace")
+            return chosen_scenario(self.scenario)
+        options = {name: getattr(self, name) for name in TRACE_OPTIONS}
+        return chosen_scenario(self.scenario, self.trace, **options)
+
+    def refuse(self, options: Sequence[str], why: str) -> None:
+        """Refuse options that were given and mean nothing here.
+
+        Raises:
+            ConfigError: If one is not at its default.
+        """
+        usual = {f.name: f.default for f in fields(self)}
+        for option in options:
+            if getattr(self, option) != usual[option]:
+                raise ConfigError(f"--{option.replace('_', '-')} {why}: leave it out")
+
+
+def chosen_scenario(scenario: str, trace: str | None = None, **options: Any) -> Scenario:
+    """Load a scenario, with its workload replaced if a trace is given; say what was done to it.
+
+    Args:
+        scenario: Name or file.
+        trace: File.
+        options: Of `with_trace`.
+    """
+    chosen = load_scenario(scenario)
+    if trace is not None:
+        chosen = with_trace(chosen, trace, **options)
+    played = chosen.played_workload
+    if isinstance(played, TraceConfig):
+        read = played.read()
+        print_remarks(make_console(), [read.headline(), *read.remarks()])
     return chosen
 
 
@@ -35,7 +95,7 @@ def trace_scenario(scenario: str, trace: str, rate_rps: float | None, folder: Pa
 
     A trained policy is exported and judged on the scenario it was trained on: it must be a file.
     """
-    chosen = chosen_scenario(scenario, str(Path(trace).resolve()), rate_rps)
+    chosen = chosen_scenario(scenario, str(Path(trace).resolve()), rate_rps=rate_rps)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "scenario.yaml"
     text = yaml.safe_dump(chosen.model_dump(mode="json", exclude_none=True), sort_keys=False)

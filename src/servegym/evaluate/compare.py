@@ -59,6 +59,20 @@ def paired_difference(metric: FloatArray, reference: FloatArray) -> Difference:
     return Difference(*_mean_with_interval(gaps[~np.isnan(gaps)]))
 
 
+def with_interval(found: Ratio | Difference, form: str = ".3f", factor: float = 1.0) -> str:
+    """Return a comparison as text; a single pair has no interval.
+
+    Args:
+        found: The comparison.
+        form: Of each number.
+        factor: On each number.
+    """
+    text = f"{factor * found.value:{form}}"
+    if found.num_pairs < 2:
+        return text
+    return f"{text} [{factor * found.low:{form}}, {factor * found.high:{form}}]"
+
+
 def _mean_with_interval(values: FloatArray) -> tuple[float, float, float, int]:
     """Mean of independent values, its 95 % bootstrap interval, and how many they are."""
     n = len(values)

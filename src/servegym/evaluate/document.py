@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import servegym
+from servegym.evaluate.compare import Difference, Ratio
 from servegym.evaluate.harness import Evaluation
 
 
@@ -33,14 +34,14 @@ def evaluation_document(result: Evaluation) -> dict[str, Any]:
                         "metric": result.judged_by,
                         "reference": best,
                         "value": r.value,
-                        "ci95": [r.low, r.high],
+                        "ci95": _interval(r),
                         "num_pairs": r.num_pairs,
                     },
                     "difference": {
                         "metric": result.judged_by,
                         "reference": best,
                         "value": gap.value,
-                        "ci95": [gap.low, gap.high],
+                        "ci95": _interval(gap),
                         "num_pairs": gap.num_pairs,
                     },
                 }
@@ -53,6 +54,9 @@ def evaluation_document(result: Evaluation) -> dict[str, Any]:
         "scenario_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "loads": result.loads,
         "seeds": result.seeds,
+        "seeds_asked": result.seeds_asked,
+        "notes": result.notes,
+        "trace": result.trace.counts() if result.trace else None,
         "decision_s": {k: {"p50": a, "p99": b} for k, (a, b) in result.decision_s.items()},
         "aggregates": aggregates,
         "saturation_load": {
@@ -72,6 +76,11 @@ def write_json(result: Evaluation, path: Path) -> None:
     """Write the comparison to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(evaluation_document(result), indent=1, sort_keys=True) + "\n")
+
+
+def _interval(found: Ratio | Difference) -> list[float | None]:
+    """Bounds of the interval, which a single pair does not have."""
+    return [found.low, found.high] if found.num_pairs > 1 else [None, None]
 
 
 def _without_nan(value: Any) -> Any:

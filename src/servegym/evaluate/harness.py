@@ -13,12 +13,15 @@ from servegym.cluster.spec import ClusterSpec, Episode
 from servegym.errors import ConfigError
 from servegym.evaluate.compare import Difference, Ratio, paired_difference, paired_ratio
 from servegym.evaluate.metrics import measure
+from servegym.evaluate.repeats import plan_requests
 from servegym.policy.ordering import OrderingPolicy, OrderingRule
 from servegym.policy.policy import Policy
 from servegym.policy.run import run, time_decisions
 from servegym.policy.run_ordering import make_simulator, run_ordering, time_orders
 from servegym.scenario import Scenario
 from servegym.typing import FloatArray
+from servegym.workloads.config import TraceConfig
+from servegym.workloads.readers import Trace
 
 #: Held-out seeds start here; training and tuning use smaller ones or none.
 FIRST_SEED = 1_000_000
@@ -56,6 +59,8 @@ class Evaluation:
         trails: The first seed's run by (policy, load).
         learned: Names of learned policies, which are compared with the best of the others.
         saturation: Largest load by policy and share of requests within their limits, if searched.
+        seeds_asked: How many seeds were asked for; those that play an episode again are left out.
+        notes: What that left out, and how far the others are repeats, in sentences.
     """
 
     scenario: Scenario
@@ -67,6 +72,29 @@ class Evaluation:
     trails: dict[tuple[str, float], Trail] = field(default_factory=dict)
     learned: list[str] = field(default_factory=list)
     saturation: dict[str, dict[float, float]] = field(default_factory=dict)
+    seeds_asked: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def averaged(self) -> str:
+        """What tables say about their numbers."""
+        return f"means over {len(self.seeds)} seeds" if len(self.seeds) > 1 else "one episode"
+
+    @property
+    def interval_suffix(self) -> str:
+        """What tables say about their intervals, if there are any."""
+        return ", 95 % CI" if len(self.seeds) > 1 else ""
+
+    @property
+    def remarks(self) -> list[str]:
+        """What the reader must know of the trace, the seeds and the loads, in sentences."""
+        return [*(self.trace.remarks() if self.trace else ()), *self.notes]
+
+    @property
+    def trace(self) -> Trace | None:
+        """The trace that was played, if one was."""
+        workload = self.scenario.played_workload
+        return workload.read() if isinstance(workload, TraceConfig) else None
 
     def values(self, policy: str, load: float, metric: str) -> NDArray[np.float64]:
         """One metric over the seeds, `float64[seeds]`."""
@@ -135,7 +163,7 @@ def evaluate(
         policies: What to compare; names must differ. Orders if the scenario is one engine that
             goes by priorities, else policies of dispatch.
         loads: Factors on the arrival rate.
-        num_seeds: Episodes per load.
+        num_seeds: Episodes per load; those that would be played again are left out.
         first_seed: Their seeds count from here.
         num_requests: Requests per episode, else the scenario's own.
         progress: Called with what is done and the share of the work.
@@ -149,12 +177,15 @@ def evaluate(
         raise ConfigError(f"loads must be given, each once, got {list(loads)}")
     if num_seeds < 1:
         raise ConfigError(f"seeds must be at least 1, got {num_seeds}")
-    seeds = [first_seed + i for i in range(num_seeds)]
+    asked = [first_seed + i for i in range(num_seeds)]
+    seeds, loads, notes = plan_requests(scenario, asked, loads, num_requests)
     result = Evaluation(
         scenario,
         [(p.name, p.information) for p in policies],
-        list(loads),
+        loads,
         seeds,
+        seeds_asked=num_seeds,
+        notes=notes,
         learned=[
             p.name for p in policies if not (hasattr(p, "decide") or isinstance(p, OrderingRule))
         ],

@@ -100,6 +100,8 @@ def measure(
     good = within_slo(kept, spec)
     # over the arrivals, not the drain: one long last answer would else rule the rate
     span = float(kept["arrival_s"][-1] - kept["arrival_s"][0])
+    if span == 0.0:  # a batch has no window of arrivals: its rate is over the time it takes
+        span = float(np.nan_to_num(kept["finish_s"]).max() - kept["arrival_s"][0])
     types = [spec.types[t] for t in episode.type_idx]
     gpus, usd_per_s = sum(t.num_gpus for t in types), sum(t.price_usd_per_h for t in types) / 3600
     out["slo_attainment"] = float(good.mean())

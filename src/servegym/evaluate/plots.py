@@ -175,15 +175,14 @@ def ratio_figure(result: Evaluation, load: float) -> str:
     figure, axis = plt.subplots(figsize=(8, 0.32 * len(rows) + 1.2))
     for y, (name, r) in enumerate(rows):
         color = PALETTE[1] if name in result.learned else PALETTE[0]
-        # a single seed has no bounds
-        low, high = max(r.low, r.value / 20), min(r.high, 20 * r.value)
-        axis.plot([low, high], [y, y], color=color, linewidth=2)
+        if r.num_pairs > 1:
+            axis.plot([r.low, r.high], [y, y], color=color, linewidth=2)
         axis.plot(r.value, y, "o", color=color)
     axis.axvline(1.0, color="gray", linewidth=1)
     axis.set(
         xscale="log",
         yticks=range(len(rows)),
         yticklabels=[n for n, _ in rows],
-        xlabel=f"{result.judged_name} over that of {best}, 95 % interval",
+        xlabel=f"{result.judged_name} over that of {best}{result.interval_suffix}",
     )
     return as_image(figure, f"Paired ratios of {result.judged_name} with intervals")

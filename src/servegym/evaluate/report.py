@@ -6,6 +6,7 @@ import html
 from pathlib import Path
 
 import servegym
+from servegym.evaluate.compare import with_interval
 from servegym.evaluate.harness import Evaluation
 from servegym.evaluate.plots import (
     balance_figure,
@@ -47,11 +48,7 @@ def report_page(result: Evaluation) -> str:
     names = [n for n in compared if any(n == p for p, _ in result.policies)][:2]
     verdict = "".join(f"<p>{_verdict(result, load)}</p>" for load in result.loads)
     tables = "".join(_table(result, load) for load in result.loads)
-    few = (
-        ""
-        if len(result.seeds) >= 10
-        else f'<p class="note">Only {len(result.seeds)} seeds: read the intervals with care.</p>'
-    )
+    few = seeds_part(result)
     scenario = result.scenario
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -61,9 +58,9 @@ def report_page(result: Evaluation) -> str:
 <p>{html.escape(scenario.description)}</p>
 {verdict}{few}
 <h2>Results</h2>{tables}
-<p class="note">Means over {len(result.seeds)} held-out episodes, the same for every policy;
+<p class="note">{episodes_text(result)}, the same for every policy;
 the first 20 % of the requests are left out, runs are drained. Ratio: {result.judged_name} over
-that of the best rule that is no oracle, paired by episode, with its 95 % bootstrap interval.
+that of the best rule that is no oracle{paired_text(result)}.
 Oracles know the true output lengths.</p>
 <h2>How far from the best rule (load {top:g})</h2>{ratio_figure(result, top)}
 <p class="note">The line is the best rule. Learned policies are orange.</p>
@@ -85,18 +82,40 @@ def _verdict(result: Evaluation, load: float) -> str:
     for name in result.learned:
         r = result.ratio(name, best, load)
         goodput = result.judged_by == "goodput_rps"
-        if r.high < 1:
+        if r.num_pairs < 2:
+            word = "in one episode beside"
+        elif r.high < 1:
             word = "behind" if goodput else "faster than"
         elif r.low > 1:
             word = "ahead of" if goodput else "slower than"
         else:
             word = "not distinguishable from"
-        parts.append(
-            f"{html.escape(name)} is {word} {html.escape(best)}: ratio {r.value:.3f} "
-            f"[{r.low:.3f}, {r.high:.3f}]"
-        )
+        parts.append(f"{html.escape(name)} is {word} {html.escape(best)}: ratio {with_interval(r)}")
     head = f"Load {load:g}: the best rule is <b>{html.escape(best)}</b>. "
     return head + "; ".join(parts) + ("." if parts else "")
+
+
+def seeds_part(result: Evaluation) -> str:
+    """Return what must be known of the trace and the seeds before the numbers are read."""
+    said = list(result.remarks)
+    if len(result.seeds) == 1:
+        said.append("A single episode: there are no intervals.")
+    elif len(result.seeds) < 10:
+        said.append(f"Only {len(result.seeds)} seeds: read the intervals with care.")
+    return "".join(f'<p class="note">{html.escape(text)}</p>' for text in said)
+
+
+def episodes_text(result: Evaluation) -> str:
+    """Return what the numbers of a table are."""
+    count = len(result.seeds)
+    return f"Means over {count} held-out episodes" if count > 1 else "One held-out episode"
+
+
+def paired_text(result: Evaluation) -> str:
+    """Return how a comparison was made, as the end of a sentence."""
+    if len(result.seeds) == 1:
+        return ""
+    return ", paired by episode, with its 95 % bootstrap interval"
 
 
 def saturation_part(result: Evaluation, what: str = "within limits") -> str:
@@ -126,7 +145,7 @@ def _table(result: Evaluation, load: float) -> str:
         p50 = result.decision_s[name][0] * 1e6
         rows.append(
             f'<tr class="{kind}"><td>{html.escape(name)}</td><td>{information}</td>{cells}'
-            f"<td>{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]</td><td>{p50:,.0f}</td></tr>"
+            f"<td>{with_interval(r)}</td><td>{p50:,.0f}</td></tr>"
         )
     heads = "".join(f"<th>{h}</th>" for h, *_ in COLUMNS)
     return (

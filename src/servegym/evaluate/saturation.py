@@ -14,6 +14,7 @@ from servegym.policy.policy import Policy
 from servegym.scenario import Scenario
 from servegym.workflow.online.policy import WorkflowPolicy
 from servegym.workflow_scenario import WorkflowScenario
+from servegym.workloads.config import TraceConfig
 
 
 def saturation_load(
@@ -22,6 +23,7 @@ def saturation_load(
     attainment: float,
     *,
     num_seeds: int = 3,
+    num_requests: int | None = None,
     low: float = 0.05,
     high: float = 4.0,
     tolerance: float = 0.02,
@@ -33,17 +35,27 @@ def saturation_load(
         policy: Under which policy.
         attainment: Share, e.g. 0.9.
         num_seeds: Episodes per load; the same for every load.
+        num_requests: Requests per episode, else the scenario's own.
         low: Smallest load tried.
         high: Largest load tried.
         tolerance: Relative precision of the answer.
 
     Returns:
         The load, 0 if even `low` is too much, `high` if nothing is.
+
+    Raises:
+        ConfigError: If there is none, see `require_rate`.
     """
+    require_rate(scenario)
 
     def met(load: float) -> bool:
         result = evaluate(
-            scenario, [policy], loads=[load], num_seeds=num_seeds, first_seed=FIRST_SEED
+            scenario,
+            [policy],
+            loads=[load],
+            num_seeds=num_seeds,
+            first_seed=FIRST_SEED,
+            num_requests=num_requests,
         )
         return result.mean(policy.name, load, "slo_attainment") >= attainment
 
@@ -88,6 +100,20 @@ def saturation_load_of_jobs(
         return result.mean(policy.name, load, "deadline_attainment") >= attainment
 
     return _largest(met, low, high, tolerance)
+
+
+def require_rate(scenario: Scenario) -> None:
+    """Refuse to search where no load is too high.
+
+    Raises:
+        ConfigError: If all requests of a trace arrive together.
+    """
+    workload = scenario.played_workload
+    if isinstance(workload, TraceConfig) and workload.is_batch:
+        raise ConfigError(
+            f"all requests of {workload.path} arrive at one time, so that there is no largest load:"
+            " leave --saturation out"
+        )
 
 
 def require_limits(scenario: WorkflowScenario) -> None:

@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from servegym.evaluate.compare import with_interval
 from servegym.evaluate.harness import Evaluation
 
 #: Column heading, metric, factor and digits.
@@ -53,8 +54,9 @@ def _comparison(result: Evaluation, load: float, without: Collection[str]) -> Ta
     best = result.best_heuristic(load)
     columns = [column for column in COLUMNS if column[1] not in without]
     table = Table(
-        title=f"{result.scenario.name}, load {load:g}: means over {len(result.seeds)} seeds",
-        caption=f"ratio: {result.judged_name} over that of {best} (best rule, no oracle), 95 % CI",
+        title=f"{result.scenario.name}, load {load:g}: {result.averaged}",
+        caption=f"ratio: {result.judged_name} over that of {best} (best rule, no oracle)"
+        f"{result.interval_suffix}",
         box=box.SIMPLE_HEAD,
         padding=(0, 0, 0, 1),
         pad_edge=False,
@@ -68,8 +70,7 @@ def _comparison(result: Evaluation, load: float, without: Collection[str]) -> Ta
         r = result.ratio(name, best, load)
         cells = [f"{k * result.mean(name, load, m):,.{d}f}" for _, m, k, d in columns]
         style = "bold" if name in result.learned else ("dim" if information == "oracle" else "")
-        ratio = f"{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]"
-        table.add_row(name, information, *cells, ratio, style=style)
+        table.add_row(name, information, *cells, with_interval(r), style=style)
     return table
 
 

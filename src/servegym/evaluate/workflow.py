@@ -11,7 +11,9 @@ from rich import box
 from rich.table import Table
 
 from servegym.errors import ConfigError
+from servegym.evaluate.compare import with_interval
 from servegym.evaluate.harness import FIRST_SEED, Evaluation, Run
+from servegym.evaluate.repeats import jobs_key, plan
 from servegym.typing import FloatArray, IntArray
 from servegym.workflow.online.policy import Rule, WorkflowPolicy
 from servegym.workflow.online.run import run, time_decisions
@@ -68,6 +70,11 @@ class WorkflowEvaluation(Evaluation):
     job_trails: dict[tuple[str, float], JobTrail] = field(default_factory=dict)
 
     @property
+    def trace(self) -> None:
+        """Jobs come from no trace."""
+        return None
+
+    @property
     def judged_by(self) -> str:
         """The metric of the scenario's objective."""
         return OBJECTIVES[self.scenario.objective][0]
@@ -101,10 +108,9 @@ class WorkflowEvaluation(Evaluation):
 
     def against_text(self, policy: str, reference: str, load: float) -> str:
         """Return such a comparison as tables show it."""
-        value, low, high = self.against(policy, reference, load)
         if self.judged_by_share:
-            return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
-        return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+            return with_interval(self.difference(policy, reference, load), "+.1f", 100)
+        return with_interval(self.ratio(policy, reference, load))
 
     def ranking(self, load: float) -> list[tuple[str, str]]:
         """Name and information class of all policies, the best by the objective first."""
@@ -220,12 +226,20 @@ def evaluate_workflows(
         raise ConfigError(f"loads must be given, each once, got {list(loads)}")
     if num_seeds < 1:
         raise ConfigError(f"seeds must be at least 1, got {num_seeds}")
-    seeds = [first_seed + i for i in range(num_seeds)]
+    asked = [first_seed + i for i in range(num_seeds)]
+    seeds, loads, notes = plan(
+        lambda seed, load: scenario.episode(seed, load=load, num_jobs=num_jobs),
+        jobs_key,
+        asked,
+        loads,
+    )
     result = WorkflowEvaluation(
         scenario,
         [(p.name, p.information) for p in policies],
-        list(loads),
+        loads,
         seeds,
+        seeds_asked=num_seeds,
+        notes=notes,
         learned=[p.name for p in policies if getattr(p, "learned", False)],
     )
     done = 0
@@ -294,7 +308,7 @@ def tuned_by_replay(
         def score(
             value: float, result: Evaluation = result, texts: dict[float, str] = texts
         ) -> float:
-            of = [result.mean(texts[value], load, result.judged_by) for load in loads]
+            of = [result.mean(texts[value], load, result.judged_by) for load in result.loads]
             return float(np.mean(of)) * (-1 if more else 1)
 
         found[key] = min(texts, key=score)
@@ -310,9 +324,9 @@ def workflow_table(result: WorkflowEvaluation, load: float) -> Table:
     best = result.best_heuristic(load)
     relation = "minus" if result.judged_by_share else "over"
     table = Table(
-        title=f"{result.scenario.name}, load {load:g}: means over {len(result.seeds)} seeds",
+        title=f"{result.scenario.name}, load {load:g}: {result.averaged}",
         caption=f"{result.against_heading}: {result.judged_name} {relation} that of {best}"
-        " (best rule, no oracle), 95 % CI",
+        f" (best rule, no oracle){result.interval_suffix}",
         box=box.SIMPLE_HEAD,
         padding=(0, 0, 0, 1),
         pad_edge=False,

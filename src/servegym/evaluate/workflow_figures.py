@@ -23,10 +23,9 @@ def against_figure(result: WorkflowEvaluation, load: float) -> str:
     figure, axis = plt.subplots(figsize=(8, 0.32 * len(ranked) + 1.2))
     for y, name in enumerate(ranked):
         value, low, high = result.against(name, best, load)
-        if not np.isfinite((low, high)).all():  # a single seed has no bounds
-            low = high = value
         color = PALETTE[1] if name in result.learned else PALETTE[0]
-        axis.plot([low, high], [y, y], color=color, linewidth=2)
+        if np.isfinite((low, high)).all() and len(result.seeds) > 1:
+            axis.plot([low, high], [y, y], color=color, linewidth=2)
         axis.plot(value, y, "o", color=color)
     relation = "minus" if result.judged_by_share else "over"
     unit = ", percentage points" if result.judged_by_share else ""
@@ -35,7 +34,7 @@ def against_figure(result: WorkflowEvaluation, load: float) -> str:
         xscale="linear" if result.judged_by_share else "log",
         yticks=range(len(ranked)),
         yticklabels=ranked,
-        xlabel=f"{result.judged_name} {relation} that of {best}{unit}, 95 % interval",
+        xlabel=f"{result.judged_name} {relation} that of {best}{unit}{result.interval_suffix}",
     )
     return as_image(figure, f"Paired comparison of {result.judged_name} with intervals")
 

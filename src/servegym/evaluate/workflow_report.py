@@ -6,7 +6,13 @@ import html
 from pathlib import Path
 
 import servegym
-from servegym.evaluate.report import STYLE, saturation_part
+from servegym.evaluate.report import (
+    STYLE,
+    episodes_text,
+    paired_text,
+    saturation_part,
+    seeds_part,
+)
 from servegym.evaluate.workflow import COLUMNS, WorkflowEvaluation
 from servegym.evaluate.workflow_figures import (
     against_figure,
@@ -31,11 +37,7 @@ def workflow_page(result: WorkflowEvaluation) -> str:
     scenario = result.scenario
     verdict = "".join(f"<p>{_verdict(result, load)}</p>" for load in result.loads)
     tables = "".join(_table(result, load) for load in result.loads)
-    few = (
-        ""
-        if len(result.seeds) >= 10
-        else f'<p class="note">Only {len(result.seeds)} seeds: read the intervals with care.</p>'
-    )
+    few = seeds_part(result)
     comparison = (
         "Points: percentage points above the best rule that is no oracle"
         if result.judged_by_share
@@ -54,8 +56,8 @@ h3 {{ font-size: 1rem; margin: 1.2rem 0 .3rem; }}{GANTT_STYLE}</style></head><bo
 <p>{html.escape(scenario.description)}</p>
 {verdict}{few}
 <h2>Results</h2>{tables}
-<p class="note">Means over {len(result.seeds)} held-out episodes, the same for every policy, all of
-their jobs counted. {comparison}, paired by episode, with its 95 % bootstrap interval. Slowdown is
+<p class="note">{episodes_text(result)}, the same for every policy, all of
+their jobs counted. {comparison}{paired_text(result)}. Slowdown is
 against the job alone on the fastest devices. Oracles know true durations, output lengths and hidden
 stages.</p>
 <h2>How far from the best rule (load {top:g})</h2>{against_figure(result, top)}
@@ -81,7 +83,9 @@ def _verdict(result: WorkflowEvaluation, load: float) -> str:
     for name in result.learned:
         _, low, high = result.against(name, best, load)
         same = 0.0 if result.judged_by_share else 1.0
-        if low <= same <= high:
+        if len(result.seeds) == 1:
+            word = "in one episode beside"
+        elif low <= same <= high:
             word = "not distinguishable from"
         else:
             word = "better than" if (low > same) == result.judged_by_share else "worse than"

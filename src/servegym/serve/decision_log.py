@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from servegym.cluster import state as s
 from servegym.cluster.outcome import EVENT_DTYPE
 from servegym.errors import ConfigError, WorkloadError
-from servegym.workloads.records import json_object, records
+from servegym.workloads.records import columns_of, records
 
 _log = logging.getLogger(__name__)
 
@@ -289,7 +289,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     for file in files:
         for line, record in records(file):
             where = f"{file.name}, line {line}"
-            row = json_object(where, record) if isinstance(record, str) else record
+            row = columns_of(where, record)
             if "decisions" not in row:
                 raise WorkloadError(f"{where} is no row of a decision log: it has no decisions")
             yield row

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from servegym.documents import load_yaml
 from servegym.errors import ConfigError, ServeGymError, unknown_name
 from servegym.serve.state import EngineMetrics
-from servegym.yaml_text import load_yaml
 
 
 class MetricsError(ServeGymError):

@@ -21,7 +21,7 @@ from servegym.validate.names import (
     known_model,
     known_precision,
 )
-from servegym.workloads.records import records
+from servegym.workloads.records import columns_of, records
 
 _COLUMNS = (
     *("row_id", "file", "quality", "engine", "model", "precision_w", "gpu", "gpu_count"),
@@ -148,9 +148,8 @@ def read_published(path: Path) -> list[Row]:
     if not path.is_file():
         raise WorkloadError(f"no file at {path}: give the path of a table of measurements (CSV)")
     rows = []
-    for line, record in records(path):
-        if not isinstance(record, dict):
-            raise WorkloadError(f"{path.name} is no CSV table of measurements")
+    for line, found in records(path):
+        record = columns_of(f"{path.name}, line {line}", found)
         missing = [name for name in _COLUMNS if name not in record]
         if missing:
             raise WorkloadError(

@@ -12,7 +12,7 @@ import numpy as np
 from servegym.errors import ConfigError, WorkloadError
 from servegym.typing import FloatArray, IntArray
 from servegym.validate.names import known_gpu, known_model, known_precision
-from servegym.workloads.records import records
+from servegym.workloads.records import columns_of, records
 
 _META = "_meta.json"
 _REQUESTS = "_requests.csv.gz"
@@ -163,7 +163,7 @@ def tpot(ttft_s: FloatArray, e2e_s: FloatArray, output_tokens: IntArray) -> Floa
 
 def _columns(path: Path) -> dict[str, FloatArray]:
     """Read the numeric columns of a CSV file; others are left out."""
-    rows = [row for _, row in records(path) if isinstance(row, dict)]
+    rows = [columns_of(f"{path.name}, line {line}", row) for line, row in records(path)]
     if not rows:
         raise WorkloadError(f"{path.name} has no rows")
     columns: dict[str, FloatArray] = {}

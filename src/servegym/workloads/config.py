@@ -14,9 +14,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from servegym.errors import WorkloadError
 from servegym.typing import FloatArray, Int16Array, IntArray
 from servegym.workloads import arrivals
+from servegym.workloads.dialect import TimeUnit
 from servegym.workloads.readers import OnBadRow, Trace, read_trace
+from servegym.workloads.shortening import TooLong
 from servegym.workloads.table import RequestTable
 
+#: Longest prompt and output of a trace together, unless another is given: contexts that costs are
+#: known for.
+MAX_CONTEXT_TOKENS = 131072
 _MAX_SPARE = 64.0  # turns drawn for each one that fits the context
 
 
@@ -206,25 +211,36 @@ class GeneratedConfig(_Config):
 class TraceConfig(_Config):
     """A replayed trace; each seed plays another window of it.
 
-    `rate_rps` is the rate at load 1; without it the trace keeps its own.
+    `rate_rps` is the rate at load 1; without it the trace keeps its own. `time_unit` and
+    `hash_block_tokens` say what the numbers count where the file's columns do not. Requests beyond
+    `max_context_tokens`, or beyond what the largest replica holds, are refused unless `too_long`
+    says otherwise.
     """
 
     kind: Literal["trace"] = "trace"
     path: str
     rate_rps: float | None = Field(None, gt=0)
-    max_context_tokens: int = Field(131072, ge=2)
+    max_context_tokens: int = Field(MAX_CONTEXT_TOKENS, ge=2)
     on_bad_row: OnBadRow = "error"
+    time_unit: TimeUnit | None = None
+    hash_block_tokens: int | None = Field(None, ge=1)
+    too_long: TooLong = "error"
 
     def whole(self) -> RequestTable:
         """Return the whole trace, as fast as it was."""
         return self.read().table
 
     def read(self) -> Trace:
-        """Read the trace; says how many rows were left out with `on_bad_row: skip`."""
+        """Read the trace; it says what was left out, cut or concluded."""
         path = Path(self.path)
         files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
         version = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-        return _trace(path, version, self.max_context_tokens, self.on_bad_row)
+        return _trace(self.model_copy(update={"rate_rps": None}), version)
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether all requests arrive at one time, so that there is no rate."""
+        return not np.isfinite(self.whole().rate_rps)
 
     def table(
         self,
@@ -234,9 +250,13 @@ class TraceConfig(_Config):
         load: float = 1.0,
         class_shares: Sequence[float] = (1.0,),
     ) -> RequestTable:
-        """Take `num_requests` successive requests from a random place, at `load` times the rate."""
-        whole = self.whole()
-        if self.rate_rps and not np.isfinite(whole.rate_rps):
+        """Take `num_requests` successive requests from a random place, at `load` times the rate.
+
+        SLO classes are drawn for the requests that have none in the file.
+        """
+        trace = self.read()
+        whole = trace.table
+        if self.rate_rps and self.is_batch:
             raise WorkloadError(
                 f"{self.path} cannot be played at rate_rps {self.rate_rps:g}: all of its requests "
                 "arrive at one time; leave rate_rps out"
@@ -246,8 +266,10 @@ class TraceConfig(_Config):
         part = whole.take(np.arange(first, first + num))
         factor = load * (self.rate_rps / whole.rate_rps if self.rate_rps else 1.0)
         part = replace(part, arrival_s=part.arrival_s - part.arrival_s[0]).scaled(factor)
-        if len(class_shares) > 1 and not part.slo_class.any():
-            part = replace(part, slo_class=_draw_classes(rng, part, class_shares))
+        given = trace.class_given[first : first + num]
+        if len(class_shares) > 1 and not trace.class_given.all():
+            drawn = _draw_classes(rng, part, class_shares)
+            part = replace(part, slo_class=np.where(given, part.slo_class, drawn))
         return part
 
 
@@ -261,24 +283,16 @@ def _draw_classes(
 
 
 @lru_cache(maxsize=8)
-def _trace(
-    path: Path,
-    version: tuple[tuple[int, int], ...],
-    max_context_tokens: int,
-    on_bad_row: OnBadRow,
-) -> Trace:
-    """Read a trace once for each `version` (sizes and times of change) of its files.
-
-    Requests beyond the context limit are cut to it, as a client would.
-    """
-    trace = read_trace(path, on_bad_row=on_bad_row)
-    table = trace.table
-    output = np.minimum(table.output_tokens, max(1, max_context_tokens // 2))
-    prompt = np.minimum(table.prompt_tokens, max_context_tokens - output)
-    cut = replace(
-        table, prompt_tokens=prompt.astype(np.int32), output_tokens=output.astype(np.int32)
+def _trace(config: TraceConfig, version: tuple[tuple[int, int], ...]) -> Trace:
+    """Read a trace once for each `version` (sizes and times of change) of its files."""
+    return read_trace(
+        config.path,
+        on_bad_row=config.on_bad_row,
+        time_unit=config.time_unit,
+        hash_block_tokens=config.hash_block_tokens,
+        max_context_tokens=config.max_context_tokens,
+        too_long=config.too_long,
     )
-    return replace(trace, table=cut)
 
 
 WorkloadConfig = Annotated[GeneratedConfig | TraceConfig, Field(discriminator="kind")]

@@ -1,20 +1,33 @@
-"""Trace readers: Azure, Mooncake, BurstGPT and the native format; every bad row is named."""
+"""Trace readers: Azure, Mooncake, Bailian, BurstGPT and the native format; bad rows are named."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from servegym.errors import WorkloadError
-from servegym.typing import Int32Array, IntArray
-from servegym.workloads.records import READABLE, json_object, records
+from servegym.typing import BoolArray, Int32Array, IntArray
+from servegym.workloads.cells import finite, whole
+from servegym.workloads.dialect import (
+    AZURE,
+    BAILIAN,
+    BLOCK_TOKENS,
+    PER_SECOND,
+    Counts,
+    Dialect,
+    TimeUnit,
+    dialect_of,
+    units_of,
+)
+from servegym.workloads.records import READABLE, Record, columns_of, records
+from servegym.workloads.shortening import Shortened, TooLong, within
 from servegym.workloads.table import RequestTable
 
-_BLOCK_TOKENS = 512  # of Mooncake's hash ids
 _INT16_MAX = 2**15 - 1
 _INT32_MAX = 2**31 - 1
 _ALIASES = {
@@ -41,31 +54,90 @@ class Trace:
         name: File name.
         num_skipped: Rows left out with `on_bad_row="skip"`.
         first_bad: What was wrong with the first of them, or "".
+        class_given: Which requests have an SLO class in the file, `bool[n]`.
+        time_unit: What its times count.
+        hash_block_tokens: Tokens of a prefix hash; None without hashes.
+        shortened: Requests cut or left out as too long, None if there were none.
+        concluded: What was found out about the units, in sentences.
     """
 
     table: RequestTable
     name: str
-    num_skipped: int = 0
-    first_bad: str = ""
+    num_skipped: int
+    first_bad: str
+    class_given: BoolArray
+    time_unit: TimeUnit
+    hash_block_tokens: int | None
+    shortened: Shortened | None
+    concluded: tuple[str, ...]
+
+    def headline(self) -> str:
+        """How many requests there are, and how fast they came as recorded."""
+        span_s = float(self.table.arrival_s[-1])
+        rate = f"over {span_s:,.6g} s, {self.table.rate_rps:,.4g}/s" if span_s else "at one time"
+        return f"{self.name}: {len(self.table):,} requests {rate}, as recorded"
+
+    def remarks(self) -> list[str]:
+        """What the reader of a result must know of the file, in sentences."""
+        said = list(self.concluded)
+        if self.num_skipped:
+            said.append(f"skipped {self.num_skipped} rows; the first: {self.first_bad}")
+        if self.shortened:
+            said.append(f"{self.name}: {self.shortened.sentence}")
+        return said
+
+    def counts(self) -> dict[str, Any]:
+        """The same as numbers; docs/evaluation.md describes the keys."""
+        cut = self.shortened
+        return {
+            "file": self.name,
+            "requests": len(self.table),
+            "rate_rps": self.table.rate_rps,
+            "time_unit": self.time_unit,
+            "hash_block_tokens": self.hash_block_tokens,
+            "skipped_rows": self.num_skipped,
+            "first_skipped": self.first_bad or None,
+            "cut_requests": cut.num_requests if cut and cut.how == "cut" else 0,
+            "left_out_requests": cut.num_requests if cut and cut.how == "skip" else 0,
+            "tokens_not_played": cut.num_tokens if cut else 0,
+            "max_context_tokens": cut.max_context_tokens if cut else None,
+        }
 
 
 class _Row(NamedTuple):
-    arrival_s: float
+    where: str
+    dialect: Dialect
+    time: float
     prompt_tokens: int
     output_tokens: int
-    slo_class: int
+    slo_class: int | None
     tenant: int
     session: int
     hashes: list[int]
+    chat: int
+    parent_chat: int
 
 
-def read_trace(path: str | Path, *, on_bad_row: OnBadRow = "error") -> Trace:
+def read_trace(
+    path: str | Path,
+    *,
+    on_bad_row: OnBadRow = "error",
+    time_unit: TimeUnit | None = None,
+    hash_block_tokens: int | None = None,
+    max_context_tokens: int | None = None,
+    too_long: TooLong = "error",
+) -> Trace:
     """Read a trace in any supported format, told by its columns.
 
     Args:
         path: `.csv`, `.jsonl` or `.parquet`, the first two also gzipped; or a folder of such
             files that go on from one another, as a router's log does.
         on_bad_row: Refuse the file at the first malformed row, or count and leave out.
+        time_unit: Of the column of times; None: as its dialect has it.
+        hash_block_tokens: Tokens of a prefix hash; None: as its dialect has it, or as the counts
+            of hashes say where they fit nothing else.
+        max_context_tokens: Most tokens of prompt and output together; None: no limit.
+        too_long: Refuse the file at a longer request, or count and cut or leave out.
 
     Returns:
         The trace.
@@ -79,28 +151,68 @@ def read_trace(path: str | Path, *, on_bad_row: OnBadRow = "error") -> Trace:
     for file in _files(path):
         for line, record in records(file):
             try:
-                rows.append(_parse(file.name, line, record))
+                rows.append(_parse(file.name, line, record, time_unit))
             except WorkloadError as error:
                 if on_bad_row == "error":
                     raise
                 bad.append(str(error))
     if not rows:
         raise WorkloadError(f"{path.name} has no usable request" + (f": {bad[0]}" if bad else ""))
-    rows.sort(key=lambda row: row.arrival_s)
-    keys, ends, offsets = prefix_segments([row.hashes for row in rows])
-    arrival = np.array([row.arrival_s for row in rows])
+    counts = Counts(
+        np.array([row.time for row in rows]),
+        np.array([row.prompt_tokens for row in rows], np.int64),
+        np.array([len(row.hashes) for row in rows], np.int64),
+    )
+    units = units_of(
+        path.name,
+        _one_dialect(rows),
+        counts,
+        [row.where for row in rows],
+        time_unit=time_unit,
+        block_tokens=hash_block_tokens,
+        skip=on_bad_row == "skip",
+    )
+    bad += [
+        f"{row.where}: {len(row.hashes)} hashes do not fit {row.prompt_tokens} tokens"
+        for row, fits in zip(rows, units.fits.tolist(), strict=True)
+        if not fits
+    ]
+    rows = [row for row, fits in zip(rows, units.fits.tolist(), strict=True) if fits]
+    rows.sort(key=lambda row: row.time)
+    length = within(
+        np.array([row.prompt_tokens for row in rows], np.int64),
+        np.array([row.output_tokens for row in rows], np.int64),
+        [row.where for row in rows],
+        max_context_tokens,
+        too_long,
+    )
+    rows = [row for row, kept in zip(rows, length.kept.tolist(), strict=True) if kept]
+    keys, ends, offsets = prefix_segments(
+        [row.hashes for row in rows], units.block_tokens or BLOCK_TOKENS
+    )
+    arrival = np.array([row.time for row in rows]) / PER_SECOND[units.time_unit]
     table = RequestTable.build(
         arrival - arrival[0],
-        np.array([row.prompt_tokens for row in rows]),
-        np.array([row.output_tokens for row in rows]),
-        slo_class=np.array([row.slo_class for row in rows]),
+        length.prompt_tokens,
+        length.output_tokens,
+        slo_class=np.array([row.slo_class or 0 for row in rows]),
         tenant=np.array([row.tenant for row in rows]),
-        session=np.array([row.session for row in rows]),
+        session=np.array(_sessions(rows)),
         prefix_offsets=offsets,
         prefix_keys=keys,
         prefix_ends=ends,
     )
-    return Trace(table, path.name, len(bad), bad[0] if bad else "")
+    return Trace(
+        table,
+        path.name,
+        len(bad),
+        bad[0] if bad else "",
+        class_given=np.array([row.slo_class is not None for row in rows]),
+        time_unit=units.time_unit,
+        hash_block_tokens=units.block_tokens,
+        shortened=length.shortened,
+        concluded=units.remarks,
+    )
 
 
 def _files(path: Path) -> list[Path]:
@@ -109,68 +221,58 @@ def _files(path: Path) -> list[Path]:
     return sorted(file for file in path.iterdir() if file.name.lower().endswith(READABLE))
 
 
-def _parse(name: str, line: int, record: str | dict[str, object]) -> _Row:
+def _parse(name: str, line: int, record: Record, time_unit: TimeUnit | None) -> _Row:
     where = f"{name}, line {line}"
-    holder = name  # of the columns: the file, or each JSON line for itself
-    if isinstance(record, str):
-        record, holder = json_object(where, record), where
+    # of the columns: the file, or each JSON line for itself
+    holder = where if isinstance(record, str) else name
+    row = columns_of(where, record)
     found = {}
     for want, names in _ALIASES.items():
-        column = next((name for name in names if name in record), None)
+        column = next((name for name in names if name in row), None)
         if column is None:
             raise WorkloadError(
-                f"{holder} has no column for {want}: it has {', '.join(map(str, record))}; "
+                f"{holder} has no column for {want}: it has {', '.join(map(str, row))}; "
                 f"needed is one of {', '.join(names)}"
             )
         found[want] = column
 
-    def whole(column: str, low: int, high: int, default: int | None = None) -> int:
-        value = record.get(column)
-        if default is not None and value in (None, ""):
-            return default
-        return _whole(where, column, value, low, high)
+    def cell(column: str, low: int, high: int, default: int) -> int:
+        value = row.get(column)
+        return default if value in (None, "") else whole(where, column, value, low, high)
 
+    dialect = dialect_of(found["arrival_s"], found["prompt"], row.keys())
+    bailian = dialect is BAILIAN
+    slo_class = cell("slo_class", 0, _INT16_MAX, -1)
     return _Row(
-        arrival_s=_time(where, found["arrival_s"], record[found["arrival_s"]]),
-        prompt_tokens=whole(found["prompt"], 1, _INT32_MAX),
-        output_tokens=whole(found["output"], 1, _INT32_MAX),
-        slo_class=whole("slo_class", 0, _INT16_MAX, default=0),
-        tenant=whole("tenant", 0, _INT32_MAX, default=0),
-        session=whole("session", -1, _INT32_MAX, default=-1),
-        hashes=_hashes(where, "hash_ids" if "hash_ids" in record else "prefix_hashes", record),
+        where=where,
+        dialect=dialect,
+        time=_time(where, dialect, row[dialect.time_column], time_unit),
+        prompt_tokens=whole(where, found["prompt"], row[found["prompt"]], 1, _INT32_MAX),
+        output_tokens=whole(where, found["output"], row[found["output"]], 1, _INT32_MAX),
+        slo_class=None if slo_class < 0 else slo_class,
+        tenant=cell("tenant", 0, _INT32_MAX, 0),
+        session=cell("session", -1, _INT32_MAX, -1),
+        hashes=_hashes(where, "hash_ids" if "hash_ids" in row else "prefix_hashes", row),
+        chat=cell("chat_id", 0, _INT32_MAX, -1) if bailian else -1,
+        parent_chat=cell("parent_chat_id", -1, _INT32_MAX, -1) if bailian else -1,
     )
 
 
-def _time(where: str, column: str, value: object) -> float:
-    if column == "TIMESTAMP":
-        try:
-            time = datetime.fromisoformat(str(value))
-        except ValueError:
-            raise WorkloadError(
-                f"{where}, column {column}: {value!r} is no time such as 2023-11-16 18:15:46.68"
-            ) from None
-        # without an offset, UTC: the clock of this machine has no part in a trace
-        return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
-    seconds = _number(where, column, value)
-    if not np.isfinite(seconds):
-        raise WorkloadError(f"{where}, column {column}: {value!r} is not a finite time")
-    return seconds / 1000.0 if column == "timestamp" else seconds  # Mooncake counts milliseconds
-
-
-def _whole(where: str, column: str, value: object, low: int, high: int) -> int:
-    number = _number(where, column, value)
-    if not (low <= number <= high and number == int(number)):
-        raise WorkloadError(
-            f"{where}, column {column}: {value!r} must be a whole number from {low} to {high}"
-        )
-    return int(number)
-
-
-def _number(where: str, column: str, value: object) -> float:
+def _time(where: str, dialect: Dialect, value: object, time_unit: TimeUnit | None) -> float:
+    if dialect is not AZURE or time_unit is not None:
+        return finite(where, dialect.time_column, value)
+    text = str(value)
     try:
-        return float(str(value))
+        # dates alone are numbers at times, and put all requests of a day at one instant
+        if ":" not in text:
+            raise ValueError
+        time = datetime.fromisoformat(text)
     except ValueError:
-        raise WorkloadError(f"{where}, column {column}: {value!r} is not a number") from None
+        raise WorkloadError(
+            f"{where}, column TIMESTAMP: {value!r} is no time such as 2023-11-16 18:15:46.68"
+        ) from None
+    # without an offset, UTC: the clock of this machine has no part in a trace
+    return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
 
 
 def _hashes(where: str, column: str, record: dict[str, object]) -> list[int]:
@@ -189,11 +291,40 @@ def _hashes(where: str, column: str, record: dict[str, object]) -> list[int]:
     return hashes
 
 
-def prefix_segments(hashes: list[list[int]]) -> tuple[IntArray, Int32Array, IntArray]:
+def _one_dialect(rows: list[_Row]) -> Dialect:
+    first = rows[0]
+    for row in rows:
+        if row.dialect != first.dialect:
+            raise WorkloadError(
+                f"{row.where} has the columns of another kind of trace than {first.where}: give"
+                " files of one kind, one at a time"
+            )
+    return first.dialect
+
+
+def _sessions(rows: list[_Row]) -> list[int]:
+    """Conversation of each request: the file's, or the first chat of those that follow it."""
+    parent = {row.chat: row.parent_chat for row in rows if row.chat >= 0}
+    first: dict[int, int] = {}
+    for chat in parent:
+        way, at = [], chat
+        while at not in first and parent.get(at, -1) >= 0:
+            way.append(at)
+            if len(way) > len(parent):
+                raise WorkloadError(f"chat {chat} follows itself: parent_chat_id goes in a circle")
+            at = parent[at]
+        first.update(dict.fromkeys([*way, at], first.get(at, at)))
+    return [row.session if row.session >= 0 or row.chat < 0 else first[row.chat] for row in rows]
+
+
+def prefix_segments(
+    hashes: Sequence[Sequence[int]], block_tokens: int = BLOCK_TOKENS
+) -> tuple[IntArray, Int32Array, IntArray]:
     """Chain block hashes into prefix keys: each key depends on all hashes up to its own.
 
     Args:
         hashes: Of the blocks of each request's prompt.
+        block_tokens: Tokens of a block.
 
     Returns:
         `prefix_keys`, `prefix_ends` and `prefix_offsets` of a `RequestTable`.
@@ -209,7 +340,7 @@ def prefix_segments(hashes: list[list[int]]) -> tuple[IntArray, Int32Array, IntA
         at = offsets[rows] + block
         key[rows] = _mix(key[rows] ^ mixed[at])
         keys[at] = key[rows]
-        ends[at] = (block + 1) * _BLOCK_TOKENS
+        ends[at] = (block + 1) * block_tokens
     return (keys >> np.uint64(1)).astype(np.int64), ends, offsets
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import yaml
 
+from servegym.documents import load_yaml
 from servegym.errors import ConfigError
 from servegym.serve.router.config import AuthConfig
-from servegym.yaml_text import load_yaml
 
 _log = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from servegym.calibrate.datasheet import one_sentence
+from servegym.documents import load_yaml
 from servegym.errors import ConfigError, unknown_name
 from servegym.serve.dispatcher import DispatchConfig
 from servegym.serve.facts import Hardware, Rates
 from servegym.serve.router.headers import DEFAULT_FORWARDED, check_rules
-from servegym.yaml_text import load_yaml
 
 
 class _Config(BaseModel):

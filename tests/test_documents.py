@@ -1,4 +1,4 @@
-"""A key that stands twice is refused; all else is PyYAML's."""
+"""A key that is given twice is refused; all else is PyYAML's and Python's."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from servegym.documents import load_json, load_yaml
 from servegym.errors import ConfigError
 from servegym.scenario import parse_scenario
-from servegym.yaml_text import load_yaml
 
 SCENARIOS = Path(__file__).parents[1] / "assets" / "scenarios"
 
@@ -20,11 +20,11 @@ SCENARIOS = Path(__file__).parents[1] / "assets" / "scenarios"
         ("a: 1\nb: 2\na: 3", 3),
         ("x:\n  a: 1\n  'a': 1", 3),
         ("- {a: 1}\n- {b: {c: 1, c: 1}}", 2),
-        ("1: a\n0x1: b", 2),
+        ("1: a\n1: b", 2),
     ],
 )
-def test_a_key_that_stands_twice_is_named_with_its_line(text, line):
-    with pytest.raises(yaml.MarkedYAMLError, match="stands there twice") as refused:
+def test_a_key_that_is_given_twice_is_named_with_its_line(text, line):
+    with pytest.raises(yaml.MarkedYAMLError, match="is given twice") as refused:
         load_yaml(text)
     assert refused.value.problem_mark.line + 1 == line
 
@@ -56,6 +56,14 @@ def test_what_is_no_plain_value_is_refused(text):
         load_yaml(text)
 
 
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a": ' * 100_000, "9" * 5000, '{"a": 1, "a": 2}']
+)
+def test_json_of_any_kind_is_read_or_refused(text):
+    with pytest.raises(ValueError):
+        load_json(text)
+
+
 def test_bundled_scenarios_have_no_key_twice():
     for path in SCENARIOS.rglob("*.yaml"):
         assert load_yaml(path.read_text()) == yaml.safe_load(path.read_text())
@@ -63,5 +71,5 @@ def test_bundled_scenarios_have_no_key_twice():
 
 def test_a_scenario_with_a_key_twice_is_refused():
     text = "name: a\nmodel: Llama-3.1-8B\nmodel: Llama-3.1-70B\n"
-    with pytest.raises(ConfigError, match=r"mine, line 3: .*'model' stands there twice"):
+    with pytest.raises(ConfigError, match=r"mine, line 3: .*'model' is given twice"):
         parse_scenario(text, "mine")
