@@ -1,4 +1,4 @@
-"""A key that stands twice is refused; all else is PyYAML's."""
+"""A key that is given twice is refused; all else is PyYAML's and Python's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from servegym.documents import load_yaml
+from servegym.documents import load_json, load_yaml
 from servegym.errors import ConfigError
 from servegym.scenario import parse_scenario
 
@@ -23,7 +23,7 @@ SCENARIOS = Path(__file__).parents[1] / "assets" / "scenarios"
         ("1: a\n0x1: b", 2),
     ],
 )
-def test_a_key_that_stands_twice_is_named_with_its_line(text, line):
+def test_a_key_that_is_given_twice_is_named_with_its_line(text, line):
     with pytest.raises(yaml.MarkedYAMLError, match="is given twice") as refused:
         load_yaml(text)
     assert refused.value.problem_mark.line + 1 == line
@@ -54,6 +54,14 @@ def test_nesting_of_any_depth_ends_no_process(text):
 def test_what_is_no_plain_value_is_refused(text):
     with pytest.raises(yaml.YAMLError):
         load_yaml(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a": ' * 100_000, "9" * 5000, '{"a": 1, "a": 2}']
+)
+def test_json_of_any_kind_is_read_or_refused(text):
+    with pytest.raises(ValueError):
+        load_json(text)
 
 
 def test_bundled_scenarios_have_no_key_twice():

@@ -86,6 +86,19 @@ def test_a_full_fleet_says_so_in_its_own_words(status, refusal, retry_after):
     run(test)
 
 
+def test_a_refusal_without_words_gets_some():
+    async def test() -> None:
+        async with running(1) as it:
+            it.replicas[0].mode, it.replicas[0].said = 503, b""
+            status, body, headers = await it.post(STREAM)
+            assert (status, headers["Retry-After"]) == (503, "1")
+            assert json.loads(body)["error"]["code"] == "upstream_failed"
+            it.replicas[0].said = b"<html>busy</html>"
+            assert (await it.post(STREAM))[:2] == (503, b"<html>busy</html>")
+
+    run(test)
+
+
 @pytest.mark.parametrize("status", [400, 401, 404, 413, 422])
 def test_what_is_wrong_with_a_request_says_nothing_of_the_replica(status):
     async def test() -> None:

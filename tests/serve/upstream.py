@@ -19,6 +19,7 @@ class Upstream:
             first token), or a status to answer.
         script: Pieces of a stream, in place of its tokens; a number is a pause in seconds.
         refusal: Headers beside a status.
+        said: Body beside a status.
         poison: A prompt that makes any engine answer 500.
         healthy: What its health check says.
         tokens: Events of an answer.
@@ -39,6 +40,7 @@ class Upstream:
         self.gap_s = 0.0
         self.script: list[bytes | float] | None = None
         self.refusal: dict[str, str] = {}
+        self.said = b'{"error": {"message": "no"}}'
         self.poison: str | None = None
         self.pad = ""
         self.bodies: list[dict] = []
@@ -105,8 +107,12 @@ class Upstream:
 
     async def _answer(self, request, body):
         if isinstance(self.mode, int):
-            said = {"error": {"message": "no"}}
-            return web.json_response(said, status=self.mode, headers=self.refusal)
+            return web.Response(
+                body=self.said,
+                status=self.mode,
+                headers=self.refusal,
+                content_type="application/json",
+            )
         if self.poison is not None and body.get("prompt") == self.poison:
             return web.json_response({"error": {"message": "poison"}}, status=500)
         if self.mode == "die_first":

@@ -7,6 +7,7 @@ import logging
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import TypeVar, cast
 
 from aiohttp import web
@@ -28,7 +29,8 @@ _Result = TypeVar("_Result")
 
 _MAX_ID_CHARACTERS = 128
 _ID_HEADER = "X-Request-Id"
-_ID = web.RequestKey("id", str)
+#: Id of the request that a task answers.
+_ID: ContextVar[str] = ContextVar("request id")
 #: Larger bodies are read and hashed in a thread: all streams would wait for it.
 _LARGE_BYTES = 64 * 1024
 #: Tenant of everyone where there are no keys.
@@ -98,7 +100,8 @@ class Api:
     ) -> web.StreamResponse:
         """Turn what goes wrong into OpenAI's error objects, and count the answers."""
         endpoint = "other"
-        key = request[_ID] = _request_id(request)
+        key = _request_id(request)
+        _ID.set(key)
         try:
             resource = request.match_info.route.resource
             if resource is not None:
@@ -154,7 +157,7 @@ class Api:
             slo_class = dispatcher.slo_class(named or self._limits.of(tenant).slo_class)
         except ValueError as error:
             raise RequestError(400, str(error), "unknown_slo_class") from error
-        key = request[_ID]
+        key = _ID.get()
         job = dispatcher.arrive(
             prompt,
             key=key,

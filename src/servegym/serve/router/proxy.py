@@ -244,8 +244,11 @@ class Proxy:
         status, given, body = error.refusal
         self._relay.end(job, "refused" if error.is_full else "failed")
         if not body:
-            refused = RequestError(status, "the replica gave no reason", "upstream_failed")
-            return refused.response()
+            after_s = retry_after_s if error.is_full else None
+            message = "the replica gave no reason"
+            return RequestError(
+                status, message, "upstream_failed", retry_after_s=after_s
+            ).response()
         response = web.Response(status=status, headers=returned(given), body=body)
         response.headers["X-Request-Id"] = key
         if error.is_full:
