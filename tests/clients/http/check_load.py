@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from .served import KEY, MODEL
 
-NUM_REQUESTS = 40
+NUM_REQUESTS, NUM_STREAMS = 40, 4
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,7 @@ def test_guidellm(served, tokenizer, tmp_path, path):
         )
     )
     out = tmp_path / "report.json"
+    served.fault("slow", value=10.0)  # so that the first token takes long
     before = ttft(served.metrics())
     command = [
         Path(sys.executable).with_name("guidellm"),
@@ -69,7 +70,7 @@ def test_guidellm(served, tokenizer, tmp_path, path):
             }
         ),
         "--profile",
-        json.dumps({"kind": "concurrent", "streams": [4]}),
+        json.dumps({"kind": "concurrent", "streams": [NUM_STREAMS]}),
         "--constraint",
         json.dumps({"kind": "max_requests", "count": NUM_REQUESTS}),
         "--tokenizer",
@@ -85,9 +86,12 @@ def test_guidellm(served, tokenizer, tmp_path, path):
     report = json.loads(out.read_text())
     metrics = report["benchmarks"][0]["metrics"]
     totals = metrics["request_totals"]
-    assert (totals["successful"], totals["errored"]) == (NUM_REQUESTS, 0)
+    assert totals["errored"] == 0
+    # at its limit it drops what is still in flight
+    assert NUM_REQUESTS - NUM_STREAMS <= totals["successful"] <= NUM_REQUESTS
     after = ttft(served.metrics())
     num, mean_s = after[0] - before[0], (after[1] - before[1]) / (after[0] - before[0])
-    assert num >= NUM_REQUESTS
+    assert num >= totals["successful"]
     measured_s = metrics["time_to_first_token_ms"]["successful"]["mean"] / 1e3
-    assert mean_s <= measured_s < mean_s + 0.2
+    # both see the first token, and not an event before it: what is between them is little
+    assert mean_s <= measured_s < 2.0 * mean_s + 0.3
