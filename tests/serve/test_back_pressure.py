@@ -318,7 +318,7 @@ class TestChat:
 
     def test_until_then_another_replica_may_take_over(self):
         async def test() -> None:
-            async with running(2, request={"first_byte_timeout_s": 0.2}) as it:
+            async with running(2, request={"first_byte_timeout_s": 0.5}) as it:
                 it.replicas[0].script = [self.ROLE, 30.0]
                 it.replicas[1].script = [self.ROLE, self.SAYS, self.REST]
                 for _ in range(3):
