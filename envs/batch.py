@@ -110,6 +110,7 @@ class Batch(ABC):
         self.input_id: IntArray = np.zeros(num_envs, np.int64)
         self.invalid: BoolArray = np.zeros(num_envs, np.bool_)
         self.metrics: FloatArray = np.zeros((len(self.metric_names), num_envs))
+        self._reported = False  # whether `metrics` holds any
         self._entropy = [(0, env // group_size) for env in range(num_envs)]
         self._count = np.zeros(num_envs, np.int64)
         self._substitutes: dict[int, np.random.Generator] = {}
@@ -229,9 +230,13 @@ class Batch(ABC):
         self._in_ranges(lambda first, stop: self._step_range(first, stop, chosen, active))
         if self._penalty:
             self.reward[self.invalid] -= self._penalty
-        self.metrics[:] = 0.0
-        for env in np.flatnonzero(active & self.done).tolist():
-            self.metrics[:, env] = self.summary(env)
+        ended = active & self.done
+        if self._reported:
+            self.metrics[:] = 0.0
+        self._reported = bool(ended.any())
+        if self._reported:
+            for env in np.flatnonzero(ended).tolist():
+                self.metrics[:, env] = self.summary(env)
 
     def _replaced(self, actions: IntArray, active: BoolArray) -> IntArray:
         """Replace forbidden actions by random ones, each environment by draws of its own."""
