@@ -127,6 +127,7 @@ class Batch(ABC):
         self.input_id: IntArray = np.zeros(num_envs, np.int64)
         self.invalid: BoolArray = np.zeros(num_envs, np.bool_)
         self.metrics: FloatArray = np.zeros((len(self.metric_names), num_envs))
+        self._reported = False  # whether `metrics` holds any
         self._entropy = [(0, env // group_size) for env in range(num_envs)]
         self._count = np.zeros(num_envs, np.int64)
         self._substitutes: dict[int, np.random.Generator] = {}
@@ -297,9 +298,13 @@ class Batch(ABC):
             self.truncated[:] = active & ~self.done & (arrived == in_all)
         if self._penalty:
             self.reward[self.invalid] -= self._penalty
-        self.metrics[:] = 0.0
-        for env in np.flatnonzero(active & (self.done | self.truncated)).tolist():
-            self.metrics[:, env] = self.summary(env)
+        ended = active & (self.done | self.truncated)
+        if self._reported:
+            self.metrics[:] = 0.0
+        self._reported = bool(ended.any())
+        if self._reported:
+            for env in np.flatnonzero(ended).tolist():
+                self.metrics[:, env] = self.summary(env)
 
     def _step_part(self, first: int, stop: int, actions: IntArray, active: BoolArray) -> None:
         self._step_range(first, stop, actions, active)

@@ -118,7 +118,7 @@ class BatchVectorEnv(VectorEnv[Any, IntArray, Any], Generic[B]):
         self._ready = True
         self._over[envs] = False
         self._steps[envs] = 0
-        return self.batch.observation(), _laid_out(self.batch.info(), where)
+        return self.batch.observation(), _laid_out(self.batch.info(), where.copy())
 
     def _where(self, mask: Any) -> BoolArray:
         if mask is None:
@@ -190,11 +190,11 @@ class BatchVectorEnv(VectorEnv[Any, IntArray, Any], Generic[B]):
         if self.autoreset_mode is AutoresetMode.SAME_STEP and self._over.any():
             ended = np.flatnonzero(self._over)
             info["final_obs"], info["_final_obs"] = self._final(ended), self._over.copy()
-            info["final_info"] = _laid_out(batch.info(), self._over)
+            info["final_info"] = _laid_out(batch.info(), self._over.copy())
             info["_final_info"] = self._over.copy()
             batch.reset(ended)
             self._steps[ended] = 0
-            self._over = ~everywhere
+            self._over = np.zeros(self.num_envs, np.bool_)
         info |= _laid_out(batch.info(), everywhere)
         return batch.observation(), reward, terminated, truncated, info
 
@@ -233,15 +233,22 @@ class BatchVectorEnv(VectorEnv[Any, IntArray, Any], Generic[B]):
 def _laid_out(info: dict[str, Any], where: BoolArray) -> dict[str, Any]:
     """Lay out infos as Gymnasium's vector environments do.
 
-    Each `key` has a `_key` (`bool[num_envs]`) that says which environments gave it; the others'
-    numbers are 0.
+    Each `key` has a `_key` (`bool[num_envs]`, one array for all) that says which environments
+    gave it; the others' numbers are 0.
     """
+    absent = None if where.all() else ~where
     found: dict[str, Any] = {}
-    all_of_them = where.all()
-    for key, value in info.items():
-        if isinstance(value, dict):
-            value = _laid_out(value, where)
-        elif not all_of_them:
-            value[~where] = 0
-        found[key], found[f"_{key}"] = value, where.copy()
+
+    def lay_out(part: dict[str, Any], into: dict[str, Any]) -> None:
+        for key, value in part.items():
+            if isinstance(value, dict):
+                into[key] = {}
+                lay_out(value, into[key])
+            else:
+                if absent is not None:
+                    value[absent] = 0
+                into[key] = value
+            into["_" + key] = where
+
+    lay_out(info, found)
     return found
