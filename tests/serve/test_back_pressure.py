@@ -146,14 +146,14 @@ def test_a_limit_for_whole_answers_is_there_for_who_wants_it():
 
 def test_a_busy_engine_that_is_late_with_one_stream_is_not_ejected():
     async def test() -> None:
-        async with running(2, request={"first_byte_timeout_s": 0.15}) as it:
+        async with running(2, request={"first_byte_timeout_s": 1.0}) as it:
             slow, quick = it.replicas
-            slow.script = [b": queued\n\n", 0.3, b'data: {"choices":[{"text":"x"}]}\n\n', 1.0]
+            slow.script = [b": queued\n\n", 30.0]
             late = [asyncio.create_task(it.post(STREAM)) for _ in range(8)]
             await until(lambda: slow.running == 4)
-            for _ in range(10):  # meanwhile it sends tokens of others
-                it.standing(0).last_token_s = it.router.dispatcher.clock()
-                await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)
+            # meanwhile it has sent tokens of others
+            it.standing(0).last_token_s = it.router.dispatcher.clock()
             answers = await asyncio.gather(*late)
             assert {(s, h["X-Servegym-Replica"]) for s, _, h in answers} == {(200, "r1")}
             assert it.router.telemetry.retries["timeout"] == 4
@@ -165,8 +165,8 @@ def test_a_busy_engine_that_is_late_with_one_stream_is_not_ejected():
 
 def test_a_hung_engine_gets_one_stream_at_a_time_and_ever_more_seldom():
     async def test() -> None:
-        limits = {"first_byte_timeout_s": 0.2, "stall_timeout_s": 2.0}
-        health = {"silent_after_s": 0.2, "eject_s": 0.1, "max_eject_s": 1.0}
+        limits = {"first_byte_timeout_s": 1.0, "stall_timeout_s": 1.5}
+        health = {"silent_after_s": 0.5, "eject_s": 0.1, "max_eject_s": 1.0}
         async with running(2, request=limits, health=health) as it:
             hung = it.replicas[0]
             hung.script = [b'data: {"choices":[{"text":"x"}]}\n\n', 30.0]  # and a good /health
@@ -179,16 +179,31 @@ def test_a_hung_engine_gets_one_stream_at_a_time_and_ever_more_seldom():
                 assert len(hung.bodies) == before or not it.standing(0).silent
             outcomes = await asyncio.gather(*stuck, return_exceptions=True)
             assert sum(isinstance(o, aiohttp.ClientPayloadError) for o in outcomes) == 2
-            begin_s = it.router.dispatcher.clock()
-            while it.router.dispatcher.clock() - begin_s < 1.5 or it.standing(0).eject_s < 0.4:
+            while it.standing(0).eject_s < 0.4:
                 assert (await it.post(STREAM))[0] == 200
-            assert len(hung.bodies) - before <= 8
+            assert len(hung.bodies) - before <= 4
             hung.script = None
             await until(lambda: it.standing(0).on_trial)
             shares = [(await it.post(STREAM))[2]["X-Servegym-Replica"] for _ in range(12)]
             assert shares.count("r0") >= 5
             assert it.standing(0).eject_s == 0.0
             await until(it.idle)
+
+    run(test)
+
+
+def test_a_stream_that_was_not_asked_for_leaves_nothing_in_the_books():
+    async def test() -> None:
+        async with running(1) as it:
+            it.replicas[0].streams_always = True
+            assert (await it.post(BODY))[0] == 200
+            it.replicas[0].mode = "die"
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await it.post(BODY)
+            await until(it.idle)
+            standing = it.standing(0)
+            assert (standing.owing, standing.streams, standing.wholes) == (0, 0, 0)
+            assert it.idle()
 
     run(test)
 
@@ -303,7 +318,7 @@ class TestChat:
 
     def test_until_then_another_replica_may_take_over(self):
         async def test() -> None:
-            async with running(2, request={"first_byte_timeout_s": 0.2}) as it:
+            async with running(2, request={"first_byte_timeout_s": 0.5}) as it:
                 it.replicas[0].script = [self.ROLE, 30.0]
                 it.replicas[1].script = [self.ROLE, self.SAYS, self.REST]
                 for _ in range(3):

@@ -349,7 +349,7 @@ class TestFailures:
     @pytest.mark.parametrize("mode", [500, "hang", "headers", "error_first"])
     def test_what_fails_before_the_first_token_is_tried_elsewhere(self, mode):
         async def test() -> None:
-            async with running(2, request={"first_byte_timeout_s": 0.1}) as it:
+            async with running(2, request={"first_byte_timeout_s": 0.4}) as it:
                 it.replicas[0].mode = mode
                 answers = [await it.post(STREAM) for _ in range(8)]
                 assert {(s, h["X-Servegym-Replica"]) for s, _, h in answers} == {(200, "r1")}

@@ -18,6 +18,7 @@ class Upstream:
             off at once), `error` (an error event in the stream), `error_first` (instead of its
             first token), or a status to answer.
         script: Pieces of a stream, in place of its tokens; a number is a pause in seconds.
+        streams_always: It streams whatever it is asked.
         refusal: Headers beside a status.
         said: Body beside a status.
         poison: A prompt that makes any engine answer 500.
@@ -39,6 +40,7 @@ class Upstream:
         self.tokens = 5
         self.gap_s = 0.0
         self.script: list[bytes | float] | None = None
+        self.streams_always = False
         self.refusal: dict[str, str] = {}
         self.said = b'{"error": {"message": "no"}}'
         self.poison: str | None = None
@@ -124,7 +126,7 @@ class Upstream:
             "completion_tokens": self.tokens,
             "prompt_tokens_details": {"cached_tokens": 3},
         }
-        if not body.get("stream"):
+        if not body.get("stream") and not self.streams_always:
             await asyncio.sleep(self.gap_s * self.tokens)
             return web.json_response(
                 {"choices": [{"text": "x " * self.tokens}], "usage": usage},

@@ -212,9 +212,10 @@ class Ejection:
         if attempt.stream:
             standing.streams -= 1
             standing.begun -= attempt.begun
-            standing.owing -= attempt.owed
         else:
             standing.wholes -= 1
+        standing.owing -= attempt.owed
+        attempt.owed = False
         if standing.trial is attempt:
             standing.trial = None  # no verdict: the next one
             self._changed()

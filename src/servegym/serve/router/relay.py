@@ -87,10 +87,11 @@ class Relay:
                             begun = self._begin(job, attempt, failures)
                         dispatcher.tokens(job, count)
                         attempt.has_got(now_s)
-                        token_s = now_s
                     await response.write(piece)
                     writing = False
                     now_s = clock()
+                    if count:
+                        token_s = now_s  # what the client took to take it is no stall
                     if begun:
                         attempt.waits(now_s)
                     patience.due_s = min(token_s + stall_s, whole_by_s)
