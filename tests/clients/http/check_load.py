@@ -54,7 +54,7 @@ def test_guidellm(served, tokenizer, tmp_path, path):
         )
     )
     out = tmp_path / "report.json"
-    served.fault("slow", value=10.0)  # so that the first token takes long
+    served.fault("slow", value=4.0)  # so that the first token takes long
     before = ttft(served.metrics())
     command = [
         Path(sys.executable).with_name("guidellm"),
@@ -86,7 +86,8 @@ def test_guidellm(served, tokenizer, tmp_path, path):
     report = json.loads(out.read_text())
     metrics = report["benchmarks"][0]["metrics"]
     totals = metrics["request_totals"]
-    assert totals["errored"] == 0
+    errors = report["benchmarks"][0]["requests"]["errored"]
+    assert totals["errored"] == 0, str(errors)[:2000]
     # at its limit it drops what is still in flight
     assert NUM_REQUESTS - NUM_STREAMS <= totals["successful"] <= NUM_REQUESTS
     after = ttft(served.metrics())
