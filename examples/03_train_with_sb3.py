@@ -33,7 +33,7 @@ def main() -> None:
 
     # or let the environment normalise, and keep the parts apart
     envs = PreemptionVecEnv(16, num_requests=64, normalise=True, invalid_action="resample")
-    model = A2C("MultiInputPolicy", envs, seed=0, device="cpu").learn(2048)
+    model = A2C("MultiInputPolicy", envs, n_steps=32, seed=0, device="cpu").learn(2048)
     print(f"A2C: {model.num_timesteps} steps")
     envs.close()
 
