@@ -24,7 +24,8 @@ from servegym.envs.sb3 import make_vec
 from servegym.evaluate.harness import evaluate
 from servegym.scenario import load_scenario
 
-ALGORITHMS = {"MaskablePPO": MaskablePPO, "A2C": A2C, "PPO": PPO}
+#: Algorithms, and how many environments each learns on unless told otherwise.
+ALGORITHMS = {"MaskablePPO": (MaskablePPO, 4), "A2C": (A2C, 8), "PPO": (PPO, 4)}
 
 
 class TimeLimit(BaseCallback):
@@ -44,16 +45,18 @@ class TimeLimit(BaseCallback):
 def learn(name: str, arguments: argparse.Namespace) -> list[StockPolicy]:
     """Train one algorithm; nothing of it is set but the seed and the device."""
     kinder = {} if "Shaped" in arguments.id else {"flat": True}
+    algorithm: Any
+    algorithm, num_envs = ALGORITHMS[name]
     envs = make_vec(
         arguments.id,
-        arguments.num_envs,
+        arguments.num_envs or num_envs,
         scenario=arguments.scenario,
         load=arguments.load,
         num_requests=arguments.learn_requests,
         **kinder,
     )
     envs.reset()  # compiles, which is no part of learning
-    model: Any = ALGORITHMS[name]("MlpPolicy", envs, seed=arguments.seed, device="cpu")
+    model = algorithm("MlpPolicy", envs, seed=arguments.seed, device="cpu")
     begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
     model.learn(arguments.decisions or 10**9, TimeLimit(60 * arguments.minutes))
     took_s, cpu_s = time.perf_counter() - begin_s, time.process_time() - begin_cpu_s
@@ -77,7 +80,7 @@ def main() -> None:
     parser.add_argument("--algorithms", nargs="+", default=["MaskablePPO", "A2C"])
     parser.add_argument("--scenario", default="mixed-chat")
     parser.add_argument("--load", type=float, default=1.0)
-    parser.add_argument("--num-envs", type=int, default=4)
+    parser.add_argument("--num-envs", type=int, help="for each algorithm, else 4, and 8 for A2C")
     parser.add_argument("--minutes", type=float, default=5.0, help="of each algorithm")
     parser.add_argument("--decisions", type=int, help="stop after so many, if that is earlier")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
