@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from numba import njit
+from numba.core.registry import CPUDispatcher
 from numba.core.typeinfer import register_dispatcher
 
 from servegym.cluster.by_reference import pass_by_reference
@@ -57,14 +58,29 @@ def kernel(function: _F) -> _F:
     return compiled(function, **OPTIONS)
 
 
+class _Internal(CPUDispatcher):
+    """A function that only kernels call; from Python it runs uncompiled, as it is written."""
+
+    def __call__(self, *values: Any) -> Any:
+        return self.py_func(*values)
+
+
+def _internal(function: _F, **options: Any) -> _F:
+    made: Any = compiled(function, **OPTIONS, **_INTERNAL, **options)
+    if isinstance(made, CPUDispatcher):  # unless Numba is told to compile nothing
+        made.__class__ = _Internal  # there is no wrapper that Numba's own call could go through
+    internal: _F = made
+    return internal
+
+
 def helper(function: _F) -> _F:
     """Compile a function that only kernels call.
 
     Params and State reach it by reference, so a call costs no more than any other.
     """
-    return compiled(function, **OPTIONS, **_INTERNAL)
+    return _internal(function)
 
 
 def inlined(function: _F) -> _F:
     """Compile a small or hot function, which only kernels call, into each of its callers."""
-    return compiled(function, **OPTIONS, **_INTERNAL, forceinline=True)
+    return _internal(function, forceinline=True)
