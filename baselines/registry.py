@@ -95,7 +95,8 @@ def policy(text: str) -> Heuristic:
         The rule.
 
     Raises:
-        ConfigError: If the name or a parameter is unknown or a value is no number.
+        ConfigError: If the name or a parameter is unknown, a parameter is given twice, or a value
+            is not allowed.
     """
     name, _, given = text.partition(":")
     if name not in names():
@@ -104,7 +105,7 @@ def policy(text: str) -> Heuristic:
     factory = _RULES[name.removesuffix("-oracle") if oracle else name]
     made = factory(**read_parameters(name, factory, given, _BOUNDS.get(name, {})))
     if oracle:
-        return replace(made, name=name, information="oracle")
+        return replace(made, name=text if given else name, information="oracle")
     return replace(made, name=text if given else name)
 
 

@@ -257,7 +257,7 @@ class RouterFaults:
     after_s: float = 15.0
     """Load after it."""
     timeout_s: float = 5.0
-    """Of the router, to the first byte and between two."""
+    """Of the router, to the first token and between two; half of it makes a replica silent."""
     only: str = ""
     """Only cases whose name contains this."""
     out: Path | None = None
@@ -309,11 +309,11 @@ class RouterFaults:
             "dispatch": {"runtime": {"policy": policy}},
             "request": {
                 "first_byte_timeout_s": self.timeout_s,
-                "idle_timeout_s": self.timeout_s,
+                "stall_timeout_s": self.timeout_s,
                 "body_timeout_s": self.timeout_s,
                 "client_timeout_s": self.timeout_s,
             },
-            "health": {"interval_s": 1.0},
+            "health": {"interval_s": 1.0, "silent_after_s": self.timeout_s / 2},
             **(case.settings or {}),
         }
         headers = ""

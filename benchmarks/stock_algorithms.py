@@ -1,9 +1,10 @@
 """Stock algorithms with stock settings on a dispatch environment, judged by the harness.
 
 `python benchmarks/stock_algorithms.py`: MaskablePPO and A2C of Stable-Baselines3 with their default
-settings learn for five minutes each on `servegym/Dispatch-v1`, then play held-out episodes beside
-`random` and `least-outstanding`, the most probable action each time. With `--id
-servegym/Dispatch-v0` it shows what the kinder rewards and observations are worth.
+settings learn for five minutes each on `servegym/DispatchShaped-v0`, then play held-out episodes
+beside `random`, `least-outstanding` and `added-delay`: once the most probable action each time,
+once one drawn. Ratios are to least outstanding, over paired seeds. With `--id servegym/Dispatch-v0`
+it shows what the shaped rewards and the other observation are worth.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from servegym.envs.sb3 import make_vec
 from servegym.evaluate.harness import evaluate
 from servegym.scenario import load_scenario
 
-ALGORITHMS = {"MaskablePPO": MaskablePPO, "A2C": A2C, "PPO": PPO}
+#: Algorithms, and how many environments each learns on unless told otherwise.
+ALGORITHMS = {"MaskablePPO": (MaskablePPO, 4), "A2C": (A2C, 8), "PPO": (PPO, 4)}
 
 
 class TimeLimit(BaseCallback):
@@ -40,14 +42,21 @@ class TimeLimit(BaseCallback):
         return time.perf_counter() - self._begin_s < self._seconds
 
 
-def learn(name: str, arguments: argparse.Namespace) -> StockPolicy:
+def learn(name: str, arguments: argparse.Namespace) -> list[StockPolicy]:
     """Train one algorithm; nothing of it is set but the seed and the device."""
-    kinder = {} if arguments.id.endswith("-v1") else {"flat": True}
+    kinder = {} if "Shaped" in arguments.id else {"flat": True}
+    algorithm: Any
+    algorithm, num_envs = ALGORITHMS[name]
     envs = make_vec(
-        arguments.id, arguments.num_envs, scenario=arguments.scenario, load=arguments.load, **kinder
+        arguments.id,
+        arguments.num_envs or num_envs,
+        scenario=arguments.scenario,
+        load=arguments.load,
+        num_requests=arguments.learn_requests,
+        **kinder,
     )
     envs.reset()  # compiles, which is no part of learning
-    model: Any = ALGORITHMS[name]("MlpPolicy", envs, seed=arguments.seed, device="cpu")
+    model = algorithm("MlpPolicy", envs, seed=arguments.seed, device="cpu")
     begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
     model.learn(arguments.decisions or 10**9, TimeLimit(60 * arguments.minutes))
     took_s, cpu_s = time.perf_counter() - begin_s, time.process_time() - begin_cpu_s
@@ -58,37 +67,51 @@ def learn(name: str, arguments: argparse.Namespace) -> StockPolicy:
     )
     masked = name == "MaskablePPO"
     batch = envs.get_attr("batch")[0]
-    return StockPolicy(model, batch, name, masked=masked, deterministic=not arguments.sample)
+    return [
+        StockPolicy(model, batch, name, masked=masked, deterministic=True),
+        StockPolicy(model, batch, f"{name}, drawn", masked=masked, deterministic=False),
+    ]
 
 
 def main() -> None:
     """Train, judge, print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--id", default="servegym/Dispatch-v1")
+    parser.add_argument("--id", default="servegym/DispatchShaped-v0")
     parser.add_argument("--algorithms", nargs="+", default=["MaskablePPO", "A2C"])
     parser.add_argument("--scenario", default="mixed-chat")
     parser.add_argument("--load", type=float, default=1.0)
-    parser.add_argument("--num-envs", type=int, default=4)
+    parser.add_argument("--num-envs", type=int, help="for each algorithm, else 4, and 8 for A2C")
     parser.add_argument("--minutes", type=float, default=5.0, help="of each algorithm")
     parser.add_argument("--decisions", type=int, help="stop after so many, if that is earlier")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-seeds", type=int, default=5, help="held-out episodes")
-    parser.add_argument("--sample", action="store_true", help="draw actions when judging")
+    parser.add_argument("--learn-requests", type=int, default=1024, help="of an episode")
+    parser.add_argument(
+        "--num-requests", type=int, nargs="+", default=[512, 1024], help="of an episode when judged"
+    )
+    parser.add_argument("--num-seeds", type=int, default=10, help="held-out episodes of each")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    learned = [learn(name, arguments) for name in arguments.algorithms]
-    result = evaluate(
-        load_scenario(arguments.scenario),
-        [policy("random"), policy("least-outstanding"), policy("added-delay"), *learned],
-        loads=[arguments.load],
-        num_seeds=arguments.num_seeds,
-    )
-    print(f"| policy | {result.judged_name} | over least-outstanding |\n|---|---|---|")
-    for name, _ in result.ranking(arguments.load):
-        value = result.mean(name, arguments.load, result.judged_by)
-        ratio = result.ratio(name, "least-outstanding", arguments.load)
-        print(f"| {name} | {value:.2f} | {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}] |")
+    learned = [one for name in arguments.algorithms for one in learn(name, arguments)]
+    rules = [policy(name) for name in ("random", "least-outstanding", "added-delay")]
+    for num_requests in arguments.num_requests:
+        result = evaluate(
+            load_scenario(arguments.scenario),
+            [*rules, *learned],
+            loads=[arguments.load],
+            num_seeds=arguments.num_seeds,
+            num_requests=num_requests,
+        )
+        print(
+            f"\n{num_requests} requests\n| policy | {result.judged_name} | ratio |\n|---|---|---|"
+        )
+        for name, _ in result.ranking(arguments.load):
+            value = result.mean(name, arguments.load, result.judged_by)
+            ratio = result.ratio(name, "least-outstanding", arguments.load)
+            print(
+                f"| {name} | {value:.2f} | {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}] |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

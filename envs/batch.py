@@ -19,7 +19,14 @@ from servegym.envs.kernels import first_invalid
 from servegym.envs.observation import Table, View
 from servegym.envs.scene import Scene
 from servegym.envs.shaping import Potentials
-from servegym.errors import ConfigError, EnvironmentClosed, InvalidAction, ResetNeeded, unknown_name
+from servegym.errors import (
+    ConfigError,
+    EnvironmentClosed,
+    InvalidAction,
+    ResetNeeded,
+    UnknownSetting,
+    unknown_name,
+)
 from servegym.typing import BoolArray, FloatArray, Int8Array, IntArray
 
 InvalidActions = Literal["raise", "resample", "penalise"]
@@ -120,6 +127,7 @@ class Batch(ABC):
         self.input_id: IntArray = np.zeros(num_envs, np.int64)
         self.invalid: BoolArray = np.zeros(num_envs, np.bool_)
         self.metrics: FloatArray = np.zeros((len(self.metric_names), num_envs))
+        self._reported = False  # whether `metrics` holds any
         self._entropy = [(0, env // group_size) for env in range(num_envs)]
         self._count = np.zeros(num_envs, np.int64)
         self._substitutes: dict[int, np.random.Generator] = {}
@@ -294,9 +302,13 @@ class Batch(ABC):
             self.truncated[:] = active & ~self.done & (arrived == in_all)
         if self._penalty:
             self.reward[self.invalid] -= self._penalty
-        self.metrics[:] = 0.0
-        for env in np.flatnonzero(active & (self.done | self.truncated)).tolist():
-            self.metrics[:, env] = self.summary(env)
+        ended = active & (self.done | self.truncated)
+        if self._reported:
+            self.metrics[:] = 0.0
+        self._reported = bool(ended.any())
+        if self._reported:
+            for env in np.flatnonzero(ended).tolist():
+                self.metrics[:, env] = self.summary(env)
 
     def _step_part(self, first: int, stop: int, actions: IntArray, active: BoolArray) -> None:
         self._step_range(first, stop, actions, active)
@@ -390,12 +402,16 @@ def make_batch(batch_type: type[Batch], num_envs: int, settings: dict[str, Any])
     """Make a batch; an unknown setting is refused by name.
 
     Raises:
-        ConfigError: If a setting is unknown or its value is not allowed.
+        UnknownSetting: If there is no such setting.
+        ConfigError: If a value is not allowed.
     """
     known = settings_of(batch_type)
     for name in settings:
         if name not in known:
-            raise ConfigError(unknown_name("setting", name, known))
+            # in Python's words first: some libraries try keywords and read what is said
+            raise UnknownSetting(
+                f"unexpected keyword argument {name!r}: {unknown_name('setting', name, known)}"
+            )
     return batch_type(num_envs, **settings)
 
 

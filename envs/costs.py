@@ -14,6 +14,8 @@ from servegym.typing import Float32Array
 
 #: Seconds are shown as log(1 + x / first) / log(1 + last / first), at most 1.
 _FIRST_S, _LAST_S = 0.1, 200.0
+#: Times the least cost beyond which one is as good as another: as bad as can be.
+_MOST = 4.0
 
 
 def _share(name: str, group: Group, meaning: str) -> Feature:
@@ -30,6 +32,7 @@ COST_FEATURES: tuple[Feature, ...] = (
     _share("decode", Group.COUNTERS, "seconds to decode its predicted tokens beside the others"),
     _share("delay", Group.PREFIX, "seconds that it delays the others, all together"),
     _share("cost", Group.PREFIX, "sum of these seconds: what rule `added-delay` minimises"),
+    _share("excess", Group.PREFIX, "that cost against the least of any replica: 1 at 4 times it"),
     _share("ttft", Group.PREFIX, "half of expected TTFT over its limit, at most 1"),
     _share("tpot", Group.COUNTERS, "half of expected TPOT over its limit, at most 1"),
 )
@@ -65,18 +68,20 @@ def cost_features(replicas: Float32Array, request: Float32Array) -> Float32Array
     step_s = column("DECODE_STEP_S") + seq_s * others
     decode_s = predicted * step_s
     delay_s = others * (prefill_s + predicted * seq_s)
-    seconds = np.stack(
-        [queue_s, prefill_s, decode_s, delay_s, queue_s + prefill_s + decode_s + delay_s], -1
-    )
+    cost_s = queue_s + prefill_s + decode_s + delay_s
+    up = column("UP") > 0.0
+    least_s = np.where(up, cost_s, np.inf).min(-1, keepdims=True)
+    seconds = np.stack([queue_s, prefill_s, decode_s, delay_s, cost_s], -1)
     found = np.empty((*others.shape, len(COST_FEATURES)), np.float32)
     found[..., 0] = column("UP")
     found[..., 1] = others / np.maximum(column("MAX_NUM_SEQS"), 1.0)
     found[..., 2] = column("KV_CACHE_USAGE")
     found[..., 3:8] = np.log1p(seconds / _FIRST_S) / np.log1p(_LAST_S / _FIRST_S)
-    found[..., 8] = (
+    found[..., 8] = np.log(np.maximum(cost_s, 1e-9) / np.clip(least_s, 1e-9, 1e9)) / np.log(_MOST)
+    found[..., 9] = (
         0.5 * (entry("WAITED_S") + queue_s + prefill_s) / np.maximum(entry("TTFT_SLO_S"), 1e-3)
     )
-    found[..., 9] = 0.5 * step_s / np.maximum(entry("TPOT_SLO_S"), 1e-4)
-    np.minimum(found, 1.0, out=found)
-    found *= column("UP")[..., None] > 0.0
+    found[..., 10] = 0.5 * step_s / np.maximum(entry("TPOT_SLO_S"), 1e-4)
+    np.clip(found, 0.0, 1.0, out=found)
+    found *= up[..., None]
     return found

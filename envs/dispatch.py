@@ -58,16 +58,22 @@ The first arrival of an episode drawn from the scenario, all replicas idle and e
 
 ## Episode End
 Terminated when all requests have ended: after the last decision the cluster is run dry, and what
-happens then is rewarded in the last step. Never truncated.
+happens then is rewarded in the last step. With
+`episode_end="last-arrival"` truncated at the first decision after the last arrival instead.
 
 ## Arguments
-`scenario` (name, path or `Scenario`), `num_requests`, `r_max` (rows of `replicas`);
+`scenario` (name, path or `Scenario`), `num_requests`, `r_max` (rows of `replicas`), `features`
+(`contract`, or `costs` of choosing each replica);
 `load` (factor on the arrival rate, or a range drawn per episode), `objective`, `reward_scale`,
-`invalid_action` and `invalid_penalty`, `normalise`, `flat`; see `docs/environments.md`.
+`shaping`, `warmup`, `episode_end`, `invalid_action` and `invalid_penalty`, `normalise`, `flat`;
+see `docs/env-dispatch.md` and `docs/environments.md`.
 `reset(options={{"episode": Episode(...)}})` plays a given episode.
 
 ## Version History
 v0: first version.
+
+`servegym/DispatchShaped-v0` is the same with `shaping="cost-to-go"`, `reward_scale="auto"`, `features="costs"`, `num_requests=1024`, `normalise`,
+`flat`, `invalid_action="resample"`: what stock algorithms learn from.
 """
 
     batch_type = DispatchBatch

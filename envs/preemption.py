@@ -48,17 +48,21 @@ The first choice of an episode drawn from the scenario; episodes without any are
 
 ## Episode End
 Terminated when all requests have ended: after the last choice the engine is run dry, and what
-happens then is rewarded in the last step. Never truncated.
+happens then is rewarded in the last step. With
+`episode_end="last-arrival"` truncated at the first decision after the last arrival instead.
 
 ## Arguments
 `scenario` (name, path or `Scenario`, of one replica with `engine: vllm-priority`), `num_requests`,
 `max_waiting`, `queue_order` (`shortest` by predicted tokens left, or `arrival`), `allow_none`;
 `load` (factor on the arrival rate, or a range drawn per episode), `objective`, `reward_scale`,
-`invalid_action` and `invalid_penalty`, `normalise`, `flat`; see `docs/environments.md`.
+`shaping`, `warmup`, `episode_end`, `invalid_action` and `invalid_penalty`, `normalise`, `flat`;
+see `docs/env-preemption.md` and `docs/environments.md`.
 `reset(options={{"episode": Episode(...)}})` plays a given episode.
 
 ## Version History
 v0: first version.
+
+`servegym/PreemptionShaped-v0` is the same with `shaping="cost-to-go"`, `reward_scale="auto"`, `normalise`, `flat`, `invalid_action="resample"`.
 """
 
     batch_type = PreemptionBatch

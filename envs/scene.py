@@ -99,7 +99,7 @@ def as_image(scene: Scene) -> NDArray[np.uint8]:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError as error:
         raise ConfigError(
-            'render_mode "rgb_array" needs Pillow: pip install "servegym[report]", or use "ansi"'
+            'render_mode "rgb_array" needs Pillow: pip install pillow, or use "ansi"'
         ) from error
     height = min(_ROW, (MAX_HEIGHT - _TOP - 8) / max(1, scene.num_rows))
     image = Image.new("RGB", (WIDTH, 2 * int((_TOP + 9 + scene.num_rows * height) / 2)), _BACK)

@@ -15,6 +15,8 @@ from servegym.typing import BoolArray
 
 B = TypeVar("B", bound=Batch)
 RENDER_MODES = ("rgb_array", "ansi")
+#: Options of `reset` that wrappers of others mean for themselves and hand on: Minari's collector.
+_OF_WRAPPERS = ("minari_autoseed",)
 
 
 def check_render_mode(render_mode: str | None) -> str | None:
@@ -29,7 +31,7 @@ def check_render_mode(render_mode: str | None) -> str | None:
 def check_options(options: dict[str, Any] | None, allowed: tuple[str, ...]) -> dict[str, Any]:
     """Refuse options of `reset` that nothing would be done with."""
     for name in options or {}:
-        if name not in allowed:
+        if name not in allowed and name not in _OF_WRAPPERS:
             raise ConfigError(unknown_name("option of reset", name, allowed))
     return options or {}
 

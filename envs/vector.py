@@ -118,7 +118,7 @@ class BatchVectorEnv(VectorEnv[Any, IntArray, Any], Generic[B]):
         self._ready = True
         self._over[envs] = False
         self._steps[envs] = 0
-        return self.batch.observation(), _laid_out(self.batch.info(), where)
+        return self.batch.observation(), _laid_out(self.batch.info(), where.copy(), ~where)
 
     def _where(self, mask: Any) -> BoolArray:
         if mask is None:
@@ -190,11 +190,11 @@ class BatchVectorEnv(VectorEnv[Any, IntArray, Any], Generic[B]):
         if self.autoreset_mode is AutoresetMode.SAME_STEP and self._over.any():
             ended = np.flatnonzero(self._over)
             info["final_obs"], info["_final_obs"] = self._final(ended), self._over.copy()
-            info["final_info"] = _laid_out(batch.info(), self._over)
+            info["final_info"] = _laid_out(batch.info(), self._over.copy(), ~self._over)
             info["_final_info"] = self._over.copy()
             batch.reset(ended)
             self._steps[ended] = 0
-            self._over = ~everywhere
+            self._over = np.zeros(self.num_envs, np.bool_)
         info |= _laid_out(batch.info(), everywhere)
         return batch.observation(), reward, terminated, truncated, info
 
@@ -230,18 +230,20 @@ class BatchVectorEnv(VectorEnv[Any, IntArray, Any], Generic[B]):
         self.action_space = rebind(self.action_space, self.batch)
 
 
-def _laid_out(info: dict[str, Any], where: BoolArray) -> dict[str, Any]:
+def _laid_out(
+    info: dict[str, Any], where: BoolArray, absent: BoolArray | None = None
+) -> dict[str, Any]:
     """Lay out infos as Gymnasium's vector environments do.
 
-    Each `key` has a `_key` (`bool[num_envs]`) that says which environments gave it; the others'
-    numbers are 0.
+    Each `key` has a `_key` (`bool[num_envs]`, one array for all) that says which environments
+    gave it; the others' numbers, `absent`, are 0.
     """
     found: dict[str, Any] = {}
-    all_of_them = where.all()
     for key, value in info.items():
         if isinstance(value, dict):
-            value = _laid_out(value, where)
-        elif not all_of_them:
-            value[~where] = 0
-        found[key], found[f"_{key}"] = value, where.copy()
+            value = _laid_out(value, where, absent)
+        elif absent is not None:
+            value[absent] = 0
+        found[key] = value
+        found["_" + key] = where
     return found

@@ -79,7 +79,8 @@ The first decision of an episode drawn from the scenario, all devices idle.
 
 ## Episode End
 Terminated when all jobs have ended: after the last decision the fleet is run dry, and what happens then is
-rewarded in the last step. Never truncated.
+rewarded in the last step. With
+`episode_end="last-arrival"` truncated at the first decision after the last arrival instead.
 
 ## Arguments
 `scenario` (name, path or `WorkflowScenario`), `num_jobs` (a number, or a range drawn per episode), `max_stages`,
@@ -87,11 +88,14 @@ rewarded in the last step. Never truncated.
 `max_edges`. Episodes draw their jobs from a pool of `pool_size` jobs that `pool_seed` makes; with
 `pool_size=None` every episode has new ones, which takes time to draw;
 `load` (factor on the arrival rate, or a range drawn per episode), `objective`, `reward_scale`,
-`invalid_action` and `invalid_penalty`, `normalise`, `flat`; see `docs/environments.md`.
+`shaping`, `warmup`, `episode_end`, `invalid_action` and `invalid_penalty`, `normalise`, `flat`;
+see `docs/env-workflow.md` and `docs/environments.md`.
 `reset(options={{"episode": Episode(...)}})` plays a given episode.
 
 ## Version History
 v0: first version.
+
+`servegym/WorkflowShaped-v0` is the same with `shaping="cost-to-go"`, `reward_scale="auto"`, `normalise`, `flat`, `invalid_action="resample"`.
 """
 
     batch_type = WorkflowBatch

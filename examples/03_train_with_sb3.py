@@ -12,11 +12,17 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 import servegym  # noqa: F401 - registers the environments
-from servegym.envs.sb3 import DispatchVecEnv, PreemptionVecEnv
+from servegym.envs.sb3 import DispatchVecEnv, PreemptionVecEnv, make_vec
 
 
 def main() -> None:
     """Run the example."""
+    # stock algorithms with stock settings: the form with shaped rewards (docs/env-dispatch.md)
+    envs = make_vec("servegym/DispatchShaped-v0", 4, num_requests=128)
+    model = A2C("MlpPolicy", envs, seed=0, device="cpu").learn(1024)
+    print(f"stock A2C: {model.num_timesteps} steps")
+    envs.close()
+
     # one vector in raw units, over six orders of magnitude: a plain MLP needs it normalised
     inner = DispatchVecEnv(16, scenario="hetero-prefix", num_requests=128, flat=True)
     envs = VecNormalize(inner)
@@ -27,7 +33,7 @@ def main() -> None:
 
     # or let the environment normalise, and keep the parts apart
     envs = PreemptionVecEnv(16, num_requests=64, normalise=True, invalid_action="resample")
-    model = A2C("MultiInputPolicy", envs, seed=0, device="cpu").learn(2048)
+    model = A2C("MultiInputPolicy", envs, n_steps=32, seed=0, device="cpu").learn(2048)
     print(f"A2C: {model.num_timesteps} steps")
     envs.close()
 

@@ -70,7 +70,7 @@ Parameters are given after a colon: `--policies prefix-load:weight=0.01,eta=0.5 
 
 {table}
 
-An exported policy is named by its file: `--policies runs/ppo/policy/policy.onnx`.
+An exported policy is named by its file: `--policies runs/ppo-mixed-chat/policy/policy.onnx`.
 """
 
 

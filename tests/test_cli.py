@@ -17,6 +17,7 @@ import yaml
 
 from servegym.baselines.registry import names
 from servegym.cli import COMMANDS, main
+from servegym.commands.train import Train
 from servegym.scenario import scenario_names
 
 SCENARIO = {
@@ -45,6 +46,14 @@ def place(tmp_path, monkeypatch) -> Path:
     header = "arrival_s,prompt_tokens,output_tokens\n"
     (tmp_path / "trace.csv").write_text(header + "\n".join(rows) + "\n")
     (tmp_path / "bad.csv").write_text(header + "0.0,100,10\n0.1,many,10\n")
+    (tmp_path / "long.csv").write_text(header + "0.0,100,10\n0.1,200000,10\n")
+    (tmp_path / "wide.csv").write_text(header + "0.0,100,10\n0.1,1,000,10\n")
+    (tmp_path / "batch.csv").write_text(header + "5.0,100,10\n" * 20)
+    played = {"kind": "trace", "path": "long.csv"}
+    (tmp_path / "long.yaml").write_text(yaml.safe_dump(SCENARIO | {"workload": played}))
+    second = '{"timestamp": %s, "input_length": 40, "output_length": 5, "hash_ids": [%s, %s, 9]}\n'
+    seconds = "".join(second % (i / 4, 2 * i, 2 * i + 1) for i in range(20))
+    (tmp_path / "seconds.jsonl").write_text(seconds)
     (tmp_path / "columns.csv").write_text("a,b\n1,2\n")
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe\x00\x01")
@@ -186,6 +195,17 @@ def test_help_explains_an_option(capsys, name, words):
         (["simulate", "--trace", "bytes.csv"], "bytes.csv"),
         (["simulate", "--trace", "list.jsonl"], "list.jsonl, line 1"),
         (["simulate", "--trace", "trace.csv", "--rate-rps", "-1"], "rate_rps must be above 0"),
+        (["simulate", *TINY, "--rate-rps", "5"], "--rate-rps is for a trace, and none is given"),
+        (["evaluate", *TINY, "--too-long", "cut"], "--too-long is for a trace, and none is given"),
+        (["evaluate", "--scenario", "taillard", "--seeds", "3"], "--seeds has no meaning for job"),
+        (["simulate", *TINY, "--trace", "long.csv"], "long.csv, line 3: .* 1 of 2 requests do, by"),
+        (["evaluate", "--scenario", "long.yaml"], "long.csv, line 3: .* 1 of 2 requests do, by"),
+        (["evaluate", *TINY, "--trace", "wide.csv"], "wide.csv, line 3: 4 fields, but the header"),
+        (["fit", "seconds.jsonl"], "seconds.jsonl, line 1: .*--time-unit"),
+        (
+            ["evaluate", *TINY, "--trace", "batch.csv", "--saturation"],
+            "batch.csv arrive at one time, so that there is no largest load",
+        ),
         (["evaluate", *TINY, "--policies", "random", "random"], "its own name"),
         (["evaluate", *TINY, "--policies"], "polic"),
         (["evaluate", *TINY, "--loads"], "load"),
@@ -350,6 +370,23 @@ def test_simulate_counts_the_rows_of_a_trace_it_skips(place, capsys):
     )
 
 
+def test_runs_of_different_scenarios_have_different_folders_by_default():
+    def folder(**settings) -> str:
+        return str(Train(**settings)._folder("ppo"))
+
+    assert folder() == "runs/ppo-mixed-chat"
+    assert folder(scenario="tiny.yaml") == "runs/ppo-tiny"
+    assert folder(scenario="tiny.yaml", trace="logs/monday.csv") == "runs/ppo-tiny-monday"
+    assert folder(out=Path("mine")) == "mine"
+
+
+def test_trace_of_another_run_is_refused_and_its_scenario_kept(place, refused):
+    (place / "mine").mkdir()
+    (place / "mine" / "scenario.yaml").write_text("name: other\n")
+    words = [*SHORT_TRAIN, "--trace", "trace.csv", "--out", "mine"]
+    assert "mine/scenario.yaml is another scenario than tiny.yaml" in refused(*words)
+
+
 def test_tune_prints_the_best_of_its_budget(place, capsys):
     main(["tune", *TINY, "--policy", "speed-family", "--budget", "3"])
     text = capsys.readouterr().out
@@ -374,11 +411,16 @@ def test_train_export_and_evaluate_a_policy(place, capsys):
     assert manifest["training"]["decisions"] == 2048
     assert manifest["training"]["base"] == "speed-family"
     assert manifest["scenario"] == "tiny.yaml"
-    # the same command again trains no further; with more decisions it goes on
-    main([*train, "--decisions", "3072"])
-    manifest = json.loads((run / "policy" / "manifest.json").read_text())
-    assert manifest["training"]["decisions"] == 3072
+    # the same command again trains no further; another one is refused
     first = (run / "policy" / "policy.onnx").read_bytes()
+    main([*train, "--decisions", "2048"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "finished with this configuration: runs/a, after 2 updates" in said
+    assert (run / "policy" / "policy.onnx").read_bytes() == first
+    with pytest.raises(SystemExit) as end:
+        main([*train, "--decisions", "3072"])
+    assert end.value.code == 2
+    assert "total_decisions is 2048 there, 3072 here" in capsys.readouterr().err
     main(["export", "--run-folder", "runs/a", "--out", "exported"])
     assert (place / "exported" / "policy.onnx").read_bytes() == first
     capsys.readouterr()
@@ -393,3 +435,29 @@ def test_train_export_and_evaluate_a_policy(place, capsys):
     assert 0.5 < ratio["value"] < 2.0  # it began as that rule
     main(["simulate", *TINY, "--policy", "exported/policy.onnx"])
     assert "exported on tiny" in capsys.readouterr().out
+
+
+def test_what_was_done_to_a_trace_is_said_by_option_and_by_file(place, capsys):
+    words = ["--policies", "round-robin", "--loads", "1", "--json", "out.json"]
+    main(
+        ["evaluate", *TINY[:2], "--trace", "long.csv", "--too-long", "cut", "--seeds", "3", *words]
+    )
+    said = " ".join(capsys.readouterr().out.split())
+    assert "long.csv: cut 1 of 2 requests, as they exceed 131,072 tokens" in said
+    assert "the 3 seeds make one episode" in said
+    assert "[" not in said.split("one episode: it is played once")[1]
+    trace = json.loads((place / "out.json").read_text())["trace"]
+    assert (trace["cut_requests"], trace["tokens_not_played"]) == (1, 200_010 - 131_072)
+    scenario = yaml.safe_load((place / "long.yaml").read_text())
+    scenario["workload"]["too_long"] = "cut"
+    (place / "cut.yaml").write_text(yaml.safe_dump(scenario))
+    main(["evaluate", "--scenario", "cut.yaml", "--seeds", "3", *words])
+    assert "cut 1 of 2 requests" in " ".join(capsys.readouterr().out.split())
+    assert json.loads((place / "out.json").read_text())["trace"] == trace
+
+
+def test_a_batch_is_played_and_its_loads_are_one(place, capsys):
+    main(["evaluate", *TINY[:2], "--trace", "batch.csv", "--policies", "round-robin"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the 3 loads make the same episodes" in said
+    assert "nan" not in said

@@ -1,4 +1,4 @@
-"""A key that stands twice is refused; all else is PyYAML's."""
+"""A key that is given twice is refused; all else is PyYAML's and Python's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from servegym.documents import load_yaml
+from servegym.documents import load_json, load_yaml
 from servegym.errors import ConfigError
 from servegym.scenario import parse_scenario
 
@@ -23,7 +23,7 @@ SCENARIOS = Path(__file__).parents[1] / "assets" / "scenarios"
         ("1: a\n0x1: b", 2),
     ],
 )
-def test_a_key_that_stands_twice_is_named_with_its_line(text, line):
+def test_a_key_that_is_given_twice_is_named_with_its_line(text, line):
     with pytest.raises(yaml.MarkedYAMLError, match="is given twice") as refused:
         load_yaml(text)
     assert refused.value.problem_mark.line + 1 == line
@@ -42,10 +42,26 @@ def test_the_rest_is_as_ever(text):
     assert load_yaml(text) == yaml.safe_load(text)
 
 
-@pytest.mark.parametrize("text", ["? [a]\n: 1", "a: !!python/object:os.system x", "a: ["])
+@pytest.mark.parametrize("text", ["[", "{a: ", "- ", "? "])
+def test_nesting_of_any_depth_ends_no_process(text):
+    with pytest.raises(yaml.YAMLError, match=r"nested too deeply|expected|mapping"):
+        load_yaml(text * 30_000)
+
+
+@pytest.mark.parametrize(
+    "text", ["9" * 5000, "2026-99-99", "? [a]\n: 1", "a: !!python/object:os.system x", "a: ["]
+)
 def test_what_is_no_plain_value_is_refused(text):
     with pytest.raises(yaml.YAMLError):
         load_yaml(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a": ' * 100_000, "9" * 5000, '{"a": 1, "a": 2}']
+)
+def test_json_of_any_kind_is_read_or_refused(text):
+    with pytest.raises(ValueError):
+        load_json(text)
 
 
 def test_bundled_scenarios_have_no_key_twice():

@@ -334,7 +334,9 @@ class OrderingTrainer:
 
     def _next_stage(self) -> None:
         config = self.config
-        if config.num_hidden == 0 or self.stage == 1:
+        no_time = not self.budget.fits(self._generation_s + self._check_s)
+        no_more = no_time or self.generation >= config.max_generations
+        if config.num_hidden == 0 or self.stage == 1 or no_more:
             self.finished = True
             return
         self.stage, self._next_check = 1, _CHECK_EVERY

@@ -7,13 +7,23 @@ all else on the actions: it is enough to keep those of the episodes that are bei
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
-from servegym.envs.dispatch_batch import DispatchBatch
 from servegym.typing import BoolArray, IntArray
 
 _FIRST_LENGTH = 256
+
+
+class Batch(Protocol):
+    """What is brought to a place: the environments of `envs.batch`."""
+
+    num_envs: int
+
+    def skip_to(self, episodes: IntArray) -> None: ...
+    def reset(self, envs: IntArray) -> None: ...
+    def step(self, actions: IntArray, active: BoolArray) -> None: ...
 
 
 class Places:
@@ -52,7 +62,7 @@ class Places:
         self._steps = np.where(ended, 0, self._steps + 1)
         self.episodes = self.episodes + ended
 
-    def go_to(self, batch: DispatchBatch) -> None:
+    def go_to(self, batch: Batch) -> None:
         """Bring environments that were seeded as in the run to these places.
 
         Args:

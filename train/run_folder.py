@@ -28,7 +28,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import servegym
 from servegym.errors import ConfigError, OutputError
-from servegym.whole_files import make_folder, unwritable, write_whole
+from servegym.whole_files import require_writable, unwritable, write_whole
 
 Kind = Literal["dispatcher", "order", "scheduler"]
 _Settings = TypeVar("_Settings")
@@ -116,6 +116,7 @@ class RunFolder:
 
     Raises:
         ConfigError: If the folder holds a run with another configuration.
+        OutputError: If it cannot be written.
 
     Attributes:
         path: The folder.
@@ -128,12 +129,13 @@ class RunFolder:
         self.saved = ""
         if (path / CONFIG).exists() or (path / CHECKPOINT).exists():
             self._require_same(StoredRun.read(path))
+        require_writable(path)
 
     def _require_same(self, stored: StoredRun) -> None:
         if stored.kind != self.kind:
             raise ConfigError(
-                f"{self.path} holds a run that trains a {stored.kind}, not a {self.kind}: give"
-                " another --out"
+                f"{self.path} holds the run of a {stored.kind}, and this is one of kind"
+                f" {self.kind}: give another --out"
             )
         found = differences(stored.configuration, self.configuration)
         if found:
@@ -152,7 +154,6 @@ class RunFolder:
             ConfigError: If the checkpoint is broken or another run's.
             OutputError: If the folder cannot be written.
         """
-        make_folder(self.path)
         if (self.path / CHECKPOINT).exists():
             content = read_checkpoint(self.path, self.configuration)
             self.saved = str(content.get("progress", ""))

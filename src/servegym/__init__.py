@@ -23,8 +23,8 @@ if find_spec("gymnasium") is not None:  # inside a serving engine's environment 
         entry_point="servegym.envs.workflow:WorkflowEnv",
         vector_entry_point="servegym.envs.workflow:WorkflowVectorEnv",
     )
-    #: What lets stock algorithms with stock settings learn; see `docs/env-dispatch.md`.
-    kind = {
+    # what lets stock algorithms with stock settings learn; see docs/env-dispatch.md
+    _SHAPED = {
         "shaping": "cost-to-go",
         "reward_scale": "auto",
         "normalise": True,
@@ -32,20 +32,20 @@ if find_spec("gymnasium") is not None:  # inside a serving engine's environment 
         "invalid_action": "resample",
     }
     register(
-        id="servegym/Dispatch-v1",
+        id="servegym/DispatchShaped-v0",
         entry_point="servegym.envs.dispatch:DispatchEnv",
         vector_entry_point="servegym.envs.dispatch:DispatchVectorEnv",
-        kwargs={**kind, "features": "costs"},
+        kwargs={**_SHAPED, "features": "costs", "num_requests": 1024},
     )
     register(
-        id="servegym/Preemption-v1",
+        id="servegym/PreemptionShaped-v0",
         entry_point="servegym.envs.preemption:PreemptionEnv",
         vector_entry_point="servegym.envs.preemption:PreemptionVectorEnv",
-        kwargs=kind,
+        kwargs=_SHAPED,
     )
     register(
-        id="servegym/Workflow-v1",
+        id="servegym/WorkflowShaped-v0",
         entry_point="servegym.envs.workflow:WorkflowEnv",
         vector_entry_point="servegym.envs.workflow:WorkflowVectorEnv",
-        kwargs=kind,
+        kwargs=_SHAPED,
     )

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from typing import Any
 
 import yaml
 
+#: What opens a collection within a line. The parser in C ends the process where a few ten
+#: thousand are open, so it gets no text that could have so many.
+_OPENING = ("[", "{", "- ", "? ")
+_MAX_FAST_DEPTH = 5_000
+_AMBIGUOUS = re.compile(r"[-+]?0[0-9_]+|.*:.*")
 _MERGE = "tag:yaml.org,2002:merge"
 
 
@@ -19,9 +25,12 @@ def load_json(text: str) -> Any:
     """Parse JSON.
 
     Raises:
-        ValueError: If it is not JSON, or an object has a key twice.
+        ValueError: If it is not JSON, nested too deeply, or an object has a key twice.
     """
-    return json.loads(text, object_pairs_hook=_once)
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -32,7 +41,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-class _NoKeyTwice:
+class _OneMeaning:
     """Part of a loader; what it refuses it refuses as the parser does, with the place."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -53,12 +62,28 @@ class _NoKeyTwice:
         return super().construct_mapping(node, deep=deep)  # type: ignore[misc]
 
 
-class _Loader(_NoKeyTwice, yaml.SafeLoader):
+class _Loader(_OneMeaning, yaml.SafeLoader):
     pass
 
 
-class _FastLoader(_NoKeyTwice, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+class _FastLoader(_OneMeaning, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     pass
+
+
+def _number(loader: Any, node: Any) -> int | float:
+    """Read a number; 010 is eight and 1:30 ninety to some, and not to those who write them."""
+    if _AMBIGUOUS.fullmatch(node.value):
+        raise yaml.constructor.ConstructorError(
+            None, None, f"{node.value} is no plain decimal number", node.start_mark
+        )
+    kind = node.tag.rpartition(":")[2]
+    found: int | float = getattr(loader, f"construct_yaml_{kind}")(node)
+    return found
+
+
+for _tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
+    yaml.add_constructor(_tag, _number, _Loader)
+    yaml.add_constructor(_tag, _number, _FastLoader)
 
 
 def load_yaml(text: str) -> Any:
@@ -67,7 +92,14 @@ def load_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: If it is not YAML, or a mapping has a key twice.
     """
+    if sum(map(text.count, _OPENING)) < _MAX_FAST_DEPTH:
+        try:
+            return yaml.load(text, Loader=_FastLoader)
+        except (yaml.YAMLError, ValueError, OverflowError):
+            pass  # the parser in Python says better what is wrong, and where
     try:
-        return yaml.load(text, Loader=_FastLoader)
-    except yaml.YAMLError:  # the parser in Python says better what is wrong, and where
         return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    except (ValueError, OverflowError) as error:  # a number of thousands of digits, no such date
+        raise yaml.YAMLError(f"a value cannot be read: {error}") from error

@@ -18,6 +18,10 @@ class OutputError(ServeGymError):
     """Raised when a file or folder cannot be written, such as on a full or read-only disk."""
 
 
+class UnknownSetting(ConfigError, TypeError):
+    """Raised when a class is given a keyword that it does not know, as Python itself would."""
+
+
 class WorkloadError(ServeGymError):
     """Raised when a trace or a request table cannot be used as it is."""
 

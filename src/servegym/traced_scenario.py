@@ -9,7 +9,7 @@ import numpy as np
 from servegym.cluster.spec import ClusterSpec, Episode
 from servegym.errors import ConfigError
 from servegym.scenario import Scenario
-from servegym.workloads.config import TraceConfig
+from servegym.workloads.config import MAX_CONTEXT_TOKENS, TraceConfig
 from servegym.workloads.dialect import TimeUnit
 from servegym.workloads.readers import OnBadRow
 from servegym.workloads.shortening import TooLong
@@ -24,6 +24,7 @@ def with_trace(
     *,
     time_unit: TimeUnit | None = None,
     hash_block_tokens: int | None = None,
+    max_context_tokens: int = MAX_CONTEXT_TOKENS,
     too_long: TooLong = "error",
 ) -> Scenario:
     """Replace a scenario's workload by a trace.
@@ -37,21 +38,25 @@ def with_trace(
         on_bad_row: Refuse the file at a malformed row, or leave the row out.
         time_unit: Of the file's times, where its columns do not say.
         hash_block_tokens: Tokens of a prefix hash, likewise.
-        too_long: Refuse the file at a request that no replica can take, or cut or leave out.
+        max_context_tokens: Longest prompt and output together; at most what a replica can take.
+        too_long: Refuse the file at a longer request, or cut it or leave it out.
 
     Raises:
-        ConfigError: If `rate_rps` or `hash_block_tokens` is impossible.
+        ConfigError: If `rate_rps`, `hash_block_tokens` or `max_context_tokens` is impossible.
         WorkloadError: If the trace cannot be used.
     """
     if rate_rps is not None and not 0 < rate_rps < np.inf:
         raise ConfigError(f"rate_rps must be above 0 and finite, got {rate_rps}")
     if hash_block_tokens is not None and hash_block_tokens < 1:
         raise ConfigError(f"hash_block_tokens must be at least 1, got {hash_block_tokens}")
+    if max_context_tokens < 2:
+        raise ConfigError(f"max_context_tokens must be at least 2, got {max_context_tokens}")
     workload = TraceConfig(
         path=path,
         on_bad_row=on_bad_row,
         time_unit=time_unit,
         hash_block_tokens=hash_block_tokens,
+        max_context_tokens=max_context_tokens,
         too_long=too_long,
     )
     name = f"{scenario.name} + {Path(path).name}"

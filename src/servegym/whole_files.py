@@ -18,18 +18,23 @@ def write_whole(files: Mapping[Path, bytes]) -> None:
     Raises:
         OutputError: If one cannot be written; then what was there before is untouched.
     """
-    drafts = {path: path.with_name(f".{path.name}.part") for path in files}
+    drafts: dict[Path, Path] = {}
     path = Path()
     try:
-        for path, draft in drafts.items():
+        for path in files:
             path.parent.mkdir(parents=True, exist_ok=True)
+            place = path.resolve()  # a link stays one
+            if place.exists() and not place.is_file():  # such as /dev/stdout, or a folder
+                place.write_bytes(files[path])
+                continue
+            draft = drafts[path] = place.with_name(f".{place.name}.part")
             with draft.open("wb") as file:
                 file.write(files[path])
                 file.flush()
                 os.fsync(file.fileno())
         for path, draft in drafts.items():
-            os.replace(draft, path)
-        for folder in {path.parent for path in files}:
+            os.replace(draft, path.resolve())
+        for folder in {draft.parent for draft in drafts.values()}:
             _sync(folder)
     except OSError as error:
         raise OutputError(unwritable(path, error)) from error
@@ -44,15 +49,15 @@ def unwritable(path: Path, error: OSError) -> str:
     return f"{path} cannot be written ({why[:1].lower()}{why[1:]}): make room or name another place"
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder, and try whether it can be written.
+def require_writable(folder: Path) -> None:
+    """Try whether a folder can be written, or made, before any work is done for it.
 
     Raises:
         OutputError: If not.
     """
-    probe = folder / ".servegym.part"
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    probe = there / ".servegym.part"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
     except OSError as error:

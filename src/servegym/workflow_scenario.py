@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from servegym.documents import load_yaml
 from servegym.errors import ConfigError, unknown_name
 from servegym.scenario import (
     Config,
@@ -238,7 +239,7 @@ def is_workflow_scenario(name_or_path: str) -> bool:
     if not path.is_file():
         return False
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
         return False  # told when it is read as a scenario
     return isinstance(data, Mapping) and data.get("kind") == "workflow"

@@ -72,11 +72,12 @@ def test_search_begins_at_shortest_remaining_first(tight, tmp_path):
 
 
 def test_what_is_found_is_no_worse_on_validation_and_runs_in_the_plugin(tight, tmp_path):
-    trainer = OrderingTrainer(settings(tight), tmp_path / "run")
+    config = settings(tight, max_minutes=math.inf, max_generations=6)
+    trainer = OrderingTrainer(config, tmp_path / "run")
     found = trainer.run()
     assert found.loss <= found.base_loss
     assert found.base_loss == pytest.approx(trainer.base_loss("srpt"))
-    assert found.generations >= 2
+    assert found.generations == 6
     path = save_ordering(found.weights, tmp_path / "mine", found.samples)
     policy = load_policy(str(path))
     assert isinstance(policy, MlpOrdering)
@@ -157,6 +158,23 @@ def test_budget_counts_from_when_all_is_compiled_and_holds(tight, tmp_path, monk
     # 3 for the linear score: with a fourth and its validation it would take 14 of its 12 s
     assert found.generations == 9
     assert now[0] - 101.0 == found.spent_s == 9 * 3.0 + 3 * 1.0 == 30.0
+
+
+def test_a_budget_shorter_than_a_generation_is_exceeded_by_one_alone(tight, tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(ordering.time, "monotonic", lambda: now[0])
+    real = OrderingTrainer.loss
+
+    def loss(self, thetas, episodes):
+        now[0] += 46.0 if len(thetas) > 1 else 1.0
+        return real(self, thetas, episodes)
+
+    monkeypatch.setattr(OrderingTrainer, "loss", loss)
+    trainer = OrderingTrainer(settings(tight, max_minutes=0.3), tmp_path / "run")
+    found = trainer.run()
+    assert found.generations == 1
+    assert found.spent_s == 47.0
+    assert found.weights.weights[0].shape[1] == 4  # the linear score alone
 
 
 def test_command_trains_and_evaluates(tight, tmp_path, capsys):

@@ -214,6 +214,8 @@ def test_random_takes_every_start_alike():
         ("fifo:alpha=1", "fifo has no parameters"),
         ("atc:k=0", "parameter k of atc must be a number from 0.001"),
         ("weighted-fair:alpha=x", "must be a number from -10 to 10, got 'x'"),
+        ("hexgen:alpha=.3,alpha=.5", "parameter alpha of hexgen must be given once"),
+        ("hexgen-oracle:alpha=.3,alpha=.3", "must be given once"),
         ("random-oracle", "unknown policy 'random-oracle'"),
     ],
 )

@@ -30,6 +30,11 @@ def test_a_log_is_read(tmp_path):
     assert steps.prefill_context.tolist() == [2, 0]
 
 
+def test_marks_and_line_ends_of_all_systems_do_not_count(tmp_path):
+    steps = read(tmp_path, f"\ufeff{HEADER}\r\n4,2,30,0.5\r0,3,33,0.25\n")
+    assert steps.kv_tokens.tolist() == [30, 33]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -37,7 +42,11 @@ def test_a_log_is_read(tmp_path):
         (f"{HEADER}\n", "holds no steps"),
         (f"{HEADER}\n1,2,3,fast\n", "line 2: duration_s must be a number above 0, got 'fast'"),
         (f"{HEADER}\n1,2,3,1\n-1,2,3,1\n", "line 3: prefill_tokens must be a number from 0"),
-        (f"{HEADER}\n1,2,3\n", "line 2: duration_s must be a number above 0, got None"),
+        (f"{HEADER}\n1,2,3\n", "line 2: 3 fields, but the header has 4 columns"),
+        (f"{HEADER}\n1,2,3,456,1\n", "line 2: 5 fields, but the header has 4 columns"),
+        (f'{HEADER}\n1,2,"3,456",1\n', "line 2: kv_tokens must be a number from 0, got '3,456'"),
+        (f"{HEADER}\n1,2,3_456,1\n", "line 2: kv_tokens must be a number from 0, got '3_456'"),
+        (f"{HEADER},kv_tokens\n1,2,3,1,9\n", "has 2 columns 'kv_tokens'"),
     ],
 )
 def test_a_wrong_log_is_refused(tmp_path, text, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,16 @@ def test_what_is_read_only_is_read_and_the_next_place_written(only, tmp_path, mo
     readable, target = places(source)
     assert len(readable) == 2
     assert target is None
+
+
+def test_every_kernel_is_compiled_by_the_one_module_that_knows_where_to_keep_it():
+    root = Path(kernel_cache.__file__).parents[1]
+    sources = [path for path in root.rglob("*.py") if path.name != "jit.py"]
+    for name in ("agents", "baselines", "envs", "train"):  # rglob does not follow links
+        sources += (root / name).resolve().rglob("*.py")
+    assert len(sources) > 200
+    strays = [path for path in sources if re.search(r"\b(njit|jit)\(|@njit\b", path.read_text())]
+    assert strays == []
 
 
 def test_temporary_folder_that_others_can_write_is_not_used(tmp_path):

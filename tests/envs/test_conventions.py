@@ -95,7 +95,7 @@ def test_vector_form_is_like_gymnasiums_own(problem, mode, max_steps, settings):
                 ours.step(actions)
             got = ours.reset(options={"reset_mask": over})
             check(got, theirs.reset(options={"reset_mask": over.copy()}))
-    assert ends[0 if max_steps is None else 1] >= 3
+    assert ends[0 if max_steps is None else 1] >= 2
 
 
 def test_info_has_the_same_keys_at_every_step_and_results_at_the_last(problem):
@@ -238,6 +238,8 @@ def test_unknown_settings_are_refused_and_known_ones_are_in_the_signature(proble
     for make in (problem.single, problem.vector):
         with pytest.raises(ConfigError, match=r"unknown setting 'laod'.*did you mean load"):
             make(laod=2.0)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'frameskip'"):
+            make(frameskip=1)  # TorchRL tries it
         parameters = inspect.signature(make).parameters
         assert {"scenario", "load", "flat", "render_mode"} <= parameters.keys()
         assert parameters["scenario"].default == make().batch.scenario.name
@@ -340,14 +342,13 @@ def test_text_counts_what_runs_and_waits(make_scenario, make_episode):
     env.reset(options={"episode": make_episode([0.0] * 4 + [60.0])})
     for action in (0, 2, 2, 2):
         env.step(action)
-    assert "5 requests have ended" not in env.render()
-    assert "4 of 5 requests have ended" in env.render()  # all but the one that arrives at 60 s
+    assert "4 of 5 requests have ended, 1 in the system" in env.render()
     env.reset(options={"episode": make_episode([0.0] * 20 + [0.001])})
     for _ in range(20):
         env.step(1)
-    rows = env.render().splitlines()[3:]
-    assert [row.count("#") + row.count(".#") for row in rows] == [0, 16, 0]  # max_num_seqs
-    assert rows[1].split("]")[1].split("1,900")[0].count(".") == 4
+    rows = [row.split("]")[1].split("prompt")[0] for row in env.render().splitlines()[3:]]
+    assert [row.count("#") for row in rows] == [0, 16, 0]  # max_num_seqs
+    assert [row.count(".") for row in rows] == [0, 4, 0]
 
 
 # ---- copies, processes, closing

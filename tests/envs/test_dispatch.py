@@ -239,7 +239,7 @@ def test_returned_arrays_are_never_written_again(make_scenario):
     [
         ({"r_max": 2}, r"r_max \(2\) must be at least the 3 replicas"),
         ({"objective": "speed"}, "objective must be one of latency, goodput, got 'speed'"),
-        ({"reward_scale": 0.0}, "reward_scale must be above 0, got 0"),
+        ({"reward_scale": 0.0}, 'reward_scale must be above 0 or "auto", got 0'),
         ({"render_mode": "human"}, "render_mode must be None, rgb_array or ansi, got 'human'"),
     ],
 )

@@ -15,7 +15,7 @@ from servegym.envs.preemption import PreemptionEnv, PreemptionVectorEnv
 from servegym.errors import ConfigError, InvalidAction, ResetNeeded
 from servegym.policy.ordering import OrderingFeature
 from servegym.policy.run_ordering import make_simulator, run_ordering
-from servegym.scenario import Scenario
+from servegym.scenario import Scenario, load_scenario, scenario_names
 
 ENV_ID = "servegym/Preemption-v0"
 RUNNING = int(OrderingFeature["IS_RUNNING"])
@@ -51,7 +51,9 @@ def shortest(observation) -> int:
     return int(np.where(allowed, left, np.inf).argmin())
 
 
-@pytest.mark.parametrize("name", ["kv-starved", "long-tailed", "slo-tiers"])
+@pytest.mark.parametrize(
+    "name", [name for name in scenario_names() if load_scenario(name).orders_requests]
+)
 @pytest.mark.parametrize("settings", [{}, {"allow_none": True, "queue_order": "arrival"}])
 def test_environment_passes_the_checker_without_warnings(name, settings):
     with warnings.catch_warnings():

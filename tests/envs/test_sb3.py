@@ -13,9 +13,21 @@ contrib = pytest.importorskip("sb3_contrib")
 
 from gymnasium.wrappers import FlattenObservation  # noqa: E402
 from stable_baselines3.common.env_checker import check_env  # noqa: E402
+from stable_baselines3.common.env_util import make_vec_env  # noqa: E402
+from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize  # noqa: E402
 
 from servegym.envs.dispatch import DispatchEnv, DispatchVectorEnv  # noqa: E402
-from servegym.envs.sb3 import DispatchVecEnv  # noqa: E402
+from servegym.envs.sb3 import (  # noqa: E402
+    DispatchVecEnv,
+    PreemptionVecEnv,
+    WorkflowVecEnv,
+)
+
+NATIVE = {
+    "servegym/Dispatch-v0": DispatchVecEnv,
+    "servegym/Preemption-v0": PreemptionVecEnv,
+    "servegym/Workflow-v0": WorkflowVecEnv,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -23,12 +35,53 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-def test_single_environment_passes_the_checker_of_sb3(make_scenario):
+@pytest.mark.parametrize("settings", [{}, {"flat": True}, {"normalise": True}])
+def test_single_environment_passes_the_checker_of_sb3(problem, settings):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        # a matrix of replicas is what its flattening extractor is for
-        warnings.filterwarnings("ignore", ".*unconventional shape")
-        check_env(DispatchEnv(make_scenario()))
+        # matrices of rows are what its flattening extractor is for, and no images
+        warnings.filterwarnings("ignore", ".*(unconventional shape|image)")
+        check_env(problem.single(**problem.settings, **settings))
+
+
+def test_native_form_is_the_dummy_one(problem):
+    settings = {**problem.settings, "invalid_action": "resample"}
+    ours = NATIVE[problem.env_id](2, **settings)
+    theirs = make_vec_env(problem.single, n_envs=2, env_kwargs=settings)
+    ours.seed(4)
+    theirs.seed(4)
+    got, want = ours.reset(), theirs.reset()
+    rng, ends = np.random.default_rng(0), 0
+    for _ in range(60):
+        for key in want:
+            np.testing.assert_array_equal(got[key], want[key])
+        actions = rng.integers(ours.action_space.n, size=2)
+        got, reward, done, infos = ours.step(actions)
+        want, expected, over, their_infos = theirs.step(actions)
+        np.testing.assert_array_equal(reward, expected)
+        assert reward.dtype == expected.dtype
+        np.testing.assert_array_equal(done, over)
+        for e in np.flatnonzero(done):
+            ends += 1
+            mine, other = infos[e], their_infos[e]
+            assert mine["TimeLimit.truncated"] == other["TimeLimit.truncated"]
+            assert mine["episode_metrics"] == other["episode_metrics"]
+            assert mine["episode"]["l"] == other["episode"]["l"]
+            assert mine["episode"]["r"] == pytest.approx(other["episode"]["r"], abs=1e-4)
+            for key, value in other["terminal_observation"].items():
+                np.testing.assert_array_equal(mine["terminal_observation"][key], value)
+    assert ends > 0
+
+
+def test_stock_wrappers_and_masks_go_together(problem):
+    env = NATIVE[problem.env_id](2, **problem.settings, flat=True)
+    stacked = VecNormalize(VecFrameStack(env, 3))
+    model = contrib.MaskablePPO(
+        "MlpPolicy", stacked, n_steps=8, batch_size=16, n_epochs=1, seed=0, device="cpu"
+    )
+    model.learn(32)
+    assert stacked.observation_space.shape == (3 * env.observation_space.shape[0],)
+    assert np.abs(stacked.reset()).max() <= 10
 
 
 def test_adapter_plays_what_the_vector_environment_plays(make_scenario):

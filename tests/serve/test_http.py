@@ -5,15 +5,21 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import signal
+import threading
 
+import aiohttp
 import pytest
 from yarl import URL
 
 from servegym.errors import ConfigError
+from servegym.serve.router import api, app
 from servegym.serve.router.config import parse_config
 from servegym.serve.router.request import read_request
 
-from .running import RATES, run, running
+from .running import RATES, run, running, until
+from .upstream import Upstream
 
 BODY = {"model": "m", "prompt": "hello there", "max_tokens": 5}
 KEY = "sk-of-alice-0123456789"
@@ -70,6 +76,7 @@ class TestForwarding:
         [
             ("Authorization", "upstream_key_env names the replicas' key"),
             ("Host", "host is never forwarded"),
+            ("accept-encoding", "is never forwarded"),
             ("a b", "is no name of a header"),
             ("", "must not be empty"),
         ],
@@ -266,18 +273,14 @@ class TestWhatEnginesTake:
 
 
 def test_large_bodies_are_read_beside_the_loop(monkeypatch):
-    import threading
-
-    from servegym.serve.router import app
-
     threads = []
-    real = app.read_request
+    real = api.read_request
 
     def read(*args, **kwargs):
         threads.append(threading.current_thread().name)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(app, "read_request", read)
+    monkeypatch.setattr(api, "read_request", read)
 
     async def test() -> None:
         async with running(1, request={"engine_hints": True}) as it:
@@ -293,3 +296,54 @@ def test_large_bodies_are_read_beside_the_loop(monkeypatch):
     assert threads[0].startswith("large-bodies")
     assert threads[1] == "MainThread"
     assert threads[2].startswith("large-bodies")
+
+
+def test_sighup_reads_the_keys_anew_and_stops_nothing(tmp_path, caplog):
+    keys = tmp_path / "keys.yaml"
+    keys.write_text(f"alice: {KEY}\n")
+    keys.chmod(0o600)
+    caplog.set_level(logging.INFO, "servegym")
+
+    async def test() -> None:
+        replica = Upstream()
+        replica.gap_s = 0.1
+        await replica.start()
+        config = parse_config(
+            {
+                "replicas": [{"name": "a", "url": replica.url, "rates": RATES}],
+                "listen": {"port": 0, "admin_port": 0},
+                "dispatch": {"runtime": {"policy": "least-outstanding"}},
+                "auth": {"keys_file": str(keys)},
+            },
+            "test",
+        )
+        started: asyncio.Future[app.Router] = asyncio.get_running_loop().create_future()
+        serving = asyncio.create_task(app._serve(config, started.set_result))
+        router = await started
+        async with aiohttp.ClientSession() as session:
+
+            async def ask(key: str, **more) -> int:
+                url = f"http://127.0.0.1:{router.port}/v1/completions"
+                headers = {"Authorization": f"Bearer {key}"}
+                async with session.post(url, json={**BODY, **more}, headers=headers) as response:
+                    await response.read()
+                    return response.status
+
+            stream = asyncio.create_task(ask(KEY, stream=True))
+            await until(lambda: replica.running == 1)
+            new = "sk-of-bob-0123456789ab"
+            keys.write_text(f"bob: {new}\n")
+            os.kill(os.getpid(), signal.SIGHUP)
+            await until(lambda: "read anew" in caplog.text)
+            assert await stream == 200
+            assert (await ask(new), await ask(KEY)) == (200, 401)
+            keys.write_text("bob: short\n")
+            os.kill(os.getpid(), signal.SIGHUP)
+            await until(lambda: "stay as they are" in caplog.text)
+            assert await ask(new) == 200
+            assert not serving.done()
+        os.kill(os.getpid(), signal.SIGTERM)
+        await serving
+        await replica.stop()
+
+    run(test)

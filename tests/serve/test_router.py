@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 
 import aiohttp
 import pytest
+
+from servegym.serve.router import app
 
 from .running import run, running, until
 
@@ -260,6 +263,39 @@ class TestKeys:
 
         run(test)
 
+    def test_changed_keys_are_good_at_once_and_wrong_ones_change_nothing(
+        self, tmp_path, monkeypatch, caplog
+    ):
+        path = tmp_path / "keys.yaml"
+        path.write_text("alice: sk-alice-0123456789")
+        watch = functools.partial(app.watch_file, interval_s=0.01)
+        monkeypatch.setattr(app, "watch_file", watch)
+
+        async def test():
+            async with running(auth={"keys_file": str(path)}) as r:
+
+                async def status(key):
+                    header = {"Authorization": f"Bearer {key}"}
+                    return (await r.get("/v1/models", headers=header))[0]
+
+                async def becomes(key, wanted):
+                    async with asyncio.timeout(5):
+                        while await status(key) != wanted:
+                            await asyncio.sleep(0.01)
+
+                assert await status("sk-alice-0123456789") == 200
+                path.write_text("bob: sk-bob-0123456789")
+                await becomes("sk-bob-0123456789", 200)
+                assert await status("sk-alice-0123456789") == 401
+                path.write_text("bob: short")
+                await until(lambda: "the API keys stay as they are" in caplog.text)
+                assert await status("sk-bob-0123456789") == 200
+                path.write_text("carol: sk-carol-0123456789")
+                r.router.reload_keys()  # as SIGHUP does
+                assert await status("sk-carol-0123456789") == 200
+
+        run(test)
+
     def test_a_tenant_may_have_only_so_many_requests_in_progress(self, monkeypatch):
         settings = self.settings(monkeypatch, tenants={"alice": {"max_concurrent": 2}})
 
@@ -313,7 +349,7 @@ class TestFailures:
     @pytest.mark.parametrize("mode", [500, "hang", "headers", "error_first"])
     def test_what_fails_before_the_first_token_is_tried_elsewhere(self, mode):
         async def test() -> None:
-            async with running(2, request={"first_byte_timeout_s": 0.1}) as it:
+            async with running(2, request={"first_byte_timeout_s": 0.4}) as it:
                 it.replicas[0].mode = mode
                 answers = [await it.post(STREAM) for _ in range(8)]
                 assert {(s, h["X-Servegym-Replica"]) for s, _, h in answers} == {(200, "r1")}
@@ -668,5 +704,15 @@ def test_equal_prompts_find_their_replica_by_its_cache():
                 assert again["X-Servegym-Replica"] == home[p]
             hits = it.state.view[20]
             assert hits.max() > 900
+
+    run(test)
+
+
+def test_a_replica_that_never_answered_is_said_to_be_down_at_the_start(caplog):
+    async def test():
+        rates = {"prefill_tokens_per_s": 1000.0, "decode_step_s": 0.01}
+        gone = {"name": "gone", "url": "http://127.0.0.1:9", "rates": rates}
+        async with running(replicas=[gone]):
+            assert "gone is down: http://127.0.0.1:9/health has never answered" in caplog.text
 
     run(test)

@@ -54,7 +54,7 @@ def test_a_short_file_is_enough(tmp_path):
         (two("HTTP://10.0.0.1:08000/"), "replicas a and b have the same url"),
         (GOOD + "tenants: {alice: {max_concurrent: 1}}\n", "tenants needs auth: without keys"),
         (GOOD + CLASSES, "names of SLO classes must differ, got chat twice"),
-        (GOOD + "listen: {port: 1}\nlisten: {port: 2}\n", "line 4: .*key 'listen' stands there t"),
+        (GOOD + "listen: {port: 1}\nlisten: {port: 2}\n", "line 4: .*key 'listen' is given twice"),
         (GOOD + "listen: {port: 1, port: 2}\n", "line 3: .*key 'port' is given twice"),
         ("replicas:\n  - {name: a, url: 'http://b'}\n", "a needs either hardware or rates"),
         (GOOD + GOOD.partition("\n")[2], "replica names must differ, got a twice"),

@@ -18,7 +18,9 @@ class Upstream:
             off at once), `error` (an error event in the stream), `error_first` (instead of its
             first token), or a status to answer.
         script: Pieces of a stream, in place of its tokens; a number is a pause in seconds.
+        streams_always: It streams whatever it is asked.
         refusal: Headers beside a status.
+        said: Body beside a status.
         poison: A prompt that makes any engine answer 500.
         healthy: What its health check says.
         tokens: Events of an answer.
@@ -38,7 +40,9 @@ class Upstream:
         self.tokens = 5
         self.gap_s = 0.0
         self.script: list[bytes | float] | None = None
+        self.streams_always = False
         self.refusal: dict[str, str] = {}
+        self.said = b'{"error": {"message": "no"}}'
         self.poison: str | None = None
         self.pad = ""
         self.bodies: list[dict] = []
@@ -105,8 +109,12 @@ class Upstream:
 
     async def _answer(self, request, body):
         if isinstance(self.mode, int):
-            said = {"error": {"message": "no"}}
-            return web.json_response(said, status=self.mode, headers=self.refusal)
+            return web.Response(
+                body=self.said,
+                status=self.mode,
+                headers=self.refusal,
+                content_type="application/json",
+            )
         if self.poison is not None and body.get("prompt") == self.poison:
             return web.json_response({"error": {"message": "poison"}}, status=500)
         if self.mode == "die_first":
@@ -118,7 +126,7 @@ class Upstream:
             "completion_tokens": self.tokens,
             "prompt_tokens_details": {"cached_tokens": 3},
         }
-        if not body.get("stream"):
+        if not body.get("stream") and not self.streams_always:
             await asyncio.sleep(self.gap_s * self.tokens)
             return web.json_response(
                 {"choices": [{"text": "x " * self.tokens}], "usage": usage},

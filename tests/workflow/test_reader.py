@@ -214,15 +214,186 @@ def changed(document, **changes):
         ("1 2\n0 3 2 5\n", "job 0 must visit each machine from 0 to 1 once"),
         ("1 2\n0 3 1 -5\n", "duration of task job0-1 on device machine1 must be at least 0"),
         (changed(RECENT, workflow__execution=...), "'execution' is missing in this WfFormat file"),
-        (changed(RECENT, workflow__specification__tasks__1__parents=["z"]), "'z' is missing"),
+        (
+            changed(RECENT, workflow__specification__tasks__1__parents=["z"]),
+            "task y1 has the parent z, which is no task there",
+        ),
         (changed(RECENT, workflow__specification__tasks=3), "is not WfFormat"),
-        (changed(OLDER, workflow__tasks__1__runtimeInSeconds="long"), "is not WfFormat"),
+        (
+            changed(OLDER, workflow__tasks__1__runtimeInSeconds="long"),
+            "the runtime of task y must be a number of seconds from 0, got 'long'",
+        ),
     ],
 )
 def test_wrong_file_is_refused_by_name(read, document, sentence):
     with pytest.raises(WorkflowError, match=sentence) as caught:
         read(document)
     assert "\n" not in str(caught.value)
+
+
+SPEC, RUN = "workflow__specification__", "workflow__execution__tasks__"
+#: Each breaks one thing, and is refused by the name of the task.
+BROKEN_RECORDS = {
+    "no output files": (
+        changed(RECENT, **{SPEC + "tasks__0__outputFiles": []}),
+        "task y1 reads f, which no task writes, and nothing that its parent x1 writes",
+    ),
+    "no output files at all": (
+        changed(RECENT, **{SPEC + "tasks__0__outputFiles": ...}),
+        "task y1 reads f, which no task writes, and nothing that its parent x1 writes",
+    ),
+    "input that nobody writes": (
+        changed(RECENT, **{SPEC + "tasks__1__inputFiles": ["h"]}),
+        "task y1 reads h, which no task writes",
+    ),
+    "input that nobody writes, older": (
+        changed(OLDER, workflow__tasks__1__files__0__name="h"),
+        "task y reads h, which no task writes",
+    ),
+    "null runtime": (
+        changed(RECENT, **{RUN + "0__runtimeInSeconds": None}),
+        "the runtime of task y1 must be a number of seconds from 0, got null",
+    ),
+    "no runtime": (
+        changed(RECENT, **{RUN + "0__runtimeInSeconds": ...}),
+        "the runtime of task y1 must be a number of seconds from 0, got null or none",
+    ),
+    "negative runtime": (changed(RECENT, **{RUN + "1__runtimeInSeconds": -1}), "task x1 .* got -1"),
+    "runtime that is none": (
+        changed(RECENT, **{RUN + "1__runtimeInSeconds": math.nan}),
+        "task x1 .* got nan",
+    ),
+    "true runtime": (
+        changed(OLDER, workflow__tasks__0__runtimeInSeconds=True),
+        "task x .* got True",
+    ),
+    "two runtimes": (changed(RECENT, **{RUN + "0__id": "x1"}), "task x1 has two runtimes"),
+    "not executed": (changed(RECENT, **{RUN + "1": ...}), "task x1 has no runtime"),
+    "two tasks of a name": (
+        changed(RECENT, **{SPEC + "tasks__1__id": "x1"}),
+        "task x1 occurs twice",
+    ),
+    "unknown child": (
+        changed(RECENT, **{SPEC + "tasks__0__children": ["y1", "z"]}),
+        "task x1 has the child z, which is no task there",
+    ),
+    "child without its parent": (
+        changed(RECENT, **{SPEC + "tasks__1__parents": []}),
+        "task x1 has the child y1, which does not name it among its parents",
+    ),
+    "no parents": (changed(RECENT, **{SPEC + "tasks__0__parents": ...}), "task x1 .* got nothing"),
+    "parents in one word": (
+        changed(RECENT, **{SPEC + "tasks__1__parents": "x1"}),
+        "task y1 must have a list of names as parents, empty for none, got 'x1'",
+    ),
+    "own parent": (
+        changed(OLDER, workflow__tasks__0__parents=["x"]),
+        "in a cycle: x -> x",
+    ),
+    "cycle": (changed(OLDER, workflow__tasks__0__parents=["y"]), "in a cycle: x -> y -> x"),
+    "no size": (
+        changed(RECENT, **{SPEC + "files__0__sizeInBytes": None}),
+        "the size of f, which task x1 writes and task y1 reads, must be .* got None",
+    ),
+    "file not listed": (changed(RECENT, **{SPEC + "files__0": ...}), "size of f, .* task x1"),
+    "two sizes": (
+        changed(OLDER, workflow__tasks__1__files__0__sizeInBytes=200),
+        "size of f, .* task x writes .* got 100 and 200",
+    ),
+    "negative size": (
+        changed(RECENT, **{SPEC + "files__0__sizeInBytes": -1}),
+        "size of f, .* got -1",
+    ),
+    "link of another kind": (
+        changed(OLDER, workflow__tasks__0__files__0__link="both"),
+        "file f of task x has link 'both'",
+    ),
+    "key twice": (
+        json.dumps(RECENT).replace('"id": "x1",', '"id": "x0", "id": "x1",', 1),
+        "the key 'id' is given twice",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_RECORDS)
+def test_a_broken_record_is_refused_by_the_name_of_the_task(read, case):
+    document, sentence = BROKEN_RECORDS[case]
+    with pytest.raises(WorkflowError, match=sentence) as caught:
+        read(document)
+    assert "\n" not in str(caught.value)
+
+
+def test_raw_inputs_and_edges_of_order_alone_are_read(read):
+    # y1 also reads h, which nobody writes; z1 waits for y1 and reads nothing
+    more = copy.deepcopy(RECENT)
+    spec, run = more["workflow"]["specification"], more["workflow"]["execution"]
+    spec["tasks"].append({"name": "z", "id": "z1", "parents": ["y1"], "children": []})
+    spec["tasks"][1]["children"] = ["z1"]
+    run["tasks"].append({"id": "z1", "runtimeInSeconds": 1})
+    assert read(more).graph.data_bytes.tolist() == [100, 0]
+
+
+@pytest.mark.parametrize("document", [DAG, RECENT, OLDER, SHOP])
+def test_a_byte_order_mark_is_no_part_of_the_file(read, document):
+    text = document if isinstance(document, str) else json.dumps(document)
+    assert read("\ufeff" + text).tasks == read(text).tasks
+
+
+def test_a_duration_given_twice_is_refused(read):
+    text = json.dumps(DAG).replace('{"fast": 1.0,', '{"fast": 1.0, "fast": 9.0,')
+    with pytest.raises(WorkflowError, match="the key 'fast' is given twice"):
+        read(text)
+
+
+@pytest.mark.parametrize("document", [DAG, SHOP])
+def test_devices_for_a_file_that_names_its_own_are_refused(read, document):
+    with pytest.raises(WorkflowError, match=r"dag\.json names its own devices"):
+        read(document, Fleet())
+
+
+def nodes_of(part, way=()):
+    """Yield the way to every value of a document."""
+    items = part.items() if isinstance(part, dict) else enumerate(part)
+    for key, value in items:
+        yield (*way, key)
+        if isinstance(value, dict | list):
+            yield from nodes_of(value, (*way, key))
+
+
+ANY_VALUE = [
+    None,
+    True,
+    -1,
+    0,
+    3.5,
+    1e400,
+    2**70,
+    "",
+    "x1",
+    "z",
+    [],
+    ["x1"],
+    [[]],
+    {},
+    {"id": "x1"},
+]
+
+
+@pytest.mark.parametrize("value", ANY_VALUE, ids=repr)
+@pytest.mark.parametrize("document", [DAG, RECENT, OLDER], ids=["dag", "recent", "older"])
+def test_any_value_anywhere_is_read_or_refused(read, document, value):
+    refused = 0
+    for way in nodes_of(document):
+        made = copy.deepcopy(document)
+        part = made
+        for key in way[:-1]:
+            part = part[key]
+        part[way[-1]] = value
+        try:
+            read(made)
+        except WorkflowError:
+            refused += 1
+    assert refused > 0
 
 
 def test_missing_file_and_bytes_are_refused(tmp_path):

@@ -72,6 +72,22 @@ def test_wfformat_runs_on_the_devices_given(place, capsys):
     assert document["schedules"][0]["makespan_s"] == 2
 
 
+def test_a_record_without_data_says_that_the_links_make_no_difference(place, capsys):
+    tasks = [{"name": name, "id": name, "parents": []} for name in ("x", "y")]
+    tasks[1]["parents"] = ["x"]
+    runs = [{"id": name, "runtimeInSeconds": 6} for name in ("x", "y")]
+    body = {"specification": {"tasks": tasks}, "execution": {"tasks": runs}}
+    (place / "wf.json").write_text(json.dumps({"name": "wf", "workflow": body}))
+    main(["schedule", "--dag", "wf.json"])
+    assert "no edge of wf carries data: its links make no difference" in capsys.readouterr().out
+    files = [{"id": "f", "sizeInBytes": 5}]
+    tasks[0]["outputFiles"] = tasks[1]["inputFiles"] = ["f"]
+    body["specification"]["files"] = files
+    (place / "wf.json").write_text(json.dumps({"name": "wf", "workflow": body}))
+    main(["schedule", "--dag", "wf.json"])
+    assert "carries data" not in capsys.readouterr().out
+
+
 def test_page_shows_every_task_of_every_policy_with_its_relatives(place):
     main(["schedule", "--dag", "dag.json", "--policies", "heft,cpop", "--plot", "out.html"])
     page = (place / "out.html").read_text()
@@ -105,6 +121,10 @@ def test_page_shows_names_as_text(place):
         ("--dag dag.json --plot out.gif", "out.gif must end in .html, .png, .pdf, .svg"),
         ("--dag dag.json --json .", "cannot be written"),
         ("--dag dag.json --speeds 0", "speeds must be numbers above 0"),
+        ("--dag dag.json --speeds 1 2", "dag.json names its own devices"),
+        ("--dag dag.json --link-latency-s 1", "dag.json names its own devices"),
+        ("--dag dag.json --instances 1-5", "--instances is for a benchmark: leave it out"),
+        ("--benchmark taillard --speeds 1 2", "--speeds is for a WfFormat file: leave it out"),
         ("--dag dag.json --time-limit-s 0", "time_limit_s must be above 0, got 0"),
         ("--dag cycle.json", "in a cycle: T1 -> .* -> T10 -> T1$"),
         ("--dag missing.json", "task T3 has no duration on device P2"),

@@ -187,3 +187,33 @@ def test_a_chat_that_follows_itself_is_refused(tmp_path):
     )
     with pytest.raises(WorkloadError, match="follows itself"):
         read_trace(path)
+
+
+@pytest.mark.parametrize(("unit", "first"), [("s", 1.7e9), ("us", 1.7e15), ("ns", 1.7e18)])
+def test_times_since_1970_in_another_unit_are_refused_by_line(tmp_path, unit, first):
+    path = tmp_path / "a.jsonl"
+    row = {"input_length": 100, "output_length": 5, "hash_ids": [1]}
+    path.write_text("\n".join(json.dumps(row | {"timestamp": int(first) + i}) for i in range(9)))
+    with pytest.raises(WorkloadError, match=rf"a\.jsonl, line 1: .* looks like {unit} since 1970"):
+        read_trace(path)
+    assert read_trace(path, time_unit=unit).time_unit == unit
+
+
+@pytest.mark.parametrize("first", [0.0, 1.7e9])
+def test_seconds_by_name_may_count_from_anywhere_but_are_no_milliseconds(tmp_path, first):
+    path = tmp_path / "a.csv"
+    header = "arrival_s,prompt_tokens,output_tokens\n"
+    path.write_text(header + "".join(f"{first + i},5,5\n" for i in range(9)))
+    assert read_trace(path).table.rate_rps == 1.0
+    path.write_text(header + "".join(f"{1000 * (1.7e9 + i)},5,5\n" for i in range(9)))
+    with pytest.raises(WorkloadError, match=r"line 2: arrival_s 1700000000000 looks like ms"):
+        read_trace(path)
+
+
+def test_the_headline_tells_the_recorded_rate(tmp_path):
+    path = tmp_path / "a.csv"
+    header = "arrival_s,prompt_tokens,output_tokens\n"
+    path.write_text(header + "".join(f"{i / 4},5,5\n" for i in range(9)))
+    assert read_trace(path).headline() == "a.csv: 9 requests over 2 s, 4/s, as recorded"
+    path.write_text(header + "3,5,5\n" * 2)
+    assert read_trace(path).headline() == "a.csv: 2 requests at one time, as recorded"

@@ -58,6 +58,8 @@ def test_columns_have_their_types():
         "prefix_offsets": "int64",
         "prefix_keys": "int64",
         "prefix_ends": "int32",
+        "after": "int32",
+        "delay_s": "float64",
     }
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
+from servegym.baselines.parameters import read_parameters
 from servegym.baselines.workflow.online.due_date import atc, edd, least_slack, mdd
 from servegym.baselines.workflow.online.etf import etf
 from servegym.baselines.workflow.online.fair import fair, weighted_fair
@@ -82,37 +81,15 @@ def online_rule(text: str) -> OnlineRule:
             name the rule is shown true durations and lengths, and hidden stages.
 
     Raises:
-        ConfigError: If the name or a parameter is unknown or a value is no number.
+        ConfigError: If the name or a parameter is unknown, a parameter is given twice, or a value
+            is not allowed.
     """
     name, _, given = text.partition(":")
     if name not in online_rule_names():
         raise ConfigError(unknown_name("policy", name, online_rule_names()))
     factory = ONLINE_RULES[name.removesuffix("-oracle")]
-    known = inspect.signature(factory).parameters
-    values: dict[str, float] = {}
-    for part in filter(None, given.split(",")):
-        key, _, value = part.partition("=")
-        if key not in known:
-            raise ConfigError(
-                unknown_name(f"parameter of {name}", key, known)
-                if known
-                else f"{name} has no parameters, got {key!r}"
-            )
-        values[key] = _number(name, key, value)
+    values = read_parameters(name, factory, given, _BOUNDS)
     made = factory(**values)
     if name.endswith("-oracle"):
         return replace(made, name=text, information="oracle")
     return replace(made, name=text)
-
-
-def _number(name: str, key: str, text: str) -> float:
-    low, high = _BOUNDS[key]
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not low <= value <= high:
-        raise ConfigError(
-            f"parameter {key} of {name} must be a number from {low:g} to {high:g}, got {text!r}"
-        )
-    return value

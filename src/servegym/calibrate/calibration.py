@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,6 +19,7 @@ from servegym.calibrate.machine import Machine
 from servegym.costs.source import CostSource
 from servegym.costs.step import StepCost
 from servegym.errors import ConfigError
+from servegym.whole_files import write_whole
 
 FORMAT: Literal["servegym-calibration"] = "servegym-calibration"
 VERSION: Literal[1] = 1
@@ -91,9 +91,7 @@ class Calibration(BaseModel):
     def write(self, path: Path) -> None:
         """Write the file, all or nothing."""
         data = self.model_dump(mode="json", exclude_none=True)
-        draft = path.with_name(f"{path.name}.part")
-        draft.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        os.replace(draft, path)
+        write_whole({path: (json.dumps(data, indent=1) + "\n").encode()})
 
 
 def read_calibration(path: Path) -> Calibration:

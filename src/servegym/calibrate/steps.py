@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import csv
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from servegym.errors import ConfigError
+from servegym.errors import ConfigError, WorkloadError
 from servegym.typing import FloatArray, IntArray
+from servegym.workloads.cells import number
+from servegym.workloads.records import columns_of, csv_records, file_text
 
 #: Columns of the file; the last may be missing.
 COLUMNS = ("prefill_tokens", "decode_sequences", "kv_tokens", "duration_s", "prefill_pairs")
@@ -77,39 +79,43 @@ def read_steps(path: Path) -> Steps:
     """Read a step log.
 
     Raises:
-        ConfigError: If it is no CSV file with the columns, or a value is not a number.
+        ConfigError: If it is no CSV file with the columns, a row has not as many fields as the
+            header, or a value is not a number.
     """
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            rows = list(reader)
-            names = reader.fieldnames or []
-    except (OSError, UnicodeDecodeError, csv.Error):
+        text = file_text(path)
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error):
         raise ConfigError(f"{path} is not a readable CSV file with a step log") from None
+    rows: list[tuple[str, dict[str, object]]] = []
+    try:
+        for line, record in csv_records(path.name, text):
+            where = f"{path}, line {line}"
+            rows.append((where, columns_of(where, record)))
+    except WorkloadError as error:
+        raise ConfigError(str(error)) from error
+    if not rows:
+        raise ConfigError(f"{path} holds no steps")
+    names = rows[0][1]
     missing = [name for name in COLUMNS[:4] if name not in names]
     if missing:
         raise ConfigError(
             f"{path} has no column {missing[0]}: a step log has {', '.join(COLUMNS[:4])}"
         )
-    columns: dict[str, FloatArray] = {}
-    for name in COLUMNS:
-        if name in names:
-            columns[name] = np.array(
-                [_value(path, i, row[name], name) for i, row in enumerate(rows)]
-            )
-    if not rows:
-        raise ConfigError(f"{path} holds no steps")
-    return Steps(**columns)
+    return Steps(
+        **{
+            name: np.array([_value(where, name, row[name]) for where, row in rows])
+            for name in COLUMNS
+            if name in names
+        }
+    )
 
 
-def _value(path: Path, index: int, text: str | None, name: str) -> float:
+def _value(where: str, name: str, text: object) -> float:
     try:
-        value = float(text or "")
-    except ValueError:
+        value = number(where, name, text)
+    except WorkloadError:
         value = np.nan
     if not np.isfinite(value) or value < 0 or (name == "duration_s" and value == 0):
         allowed = "above 0" if name == "duration_s" else "from 0"
-        raise ConfigError(
-            f"{path}, line {index + 2}: {name} must be a number {allowed}, got {text!r}"
-        )
+        raise ConfigError(f"{where}: {name} must be a number {allowed}, got {text!r}")
     return value

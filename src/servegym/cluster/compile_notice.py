@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import threading
@@ -114,7 +115,9 @@ class CompileNotice(Listener):
             self._timer.cancel()
         self._timer = threading.Timer(delay_s, then)
         self._timer.daemon = True
-        self._timer.start()
+        # without a thread, as at the end of the process, nothing is said
+        with contextlib.suppress(RuntimeError):
+            self._timer.start()
 
 
 class CompileCounter(Listener):

@@ -117,7 +117,7 @@ class KernelCache(FunctionCache):
     _impl_class = _Implementation
 
     def __init__(self, py_func: Any, source: Path, not_kept: Callable[[str], None]) -> None:
-        super().__init__(py_func)
+        super().__init__(py_func)  # type: ignore[no-untyped-call]
         self._not_kept = not_kept
         readable, self._target = places(source)
         base, stamp = self._impl.filename_base, self._impl.locator.get_source_stamp()
@@ -127,7 +127,7 @@ class KernelCache(FunctionCache):
     def _load_overload(self, sig: Any, target_context: Any) -> Any:
         if not self._enabled:
             return None
-        key = self._index_key(sig, target_context.codegen())
+        key = self._index_key(sig, target_context.codegen())  # type: ignore[no-untyped-call]
         for file in self._files:
             try:
                 data = file.load(key)
@@ -143,7 +143,8 @@ class KernelCache(FunctionCache):
         if self._target is None:
             self._not_kept("no folder for them can be written")
             return
-        key, content = self._index_key(sig, data.codegen), self._impl.reduce(data)
+        key = self._index_key(sig, data.codegen)  # type: ignore[no-untyped-call]
+        content = self._impl.reduce(data)
         file = self._files[-1]
         try:
             try:
@@ -158,7 +159,7 @@ class KernelCache(FunctionCache):
 def cache_of(py_func: Any, not_kept: Callable[[str], None]) -> FunctionCache | NullCache:
     """Return the cache of a function; one that was typed at a prompt may have none."""
     source = Path(py_func.__code__.co_filename)
-    if source.is_file() and not _config.CACHE_LOCATOR_CLASSES:
+    if source.is_file() and not getattr(_config, "CACHE_LOCATOR_CLASSES", ""):
         return KernelCache(py_func, source.absolute(), not_kept)
     try:
         return FunctionCache(py_func)

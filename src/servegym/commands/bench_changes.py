@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from servegym.documents import load_json
 from servegym.errors import ConfigError
+from servegym.whole_files import write_whole
 
 
 class Change(NamedTuple):
@@ -83,4 +84,4 @@ def is_cost(name: str) -> bool:
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
     """Write a result for `read_result`."""
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_whole({path: (json.dumps(result, indent=1) + "\n").encode()})

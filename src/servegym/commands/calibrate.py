@@ -29,6 +29,7 @@ from servegym.calibrate.steps import read_steps
 from servegym.commands.console import make_console, require_writable
 from servegym.costs.explain import costs_table, evidence_table
 from servegym.errors import ConfigError
+from servegym.whole_files import write_whole
 
 #: A CPU's last cache is not asked for: more than most have.
 _CPU_CACHE_BYTES = 64e6
@@ -201,7 +202,7 @@ class Plugin:
         """Write it; say how it is used."""
         require_writable(self.out)
         source = resources.files("servegym.calibrate").joinpath("vllm_step_log.py")
-        self.out.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+        write_whole({self.out: source.read_bytes()})
         print(f"vLLM's part: {self.out}; its first lines say how to use it")
 
 

@@ -52,10 +52,7 @@ class Demo:
         require_torch()
         console = make_console()
         console.rule("1. train")
-        console.print(
-            f"PPO on {self.scenario} for about {self.minutes:g} minutes; compiling takes a minute "
-            "on first use"
-        )
+        console.print(f"PPO on {self.scenario} for {self.minutes:g} minutes")
         path = trained(
             self.out / "ppo",
             base="added-delay",

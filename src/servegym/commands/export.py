@@ -62,7 +62,8 @@ def _order(stored: StoredRun, out: Path | None) -> Path:
 
 
 def _scheduler(stored: StoredRun, out: Path | None) -> Path:
-    from servegym.train.workflow import WorkflowTrainer, WorkflowTraining
+    from servegym.train.workflow import WorkflowTrainer
+    from servegym.train.workflow_settings import WorkflowTraining
 
     trainer = WorkflowTrainer(stored.rebuild(WorkflowTraining), stored.path)
     trainer.prepare()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from rich.table import Table
 import servegym
 from servegym.baselines.workflow.cp_sat import cp_sat
 from servegym.baselines.workflow.registry import EXACT_RULES, WorkflowRule, workflow_rule
-from servegym.commands.console import make_console, require_writable
+from servegym.commands.console import make_console, print_remarks, require_writable
 from servegym.commands.schedule_benchmark import Benchmark, run_benchmark
 from servegym.errors import ConfigError
 from servegym.evaluate.plots import PALETTE, pyplot
+from servegym.whole_files import write_whole
 from servegym.workflow.bounds import critical_path_s, lower_bound_s
 from servegym.workflow.gantt_page import gantt_page
 from servegym.workflow.graph import Workflow
@@ -31,6 +32,8 @@ from servegym.workflow.wfformat import Fleet
 
 #: A page, or what matplotlib writes; another one is refused before any work.
 _PLOT_SUFFIXES = (".html", ".png", ".pdf", ".svg")
+#: Options that say on which devices a file runs that names none.
+_FLEET = ("speeds", "link_gb_per_s", "link_latency_s")
 
 
 @dataclass(frozen=True)
@@ -69,25 +72,41 @@ class ScheduleDag:
         if (self.dag is None) == (self.benchmark is None):
             raise ConfigError("give either --dag FILE or --benchmark taillard or tardiness")
         if self.benchmark:
+            self._refuse(_FLEET, "for a WfFormat file")
             if self.plot:
                 raise ConfigError("--plot draws the schedules of one DAG, not of a benchmark")
             rules = self._rules()
             run_benchmark(self.benchmark, self.instances, rules, self.time_limit_s, self.json)
             return
         assert self.dag is not None
-        fleet = Fleet(self.speeds, self.link_gb_per_s * 1e9, self.link_latency_s)
+        self._refuse(("instances",), "for a benchmark")
+        fleet = None
+        if self._given(_FLEET):
+            fleet = Fleet(self.speeds, self.link_gb_per_s * 1e9, self.link_latency_s)
         rules = self._rules()
         workflow = read_workflow(self.dag, fleet)
         schedules = {name: rule(workflow) for name, rule in rules.items()}
         console = make_console()
+        g = workflow.graph
+        if g.over_link.any() and not g.data_bytes.any():
+            remark = f"no edge of {workflow.name} carries data: its links make no difference"
+            print_remarks(console, [remark])
         console.print(schedules_table(workflow, schedules))
         if self.json:
             document = schedule_document(self.dag, workflow, schedules)
-            self.json.write_text(jsonlib.dumps(document, indent=1) + "\n", encoding="utf-8")
+            write_whole({self.json: (jsonlib.dumps(document, indent=1) + "\n").encode()})
             console.print(f"numbers: {self.json}")
         if self.plot:
             draw_schedules(schedules, self.plot)
             console.print(f"chart: {self.plot}")
+
+    def _given(self, options: tuple[str, ...]) -> list[str]:
+        usual = {f.name: f.default for f in fields(self)}
+        return [option for option in options if getattr(self, option) != usual[option]]
+
+    def _refuse(self, options: tuple[str, ...], what: str) -> None:
+        for option in self._given(options):
+            raise ConfigError(f"--{option.replace('_', '-')} is {what}: leave it out")
 
     def _rules(self) -> dict[str, WorkflowRule]:
         names = [name for text in self.policies for name in text.split(",") if name]
@@ -183,7 +202,7 @@ def schedule_document(
 def draw_schedules(schedules: dict[str, Schedule], path: Path) -> None:
     """Draw a Gantt chart of each schedule, one below the other, on the same time axis."""
     if path.suffix == ".html":
-        path.write_text(gantt_page(schedules, PALETTE[:7]), encoding="utf-8")
+        write_whole({path: gantt_page(schedules, PALETTE[:7]).encode()})
         return
     plt = pyplot()
     rows = len(next(iter(schedules.values())).workflow.devices)

@@ -18,6 +18,7 @@ from servegym.commands.console import make_console
 from servegym.errors import ConfigError
 from servegym.evaluate.job_shop import JobShopRow, job_shop_gaps, mean_gaps
 from servegym.evaluate.tardiness import TardinessRow, tardiness_gaps, total_gaps
+from servegym.whole_files import write_whole
 from servegym.workflow.taillard import taillard_instance
 from servegym.workflow.tardiness import tardiness_instance
 
@@ -54,7 +55,7 @@ def run_benchmark(
             "benchmark": benchmark,
             "rows": rows,
         }
-        path.write_text(jsonlib.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_whole({path: (jsonlib.dumps(document, indent=1) + "\n").encode()})
         console.print(f"numbers: {path}")
 
 

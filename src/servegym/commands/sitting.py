@@ -35,9 +35,8 @@ def sitting(trainer: Trainer) -> Iterator[None]:
         if trainer.finished:
             said = f"finished with this configuration: {where}; the policy is written again"
         else:
-            said = (
-                f"compiled and prepared in {took_s:.0f} s, which no budget counts; trains {where}"
-            )
+            said = f"compiled and prepared in {took_s:.0f} s, which no budget counts; training in "
+            said += where
         console.print(said, soft_wrap=True, highlight=False)
         yield
     except KeyboardInterrupt:

@@ -24,7 +24,8 @@ def train_scheduler(out: Path, *, base: str, minutes: float, **settings: Any) ->
     from servegym.agents.workflow_network import WorkflowNetworkConfig
     from servegym.agents.workflow_policy import BASES
     from servegym.errors import ConfigError
-    from servegym.train.workflow import WorkflowTrainer, WorkflowTraining
+    from servegym.train.workflow import WorkflowTrainer
+    from servegym.train.workflow_settings import WorkflowTraining
 
     if base not in BASES:
         raise ConfigError(f"base must be one of {', '.join(BASES)}, got {base!r}")

@@ -14,13 +14,20 @@ from servegym.errors import ConfigError
 from servegym.scenario import Scenario, load_scenario
 from servegym.traced_scenario import with_trace
 from servegym.whole_files import write_whole
-from servegym.workloads.config import TraceConfig
+from servegym.workloads.config import MAX_CONTEXT_TOKENS, TraceConfig
 from servegym.workloads.dialect import TimeUnit
 from servegym.workloads.readers import OnBadRow
 from servegym.workloads.shortening import TooLong
 
 #: What means nothing without a trace.
-TRACE_OPTIONS = ("on_bad_row", "time_unit", "hash_block_tokens", "too_long", "rate_rps")
+TRACE_OPTIONS = (
+    "on_bad_row",
+    "time_unit",
+    "hash_block_tokens",
+    "max_context_tokens",
+    "too_long",
+    "rate_rps",
+)
 
 
 @dataclass(frozen=True)
@@ -38,14 +45,19 @@ class Played:
     """What the trace's column of times counts, where its columns do not say."""
     hash_block_tokens: int | None = None
     """Tokens of a prefix hash of the trace, where its columns do not say."""
+    max_context_tokens: int = MAX_CONTEXT_TOKENS
+    """Longest prompt and output of the trace together; at most what the largest replica takes."""
     too_long: TooLong = "error"
-    """Requests of the trace that no replica can take: `error` refuses the file, `cut` and `skip`
-    shorten or leave them out and say how many."""
+    """Longer requests of the trace: `error` refuses the file, `cut` and `skip` shorten or leave
+    them out and say how many."""
     rate_rps: float | None = None
     """Rate of the trace at load 1; by default 80 % of what the fleet can bear."""
 
     def chosen(self) -> Scenario:
         """Load what is to be played, and say what was done to a trace."""
+        if self.trace is None:
+            self.refuse(TRACE_OPTIONS, "is for a trace, and none is given with --trace")
+            return chosen_scenario(self.scenario)
         options = {name: getattr(self, name) for name in TRACE_OPTIONS}
         return chosen_scenario(self.scenario, self.trace, **options)
 
@@ -68,23 +80,14 @@ def chosen_scenario(scenario: str, trace: str | None = None, **options: Any) -> 
         scenario: Name or file.
         trace: File.
         options: Of `with_trace`.
-
-    Raises:
-        ConfigError: If there are options of a trace and none is given.
     """
     chosen = load_scenario(scenario)
     if trace is not None:
         chosen = with_trace(chosen, trace, **options)
-    else:
-        for name, value in options.items():
-            if value not in (None, "error"):
-                raise ConfigError(
-                    f"--{name.replace('_', '-')} is for a trace: give one with --trace, or say it"
-                    " in the scenario's workload"
-                )
     played = chosen.played_workload
     if isinstance(played, TraceConfig):
-        print_remarks(make_console(), played.read().remarks())
+        read = played.read()
+        print_remarks(make_console(), [read.headline(), *read.remarks()])
     return chosen
 
 

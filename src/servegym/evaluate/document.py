@@ -12,6 +12,7 @@ from typing import Any
 import servegym
 from servegym.evaluate.compare import Difference, Ratio
 from servegym.evaluate.harness import Evaluation
+from servegym.whole_files import write_whole
 
 
 def evaluation_document(result: Evaluation) -> dict[str, Any]:
@@ -74,8 +75,8 @@ def evaluation_document(result: Evaluation) -> dict[str, Any]:
 
 def write_json(result: Evaluation, path: Path) -> None:
     """Write the comparison to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(evaluation_document(result), indent=1, sort_keys=True) + "\n")
+    text = json.dumps(evaluation_document(result), indent=1, sort_keys=True) + "\n"
+    write_whole({path: text.encode()})
 
 
 def _interval(found: Ratio | Difference) -> list[float | None]:

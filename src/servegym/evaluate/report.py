@@ -16,6 +16,7 @@ from servegym.evaluate.plots import (
     ratio_figure,
 )
 from servegym.evaluate.table import COLUMNS
+from servegym.whole_files import write_whole
 
 #: Of pages with results.
 STYLE = """
@@ -36,8 +37,7 @@ p.note { color: #777; font-size: .9rem; }
 
 def write_report(result: Evaluation, path: Path) -> None:
     """Write the page; it needs nothing but itself."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(report_page(result), encoding="utf-8")
+    write_whole({path: report_page(result).encode()})
 
 
 def report_page(result: Evaluation) -> str:

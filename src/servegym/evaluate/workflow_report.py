@@ -21,14 +21,14 @@ from servegym.evaluate.workflow_figures import (
     shown_policies,
 )
 from servegym.evaluate.workflow_gantt import gantt_charts
+from servegym.whole_files import write_whole
 from servegym.workflow.gantt_page import SCRIPT
 from servegym.workflow.gantt_page import STYLE as GANTT_STYLE
 
 
 def write_workflow_report(result: WorkflowEvaluation, path: Path) -> None:
     """Write the page; it needs nothing but itself."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(workflow_page(result), encoding="utf-8")
+    write_whole({path: workflow_page(result).encode()})
 
 
 def workflow_page(result: WorkflowEvaluation) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +11,12 @@ import torch
 import servegym
 from servegym.agents.network import DispatchNetwork
 from servegym.errors import ExportError
-from servegym.export.manifest import Manifest, digest
-from servegym.export.weights import NUM_PROBES, write_weights
+from servegym.export.manifest import Manifest, digest_of
+from servegym.export.weights import NAME as WEIGHTS
+from servegym.export.weights import NUM_PROBES, weights_file
 from servegym.policy.numpy_network import FAMILY, NetworkShape
 from servegym.typing import Float32Array
+from servegym.whole_files import write_whole
 
 OPSET = 17
 
@@ -42,16 +44,16 @@ def export_policy(
 
     Raises:
         ExportError: If the exported file does not answer as the network does.
+        OutputError: If the files cannot be written; those that were there are untouched.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     network = network.cpu().eval()
-    part, path = folder / "policy.part.onnx", folder / "policy.onnx"
+    path, graph = folder / "policy.onnx", io.BytesIO()
     few = tuple(torch.from_numpy(a[:2]) for a in samples)
     # the exporter of torch.export unrolls the variable number of replicas; this one keeps it
     torch.onnx.export(
         network,
         few,
-        str(part),
+        graph,  # type: ignore[arg-type]  # this exporter takes files, too
         input_names=["replicas", "request", "mask"],
         output_names=["logits"],
         dynamic_axes={
@@ -63,26 +65,30 @@ def export_policy(
         opset_version=OPSET,
         dynamo=False,
     )
-    _check(network, part, samples)
+    _check(network, graph.getvalue(), samples)
     shape = _shape(network)
-    weights_sha256 = write_weights(folder, shape, _weights(network), _probes(network, samples))
-    os.replace(part, path)
+    weights = weights_file(shape, _weights(network), _probes(network, samples))
     replicas, request, _ = samples
     present = replicas[replicas[..., 0] > 0]
     manifest = Manifest(
         num_extra_actions=network.config.num_extra,
         scenario=scenario,
-        sha256=digest(path),
-        weights_sha256=weights_sha256,
+        sha256=digest_of(graph.getvalue()),
+        weights_sha256=digest_of(weights),
         network=shape,
         servegym_version=servegym.__version__,
         training=training or {},
         replica_ranges=_ranges(present),
         request_ranges=_ranges(request),
     )
-    draft = folder / "manifest.part.json"
-    draft.write_text(manifest.model_dump_json(indent=2) + "\n")
-    os.replace(draft, folder / "manifest.json")
+    described = manifest.model_dump_json(indent=2) + "\n"
+    write_whole(
+        {
+            path: graph.getvalue(),
+            folder / WEIGHTS: weights,
+            folder / "manifest.json": described.encode(),
+        }
+    )
     return path
 
 
@@ -117,12 +123,12 @@ def _ranges(values: Float32Array) -> tuple[tuple[float, float], ...]:
 
 def _check(
     network: DispatchNetwork,
-    path: Path,
+    graph: bytes,
     samples: tuple[Float32Array, Float32Array, Float32Array],
 ) -> None:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     names = ("replicas", "request", "mask")
     got = session.run(None, dict(zip(names, samples, strict=True)))[0]
     with torch.inference_mode():
@@ -131,7 +137,6 @@ def _check(
     worst = float(np.abs((got - want)[allowed]).max())
     agree = float((got.argmax(-1) == want.argmax(-1)).mean())
     if worst > 1e-2 or agree < 0.999:
-        path.unlink()
         raise ExportError(
             f"the exported graph differs from the network: largest logit error {worst:g}, "
             f"same action in {agree:.4%} of {len(got)} observations"

@@ -44,8 +44,34 @@ class Manifest(BaseModel):
 
 
 def digest(path: Path) -> str:
-    """Return a file's SHA-256."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """Return a file's SHA-256.
+
+    Raises:
+        ExportError: If it cannot be read.
+    """
+    try:
+        return digest_of(path.read_bytes())
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def digest_of(content: bytes) -> str:
+    """Return the SHA-256 of a file's content."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def manifest_text(path: Path) -> str:
+    """Read a manifest.
+
+    Raises:
+        ExportError: If it cannot be read as text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ExportError(f"{path} is not a manifest: it is not text") from error
 
 
 def read_manifest(onnx_path: Path) -> Manifest:
@@ -58,9 +84,9 @@ def read_manifest(onnx_path: Path) -> Manifest:
     if not onnx_path.is_file() or not path.is_file():
         raise ExportError(f"{onnx_path} must exist with a manifest.json beside it")
     try:
-        manifest = Manifest.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else "it is not text"
+        manifest = Manifest.model_validate_json(manifest_text(path))
+    except ValidationError as error:
+        why = error.errors()[0]["msg"]
         raise ExportError(f"{path} is not a policy manifest: {why}") from error
     if manifest.sha256 != digest(onnx_path):
         raise ExportError(f"{onnx_path} is not the file its manifest was written for: export again")

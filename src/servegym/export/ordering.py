@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import io
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Literal
 
@@ -11,11 +13,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 import servegym
 from servegym.errors import ExportError
-from servegym.export.manifest import digest
+from servegym.export.manifest import digest, digest_of, manifest_text
 from servegym.policy.learned_ordering import MlpOrdering, OnnxOrdering, OrderingWeights
 from servegym.policy.ordering import ORDERING_FEATURES, ORDERING_SCHEMA_VERSION
 from servegym.policy.policy import Information
 from servegym.typing import FloatArray
+from servegym.whole_files import write_whole
 
 ORDERING_NAMES = tuple(f.name for f in ORDERING_FEATURES)
 SUFFIXES = (".npz", ".onnx")
@@ -59,15 +62,16 @@ def save_ordering(
 
     Raises:
         ExportError: If the network's layers do not fit together.
+        OutputError: If the files cannot be written; those that were there are untouched.
     """
     weights.require_consistent()
-    folder.mkdir(parents=True, exist_ok=True)
-    part, path = folder / "ordering.part.npz", folder / "ordering.npz"
+    path, file = folder / "ordering.npz", io.BytesIO()
     layers = enumerate(zip(weights.weights, weights.biases, strict=True))
     arrays = {f"{kind}{i}": a for i, pair in layers for kind, a in zip("wb", pair, strict=True)}
-    np.savez(part, mean=weights.mean, scale=weights.scale, **arrays)  # type: ignore[arg-type]
-    os.replace(part, path)
-    write_ordering_manifest(path, samples, information=information, training=training)
+    np.savez(file, mean=weights.mean, scale=weights.scale, **arrays)  # type: ignore[arg-type]
+    content = file.getvalue()
+    manifest = _manifest_of(content, samples, information, training)
+    write_whole({path: content, folder / "manifest.json": manifest})
     return path
 
 
@@ -79,15 +83,25 @@ def write_ordering_manifest(
     training: dict[str, float | int | str] | None = None,
 ) -> None:
     """Write the manifest of a learned order; for a graph that was exported elsewhere, too."""
+    manifest = _manifest_of(path.read_bytes(), samples, information, training)
+    write_whole({path.parent / "manifest.json": manifest})
+
+
+def _manifest_of(
+    content: bytes,
+    samples: FloatArray,
+    information: Information,
+    training: dict[str, float | int | str] | None,
+) -> bytes:
     low, high = np.percentile(samples, (1, 99), axis=0)
     manifest = OrderingManifest(
         information=information,
-        sha256=digest(path),
+        sha256=digest_of(content),
         servegym_version=servegym.__version__,
         training=training or {},
         ranges=tuple(zip(low.tolist(), high.tolist(), strict=True)),
     )
-    (path.parent / "manifest.json").write_text(manifest.model_dump_json(indent=2) + "\n")
+    return (manifest.model_dump_json(indent=2) + "\n").encode()
 
 
 def load_ordering(path: Path) -> MlpOrdering | OnnxOrdering:
@@ -110,9 +124,9 @@ def _read_manifest(path: Path) -> OrderingManifest:
     if not path.is_file() or not beside.is_file():
         raise ExportError(f"{path} must exist with a manifest.json beside it")
     try:
-        manifest = OrderingManifest.model_validate_json(beside.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else "it is not text"
+        manifest = OrderingManifest.model_validate_json(manifest_text(beside))
+    except ValidationError as error:
+        why = error.errors()[0]["msg"]
         raise ExportError(f"{beside} is not the manifest of an order: {why}") from error
     if manifest.sha256 != digest(path):
         raise ExportError(f"{path} is not the file its manifest was written for: export again")
@@ -136,5 +150,5 @@ def _read_weights(path: Path) -> OrderingWeights:
             weights=tuple(arrays[f"w{i}"] for i in range(num_layers)),
             biases=tuple(arrays[f"b{i}"] for i in range(num_layers)),
         )
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise ExportError(f"{path} cannot be read as an order: {error}") from error

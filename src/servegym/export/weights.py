@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import io
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,31 +23,25 @@ _TOLERANCE = 1e-2
 _PROBES = ("probe.replicas", "probe.request", "probe.mask", "probe.logits")
 
 
-def write_weights(
-    folder: Path,
+def weights_file(
     shape: NetworkShape,
     weights: Mapping[str, Float32Array],
     probes: tuple[Float32Array, Float32Array, Float32Array, Float32Array],
-) -> str:
-    """Write the file beside a policy; it answers the probes as it should, or it is not written.
+) -> bytes:
+    """Make the file that stands beside a policy, if it answers the probes as it should.
 
     Args:
-        folder: Where to.
         shape: Kind of network.
         weights: By PyTorch's names.
         probes: Replicas `[n, R, F]`, request `[n, G]`, mask `[n, A]` and the logits they give.
-
-    Returns:
-        SHA-256 of the file.
 
     Raises:
         ExportError: If NumPy gives other logits.
     """
     _check(NumpyNetwork(shape, weights), probes, "the network in NumPy")
-    part = folder / "weights.part.npz"
-    np.savez(part, **{**weights, **dict(zip(_PROBES, probes, strict=True))})  # type: ignore[arg-type]
-    os.replace(part, folder / NAME)
-    return digest(folder / NAME)
+    file = io.BytesIO()
+    np.savez(file, **{**weights, **dict(zip(_PROBES, probes, strict=True))})  # type: ignore[arg-type]
+    return file.getvalue()
 
 
 def read_network(folder: Path, manifest: Manifest) -> NumpyNetwork | None:
@@ -65,7 +60,15 @@ def read_network(folder: Path, manifest: Manifest) -> NumpyNetwork | None:
             arrays = {name: file[name] for name in file.files}
         probes = tuple(arrays.pop(name) for name in _PROBES)
         network = NumpyNetwork(manifest.network, arrays)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        IndexError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise ExportError(f"{path} cannot be run: {error}") from error
     if manifest.network.num_extra != manifest.num_extra_actions:
         raise ExportError(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import io
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -16,8 +17,9 @@ import servegym
 from servegym.agents.workflow_features import PAIR_FEATURES, STAGE_FEATURES
 from servegym.agents.workflow_policy import LearnedRule, WorkflowWeights, learned_rule
 from servegym.errors import ConfigError, ExportError
-from servegym.export.manifest import digest
+from servegym.export.manifest import digest, digest_of, manifest_text
 from servegym.typing import Float32Array, IntArray
+from servegym.whole_files import write_whole
 from servegym.workflow.online.policy import Information
 
 if TYPE_CHECKING:
@@ -88,16 +90,16 @@ def export_scheduler(
 
     Raises:
         ExportError: If the exported file does not answer as the network does.
+        OutputError: If the files cannot be written; those that were there are untouched.
     """
     import torch
 
-    folder.mkdir(parents=True, exist_ok=True)
     network = network.cpu().eval()
-    part, path = folder / "policy.part.onnx", folder / "policy.onnx"
+    path, graph, arrays = folder / "policy.onnx", io.BytesIO(), io.BytesIO()
     torch.onnx.export(
         network,
         tuple(torch.from_numpy(a) for a in samples[0]),
-        str(part),
+        graph,  # type: ignore[arg-type]  # this exporter takes files, too
         input_names=list(INPUTS),
         output_names=["scores"],
         dynamic_axes={
@@ -113,12 +115,9 @@ def export_scheduler(
         opset_version=OPSET,
         dynamo=False,
     )
-    _check(network, part, samples)
+    _check(network, graph.getvalue(), samples)
     weights = network.weights()
-    draft = folder / "weights.part.npz"
-    np.savez(draft, **_arrays(weights))  # type: ignore[arg-type]
-    os.replace(draft, folder / WEIGHTS)
-    os.replace(part, path)
+    np.savez(arrays, **_arrays(weights))  # type: ignore[arg-type]
     seen = np.concatenate([sample.features for sample in samples])
     low, high = np.quantile(seen, (0.01, 0.99), axis=0)
     manifest = WorkflowManifest(
@@ -127,15 +126,20 @@ def export_scheduler(
         tau_s=weights.tau_s,
         scenario=scenario,
         objective=objective,
-        sha256=digest(path),
-        weights_sha256=digest(folder / WEIGHTS),
+        sha256=digest_of(graph.getvalue()),
+        weights_sha256=digest_of(arrays.getvalue()),
         servegym_version=servegym.__version__,
         training=training or {},
         pair_ranges=tuple((float(a), float(b)) for a, b in zip(low, high, strict=True)),
     )
-    text = folder / "manifest.part.json"
-    text.write_text(manifest.model_dump_json(indent=2) + "\n")
-    os.replace(text, folder / "manifest.json")
+    described = manifest.model_dump_json(indent=2) + "\n"
+    write_whole(
+        {
+            path: graph.getvalue(),
+            folder / WEIGHTS: arrays.getvalue(),
+            folder / "manifest.json": described.encode(),
+        }
+    )
     return path
 
 
@@ -145,11 +149,11 @@ def _arrays(weights: WorkflowWeights) -> dict[str, np.ndarray]:
     return {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
 
 
-def _check(network: WorkflowNetwork, path: Path, samples: Sequence[DecisionSample]) -> None:
+def _check(network: WorkflowNetwork, graph: bytes, samples: Sequence[DecisionSample]) -> None:
     import onnxruntime
     import torch
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     known = {given.name for given in session.get_inputs()}
     worst = 0.0
     for sample in samples:
@@ -160,7 +164,6 @@ def _check(network: WorkflowNetwork, path: Path, samples: Sequence[DecisionSampl
         # relative to their size: scores may be in the thousands
         worst = max(worst, float((np.abs(got - want) / (1.0 + np.abs(want))).max()))
     if worst > 1e-4:
-        path.unlink()
         raise ExportError(
             "the exported graph differs from the network: largest relative error of a score"
             f" {worst:g} in {len(samples)} decisions"
@@ -185,9 +188,9 @@ def read_scheduler(path: Path) -> LearnedRule:
                 " missing"
             )
     try:
-        manifest = WorkflowManifest.model_validate_json(manifest_path.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else "it is not text"
+        manifest = WorkflowManifest.model_validate_json(manifest_text(manifest_path))
+    except ValidationError as error:
+        why = error.errors()[0]["msg"]
         raise ExportError(
             f"{manifest_path} is not the manifest of a scheduler of jobs: {why}"
         ) from error
@@ -202,7 +205,15 @@ def read_scheduler(path: Path) -> LearnedRule:
         with np.load(weights_path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         weights = WorkflowWeights(manifest.base, manifest.eta, manifest.tau_s, **arrays)
-    except (OSError, ValueError, TypeError, zipfile.BadZipFile, ConfigError) as error:
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        TypeError,
+        zipfile.BadZipFile,
+        zlib.error,
+        ConfigError,
+    ) as error:
         raise ExportError(f"{weights_path} cannot be run: {error}") from error
     # training writes <run>/policy/policy.onnx: the run's name says more than "policy"
     name = folder.parent.name if folder.name == "policy" else folder.name

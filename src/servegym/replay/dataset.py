@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from servegym.errors import WorkloadError
 from servegym.policy.contract import NUM_OBSERVED_FEATURES, NUM_REQUEST_FEATURES
 from servegym.replay.log import STATUSES, logged_rows, parse_row
 from servegym.typing import BoolArray, Float32Array, FloatArray, IntArray
+from servegym.whole_files import write_whole
 from servegym.workloads.readers import OnBadRow
 
 
@@ -64,7 +66,9 @@ class OfflineDataset(NamedTuple):
 
     def save(self, path: Path) -> None:
         """Write all arrays into a compressed `.npz` file."""
-        np.savez_compressed(path, **self._asdict())
+        content = io.BytesIO()
+        np.savez_compressed(content, **self._asdict())
+        write_whole({path: content.getvalue()})
 
 
 #: Stands for "the policy was not asked" among proposed actions.

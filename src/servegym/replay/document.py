@@ -12,13 +12,14 @@ import servegym
 from servegym.replay.compare import Figure
 from servegym.replay.drift import Effect, ReplicaDrift, identifiability, sentence
 from servegym.replay.result import Replayed
+from servegym.whole_files import write_whole
 
 
 def write_json(result: Replayed, path: Path) -> None:
     """Write all numbers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_plain(replay_document(result)), indent=1, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_whole({path: (text + "\n").encode()})
 
 
 def replay_document(result: Replayed) -> dict[str, Any]:

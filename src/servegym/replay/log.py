@@ -226,8 +226,11 @@ def parse_row(where: str, record: dict[str, Any]) -> LoggedRequest:
             f"{where}: a finished request must be dispatched ({dispatch_s:g} s), have its first "
             f"token ({ttft_s:g} s) and end ({e2e_s:g} s) in this order"
         )
-    hashes = record.get("hash_ids") or []
-    if not all(isinstance(h, int) and -(2**63) <= h < 2**64 for h in hashes):
+    hashes = [] if record.get("hash_ids") is None else record["hash_ids"]
+    right = isinstance(hashes, list) and all(
+        isinstance(h, int) and -(2**63) <= h < 2**64 for h in hashes
+    )
+    if not right:
         raise WorkloadError(f"{where}: hash_ids must be whole numbers of 64 bits")
     return LoggedRequest(
         arrival_s=row.seconds("arrival_s"),

@@ -28,6 +28,7 @@ from servegym.replay.terms import TERMS
 from servegym.scenario import FleetEntry, Scenario
 from servegym.serve.facts import Hardware, Rates
 from servegym.serve.router.config import ReplicaConfig, RouterConfig
+from servegym.whole_files import write_whole
 
 #: Share of the time that factors are fitted on before they are tested on the rest.
 FIT_SHARE = 0.7
@@ -119,9 +120,7 @@ def write_refit(log: ReplayLog, drift: Drift, folder: Path) -> list[Path]:
     else:
         data, name = _scenario(fleet.origin, written), "scenario.yaml"
     path = folder / name
-    draft = path.with_name(f"{name}.part")
-    draft.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
-    os.replace(draft, path)
+    write_whole({path: yaml.safe_dump(data, sort_keys=False).encode()})
     return [*written.values(), path]
 
 

@@ -17,12 +17,13 @@ from servegym.replay.tables import (
     held_out_table,
 )
 from servegym.validate.report import STYLE
+from servegym.whole_files import write_whole
 
 
 def write_report(result: Replayed, path: Path) -> None:
     """Write the page; it needs nothing but itself."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(report_page(result), encoding="utf-8")
+    write_whole({path: report_page(result).encode()})
 
 
 def report_page(result: Replayed) -> str:

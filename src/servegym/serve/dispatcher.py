@@ -31,7 +31,7 @@ from servegym.serve.prefix_index import PrefixIndex
 from servegym.serve.prompt import PrefixConfig, Prompt, PromptReader
 from servegym.serve.runtime import Decision, PolicyRuntime, RuntimeConfig
 from servegym.serve.state import EngineMetrics, LiveRequest, LiveState
-from servegym.serve.ties import TieBreaker, counts_replicas, shown
+from servegym.serve.ties import TieBreaker, counts_replicas
 from servegym.typing import BoolArray, FloatArray
 
 Status = Literal["finished", "rejected", "cancelled", "failed"]
@@ -322,13 +322,13 @@ class Dispatcher:
         loaded = self.runtime.loaded
         if counts_replicas(self.runtime.fallback) or (loaded and counts_replicas(loaded.policy)):
             return self.runtime.decide(seen, key)
-        order = self._ties.order()
-        decision = self.runtime.decide(shown(seen, order), key)
-        action, proposed = decision.action, decision.proposed
-        return decision._replace(
-            action=int(order[action]) if action >= 0 else action,
-            proposed=proposed if proposed is None or proposed < 0 else int(order[proposed]),
-        )
+        shown, order = self._ties.show(seen)
+        action, by, reason, duration_s, proposed = self.runtime.decide(shown, key)
+        if action >= 0:
+            action = int(order[action])
+        if proposed is not None and proposed >= 0:
+            proposed = int(order[proposed])
+        return Decision(action, by, reason, duration_s, proposed)
 
     def _take_back(self, job: Job) -> None:
         if job.request.replica >= 0:

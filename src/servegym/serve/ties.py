@@ -27,25 +27,31 @@ class TieBreaker:
         self._random = random.Random(seed)
         self._turn = 0.0
         self._step = 1.0 / num_replicas
+        self._replicas = np.empty((0, 0))
         self._ranks = np.array([self._random.random() for _ in range(num_replicas)])
 
-    def order(self) -> IntArray:
-        """Return the replicas in the order to show them in, `int64[R]`."""
-        return self._ranks.argsort()
+    def show(self, observations: Observations) -> tuple[Observations, IntArray]:
+        """Return observations with their replicas in another order, and the order.
+
+        Args:
+            observations: A batch of one.
+
+        Returns:
+            Arrays that the next call overwrites, and the replica at each place, `int64[R]`.
+        """
+        replicas, request, mask = observations
+        order = self._ranks.argsort()
+        if self._replicas.shape != replicas[0].shape:
+            self._replicas = np.empty_like(replicas[0])
+        replicas[0].take(order, axis=1, out=self._replicas, mode="clip")
+        shown = mask.copy()
+        shown[0, : len(order)] = mask[0].take(order)
+        return Observations(self._replicas[None], request, shown), order
 
     def chose(self, replica: int) -> None:
         """A replica has got a request."""
         self._turn += self._step
         self._ranks[replica] = 1.0 + self._turn + self._random.random()
-
-
-def shown(observations: Observations, order: IntArray) -> Observations:
-    """Return observations with their replicas in another order."""
-    replicas, request, mask = observations
-    width = len(order)
-    shown_mask = mask.copy()
-    shown_mask[:, :width] = mask[:, order]
-    return Observations(replicas.take(order, axis=2), request, shown_mask)
 
 
 def counts_replicas(policy: Policy) -> bool:

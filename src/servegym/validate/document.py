@@ -21,6 +21,7 @@ from servegym.validate.score import (
     worst,
 )
 from servegym.validate.tables import TextTable, what
+from servegym.whole_files import write_whole
 
 
 def validation_document(result: Validation) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def validation_document(result: Validation) -> dict[str, Any]:
 def write_json(result: Validation, path: Path) -> None:
     """Write a validation to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(validation_document(result), indent=1) + "\n", encoding="utf-8")
+    write_whole({path: (json.dumps(validation_document(result), indent=1) + "\n").encode()})
 
 
 def write_markdown(name: str, tables: list[TextTable], path: Path) -> None:
@@ -84,7 +85,7 @@ def write_markdown(name: str, tables: list[TextTable], path: Path) -> None:
     else:
         text = (text.rstrip() + "\n\n" if text else "") + section + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_whole({path: text.encode()})
 
 
 def _run(score: RunScore) -> dict[str, Any]:

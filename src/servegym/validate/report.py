@@ -8,6 +8,7 @@ import servegym
 from servegym.validate.plots import cdf_figure, error_figure, scatter_figure, series_figure
 from servegym.validate.score import Validation
 from servegym.validate.tables import published_tables, run_tables, skipped_files_table
+from servegym.whole_files import write_whole
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
@@ -25,7 +26,7 @@ p.note { color: #777; font-size: .9rem; }
 def write_report(result: Validation, path: Path) -> None:
     """Write the page; it needs nothing but itself."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(report_page(result), encoding="utf-8")
+    write_whole({path: report_page(result).encode()})
 
 
 def report_page(result: Validation) -> str:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from servegym.errors import unknown_name
 from servegym.typing import FloatArray
+from servegym.whole_files import write_whole
 from servegym.workflow.graph import Workflow, WorkflowError, make_workflow, require_names
 
 SCHEMA = "servegym-dag-1"
@@ -170,7 +171,7 @@ def write_dag(workflow: Workflow, path: Path) -> None:
             for q in range(workflow.num_devices)
             if p != q
         ]
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_whole({path: (json.dumps(document, indent=1) + "\n").encode()})
 
 
 def _durations(dag: DagFile) -> FloatArray:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from servegym.documents import load_json
 from servegym.workflow.dag_file import dag_from_document
 from servegym.workflow.graph import Workflow, WorkflowError
 from servegym.workflow.jobshop import job_shop_from_text
@@ -16,21 +16,23 @@ def read_workflow(path: Path, fleet: Fleet | None = None) -> Workflow:
 
     Args:
         path: The file.
-        fleet: Devices for WfFormat, which names none.
+        fleet: Devices for WfFormat, which names none; None: the usual ones.
 
     Raises:
-        WorkflowError: If the file cannot be read or its content is wrong.
+        WorkflowError: If the file cannot be read, its content is wrong, or it names devices itself
+            and a fleet is given.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
         raise WorkflowError(f"{path} cannot be read: {reason}") from error
     if not text.lstrip().startswith(("{", "[")):
+        _refuse_fleet(path, fleet)
         return job_shop_from_text(text, path.name)
     try:
-        document = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        document = load_json(text)
+    except (ValueError, RecursionError) as error:
         raise WorkflowError(f"{path.name} is not JSON: {error}") from error
     if isinstance(document, dict) and "workflow" in document:
         return workflow_from_wfformat(document, path.name, fleet or Fleet())
@@ -38,4 +40,12 @@ def read_workflow(path: Path, fleet: Fleet | None = None) -> Workflow:
         raise WorkflowError(
             f'{path.name} must be an object with "schema": "servegym-dag-1", or WfFormat'
         )
+    _refuse_fleet(path, fleet)
     return dag_from_document(document, path.name)
+
+
+def _refuse_fleet(path: Path, fleet: Fleet | None) -> None:
+    if fleet is not None:
+        raise WorkflowError(
+            f"{path.name} names its own devices: speeds and links are for WfFormat, leave them out"
+        )

@@ -19,6 +19,9 @@ from servegym.workloads.readers import OnBadRow, Trace, read_trace
 from servegym.workloads.shortening import TooLong
 from servegym.workloads.table import BY_ITSELF, RequestTable
 
+#: Longest prompt and output of a trace together, unless another is given: contexts that costs are
+#: known for.
+MAX_CONTEXT_TOKENS = 131072
 _MAX_SPARE = 64.0  # turns drawn for each one that fits the context
 
 
@@ -231,7 +234,7 @@ class TraceConfig(_Config):
     kind: Literal["trace"] = "trace"
     path: str
     rate_rps: float | None = Field(None, gt=0)
-    max_context_tokens: int = Field(131072, ge=2)
+    max_context_tokens: int = Field(MAX_CONTEXT_TOKENS, ge=2)
     on_bad_row: OnBadRow = "error"
     time_unit: TimeUnit | None = None
     hash_block_tokens: int | None = Field(None, ge=1)

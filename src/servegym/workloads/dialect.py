@@ -184,6 +184,11 @@ def _fits(hashed: str, counts: Counts, block: int) -> BoolArray:
     return np.asarray(fits, np.bool_)
 
 
+def _unix_unit(time: float) -> TimeUnit | None:
+    """Unit of a time since 1970, if it is one of the years 2001 to 2286."""
+    return next((u for u, per_s in PER_SECOND.items() if 1e9 <= time / per_s < 1e10), None)
+
+
 def _unit(
     name: str,
     dialect: Dialect,
@@ -201,7 +206,18 @@ def _unit(
             )
         return given, []
     why = ""
-    if dialect.time_unit is None:
+    since_1970 = _unix_unit(float(counts.time.min()))
+    if dialect is AZURE:
+        pass  # dates say all
+    elif since_1970 and dialect.time_unit and since_1970 != dialect.time_unit:
+        row = int(np.argmin(counts.time))
+        why = (
+            f"{places[row]}: {dialect.time_column} {counts.time[row]:.0f} looks like {since_1970}"
+            f" since 1970, not like {dialect.time_unit}"
+        )
+        if dialect.time_column == "arrival_s":
+            raise WorkloadError(f"{why}: write seconds, or rename the column to timestamp")
+    elif dialect.time_unit is None:
         why = f"{name}: column {dialect.time_column} does not say what it counts"
     elif dialect.time_column == "timestamp":
         fraction = counts.time != np.floor(counts.time)

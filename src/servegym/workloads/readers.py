@@ -71,6 +71,12 @@ class Trace:
     shortened: Shortened | None
     concluded: tuple[str, ...]
 
+    def headline(self) -> str:
+        """How many requests there are, and how fast they came as recorded."""
+        span_s = float(self.table.arrival_s[-1])
+        rate = f"over {span_s:,.6g} s, {self.table.rate_rps:,.4g}/s" if span_s else "at one time"
+        return f"{self.name}: {len(self.table):,} requests {rate}, as recorded"
+
     def remarks(self) -> list[str]:
         """What the reader of a result must know of the file, in sentences."""
         said = list(self.concluded)
@@ -86,6 +92,7 @@ class Trace:
         return {
             "file": self.name,
             "requests": len(self.table),
+            "rate_rps": self.table.rate_rps,
             "time_unit": self.time_unit,
             "hash_block_tokens": self.hash_block_tokens,
             "skipped_rows": self.num_skipped,

@@ -92,15 +92,16 @@ def within(
         beyond = int((total[over] - limit).sum())
         raise WorkloadError(
             f"{places[row]}: a prompt of {prompt_tokens[row]:,} and an output of"
-            f" {output_tokens[row]:,} tokens exceed {limit:,}, the longest context here, as do"
-            f" {count:,} of {len(total):,} requests in all ({beyond / tokens:.1%} of the tokens lie"
-            " beyond it): take larger replicas, or say too_long (--too-long) cut or skip"
+            f" {output_tokens[row]:,} tokens exceed {limit:,}, the longest context here;"
+            f" {count:,} of {len(total):,} requests do, by {beyond:,} tokens or"
+            f" {beyond / tokens:.2g} of all: take larger replicas or raise max_context_tokens"
+            " (--max-context-tokens), or say too_long (--too-long) cut or skip"
         )
     if too_long == "skip":
         if over.all():
             raise WorkloadError(
                 f"{places[row]}, as all others, exceeds {limit:,} tokens, the longest context here:"
-                " take larger replicas"
+                " take larger replicas or raise max_context_tokens"
             )
         lost = int(total[over].sum())
         done = Shortened(too_long, limit, count, lost, len(total), tokens)

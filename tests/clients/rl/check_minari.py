@@ -12,8 +12,9 @@ import pytest
 def test_round_trip(case, data_format, tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     env = minari.DataCollector(case.make(), record_infos=True, data_format=data_format)
-    for seed in range(2):
-        env.reset(seed=seed)
+    for number in range(2):
+        # the second one goes on in the sequence of the first
+        env.reset(seed=5) if number == 0 else env.reset(options={"minari_autoseed": False})
         done = False
         while not done:
             _, _, done, _, info = env.step(env.unwrapped.action_space.sample())
@@ -22,14 +23,20 @@ def test_round_trip(case, data_format, tmp_path, monkeypatch):
     assert dataset.total_episodes == 2
     replay = dataset.recover_environment()
     assert isinstance(replay, gymnasium.Env)
-    for episode in dataset:
-        observation, _ = replay.reset(seed=int(episode.seed))
+    metadata = list(dataset.storage.get_episode_metadata(range(2)))
+    assert [row.get("seed") for row in metadata] == [5, None]
+    for episode, row in zip(dataset, metadata, strict=True):
+        observation, _ = replay.reset(seed=row.get("seed"))
         for step, action in enumerate(episode.actions):
-            for name, value in observation.items():
-                np.testing.assert_array_equal(episode.observations[name][step], value)
+            seen = observation if isinstance(observation, dict) else {None: observation}
+            for name, value in seen.items():
+                recorded = episode.observations if name is None else episode.observations[name]
+                np.testing.assert_array_equal(recorded[step], value)
             observation, reward, done, _, info = replay.step(action)
             assert episode.rewards[step] == reward
             assert episode.infos["dt_s"][step + 1] == info["dt_s"]
         assert done
+        metrics = episode.infos["episode_metrics"]  # Arrow: a dict for each step
         for name, value in info["episode_metrics"].items():
-            assert episode.infos["episode_metrics"][name][-1] == value
+            last = metrics[name][-1] if isinstance(metrics, dict) else metrics[-1][name]
+            assert last == value

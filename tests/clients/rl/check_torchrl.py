@@ -18,7 +18,10 @@ def test_single(case, settings):
 
 @pytest.mark.parametrize("settings", [{}, {"flat": True, "normalise": True}])
 def test_vector(case, settings):
-    env = GymWrapper(case.make_vec(2, **settings, invalid_action="resample"))
+    # the mode it prefers; under SAME_STEP it refuses a dict among the infos, of any environment
+    env = GymWrapper(
+        case.make_vec(2, **settings, invalid_action="resample", autoreset_mode="Disabled")
+    )
     assert env.batch_size == (2,)
     check_env_specs(env, seed=0)
     rollout = env.rollout(100, break_when_any_done=False)

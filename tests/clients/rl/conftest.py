@@ -10,7 +10,8 @@ import servegym  # noqa: F401 - registers the environments
 from servegym.scenario import load_scenario, scenario_names
 from servegym.workflow_scenario import workflow_scenario_names
 
-IDS = ("servegym/Dispatch-v0", "servegym/Preemption-v0", "servegym/Workflow-v0")
+#: The environments as they are, and with the settings for stock algorithms.
+IDS = sorted(name for name in gymnasium.registry if name.startswith("servegym/"))
 
 
 class Case(NamedTuple):
@@ -26,17 +27,25 @@ class Case(NamedTuple):
         return gymnasium.make_vec(self.env_id, num_envs, **self.settings, **settings)
 
 
+SMALL: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "Dispatch": (scenario_names(), {"num_requests": 40}),
+    "Preemption": (
+        [name for name in scenario_names() if load_scenario(name).orders_requests],
+        {"num_requests": 40, "load": 4.0},
+    ),
+    "Workflow": (workflow_scenario_names(), {"num_jobs": 3, "pool_size": 4, "max_stages": 6}),
+}
+
+
 def _cases() -> list[Case]:
-    dispatch, preemption, workflow = IDS
-    ordered = [name for name in scenario_names() if load_scenario(name).orders_requests]
-    return [
-        *(Case(dispatch, {"scenario": s, "num_requests": 40}) for s in scenario_names()),
-        *(Case(preemption, {"scenario": s, "num_requests": 150, "load": 2.0}) for s in ordered),
-        *(
-            Case(workflow, {"scenario": s, "num_jobs": 3, "pool_size": 4, "max_stages": 6})
-            for s in workflow_scenario_names()
-        ),
-    ]
+    cases = []
+    for env_id in IDS:
+        name = env_id.removeprefix("servegym/").split("-")[0]
+        plain = name.removesuffix("Shaped")
+        scenarios, settings = SMALL[plain]
+        for scenario in scenarios if name == plain else scenarios[:1]:
+            cases.append(Case(env_id, {"scenario": scenario, **settings}))
+    return cases
 
 
 def _name(case: Case) -> str:

@@ -100,6 +100,40 @@ def test_reader_names_what_is_missing(tmp_path):
         read_weka(tmp_path / "bad.csv")
 
 
+@pytest.mark.parametrize(
+    ("line", "changes", "sentence"),
+    [
+        (1, {"input_tokens": None}, "line 1, column input_tokens: None is not a number"),
+        (1, {"input_tokens": 0}, "line 1, column input_tokens: 0 must be a whole number from 1"),
+        (2, {"output_tokens": -1}, "line 2, column output_tokens: -1 must be"),
+        (2, {"lcp_prev_blocks": 1.5}, "line 2, column lcp_prev_blocks"),
+        (2, {"think_time_s": float("nan")}, "line 2, column think_time_s: nan"),
+        (2, {"think_time_s": -3.0}, "line 2, column think_time_s: -3.0 must be at least 0"),
+        (4, {"agent": "agent_009"}, "session s: agent agent_009 must have calls, and be begun"),
+        (3, {"spawned_agent": "main"}, "session s: agent agent_001 must have calls, and be begun"),
+        (5, {"session": "t"}, "session t: agent"),
+    ],
+)
+def test_reader_names_the_row_that_is_wrong(tmp_path, line, changes, sentence):
+    rows = [r | changes if i == line else r for i, r in enumerate(SESSION, start=1)]
+    with pytest.raises(WorkloadError, match=sentence):
+        read_weka(write(tmp_path / "bad.jsonl", rows))
+
+
+def test_rows_of_a_session_that_are_apart_are_no_two_sessions(tmp_path):
+    other = [r | {"session": "t"} for r in SESSION]
+    rows = [SESSION[0], *other, *SESSION[1:]]
+    with pytest.raises(WorkloadError, match="session s"):
+        read_weka(write(tmp_path / "bad.jsonl", rows))
+    with pytest.raises(WorkloadError, match="rows of session s are apart"):
+        read_weka(write(tmp_path / "bad.jsonl", [*SESSION, *other, *SESSION]))
+
+
+def test_a_limit_of_nothing_is_no_absence_of_a_limit(tmp_path):
+    with pytest.raises(WorkloadError, match="max_context_tokens must be at least 1, got 0"):
+        read_weka(write(tmp_path / "one.jsonl", SESSION), max_context_tokens=0)
+
+
 @pytest.fixture(scope="module")
 def drawn():
     rng = np.random.default_rng(0)

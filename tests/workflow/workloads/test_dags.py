@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from servegym.errors import WorkloadError
+from servegym.errors import ServeGymError, WorkloadError
 from servegym.workflow.workloads.from_workflow import job_from_workflow
 from servegym.workflow.workloads.registry import draw
 from servegym.workflow.workloads.wfcommons import WfCommons, read_records
@@ -118,3 +118,47 @@ def test_recorded_workflows_of_wfcommons_become_jobs(wfinstances_folder):
     blast = [job for job in jobs if job.template.startswith("blast")]
     # split, search in many parts, and two that join them
     assert all(len(set(job.label.tolist())) == 4 for job in blast)
+
+
+NODES = {
+    "workflow": ["w", "w"],
+    "task": [0, 1],
+    "name": ["a_1", "b_1"],
+    "runtime_s": [1.0, 2.0],
+    "input_bytes": [0, 7],
+    "output_bytes": [9, 0],
+}
+EDGES = {"workflow": ["w"], "parent": [0], "child": [1]}
+
+
+def tables(folder, nodes=NODES, edges=EDGES):
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pa.table(nodes), folder / "nodes.parquet")
+    parquet.write_table(pa.table(edges), folder / "edges.parquet")
+    return WfCommons(path=str(folder))
+
+
+def test_tables_are_read_as_they_are(tmp_path):
+    (job,) = tables(tmp_path).jobs()
+    assert job.data_bytes.tolist() == [7]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "edges", "sentence"),
+    [
+        ({"runtime_s": [1.0, None]}, {}, "task 1 of w, column runtime_s: None is not a number"),
+        ({"output_bytes": [None, 0]}, {}, "task 0 of w, column output_bytes: None is not a number"),
+        (
+            {"input_bytes": [0, -7]},
+            {},
+            "task 1 of w, column input_bytes: must be at least 0, got -7",
+        ),
+        ({"task": [0, 0]}, {"child": [0]}, "task 0 occurs twice"),
+        ({}, {"child": [5]}, "an edge of w names task 5, which nodes.parquet lacks"),
+        ({}, {"workflow": ["v"]}, "edges.parquet has edges of v, which nodes.parquet lacks"),
+    ],
+)
+def test_tables_that_are_wrong_are_refused_by_task(tmp_path, nodes, edges, sentence):
+    with pytest.raises(ServeGymError, match=sentence):
+        tables(tmp_path, NODES | nodes, EDGES | edges).jobs()

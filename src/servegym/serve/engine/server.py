@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import socket
 from collections.abc import Callable, Mapping
@@ -143,6 +144,8 @@ class EngineServer:
                 self._site = None
             self._pacer.fail()
             self._drop_connections()
+            await asyncio.sleep(0.01)  # those that were just being accepted
+            self._drop_connections()
 
     async def _recover(self) -> None:
         self.faults = set()
@@ -224,7 +227,7 @@ class EngineServer:
         digest = request_digest(prompt, ask.seed)
         size = self._replica.block_size
         room = self._replica.capacity_tokens + 1 - Content(prompt, "", size).prompt_tokens
-        natural = ask.output_tokens or _output_tokens(headers) or self._draw_tokens(digest)
+        natural = ask.output_tokens or output_tokens(headers) or self._draw_tokens(digest)
         tokens, finish_reason = asks.answer(ask, natural, room)
         text = answer_text(digest, tokens)
         content = Content(prompt, text, size)
@@ -273,8 +276,12 @@ class EngineServer:
         return self._metrics.page(self._replica, self._pacer.lateness_s)
 
 
-def _output_tokens(headers: Mapping[str, str]) -> int | None:
-    """Read the header that sets the length of an answer."""
+def output_tokens(headers: Mapping[str, str]) -> int | None:
+    """Read the header that sets the length of an answer; `None` if it is not there.
+
+    Raises:
+        WorkloadError: If it is no length.
+    """
     text = headers.get(OUTPUT_TOKENS_HEADER)
     if text is None:
         return None

@@ -212,9 +212,10 @@ class Ejection:
         if attempt.stream:
             standing.streams -= 1
             standing.begun -= attempt.begun
-            standing.owing -= attempt.owed
         else:
             standing.wholes -= 1
+        standing.owing -= attempt.owed
+        attempt.owed = False
         if standing.trial is attempt:
             standing.trial = None  # no verdict: the next one
             self._changed()
@@ -314,7 +315,12 @@ class Ejection:
         standing.num_ejections += 1
         standing.on_trial, standing.trial, standing.hung = False, None, hung
         standing.outcomes.clear()
-        _log.warning("%s %s: no new ones for %g s", self._names[replica], why, standing.eject_s)
+        _log.warning(
+            "%s %s: left alone for %g s, if others can do without",
+            self._names[replica],
+            why,
+            standing.eject_s,
+        )
         self._changed()
 
     def _try_again(self, replica: int, now_s: float) -> None:

@@ -31,9 +31,10 @@ _CONNECTION = frozenset(
         "upgrade",
     }
 )
-#: Never forwarded to a replica: those, and what describes the body as the client sent it (the
-#: router has unpacked it), and the client's key.
+#: Never forwarded to a replica: those, what describes the body as the client sent it (the router
+#: has unpacked it), what would pack the answer (the router reads along), and the client's key.
 _NEVER_FORWARDED = _CONNECTION | {
+    "accept-encoding",
     "authorization",
     "content-encoding",
     "content-length",

@@ -71,6 +71,12 @@ class Health:
         """Check every replica once, then go on doing so."""
         self._settle()
         await asyncio.gather(*(self._check(r) for r in range(len(self.replicas))))
+        for health, name, url in zip(
+            self.replicas, self._dispatcher.names, self._urls, strict=True
+        ):
+            if not health.up:
+                place = url + self.config.path
+                _log.error("%s is down: %s has never answered well; is its url right?", name, place)
         self._tasks = [asyncio.create_task(self._run(r)) for r in range(len(self.replicas))]
         self._tasks.append(asyncio.create_task(self._look()))
 

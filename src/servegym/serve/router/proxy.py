@@ -1,4 +1,4 @@
-"""The way of one request: decide, send, pass the answer through piece by piece."""
+"""The way of one request: decide, send, and pass the answer on or try another replica."""
 
 from __future__ import annotations
 
@@ -14,17 +14,14 @@ from servegym.cluster.state import HOLD
 from servegym.serve.dispatcher import Dispatcher, Job
 from servegym.serve.router.config import RequestConfig
 from servegym.serve.router.ejection import Attempt
-from servegym.serve.router.errors import RequestError, error_body
+from servegym.serve.router.errors import RequestError
 from servegym.serve.router.headers import HeaderFilter, returned
 from servegym.serve.router.health import Health
-from servegym.serve.router.patience import Patience
+from servegym.serve.router.relay import Failures, Relay
 from servegym.serve.router.retry_budget import RetryBudget
 from servegym.serve.router.telemetry import Telemetry
-from servegym.serve.router.upstream import Answer, UpstreamError, ask
+from servegym.serve.router.upstream import UpstreamError, ask
 from servegym.typing import BoolArray
-
-#: Failures of a request before its answer had begun, in order.
-_Failures = list[tuple[Attempt, UpstreamError]]
 
 
 class Proxy:
@@ -60,6 +57,7 @@ class Proxy:
         self._upstream_key = upstream_key
         self._filter = HeaderFilter(config.forward_headers)
         self._budget = RetryBudget(config.retry_share, config.retry_reserve, dispatcher.clock)
+        self._relay = Relay(config, dispatcher, health, telemetry)
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=config.connect_timeout_s)
 
     async def forward(
@@ -85,7 +83,7 @@ class Proxy:
         Raises:
             RequestError: If there is no answer to pass on.
         """
-        failures: _Failures = []
+        failures: Failures = []
         tried: set[int] = set()
         headers = self._headers(request, key)
         self._budget.request()
@@ -106,7 +104,7 @@ class Proxy:
                         timeout=self._timeout,
                         first_token_s=self._patience_s(attempt),
                     )
-                    return await self._relay(request, job, attempt, answer, key, failures)
+                    return await self._relay.pass_on(request, job, attempt, answer, key, failures)
                 except UpstreamError as error:
                     failures.append((attempt, error))
                     self._note(attempt, error)
@@ -119,10 +117,10 @@ class Proxy:
                     return self._give_up(job, failures, key)
                 self._telemetry.retries[failures[-1][1].cause] += 1
         except asyncio.CancelledError:
-            self._end(job, "cancelled")
+            self._relay.end(job, "cancelled")
             raise
         finally:
-            self._end(job, "failed")
+            self._relay.end(job, "failed")
 
     def _assume_prefill(self, job: Job) -> asyncio.TimerHandle:
         """Without a stream no one says when the prompt is computed: take the known rate for it."""
@@ -211,7 +209,7 @@ class Proxy:
             self._ejection.failed(attempt, hung=True)
 
     def _may_try_again(
-        self, job: Job, failures: _Failures, tried: set[int], *, stream: bool
+        self, job: Job, failures: Failures, tried: set[int], *, stream: bool
     ) -> bool:
         error = failures[-1][1]
         if len(failures) > self.config.max_retries or (error.cause == "timeout" and not stream):
@@ -229,7 +227,7 @@ class Proxy:
             self._telemetry.retries_denied[denied] += 1
         return denied is None
 
-    def _give_up(self, job: Job, failures: _Failures, key: str) -> web.StreamResponse:
+    def _give_up(self, job: Job, failures: Failures, key: str) -> web.StreamResponse:
         """Pass on what a replica said, in its own words if it said something.
 
         Raises:
@@ -244,157 +242,18 @@ class Proxy:
                 502, "no replica could answer", "upstream_failed", retry_after_s=retry_after_s
             )
         status, given, body = error.refusal
-        self._end(job, "refused" if error.is_full else "failed")
+        self._relay.end(job, "refused" if error.is_full else "failed")
         if not body:
-            refused = RequestError(status, "the replica gave no reason", "upstream_failed")
-            return refused.response()
+            after_s = retry_after_s if error.is_full else None
+            message = "the replica gave no reason"
+            return RequestError(
+                status, message, "upstream_failed", retry_after_s=after_s
+            ).response()
         response = web.Response(status=status, headers=returned(given), body=body)
         response.headers["X-Request-Id"] = key
         if error.is_full:
             response.headers.setdefault("Retry-After", str(max(1, math.ceil(retry_after_s))))
         return response
-
-    def _answered(self, attempt: Attempt, failures: _Failures) -> None:
-        """A request has its answer: now it is known that those who failed it were at fault."""
-        self._ejection.first_token(attempt)
-        for failed, error in failures:
-            late = error.cause == "timeout"
-            if error.is_full or error.cause == "refused" or (late and failed.replica_has_moved):
-                continue  # full, down, or only slow
-            self._ejection.failed(failed, hung=late)
-        failures.clear()
-
-    async def _relay(
-        self,
-        request: web.Request,
-        job: Job,
-        attempt: Attempt,
-        answer: Answer,
-        key: str,
-        failures: _Failures,
-    ) -> web.StreamResponse:
-        """Pass an answer through, no piece kept longer than the client needs to take it."""
-        (upstream, reader, piece), clock = answer, self._dispatcher.clock
-        dispatcher, client_s = self._dispatcher, self.config.client_timeout_s
-        stall_s = self.config.stall_timeout_s if reader.is_stream else math.inf
-        response = web.StreamResponse(
-            status=upstream.status, headers=self._answer_headers(upstream, attempt.replica, key)
-        )
-        if upstream.content_length is not None:
-            response.content_length = upstream.content_length
-        whole_by_s = math.inf
-        if not attempt.stream and self.config.answer_timeout_s is not None:
-            whole_by_s = attempt.dispatch_s + self.config.answer_timeout_s
-        count, now_s = reader.num_tokens, clock()
-        token_s = now_s
-        begun = writing = False
-        cause = ""
-        try:
-            async with Patience(clock, min(stall_s, client_s)) as patience:
-                patience.due_s = now_s + client_s
-                if reader.begun:
-                    begun = self._begin(job, attempt, failures)
-                writing = True
-                await response.prepare(request)
-                while piece:
-                    if count:
-                        if not begun:
-                            begun = self._begin(job, attempt, failures)
-                        dispatcher.tokens(job, count)
-                        attempt.has_got(now_s)
-                        token_s = now_s
-                    await response.write(piece)
-                    writing = False
-                    now_s = clock()
-                    if begun:
-                        attempt.waits(now_s)
-                    patience.due_s = min(token_s + stall_s, whole_by_s)
-                    piece = await upstream.content.readany()
-                    writing = True
-                    now_s = clock()
-                    patience.due_s = now_s + client_s
-                    count = reader.feed(piece)
-                count = reader.close()
-                if count:
-                    dispatcher.tokens(job, count)
-                if not reader.whole and reader.is_stream:
-                    cause = "error_event" if reader.failed else "cut"
-                else:
-                    await response.write_eof()
-        except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            if writing:  # the client's side: it has gone, or takes nothing
-                self._end(job, "cancelled")
-                _abort(request)
-                return response
-            if not reader.done:  # else only the end of the connection is missing
-                cause = "stall" if isinstance(error, TimeoutError) else "broken"
-        finally:
-            # an answer read to its end gives its connection back; another is cut off, and the
-            # engine stops computing it
-            if upstream.content.at_eof():
-                upstream.release()
-            else:
-                upstream.close()
-        if cause:
-            self._broke(attempt, cause, token_s, reader.error_status)
-        self._close_books(job, attempt, answer, failures, broken=bool(cause))
-        if cause:
-            # what the engine has said itself need not be said again
-            await self._tell_broken(request, response, say=reader.is_stream and not reader.failed)
-        return response
-
-    def _begin(self, job: Job, attempt: Attempt, failures: _Failures) -> bool:
-        """The first token of a stream has come."""
-        self._answered(attempt, failures)
-        self._dispatcher.first_token(job)
-        self._telemetry.ttft.observe(self._dispatcher.clock() - job.request.arrival_s)
-        return True
-
-    def _broke(self, attempt: Attempt, cause: str, token_s: float, status: int) -> None:
-        """An answer broke off: whose fault is it?"""
-        self._telemetry.upstream_failures[self._dispatcher.names[attempt.replica], cause] += 1
-        moved = cause == "stall" and attempt.standing.last_token_s > token_s
-        theirs = cause == "error_event" and status < 500
-        if not moved and not theirs:
-            self._ejection.failed(attempt, hung=cause == "stall")
-
-    def _close_books(
-        self, job: Job, attempt: Attempt, answer: Answer, failures: _Failures, *, broken: bool
-    ) -> None:
-        reader, status = answer.reader, answer.response.status
-        prompt_tokens, _, cached_tokens = reader.usage()
-        if prompt_tokens is not None:
-            self._dispatcher.usage(job, prompt_tokens=prompt_tokens, cached_tokens=cached_tokens)
-        if broken or (status == 200 and reader.failed):
-            self._end(job, "failed")
-            return
-        if status != 200:
-            self._end(job, "refused")  # says nothing about the replica
-            return
-        if not attempt.begun:
-            self._answered(attempt, failures)
-        self._ejection.whole(attempt)
-        self._telemetry.e2e.observe(self._dispatcher.clock() - job.request.arrival_s)
-        self._telemetry.outcomes["finished"] += 1
-        self._dispatcher.finish(job, reader.output_tokens())
-
-    async def _tell_broken(
-        self, request: web.Request, response: web.StreamResponse, *, say: bool
-    ) -> None:
-        """Tell a client that its answer is not whole: an error event, and no proper end."""
-        if say:
-            body = error_body(502, "the replica failed in the middle of the answer", "broken")
-            try:
-                async with asyncio.timeout(1.0):
-                    await response.write(b"\n\ndata: " + body + b"\n\n")
-            except (TimeoutError, OSError, aiohttp.ClientError):
-                pass
-        _abort(request)
-
-    def _end(self, job: Job, status: str) -> None:
-        if not job.ended:
-            self._telemetry.outcomes[status] += 1
-            self._dispatcher.end(job, "cancelled" if status == "cancelled" else "failed")
 
     def _url(self, replica: int, request: web.Request) -> URL:
         query = request.rel_url.raw_query_string if self.config.forward_query else ""
@@ -409,18 +268,3 @@ class Proxy:
         if self._upstream_key is not None:
             headers.append(("Authorization", f"Bearer {self._upstream_key}"))
         return headers
-
-    def _answer_headers(
-        self, upstream: aiohttp.ClientResponse, replica: int, key: str
-    ) -> list[tuple[str, str]]:
-        headers = returned(upstream.headers.items())
-        headers.append(("X-Request-Id", key))
-        if self.config.expose_replica:
-            headers.append(("X-Servegym-Replica", self._dispatcher.names[replica]))
-        return headers
-
-
-def _abort(request: web.Request) -> None:
-    """Cut a client's connection: an answer that ends properly would pass for a whole one."""
-    if request.transport is not None:
-        request.transport.abort()

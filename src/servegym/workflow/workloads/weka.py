@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,6 +16,7 @@ from servegym.errors import WorkloadError
 from servegym.typing import FloatArray
 from servegym.workflow.job import Job, JobBuilder
 from servegym.workflow.workloads.coding_agent import CALL, PAUSE, SUB_CALL, SUB_TOOL, TOOL
+from servegym.workloads.cells import finite, whole
 from servegym.workloads.records import columns_of, records
 
 _COLUMNS = {
@@ -23,6 +25,7 @@ _COLUMNS = {
 }
 _BLOCK_TOKENS = 64
 _MAIN = "main"
+_MOST = 2**31 - 1
 #: A prompt that begins with less of the shorter one, itself or the one before, was rewritten.
 REWRITTEN_BELOW = 0.9
 
@@ -47,7 +50,8 @@ def read_weka(
     A call waits for the one before it, and for the time that passed between them: a tool where the
     call before asked for one, else a pause. Sub-agents start after the last call before they
     appear, and the next call waits for them. What a prompt shares with the one before is counted in
-    blocks of 64 tokens, as recorded; lengths are known beforehand as the mean of the file.
+    blocks of 64 tokens, as recorded; lengths are known beforehand as the mean of the file. A call
+    that was given up before its first token counts as one of one token.
 
     Args:
         path: Parquet or JSON lines with one row a call, of the columns session, agent, kind,
@@ -61,15 +65,22 @@ def read_weka(
         whose first call is beyond `max_context_tokens`.
 
     Raises:
-        WorkloadError: If the file cannot be read or lacks a column.
+        WorkloadError: If the file cannot be read, lacks a column or has a value that is none; if
+            a session's rows are apart, or an agent was never begun.
     """
     if ".csv" in path.name:
         raise WorkloadError(f"cannot read {path.name}: sessions are Parquet or JSON lines")
-    limit = max_context_tokens or 2**62
-    sessions = [
-        _agents(list(rows), limit, max_pause_s)
-        for _, rows in groupby(_rows(path), key=lambda row: row["session"])
-    ]
+    if max_context_tokens is not None and max_context_tokens < 1:
+        raise WorkloadError(f"max_context_tokens must be at least 1, got {max_context_tokens}")
+    limit = 2**62 if max_context_tokens is None else max_context_tokens
+    sessions, seen = [], set()
+    for session, rows in groupby(_rows(path), key=lambda row: row["session"]):
+        if session in seen:
+            raise WorkloadError(
+                f"{path.name}: rows of session {session} are apart: sort them by session"
+            )
+        seen.add(session)
+        sessions.append(_agents(f"{path.name}, session {session}", list(rows), limit, max_pause_s))
     calls = [call for agents in sessions for chain in agents.values() for call in chain]
     if not calls:
         raise WorkloadError(f"{path.name} holds no call of at most {limit} tokens")
@@ -88,17 +99,35 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         missing = sorted(_COLUMNS - row.keys())
         if missing:
             raise WorkloadError(f"{where}: no column {', '.join(missing)}")
-        if not row["duplicate_session"]:
-            yield row
+        if row["duplicate_session"]:
+            continue
+        if row["kind"] != "subagent":
+            row["input_tokens"] = whole(where, "input_tokens", row["input_tokens"], 1, _MOST)
+            for column in ("output_tokens", "lcp_prev_blocks"):
+                row[column] = whole(where, column, row[column], 0, _MOST)
+            gap_s = row["think_time_s"]
+            pause_s = 0.0 if gap_s is None else finite(where, "think_time_s", gap_s)
+            if pause_s < 0:
+                raise WorkloadError(f"{where}, column think_time_s: {gap_s!r} must be at least 0")
+            row["think_time_s"] = pause_s
+        yield row
 
 
 def _agents(
-    rows: list[dict[str, Any]], limit: int, max_pause_s: float | None
+    where: str, rows: list[dict[str, Any]], limit: int, max_pause_s: float | None
 ) -> dict[str, list[_Call]]:
     """Calls of each agent of a session, in order."""
     by_agent: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_agent.setdefault(row["agent"], []).append(row)
+    begun = [row["spawned_agent"] for row in rows if row["kind"] == "subagent"]
+    agents_there = Counter(begun) + Counter([_MAIN])
+    if agents_there.keys() != by_agent.keys() or set(agents_there.values()) != {1}:
+        odd = sorted(map(str, agents_there.keys() ^ by_agent.keys()))
+        odd += [str(agent) for agent, count in agents_there.items() if count > 1]
+        raise WorkloadError(
+            f"{where}: agent {odd[0]} must have calls, and be begun once, by a row of kind subagent"
+        )
     agents = {}
     for agent, mine in by_agent.items():
         calls: list[_Call] = []
@@ -110,15 +139,15 @@ def _agents(
             if row["input_tokens"] + row["output_tokens"] > limit:
                 break
             if calls:
-                gap_s = float(row["think_time_s"] or 0.0)
+                gap_s = row["think_time_s"]
                 gap_s = gap_s if max_pause_s is None else min(gap_s, max_pause_s)
                 calls[-1] = _followed(calls[-1], gap_s, spawned)
                 spawned = []
             calls.append(
                 _Call(
-                    prompt_tokens=int(row["input_tokens"]),
-                    output_tokens=max(1, int(row["output_tokens"])),
-                    shared_tokens=_BLOCK_TOKENS * int(row["lcp_prev_blocks"]),
+                    prompt_tokens=row["input_tokens"],
+                    output_tokens=max(1, row["output_tokens"]),
+                    shared_tokens=_BLOCK_TOKENS * row["lcp_prev_blocks"],
                     gap_s=0.0,
                     asks_for_tool=row["stop"] == "tool_use",
                     spawned=(),

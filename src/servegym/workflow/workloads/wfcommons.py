@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -11,12 +10,19 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 import numpy as np
 from pydantic import Field, model_validator
 
+from servegym.documents import load_json
 from servegym.errors import WorkloadError
 from servegym.workflow.graph import Workflow
 from servegym.workflow.job import Job
-from servegym.workflow.wfformat import Fleet, workflow_from_wfformat, workflow_on_fleet
+from servegym.workflow.wfformat import (
+    Fleet,
+    recorded_tasks,
+    workflow_from_wfformat,
+    workflow_on_fleet,
+)
 from servegym.workflow.workloads.family import Family
 from servegym.workflow.workloads.from_workflow import job_from_workflow
+from servegym.workloads.cells import finite
 
 _NODES = {"workflow", "task", "name", "runtime_s", "input_bytes", "output_bytes"}
 _EDGES = {"workflow", "parent", "child"}
@@ -127,13 +133,14 @@ def read_records(folder: Path, fleet: Fleet) -> tuple[Record, ...]:
 
 def _from_file(file: Path, fleet: Fleet) -> tuple[Workflow, list[str]]:
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        document = load_json(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise WorkloadError(f"{file} is not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise WorkloadError(f"{file} is not WfFormat: it must be an object")
     flow = workflow_from_wfformat(document, file.name, fleet)
-    body = document["workflow"]
-    tasks = body["specification"]["tasks"] if "specification" in body else body["tasks"]
-    return flow, [_program(str(task["name"])) for task in tasks]
+    tasks, _ = recorded_tasks(document, file.name)
+    return flow, [_program(task.program) for task in tasks]
 
 
 def _from_tables(
@@ -141,34 +148,57 @@ def _from_tables(
 ) -> list[tuple[Workflow, list[str]]]:
     nodes, edges = _columns(nodes_file, _NODES), _columns(edges_file, _EDGES)
     pairs = _by_workflow(edges["workflow"])
+    records = _by_workflow(nodes["workflow"])
+    for name in pairs.keys() - records.keys():
+        raise WorkloadError(f"{edges_file.name} has edges of {name}, which {nodes_file.name} lacks")
     made = []
-    for name, mine in _by_workflow(nodes["workflow"]).items():
+    for name, mine in records.items():
         place = {nodes["task"][i]: v for v, i in enumerate(mine)}
+        for i in pairs.get(name, []):
+            for end in (edges["parent"][i], edges["child"][i]):
+                if end not in place:
+                    raise WorkloadError(
+                        f"{edges_file.name}: an edge of {name} names task {end}, which"
+                        f" {nodes_file.name} lacks"
+                    )
         ends = sorted(
             {(place[edges["parent"][i]], place[edges["child"][i]]) for i in pairs.get(name, [])}
         )
-        wrote, read = (
-            np.array([nodes[key][i] or 0 for i in mine], float)
-            for key in ("output_bytes", "input_bytes")
-        )
+
+        def measure(task: int, key: str, mine: list[int] = mine, name: str = name) -> float:
+            return _measure(nodes_file.name, name, nodes, mine[task], key)
+
         flow = workflow_on_fleet(
             name,
             [str(nodes["task"][i]) for i in mine],
-            [nodes["runtime_s"][i] for i in mine],
+            [measure(v, "runtime_s") for v in range(len(mine))],
             ends,
-            [min(wrote[u], read[v]) for u, v in ends],
+            # sizes that no edge needs may be missing, such as what the first task read
+            [min(measure(u, "output_bytes"), measure(v, "input_bytes")) for u, v in ends],
             fleet,
         )
-        made.append((flow, [_program(nodes["name"][i]) for i in mine]))
+        made.append((flow, [_program(str(nodes["name"][i])) for i in mine]))
     return made
+
+
+def _measure(file: str, flow: str, nodes: dict[str, list[Any]], row: int, key: str) -> float:
+    where = f"{file}, task {nodes['task'][row]} of {flow}"
+    value = finite(where, key, nodes[key][row])
+    if value < 0:
+        raise WorkloadError(f"{where}, column {key}: must be at least 0, got {value:g}")
+    return value
 
 
 def _columns(file: Path, needed: set[str]) -> dict[str, list[Any]]:
     try:
-        import pyarrow.parquet as parquet
+        import pyarrow
+        from pyarrow import parquet
     except ImportError as error:
         raise WorkloadError("tables need pyarrow: pip install pyarrow") from error
-    table = parquet.read_table(file)
+    try:
+        table = parquet.read_table(file)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise WorkloadError(f"cannot read {file.name}: it is no Parquet file") from error
     missing = sorted(needed - set(table.column_names))
     if missing:
         raise WorkloadError(f"{file.name} has no column {', '.join(missing)}")

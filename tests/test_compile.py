@@ -1,0 +1,93 @@
+"""Compiling ahead: what is compiled is all that an environment, a router or an engine needs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from servegym.cli import main
+from servegym.commands import compile as compile_command
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+RECORD = """
+import runpy, sys
+from servegym.cluster.kernel_cache import KernelCache
+
+seen, real = set(), KernelCache.load_overload
+
+def load(self, signature, target):
+    function = self._py_func
+    seen.add(f"{function.__module__}.{function.__qualname__} {signature}")
+    return real(self, signature, target)
+
+KernelCache.load_overload = load
+"""
+COMPILE = "from servegym.cli import main\nmain(['compile'])\n"
+USE = f"""
+import asyncio
+import gymnasium
+import servegym
+from servegym.baselines.registry import names, policy
+from servegym.cluster.simulator import Simulator
+from servegym.policy.run import run
+from servegym.scenario import load_scenario
+from servegym.serve.engine.fleet import Fleet, FleetConfig
+
+runpy.run_path({str(EXAMPLES / "01_make_env.py")!r}, run_name="__main__")
+runpy.run_path({str(EXAMPLES / "04_decide_live.py")!r}, run_name="__main__")
+scenario = load_scenario("failures")
+for name in names():
+    run(Simulator(scenario.spec, [scenario.episode(0, num_requests=40)]), policy(name))
+for name in ("Dispatch", "Preemption", "Workflow"):
+    name = f"servegym/{{name}}-v0"
+    for env in (gymnasium.make(name), gymnasium.make_vec(name, num_envs=2)):
+        _, info = env.reset(seed=1)
+        for _ in range(30):
+            *_, info = env.step(info["action_mask"].argmax(-1))
+        env.close()
+
+
+async def serve():
+    fleet = Fleet(FleetConfig(scenario=scenario, port=0))
+    await fleet.start()
+    await fleet.stop()
+
+
+asyncio.run(serve())
+"""
+SHOW = "\nprint('\\n@'.join(['', *sorted(seen)]))\n"
+
+
+def keys(program: str) -> set[str]:
+    """Kernels that a program asks the cache for."""
+    done = subprocess.run(
+        [sys.executable, "-c", RECORD + program + SHOW], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return {line for line in done.stdout.splitlines() if line.startswith("@")}
+
+
+@pytest.mark.slow
+def test_everything_that_is_used_later_is_compiled_ahead():
+    ahead, used = keys(COMPILE), keys(USE)
+    assert used - ahead == set()
+    assert len(used) > 30
+
+
+def test_a_part_says_what_was_done_and_where_it_is_kept(capsys):
+    main(["compile", "--parts", "live"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "kernels compiled" in said
+    assert "live" in said
+    assert "kept in" in said
+
+
+def test_without_a_place_to_keep_kernels_it_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(compile_command, "places", lambda source: ([], None))
+    with pytest.raises(SystemExit) as end:
+        main(["compile", "--parts", "live"])
+    assert end.value.code == 2
+    assert "set NUMBA_CACHE_DIR to one that can" in capsys.readouterr().err
