@@ -53,8 +53,6 @@ def test_columns_have_their_types():
         "slo_class": "int16",
         "tenant": "int32",
         "session": "int32",
-        "after": "int32",
-        "delay_s": "float64",
         "prefix_offsets": "int64",
         "prefix_keys": "int64",
         "prefix_ends": "int32",
