@@ -41,7 +41,7 @@ def router(**hardware):
             "replicas": [
                 {
                     "name": name,
-                    "url": f"http://localhost:{i}",
+                    "url": f"http://localhost:{8000 + i}",
                     "hardware": {"gpu": "L40S" if i == 2 else "A100-SXM-80GB", **settings},
                 }
                 for i, name in enumerate(NAMES)
@@ -122,7 +122,8 @@ def test_rates_are_rewritten_as_their_grid_is_scaled(slowed, slowed_drift, tmp_p
     config = parse_config(
         {
             "replicas": [
-                {"name": name, "url": "http://localhost:1", "rates": rates} for name in NAMES
+                {"name": name, "url": f"http://localhost:{8000 + i}", "rates": rates}
+                for i, name in enumerate(NAMES)
             ],
             "dispatch": {"slo_classes": [{"name": "chat"}, {"name": "batch"}]},
         },
