@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from numba import njit
 
 from servegym.workflow.online.kernels import next_event_s
 from servegym.workflow.online.reference import ReferenceSimulator
@@ -13,6 +14,12 @@ from servegym.workflow.online.simulator import Simulator
 from servegym.workflow.online.state import DECISION, DONE
 
 from .strategies import choose, random_case
+
+
+@njit
+def upcoming_s(s, e):
+    return next_event_s(s, e)  # which only compiled code can call
+
 
 TIMES = ("ready_s", "start_s", "begin_s", "finish_s")
 
@@ -39,7 +46,7 @@ def play_compiled(spec, episode, asks):
         startable = sim.startable().tolist()
         fresh = sim.state.fresh[0, : env["num_fresh"]].tolist()
         seen.append((float(env["now_s"]), startable, fresh))
-        may_wait = math.isfinite(next_event_s(sim.state, 0))
+        may_wait = math.isfinite(upcoming_s(sim.state, 0))
         sim.apply(np.array([choose(len(seen), startable, may_wait)]))
     assert sim.reasons[0] == DONE
     return sim, seen
