@@ -117,13 +117,15 @@ def test_the_grid_is_within_1_percent_of_the_step_cost_but_for_bends_between_kno
     """On points drawn once: what Hypothesis draws depends on which modules are loaded."""
     rng = np.random.default_rng(0)
     errors = []
-    for _ in range(300):
+    for _ in range(60):
         cost, grid = compiled(str(rng.choice(gpu_names())), str(rng.choice(model_names())), 2048)
-        chunk, context = int(rng.integers(1, 1793)), int(rng.integers(0, 131_073))
-        batch = int(rng.integers(0, 257))
-        kv_tokens = batch * int(rng.integers(1, 15_001))
-        expected = exact_s(cost, chunk, context, batch, kv_tokens)
-        errors.append(abs(grid.step_s([(chunk, context)], batch, kv_tokens) / expected - 1))
+        for _ in range(25):
+            chunk, context = int(rng.integers(1, 1793)), int(rng.integers(0, 131_073))
+            batch = int(rng.integers(0, 257))
+            kv_tokens = batch * int(rng.integers(1, 15_001))
+            expected = exact_s(cost, chunk, context, batch, kv_tokens)
+            got = grid.step_s([(chunk, context)], batch, kv_tokens)
+            errors.append(abs(got / expected - 1))
     assert np.quantile(errors, 0.99) < 0.01
     assert max(errors) < 0.04  # a batch between two knots where another kernel takes over
 
