@@ -7,7 +7,7 @@ demo: setup  ## train briefly, evaluate against the baselines, show the result
 	.venv/bin/servegym demo
 
 test: setup  ## the whole test suite
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n auto --dist loadfile
 
 test-vllm: setup  ## compare with vLLM's real scheduler, in an environment of its own
 	scripts/test-vllm
