@@ -113,8 +113,11 @@ def exact_s(cost, chunk, context, batch, kv_tokens):
     return sum(cost.terms(chunk + batch, chunk, context, batch, kv_tokens).values())
 
 
-def test_the_grid_is_within_1_percent_of_the_step_cost_but_for_bends_between_knots():
-    """On points drawn once: what Hypothesis draws depends on which modules are loaded."""
+def test_the_grid_is_within_1_percent_of_the_step_cost_at_97_of_100_points():
+    """On points drawn once: what Hypothesis draws depends on which modules are loaded.
+
+    The worst are 2 to 4 % off, at batches above 100; why is not looked into yet.
+    """
     rng = np.random.default_rng(0)
     errors = []
     for _ in range(60):
@@ -127,7 +130,7 @@ def test_the_grid_is_within_1_percent_of_the_step_cost_but_for_bends_between_kno
             got = grid.step_s([(chunk, context)], batch, kv_tokens)
             errors.append(abs(got / expected - 1))
     assert np.quantile(errors, 0.97) < 0.01
-    assert max(errors) < 0.04  # a batch between two knots where another kernel takes over
+    assert max(errors) < 0.04
 
 
 @pytest.mark.parametrize("model_name", model_names())
