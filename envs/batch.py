@@ -305,7 +305,7 @@ class Batch(ABC):
         ended = active & (self.done | self.truncated)
         if self._reported:
             self.metrics[:] = 0.0
-        self._reported = bool(ended.any())
+        self._reported = np.count_nonzero(ended) > 0
         if self._reported:
             for env in np.flatnonzero(ended).tolist():
                 self.metrics[:, env] = self.summary(env)
@@ -345,16 +345,31 @@ class Batch(ABC):
 
     def info(self) -> dict[str, Any]:
         """Return fresh arrays with what else is known of all environments; keys never change."""
-        info: dict[str, Any] = {
-            "action_mask": self.mask.copy(),
-            "dt_s": self.dt_s.copy(),
-            "now_s": self.now_s,
-            "input_id": self.input_id.copy(),
-        }
-        if self.invalid_action != "raise":
-            info["invalid_action"] = self.invalid.copy()
+        info: dict[str, Any] = {name: value.copy() for name, value in self._facts().items()}
         info["episode_metrics"] = dict(zip(self.metric_names, self.metrics.copy(), strict=True))
         return info
+
+    def info_of(self, env: int) -> dict[str, Any]:
+        """Return what `info` has for one environment, numbers as Python's."""
+        info = {
+            name: value.item(env) if value.ndim == 1 else value[env].copy()
+            for name, value in self._facts().items()
+        }
+        metrics = self.metrics[:, env].tolist()
+        info["episode_metrics"] = dict(zip(self.metric_names, metrics, strict=True))
+        return info
+
+    def _facts(self) -> dict[str, NDArray[Any]]:
+        """What `info` has but for the metrics; not copied."""
+        facts: dict[str, NDArray[Any]] = {
+            "action_mask": self.mask,
+            "dt_s": self.dt_s,
+            "now_s": self.simulator.state.env["now_s"],
+            "input_id": self.input_id,
+        }
+        if self.invalid_action != "raise":
+            facts["invalid_action"] = self.invalid
+        return facts
 
     def close(self) -> None:
         """End the threads; the environments cannot be used any more."""

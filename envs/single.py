@@ -91,7 +91,7 @@ class BatchEnv(gymnasium.Env[Any, Any], Generic[B]):
             self.batch.seed(int(self.np_random.integers(1 << 62)))
         self.batch.reset(np.zeros(1, np.int64), None if episode is None else [episode])
         self._ready = True
-        return self._observation(), self._info()
+        return self._observation(), self.batch.info_of(0)
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Take the decision that is due and run to the next."""
@@ -100,7 +100,7 @@ class BatchEnv(gymnasium.Env[Any, Any], Generic[B]):
             raise ResetNeeded("the episode is over or none has begun: call reset")
         self.batch.step(np.asarray(action)[None], np.ones(1, np.bool_))
         done, truncated = bool(self.batch.done[0]), bool(self.batch.truncated[0])
-        return self._observation(), float(self.batch.reward[0]), done, truncated, self._info()
+        return self._observation(), float(self.batch.reward[0]), done, truncated, self.batch.info_of(0)
 
     def action_masks(self) -> BoolArray:
         """Allowed actions, `bool[num_actions]`, as sb3-contrib asks for them."""
@@ -116,9 +116,6 @@ class BatchEnv(gymnasium.Env[Any, Any], Generic[B]):
             return {name: value[0] for name, value in seen.items()}
         return seen[0]
 
-    def _info(self) -> dict[str, Any]:
-        return first_of(self.batch.info())
-
     def close(self) -> None:
         """Release threads; the environment cannot be used any more."""
         self.batch.close()
@@ -127,14 +124,3 @@ class BatchEnv(gymnasium.Env[Any, Any], Generic[B]):
         self.__dict__.update(state)
         self.action_space = rebind(self.action_space, self.batch)
 
-
-def first_of(info: dict[str, Any]) -> dict[str, Any]:
-    """Return the first environment's part of a batch's info, numbers as Python's."""
-    return {
-        key: first_of(value)
-        if isinstance(value, dict)
-        else value[0].tolist()
-        if value.ndim == 1
-        else value[0]
-        for key, value in info.items()
-    }

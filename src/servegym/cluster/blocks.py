@@ -6,7 +6,7 @@ import numpy as np
 
 from servegym.cluster.jit import helper, inlined
 from servegym.cluster.rng import block_identity, mix64, private_key
-from servegym.cluster.state import Params, State
+from servegym.cluster.state import Params, Records, State
 
 
 @helper
@@ -44,9 +44,13 @@ def _slot_of(identity: int, mask: int) -> int:
 
 
 @inlined
-def find_block(s: State, e: int, r: int, identity: int) -> int:
-    """Return the block with this identity, or -1."""
-    known = s.known[e, r]
+def find_block(known: Records, identity: int) -> int:
+    """Return the block with this identity, or -1.
+
+    Args:
+        known: `State.known[e, r]`; callers look it up before their loops.
+        identity: See `rng.block_identity`.
+    """
     mask = known.shape[0] - 1
     i = _slot_of(identity, mask)
     while known[i].identity != 0:
@@ -56,10 +60,9 @@ def find_block(s: State, e: int, r: int, identity: int) -> int:
     return -1
 
 
-@helper
-def _insert(s: State, e: int, r: int, identity: int, block: int) -> None:
+@inlined
+def _insert(known: Records, identity: int, block: int) -> None:
     """Note which block has an identity; of several, `find_block` returns the first noted."""
-    known = s.known[e, r]
     mask = known.shape[0] - 1
     i = _slot_of(identity, mask)
     while known[i].identity != 0:
@@ -68,10 +71,9 @@ def _insert(s: State, e: int, r: int, identity: int, block: int) -> None:
     known[i].block = block
 
 
-@helper
-def _forget(s: State, e: int, r: int, identity: int, block: int) -> None:
+@inlined
+def _forget(known: Records, identity: int, block: int) -> None:
     """Delete a block's entry; later ones of its probe run move back in order, leaving no marks."""
-    known = s.known[e, r]
     mask = known.shape[0] - 1
     i = _slot_of(identity, mask)
     while known[i].identity != identity or known[i].block != block:
@@ -89,19 +91,17 @@ def _forget(s: State, e: int, r: int, identity: int, block: int) -> None:
     known[i].identity = 0
 
 
-@helper
-def _take(s: State, e: int, r: int) -> int:
+@inlined
+def _take(blocks: Records, known: Records) -> int:
     """Take the least recently used free block; it loses its identity."""
-    blocks = s.block[e, r]
     end = blocks.shape[0] - 1
     block = blocks[end].after
     blocks[end].after = blocks[block].after
     blocks[blocks[block].after].before = end
     if blocks[block].identity != 0:
-        _forget(s, e, r, blocks[block].identity, block)
+        _forget(known, blocks[block].identity, block)
         blocks[block].identity = 0
     blocks[block].holders = 1
-    s.replica[e, r].free_blocks -= 1
     return block
 
 
@@ -112,10 +112,12 @@ def take_for_decodes(p: Params, s: State, e: int, r: int, count: int) -> None:
     if not p.prefix_caching:
         v.free_blocks -= count
         return
-    for _ in range(count):
-        block = _take(s, e, r)
-        s.reserve[e, r, v.num_reserve] = block
-        v.num_reserve += 1
+    blocks, known, reserve = s.block[e, r], s.known[e, r], s.reserve[e, r]
+    place = v.num_reserve
+    for i in range(place, place + count):
+        reserve[i] = _take(blocks, known)
+    v.num_reserve = place + count
+    v.free_blocks -= count
 
 
 @helper
@@ -149,9 +151,10 @@ def take_for_chunk(
     if not p.prefix_caching:
         s.replica[e, r].free_blocks -= need - have
         return
-    row = s.table[e, r, q.seq_slot]
+    row, blocks, known = s.table[e, r, q.seq_slot], s.block[e, r], s.known[e, r]
     for j in range(have, need):
-        row[j] = _take(s, e, r)
+        row[j] = _take(blocks, known)
+    s.replica[e, r].free_blocks -= need - have
     _name(
         p,
         s,
@@ -166,28 +169,32 @@ def take_for_chunk(
 @helper
 def _name(p: Params, s: State, e: int, r: int, request: int, first: int, end: int) -> None:
     """Give blocks `first..end-1` of a request their identities."""
-    row = s.table[e, r, s.request[e, request].seq_slot]
+    row, blocks = s.table[e, r, s.request[e, request].seq_slot], s.block[e, r]
+    segment, known = s.segment[e], s.known[e, r]
+    own = private_key(request)
     seg, seg_stop = s.request[e, request].seg_first, s.request[e, request].seg_stop
     for j in range(first, end):
         last_token = (j + 1) * p.block_size - 1
-        while seg < seg_stop and s.segment[e, seg].end <= last_token:
+        while seg < seg_stop and segment[seg].end <= last_token:
             seg += 1
-        key = s.segment[e, seg].key if seg < seg_stop else private_key(request)
+        key = segment[seg].key if seg < seg_stop else own
         identity = block_identity(key, j)
-        _insert(s, e, r, identity, row[j])
-        s.block[e, r, row[j]].identity = identity
+        _insert(known, identity, row[j])
+        blocks[row[j]].identity = identity
 
 
 @helper
 def count_hits(p: Params, s: State, e: int, r: int, request: int, max_blocks: int) -> int:
     """Count the leading blocks of a request that are in the cache, at most `max_blocks`."""
+    segment, known = s.segment[e], s.known[e, r]
+    own = private_key(request)
     seg, seg_stop = s.request[e, request].seg_first, s.request[e, request].seg_stop
     for j in range(max_blocks):
         last_token = (j + 1) * p.block_size - 1
-        while seg < seg_stop and s.segment[e, seg].end <= last_token:
+        while seg < seg_stop and segment[seg].end <= last_token:
             seg += 1
-        key = s.segment[e, seg].key if seg < seg_stop else private_key(request)
-        if find_block(s, e, r, block_identity(key, j)) < 0:
+        key = segment[seg].key if seg < seg_stop else own
+        if find_block(known, block_identity(key, j)) < 0:
             return j
     return max_blocks
 
@@ -200,18 +207,20 @@ def match(p: Params, s: State, e: int, r: int, request: int, max_blocks: int) ->
         How many there are, and how many of them nobody holds.
     """
     row = s.table[e, r, s.free_slots[e, r, s.replica[e, r].num_free_slots - 1]]
+    segment, known, blocks = s.segment[e], s.known[e, r], s.block[e, r]
+    own = private_key(request)
     seg, seg_stop = s.request[e, request].seg_first, s.request[e, request].seg_stop
     unheld = 0
     for j in range(max_blocks):
         last_token = (j + 1) * p.block_size - 1
-        while seg < seg_stop and s.segment[e, seg].end <= last_token:
+        while seg < seg_stop and segment[seg].end <= last_token:
             seg += 1
-        key = s.segment[e, seg].key if seg < seg_stop else private_key(request)
-        block = find_block(s, e, r, block_identity(key, j))
+        key = segment[seg].key if seg < seg_stop else own
+        block = find_block(known, block_identity(key, j))
         if block < 0:
             return j, unheld
         row[j] = block
-        if s.block[e, r, block].holders == 0:
+        if blocks[block].holders == 0:
             unheld += 1
     return max_blocks, unheld
 
@@ -228,8 +237,9 @@ def hold_matched(p: Params, s: State, e: int, r: int, request: int, hits: int) -
     slot = s.free_slots[e, r, v.num_free_slots]
     q.seq_slot = slot
     blocks = s.block[e, r]
+    row = s.table[e, r, slot]
     for j in range(hits):
-        block = s.table[e, r, slot, j]
+        block = row[j]
         if blocks[block].holders == 0:
             blocks[blocks[block].before].after = blocks[block].after
             blocks[blocks[block].after].before = blocks[block].before

@@ -10,6 +10,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils, types
+from numba.core.registry import cpu_target
 from numba.core.typing.templates import AttributeTemplate
 from numba.extending import (
     NativeValue,
@@ -34,6 +35,17 @@ class Reference(types.Type):
 class _ReferenceModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: Reference) -> None:
         super().__init__(dmm, fe_type, cgutils.voidptr_t)  # type: ignore[no-untyped-call]
+        self._data_type = dmm.lookup(fe_type.target).get_data_type()
+
+    def from_argument(self, builder: Any, value: Any) -> Any:
+        """Tell the optimiser that all fields may be read at any time: it lifts them out of loops.
+
+        Without this it leaves a load where it stands if a loop before it might never end.
+        """
+        if isinstance(value, ir.Argument):
+            size = cpu_target.target_context.get_abi_sizeof(self._data_type)
+            value.attributes.dereferenceable = size
+        return value
 
 
 @infer_getattr
@@ -54,15 +66,35 @@ def load_field(context: Any, builder: Any, typ: Reference, value: Any, attr: str
     data_type = context.get_data_type(typ.target)
     pointer = builder.bitcast(value, data_type.as_pointer())
     field = cgutils.gep_inbounds(builder, pointer, 0, i)
+    kind = typ.target.types[i]
+    if isinstance(kind, types.Array):
+        return _load_parts(builder, field)
     block = builder.block
     before = len(block.instructions)
-    loaded = context.unpack_value(builder, typ.target.types[i], field)
-    empty = builder.module.add_metadata([])
+    loaded = context.unpack_value(builder, kind, field)
     for instruction in block.instructions[before:]:
         if instruction.opname == "load":
-            # what a kernel writes to arrays does not change where they are
-            instruction.set_metadata("invariant.load", empty)
+            _never_changes(builder, instruction)
     return loaded
+
+
+def _load_parts(builder: Any, pointer: Any) -> Any:
+    """Load a structure word by word: of a load of several words LLVM forgets what is known."""
+    kind = pointer.type.pointee
+    if not isinstance(kind, ir.Aggregate):
+        loaded = builder.load(pointer)
+        _never_changes(builder, loaded)
+        return loaded
+    whole = ir.Constant(kind, ir.Undefined)
+    for i in range(len(kind)):
+        part = _load_parts(builder, cgutils.gep_inbounds(builder, pointer, 0, i))
+        whole = builder.insert_value(whole, part, i)
+    return whole
+
+
+def _never_changes(builder: Any, load: Any) -> None:
+    """Tell the optimiser that what a kernel writes to arrays does not change where they are."""
+    load.set_metadata("invariant.load", builder.module.add_metadata([]))
 
 
 @unbox(Reference)  # type: ignore[untyped-decorator]

@@ -1,0 +1,197 @@
+"""This checkout against another: CPU time of the same work, in short slices that alternate.
+
+Two processes, one importing servegym from each checkout, take turns for a few milliseconds each, so
+that whatever else the machine does meets both. The ratio of a pair of slices is this checkout's CPU
+time over the other's: below 1 this one is faster.
+
+Run with:
+    git worktree add /tmp/before REVISION
+    python benchmarks/paired.py /tmp/before [--only dispatch-256] [--pairs 80]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+#: Id, scenario, environments (0: one, without the vector form) and decisions of a slice.
+ENVIRONMENTS = {
+    "dispatch": ("servegym/Dispatch-v0", "mixed-chat", 0, 5_000),
+    "dispatch-1": ("servegym/Dispatch-v0", "mixed-chat", 1, 5_000),
+    "dispatch-16": ("servegym/Dispatch-v0", "mixed-chat", 16, 5_000),
+    "dispatch-256": ("servegym/Dispatch-v0", "mixed-chat", 256, 5_120),
+    "preemption-64": ("servegym/Preemption-v0", "kv-starved", 64, 8_000),
+    "workflow-64": ("servegym/Workflow-v0", "text-to-sql", 64, 30_000),
+}
+#: Scenario, replicas (0: the scenario's) and requests of a slice.
+SIMULATOR = {
+    "simulator-1": ("bench", 1, 4_000),
+    "simulator-8": ("bench", 8, 8_000),
+    "simulator-64": ("bench", 64, 16_000),
+    "simulator-512": ("bench", 512, 32_000),
+    "simulator-mixed-chat": ("mixed-chat", 0, 2_048),
+}
+
+
+def environment(name: str) -> Callable[[], None]:
+    """Make a slice of an environment's work: least outstanding, or the first allowed action."""
+    import gymnasium
+
+    import servegym  # noqa: F401  (registers the environments)
+
+    kind, scenario, num_envs, decisions = ENVIRONMENTS[name]
+    dispatches = "Dispatch" in kind
+    settings = {"num_requests": 2048} if dispatches else {}
+    if num_envs == 0:
+        return _alone(gymnasium.make(kind, scenario=scenario, **settings), decisions)
+    env = gymnasium.make_vec(
+        kind,
+        num_envs=num_envs,
+        scenario=scenario,
+        autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP,
+        **settings,
+    )
+    observation, info = env.reset(seed=0)
+    seen = {"observation": observation, "mask": info["action_mask"]}
+
+    def work() -> None:
+        for _ in range(decisions // num_envs):
+            action = seen["mask"].argmax(-1)
+            if dispatches:
+                busy = np.where(seen["mask"] == 1, seen["observation"]["replicas"][..., 1], np.inf)
+                action = busy.argmin(-1)
+            seen["observation"], _, _, _, info = env.step(action)
+            seen["mask"] = info["action_mask"]
+
+    return work
+
+
+def _alone(env: Any, decisions: int) -> Callable[[], None]:
+    observation, _ = env.reset(seed=0)
+    seen = {"observation": observation}
+
+    def work() -> None:
+        for _ in range(decisions):
+            observation = seen["observation"]
+            busy = np.where(observation["action_mask"] == 1, observation["replicas"][:, 1], np.inf)
+            seen["observation"], _, over, _, _ = env.step(busy.argmin())
+            if over:
+                seen["observation"], _ = env.reset()
+
+    return work
+
+
+def simulator(name: str) -> Callable[[], None]:
+    """Make a slice of the simulator's work: one episode under least outstanding requests."""
+    from servegym.baselines.registry import policy
+    from servegym.cluster.simulator import Simulator
+    from servegym.policy.run import run
+    from servegym.scenario import load_scenario
+
+    scenario_name, replicas, requests = SIMULATOR[name]
+    scenario = load_scenario(scenario_name)
+    load = 1.0
+    if replicas:
+        entry = scenario.fleet[0].model_copy(update={"count": replicas})
+        scenario, load = scenario.model_copy(update={"fleet": (entry,)}), replicas / 16
+    episode = scenario.episode(0, load=load, num_requests=requests)
+    made = Simulator(scenario.spec, [episode])
+    rule = policy("least-outstanding")
+
+    def work() -> None:
+        made.load(0, episode)
+        run(made, rule)
+
+    return work
+
+
+def serve(name: str) -> None:
+    """Do a slice of work for every line read, and answer with its CPU time, nanoseconds."""
+    work = (environment if name in ENVIRONMENTS else simulator)(name)
+    for _ in range(3):
+        work()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        begin = time.process_time_ns()
+        work()
+        print(time.process_time_ns() - begin, flush=True)
+
+
+def compare(name: str, sources: tuple[Path, Path], pairs: int) -> dict[str, float]:
+    """Return the median ratio of CPU times and its 95 % bootstrap interval."""
+    workers = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--serve", name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(source)},
+        )
+        for source in sources
+    ]
+    try:
+        for worker, source in zip(workers, sources, strict=True):
+            assert worker.stdout is not None
+            if worker.stdout.readline() != "ready\n":
+                raise SystemExit(f"{name}: the process that imports {source} failed")
+        took = np.zeros((pairs, 2))
+        for i in range(pairs):
+            for j in (0, 1) if i % 2 else (1, 0):
+                stdin, stdout = workers[j].stdin, workers[j].stdout
+                assert stdin is not None and stdout is not None
+                stdin.write("go\n")
+                stdin.flush()
+                took[i, j] = int(stdout.readline())
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    ratio = took[:, 0] / took[:, 1]
+    draws = np.random.default_rng(0).choice(ratio, (2000, pairs))
+    low, high = np.quantile(np.median(draws, axis=1), (0.025, 0.975))
+    return {
+        "ratio": float(np.median(ratio)),
+        "low": float(low),
+        "high": float(high),
+        "slice_ms": float(np.median(took[:, 0]) / 1e6),
+        "pairs": pairs,
+    }
+
+
+def main() -> None:
+    """Compare all, or some, and print a table."""
+    names = [*ENVIRONMENTS, *SIMULATOR]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("before", nargs="?", type=Path, help="the other checkout")
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
+    parser.add_argument("--pairs", type=int, default=80)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        serve(args.serve)
+        return
+    if args.before is None or not (args.before / "src" / "servegym").is_dir():
+        parser.error(f"BEFORE must be a checkout with src/servegym, got {args.before}")
+    sources = (Path(__file__).resolve().parents[1] / "src", (args.before / "src").resolve())
+    found = {}
+    print(f"{'work':<22}{'CPU time, this / other':>24}{'95 % interval':>20}{'slice, ms':>11}")
+    for name in args.only:
+        row = found[name] = compare(name, sources, args.pairs)
+        interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
+        print(f"{name:<22}{row['ratio']:>24.3f}{interval:>20}{row['slice_ms']:>11.1f}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
