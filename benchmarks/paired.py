@@ -147,7 +147,8 @@ def compare(name: str, sources: tuple[Path, Path], pairs: int) -> dict[str, floa
         for i in range(pairs):
             for j in (0, 1) if i % 2 else (1, 0):
                 stdin, stdout = workers[j].stdin, workers[j].stdout
-                assert stdin is not None and stdout is not None
+                assert stdin is not None
+                assert stdout is not None
                 stdin.write("go\n")
                 stdin.flush()
                 took[i, j] = int(stdout.readline())

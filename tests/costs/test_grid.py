@@ -113,15 +113,11 @@ def exact_s(cost, chunk, context, batch, kv_tokens):
     return sum(cost.terms(chunk + batch, chunk, context, batch, kv_tokens).values())
 
 
-def test_the_grid_is_within_1_percent_of_the_step_cost_at_97_of_100_points():
-    """On points drawn once: what Hypothesis draws depends on which modules are loaded.
-
-    The worst are 2 to 4 % off, at batches above 100; why is not looked into yet.
-    """
-    rng = np.random.default_rng(0)
-    errors = []
+def errors_of_the_grid(seed, names):
+    """Relative errors at points drawn once: Hypothesis' depend on which modules are loaded."""
+    rng, errors = np.random.default_rng(seed), []
     for _ in range(60):
-        cost, grid = compiled(str(rng.choice(gpu_names())), str(rng.choice(model_names())), 2048)
+        cost, grid = compiled(str(rng.choice(gpu_names())), str(rng.choice(names)), 2048)
         for _ in range(25):
             chunk, context = int(rng.integers(1, 1793)), int(rng.integers(0, 131_073))
             batch = int(rng.integers(0, 257))
@@ -129,8 +125,32 @@ def test_the_grid_is_within_1_percent_of_the_step_cost_at_97_of_100_points():
             expected = exact_s(cost, chunk, context, batch, kv_tokens)
             got = grid.step_s([(chunk, context)], batch, kv_tokens)
             errors.append(abs(got / expected - 1))
-    assert np.quantile(errors, 0.97) < 0.01
-    assert max(errors) < 0.04
+    return errors
+
+
+WINDOWED = [name for name in model_names() if model(name).window_layers]
+
+
+def test_the_grid_is_within_2_percent_of_the_step_cost():
+    errors = errors_of_the_grid(0, [name for name in model_names() if name not in WINDOWED])
+    assert np.quantile(errors, 0.99) < 0.01
+    assert max(errors) < 0.02
+
+
+def test_with_sliding_windows_it_is_within_5_percent():
+    """The cost bends where windows are full: along a diagonal, which no grid of axes follows."""
+    errors = errors_of_the_grid(0, WINDOWED)
+    assert np.quantile(errors, 0.97) < 0.02
+    assert max(errors) < 0.05
+
+
+def test_a_mixed_step_bends_where_tiles_fill_the_multiprocessors():
+    cost, grid = compiled("RTX-4090", "Qwen2.5-72B", 2048)
+    assert gpu("RTX-4090").num_sms == 128
+    assert 128 in grid.decode_batch  # tiles of one head of every sequence fill them
+    for batch in (121, 127, 128, 140):
+        expected = exact_s(cost, 1, 0, batch, 8192 * batch)
+        assert grid.step_s([(1, 0)], batch, 8192 * batch) == pytest.approx(expected, rel=0.005)
 
 
 @pytest.mark.parametrize("model_name", model_names())

@@ -144,6 +144,10 @@ class CorrectedSource(CostSource):
         shape = (batch, kv_tokens, heads, kv_heads, head_dim)
         return self.factors.kv * self.base.mixed_attention_s(*shape)
 
+    def mixed_bends(self, heads: int, kv_heads: int) -> tuple[float, ...]:
+        """Batches at which `mixed_attention_s` bends."""
+        return self.base.mixed_bends(heads, kv_heads)
+
     def latent_prefill_s(self, chunk: float, context: float, shape: LatentHeads) -> float:
         """Seconds of new tokens with latent attention."""
         return self.factors.prefill * self.base.latent_prefill_s(chunk, context, shape)

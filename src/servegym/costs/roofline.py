@@ -300,6 +300,16 @@ class RooflineSource:
         )
         return float(operator.form_s(fit, self.gpu.bf16_flops, self.gpu.memory_bytes_per_s))
 
+    def mixed_bends(self, heads: int, kv_heads: int) -> tuple[float, ...]:
+        """Batches at which `mixed_attention_s` bends, for grids to have a knot there.
+
+        That is where the tiles of all heads fill the multiprocessors, those of a group, or one.
+        """
+        if self.gpu.mixed is None or self.fp8_kv:
+            return ()
+        sms = self.gpu.num_sms
+        return sms / heads, sms * kv_heads / heads, float(sms)
+
     def empty_tiles_s(self, heads: int) -> float:
         """Seconds that each decode adds to a call for each token of the longest chunk beside it."""
         fit = None if self.fp8_kv else self.gpu.mixed

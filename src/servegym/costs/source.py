@@ -109,6 +109,10 @@ class CostSource(Protocol):
         """Seconds of such decodes in a step that also prefills, no launch."""
         ...
 
+    def mixed_bends(self, heads: int, kv_heads: int) -> tuple[float, ...]:
+        """Batches at which `mixed_attention_s` bends, for grids to have a knot there."""
+        return ()
+
     def latent_prefill_s(self, chunk: float, context: float, shape: LatentHeads) -> float:
         """Seconds of new tokens with latent attention (MLA), launch and expansion included."""
         ...

@@ -499,7 +499,11 @@ class StepCost:
         c = _knots(prefill, chunks, beside, NUM_CHUNK_KNOTS)
         h = _knots(prefill.T, contexts, beside.T, NUM_CONTEXT_KNOTS)
 
-        batches = np.unique(np.round(np.geomspace(1, 1024, 40)))
+        bends: tuple[float, ...] = ()
+        if not self.model.latent_dim:
+            bends = self.operators.mixed_bends(self._heads, self._kv_heads)
+        batches = np.concatenate((np.geomspace(1, 1024, 40), np.clip(bends, 1, 1024)))
+        batches = np.unique(np.round(batches))
         kv = np.geomspace(1, 4.0e6, 73)
         decode, mixed = (
             np.array([[self._decode_s(b, k, mixed=beside) for k in kv] for b in batches])
