@@ -18,7 +18,7 @@ import yaml
 from servegym.baselines.registry import names
 from servegym.cli import COMMANDS, main
 from servegym.commands.train import Train
-from servegym.scenario import scenario_names
+from servegym.scenario import load_scenario, scenario_names
 
 SCENARIO = {
     "name": "tiny",
@@ -171,6 +171,8 @@ def test_help_explains_an_option(capsys, name, words):
         (["simulate", "--seeds", "many"], "--seeds.*'many'"),
         (["simulate", "--load", "1,5"], "--load.*'1,5'"),
         (["simulate", "--seeds"], "--seeds"),
+        (["simulate", *TINY, "--load", "1", "--load=2"], "--load is given 2 times: give it once"),
+        (["evaluate", "--num_requests", "9", "--num-requests", "8"], "--num-requests is given 2"),
         (["simulate", "--scenario", "mixd-chat"], "unknown scenario.*did you mean mixed-chat"),
         (["simulate", "--scenario", "none.yaml"], "no scenario file at none.yaml"),
         (["simulate", "--scenario", "broken.yaml"], "broken.yaml.*not YAML"),
@@ -229,6 +231,11 @@ def test_help_explains_an_option(capsys, name, words):
         ([*SHORT_TRAIN, "--imitate", "mct-oracle"], "cannot imitate mct-oracle"),
         ([*SHORT_TRAIN, "--imitate", "what-iff"], "unknown policy.*did you mean what-if"),
         (["train", "--scenario", "none.yaml"], "no scenario file at none.yaml"),
+        (["train", "--rate-rps", "3"], "--rate-rps is for a trace, and none is given"),
+        (["train", "--scenario", "text-to-sql", "--too-long", "cut"], "--too-long is for scenario"),
+        ([*SHORT_TRAIN, "--trace", "long.csv"], "long.csv, line 3: .* 1 of 2 requests do, by"),
+        (["demo", "--too-long", "cut"], "--too-long is for a trace, and none is given"),
+        (["demo", "--trace", "none.csv"], "no trace at none.csv"),
         (["train", "--decisions", "10"], "total_decisions must be at least"),
         ([*SHORT_TRAIN, "--num-envs", "6"], r"num_envs \(6\) must be a multiple of group_size"),
         ([*SHORT_TRAIN, "--num-envs", "0"], "num_envs.* must be at least 1"),
@@ -378,6 +385,15 @@ def test_runs_of_different_scenarios_have_different_folders_by_default():
     assert folder(scenario="tiny.yaml") == "runs/ppo-tiny"
     assert folder(scenario="tiny.yaml", trace="logs/monday.csv") == "runs/ppo-tiny-monday"
     assert folder(out=Path("mine")) == "mine"
+
+
+def test_train_takes_the_options_of_a_trace(place, capsys):
+    folder = place / "cut"
+    path = Train(scenario="tiny.yaml", trace="long.csv", too_long="cut").chosen_file(folder)
+    assert "1 of 2 requests" in capsys.readouterr().out
+    assert path == str(folder / "scenario.yaml")
+    workload = load_scenario(path).played_workload
+    assert (workload.too_long, workload.path) == ("cut", str(place / "long.csv"))
 
 
 def test_trace_of_another_run_is_refused_and_its_scenario_kept(place, refused):

@@ -109,6 +109,7 @@ def _close_output() -> None:
 def _parse(words: list[str]) -> Command:
     if words and not words[0].startswith("-") and words[0] not in COMMANDS:
         raise ServeGymError(unknown_name("command", words[0], COMMANDS))
+    _refuse_repeated(words)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -120,6 +121,14 @@ def _parse(words: list[str]) -> Command:
             raise
         help_of = f"servegym {words[0]}" if words and words[0] in COMMANDS else "servegym"
         raise ServeGymError(f"{_sentence(said.getvalue())}; see {help_of} --help") from None
+
+
+def _refuse_repeated(words: list[str]) -> None:
+    """Refuse an option given twice: the parser takes the last, and the other is lost unseen."""
+    options = [word.split("=")[0].replace("_", "-") for word in words if word.startswith("--")]
+    for option in options:
+        if options.count(option) > 1:
+            raise ServeGymError(f"{option} is given {options.count(option)} times: give it once")
 
 
 def _sentence(box: str) -> str:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from servegym.cli import main
-from servegym.commands.workload import trace_scenario
+from servegym.commands.train import Train
 from servegym.scenario import load_scenario
 
 from .live import SCENARIO
@@ -90,7 +90,7 @@ def test_the_log_is_a_workload_for_evaluate(exact, live_yaml, capsys):
 
 
 def test_the_log_is_a_workload_for_train(exact, live_yaml, tmp_path):
-    path = trace_scenario(live_yaml, str(exact), None, tmp_path / "run")
+    path = Train(scenario=live_yaml, trace=str(exact)).chosen_file(tmp_path / "run")
     made = load_scenario(path)
     assert made.workload.path == str(exact)
     assert made.fleet == load_scenario(live_yaml).fleet

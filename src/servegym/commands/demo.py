@@ -8,7 +8,7 @@ from pathlib import Path
 from servegym.commands.console import make_console, print_remarks
 from servegym.commands.evaluate import evaluated, publish
 from servegym.commands.train import require_torch, trained
-from servegym.commands.workload import chosen_scenario
+from servegym.commands.workload import Played, chosen_scenario
 from servegym.evaluate.document import write_json
 from servegym.evaluate.report import write_report
 from servegym.evaluate.table import comparison_table
@@ -33,13 +33,13 @@ RULES = (
 
 
 @dataclass(frozen=True)
-class Demo:
+class Demo(Played):
     """Train PPO briefly, compare it with the rules on held-out requests, export and reload it."""
 
+    scenario: str = "slo-chat"
+    """Bundled scenario name or YAML file; gives the fleet."""
     trace: str | None = None
     """Evaluate on this trace too, instead of the bundled synthetic one."""
-    scenario: str = "slo-chat"
-    """Bundled scenario name or YAML file."""
     minutes: float = 2.0
     """Training time."""
     seeds: int = 5
@@ -51,6 +51,9 @@ class Demo:
         """Do it all."""
         require_torch()
         console = make_console()
+        traced = self.chosen()  # what is wrong with a trace is said before minutes are spent
+        if self.trace is None:
+            traced = chosen_scenario("azure-conv-fit")
         console.rule("1. train")
         console.print(f"PPO on {self.scenario} for {self.minutes:g} minutes")
         path = trained(
@@ -69,11 +72,6 @@ class Demo:
         result = evaluated(scenario, policies, (0.8, 1.0, 1.2), self.seeds)
         publish(result, self.out / "results.json", self.out / "report.html")
         console.rule("4. evaluate on " + (self.trace or "the bundled synthetic trace"))
-        traced = (
-            chosen_scenario(self.scenario, self.trace)
-            if self.trace
-            else chosen_scenario("azure-conv-fit")
-        )
         on_trace = evaluated(traced, policies, (1.0,), self.seeds)
         print_remarks(console, on_trace.notes)
         console.print(comparison_table(on_trace, 1.0, console.width))

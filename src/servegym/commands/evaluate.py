@@ -58,6 +58,9 @@ _PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 class Evaluate(Played):
     """Compare policies on the same requests: a table, JSON and a report page."""
 
+    scenario: str = "mixed-chat"
+    """Bundled scenario name or YAML file; gives the fleet. Also `taillard`: gaps of schedulers to
+    the best known on 50 job shops."""
     policies: tuple[str, ...] = DEFAULT_POLICIES
     """Rules (see `servegym policies`) and exported policy.onnx files; for jobs those of
     docs/workflow-online.md, for one engine those of docs/preemption.md and ordering.npz files.

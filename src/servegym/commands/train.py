@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,7 +10,7 @@ from servegym.commands.console import make_console
 from servegym.commands.sitting import sitting
 from servegym.commands.train_ordering import train_order
 from servegym.commands.train_workflow import JOB_SHOP, train_scheduler
-from servegym.commands.workload import trace_scenario
+from servegym.commands.workload import TRACE_OPTIONS, Played
 from servegym.errors import ConfigError
 from servegym.scenario import load_scenario
 from servegym.workflow_scenario import is_workflow_scenario
@@ -32,7 +32,7 @@ def require_torch() -> None:
 
 
 @dataclass(frozen=True)
-class Train:
+class Train(Played):
     """Train a PPO dispatcher and export it; a killed run goes on where its checkpoint is.
 
     For jobs, a scheduler; for one engine that goes by priorities, the order of its requests.
@@ -40,10 +40,6 @@ class Train:
 
     scenario: str = "mixed-chat"
     """Bundled scenario name or YAML file, of requests, of one engine or of jobs, or `job-shop`."""
-    trace: str | None = None
-    """Train on this trace, or log of a router, instead of the scenario's workload."""
-    rate_rps: float | None = None
-    """Rate of the trace at load 1; by default 80 % of what the fleet can bear."""
     out: Path | None = None
     """Folder of the run: config.json, tensorboard/, checkpoint.pt, policy/. By default
     runs/KIND-SCENARIO, such as runs/ppo-mixed-chat. A folder is gone on with under the same
@@ -84,11 +80,9 @@ class Train:
                     f"--{option.replace('_', '-')} is for scenarios of jobs, and {self.scenario}"
                     " is one of requests: leave it out"
                 )
-        scenario = self.scenario
-        orders = load_scenario(scenario).orders_requests
+        orders = load_scenario(self.scenario).orders_requests
         out = self._folder("order" if orders else "ppo")
-        if self.trace:
-            scenario = trace_scenario(scenario, self.trace, self.rate_rps, out)
+        scenario = self.chosen_file(out)
         if orders:
             self._train_order(scenario, out)
             return
@@ -114,24 +108,19 @@ class Train:
         parts = [kind, Path(self.scenario).stem, *([Path(self.trace).stem] if self.trace else [])]
         return Path("runs") / "-".join(parts)
 
-    def _refuse(self, options: tuple[str, ...], why: str) -> None:
-        """Refuse options that mean nothing here."""
-        usual = {f.name: f.default for f in fields(self)}
-        for option in options:
-            if getattr(self, option) != usual[option]:
-                raise ConfigError(f"--{option.replace('_', '-')} is for {why}: leave it out")
-
     def _train_order(self, scenario: str, out: Path) -> None:
         options = ("decisions", "base", "imitate", "context", "num_envs", "device")
-        self._refuse(options, f"scenarios of several replicas, and {self.scenario} has one engine")
+        why = f"is for scenarios of several replicas, and {self.scenario} has one engine"
+        self.refuse(options, why)
         path = train_order(
             out, minutes=self.minutes, scenario=scenario, load=self.load, seed=self.seed
         )
         make_console().print(f"order: {path}\ntensorboard --logdir {out}")
 
     def _train_scheduler(self) -> None:
-        options = ("trace", "rate_rps", "decisions", "imitate", "context", "num_envs", "device")
-        self._refuse(options, f"scenarios of requests, and {self.scenario} is one of jobs")
+        options = (*TRACE_OPTIONS, "decisions", "imitate", "context", "num_envs", "device")
+        why = f"is for scenarios of requests, and {self.scenario} is one of jobs"
+        self.refuse(("trace", *options), why)
         given = {} if self.num_jobs is None else {"num_jobs": self.num_jobs}
         out = self._folder("jobs")
         path = train_scheduler(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,7 @@ class Played:
     """What is played: a scenario, or its fleet with a trace."""
 
     scenario: str = "mixed-chat"
-    """Bundled scenario name or YAML file; gives the fleet. For `evaluate` also `taillard`: gaps of
-    schedulers to the best known on 50 job shops."""
+    """Bundled scenario name or YAML file; gives the fleet."""
     trace: str | None = None
     """Replay this trace instead of the scenario's workload."""
     on_bad_row: OnBadRow = "error"
@@ -60,6 +59,26 @@ class Played:
             return chosen_scenario(self.scenario)
         options = {name: getattr(self, name) for name in TRACE_OPTIONS}
         return chosen_scenario(self.scenario, self.trace, **options)
+
+    def chosen_file(self, folder: Path) -> str:
+        """As `chosen`, with a trace as a scenario file in a folder; return its name or path.
+
+        A trained policy is exported and judged on the scenario it was trained on: that must be a
+        file, which names the trace wherever a command is started.
+        """
+        if self.trace is None:
+            self.chosen()
+            return self.scenario
+        chosen = replace(self, trace=str(Path(self.trace).resolve())).chosen()
+        path = folder / "scenario.yaml"
+        text = yaml.safe_dump(chosen.model_dump(mode="json", exclude_none=True), sort_keys=False)
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            raise ConfigError(
+                f"{path} is another scenario than {self.scenario} with {self.trace}: "
+                "give another --out"
+            )
+        write_whole({path: text.encode()})
+        return str(path)
 
     def refuse(self, options: Sequence[str], why: str) -> None:
         """Refuse options that were given and mean nothing here.
@@ -89,19 +108,3 @@ def chosen_scenario(scenario: str, trace: str | None = None, **options: Any) -> 
         read = played.read()
         print_remarks(make_console(), [read.headline(), *read.remarks()])
     return chosen
-
-
-def trace_scenario(scenario: str, trace: str, rate_rps: float | None, folder: Path) -> str:
-    """Write a scenario with its workload replaced by a trace into a folder; return its path.
-
-    A trained policy is exported and judged on the scenario it was trained on: it must be a file.
-    """
-    chosen = chosen_scenario(scenario, str(Path(trace).resolve()), rate_rps=rate_rps)
-    path = folder / "scenario.yaml"
-    text = yaml.safe_dump(chosen.model_dump(mode="json", exclude_none=True), sort_keys=False)
-    if path.exists() and path.read_text(encoding="utf-8") != text:
-        raise ConfigError(
-            f"{path} is another scenario than {scenario} with {trace}: give another --out"
-        )
-    write_whole({path: text.encode()})
-    return str(path)

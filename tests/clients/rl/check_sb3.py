@@ -20,18 +20,13 @@ from stable_baselines3.common.vec_env import (
     VecVideoRecorder,
 )
 
-from servegym.envs.sb3 import DispatchVecEnv, PreemptionVecEnv, WorkflowVecEnv
+from servegym.envs.sb3 import make_vec
 
-NATIVE = {
-    "Dispatch": DispatchVecEnv,
-    "Preemption": PreemptionVecEnv,
-    "Workflow": WorkflowVecEnv,
-}
 QUIET = {"seed": 0, "device": "cpu"}
 
 
 def native(one, num_envs, **settings):
-    return NATIVE[one.env_id.split("/")[1].split("-")[0]](num_envs, **one.settings, **settings)
+    return make_vec(one.env_id, num_envs, **one.settings, **settings)
 
 
 @pytest.mark.parametrize("settings", [{}, {"flat": True}, {"normalise": True}])
