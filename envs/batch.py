@@ -305,7 +305,7 @@ class Batch(ABC):
         ended = active & (self.done | self.truncated)
         if self._reported:
             self.metrics[:] = 0.0
-        self._reported = np.count_nonzero(ended) > 0
+        self._reported = bool(np.count_nonzero(ended))
         if self._reported:
             for env in np.flatnonzero(ended).tolist():
                 self.metrics[:, env] = self.summary(env)
