@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from servegym.commands.sitting import sitting
 from servegym.export.ordering import save_ordering
-from servegym.train.ordering import OrderingTrainer, OrderingTraining, Trained
+
+if TYPE_CHECKING:
+    from servegym.train.ordering import OrderingTraining, Trained
 
 #: Where a run stops that was given no time.
 DEFAULT_MINUTES = 10.0
@@ -18,6 +20,8 @@ DEFAULT_MINUTES = 10.0
 
 def train_order(out: Path, *, minutes: float, **settings: Any) -> Path:
     """Train as `OrderingTraining` says and write `out/ordering.npz` with its manifest."""
+    from servegym.train.ordering import OrderingTrainer, OrderingTraining
+
     config = OrderingTraining(
         max_minutes=DEFAULT_MINUTES if minutes == float("inf") else minutes, **settings
     )
