@@ -78,3 +78,17 @@ def test_a_place_that_cannot_be_a_folder_is_refused_before_any_work(tmp_path, pl
         require_writable(tmp_path / place)
     require_writable(tmp_path / "later" / "deep")
     assert [x.name for x in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_figure_is_written_whole_in_the_format_of_its_ending(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from servegym.evaluate.plots import pyplot, save_figure
+
+    path = tmp_path / "chart.svg"
+    save_figure(pyplot().figure(), path)
+    before = path.read_bytes()
+    assert b"<svg" in before
+    fail_at(monkeypatch, "fsync", 1, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(OutputError, match=r"chart.svg cannot be written \(no space left"):
+        save_figure(pyplot().figure(), path)
+    assert path.read_bytes() == before

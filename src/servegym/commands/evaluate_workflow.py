@@ -86,16 +86,14 @@ def evaluate_jobs(
 
 def _draw(result: WorkflowEvaluation, path: Path) -> None:
     """Draw what the devices do under a learned policy, the best rule and the worst policy."""
-    from servegym.evaluate.plots import pyplot
+    from servegym.evaluate.plots import save_figure
     from servegym.evaluate.workflow_gantt import draw_episodes
 
     top = result.loads[-1]
     worst = result.ranking(top)[-1][0]
     names = dict.fromkeys([*result.learned[:1], result.best_heuristic(top), worst])
     figure = draw_episodes(result, top, list(names))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    pyplot().close(figure)
+    save_figure(figure, path)
 
 
 def resolve_online(

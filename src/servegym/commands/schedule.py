@@ -18,7 +18,7 @@ from servegym.baselines.workflow.registry import EXACT_RULES, WorkflowRule, work
 from servegym.commands.console import make_console, print_remarks, require_writable
 from servegym.commands.schedule_benchmark import Benchmark, run_benchmark
 from servegym.errors import ConfigError
-from servegym.evaluate.plots import PALETTE, pyplot
+from servegym.evaluate.plots import PALETTE, pyplot, save_figure
 from servegym.whole_files import write_whole
 from servegym.workflow.bounds import critical_path_s, lower_bound_s
 from servegym.workflow.gantt_page import gantt_page
@@ -216,8 +216,7 @@ def draw_schedules(schedules: dict[str, Schedule], path: Path) -> None:
         axis.set_title(f"{name}, {schedule.makespan_s:.6g} s", loc="left", fontsize=10)
     axes[-1, 0].set_xlabel("s")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def _due_date_cells(schedule: Schedule) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from servegym.cluster.outcome import latencies
 from servegym.errors import ConfigError
 from servegym.evaluate.harness import Evaluation
+from servegym.whole_files import write_whole
 
 #: Okabe-Ito: distinguishable with every kind of colour vision.
 PALETTE = (
@@ -47,6 +49,18 @@ def pyplot() -> Any:
         }
     )
     return plt
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure in the format of the file's ending, whole or not at all.
+
+    Raises:
+        OutputError: If the file cannot be written.
+    """
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix.removeprefix("."), dpi=110)
+    pyplot().close(figure)
+    write_whole({path: buffer.getvalue()})
 
 
 def as_image(figure: Any, alt: str) -> str:

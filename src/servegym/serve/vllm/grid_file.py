@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import numpy as np
 
 from servegym.costs.grid import CostGrid
 from servegym.errors import ConfigError
+from servegym.whole_files import write_whole
 
 
 def save_grid(grid: CostGrid, path: Path) -> None:
     """Write a step cost as `.npz`."""
-    with path.open("wb") as file:
-        np.savez(file, **asdict(grid))
+    content = io.BytesIO()
+    np.savez(content, **asdict(grid))
+    write_whole({path: content.getvalue()})
 
 
 def load_grid(path: Path) -> CostGrid:
