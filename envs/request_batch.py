@@ -69,14 +69,16 @@ class RequestBatch(Batch):
 
     def _arrivals(self) -> tuple[IntArray, IntArray]:
         env = self.simulator.state.env
-        return env["next_arrival"], env["num_requests"]
+        return env["num_arrived"], env["num_requests"]
 
     def summary(self, env: int) -> tuple[float, ...]:
         """Latencies and goodput of an episode that has ended, as `evaluate.metrics` has them.
 
-        Requests of the warm-up do not count, nor those that had not ended at a truncation.
+        The first to arrive, in the warm-up, do not count, nor those that had not ended at a
+        truncation.
         """
-        done = self.simulator.outcomes(env)[self.warmup :]
+        done = self.simulator.outcomes(env)
+        done = done[np.argsort(done["arrival_s"], kind="stable")][self.warmup :]
         done = done[np.isfinite(done["finish_s"])]
         if not len(done):
             return (0.0,) * 5

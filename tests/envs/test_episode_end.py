@@ -165,3 +165,24 @@ def test_episode_without_a_decision_for_the_agent_is_refused(make_scenario, sett
     env = DispatchEnv(make_scenario(), **settings)
     with pytest.raises(ConfigError, match="leaves the agent no decision with a warmup of"):
         env.reset(seed=0)
+
+
+def test_closed_loops_are_warmed_up_and_cut_by_what_has_arrived():
+    """Of chats most rows wait for others: the last that begins by itself is not the last."""
+    settings = {"scenario": "closed-chat", "num_requests": 60, "load": 0.02}
+    env = DispatchEnv(warmup=20, episode_end="last-arrival", **settings)
+    _, info = env.reset(seed=3)
+    steps, truncated = 0, False
+    while not truncated:
+        _, _, done, truncated, info = env.step(int(info["action_mask"].argmax()))
+        assert not done
+        steps += 1
+    assert steps == 60 - 20 - 1  # one decision a request; the last is the next episode's to judge
+    outcomes = env.batch.simulator.outcomes(0)
+    assert np.isfinite(outcomes["arrival_s"]).all()
+    began_s = np.sort(outcomes["arrival_s"])[20]
+    counted = outcomes[(outcomes["arrival_s"] >= began_s) & np.isfinite(outcomes["finish_s"])]
+    want = (counted["finish_s"] - counted["arrival_s"]).mean()
+    assert info["episode_metrics"]["mean_e2e_s"] == pytest.approx(want, rel=1e-12)
+    table = env.batch.simulator.episodes[0].table
+    assert (table.after >= 0).sum() > 20
