@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, cast, get_args
@@ -18,6 +19,9 @@ By = Literal["session", "prefix"]
 #: when that ended, and this share of the time between: clocks of the wall are set at times.
 _SAME_END_S = 1.0
 _SAME_END_SHARE = 1e-3
+#: Rows of one name that end before or after then, and are looked at.
+_NEAR = 4
+_FAR_S = 1e18  # integers of JSON have no end
 
 
 class Followed(NamedTuple):
@@ -80,10 +84,10 @@ def parse_followed(where: str, value: object) -> Followed | None:
         return None
     if isinstance(value, dict):
         key, delay_s, by = value.get("key"), value.get("delay_s"), value.get("by")
-        seconds = math.nan
+        seconds = -1.0
         if isinstance(delay_s, int | float) and not isinstance(delay_s, bool):
-            seconds = float(delay_s)
-        if isinstance(key, str) and 0.0 <= seconds < math.inf and by in get_args(By):
+            seconds = float(delay_s) if 0 <= delay_s < _FAR_S else -1.0
+        if isinstance(key, str) and seconds >= 0.0 and by in ("session", "prefix"):
             return Followed(key, seconds, cast("By", by))
     raise WorkloadError(
         f"{where}, column follows: {value!r} must be null, or have key, delay_s from 0 and by,"
@@ -108,10 +112,12 @@ def link(
         end_s: Likewise, NaN of rows that have not finished, `float64[n]`.
         followed: By each.
     """
-    named: dict[str, list[int]] = {one.key: [] for one in followed if one is not None}
-    for i, key in enumerate(keys):
-        if key in named:
-            named[key].append(i)
+    named: dict[str, list[tuple[float, int]]] = {one.key: [] for one in followed if one}
+    for i, (key, time_s) in enumerate(zip(keys, end_s.tolist(), strict=True)):
+        if key in named and time_s >= 0.0:
+            named[key].append((time_s, i))
+    for ends in named.values():
+        ends.sort()
     after = np.full(len(keys), BY_ITSELF, np.int32)
     delay_s = np.zeros(len(keys))
     num_by: dict[By, int] = dict.fromkeys(get_args(By), 0)
@@ -120,9 +126,12 @@ def link(
         if one is None:
             continue
         delay_s[i] = one.delay_s
-        then_s = arrival_s[i] - one.delay_s
+        then_s = float(arrival_s[i]) - one.delay_s
+        ends = named[one.key]
+        at = bisect.bisect(ends, (then_s, i))
+        near = ends[max(0, at - _NEAR) : at + _NEAR]
         away_s, place = min(
-            ((abs(end_s[j] - then_s), j) for j in named[one.key] if j < i and end_s[j] >= 0.0),
+            ((abs(time_s - then_s), j) for time_s, j in near if j < i),
             default=(math.inf, BY_ITSELF),
         )
         passed_s = arrival_s[i] - arrival_s[place]
