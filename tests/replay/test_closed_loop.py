@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from servegym.cli import main
+from servegym.commands.workload import trace_scenario
 from servegym.errors import ConfigError
 from servegym.replay.counterfactual import Arrivals, counterfactuals
 from servegym.replay.fleet import scenario_fleet
 from servegym.replay.forced import Factors, Forced
 from servegym.replay.log import read_log
+from servegym.scenario import load_scenario
 from servegym.workloads.readers import read_trace
 
 from .live import SESSIONS, play_live, scenario
@@ -116,6 +118,18 @@ def test_the_log_is_a_closed_loop_for_evaluate(folder, log, tmp_path, capsys):
     assert "of 200 requests wait for the answers they followed" in said
     main([*words, "--num-requests", "100", "--no-wait-for-answers"])
     assert "wait for" not in capsys.readouterr().out
+
+
+def test_the_log_is_a_closed_loop_for_train(folder, tmp_path):
+    fleet = tmp_path / "live.yaml"
+    fleet.write_text(SESSIONS)
+    path = trace_scenario(str(fleet), str(folder), None, tmp_path / "run")
+    table = load_scenario(path).episode(0, num_requests=100).table
+    assert table.num_waiting > 50
+    text = (tmp_path / "run" / "scenario.yaml").read_text()
+    opened = tmp_path / "open.yaml"
+    opened.write_text(text.replace("wait_for_answers: true", "wait_for_answers: false"))
+    assert load_scenario(str(opened)).episode(0, num_requests=100).table.num_waiting == 0
 
 
 def follow(key, at_s, of, delay_s, **changes):
