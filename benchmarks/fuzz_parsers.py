@@ -120,6 +120,12 @@ _LOG = (
     b'{"key": "a", "arrival_s": 1.0, "prompt_tokens": 5, "output_tokens": 3, "slo_class": 0,'
     b' "tenant": 1, "hash_ids": [18446744073709551615], "status": "finished", "replica": 0}\n'
 )
+_FOLLOWED = (
+    b'{"key": "b", "arrival_s": 1.5, "prompt_tokens": 5, "output_tokens": 3, "status": "finished",'
+    b' "e2e_s": 2.5, "follows": null, "decisions": []}\n'
+    b'{"key": "c", "arrival_s": 5.0, "prompt_tokens": 5, "output_tokens": 3, "status": "failed",'
+    b' "e2e_s": 1, "follows": {"key": "b", "delay_s": 1.0, "by": "prefix"}, "decisions": []}\n'
+)
 _ROUTER = b"""replicas:
   - {name: a, url: "http://127.0.0.1:8000", rates: &r {prefill_tokens_per_s: 1, decode_step_s: 1}}
   - {name: b, url: "http://127.0.0.1:8001", rates: *r}
@@ -250,7 +256,10 @@ TARGETS: Mapping[str, Target] = {
     ),
     "yaml": Target(_yaml, (_ROUTER,), (b"- ", b"{", b"}", b"a: ", b"&a ", b"*a", b"<<: "), 0.03),
     "trace-jsonl": Target(
-        _trace(".jsonl"), (_MOONCAKE, _LOG), (b'"hash_ids":', b'"timestamp":', *_JSON), 0.1
+        _trace(".jsonl"),
+        (_MOONCAKE, _LOG, _FOLLOWED),
+        (b'"hash_ids":', b'"timestamp":', *_JSON),
+        0.1,
     ),
     "trace-csv": Target(
         _trace(".csv"), (_AZURE,), (b",", b'"', b"2023-11-16", b"TIMESTAMP", b"1,234"), 0.1

@@ -12,10 +12,12 @@ Run with:
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +41,12 @@ SIMULATOR = {
     "simulator-64": ("bench", 64, 16_000),
     "simulator-512": ("bench", 512, 32_000),
     "simulator-mixed-chat": ("mixed-chat", 0, 2_048),
+}
+
+#: Tokens of the last prompt of a conversation of four turns, and conversations of a slice.
+DISPATCHER = {
+    "dispatcher-log-1k": (1_000, 100),
+    "dispatcher-log-32k": (32_000, 10),
 }
 
 
@@ -114,9 +122,43 @@ def simulator(name: str) -> Callable[[], None]:
     return work
 
 
+def dispatcher(name: str) -> Callable[[], None]:
+    """Make a slice of a router's work without its network: requests from arrival to log."""
+    from servegym.serve.decision_log import DecisionLogConfig
+    from servegym.serve.dispatcher import DispatchConfig, Dispatcher
+    from servegym.serve.facts import Rates, fleet_facts
+    from servegym.serve.runtime import RuntimeConfig
+
+    tokens, conversations = DISPATCHER[name]
+    folder = tempfile.mkdtemp()
+    config = DispatchConfig(
+        runtime=RuntimeConfig(policy="added-delay"),
+        log=DecisionLogConfig(folder=Path(folder), max_file_rows=2_000, max_files=2),
+        seed=0,
+    )
+    rates = [Rates(prefill_tokens_per_s=2e4, decode_step_s=0.01, kv_capacity_tokens=500_000)] * 8
+    made = Dispatcher(config, [str(r) for r in range(8)], fleet_facts(rates))
+    turn = "and then the whale said to the captain that it had seen the ship. " * (tokens // 66)
+    number = itertools.count()
+
+    def work() -> None:
+        for _ in range(conversations):
+            text = f"conversation {next(number)}, "
+            for _ in range(4):
+                text += turn
+                job = made.arrive(text, key="k", max_tokens=100)
+                made.decide(job)
+                made.first_token(job)
+                made.tokens(job, 100)
+                made.finish(job, 100)
+
+    return work
+
+
 def serve(name: str) -> None:
     """Do a slice of work for every line read, and answer with its CPU time, nanoseconds."""
-    work = (environment if name in ENVIRONMENTS else simulator)(name)
+    makers = ((ENVIRONMENTS, environment), (SIMULATOR, simulator), (DISPATCHER, dispatcher))
+    work = next(make for names, make in makers if name in names)(name)
     for _ in range(3):
         work()
     print("ready", flush=True)
@@ -170,7 +212,7 @@ def compare(name: str, sources: tuple[Path, Path], pairs: int) -> dict[str, floa
 
 def main() -> None:
     """Compare all, or some, and print a table."""
-    names = [*ENVIRONMENTS, *SIMULATOR]
+    names = [*ENVIRONMENTS, *SIMULATOR, *DISPATCHER]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("before", nargs="?", type=Path, help="the other checkout")
     parser.add_argument("--only", nargs="+", choices=names, default=names)

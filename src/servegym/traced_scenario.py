@@ -26,6 +26,7 @@ def with_trace(
     hash_block_tokens: int | None = None,
     max_context_tokens: int = MAX_CONTEXT_TOKENS,
     too_long: TooLong = "error",
+    wait_for_answers: bool = True,
 ) -> Scenario:
     """Replace a scenario's workload by a trace.
 
@@ -40,6 +41,7 @@ def with_trace(
         hash_block_tokens: Tokens of a prefix hash, likewise.
         max_context_tokens: Longest prompt and output together; at most what a replica can take.
         too_long: Refuse the file at a longer request, or cut it or leave it out.
+        wait_for_answers: Whether requests of a router's log wait for those that they followed.
 
     Raises:
         ConfigError: If `rate_rps`, `hash_block_tokens` or `max_context_tokens` is impossible.
@@ -58,6 +60,7 @@ def with_trace(
         hash_block_tokens=hash_block_tokens,
         max_context_tokens=max_context_tokens,
         too_long=too_long,
+        wait_for_answers=wait_for_answers,
     )
     name = f"{scenario.name} + {Path(path).name}"
     episode = scenario.episode(0, num_requests=1)

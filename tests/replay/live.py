@@ -38,6 +38,11 @@ slo_classes:
   - {name: chat, ttft_s: 1.0, tpot_s: 0.05, share: 0.7}
   - {name: batch, ttft_s: 10.0, tpot_s: 0.2, share: 0.3}
 """
+#: The same fleet for users who wait for their answers and think; caches are off, as the log's
+#: hashes are too coarse to reproduce them.
+SESSIONS = SCENARIO.replace(
+    "  prompt:", "  sessions: {mean_turns: 5, think_s: 2, wait_for_answers: true}\n  prompt:"
+).replace("fleet:", "engine: {prefix_caching: false}\nfleet:")
 NAMES = ("a100-0", "a100-1", "l40s-0")
 Distort = Callable[[ReplicaType], ReplicaType]
 
@@ -138,7 +143,13 @@ def play_live(
             told = EngineMetrics(float(there["num_running"]), float(there["num_waiting"]), 0.1)
             dispatcher.update_metrics(r, told, at_s)
         prompt = Prompt(int(table.prompt_tokens[i]), np.zeros(0, np.uint64), 16)
-        jobs[i] = dispatcher.arrive(prompt, key=str(i), slo_class=int(table.slo_class[i]))
+        session = int(table.session[i])
+        jobs[i] = dispatcher.arrive(
+            prompt,
+            key=str(i),
+            slo_class=int(table.slo_class[i]),
+            session=None if session < 0 else str(session),
+        )
         jobs[i].wall_s = 1.7e9 + at_s  # the wall clock goes with the simulated one
         simulator.apply(np.array([dispatcher.decide(jobs[i]).action]))
     tell(float("inf"))

@@ -105,6 +105,7 @@ def test_a_torn_last_line_is_named_and_can_be_skipped(tmp_path):
         ({"prompt_tokens": 0}, "whole number from 1"),
         ({"decisions": [{"action": "0"}]}, "each with action and after_s"),
         ({"hash_ids": ["x"]}, "hash_ids"),
+        ({"follows": "a"}, "column follows: 'a' must be null, or have key"),
     ],
 )
 def test_an_impossible_row_is_named(tmp_path, changes, words):
@@ -156,17 +157,22 @@ def test_every_way_to_end_is_counted(tmp_path):
             row(status="cancelled", output_tokens=50, e2e_s=1.0),
             row(status="failed", decisions=again[:1], **gone),
             row(ttft_s=1.5),
+            row(key="f", arrival_s=1.7e9 + 5, follows={"key": "a", "delay_s": 3.5, "by": "prefix"}),
+            row(arrival_s=1.7e9 + 6, follows={"key": "z", "delay_s": 1.0, "by": "session"}),
         )
     )
     assert log.counts() == {
-        "requests": 7,
-        "finished": 4,
+        "requests": 9,
+        "finished": 6,
         "rejected": 1,
         "cancelled": 1,
         "failed": 1,
         "retried": 1,
         "held": 1,
         "not_streamed": 1,
+        "following_by_session": 0,
+        "following_by_prefix": 1,
+        "without_predecessor": 1,
         "bad_rows": 0,
     }
     assert log.dispatch_s[1] == 0.2

@@ -150,6 +150,60 @@ def test_rows_say_who_decided_and_why(tmp_path, monkeypatch):
     assert rows[2]["ttft_s"] is None
 
 
+def follow(dispatcher: Dispatcher, clock: Clock, monkeypatch) -> None:
+    """A session whose second request is retried, fails, and is sent again; then one by prompt."""
+    wall = 1.7e9 - clock.now_s
+    monkeypatch.setattr("servegym.serve.dispatcher.time.time", lambda: wall + clock.now_s)
+
+    def arrive(key, prompt, **more):
+        job = dispatcher.arrive(prompt, key=key, **more)
+        dispatcher.decide(job)
+        clock.now_s += 0.5
+        dispatcher.first_token(job)
+        return job
+
+    dispatcher.finish(arrive("one", "x", session="s"), 5)  # ends at 100.5
+    clock.now_s += 2.0
+    failed = arrive("two", "x", session="s")
+    dispatcher.decide(failed)
+    dispatcher.end(failed, "failed")
+    clock.now_s += 0.5
+    again = arrive("three", "x", session="s")
+    dispatcher.answered(again)  # at 104; the books are closed later
+    clock.now_s += 0.25
+    beside = arrive("four", "x", session="s")
+    dispatcher.finish(again, 5)
+    dispatcher.end(beside, "cancelled")
+    dispatcher.finish(arrive("five", list(range(100))), 5)
+    clock.now_s += 1.5
+    dispatcher.finish(arrive("six", list(range(150))), 5)
+    dispatcher.close()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_rows_say_what_they_follow(tmp_path, monkeypatch, kind):
+    dispatcher, clock = make(tmp_path, format=kind)
+    follow(dispatcher, clock, monkeypatch)
+    rows = {row["key"]: row["follows"] for row in read_rows(tmp_path)}
+    assert rows == {
+        "one": None,
+        "two": {"key": "one", "delay_s": 2.0, "by": "session"},
+        "three": {"key": "one", "delay_s": 3.0, "by": "session"},
+        "four": {"key": "three", "delay_s": 0.25, "by": "session"},
+        "five": None,
+        "six": {"key": "five", "delay_s": 1.5, "by": "prefix"},
+    }
+    table = read_trace(tmp_path).table
+    assert table.after.tolist() == [-1, 0, 0, 2, -1, 4]
+    assert table.delay_s.tolist() == [0.0, 2.0, 3.0, 0.25, 0.0, 1.5]
+
+
+def test_nothing_is_remembered_where_that_is_asked_for(tmp_path, monkeypatch):
+    dispatcher, clock = make(tmp_path, max_ends=0)
+    follow(dispatcher, clock, monkeypatch)
+    assert all(row["follows"] is None for row in read_rows(tmp_path))
+
+
 def test_files_rotate_and_the_oldest_go(tmp_path):
     log = DecisionLog(DecisionLogConfig(folder=tmp_path, max_file_rows=10, max_files=3))
     for i in range(95):

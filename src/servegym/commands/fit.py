@@ -35,6 +35,7 @@ class Fit:
             on_bad_row=self.on_bad_row,
             time_unit=self.time_unit,
             hash_block_tokens=self.hash_block_tokens,
+            wait_for_answers=False,  # a generator is fitted to the arrivals as they were
         )
         console = make_console()
         print_remarks(console, trace.remarks())

@@ -11,6 +11,7 @@ from rich.progress import Progress
 
 from servegym.commands.console import make_console, require_writable
 from servegym.errors import ConfigError
+from servegym.replay.counterfactual import Loop
 from servegym.replay.document import write_json
 from servegym.replay.drift import TOLERANCE, sentence
 from servegym.replay.fleet import Fleet, router_fleet, scenario_fleet
@@ -35,6 +36,9 @@ class Replay:
     """Instead, a scenario with the replicas in the router's order."""
     policies: tuple[str, ...] | None = None
     """Also simulate these policies; by default those that decided, where they can be found."""
+    loop: Loop | None = None
+    """Whether requests under policies wait for the answers they followed (`closed`) or come as
+    recorded (`open`); by default closed if the log says what followed what."""
     refit: Path | None = None
     """Write corrected costs into this folder, tested on the later part of the log."""
     tolerance: Annotated[float, tyro.conf.arg(metavar="SHARE")] = TOLERANCE
@@ -57,6 +61,7 @@ class Replay:
             result = replay(
                 log,
                 self.policies,
+                loop=self.loop,
                 tolerance=self.tolerance,
                 test=self.refit is not None,
                 progress=lambda text, share: bar.update(task, description=text, completed=share),

@@ -26,6 +26,7 @@ TRACE_OPTIONS = (
     "hash_block_tokens",
     "max_context_tokens",
     "too_long",
+    "wait_for_answers",
     "rate_rps",
 )
 
@@ -49,6 +50,9 @@ class Played:
     too_long: TooLong = "error"
     """Longer requests of the trace: `error` refuses the file, `cut` and `skip` shorten or leave
     them out and say how many."""
+    wait_for_answers: bool = True
+    """Requests of a router's log that says what followed what wait for the answers they followed;
+    without, all come as recorded."""
     rate_rps: float | None = None
     """Rate of the trace at load 1; by default 80 % of what the fleet can bear."""
 

@@ -137,8 +137,24 @@ def plan_requests(
         seeds,
         loads,
     )
-    notes = window_notes(scenario, len(found.seeds), num_requests)
+    notes = [
+        *window_notes(scenario, len(found.seeds), num_requests),
+        *cut_notes(scenario, found.seeds, num_requests),
+    ]
     return found._replace(notes=[*found.notes, *notes])
+
+
+def cut_notes(scenario: Scenario, seeds: Sequence[int], num_requests: int | None) -> list[str]:
+    """Say how many requests of a trace follow one that is before the window of their seed."""
+    workload = scenario.played_workload
+    if not isinstance(workload, TraceConfig) or not workload.whole().num_waiting:
+        return []
+    tables = [scenario.episode(seed, num_requests=num_requests).table for seed in seeds]
+    waiting, cut = sum(t.num_waiting for t in tables), sum(t.num_cut for t in tables)
+    return [
+        f"closed loop: {waiting:,} of {sum(map(len, tables)):,} requests wait for the answers they"
+        f" followed; {cut:,} whose predecessor is not in their seed's window come by themselves"
+    ]
 
 
 def window_notes(scenario: Scenario, num_seeds: int, num_requests: int | None) -> list[str]:

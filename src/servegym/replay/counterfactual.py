@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,10 @@ from servegym.replay.forced import CostWindows, Factors
 from servegym.replay.log import ReplayLog
 from servegym.serve.router.config import RouterConfig
 from servegym.typing import FloatArray, IntArray
+from servegym.workloads.table import RequestTable
 
+#: Whether requests wait for the answers they followed, or come when they came.
+Loop = Literal["closed", "open"]
 #: What the logged decisions are called among the policies.
 LOGGED = "as logged"
 _RESAMPLES = 500
@@ -48,6 +51,8 @@ class Counterfactual:
         slo_attainment: Share of requests within the limits of their class.
         agreement: Share of requests that it sends where the log did.
         ratio: To the logged decisions.
+        shift_s: How much later than recorded each request arrives, `float64[m]`; 0 in an open
+            loop.
     """
 
     policy: str
@@ -56,6 +61,60 @@ class Counterfactual:
     slo_attainment: float
     agreement: float
     ratio: Ratio
+    shift_s: FloatArray
+
+
+class Arrivals(NamedTuple):
+    """The requests that every policy meets.
+
+    Attributes:
+        rows: Of the log, `int64[m]`.
+        table: They; the first arrives at 0.
+        loop: Whether those that followed an answer wait for it.
+    """
+
+    rows: IntArray
+    table: RequestTable
+    loop: Loop
+
+    @classmethod
+    def of(cls, log: ReplayLog, loop: Loop | None = None) -> Arrivals:
+        """Take the requests of a log that were dispatched and fit a replica.
+
+        Args:
+            log: The log.
+            loop: `None`: closed if the log says what followed what.
+
+        Raises:
+            ConfigError: If the loop is to be closed and the log does not say.
+        """
+        known = log.links.num_waiting > 0
+        if loop == "closed" and not known:
+            raise ConfigError(
+                "the log does not say what followed what, so its loop cannot be closed: leave "
+                "--loop out, or give a log of a router with dispatch.log.max_ends above 0"
+            )
+        loop = loop or ("closed" if known else "open")
+        table = log.table if loop == "closed" else log.table.open_loop()
+        room = max(t.num_blocks for t in log.fleet.types) * log.fleet.spec.block_size
+        fits = table.prompt_tokens.astype(np.int64) + table.output_tokens <= room
+        rows = np.flatnonzero(log.dispatched & fits)
+        table = table.take(rows)
+        return cls(rows, replace(table, arrival_s=table.arrival_s - table.arrival_s[0]), loop)
+
+    def with_way(self, request_s: FloatArray) -> Arrivals:
+        """Return the same requests with the way of answers from the engine to the client.
+
+        The log's ends are those that the router saw, the simulator's those of the engine: who
+        follows comes so much later after the latter.
+
+        Args:
+            request_s: Seconds of each request of the log outside the engine, `float64[n]`.
+        """
+        after, delay_s = self.table.after, self.table.delay_s.copy()
+        waits = after >= 0
+        delay_s[waits] += request_s[self.rows[after[waits]]]
+        return self._replace(table=replace(self.table, delay_s=np.maximum(delay_s, 0.0)))
 
 
 class _Played(NamedTuple):
@@ -64,6 +123,7 @@ class _Played(NamedTuple):
     e2e_s: FloatArray
     met: FloatArray
     replica: IntArray
+    arrival_s: FloatArray
 
 
 def deciding_policies(log: ReplayLog) -> tuple[list[str], list[str]]:
@@ -95,32 +155,27 @@ def _has_checksum(file: str, text: str) -> bool:
 
 
 def counterfactuals(
-    log: ReplayLog, policies: Sequence[str], factors: Factors
+    log: ReplayLog, policies: Sequence[str], factors: Factors, arrivals: Arrivals | None = None
 ) -> list[Counterfactual]:
     """Simulate the arrivals of a log under policies, and under the decisions it has.
 
-    Every policy meets the requests that were dispatched when they arrived; those that clients
-    gave up are as long as they had become.
+    Every policy meets the requests that were dispatched, when they arrived or, in a closed loop,
+    as long after the simulated end of what they followed as after the real one; those that clients
+    gave up are as long as they had become. Costs change when they changed, whoever arrives then.
 
     Args:
         log: The log.
         policies: Rules by name, or exported policies by path.
         factors: Costs; windows count from the first dispatch.
+        arrivals: Of the log; left out: in a closed loop if it says what followed what.
 
     Raises:
         ConfigError: If a policy is unknown.
         ExportError: If a file is not a valid policy.
     """
-    rows = np.flatnonzero(log.dispatched)
-    table = log.table.take(rows)
-    room = max(t.num_blocks for t in log.fleet.types) * log.fleet.spec.block_size
-    fits = table.prompt_tokens.astype(np.int64) + table.output_tokens <= room
-    rows = rows[fits]
-    table = log.table.take(rows)
+    rows, table, _ = Arrivals.of(log) if arrivals is None else arrivals
     first_s = float(np.min(table.arrival_s + log.dispatch_s[rows]))
-    zero_s = float(table.arrival_s[0])
-    edges = Factors(factors.edges_s + first_s - zero_s, factors.values)
-    table = replace(table, arrival_s=table.arrival_s - zero_s)
+    edges = Factors(factors.edges_s + first_s, factors.values)
     logged = log.replica[rows].astype(np.int64)
     costs = CostWindows.of(log.fleet, [edges])
     episode = Episode(table, costs.types[0][0].astype(np.int16), log.fleet.speed)
@@ -132,13 +187,18 @@ def counterfactuals(
         out = simulator.outcomes()
         ttft, tpot, e2e = latencies(out)
         met = within_slo(out, costs.spec).astype(np.float64)
-        return _Played(ttft, tpot, e2e, met, out["replica"].astype(np.int64))
+        return _Played(
+            ttft, tpot, e2e, met, out["replica"].astype(np.int64), out["arrival_s"].copy()
+        )
+
+    def summary(name: str, decided: bool, played: _Played) -> Counterfactual:
+        return _summary(name, decided, played, base, logged, table.arrival_s)
 
     base = play(None)
-    found = [_summary(LOGGED, False, base, base, logged)]
+    found = [summary(LOGGED, False, base)]
     for text in dict.fromkeys(policies):
         policy = resolve_policy(text)
-        found.append(_summary(policy.name, text in decided, play(policy), base, logged))
+        found.append(summary(policy.name, text in decided, play(policy)))
     return found
 
 
@@ -169,7 +229,12 @@ def _drive(
 
 
 def _summary(
-    name: str, decided: bool, played: _Played, base: _Played, logged: IntArray
+    name: str,
+    decided: bool,
+    played: _Played,
+    base: _Played,
+    logged: IntArray,
+    recorded_s: FloatArray,
 ) -> Counterfactual:
     statistics = {}
     for metric in ("ttft_s", "tpot_s", "e2e_s"):
@@ -187,6 +252,7 @@ def _summary(
         slo_attainment=float(played.met.mean()),
         agreement=float((played.replica == logged).mean()),
         ratio=_ratio(played.e2e_s[both], base.e2e_s[both]),
+        shift_s=played.arrival_s - recorded_s,
     )
 
 

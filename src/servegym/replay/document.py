@@ -51,6 +51,12 @@ def replay_document(result: Replayed) -> dict[str, Any]:
         "corrected_figures": [_figure(one) for one in result.corrected_figures],
         "tolerance": result.drift.tolerance,
         "drift": [_replica(one) for one in result.drift.replicas],
+        "arrivals": {
+            "loop": result.arrivals.loop,
+            "requests": len(result.arrivals.rows),
+            "waiting": result.arrivals.table.num_waiting,
+            "without_predecessor": result.arrivals.table.num_cut,
+        },
         "counterfactuals": [
             {
                 "policy": one.policy,
@@ -60,6 +66,11 @@ def replay_document(result: Replayed) -> dict[str, Any]:
                 "slo_attainment": one.slo_attainment,
                 "agreement": one.agreement,
                 "e2e_mean_ratio": one.ratio._asdict(),
+                "arrival_shift_s": {
+                    "mean": float(one.shift_s.mean()),
+                    "least": float(one.shift_s.min()),
+                    "most": float(one.shift_s.max()),
+                },
             }
             for one in result.counterfactuals
         ],

@@ -91,7 +91,9 @@ class Forced:
             raise WorkloadError("no request of the log was dispatched to a replica it fits in")
         at_s = table.arrival_s[rows] + log.dispatch_s[rows]
         order = np.argsort(at_s, kind="stable")
-        taken = replace(table.take(rows), arrival_s=np.zeros(len(rows))).take(order)
+        # none waits for another: they are dispatched when they were
+        free = table.open_loop().take(rows)
+        taken = replace(free, arrival_s=np.zeros(len(rows))).take(order)
         at_s = at_s[order]
         return cls(
             fleet=fleet,

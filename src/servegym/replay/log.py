@@ -14,6 +14,7 @@ import numpy as np
 from servegym.errors import WorkloadError
 from servegym.replay.fleet import Fleet
 from servegym.typing import BoolArray, FloatArray, Int16Array, IntArray
+from servegym.workloads.followed import Followed, Links, link, parse_followed
 from servegym.workloads.readers import OnBadRow, prefix_segments
 from servegym.workloads.records import columns_of, records
 from servegym.workloads.table import RequestTable
@@ -27,6 +28,7 @@ _WHOLE_SHARE = 0.999
 class LoggedRequest(NamedTuple):
     """A row of the log; times count from its arrival."""
 
+    key: str
     arrival_s: float
     prompt_tokens: int
     output_tokens: int
@@ -47,6 +49,7 @@ class LoggedRequest(NamedTuple):
     policy: str | None
     fallbacks: int
     decisions: int
+    followed: Followed | None
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class ReplayLog:
     Attributes:
         fleet: With the names that the log knows its replicas by.
         table: As a workload; arrivals count from the first one.
+        links: Who waits for whom in it.
         status: Index into `STATUSES`, `int8[n]`.
         replica: Where each was last dispatched to, -1: nowhere, `int16[n]`.
         dispatch_s: Of that dispatch, after the arrival, `float64[n]`; NaN if there was none.
@@ -76,6 +80,7 @@ class ReplayLog:
 
     fleet: Fleet
     table: RequestTable
+    links: Links
     status: IntArray
     replica: Int16Array
     dispatch_s: FloatArray
@@ -115,6 +120,9 @@ class ReplayLog:
             "retried": int((self.num_retries > 0).sum()),
             "held": int((self.num_holds > 0).sum()),
             "not_streamed": int((self.finished & ~self.streamed).sum()),
+            "following_by_session": self.links.num_by["session"],
+            "following_by_prefix": self.links.num_by["prefix"],
+            "without_predecessor": self.links.num_cut,
             "bad_rows": self.num_skipped,
         }
 
@@ -233,6 +241,7 @@ def parse_row(where: str, record: dict[str, Any]) -> LoggedRequest:
     if not right:
         raise WorkloadError(f"{where}: hash_ids must be whole numbers of 64 bits")
     return LoggedRequest(
+        key=str(record.get("key")),
         arrival_s=row.seconds("arrival_s"),
         prompt_tokens=row.whole("prompt_tokens", 1),
         output_tokens=row.whole("output_tokens", 1),
@@ -253,6 +262,7 @@ def parse_row(where: str, record: dict[str, Any]) -> LoggedRequest:
         policy=decisions[-1].get("policy") if decisions else None,
         fallbacks=sum(d.get("by") == "fallback" for d in decisions),
         decisions=len(decisions),
+        followed=parse_followed(where, record.get("follows")),
     )
 
 
@@ -334,12 +344,16 @@ def _as_arrays(
     output = _tokens_made(output, code, replica, ttft_s, e2e_s)
     keys, ends, offsets = prefix_segments([row.hashes for row in rows])
     prompt = column("prompt_tokens", np.int64)
+    end_s = np.where(code == STATUSES.index("finished"), arrival + e2e_s, np.nan)
+    links = link([row.key for row in rows], arrival, end_s, [row.followed for row in rows])
     table = RequestTable.build(
         arrival - arrival[0],
         prompt,
         output,
         slo_class=column("slo_class", np.int64),
         tenant=column("tenant", np.int64),
+        after=links.after,
+        delay_s=links.delay_s,
         predicted_output_tokens=column("predicted_output_tokens", np.float64),
         prefix_offsets=offsets,
         prefix_keys=keys,
@@ -349,6 +363,7 @@ def _as_arrays(
     return ReplayLog(
         fleet=fleet.named(names),
         table=table,
+        links=links,
         status=code,
         replica=replica,
         dispatch_s=column("dispatch_s", np.float64),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from servegym.replay.compare import (
     Figure,
     Latencies,
@@ -13,7 +15,13 @@ from servegym.replay.compare import (
     predicted_latencies,
 )
 from servegym.replay.conditions import Observed
-from servegym.replay.counterfactual import Counterfactual, counterfactuals, deciding_policies
+from servegym.replay.counterfactual import (
+    Arrivals,
+    Counterfactual,
+    Loop,
+    counterfactuals,
+    deciding_policies,
+)
 from servegym.replay.drift import TOLERANCE, Drift, find_drift
 from servegym.replay.forced import Factors, Forced, Prediction
 from servegym.replay.log import ReplayLog
@@ -33,6 +41,7 @@ class Replayed:
         figures: Predicted against observed.
         corrected_figures: Corrected against observed, on the data of the fit.
         drift: Of each replica.
+        arrivals: That policies are simulated with.
         counterfactuals: The logged decisions, then policies.
         unknown_policies: That decided, but cannot be found.
         held_out: With a refit: errors on a later part.
@@ -49,6 +58,7 @@ class Replayed:
     figures: list[Figure]
     corrected_figures: list[Figure]
     drift: Drift
+    arrivals: Arrivals
     counterfactuals: list[Counterfactual]
     unknown_policies: list[str]
     held_out: HeldOut | None
@@ -60,6 +70,7 @@ def replay(
     log: ReplayLog,
     policies: Sequence[str] | None = None,
     *,
+    loop: Loop | None = None,
     tolerance: float = TOLERANCE,
     test: bool = False,
     progress: Callable[[str, float], None] = lambda text, share: None,
@@ -69,14 +80,18 @@ def replay(
     Args:
         log: The log.
         policies: To simulate beside the logged decisions; left out: those that decided.
+        loop: Whether under policies requests wait for the answers they followed; left out: where
+            the log says what they are.
         tolerance: Smallest deviation of a cost that matters.
         test: Also fit on the earlier part of the log and test on the later one.
         progress: Called with what is done and the share of the work.
 
     Raises:
         WorkloadError: If nothing of the log can be simulated.
-        ConfigError: If a policy is unknown, or the log is too short to be tested on.
+        ConfigError: If a policy is unknown, the log is too short to be tested on, or it does not
+            say what followed what and the loop is to be closed.
     """
+    arrivals = Arrivals.of(log, loop)
     forced = Forced.of(log)
     seen = Observed.of(log, forced)
     progress("the decisions as logged", 0.0)
@@ -92,9 +107,10 @@ def replay(
     [corrected] = forced.play([factors])
     was = observed_latencies(log, forced, seen)
     predicted = predicted_latencies(log, forced, seen, expected, 0.0)
-    better = predicted_latencies(
-        log, forced, seen, corrected, drift.fit.request_s(seen.at_s, seen.replica)
-    )
+    request_s = np.zeros(len(log))
+    request_s[forced.rows] = drift.fit.request_s(seen.at_s, seen.replica)
+    better = predicted_latencies(log, forced, seen, corrected, request_s[forced.rows])
+    arrivals = arrivals.with_way(request_s)
     progress("errors", 0.55)
     figures = compare(log, forced, was, predicted)
     corrected_figures = compare(log, forced, was, better)
@@ -104,7 +120,7 @@ def replay(
         tested = held_out(log, forced, seen, tolerance)
     decided, unknown = deciding_policies(log)
     progress("other policies", 0.9)
-    found = counterfactuals(log, decided if policies is None else policies, factors)
+    found = counterfactuals(log, decided if policies is None else policies, factors, arrivals)
     progress("done", 1.0)
     return Replayed(
         log=log,
@@ -115,6 +131,7 @@ def replay(
         figures=figures,
         corrected_figures=corrected_figures,
         drift=drift,
+        arrivals=arrivals,
         counterfactuals=found,
         unknown_policies=unknown,
         held_out=tested,

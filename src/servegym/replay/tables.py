@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from servegym.replay.compare import Figure
+from servegym.replay.counterfactual import Arrivals
 from servegym.replay.drift import Effect, identifiability
 from servegym.replay.refit import HeldOut
 from servegym.replay.result import Replayed
@@ -28,6 +29,9 @@ def counts_table(result: Replayed) -> TextTable:
         "failed": "simulated as long as they lasted, not compared",
         "retried": "simulated from their last dispatch on",
         "held": "wait as they did",
+        "following_by_session": "sent after an answer in their session",
+        "following_by_prefix": "sent after an answer, as guessed from their prompts",
+        "without_predecessor": "sent after an answer that is not in the log: come by themselves",
         "bad_rows": "left out: " + log.first_bad if log.first_bad else "left out",
     }
     rows = [(name.replace("_", " "), str(counts[name]), text) for name, text in left.items()]
@@ -107,7 +111,8 @@ def _cell(effect: Effect) -> str:
 
 def counterfactual_table(result: Replayed) -> TextTable:
     """What other policies would have made of the arrivals."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
+    closed = result.arrivals.loop == "closed"
     for one in result.counterfactuals:
         cells = [
             f"{UNITS[metric][1] * one.statistics[metric, statistic]:.{UNITS[metric][2]}f}"
@@ -124,12 +129,13 @@ def counterfactual_table(result: Replayed) -> TextTable:
         ratio = f"{one.ratio.value:.3f} [{one.ratio.low:.3f}, {one.ratio.high:.3f}]"
         share = f"{100 * one.slo_attainment:.1f} %"
         same = f"{100 * one.agreement:.0f} %"
-        rows.append(
-            (one.policy + (" (decided)" if one.decided else ""), *cells, ratio, share, same)
-        )
+        later = f"{float(one.shift_s.mean()):+.2f}"
+        name = one.policy + (" (decided)" if one.decided else "")
+        rows.append((name, *cells, ratio, share, same, *([later] if closed else [])))
     note = (
         "Counterfactual: everything here is simulated, with the costs as fitted; nothing of it was "
-        "observed. Ratio: mean E2E over that of the logged decisions."
+        "observed. Ratio: mean E2E over that of the logged decisions. "
+        + _loop_note(result.arrivals)
     )
     if result.unknown_policies:
         note += (
@@ -148,10 +154,25 @@ def counterfactual_table(result: Replayed) -> TextTable:
             "ratio",
             "in SLO",
             "same choice",
+            *(["arrivals later, s"] if closed else []),
         ),
         rows,
         note,
     )
+
+
+def _loop_note(arrivals: Arrivals) -> str:
+    """Say who waits for whom."""
+    table = arrivals.table
+    if arrivals.loop == "open":
+        return "Open loop: requests arrive as recorded, however slow the answers before them."
+    note = (
+        f"Closed loop: {table.num_waiting} of {len(table)} requests wait for the answer they "
+        "followed, and arrive as long after it as recorded."
+    )
+    if table.num_cut:
+        note += f" {table.num_cut} whose predecessor is not played arrive as recorded."
+    return note
 
 
 def held_out_table(result: HeldOut) -> TextTable:

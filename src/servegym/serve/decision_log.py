@@ -46,6 +46,8 @@ class DecisionLogConfig(BaseModel):
         max_files: The oldest files are deleted beyond so many.
         max_queue: Rows that wait to be written at most.
         observations: Keep what each decision saw: some kilobytes a decision.
+        max_ends: Answered requests that are remembered at most, so that rows can say which of them
+            they follow; 0: no row says it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,6 +58,7 @@ class DecisionLogConfig(BaseModel):
     max_files: int = Field(100, ge=1)
     max_queue: int = Field(10_000, ge=1)
     observations: bool = False
+    max_ends: int = Field(20_000, ge=0)
 
 
 class DecisionLog:
@@ -251,6 +254,7 @@ def _schema(pa: Any) -> Any:
             ),
         ]
     )
+    followed = pa.struct([("key", pa.string()), ("delay_s", pa.float64()), ("by", pa.string())])
     return pa.schema(
         [
             ("key", pa.string()),
@@ -272,6 +276,7 @@ def _schema(pa: Any) -> Any:
             ("ttft_s", pa.float64()),
             ("e2e_s", pa.float64()),
             ("num_retries", pa.int16()),
+            ("follows", followed),
             ("decisions", pa.list_(decision)),
         ]
     )

@@ -29,10 +29,12 @@ from servegym.serve.decision_log import (
 from servegym.serve.prediction import LengthPrediction, LengthPredictor
 from servegym.serve.prefix_index import PrefixIndex
 from servegym.serve.prompt import PrefixConfig, Prompt, PromptReader
+from servegym.serve.recent_ends import Mark, RecentEnds
 from servegym.serve.runtime import Decision, PolicyRuntime, RuntimeConfig
 from servegym.serve.state import EngineMetrics, LiveRequest, LiveState
 from servegym.serve.ties import TieBreaker, counts_replicas
 from servegym.typing import BoolArray, FloatArray
+from servegym.workloads.followed import Followed
 
 Status = Literal["finished", "rejected", "cancelled", "failed"]
 
@@ -93,6 +95,8 @@ class Job:
         decisions: Rows of the log.
         num_retries: How often it was taken back from a replica.
         cached_tokens: Prompt tokens found cached, as the engine reports them.
+        follows: The answered request that it came after, for the log.
+        mark: What those that follow it will know it by, until it has been answered.
         held_s: How long it has been on hold.
         ended: Whether its books are closed.
     """
@@ -102,7 +106,9 @@ class Job:
         "decisions",
         "ended",
         "first_dispatch_s",
+        "follows",
         "held_s",
+        "mark",
         "model",
         "num_retries",
         "prompt",
@@ -125,6 +131,8 @@ class Job:
         self.first_dispatch_s = math.nan
         self.cached_tokens: int | None = None
         self.reported_prompt_tokens: int | None = None
+        self.follows: Followed | None = None
+        self.mark: Mark | None = None
         self.held_s = 0.0
         self.ended = False
 
@@ -182,6 +190,8 @@ class Dispatcher:
             self._size_index(r)
         self._class_idx = {c.name: i for i, c in enumerate(config.slo_classes)}
         self.log = DecisionLog(config.log) if config.log else None
+        max_ends = config.log.max_ends if config.log else 0
+        self._ends = RecentEnds(max_ends) if max_ends else None
         self._ties = TieBreaker(len(self.names), config.seed)
 
     def slo_class(self, name: str | None) -> int:
@@ -205,6 +215,7 @@ class Dispatcher:
         slo_class: int = 0,
         max_tokens: int | None = None,
         model: str = "",
+        session: str | None = None,
     ) -> Job:
         """Count an arrival.
 
@@ -215,6 +226,8 @@ class Dispatcher:
             slo_class: Index of the service level.
             max_tokens: What the client allows, if it says so.
             model: For the log.
+            session: Name of the conversation or agent's run that it belongs to, if the client
+                gives one; for the log, which says what a request followed.
         """
         measured = prompt if isinstance(prompt, Prompt) else self.reader.read(prompt)
         request = self.state.arrive(
@@ -224,7 +237,10 @@ class Dispatcher:
             predicted_output_tokens=self.predictor.predict(tenant, slo_class, max_tokens),
             slo_class=slo_class,
         )
-        return Job(request, measured, tenant, model, time.time())
+        job = Job(request, measured.without_content(), tenant, model, time.time())
+        if self._ends is not None:
+            job.mark, job.follows = self._ends.arrive(measured, tenant, session, request.arrival_s)
+        return job
 
     def decide(
         self, job: Job, *, allowed: BoolArray | None = None, may_hold: bool = True
@@ -284,6 +300,12 @@ class Dispatcher:
         job.cached_tokens = cached_tokens
         self.reader.learn(job.prompt, prompt_tokens)
 
+    def answered(self, job: Job) -> None:
+        """The client has the whole answer: it may send the next request before `finish`."""
+        if self._ends is not None and job.mark is not None:
+            self._ends.add(job.mark, job.request.key, self.clock())
+            job.mark = None
+
     def finish(self, job: Job, output_tokens: int) -> None:
         """A request has all its tokens.
 
@@ -292,6 +314,7 @@ class Dispatcher:
             output_tokens: How many there are.
         """
         self.end_prefill(job)
+        self.answered(job)
         row = self._row(job, "finished", output_tokens)
         self.state.finish(job.request, self.clock(), output_tokens)
         if output_tokens > 0:
@@ -403,6 +426,7 @@ class Dispatcher:
             "ttft_s": finite(request.first_token_s - request.arrival_s),
             "e2e_s": now_s - request.arrival_s,
             "num_retries": job.num_retries,
+            "follows": None if job.follows is None else job.follows._asdict(),
             "decisions": job.decisions,
         }
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from servegym.errors import ConfigError
 from servegym.serve.prefix_index import WORD_BYTES, text_keys, token_keys
-from servegym.typing import UInt64Array
+from servegym.typing import UInt8Array, UInt64Array
 
 #: Weight of the newest prompt in the average of bytes per token, and of tokens per medium.
 _RATIO_WEIGHT = 0.02
@@ -25,6 +25,8 @@ _MAX_PROMPT_TOKENS = 2**31
 _MEDIUM = re.compile("\x04([0-9a-f]{32})\x05")
 #: Of more media than this in one prompt, the rest take no room in the prefix.
 _MAX_STAND_INS = 64
+#: Of a prompt that nobody looks into any more.
+_NO_CONTENT: UInt8Array = np.zeros(0, np.uint8)
 #: Keys of the parts of a message that hold text.
 _TEXT_KEYS = ("text", "refusal", "thinking")
 
@@ -61,6 +63,8 @@ class Prompt(NamedTuple):
         num_bytes: Length of the text; 0 if it came as tokens.
         num_media: Images and other parts that are no text.
         media_tokens: What of `tokens` they were taken to count for.
+        content: What the keys are of, the bytes of the text or of the tokens.
+        block_bytes: Bytes of `content` in a block.
     """
 
     tokens: float
@@ -69,6 +73,12 @@ class Prompt(NamedTuple):
     num_bytes: int = 0
     num_media: int = 0
     media_tokens: float = 0.0
+    content: UInt8Array = _NO_CONTENT
+    block_bytes: int = 0
+
+    def without_content(self) -> Prompt:
+        """Return it as it is kept while it is in progress: it may be megabytes long."""
+        return Prompt(*self[:6])  # a third of the time of _replace
 
 
 class _Encoding(Protocol):
@@ -137,7 +147,16 @@ class PromptReader:
             content = b"".join(texts)
             block_tokens = tokens * self._block_bytes / len(content)
         keys = text_keys(content, self._block_bytes)
-        return Prompt(tokens, keys, block_tokens, num_bytes, num_media, media_tokens)
+        return Prompt(
+            tokens,
+            keys,
+            block_tokens,
+            num_bytes,
+            num_media,
+            media_tokens,
+            np.frombuffer(content, np.uint8),
+            self._block_bytes,
+        )
 
     def _tokenized(self, pieces: list[str]) -> Prompt:
         assert self._tokenizer is not None
@@ -155,16 +174,26 @@ class PromptReader:
         tokens = max(1.0, round(len(ids) - num_stand_ins + media_tokens))
         size = self.config.block_tokens
         block_tokens = tokens * size / len(ids) if num_media and ids else size
-        keys = token_keys(np.asarray(ids, np.int64), size)
-        return Prompt(tokens, keys, block_tokens, 0, num_media, media_tokens)
+        known = np.array(ids, np.int64)
+        keys = token_keys(known, size)
+        content = known.view(np.uint8)
+        return Prompt(
+            tokens, keys, block_tokens, 0, num_media, media_tokens, content, size * WORD_BYTES
+        )
 
     def _tokens(self, ids: Sequence[int]) -> Prompt:
         size = self.config.block_tokens
         try:
-            known = np.asarray(ids, np.int64)
+            known = np.ascontiguousarray(ids, np.int64)
         except OverflowError:  # JSON has numbers of any length; the engine will refuse them
             known = np.asarray([token % 2**63 for token in ids], np.int64)
-        return Prompt(max(1.0, len(ids)), token_keys(known, size), size)
+        return Prompt(
+            max(1.0, len(ids)),
+            token_keys(known, size),
+            size,
+            content=known.view(np.uint8),
+            block_bytes=size * WORD_BYTES,
+        )
 
 
 def chat_text(messages: Sequence[object], tools: object = None) -> str:

@@ -228,7 +228,8 @@ class TraceConfig(_Config):
     `rate_rps` is the rate at load 1; without it the trace keeps its own. `time_unit` and
     `hash_block_tokens` say what the numbers count where the file's columns do not. Requests beyond
     `max_context_tokens`, or beyond what the largest replica holds, are refused unless `too_long`
-    says otherwise.
+    says otherwise. In a router's log that says what followed what, requests wait for the answers
+    they followed (a closed loop) unless `wait_for_answers` is off.
     """
 
     kind: Literal["trace"] = "trace"
@@ -239,6 +240,7 @@ class TraceConfig(_Config):
     time_unit: TimeUnit | None = None
     hash_block_tokens: int | None = Field(None, ge=1)
     too_long: TooLong = "error"
+    wait_for_answers: bool = True
 
     def whole(self) -> RequestTable:
         """Return the whole trace, as fast as it was."""
@@ -306,6 +308,7 @@ def _trace(config: TraceConfig, version: tuple[tuple[int, int], ...]) -> Trace:
         hash_block_tokens=config.hash_block_tokens,
         max_context_tokens=config.max_context_tokens,
         too_long=config.too_long,
+        wait_for_answers=config.wait_for_answers,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -11,19 +12,21 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from servegym.errors import WorkloadError
-from servegym.typing import BoolArray, Int32Array, IntArray
+from servegym.typing import BoolArray, FloatArray, Int32Array, IntArray
 from servegym.workloads.cells import finite, whole
 from servegym.workloads.dialect import (
     AZURE,
     BAILIAN,
     BLOCK_TOKENS,
     PER_SECOND,
+    ROUTER,
     Counts,
     Dialect,
     TimeUnit,
     dialect_of,
     units_of,
 )
+from servegym.workloads.followed import Followed, Links, link, parse_followed
 from servegym.workloads.records import READABLE, Record, columns_of, records
 from servegym.workloads.shortening import Shortened, TooLong, within
 from servegym.workloads.table import RequestTable
@@ -58,6 +61,7 @@ class Trace:
         time_unit: What its times count.
         hash_block_tokens: Tokens of a prefix hash; None without hashes.
         shortened: Requests cut or left out as too long, None if there were none.
+        links: Who waits for whom, None if nobody does.
         concluded: What was found out about the units, in sentences.
     """
 
@@ -69,6 +73,7 @@ class Trace:
     time_unit: TimeUnit
     hash_block_tokens: int | None
     shortened: Shortened | None
+    links: Links | None
     concluded: tuple[str, ...]
 
     def headline(self) -> str:
@@ -84,11 +89,13 @@ class Trace:
             said.append(f"skipped {self.num_skipped} rows; the first: {self.first_bad}")
         if self.shortened:
             said.append(f"{self.name}: {self.shortened.sentence}")
+        if self.links:
+            said.append(f"{self.name}: {self.links.sentence}")
         return said
 
     def counts(self) -> dict[str, Any]:
         """The same as numbers; docs/evaluation.md describes the keys."""
-        cut = self.shortened
+        cut, links = self.shortened, self.links
         return {
             "file": self.name,
             "requests": len(self.table),
@@ -101,6 +108,9 @@ class Trace:
             "left_out_requests": cut.num_requests if cut and cut.how == "skip" else 0,
             "tokens_not_played": cut.num_tokens if cut else 0,
             "max_context_tokens": cut.max_context_tokens if cut else None,
+            "waiting_requests": links.num_waiting if links else 0,
+            "guessed_waiting_requests": links.num_by["prefix"] if links else 0,
+            "requests_without_predecessor": links.num_cut if links else 0,
         }
 
 
@@ -116,6 +126,9 @@ class _Row(NamedTuple):
     hashes: list[int]
     chat: int
     parent_chat: int
+    key: str
+    e2e_s: float
+    followed: Followed | None
 
 
 def read_trace(
@@ -126,6 +139,7 @@ def read_trace(
     hash_block_tokens: int | None = None,
     max_context_tokens: int | None = None,
     too_long: TooLong = "error",
+    wait_for_answers: bool = True,
 ) -> Trace:
     """Read a trace in any supported format, told by its columns.
 
@@ -138,6 +152,7 @@ def read_trace(
             of hashes say where they fit nothing else.
         max_context_tokens: Most tokens of prompt and output together; None: no limit.
         too_long: Refuse the file at a longer request, or count and cut or leave out.
+        wait_for_answers: Whether requests of a router's log wait for those that they followed.
 
     Returns:
         The trace.
@@ -191,6 +206,7 @@ def read_trace(
         [row.hashes for row in rows], units.block_tokens or BLOCK_TOKENS
     )
     arrival = np.array([row.time for row in rows]) / PER_SECOND[units.time_unit]
+    links = _links(rows, arrival) if wait_for_answers else None
     table = RequestTable.build(
         arrival - arrival[0],
         length.prompt_tokens,
@@ -198,6 +214,8 @@ def read_trace(
         slo_class=np.array([row.slo_class or 0 for row in rows]),
         tenant=np.array([row.tenant for row in rows]),
         session=np.array(_sessions(rows)),
+        after=links.after if links else None,
+        delay_s=links.delay_s if links else None,
         prefix_offsets=offsets,
         prefix_keys=keys,
         prefix_ends=ends,
@@ -211,6 +229,7 @@ def read_trace(
         time_unit=units.time_unit,
         hash_block_tokens=units.block_tokens,
         shortened=length.shortened,
+        links=links,
         concluded=units.remarks,
     )
 
@@ -241,7 +260,8 @@ def _parse(name: str, line: int, record: Record, time_unit: TimeUnit | None) -> 
         return default if value in (None, "") else whole(where, column, value, low, high)
 
     dialect = dialect_of(found["arrival_s"], found["prompt"], row.keys())
-    bailian = dialect is BAILIAN
+    bailian, router = dialect is BAILIAN, dialect is ROUTER
+    e2e_s = row.get("e2e_s") if row.get("status") == "finished" else None
     slo_class = cell("slo_class", 0, _INT16_MAX, -1)
     return _Row(
         where=where,
@@ -255,6 +275,9 @@ def _parse(name: str, line: int, record: Record, time_unit: TimeUnit | None) -> 
         hashes=_hashes(where, "hash_ids" if "hash_ids" in row else "prefix_hashes", row),
         chat=cell("chat_id", 0, _INT32_MAX, -1) if bailian else -1,
         parent_chat=cell("parent_chat_id", -1, _INT32_MAX, -1) if bailian else -1,
+        key=str(row.get("key")) if router else "",
+        e2e_s=math.nan if e2e_s is None or not router else finite(where, "e2e_s", e2e_s),
+        followed=parse_followed(where, row.get("follows")) if router else None,
     )
 
 
@@ -300,6 +323,15 @@ def _one_dialect(rows: list[_Row]) -> Dialect:
                 " files of one kind, one at a time"
             )
     return first.dialect
+
+
+def _links(rows: list[_Row], arrival_s: FloatArray) -> Links | None:
+    """Who follows whom in a router's log; None where it does not say."""
+    followed = [row.followed for row in rows]
+    if not any(followed):
+        return None
+    end_s = arrival_s + np.array([row.e2e_s for row in rows])
+    return link([row.key for row in rows], arrival_s, end_s, followed)
 
 
 def _sessions(rows: list[_Row]) -> list[int]:

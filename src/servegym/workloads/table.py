@@ -36,7 +36,8 @@ class RequestTable:
             `BY_ITSELF` if it waits for none; `ANY_END` if it is sent by whoever is free next: the
             k-th such request waits for the k-th end. An end is an answer or a rejection.
         delay_s: Seconds from that end to its arrival: thinking, or tools at work, `float64[n]`. The
-            `arrival_s` of such a request is when it would arrive if nobody waited.
+            `arrival_s` of such a request is when it would arrive if nobody waited. A request by
+            itself that has a delay followed one that is not in the table; see `num_cut`.
         prefix_offsets: Segments of request i are `prefix_offsets[i]:prefix_offsets[i+1]`,
             `int64[n+1]`.
         prefix_keys: Text of each segment, `int64[m]`.
@@ -190,6 +191,21 @@ class RequestTable:
         if not (np.isfinite(rate_factor) and rate_factor > 0):
             raise WorkloadError(f"rate_factor must be above 0, got {rate_factor}")
         return replace(self, arrival_s=self.arrival_s / rate_factor)
+
+    def open_loop(self) -> RequestTable:
+        """Return the same requests, none of which waits for another."""
+        nobody = np.full(len(self), BY_ITSELF, np.int32)
+        return replace(self, after=nobody, delay_s=np.zeros(len(self)))
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for an end."""
+        return int((self.after != BY_ITSELF).sum())
+
+    @property
+    def num_cut(self) -> int:
+        """Requests that come by themselves because what they waited for is not in the table."""
+        return int(((self.after == BY_ITSELF) & (self.delay_s > 0.0)).sum())
 
     @property
     def conversation(self) -> IntArray:

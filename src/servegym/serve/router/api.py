@@ -157,6 +157,7 @@ class Api:
             slo_class = dispatcher.slo_class(named or self._limits.of(tenant).slo_class)
         except ValueError as error:
             raise RequestError(400, str(error), "unknown_slo_class") from error
+        session = request.headers.get(config.session_header) if config.session_header else None
         key = _ID.get()
         job = dispatcher.arrive(
             prompt,
@@ -165,6 +166,7 @@ class Api:
             slo_class=slo_class,
             max_tokens=asked.max_tokens,
             model=model,
+            session=session or asked.session or None,
         )
         if config.engine_hints:
             level = dispatcher.config.slo_classes[slo_class]
@@ -176,7 +178,10 @@ class Api:
 
     def _read(self, body: bytes, chat: bool) -> tuple[Asked, Prompt]:
         """Read a body and measure its prompt."""
-        asked = read_request(body, chat=chat, slo_field=self.config.request.slo_field)
+        config = self.config.request
+        asked = read_request(
+            body, chat=chat, slo_field=config.slo_field, session_field=config.session_field
+        )
         prompt = asked.prompt
         if not isinstance(prompt, Prompt):
             prompt = self.dispatcher.reader.read(cast("str | Sequence[int]", prompt))

@@ -171,6 +171,9 @@ class RequestConfig(_Config):
         retry_after_s: What clients are told who must come again.
         slo_header: Header that names the SLO class.
         slo_field: Field of the body that names it, such as `service_tier`.
+        session_header: Header that names the session, a conversation or an agent's run, for the
+            decision log; `None`: none does.
+        session_field: Field of the body that names it, such as `prompt_cache_key`.
         expose_replica: Tell clients which replica answered, in the header `x-servegym-replica`.
         engine_hints: Tell the engines the predicted output length and the limits of the service
             level, in the `vllm_xargs` that servegym's scheduler for vLLM reads. What clients say
@@ -195,6 +198,8 @@ class RequestConfig(_Config):
     retry_after_s: float = Field(1.0, gt=0)
     slo_header: str = "x-slo-class"
     slo_field: str | None = None
+    session_header: str | None = "x-session-id"
+    session_field: str | None = None
     expose_replica: bool = False
     engine_hints: bool = False
 

@@ -89,6 +89,8 @@ class Relay:
                         attempt.has_got(now_s)
                     await response.write(piece)
                     writing = False
+                    if reader.done and not reader.failed and upstream.status == 200:
+                        dispatcher.answered(job)
                     now_s = clock()
                     if count:
                         token_s = now_s  # what the client took to take it is no stall

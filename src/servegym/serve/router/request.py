@@ -38,6 +38,7 @@ class Asked(NamedTuple):
         max_tokens: What the client allows, `None` if it does not say.
         stream: Whether it wants a stream.
         slo_class: Name of the service level, if the body has one.
+        session: Name of the session, if the body has one.
         fields: The body.
     """
 
@@ -46,16 +47,21 @@ class Asked(NamedTuple):
     max_tokens: int | None
     stream: bool
     slo_class: str | None
+    session: str | None
     fields: Mapping[str, object]
 
 
-def read_request(body: bytes, *, chat: bool, slo_field: str | None = None) -> Asked:
+def read_request(
+    body: bytes, *, chat: bool, slo_field: str | None = None, session_field: str | None = None
+) -> Asked:
     """Read a completion or chat-completion request.
 
     Args:
         body: JSON.
         chat: Which of the two.
         slo_field: Field that names the service level.
+        session_field: Field that names the session; one that is no text or number names none, as
+            it is only for the log.
 
     Raises:
         RequestError: If it is no JSON object, or a field the router reads has the wrong type.
@@ -75,8 +81,18 @@ def read_request(body: bytes, *, chat: bool, slo_field: str | None = None) -> As
     slo_class = data.get(slo_field) if slo_field else None
     if slo_class is not None and not isinstance(slo_class, str):
         raise _wrong(f"{slo_field} must be a text")
+    session = data.get(session_field) if session_field else None
+    named = isinstance(session, str | int) and not isinstance(session, bool)
     prompt = _chat(data) if chat else _completion(data)
-    return Asked(model, prompt, _max_tokens(data, chat), stream, slo_class, data)
+    return Asked(
+        model,
+        prompt,
+        _max_tokens(data, chat),
+        stream,
+        slo_class,
+        str(session) if named else None,
+        data,
+    )
 
 
 def with_hints(fields: Mapping[str, object], hints: Mapping[str, float]) -> bytes:
