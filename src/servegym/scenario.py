@@ -207,6 +207,11 @@ class Scenario(Config):
         entry = self.fleet[0]
         return len(self.fleet) == 1 and entry.count == 1 and entry.engine == "vllm-priority"
 
+    @staticmethod
+    def request_rng(seed: int) -> np.random.Generator:
+        """Return the randomness that the requests of a seed are drawn with."""
+        return np.random.default_rng(np.random.SeedSequence(seed).spawn(5)[0])
+
     def episode(self, seed: int, *, load: float = 1.0, num_requests: int | None = None) -> Episode:
         """Draw an episode; the requests of a seed are the same under every policy and fleet.
 
@@ -224,9 +229,9 @@ class Scenario(Config):
             num_requests = self.num_requests
         elif num_requests < 1:
             raise ConfigError(f"num_requests must be at least 1, got {num_requests}")
-        requests, lengths, fleet, faults, noise = np.random.SeedSequence(seed).spawn(5)
+        _, lengths, fleet, faults, noise = np.random.SeedSequence(seed).spawn(5)
         table = self.played_workload.table(
-            np.random.default_rng(requests),
+            self.request_rng(seed),
             num_requests=num_requests,
             load=load,
             class_shares=[c.share for c in self.slo_classes],

@@ -138,7 +138,30 @@ def plan_requests(
         loads,
     )
     notes = window_notes(scenario, len(found.seeds), num_requests)
+    notes += _cut_off_notes(scenario, found.seeds, found.loads, num_requests)
     return found._replace(notes=[*found.notes, *notes])
+
+
+def _cut_off_notes(
+    scenario: Scenario, seeds: Sequence[int], loads: Sequence[float], num_requests: int | None
+) -> list[str]:
+    """Say how many requests wait for one that the window of a trace does not hold."""
+    workload = scenario.played_workload
+    if not isinstance(workload, TraceConfig):
+        return []
+    num = num_requests or scenario.num_requests
+    counts = [
+        workload.num_cut_off(scenario.request_rng(seed), num_requests=num, load=load)
+        for seed in seeds
+        for load in loads
+    ]
+    if not any(counts):
+        return []
+    mean = sum(counts) / len(counts)
+    return [
+        f"{mean:,.4g} requests of a window, on average, wait for one before it: these come by"
+        " themselves, when they would have come if answers took no time"
+    ]
 
 
 def window_notes(scenario: Scenario, num_seeds: int, num_requests: int | None) -> list[str]:

@@ -268,8 +268,22 @@ class TraceConfig(_Config):
 
         SLO classes are drawn for the requests that have none in the file.
         """
-        trace = self.read()
-        whole = trace.table
+        part, rows, _ = self._window(rng, num_requests, load)
+        given = self.read().class_given[rows]
+        if len(class_shares) > 1 and not given.all():
+            drawn = _draw_classes(rng, part, class_shares)
+            part = replace(part, slo_class=np.where(given, part.slo_class, drawn))
+        return part
+
+    def num_cut_off(self, rng: np.random.Generator, *, num_requests: int, load: float = 1.0) -> int:
+        """Count the requests of a window that wait for one before it, and so come by themselves."""
+        return self._window(rng, num_requests, load)[2]
+
+    def _window(
+        self, rng: np.random.Generator, num_requests: int, load: float
+    ) -> tuple[RequestTable, IntArray, int]:
+        """Take a window; also its rows of the trace, and how many have lost whom they wait for."""
+        whole = self.whole()
         if self.rate_rps and self.is_batch:
             raise WorkloadError(
                 f"{self.path} cannot be played at rate_rps {self.rate_rps:g}: all of its requests "
@@ -277,14 +291,20 @@ class TraceConfig(_Config):
             )
         num = min(num_requests, len(whole))
         first = int(rng.integers(0, len(whole) - num + 1))
-        part = whole.take(np.arange(first, first + num))
+        rows = np.arange(first, first + num)
         factor = load * (self.rate_rps / whole.rate_rps if self.rate_rps else 1.0)
-        part = replace(part, arrival_s=part.arrival_s - part.arrival_s[0]).scaled(factor)
-        given = trace.class_given[first : first + num]
-        if len(class_shares) > 1 and not trace.class_given.all():
-            drawn = _draw_classes(rng, part, class_shares)
-            part = replace(part, slo_class=np.where(given, part.slo_class, drawn))
-        return part
+        if not (whole.after >= 0).any():
+            part = whole.take(rows)
+            part = replace(part, arrival_s=part.arrival_s - part.arrival_s[0]).scaled(factor)
+            return part, rows, 0
+        # what is a window depends on the rate: chains overlap more, the faster they begin
+        order, _ = whole.order_at(factor)
+        assert order is not None
+        faster = whole.scaled(factor)
+        waits_for = faster.after[rows]
+        part = faster.take(rows)
+        part = replace(part, arrival_s=part.arrival_s - part.arrival_s[0])
+        return part, order[rows], int(((waits_for >= 0) & (waits_for < first)).sum())
 
 
 def _draw_classes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,6 +18,7 @@ from servegym.workloads.dialect import (
     AZURE,
     BAILIAN,
     BLOCK_TOKENS,
+    NATIVE,
     PER_SECOND,
     Counts,
     Dialect,
@@ -26,9 +28,12 @@ from servegym.workloads.dialect import (
 )
 from servegym.workloads.records import READABLE, Record, columns_of, records
 from servegym.workloads.shortening import Shortened, TooLong, within
-from servegym.workloads.table import RequestTable
+from servegym.workloads.table import BY_ITSELF, RequestTable
+from servegym.workloads.waiting import Wait, link, read_wait, with_followers
 
 _INT16_MAX = 2**15 - 1
+#: Instead of a position: the row waited for was left out.
+_LOST = -3
 _INT32_MAX = 2**31 - 1
 _ALIASES = {
     "arrival_s": ("arrival_s", "TIMESTAMP", "Timestamp", "timestamp"),
@@ -73,9 +78,24 @@ class Trace:
 
     def headline(self) -> str:
         """How many requests there are, and how fast they came as recorded."""
-        span_s = float(self.table.arrival_s[-1])
-        rate = f"over {span_s:,.6g} s, {self.table.rate_rps:,.4g}/s" if span_s else "at one time"
-        return f"{self.name}: {len(self.table):,} requests {rate}, as recorded"
+        table = self.table
+        span_s = float(table.arrival_s[table.after < 0][-1])
+        waiting = self.num_waiting
+        rate = f"{table.rate_rps:,.4g}/s"
+        if waiting:
+            alone = f"{len(table) - waiting:,} by themselves"
+            when = f"over {span_s:,.6g} s, {rate} in the long run" if span_s else "at one time"
+            return (
+                f"{self.name}: {len(table):,} requests, {alone} {when}, as recorded, and"
+                f" {waiting:,} after the answers to others"
+            )
+        when = f"over {span_s:,.6g} s, {rate}" if span_s else "at one time"
+        return f"{self.name}: {len(table):,} requests {when}, as recorded"
+
+    @property
+    def num_waiting(self) -> int:
+        """How many requests wait for others."""
+        return int((self.table.after != BY_ITSELF).sum())
 
     def remarks(self) -> list[str]:
         """What the reader of a result must know of the file, in sentences."""
@@ -92,6 +112,7 @@ class Trace:
         return {
             "file": self.name,
             "requests": len(self.table),
+            "waiting_requests": self.num_waiting,
             "rate_rps": self.table.rate_rps,
             "time_unit": self.time_unit,
             "hash_block_tokens": self.hash_block_tokens,
@@ -116,6 +137,11 @@ class _Row(NamedTuple):
     hashes: list[int]
     chat: int
     parent_chat: int
+    wait: Wait
+    #: Place among all rows that were read, and of the row that it waits for; steps to the first.
+    place: int = -1
+    after: int = BY_ITSELF
+    depth: int = 0
 
 
 def read_trace(
@@ -149,15 +175,17 @@ def read_trace(
     rows: list[_Row] = []
     bad: list[str] = []
     for file in _files(path):
-        for line, record in records(file):
+        for number, (line, record) in enumerate(records(file)):
             try:
-                rows.append(_parse(file.name, line, record, time_unit))
+                rows.append(_parse(file.name, number, line, record, time_unit))
             except WorkloadError as error:
                 if on_bad_row == "error":
                     raise
                 bad.append(str(error))
     if not rows:
         raise WorkloadError(f"{path.name} has no usable request" + (f": {bad[0]}" if bad else ""))
+    if any(row.wait.after for row in rows):
+        rows = _linked(path.name, rows, bad, skip=on_bad_row == "skip")
     counts = Counts(
         np.array([row.time for row in rows]),
         np.array([row.prompt_tokens for row in rows], np.int64),
@@ -177,14 +205,26 @@ def read_trace(
         for row, fits in zip(rows, units.fits.tolist(), strict=True)
         if not fits
     ]
-    rows = [row for row, fits in zip(rows, units.fits.tolist(), strict=True) if fits]
-    rows.sort(key=lambda row: row.time)
+    fits = units.fits.tolist()
+    rows = sorted(
+        (row for row, fit in zip(rows, fits, strict=True) if fit),
+        key=lambda row: (row.time, row.depth),
+    )
+    after = _places(rows)
+    lost = with_followers(after == _LOST, after)
+    bad += [
+        f"{row.where}: it waits for a row that is left out"
+        for row, out in zip(rows, lost.tolist(), strict=True)
+        if out
+    ]
+    rows = [row for row, out in zip(rows, lost.tolist(), strict=True) if not out]
     length = within(
         np.array([row.prompt_tokens for row in rows], np.int64),
         np.array([row.output_tokens for row in rows], np.int64),
         [row.where for row in rows],
         max_context_tokens,
         too_long,
+        after=_places(rows),
     )
     rows = [row for row, kept in zip(rows, length.kept.tolist(), strict=True) if kept]
     keys, ends, offsets = prefix_segments(
@@ -198,6 +238,8 @@ def read_trace(
         slo_class=np.array([row.slo_class or 0 for row in rows]),
         tenant=np.array([row.tenant for row in rows]),
         session=np.array(_sessions(rows)),
+        after=_places(rows),
+        delay_s=np.array([row.wait.delay_s for row in rows]),
         prefix_offsets=offsets,
         prefix_keys=keys,
         prefix_ends=ends,
@@ -221,7 +263,27 @@ def _files(path: Path) -> list[Path]:
     return sorted(file for file in path.iterdir() if file.name.lower().endswith(READABLE))
 
 
-def _parse(name: str, line: int, record: Record, time_unit: TimeUnit | None) -> _Row:
+def _linked(name: str, rows: list[_Row], bad: list[str], *, skip: bool) -> list[_Row]:
+    """Find whom rows wait for, and when they arrive at the earliest; add the bad ones to `bad`."""
+    linked = link([row.wait for row in rows], [row.time for row in rows], skip=skip)
+    bad += [why for why in linked.wrong if why]
+    found = [
+        row._replace(place=i, after=linked.after[i], time=linked.time_s[i], depth=linked.depth[i])
+        for i, row in enumerate(rows)
+        if not linked.wrong[i]
+    ]
+    if not found:
+        raise WorkloadError(f"{name} has no usable request: {bad[0]}")
+    return found
+
+
+def _places(rows: Sequence[_Row]) -> IntArray:
+    """Position of the row that each one waits for, `_LOST` if that is not among them."""
+    place = {row.place: i for i, row in enumerate(rows)}
+    return np.array([row.after if row.after < 0 else place.get(row.after, _LOST) for row in rows])
+
+
+def _parse(name: str, number: int, line: int, record: Record, time_unit: TimeUnit | None) -> _Row:
     where = f"{name}, line {line}"
     # of the columns: the file, or each JSON line for itself
     holder = where if isinstance(record, str) else name
@@ -229,6 +291,8 @@ def _parse(name: str, line: int, record: Record, time_unit: TimeUnit | None) -> 
     found = {}
     for want, names in _ALIASES.items():
         column = next((name for name in names if name in row), None)
+        if column is None and want == "arrival_s" and row.get("after") not in (None, ""):
+            column = want
         if column is None:
             raise WorkloadError(
                 f"{holder} has no column for {want}: it has {', '.join(map(str, row))}; "
@@ -242,11 +306,16 @@ def _parse(name: str, line: int, record: Record, time_unit: TimeUnit | None) -> 
 
     dialect = dialect_of(found["arrival_s"], found["prompt"], row.keys())
     bailian = dialect is BAILIAN
+    wait = Wait(where, name, number)
+    if dialect is NATIVE:
+        wait = read_wait(where, name, number, row, dialect.time_column)
+    time = row.get(dialect.time_column)
+    waits = bool(wait.after) and time in (None, "")
     slo_class = cell("slo_class", 0, _INT16_MAX, -1)
     return _Row(
         where=where,
         dialect=dialect,
-        time=_time(where, dialect, row[dialect.time_column], time_unit),
+        time=math.nan if waits else _time(where, dialect, time, time_unit),
         prompt_tokens=whole(where, found["prompt"], row[found["prompt"]], 1, _INT32_MAX),
         output_tokens=whole(where, found["output"], row[found["output"]], 1, _INT32_MAX),
         slo_class=None if slo_class < 0 else slo_class,
@@ -255,6 +324,7 @@ def _parse(name: str, line: int, record: Record, time_unit: TimeUnit | None) -> 
         hashes=_hashes(where, "hash_ids" if "hash_ids" in row else "prefix_hashes", row),
         chat=cell("chat_id", 0, _INT32_MAX, -1) if bailian else -1,
         parent_chat=cell("parent_chat_id", -1, _INT32_MAX, -1) if bailian else -1,
+        wait=wait,
     )
 
 
