@@ -120,7 +120,7 @@ def plan(
     if len(loads) > 1 and all(key(draw(seeds[0], load)) == by_seed[0] for load in loads):
         played = [at]
         notes.append(
-            f"the {len(loads)} loads make the same episodes, as all arrivals are at one time:"
+            f"the {len(loads)} loads make the same episodes, as none changes an arrival:"
             f" load {at:g} stands for them"
         )
     return Plan(kept, played, notes)

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from servegym.errors import WorkloadError
-from servegym.typing import FloatArray, Int16Array, IntArray
+from servegym.typing import FloatArray, IntArray
 from servegym.workloads import arrivals
+from servegym.workloads.classes import draw_classes
+from servegym.workloads.clients import ClientsConfig
 from servegym.workloads.dialect import TimeUnit
+from servegym.workloads.mixtures import LengthConfig, WorkloadPart
 from servegym.workloads.readers import OnBadRow, Trace, read_trace
 from servegym.workloads.shortening import TooLong
 from servegym.workloads.table import BY_ITSELF, RequestTable
@@ -25,11 +28,7 @@ MAX_CONTEXT_TOKENS = 131072
 _MAX_SPARE = 64.0  # turns drawn for each one that fits the context
 
 
-class _Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class ArrivalConfig(_Config):
+class ArrivalConfig(WorkloadPart):
     """An arrival process; see `workloads.arrivals`."""
 
     kind: Literal["poisson", "gamma", "weibull", "bursts", "diurnal"] = "poisson"
@@ -54,44 +53,7 @@ class ArrivalConfig(_Config):
         return arrivals.diurnal(rng, num, rate_rps, self.amplitude, self.period_s)
 
 
-class LengthConfig(_Config):
-    """A mixture of lognormal lengths: medians in tokens, sigmas of the logarithm."""
-
-    medians_tokens: tuple[Annotated[float, Field(gt=0)], ...] = Field((200.0,), min_length=1)
-    sigmas: tuple[Annotated[float, Field(ge=0)], ...] = (0.8,)
-    weights: tuple[Annotated[float, Field(ge=0)], ...] = (1.0,)
-    min_tokens: int = Field(1, ge=1)
-    max_tokens: int = Field(8192, ge=1)
-
-    @model_validator(mode="after")
-    def _check_parts(self) -> Self:
-        counts = len(self.medians_tokens), len(self.sigmas), len(self.weights)
-        if len(set(counts)) > 1:
-            raise ValueError(
-                "medians_tokens, sigmas and weights need one number a part each, got "
-                "{}, {} and {}".format(*counts)
-            )
-        if not any(self.weights):
-            raise ValueError("one of the weights must be above 0")
-        if self.min_tokens > self.max_tokens:
-            raise ValueError(
-                f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})"
-            )
-        return self
-
-    def draw(self, rng: np.random.Generator, num: int) -> IntArray:
-        """Draw lengths, `int64[num]`."""
-        z = rng.standard_normal(num)
-        if len(self.medians_tokens) == 1:
-            raw = self.medians_tokens[0] * np.exp(self.sigmas[0] * z)
-        else:
-            weights = np.array(self.weights) / sum(self.weights)
-            part = np.searchsorted(np.cumsum(weights)[:-1], rng.random(num), side="right")
-            raw = np.array(self.medians_tokens)[part] * np.exp(np.array(self.sigmas)[part] * z)
-        return np.clip(np.round(raw), self.min_tokens, self.max_tokens).astype(np.int64)
-
-
-class SessionConfig(_Config):
+class SessionConfig(WorkloadPart):
     """Conversations: each turn repeats all that was said before.
 
     A conversation starts with one of `num_system_prompts` system prompts (Zipf popularity); its
@@ -118,7 +80,7 @@ class SessionConfig(_Config):
         return self
 
 
-class GeneratedConfig(_Config):
+class GeneratedConfig(WorkloadPart):
     """A synthetic stream."""
 
     kind: Literal["generated"] = "generated"
@@ -128,6 +90,11 @@ class GeneratedConfig(_Config):
     output: LengthConfig = LengthConfig(medians_tokens=(150.0,), max_tokens=2048)
     sessions: SessionConfig | None = None
     num_tenants: int = Field(1, ge=1)
+
+    @property
+    def pace(self) -> str:
+        """What load 1 means."""
+        return f"{self.rate_rps:g}/s"
 
     def table(
         self,
@@ -154,7 +121,7 @@ class GeneratedConfig(_Config):
             )
         else:
             table = self._conversations(rng, num_requests, rate, self.sessions)
-        slo_class = _draw_classes(rng, table, class_shares)
+        slo_class = draw_classes(rng, table, class_shares)
         tenant = rng.integers(0, self.num_tenants, num_requests)[table.conversation]
         return replace(table, slo_class=slo_class, tenant=tenant.astype(np.int32))
 
@@ -222,7 +189,7 @@ def _turn_before(session: IntArray) -> IntArray:
     return before
 
 
-class TraceConfig(_Config):
+class TraceConfig(WorkloadPart):
     """A replayed trace; each seed plays another window of it.
 
     `rate_rps` is the rate at load 1; without it the trace keeps its own. `time_unit` and
@@ -239,6 +206,11 @@ class TraceConfig(_Config):
     time_unit: TimeUnit | None = None
     hash_block_tokens: int | None = Field(None, ge=1)
     too_long: TooLong = "error"
+
+    @property
+    def pace(self) -> str:
+        """What load 1 means."""
+        return "as recorded" if self.rate_rps is None else f"{self.rate_rps:g}/s"
 
     def whole(self) -> RequestTable:
         """Return the whole trace, as fast as it was."""
@@ -271,7 +243,7 @@ class TraceConfig(_Config):
         part, rows, _ = self._window(rng, num_requests, load)
         given = self.read().class_given[rows]
         if len(class_shares) > 1 and not given.all():
-            drawn = _draw_classes(rng, part, class_shares)
+            drawn = draw_classes(rng, part, class_shares)
             part = replace(part, slo_class=np.where(given, part.slo_class, drawn))
         return part
 
@@ -307,15 +279,6 @@ class TraceConfig(_Config):
         return part, order[rows], int(((waits_for >= 0) & (waits_for < first)).sum())
 
 
-def _draw_classes(
-    rng: np.random.Generator, table: RequestTable, shares: Sequence[float]
-) -> Int16Array:
-    """Draw an SLO class for each conversation, `int16[n]`."""
-    below = np.cumsum(shares) / np.sum(shares)
-    draw = rng.random(len(table))[table.conversation]
-    return np.searchsorted(below[:-1], draw, side="right").astype(np.int16)
-
-
 @lru_cache(maxsize=8)
 def _trace(config: TraceConfig, version: tuple[tuple[int, int], ...]) -> Trace:
     """Read a trace once for each `version` (sizes and times of change) of its files."""
@@ -329,4 +292,6 @@ def _trace(config: TraceConfig, version: tuple[tuple[int, int], ...]) -> Trace:
     )
 
 
-WorkloadConfig = Annotated[GeneratedConfig | TraceConfig, Field(discriminator="kind")]
+WorkloadConfig = Annotated[
+    GeneratedConfig | ClientsConfig | TraceConfig, Field(discriminator="kind")
+]

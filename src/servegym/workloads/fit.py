@@ -8,7 +8,8 @@ import numpy as np
 
 from servegym.errors import WorkloadError
 from servegym.typing import FloatArray, Int32Array
-from servegym.workloads.config import ArrivalConfig, GeneratedConfig, LengthConfig
+from servegym.workloads.config import ArrivalConfig, GeneratedConfig
+from servegym.workloads.mixtures import LengthConfig
 from servegym.workloads.table import RequestTable
 
 QUANTILES = (5, 25, 50, 75, 95, 99)

@@ -8,8 +8,8 @@ import numpy as np
 from pydantic import Field
 
 from servegym.workflow.job import Job, JobBuilder
-from servegym.workflow.workloads.family import Family, Seconds, draw_tokens, mean_tokens
-from servegym.workloads.config import LengthConfig
+from servegym.workflow.workloads.family import Family, draw_tokens
+from servegym.workloads.mixtures import LengthConfig, Seconds
 
 CALL, TOOL, PAUSE, SUB_CALL, SUB_TOOL = range(5)
 
@@ -128,9 +128,7 @@ class CodingAgent(Family):
                 prompt, shared = self._rewritten(rng, prompt, shrinks=True)
                 shared = min(shared, before)
                 output = min(output, self.max_context_tokens - prompt)
-            call = self._call(
-                rng, builder, CALL, prompt, output, mean_tokens(self.output), previous
-            )
+            call = self._call(rng, builder, CALL, prompt, output, self.output.mean_tokens, previous)
             if previous is not None:
                 builder.edge(previous, call, shared_tokens=shared)
             for stage in waits:
@@ -177,7 +175,7 @@ class CodingAgent(Family):
         for _ in range(1 + int(rng.choice(len(weights), p=weights / weights.sum()))):
             prompt = min(draw_tokens(rng, self.sub_first_prompt), self.max_context_tokens // 2)
             shared = 0
-            previous, mean = parent, mean_tokens(self.sub_output)
+            previous, mean = parent, self.sub_output.mean_tokens
             for k in range(draw_tokens(rng, self.sub_calls)):
                 output = draw_tokens(rng, self.sub_output)
                 if k and prompt + output > self.max_context_tokens:
