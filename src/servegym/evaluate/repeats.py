@@ -170,6 +170,8 @@ def window_notes(scenario: Scenario, num_seeds: int, num_requests: int | None) -
     if not isinstance(workload, TraceConfig):
         return []
     trace = workload.read()
+    if trace.sessions is not None:
+        return []  # drawn with replacement, as the trace says of itself
     there, each = len(trace.table), num_requests or scenario.num_requests
     if there <= each:
         notes = [

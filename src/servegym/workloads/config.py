@@ -18,9 +18,10 @@ from servegym.workloads.classes import draw_classes
 from servegym.workloads.clients import ClientsConfig
 from servegym.workloads.dialect import TimeUnit
 from servegym.workloads.mixtures import LengthConfig, WorkloadPart
-from servegym.workloads.readers import OnBadRow, Trace, read_trace
+from servegym.workloads.readers import OnBadRow, read_trace
 from servegym.workloads.shortening import TooLong
 from servegym.workloads.table import BY_ITSELF, RequestTable
+from servegym.workloads.trace import Trace
 
 #: Longest prompt and output of a trace together, unless another is given: contexts that costs are
 #: known for.
@@ -226,7 +227,7 @@ class TraceConfig(WorkloadPart):
     @property
     def is_batch(self) -> bool:
         """Whether all requests arrive at one time, so that there is no rate."""
-        return not np.isfinite(self.whole().rate_rps)
+        return self.read().sessions is None and not np.isfinite(self.whole().rate_rps)
 
     def table(
         self,
@@ -240,6 +241,15 @@ class TraceConfig(WorkloadPart):
 
         SLO classes are drawn for the requests that have none in the file.
         """
+        sessions = self.read().sessions
+        if sessions is not None:
+            if self.rate_rps is None:
+                raise WorkloadError(
+                    f"{self.path} holds sessions without a common time: say with rate_rps how many"
+                    " calls there are per second"
+                )
+            part = sessions.stream(rng, num_requests, self.rate_rps * load)
+            return replace(part, slo_class=draw_classes(rng, part, class_shares))
         part, rows, _ = self._window(rng, num_requests, load)
         given = self.read().class_given[rows]
         if len(class_shares) > 1 and not given.all():
@@ -248,7 +258,12 @@ class TraceConfig(WorkloadPart):
         return part
 
     def num_cut_off(self, rng: np.random.Generator, *, num_requests: int, load: float = 1.0) -> int:
-        """Count the requests of a window that wait for one before it, and so come by themselves."""
+        """Count the requests of a window that wait for one before it, and so come by themselves.
+
+        Recorded sessions have no windows.
+        """
+        if self.read().sessions is not None:
+            return 0
         return self._window(rng, num_requests, load)[2]
 
     def _window(

@@ -1,18 +1,20 @@
-"""Trace readers: Azure, Mooncake, Bailian, BurstGPT and the native format; bad rows are named."""
+"""Trace readers: Azure, Mooncake, Bailian, BurstGPT and the native format; bad rows are named.
+
+Recorded sessions are another kind of file: see `session_trace`.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from servegym.errors import WorkloadError
-from servegym.typing import BoolArray, Int32Array, IntArray
+from servegym.typing import Int32Array, IntArray
 from servegym.workloads.cells import finite, whole
 from servegym.workloads.dialect import (
     AZURE,
@@ -27,8 +29,10 @@ from servegym.workloads.dialect import (
     units_of,
 )
 from servegym.workloads.records import READABLE, Record, columns_of, records
-from servegym.workloads.shortening import Shortened, TooLong, within
+from servegym.workloads.session_trace import holds_sessions, read_session_trace
+from servegym.workloads.shortening import TooLong, within
 from servegym.workloads.table import BY_ITSELF, RequestTable
+from servegym.workloads.trace import Trace
 from servegym.workloads.waiting import Wait, link, read_wait, with_followers
 
 _INT16_MAX = 2**15 - 1
@@ -48,81 +52,6 @@ _ALIASES = {
 
 #: What happens at a malformed row: the file is refused, or the row is counted and left out.
 OnBadRow = Literal["error", "skip"]
-
-
-@dataclass(frozen=True)
-class Trace:
-    """A request stream read from a file.
-
-    Attributes:
-        table: The requests, arrivals shifted to start at 0 and sorted.
-        name: File name.
-        num_skipped: Rows left out with `on_bad_row="skip"`.
-        first_bad: What was wrong with the first of them, or "".
-        class_given: Which requests have an SLO class in the file, `bool[n]`.
-        time_unit: What its times count.
-        hash_block_tokens: Tokens of a prefix hash; None without hashes.
-        shortened: Requests cut or left out as too long, None if there were none.
-        concluded: What was found out about the units, in sentences.
-    """
-
-    table: RequestTable
-    name: str
-    num_skipped: int
-    first_bad: str
-    class_given: BoolArray
-    time_unit: TimeUnit
-    hash_block_tokens: int | None
-    shortened: Shortened | None
-    concluded: tuple[str, ...]
-
-    def headline(self) -> str:
-        """How many requests there are, and how fast they came as recorded."""
-        table = self.table
-        span_s = float(table.arrival_s[table.after < 0][-1])
-        waiting = self.num_waiting
-        rate = f"{table.rate_rps:,.4g}/s"
-        if waiting:
-            alone = f"{len(table) - waiting:,} by themselves"
-            when = f"over {span_s:,.6g} s, {rate} in the long run" if span_s else "at one time"
-            return (
-                f"{self.name}: {len(table):,} requests, {alone} {when}, as recorded, and"
-                f" {waiting:,} after the answers to others"
-            )
-        when = f"over {span_s:,.6g} s, {rate}" if span_s else "at one time"
-        return f"{self.name}: {len(table):,} requests {when}, as recorded"
-
-    @property
-    def num_waiting(self) -> int:
-        """How many requests wait for others."""
-        return int((self.table.after != BY_ITSELF).sum())
-
-    def remarks(self) -> list[str]:
-        """What the reader of a result must know of the file, in sentences."""
-        said = list(self.concluded)
-        if self.num_skipped:
-            said.append(f"skipped {self.num_skipped} rows; the first: {self.first_bad}")
-        if self.shortened:
-            said.append(f"{self.name}: {self.shortened.sentence}")
-        return said
-
-    def counts(self) -> dict[str, Any]:
-        """The same as numbers; docs/evaluation.md describes the keys."""
-        cut = self.shortened
-        return {
-            "file": self.name,
-            "requests": len(self.table),
-            "waiting_requests": self.num_waiting,
-            "rate_rps": self.table.rate_rps,
-            "time_unit": self.time_unit,
-            "hash_block_tokens": self.hash_block_tokens,
-            "skipped_rows": self.num_skipped,
-            "first_skipped": self.first_bad or None,
-            "cut_requests": cut.num_requests if cut and cut.how == "cut" else 0,
-            "left_out_requests": cut.num_requests if cut and cut.how == "skip" else 0,
-            "tokens_not_played": cut.num_tokens if cut else 0,
-            "max_context_tokens": cut.max_context_tokens if cut else None,
-        }
 
 
 class _Row(NamedTuple):
@@ -172,9 +101,20 @@ def read_trace(
         WorkloadError: If the file or a row cannot be used; it names file, line and column.
     """
     path = Path(path)
+    files = _files(path)
+    if files and holds_sessions(files[0]):
+        given = (on_bad_row != "error", time_unit is not None, hash_block_tokens is not None)
+        names = ("on_bad_row skip", "time_unit", "hash_block_tokens")
+        for name, is_given in zip(names, given, strict=True):
+            if is_given:
+                raise WorkloadError(
+                    f"{path.name} holds recorded sessions, whose columns say all and whose calls"
+                    f" follow from one another: leave {name} (--{name.replace('_', '-')}) out"
+                )
+        return read_session_trace(path.name, files, max_context_tokens, too_long)
     rows: list[_Row] = []
     bad: list[str] = []
-    for file in _files(path):
+    for file in files:
         for number, (line, record) in enumerate(records(file)):
             try:
                 rows.append(_parse(file.name, number, line, record, time_unit))
