@@ -117,5 +117,5 @@ def test_recorded_sessions_keep_their_calls_gaps_and_shared_beginnings():
         recorded = main[session]
         assert pool.prompt_tokens[mine].tolist() == [r["input_tokens"] for r in recorded]
         assert pool.output_tokens[mine].tolist() == [max(1, r["output_tokens"]) for r in recorded]
-        gaps = [r["think_time_s"] for r in recorded[1:]]
+        gaps = [r["think_time_s"] or 0.0 for r in recorded[1:]]
         np.testing.assert_allclose(pool.delay_s[mine][1:], gaps)

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from servegym.errors import WorkloadError
 from servegym.typing import FloatArray, IntArray
 from servegym.workloads import arrivals
+from servegym.workloads.agents import AgentsConfig
 from servegym.workloads.classes import draw_classes
 from servegym.workloads.clients import ClientsConfig
 from servegym.workloads.dialect import TimeUnit
@@ -308,5 +309,5 @@ def _trace(config: TraceConfig, version: tuple[tuple[int, int], ...]) -> Trace:
 
 
 WorkloadConfig = Annotated[
-    GeneratedConfig | ClientsConfig | TraceConfig, Field(discriminator="kind")
+    GeneratedConfig | ClientsConfig | AgentsConfig | TraceConfig, Field(discriminator="kind")
 ]
