@@ -219,6 +219,8 @@ def _linked(name: str, rows: list[_Row], bad: list[str], *, skip: bool) -> list[
 
 def _places(rows: Sequence[_Row]) -> IntArray:
     """Position of the row that each one waits for, `_LOST` if that is not among them."""
+    if all(row.after == BY_ITSELF for row in rows):
+        return np.full(len(rows), BY_ITSELF)
     place = {row.place: i for i, row in enumerate(rows)}
     return np.array([row.after if row.after < 0 else place.get(row.after, _LOST) for row in rows])
 
@@ -246,9 +248,8 @@ def _parse(name: str, number: int, line: int, record: Record, time_unit: TimeUni
 
     dialect = dialect_of(found["arrival_s"], found["prompt"], row.keys())
     bailian = dialect is BAILIAN
-    wait = Wait(where, name, number)
-    if dialect is NATIVE:
-        wait = read_wait(where, name, number, row, dialect.time_column)
+    native = dialect is NATIVE
+    wait = read_wait(where, name, number, row) if native else Wait(where, name, number)
     time = row.get(dialect.time_column)
     waits = bool(wait.after) and time in (None, "")
     slo_class = cell("slo_class", 0, _INT16_MAX, -1)

@@ -57,15 +57,16 @@ class Linked(NamedTuple):
     wrong: list[str]
 
 
-def read_wait(
-    where: str, file: str, number: int, row: Mapping[str, object], time_column: str
-) -> Wait:
+def read_wait(where: str, file: str, number: int, row: Mapping[str, object]) -> Wait:
     """Read the columns `id`, `after` and `delay_s` of a row, each of which may be missing.
 
     Raises:
         WorkloadError: If the delay is no time, or is one after nobody; or if the row has neither
             an arrival nor one that it waits for.
     """
+    row_id = _name(row["id"]) if "id" in row else ""
+    if "after" not in row and "delay_s" not in row:
+        return Wait(where, file, number, row_id)
     after = _name(row.get("after"))
     delay = row.get("delay_s")
     delay_s = 0.0 if _name(delay) == "" else finite(where, "delay_s", delay)
@@ -76,12 +77,12 @@ def read_wait(
             f"{where}: delay_s is {delay_s:g}, but after is empty: name the row at whose end these"
             " seconds begin, or leave delay_s out"
         )
-    if "after" in row and not after and _name(row.get(time_column)) == "":
+    if "after" in row and not after and _name(row.get("arrival_s")) == "":
         raise WorkloadError(
-            f"{where}: {time_column} and after are both empty: give the time of a request that"
+            f"{where}: arrival_s and after are both empty: give the time of a request that"
             " arrives by itself, or the row that it waits for"
         )
-    return Wait(where, file, number, _name(row.get("id")), after, delay_s)
+    return Wait(where, file, number, row_id, after, delay_s)
 
 
 def _name(value: object) -> str:
