@@ -225,8 +225,22 @@ def test_sessions_want_a_rate_and_no_options_of_other_traces(write):
     for options in ({"time_unit": "ms"}, {"hash_block_tokens": 64}, {"on_bad_row": "skip"}):
         with pytest.raises(WorkloadError, match=f"leave {next(iter(options))}"):
             read_trace(path, **options)
+    alone = [begun("s", "one"), row("s", "one", 5, 5)]
+    with pytest.raises(WorkloadError, match=r"jsonl, session s: agent main must have calls"):
+        read_trace(write(alone))
     with pytest.raises(WorkloadError, match="rows of session s are apart"):
         read_trace(write([*SESSION, row("t", "main", 1, 1), row("s", "main", 1, 1)]))
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("session", ["s"]), ("session", None), ("agent", {}), ("spawned_agent", None)],
+)
+def test_a_session_or_agent_without_a_name_is_refused_with_its_line(write, column, value):
+    rows = [dict(one) for one in SESSION]
+    rows[2][column] = value
+    with pytest.raises(WorkloadError, match=f"line 3, column {column}: .* must be text or"):
+        read_trace(write(rows))
 
 
 def test_a_stream_of_one_short_session_repeats_it():

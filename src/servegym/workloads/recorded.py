@@ -103,7 +103,13 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             raise WorkloadError(f"{where}: no column {', '.join(missing)}")
         if row["duplicate_session"]:
             continue
-        if row["kind"] != "subagent":
+        begins = row["kind"] == "subagent"
+        for column in ("session", "agent", *(("spawned_agent",) if begins else ())):
+            if not isinstance(row[column], str | int):
+                raise WorkloadError(
+                    f"{where}, column {column}: {row[column]!r} must be text or a whole number"
+                )
+        if not begins:
             row["input_tokens"] = whole(where, "input_tokens", row["input_tokens"], 1, _MOST)
             for column in ("output_tokens", "lcp_prev_blocks"):
                 row[column] = whole(where, column, row[column], 0, _MOST)

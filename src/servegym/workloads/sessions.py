@@ -251,7 +251,8 @@ def recorded_sessions(recorded: Sequence[RecordedSession]) -> tuple[Sessions, li
             chain(session, MAIN, -1, 0.0)
             number += 1
     if not rows:
-        raise WorkloadError("the recorded sessions have no calls")
+        where_first = recorded[0].where if recorded else "no session"
+        raise WorkloadError(f"{where_first}: agent {MAIN} must have calls, in one session at least")
     whole = np.array([row[:4] + row[5:] for row in rows], np.int64).T
     return Sessions(
         session=whole[0],
