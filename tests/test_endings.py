@@ -30,7 +30,7 @@ SCENARIO = {
     },
     "num_requests": 60,
 }
-TRAIN = ["train", "--scenario", "tiny.yaml", "--out", "run", "--num-envs", "4"]
+TRAIN = ["train", "--scenario", "tiny.yaml", "--num-envs", "4", "--out", "run"]
 PROGRAM = [sys.executable, "-c", "from servegym.cli import main; main()"]
 
 
@@ -150,7 +150,7 @@ def test_output_folder_that_cannot_be_written_is_refused_first(place, capsys, mo
     ppo = pytest.importorskip("servegym.train.ppo")
     monkeypatch.setattr(ppo, "Validation", None)  # nothing is played before
     with pytest.raises(SystemExit) as end:
-        main([*TRAIN, "--decisions", "1024", "--out", out])
+        main([*TRAIN[:-1], out, "--decisions", "1024"])
     assert end.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith(f"servegym: {out} cannot be written (")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from importlib import resources
@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails
 
 from servegym.assets.specs import gpu, model
 from servegym.calibrate.calibration import calibrated_cost
+from servegym.cluster.nominal import request_alone_s
 from servegym.cluster.spec import ClusterSpec, Episode, Faults, ReplicaType, SloClass
 from servegym.cluster.state import FAULT_DOWN, FAULT_SLOW, FAULT_UP
 from servegym.costs.formats import ScenarioFormat, number_format
@@ -27,6 +28,7 @@ from servegym.engines import MAX_NUM_BATCHED_TOKENS, EngineName, kernels_of
 from servegym.errors import ConfigError, unknown_name
 from servegym.workloads.config import TraceConfig, WorkloadConfig
 from servegym.workloads.prediction import PredictorConfig
+from servegym.workloads.table import BY_ITSELF, RequestTable
 
 
 class Config(BaseModel):
@@ -207,6 +209,27 @@ class Scenario(Config):
         entry = self.fleet[0]
         return len(self.fleet) == 1 and entry.count == 1 and entry.engine == "vllm-priority"
 
+    def _last_s(self, table: RequestTable, types: Sequence[int], speeds: Sequence[float]) -> float:
+        """Until when there are faults: the last arrival.
+
+        Where requests wait for others, nobody knows it beforehand: then later than under any
+        policy, after each of them was alone on the slowest replica, one after the other.
+        """
+        last_s = float(table.arrival_s[-1])
+        if (table.after == BY_ITSELF).all():
+            return last_s
+        prompt, output = float(table.prompt_tokens.mean()), float(table.output_tokens.mean())
+        each_s = max(
+            request_alone_s(self.spec.types[t], prompt, output) / speed
+            for t, speed in zip(types, speeds, strict=True)
+        )
+        return last_s + float(table.delay_s.sum()) + len(table) * each_s
+
+    @staticmethod
+    def request_rng(seed: int) -> np.random.Generator:
+        """Return the randomness that the requests of a seed are drawn with."""
+        return np.random.default_rng(np.random.SeedSequence(seed).spawn(5)[0])
+
     def episode(self, seed: int, *, load: float = 1.0, num_requests: int | None = None) -> Episode:
         """Draw an episode; the requests of a seed are the same under every policy and fleet.
 
@@ -224,9 +247,9 @@ class Scenario(Config):
             num_requests = self.num_requests
         elif num_requests < 1:
             raise ConfigError(f"num_requests must be at least 1, got {num_requests}")
-        requests, lengths, fleet, faults, noise = np.random.SeedSequence(seed).spawn(5)
+        _, lengths, fleet, faults, noise = np.random.SeedSequence(seed).spawn(5)
         table = self.played_workload.table(
-            np.random.default_rng(requests),
+            self.request_rng(seed),
             num_requests=num_requests,
             load=load,
             class_shares=[c.share for c in self.slo_classes],
@@ -250,7 +273,7 @@ class Scenario(Config):
                 self.disturbances.fail_stop,
                 np.random.default_rng(faults),
                 len(types),
-                table.arrival_s[-1],
+                self._last_s(table, types, speeds),
             ),
             noise_seed=int(noise.generate_state(1, np.uint64)[0]),
         )

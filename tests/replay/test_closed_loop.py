@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from servegym.cli import main
-from servegym.commands.workload import trace_scenario
+from servegym.commands.train import Train
 from servegym.errors import ConfigError
 from servegym.replay.counterfactual import Arrivals, counterfactuals
 from servegym.replay.fleet import scenario_fleet
@@ -100,7 +100,7 @@ def test_the_way_of_answers_passes_before_the_next_request(tmp_path):
 
 def test_dispatches_are_forced_when_they_were(log):
     forced = Forced.of(log)
-    assert (forced.table.num_waiting, forced.table.num_cut) == (0, 0)
+    assert forced.table.num_waiting == 0
     [made] = forced.play([times(1.0)])
     np.testing.assert_allclose(made.e2e_s, log.e2e_s[forced.rows], atol=EXACT_S)
 
@@ -115,7 +115,6 @@ def test_the_log_is_a_closed_loop_for_evaluate(folder, log, tmp_path, capsys):
     main([*words, "--num-requests", "100"])
     said = " ".join(capsys.readouterr().out.split())
     assert f"{log.links.num_waiting} of 300 requests wait for an answer" in said
-    assert "of 200 requests wait for the answers they followed" in said
     main([*words, "--num-requests", "100", "--no-wait-for-answers"])
     assert "wait for" not in capsys.readouterr().out
 
@@ -123,7 +122,7 @@ def test_the_log_is_a_closed_loop_for_evaluate(folder, log, tmp_path, capsys):
 def test_the_log_is_a_closed_loop_for_train(folder, tmp_path):
     fleet = tmp_path / "live.yaml"
     fleet.write_text(SESSIONS)
-    path = trace_scenario(str(fleet), str(folder), None, tmp_path / "run")
+    path = Train(scenario=str(fleet), trace=str(folder)).chosen_file(tmp_path / "run")
     table = load_scenario(path).episode(0, num_requests=100).table
     assert table.num_waiting > 50
     text = (tmp_path / "run" / "scenario.yaml").read_text()
@@ -158,7 +157,7 @@ def test_what_follows_a_request_that_is_not_played_comes_when_it_came(tmp_path):
     assert arrivals.loop == "closed"
     assert arrivals.table.after.tolist() == [-1, 0, -1, -1]
     assert arrivals.table.arrival_s.tolist() == [0.0, 2.0, 3.0, 4.0]
-    assert (arrivals.table.num_waiting, arrivals.table.num_cut) == (1, 2)
+    assert arrivals.table.num_waiting == 1
 
 
 def test_a_log_that_does_not_say_is_an_open_loop(tmp_path):

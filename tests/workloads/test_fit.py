@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from servegym.errors import WorkloadError
-from servegym.workloads.config import ArrivalConfig, GeneratedConfig, LengthConfig
+from servegym.workloads.config import ArrivalConfig, GeneratedConfig
 from servegym.workloads.fit import QUANTILES, fit_quality, fit_workload
+from servegym.workloads.mixtures import LengthConfig
 from servegym.workloads.table import RequestTable
 
 KNOWN = GeneratedConfig(

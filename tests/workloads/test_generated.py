@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from servegym.workloads.config import ArrivalConfig, GeneratedConfig, LengthConfig, SessionConfig
+from servegym.workloads.config import ArrivalConfig, GeneratedConfig, SessionConfig
+from servegym.workloads.mixtures import LengthConfig
 
 
 def rng(seed=0):

@@ -13,6 +13,9 @@ from servegym.workloads.readers import read_trace
 
 CSV = "arrival_s,prompt_tokens,output_tokens,slo_class,prefix_hashes\n0,600,5,1,7 8\n1,5,5,,\n"
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.97,48,10\n"
+WAITING = (
+    "id,arrival_s,prompt_tokens,output_tokens,after,delay_s\na,0,6,5,,\nb,,5,5,a,2\nc,9,5,5,b,1\n"
+)
 MOONCAKE = '{"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [1, 2]}\n'
 BAILIAN = (
     '{"chat_id": 3, "parent_chat_id": -1, "timestamp": 0.5, "input_length": 20,'
@@ -48,7 +51,13 @@ def read_or_refuse(path, **options):
 @pytest.mark.parametrize("on_bad_row", ["error", "skip"])
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("a.csv", CSV), ("a.csv", AZURE), ("a.jsonl", MOONCAKE * 2), ("a.jsonl", BAILIAN)],
+    [
+        ("a.csv", CSV),
+        ("a.csv", AZURE),
+        ("a.csv", WAITING),
+        ("a.jsonl", MOONCAKE * 2),
+        ("a.jsonl", BAILIAN),
+    ],
 )
 @given(edits=edits)
 @settings(max_examples=150)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from servegym.errors import WorkloadError
-from servegym.workloads.config import GeneratedConfig, LengthConfig, SessionConfig
+from servegym.workloads.config import GeneratedConfig, SessionConfig
+from servegym.workloads.mixtures import LengthConfig
 from servegym.workloads.table import BY_ITSELF
 
 SYSTEM_TOKENS = 100

@@ -78,7 +78,6 @@ def test_prefix_keys_give_the_hits_of_an_endless_cache(name):
     [
         "sharegpt_val10k_lengths_first5k.csv.gz",
         "apex_traces_llama.csv.gz",
-        "weka_agentic_sessions_firsthalf.parquet",
         "servegen_client_rates_first2days.parquet",
     ],
 )
@@ -96,3 +95,27 @@ def test_the_fit_of_the_conversation_trace_is_as_close_as_documented():
     assert distance["gap_s"] == pytest.approx(0.021, abs=0.01)
     assert distance["prompt_tokens"] == pytest.approx(0.150, abs=0.01)
     assert distance["output_tokens"] == pytest.approx(0.064, abs=0.01)
+
+
+def test_recorded_sessions_keep_their_calls_gaps_and_shared_beginnings():
+    parquet = pytest.importorskip("pyarrow.parquet")
+    name = "weka_agentic_sessions_firsthalf.parquet"
+    rows = [r for r in parquet.read_table(TRACES / name).to_pylist() if not r["duplicate_session"]]
+    trace = read_trace(TRACES / name)
+    pool = trace.sessions
+    assert len(pool) == len({row["session"] for row in rows}) == 355
+    main = {}
+    for row in rows:
+        if row["agent"] == "main" and row["kind"] != "subagent":
+            main.setdefault(row["session"], []).append(row)
+    # sessions without sub-agents are one chain: prompts, answers and gaps as they are in the file
+    plain = [s for s in main if all(r["agent"] == "main" for r in rows if r["session"] == s)]
+    assert len(plain) > 300
+    at = {session: k for k, session in enumerate(main)}
+    for session in plain[::10]:
+        mine = slice(pool.first[at[session]], pool.first[at[session] + 1])
+        recorded = main[session]
+        assert pool.prompt_tokens[mine].tolist() == [r["input_tokens"] for r in recorded]
+        assert pool.output_tokens[mine].tolist() == [max(1, r["output_tokens"]) for r in recorded]
+        gaps = [r["think_time_s"] or 0.0 for r in recorded[1:]]
+        np.testing.assert_allclose(pool.delay_s[mine][1:], gaps)

@@ -46,6 +46,14 @@ def _facts(replica: ReplicaType, block_size: int) -> list[float]:
     ]
 
 
+def request_alone_s(replica: ReplicaType, prompt_tokens: float, output_tokens: float) -> float:
+    """Seconds that a request takes about, alone and with nothing cached."""
+    budget, grid = replica.max_num_batched_tokens, replica.grid
+    prefill_s = prompt_tokens / budget * grid.step_s([(budget, int(prompt_tokens / 2))])
+    decode_s = grid.step_s([], 1, int(prompt_tokens + output_tokens / 2))
+    return prefill_s + output_tokens * decode_s
+
+
 def reference_request_s(replica: ReplicaType) -> float:
     """Engine seconds that the reference request costs in a steady batch of its like."""
     batch = min(REFERENCE_BATCH, replica.max_num_seqs)

@@ -66,7 +66,7 @@ class Evaluate(Played):
     docs/workflow-online.md, for one engine those of docs/preemption.md and ordering.npz files.
     `NAME:tuned` is tuned by replay, for jobs and engines."""
     loads: tuple[float, ...] = (0.6, 0.8, 1.0)
-    """Factors on the arrival rate."""
+    """Factors on the arrival rate, or on the number of clients."""
     seeds: int = 10
     """Episodes per load, the same for every policy."""
     num_requests: int | None = None

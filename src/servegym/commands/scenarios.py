@@ -18,12 +18,12 @@ class Scenarios:
     def run(self) -> None:
         """Print the list."""
         table = Table()
-        for heading in ("scenario", "fleet", "rate at load 1", "what it is"):
+        for heading in ("scenario", "fleet", "at load 1", "what it is"):
             table.add_column(heading)
         for name in scenario_names():
             s = load_scenario(name)
             fleet = ", ".join(f"{e.count} {e.gpu}" for e in s.fleet)
-            table.add_row(name, fleet, f"{s.workload.rate_rps:g}/s", s.description)
+            table.add_row(name, fleet, s.workload.pace, s.description)
         for name in workflow_scenario_names():
             w = load_workflow_scenario(name)
             entries = [f"{e.count} {e.gpu}" for e in w.engines]

@@ -25,7 +25,7 @@ class Simulate(Played):
     """Rule (see `servegym policies`) or exported policy.onnx; for one engine that goes by
     priorities an order (docs/preemption.md) or ordering.npz, by default fcfs."""
     load: float = 1.0
-    """Factor on the arrival rate."""
+    """Factor on the arrival rate, or on the number of clients."""
     seeds: int = 3
     """Episodes."""
     num_requests: int | None = None

@@ -21,7 +21,7 @@ from servegym.policy.run_ordering import make_simulator, run_ordering, time_orde
 from servegym.scenario import Scenario
 from servegym.typing import FloatArray
 from servegym.workloads.config import TraceConfig
-from servegym.workloads.readers import Trace
+from servegym.workloads.trace import Trace
 
 #: Held-out seeds start here; training and tuning use smaller ones or none.
 FIRST_SEED = 1_000_000

@@ -120,7 +120,7 @@ def plan(
     if len(loads) > 1 and all(key(draw(seeds[0], load)) == by_seed[0] for load in loads):
         played = [at]
         notes.append(
-            f"the {len(loads)} loads make the same episodes, as all arrivals are at one time:"
+            f"the {len(loads)} loads make the same episodes, as none changes an arrival:"
             f" load {at:g} stands for them"
         )
     return Plan(kept, played, notes)
@@ -137,23 +137,30 @@ def plan_requests(
         seeds,
         loads,
     )
-    notes = [
-        *window_notes(scenario, len(found.seeds), num_requests),
-        *cut_notes(scenario, found.seeds, num_requests),
-    ]
+    notes = window_notes(scenario, len(found.seeds), num_requests)
+    notes += _cut_off_notes(scenario, found.seeds, found.loads, num_requests)
     return found._replace(notes=[*found.notes, *notes])
 
 
-def cut_notes(scenario: Scenario, seeds: Sequence[int], num_requests: int | None) -> list[str]:
-    """Say how many requests of a trace follow one that is before the window of their seed."""
+def _cut_off_notes(
+    scenario: Scenario, seeds: Sequence[int], loads: Sequence[float], num_requests: int | None
+) -> list[str]:
+    """Say how many requests wait for one that the window of a trace does not hold."""
     workload = scenario.played_workload
-    if not isinstance(workload, TraceConfig) or not workload.whole().num_waiting:
+    if not isinstance(workload, TraceConfig):
         return []
-    tables = [scenario.episode(seed, num_requests=num_requests).table for seed in seeds]
-    waiting, cut = sum(t.num_waiting for t in tables), sum(t.num_cut for t in tables)
+    num = num_requests or scenario.num_requests
+    counts = [
+        workload.num_cut_off(scenario.request_rng(seed), num_requests=num, load=load)
+        for seed in seeds
+        for load in loads
+    ]
+    if not any(counts):
+        return []
+    mean = sum(counts) / len(counts)
     return [
-        f"closed loop: {waiting:,} of {sum(map(len, tables)):,} requests wait for the answers they"
-        f" followed; {cut:,} whose predecessor is not in their seed's window come by themselves"
+        f"{mean:,.4g} requests of a window, on average, wait for one before it: these come by"
+        " themselves, at their times in the trace, or as if answers took no time where it has none"
     ]
 
 
@@ -163,6 +170,8 @@ def window_notes(scenario: Scenario, num_seeds: int, num_requests: int | None) -
     if not isinstance(workload, TraceConfig):
         return []
     trace = workload.read()
+    if trace.sessions is not None:
+        return []  # drawn with replacement, as the trace says of itself
     there, each = len(trace.table), num_requests or scenario.num_requests
     if there <= each:
         notes = [

@@ -14,7 +14,7 @@ import numpy as np
 from servegym.errors import WorkloadError
 from servegym.replay.fleet import Fleet
 from servegym.typing import BoolArray, FloatArray, Int16Array, IntArray
-from servegym.workloads.followed import Followed, Links, link, parse_followed
+from servegym.workloads.followed import Followed, Links, link_followed, parse_followed
 from servegym.workloads.readers import OnBadRow, prefix_segments
 from servegym.workloads.records import columns_of, records
 from servegym.workloads.table import RequestTable
@@ -345,7 +345,7 @@ def _as_arrays(
     keys, ends, offsets = prefix_segments([row.hashes for row in rows])
     prompt = column("prompt_tokens", np.int64)
     end_s = np.where(code == STATUSES.index("finished"), arrival + e2e_s, np.nan)
-    links = link([row.key for row in rows], arrival, end_s, [row.followed for row in rows])
+    links = link_followed([row.key for row in rows], arrival, end_s, [row.followed for row in rows])
     table = RequestTable.build(
         arrival - arrival[0],
         prompt,

@@ -9,15 +9,20 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from servegym.errors import WorkloadError
-from servegym.typing import FloatArray, Int16Array, IntArray
+from servegym.typing import FloatArray, IntArray
 from servegym.workloads import arrivals
+from servegym.workloads.agents import AgentsConfig
+from servegym.workloads.classes import draw_classes
+from servegym.workloads.clients import ClientsConfig
 from servegym.workloads.dialect import TimeUnit
-from servegym.workloads.readers import OnBadRow, Trace, read_trace
+from servegym.workloads.mixtures import LengthConfig, WorkloadPart
+from servegym.workloads.readers import OnBadRow, read_trace
 from servegym.workloads.shortening import TooLong
 from servegym.workloads.table import BY_ITSELF, RequestTable
+from servegym.workloads.trace import Trace
 
 #: Longest prompt and output of a trace together, unless another is given: contexts that costs are
 #: known for.
@@ -25,11 +30,7 @@ MAX_CONTEXT_TOKENS = 131072
 _MAX_SPARE = 64.0  # turns drawn for each one that fits the context
 
 
-class _Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class ArrivalConfig(_Config):
+class ArrivalConfig(WorkloadPart):
     """An arrival process; see `workloads.arrivals`."""
 
     kind: Literal["poisson", "gamma", "weibull", "bursts", "diurnal"] = "poisson"
@@ -54,44 +55,7 @@ class ArrivalConfig(_Config):
         return arrivals.diurnal(rng, num, rate_rps, self.amplitude, self.period_s)
 
 
-class LengthConfig(_Config):
-    """A mixture of lognormal lengths: medians in tokens, sigmas of the logarithm."""
-
-    medians_tokens: tuple[Annotated[float, Field(gt=0)], ...] = Field((200.0,), min_length=1)
-    sigmas: tuple[Annotated[float, Field(ge=0)], ...] = (0.8,)
-    weights: tuple[Annotated[float, Field(ge=0)], ...] = (1.0,)
-    min_tokens: int = Field(1, ge=1)
-    max_tokens: int = Field(8192, ge=1)
-
-    @model_validator(mode="after")
-    def _check_parts(self) -> Self:
-        counts = len(self.medians_tokens), len(self.sigmas), len(self.weights)
-        if len(set(counts)) > 1:
-            raise ValueError(
-                "medians_tokens, sigmas and weights need one number a part each, got "
-                "{}, {} and {}".format(*counts)
-            )
-        if not any(self.weights):
-            raise ValueError("one of the weights must be above 0")
-        if self.min_tokens > self.max_tokens:
-            raise ValueError(
-                f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})"
-            )
-        return self
-
-    def draw(self, rng: np.random.Generator, num: int) -> IntArray:
-        """Draw lengths, `int64[num]`."""
-        z = rng.standard_normal(num)
-        if len(self.medians_tokens) == 1:
-            raw = self.medians_tokens[0] * np.exp(self.sigmas[0] * z)
-        else:
-            weights = np.array(self.weights) / sum(self.weights)
-            part = np.searchsorted(np.cumsum(weights)[:-1], rng.random(num), side="right")
-            raw = np.array(self.medians_tokens)[part] * np.exp(np.array(self.sigmas)[part] * z)
-        return np.clip(np.round(raw), self.min_tokens, self.max_tokens).astype(np.int64)
-
-
-class SessionConfig(_Config):
+class SessionConfig(WorkloadPart):
     """Conversations: each turn repeats all that was said before.
 
     A conversation starts with one of `num_system_prompts` system prompts (Zipf popularity); its
@@ -118,7 +82,7 @@ class SessionConfig(_Config):
         return self
 
 
-class GeneratedConfig(_Config):
+class GeneratedConfig(WorkloadPart):
     """A synthetic stream."""
 
     kind: Literal["generated"] = "generated"
@@ -128,6 +92,11 @@ class GeneratedConfig(_Config):
     output: LengthConfig = LengthConfig(medians_tokens=(150.0,), max_tokens=2048)
     sessions: SessionConfig | None = None
     num_tenants: int = Field(1, ge=1)
+
+    @property
+    def pace(self) -> str:
+        """What load 1 means."""
+        return f"{self.rate_rps:g}/s"
 
     def table(
         self,
@@ -154,7 +123,7 @@ class GeneratedConfig(_Config):
             )
         else:
             table = self._conversations(rng, num_requests, rate, self.sessions)
-        slo_class = _draw_classes(rng, table, class_shares)
+        slo_class = draw_classes(rng, table, class_shares)
         tenant = rng.integers(0, self.num_tenants, num_requests)[table.conversation]
         return replace(table, slo_class=slo_class, tenant=tenant.astype(np.int32))
 
@@ -222,7 +191,7 @@ def _turn_before(session: IntArray) -> IntArray:
     return before
 
 
-class TraceConfig(_Config):
+class TraceConfig(WorkloadPart):
     """A replayed trace; each seed plays another window of it.
 
     `rate_rps` is the rate at load 1; without it the trace keeps its own. `time_unit` and
@@ -242,6 +211,11 @@ class TraceConfig(_Config):
     too_long: TooLong = "error"
     wait_for_answers: bool = True
 
+    @property
+    def pace(self) -> str:
+        """What load 1 means."""
+        return "as recorded" if self.rate_rps is None else f"{self.rate_rps:g}/s"
+
     def whole(self) -> RequestTable:
         """Return the whole trace, as fast as it was."""
         return self.read().table
@@ -256,7 +230,7 @@ class TraceConfig(_Config):
     @property
     def is_batch(self) -> bool:
         """Whether all requests arrive at one time, so that there is no rate."""
-        return not np.isfinite(self.whole().rate_rps)
+        return self.read().sessions is None and not np.isfinite(self.whole().rate_rps)
 
     def table(
         self,
@@ -270,8 +244,36 @@ class TraceConfig(_Config):
 
         SLO classes are drawn for the requests that have none in the file.
         """
-        trace = self.read()
-        whole = trace.table
+        sessions = self.read().sessions
+        if sessions is not None:
+            if self.rate_rps is None:
+                raise WorkloadError(
+                    f"{self.path} holds sessions without a common time: say with rate_rps how many"
+                    " calls there are per second"
+                )
+            part = sessions.stream(rng, num_requests, self.rate_rps * load)
+            return replace(part, slo_class=draw_classes(rng, part, class_shares))
+        part, rows, _ = self._window(rng, num_requests, load)
+        given = self.read().class_given[rows]
+        if len(class_shares) > 1 and not given.all():
+            drawn = draw_classes(rng, part, class_shares)
+            part = replace(part, slo_class=np.where(given, part.slo_class, drawn))
+        return part
+
+    def num_cut_off(self, rng: np.random.Generator, *, num_requests: int, load: float = 1.0) -> int:
+        """Count the requests of a window that wait for one before it, and so come by themselves.
+
+        Recorded sessions have no windows.
+        """
+        if self.read().sessions is not None:
+            return 0
+        return self._window(rng, num_requests, load)[2]
+
+    def _window(
+        self, rng: np.random.Generator, num_requests: int, load: float
+    ) -> tuple[RequestTable, IntArray, int]:
+        """Take a window; also its rows of the trace, and how many have lost whom they wait for."""
+        whole = self.whole()
         if self.rate_rps and self.is_batch:
             raise WorkloadError(
                 f"{self.path} cannot be played at rate_rps {self.rate_rps:g}: all of its requests "
@@ -279,23 +281,20 @@ class TraceConfig(_Config):
             )
         num = min(num_requests, len(whole))
         first = int(rng.integers(0, len(whole) - num + 1))
-        part = whole.take(np.arange(first, first + num))
+        rows = np.arange(first, first + num)
         factor = load * (self.rate_rps / whole.rate_rps if self.rate_rps else 1.0)
-        part = replace(part, arrival_s=part.arrival_s - part.arrival_s[0]).scaled(factor)
-        given = trace.class_given[first : first + num]
-        if len(class_shares) > 1 and not trace.class_given.all():
-            drawn = _draw_classes(rng, part, class_shares)
-            part = replace(part, slo_class=np.where(given, part.slo_class, drawn))
-        return part
-
-
-def _draw_classes(
-    rng: np.random.Generator, table: RequestTable, shares: Sequence[float]
-) -> Int16Array:
-    """Draw an SLO class for each conversation, `int16[n]`."""
-    below = np.cumsum(shares) / np.sum(shares)
-    draw = rng.random(len(table))[table.conversation]
-    return np.searchsorted(below[:-1], draw, side="right").astype(np.int16)
+        if not (whole.after >= 0).any():
+            part = whole.take(rows)
+            part = replace(part, arrival_s=part.arrival_s - part.arrival_s[0]).scaled(factor)
+            return part, rows, 0
+        # what is a window depends on the rate: chains overlap more, the faster they begin
+        order, _ = whole.order_at(factor)
+        assert order is not None
+        faster = whole.scaled(factor)
+        waits_for = faster.after[rows]
+        part = faster.take(rows)
+        part = replace(part, arrival_s=part.arrival_s - part.arrival_s[0])
+        return part, order[rows], int(((waits_for >= 0) & (waits_for < first)).sum())
 
 
 @lru_cache(maxsize=8)
@@ -312,4 +311,6 @@ def _trace(config: TraceConfig, version: tuple[tuple[int, int], ...]) -> Trace:
     )
 
 
-WorkloadConfig = Annotated[GeneratedConfig | TraceConfig, Field(discriminator="kind")]
+WorkloadConfig = Annotated[
+    GeneratedConfig | ClientsConfig | AgentsConfig | TraceConfig, Field(discriminator="kind")
+]

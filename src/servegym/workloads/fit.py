@@ -8,7 +8,8 @@ import numpy as np
 
 from servegym.errors import WorkloadError
 from servegym.typing import FloatArray, Int32Array
-from servegym.workloads.config import ArrivalConfig, GeneratedConfig, LengthConfig
+from servegym.workloads.config import ArrivalConfig, GeneratedConfig
+from servegym.workloads.mixtures import LengthConfig
 from servegym.workloads.table import RequestTable
 
 QUANTILES = (5, 25, 50, 75, 95, 99)
@@ -36,9 +37,10 @@ def fit_workload(table: RequestTable) -> GeneratedConfig:
     Raises:
         WorkloadError: If all requests arrive at one time.
     """
-    if table.arrival_s[0] == table.arrival_s[-1]:
+    if not np.isfinite(table.rate_rps):
         raise WorkloadError(
-            f"a rate needs arrivals at two times or more, got {len(table)} request(s) at one"
+            "a rate needs requests that arrive by themselves at two times or more, got"
+            f" {len(table)} request(s) from one time on"
         )
     gaps = np.diff(table.arrival_s)
     return GeneratedConfig(

@@ -95,7 +95,7 @@ def parse_followed(where: str, value: object) -> Followed | None:
     )
 
 
-def link(
+def link_followed(
     keys: Sequence[str],
     arrival_s: FloatArray,
     end_s: FloatArray,

@@ -1,23 +1,26 @@
-"""Trace readers: Azure, Mooncake, Bailian, BurstGPT and the native format; bad rows are named."""
+"""Trace readers: Azure, Mooncake, Bailian, BurstGPT and the native format; bad rows are named.
+
+Recorded sessions are another kind of file: see `session_trace`.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from servegym.errors import WorkloadError
-from servegym.typing import BoolArray, FloatArray, Int32Array, IntArray
+from servegym.typing import FloatArray, Int32Array, IntArray
 from servegym.workloads.cells import finite, whole
 from servegym.workloads.dialect import (
     AZURE,
     BAILIAN,
     BLOCK_TOKENS,
+    NATIVE,
     PER_SECOND,
     ROUTER,
     Counts,
@@ -26,12 +29,17 @@ from servegym.workloads.dialect import (
     dialect_of,
     units_of,
 )
-from servegym.workloads.followed import Followed, Links, link, parse_followed
+from servegym.workloads.followed import Followed, Links, link_followed, parse_followed
 from servegym.workloads.records import READABLE, Record, columns_of, records
-from servegym.workloads.shortening import Shortened, TooLong, within
-from servegym.workloads.table import RequestTable
+from servegym.workloads.session_trace import holds_sessions, read_session_trace
+from servegym.workloads.shortening import TooLong, within
+from servegym.workloads.table import BY_ITSELF, RequestTable
+from servegym.workloads.trace import Trace
+from servegym.workloads.waiting import Wait, link_waits, read_wait, with_followers
 
 _INT16_MAX = 2**15 - 1
+#: Instead of a position: the row waited for was left out.
+_LOST = -3
 _INT32_MAX = 2**31 - 1
 _ALIASES = {
     "arrival_s": ("arrival_s", "TIMESTAMP", "Timestamp", "timestamp"),
@@ -48,72 +56,6 @@ _ALIASES = {
 OnBadRow = Literal["error", "skip"]
 
 
-@dataclass(frozen=True)
-class Trace:
-    """A request stream read from a file.
-
-    Attributes:
-        table: The requests, arrivals shifted to start at 0 and sorted.
-        name: File name.
-        num_skipped: Rows left out with `on_bad_row="skip"`.
-        first_bad: What was wrong with the first of them, or "".
-        class_given: Which requests have an SLO class in the file, `bool[n]`.
-        time_unit: What its times count.
-        hash_block_tokens: Tokens of a prefix hash; None without hashes.
-        shortened: Requests cut or left out as too long, None if there were none.
-        links: Who waits for whom, None if nobody does.
-        concluded: What was found out about the units, in sentences.
-    """
-
-    table: RequestTable
-    name: str
-    num_skipped: int
-    first_bad: str
-    class_given: BoolArray
-    time_unit: TimeUnit
-    hash_block_tokens: int | None
-    shortened: Shortened | None
-    links: Links | None
-    concluded: tuple[str, ...]
-
-    def headline(self) -> str:
-        """How many requests there are, and how fast they came as recorded."""
-        span_s = float(self.table.arrival_s[-1])
-        rate = f"over {span_s:,.6g} s, {self.table.rate_rps:,.4g}/s" if span_s else "at one time"
-        return f"{self.name}: {len(self.table):,} requests {rate}, as recorded"
-
-    def remarks(self) -> list[str]:
-        """What the reader of a result must know of the file, in sentences."""
-        said = list(self.concluded)
-        if self.num_skipped:
-            said.append(f"skipped {self.num_skipped} rows; the first: {self.first_bad}")
-        if self.shortened:
-            said.append(f"{self.name}: {self.shortened.sentence}")
-        if self.links:
-            said.append(f"{self.name}: {self.links.sentence}")
-        return said
-
-    def counts(self) -> dict[str, Any]:
-        """The same as numbers; docs/evaluation.md describes the keys."""
-        cut, links = self.shortened, self.links
-        return {
-            "file": self.name,
-            "requests": len(self.table),
-            "rate_rps": self.table.rate_rps,
-            "time_unit": self.time_unit,
-            "hash_block_tokens": self.hash_block_tokens,
-            "skipped_rows": self.num_skipped,
-            "first_skipped": self.first_bad or None,
-            "cut_requests": cut.num_requests if cut and cut.how == "cut" else 0,
-            "left_out_requests": cut.num_requests if cut and cut.how == "skip" else 0,
-            "tokens_not_played": cut.num_tokens if cut else 0,
-            "max_context_tokens": cut.max_context_tokens if cut else None,
-            "waiting_requests": links.num_waiting if links else 0,
-            "guessed_waiting_requests": links.num_by["prefix"] if links else 0,
-            "requests_without_predecessor": links.num_cut if links else 0,
-        }
-
-
 class _Row(NamedTuple):
     where: str
     dialect: Dialect
@@ -126,9 +68,14 @@ class _Row(NamedTuple):
     hashes: list[int]
     chat: int
     parent_chat: int
+    wait: Wait
     key: str
     e2e_s: float
     followed: Followed | None
+    #: Place among all rows that were read, and of the row that it waits for; steps to the first.
+    place: int = -1
+    after: int = BY_ITSELF
+    depth: int = 0
 
 
 def read_trace(
@@ -152,7 +99,8 @@ def read_trace(
             of hashes say where they fit nothing else.
         max_context_tokens: Most tokens of prompt and output together; None: no limit.
         too_long: Refuse the file at a longer request, or count and cut or leave out.
-        wait_for_answers: Whether requests of a router's log wait for those that they followed.
+        wait_for_answers: Whether requests wait for those that they followed, where the trace says
+            so; else all come at their times.
 
     Returns:
         The trace.
@@ -161,18 +109,36 @@ def read_trace(
         WorkloadError: If the file or a row cannot be used; it names file, line and column.
     """
     path = Path(path)
+    files = _files(path)
+    if files and holds_sessions(files[0]):
+        given = (
+            on_bad_row != "error",
+            time_unit is not None,
+            hash_block_tokens is not None,
+            not wait_for_answers,
+        )
+        names = ("on_bad_row skip", "time_unit", "hash_block_tokens", "no wait_for_answers")
+        for name, is_given in zip(names, given, strict=True):
+            if is_given:
+                raise WorkloadError(
+                    f"{path.name} holds recorded sessions, whose columns say all and whose calls"
+                    f" follow from one another: leave {name} (--{name.replace('_', '-')}) out"
+                )
+        return read_session_trace(path.name, files, max_context_tokens, too_long)
     rows: list[_Row] = []
     bad: list[str] = []
-    for file in _files(path):
-        for line, record in records(file):
+    for file in files:
+        for number, (line, record) in enumerate(records(file)):
             try:
-                rows.append(_parse(file.name, line, record, time_unit))
+                rows.append(_parse(file.name, number, line, record, time_unit))
             except WorkloadError as error:
                 if on_bad_row == "error":
                     raise
                 bad.append(str(error))
     if not rows:
         raise WorkloadError(f"{path.name} has no usable request" + (f": {bad[0]}" if bad else ""))
+    if any(row.wait.after for row in rows):
+        rows = _linked(path.name, rows, bad, skip=on_bad_row == "skip")
     counts = Counts(
         np.array([row.time for row in rows]),
         np.array([row.prompt_tokens for row in rows], np.int64),
@@ -192,21 +158,33 @@ def read_trace(
         for row, fits in zip(rows, units.fits.tolist(), strict=True)
         if not fits
     ]
-    rows = [row for row, fits in zip(rows, units.fits.tolist(), strict=True) if fits]
-    rows.sort(key=lambda row: row.time)
+    fits = units.fits.tolist()
+    rows = sorted(
+        (row for row, fit in zip(rows, fits, strict=True) if fit),
+        key=lambda row: (row.time, row.depth),
+    )
+    after = _places(rows)
+    lost = with_followers(after == _LOST, after)
+    bad += [
+        f"{row.where}: it waits for a row that is left out"
+        for row, out in zip(rows, lost.tolist(), strict=True)
+        if out
+    ]
+    rows = [row for row, out in zip(rows, lost.tolist(), strict=True) if not out]
     length = within(
         np.array([row.prompt_tokens for row in rows], np.int64),
         np.array([row.output_tokens for row in rows], np.int64),
         [row.where for row in rows],
         max_context_tokens,
         too_long,
+        after=_places(rows),
     )
     rows = [row for row, kept in zip(rows, length.kept.tolist(), strict=True) if kept]
     keys, ends, offsets = prefix_segments(
         [row.hashes for row in rows], units.block_tokens or BLOCK_TOKENS
     )
     arrival = np.array([row.time for row in rows]) / PER_SECOND[units.time_unit]
-    links = _links(rows, arrival) if wait_for_answers else None
+    links = _links(rows, arrival)
     table = RequestTable.build(
         arrival - arrival[0],
         length.prompt_tokens,
@@ -214,12 +192,14 @@ def read_trace(
         slo_class=np.array([row.slo_class or 0 for row in rows]),
         tenant=np.array([row.tenant for row in rows]),
         session=np.array(_sessions(rows)),
-        after=links.after if links else None,
-        delay_s=links.delay_s if links else None,
+        after=links.after if links else _places(rows),
+        delay_s=links.delay_s if links else np.array([row.wait.delay_s for row in rows]),
         prefix_offsets=offsets,
         prefix_keys=keys,
         prefix_ends=ends,
     )
+    if not wait_for_answers:
+        table, links = table.open_loop(), None
     return Trace(
         table,
         path.name,
@@ -240,7 +220,29 @@ def _files(path: Path) -> list[Path]:
     return sorted(file for file in path.iterdir() if file.name.lower().endswith(READABLE))
 
 
-def _parse(name: str, line: int, record: Record, time_unit: TimeUnit | None) -> _Row:
+def _linked(name: str, rows: list[_Row], bad: list[str], *, skip: bool) -> list[_Row]:
+    """Find whom rows wait for, and when they arrive at the earliest; add the bad ones to `bad`."""
+    linked = link_waits([row.wait for row in rows], [row.time for row in rows], skip=skip)
+    bad += [why for why in linked.wrong if why]
+    found = [
+        row._replace(place=i, after=linked.after[i], time=linked.time_s[i], depth=linked.depth[i])
+        for i, row in enumerate(rows)
+        if not linked.wrong[i]
+    ]
+    if not found:
+        raise WorkloadError(f"{name} has no usable request: {bad[0]}")
+    return found
+
+
+def _places(rows: Sequence[_Row]) -> IntArray:
+    """Position of the row that each one waits for, `_LOST` if that is not among them."""
+    if all(row.after == BY_ITSELF for row in rows):
+        return np.full(len(rows), BY_ITSELF)
+    place = {row.place: i for i, row in enumerate(rows)}
+    return np.array([row.after if row.after < 0 else place.get(row.after, _LOST) for row in rows])
+
+
+def _parse(name: str, number: int, line: int, record: Record, time_unit: TimeUnit | None) -> _Row:
     where = f"{name}, line {line}"
     # of the columns: the file, or each JSON line for itself
     holder = where if isinstance(record, str) else name
@@ -248,6 +250,8 @@ def _parse(name: str, line: int, record: Record, time_unit: TimeUnit | None) -> 
     found = {}
     for want, names in _ALIASES.items():
         column = next((name for name in names if name in row), None)
+        if column is None and want == "arrival_s" and row.get("after") not in (None, ""):
+            column = want
         if column is None:
             raise WorkloadError(
                 f"{holder} has no column for {want}: it has {', '.join(map(str, row))}; "
@@ -260,13 +264,16 @@ def _parse(name: str, line: int, record: Record, time_unit: TimeUnit | None) -> 
         return default if value in (None, "") else whole(where, column, value, low, high)
 
     dialect = dialect_of(found["arrival_s"], found["prompt"], row.keys())
-    bailian, router = dialect is BAILIAN, dialect is ROUTER
-    e2e_s = row.get("e2e_s") if row.get("status") == "finished" else None
+    bailian, native, router = (dialect is kind for kind in (BAILIAN, NATIVE, ROUTER))
+    wait = read_wait(where, name, number, row) if native else Wait(where, name, number)
+    time = row.get(dialect.time_column)
+    waits = bool(wait.after) and time in (None, "")
+    e2e_s = row.get("e2e_s") if router and row.get("status") == "finished" else None
     slo_class = cell("slo_class", 0, _INT16_MAX, -1)
     return _Row(
         where=where,
         dialect=dialect,
-        time=_time(where, dialect, row[dialect.time_column], time_unit),
+        time=math.nan if waits else _time(where, dialect, time, time_unit),
         prompt_tokens=whole(where, found["prompt"], row[found["prompt"]], 1, _INT32_MAX),
         output_tokens=whole(where, found["output"], row[found["output"]], 1, _INT32_MAX),
         slo_class=None if slo_class < 0 else slo_class,
@@ -275,8 +282,9 @@ def _parse(name: str, line: int, record: Record, time_unit: TimeUnit | None) -> 
         hashes=_hashes(where, "hash_ids" if "hash_ids" in row else "prefix_hashes", row),
         chat=cell("chat_id", 0, _INT32_MAX, -1) if bailian else -1,
         parent_chat=cell("parent_chat_id", -1, _INT32_MAX, -1) if bailian else -1,
+        wait=wait,
         key=str(row.get("key")) if router else "",
-        e2e_s=math.nan if e2e_s is None or not router else finite(where, "e2e_s", e2e_s),
+        e2e_s=math.nan if e2e_s is None else finite(where, "e2e_s", e2e_s),
         followed=parse_followed(where, row.get("follows")) if router else None,
     )
 
@@ -331,7 +339,7 @@ def _links(rows: list[_Row], arrival_s: FloatArray) -> Links | None:
     if not any(followed):
         return None
     end_s = arrival_s + np.array([row.e2e_s for row in rows])
-    return link([row.key for row in rows], arrival_s, end_s, followed)
+    return link_followed([row.key for row in rows], arrival_s, end_s, followed)
 
 
 def _sessions(rows: list[_Row]) -> list[int]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from servegym.errors import WorkloadError
 from servegym.typing import BoolArray, IntArray
+from servegym.workloads.waiting import with_followers
 
 #: What happens to requests beyond the longest context: the file is refused, or they are counted
 #: and cut, as a client would, or left out, as a server would.
@@ -25,6 +26,7 @@ class Shortened(NamedTuple):
         num_tokens: What was cut off them or left out with them.
         of_requests: All that the file has.
         of_tokens: Likewise.
+        waited: Whether some were left out only because they wait for one that was.
     """
 
     how: TooLong
@@ -33,13 +35,15 @@ class Shortened(NamedTuple):
     num_tokens: int
     of_requests: int
     of_tokens: int
+    waited: bool = False
 
     @property
     def sentence(self) -> str:
         """What was done, with counts."""
         done = "cut" if self.how == "cut" else "left out"
+        who = "they or those they wait for" if self.waited else "they"
         return (
-            f"{done} {self.num_requests:,} of {self.of_requests:,} requests, as they exceed"
+            f"{done} {self.num_requests:,} of {self.of_requests:,} requests, as {who} exceed"
             f" {self.max_context_tokens:,} tokens: {self.num_tokens / self.of_tokens:.1%} of all"
             " tokens are not played"
         )
@@ -67,10 +71,13 @@ def within(
     places: Sequence[str],
     limit: int | None,
     too_long: TooLong,
+    *,
+    after: IntArray | None = None,
 ) -> Within:
     """Refuse, cut or leave out the requests beyond a limit.
 
-    A request is cut at its output first, to half the limit, then at its prompt.
+    A request is cut at its output first, to half the limit, then at its prompt. Whoever waits for
+    one that is left out is left out, too.
 
     Args:
         prompt_tokens: `int64[n]`.
@@ -78,6 +85,8 @@ def within(
         places: File and line of each, for messages.
         limit: Most tokens of prompt and output together; None: no limit.
         too_long: What to do.
+        after: Earlier request that each one waits for, negative for none, `int64[n]`; None: nobody
+            waits.
 
     Raises:
         WorkloadError: If one exceeds it and is neither to be cut nor left out, or none is left.
@@ -98,14 +107,18 @@ def within(
             " (--max-context-tokens), or say too_long (--too-long) cut or skip"
         )
     if too_long == "skip":
-        if over.all():
+        out = over if after is None else with_followers(over, after)
+        left = int(out.sum())
+        if out.all():
             raise WorkloadError(
-                f"{places[row]}, as all others, exceeds {limit:,} tokens, the longest context here:"
-                " take larger replicas or raise max_context_tokens"
+                f"{places[row]}, as all others"
+                f"{'' if left == count else ' or those that they wait for'}, exceeds {limit:,}"
+                " tokens, the longest context here: take larger replicas or raise"
+                " max_context_tokens"
             )
-        lost = int(total[over].sum())
-        done = Shortened(too_long, limit, count, lost, len(total), tokens)
-        return Within(prompt_tokens[~over], output_tokens[~over], ~over, done)
+        lost = int(total[out].sum())
+        done = Shortened(too_long, limit, left, lost, len(total), tokens, left > count)
+        return Within(prompt_tokens[~out], output_tokens[~out], ~out, done)
     output = np.where(over, np.minimum(output_tokens, max(1, limit // 2)), output_tokens)
     prompt = np.where(over, np.minimum(prompt_tokens, limit - output), prompt_tokens)
     done = Shortened(

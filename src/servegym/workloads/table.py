@@ -150,7 +150,7 @@ class RequestTable:
         )
 
     def take(self, rows: IntArray) -> RequestTable:
-        """Return the given rows (ascending), with arrivals unchanged.
+        """Return the given rows in their order, with arrivals unchanged; these must ascend.
 
         One that waits for a request that is left out arrives by itself, and so does the first.
         """
@@ -187,10 +187,44 @@ class RequestTable:
         return replace(part, arrival_s=part.arrival_s - start_s)
 
     def scaled(self, rate_factor: float) -> RequestTable:
-        """Return the same requests arriving `rate_factor` times as fast; delays stay."""
+        """Return the same requests arriving `rate_factor` times as fast; delays stay.
+
+        So do the distances of those who wait for a request from the first of their chain: what
+        waits for nobody comes faster. See `order_at`, in which the requests then are.
+        """
+        order, arrival_s = self.order_at(rate_factor)
+        if order is None:
+            return replace(self, arrival_s=arrival_s)
+        even = replace(self, arrival_s=np.zeros(len(self)))
+        return replace(even.take(order), arrival_s=arrival_s[order])
+
+    def order_at(self, rate_factor: float) -> tuple[IntArray | None, FloatArray]:
+        """Return the order of arrival at `rate_factor` times the rate, None for the same, and when.
+
+        Returns:
+            Rows in order, `int64[n]`, and the arrival of each row of this table, `float64[n]`.
+
+        Raises:
+            WorkloadError: If `rate_factor` is impossible.
+        """
         if not (np.isfinite(rate_factor) and rate_factor > 0):
             raise WorkloadError(f"rate_factor must be above 0, got {rate_factor}")
-        return replace(self, arrival_s=self.arrival_s / rate_factor)
+        if not (self.after >= 0).any():
+            return None, self.arrival_s / rate_factor
+        first = self.first_of_chain
+        start_s = self.arrival_s[first]
+        arrival_s = start_s / rate_factor + (self.arrival_s - start_s)
+        return np.argsort(arrival_s, kind="stable"), arrival_s
+
+    @property
+    def first_of_chain(self) -> IntArray:
+        """Request that waits for none at which the chain of each one begins, `int64[n]`."""
+        first = np.where(self.after >= 0, self.after, np.arange(len(self)))
+        while True:
+            further = first[first]
+            if (further == first).all():
+                return first
+            first = further
 
     def open_loop(self) -> RequestTable:
         """Return the same requests, none of which waits for another."""
@@ -216,6 +250,13 @@ class RequestTable:
 
     @property
     def rate_rps(self) -> float:
-        """Mean arrival rate in requests per second over the span of the stream."""
-        span = float(self.arrival_s[-1] - self.arrival_s[0])
-        return (len(self) - 1) / span if span > 0 else float("inf")
+        """Mean arrival rate in requests per second over the span of the stream.
+
+        Where some wait for others, the rate at which the others arrive, times how many requests
+        each of these brings: what comes about in the long run.
+        """
+        alone = self.arrival_s[self.after < 0]
+        span = float(alone[-1] - alone[0])
+        if span <= 0:
+            return float("inf")
+        return (len(alone) - 1) / span * (len(self) / len(alone))

@@ -13,7 +13,7 @@ from servegym.workflow.graph import WorkflowError
 from servegym.workflow.workloads.device_cost import device_cost
 from servegym.workflow.workloads.post_training import PostTraining
 from servegym.workflow.workloads.transformer_layer import TransformerLayer
-from servegym.workloads.config import LengthConfig
+from servegym.workloads.mixtures import LengthConfig
 
 H100, A100, L40S, L4 = "H100-SXM-80GB", "A100-SXM-80GB", "L40S", "L4"
 

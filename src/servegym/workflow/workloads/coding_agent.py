@@ -8,8 +8,9 @@ import numpy as np
 from pydantic import Field
 
 from servegym.workflow.job import Job, JobBuilder
-from servegym.workflow.workloads.family import Family, Seconds, draw_tokens, mean_tokens
-from servegym.workloads.config import LengthConfig
+from servegym.workflow.workloads.family import Family, draw_tokens
+from servegym.workloads import fitted_sessions as fitted
+from servegym.workloads.mixtures import LengthConfig, Seconds
 
 CALL, TOOL, PAUSE, SUB_CALL, SUB_TOOL = range(5)
 
@@ -22,9 +23,7 @@ class CodingAgent(Family):
     sessions hand work to sub-agents, with a context of their own, and wait for them. No call but
     the first is known beforehand.
 
-    The numbers are fitted to 355 sessions with 20,598 calls (WEKA traces, callanjfox/
-    kv-cache-tester at 94f6046d, first half of the sessions, duplicates left out);
-    `scripts/fit-sessions` makes them and their errors, in docs/workflow-workloads.md. What a
+    The numbers are fitted to recorded sessions (`workloads.fitted_sessions`). What a
     session starts with and how long it lasts, answers and growth are drawn independently; in the
     trace sessions that start with a long context have fewer calls (rank correlation -0.40), and a
     call's growth depends a little on the answer before it (0.32).
@@ -60,43 +59,15 @@ class CodingAgent(Family):
     )
 
     kind: Literal["coding-agent"] = "coding-agent"
-    calls: LengthConfig = LengthConfig(
-        medians_tokens=(5.32, 40.5),
-        sigmas=(0.343, 0.965),
-        weights=(0.141, 0.859),
-        max_tokens=500,
-    )
-    first_prompt: LengthConfig = LengthConfig(
-        medians_tokens=(17100.0, 100400.0),
-        sigmas=(0.196, 0.903),
-        weights=(0.321, 0.679),
-        min_tokens=1000,
-        max_tokens=1000000,
-    )
-    growth: LengthConfig = LengthConfig(
-        medians_tokens=(441.0, 1656.0),
-        sigmas=(0.643, 1.063),
-        weights=(0.443, 0.557),
-        max_tokens=200000,
-    )
-    output: LengthConfig = LengthConfig(
-        medians_tokens=(142.0, 258.0, 687.0),
-        sigmas=(0.248, 0.616, 0.935),
-        weights=(0.190, 0.599, 0.211),
-        max_tokens=32000,
-    )
-    tool: Seconds = Seconds(
-        medians_s=(6.11, 12.3, 47.6),
-        sigmas=(0.326, 0.535, 1.511),
-        weights=(0.344, 0.376, 0.281),
-        max_s=10800.0,
-    )
-    pause: Seconds = Seconds(
-        medians_s=(82.3, 1662.0), sigmas=(1.143, 0.994), weights=(0.795, 0.205)
-    )
-    pause_probability: float = Field(0.193, ge=0, le=1)
-    rewrite_probability: float = Field(0.023, ge=0, le=1)
-    rewrite_shrinks: float = Field(0.42, ge=0, le=1)
+    calls: LengthConfig = fitted.CALLS
+    first_prompt: LengthConfig = fitted.FIRST_PROMPT
+    growth: LengthConfig = fitted.GROWTH
+    output: LengthConfig = fitted.OUTPUT
+    tool: Seconds = fitted.TOOL
+    pause: Seconds = fitted.PAUSE
+    pause_probability: float = Field(fitted.PAUSE_PROBABILITY, ge=0, le=1)
+    rewrite_probability: float = Field(fitted.REWRITE_PROBABILITY, ge=0, le=1)
+    rewrite_shrinks: float = Field(fitted.REWRITE_SHRINKS, ge=0, le=1)
     spawn_probability: float = Field(0.048, ge=0, le=1)
     spawn_rate: float = Field(0.0123, ge=0, le=1)
     spawn_weights: tuple[float, ...] = (0.55, 0.24, 0.21)
@@ -128,9 +99,7 @@ class CodingAgent(Family):
                 prompt, shared = self._rewritten(rng, prompt, shrinks=True)
                 shared = min(shared, before)
                 output = min(output, self.max_context_tokens - prompt)
-            call = self._call(
-                rng, builder, CALL, prompt, output, mean_tokens(self.output), previous
-            )
+            call = self._call(rng, builder, CALL, prompt, output, self.output.mean_tokens, previous)
             if previous is not None:
                 builder.edge(previous, call, shared_tokens=shared)
             for stage in waits:
@@ -158,17 +127,13 @@ class CodingAgent(Family):
     def _rewritten(
         self, rng: np.random.Generator, prompt: int, *, shrinks: bool
     ) -> tuple[int, int]:
-        """Return the length of a rewritten prompt and how much of the old one it begins with.
-
-        Of rewritten prompts in the trace a mean of 0.24 (deviation 0.17) of the shorter one is the
-        beginning of both; those that shrink keep 0.14 to 1 of their length.
-        """
+        """Return the length of a rewritten prompt and how much of the old one it begins with."""
         limit = self.max_context_tokens
         new = prompt + draw_tokens(rng, self.growth)
         if shrinks or new > 0.9 * limit:
-            new = int(min(prompt, limit) * rng.uniform(0.15, 0.9))
+            new = int(min(prompt, limit) * rng.uniform(*fitted.REWRITE_KEEPS))
         new = max(new, 1)
-        return new, int(min(prompt, new) * rng.beta(1.26, 4.06))
+        return new, int(min(prompt, new) * rng.beta(*fitted.REWRITE_SHARES))
 
     def _sub_agents(self, rng: np.random.Generator, builder: JobBuilder, parent: int) -> list[int]:
         """Add chains of calls that run at once; returns the last call of each."""
@@ -177,7 +142,7 @@ class CodingAgent(Family):
         for _ in range(1 + int(rng.choice(len(weights), p=weights / weights.sum()))):
             prompt = min(draw_tokens(rng, self.sub_first_prompt), self.max_context_tokens // 2)
             shared = 0
-            previous, mean = parent, mean_tokens(self.sub_output)
+            previous, mean = parent, self.sub_output.mean_tokens
             for k in range(draw_tokens(rng, self.sub_calls)):
                 output = draw_tokens(rng, self.sub_output)
                 if k and prompt + output > self.max_context_tokens:

@@ -8,8 +8,8 @@ import numpy as np
 from pydantic import Field
 
 from servegym.workflow.job import Job, JobBuilder
-from servegym.workflow.workloads.family import Family, draw_tokens, mean_tokens
-from servegym.workloads.config import LengthConfig
+from servegym.workflow.workloads.family import Family, draw_tokens
+from servegym.workloads.mixtures import LengthConfig
 
 _MAP, _REDUCE = 0, 1
 #: Text that goes from one request to the next.
@@ -49,7 +49,7 @@ class MapReduce(Family):
     def job(self, rng: np.random.Generator) -> Job:
         """Draw one document."""
         builder = JobBuilder("map-reduce")
-        mean = mean_tokens(self.summary)
+        mean = self.summary.mean_tokens
 
         def ask(label: int, prompt_tokens: int, parents: list[tuple[int, int]]) -> tuple[int, int]:
             output = draw_tokens(rng, self.summary)

@@ -11,11 +11,9 @@ from servegym.workflow.job import Job, JobBuilder
 from servegym.workflow.workloads.family import (
     Config,
     Family,
-    Seconds,
     draw_tokens,
-    mean_tokens,
 )
-from servegym.workloads.config import LengthConfig
+from servegym.workloads.mixtures import LengthConfig, Seconds
 
 _PLAN, _JOIN, _ANSWER, _FIRST_TOOL = 0, 1, 2, 3
 
@@ -147,5 +145,5 @@ class PlannerExecutor(Family):
         hidden: bool = False,
     ) -> tuple[int, int]:
         output = draw_tokens(rng, lengths)
-        expected = self.expected_tokens(rng, output, mean_tokens(lengths))
+        expected = self.expected_tokens(rng, output, lengths.mean_tokens)
         return builder.llm(label, prompt_tokens, output, expected, hidden=hidden), output

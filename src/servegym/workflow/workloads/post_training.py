@@ -18,7 +18,7 @@ from servegym.workflow.workloads.device_cost import (
     device_cost,
 )
 from servegym.workflow.workloads.family import Family
-from servegym.workloads.config import LengthConfig
+from servegym.workloads.mixtures import LengthConfig
 
 _GENERATE, _REFERENCE, _REWARD, _VALUE, _TRAIN_ACTOR, _TRAIN_CRITIC = range(6)
 #: A token's number and its logarithmic probability; a number a token (reward, value, reference).

@@ -16,7 +16,7 @@ from servegym.errors import ConfigError
 from servegym.typing import IntArray
 from servegym.workflow.job import Job, JobBuilder
 from servegym.workflow.workloads.family import Family
-from servegym.workloads.config import LengthConfig
+from servegym.workloads.mixtures import LengthConfig
 
 _QKV, _PREFILL, _DECODE, _OUT, _REDUCE, _UP, _DOWN = range(7)
 _BYTES = 2.0  # of weights and activations

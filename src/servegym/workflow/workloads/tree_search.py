@@ -8,8 +8,8 @@ import numpy as np
 from pydantic import Field
 
 from servegym.workflow.job import Job, JobBuilder
-from servegym.workflow.workloads.family import Family, draw_tokens, mean_tokens
-from servegym.workloads.config import LengthConfig
+from servegym.workflow.workloads.family import Family, draw_tokens
+from servegym.workloads.mixtures import LengthConfig
 
 _READ, _SAMPLE, _SCORE, _SELECT = 0, 1, 2, 3
 #: A verifier answers with one token, whose probability is the score.
@@ -97,7 +97,7 @@ def search_job(
     prompt = draw_tokens(rng, question)
     root = builder.llm(_READ, prompt, 1)
     kept = [(root, prompt)]  # stages, and tokens of the path up to their end that are of use
-    mean = mean_tokens(step)
+    mean = step.mean_tokens
     selected: int | None = None
     for depth, (_, width) in enumerate(shape):
         samples, scores = [], []
