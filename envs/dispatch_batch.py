@@ -28,6 +28,7 @@ from servegym.policy.contract import (
     Group,
     ReplicaFeature,
 )
+from servegym.policy.layout import scenario_actions
 from servegym.scenario import Scenario
 from servegym.typing import BoolArray, Float32Array, Int8Array, IntArray
 
@@ -74,10 +75,12 @@ class DispatchBatch(RequestBatch):
                 f"of scenario {self.scenario.name}"
             )
         actions = self.scenario.actions
+        own = scenario_actions(self.width, hold=actions.hold, reject=actions.reject)
+        self._own = own.copy()  # writeable, as all that kernels take: they are compiled by type
         replicas = (self.width, NUM_OBSERVED_FEATURES)
         shown = COST_FEATURES if self._shows_costs else REPLICA_FEATURES[:NUM_OBSERVED_FEATURES]
         self._allocate(
-            self.width + actions.hold + actions.reject,
+            len(self._own),
             {
                 "replicas": Table(shown, (self.width, len(shown))),
                 "request": Table(REQUEST_FEATURES, (NUM_REQUEST_FEATURES,)),
@@ -103,6 +106,7 @@ class DispatchBatch(RequestBatch):
                 _NEEDS,
                 NUM_OBSERVED_FEATURES,
                 np.empty(NUM_REQUEST_FEATURES),
+                self._own,
                 self.replicas,
                 self.request,
                 self.mask,
@@ -121,6 +125,7 @@ class DispatchBatch(RequestBatch):
             self.objective == "goodput",
             self.reward_scale,
             np.empty(NUM_REQUEST_FEATURES),
+            self._own,
             self.replicas,
             self.request,
             self.mask,

@@ -4,19 +4,9 @@ from __future__ import annotations
 
 from servegym.cluster.jit import kernel
 from servegym.cluster.kernels import advance, apply
-from servegym.cluster.state import DECISION, HOLD, REJECT, Params, State
+from servegym.cluster.state import DECISION, Params, State
 from servegym.policy.observe import observe
 from servegym.typing import BoolArray, Float32Array, FloatArray, Int8Array, IntArray
-
-
-@kernel
-def core_action(p: Params, num_replicas: int, action: int) -> int:
-    """Translate an index of the action space to a replica, `HOLD` or `REJECT`."""
-    if action < num_replicas:
-        return action
-    if p.allow_hold and action == num_replicas:
-        return HOLD
-    return REJECT
 
 
 @kernel
@@ -37,11 +27,15 @@ def write_observation(
     needs: int,
     num_rows: int,
     request: FloatArray,
+    own: IntArray,
     replicas_out: Float32Array,
     request_out: Float32Array,
     mask_out: Int8Array,
 ) -> None:
-    """Write the observation of one pending decision; replicas by row, features by column."""
+    """Write the observation of one pending decision, as `policy.layout.agent_arrays` would.
+
+    `own` are the environment's actions; see `policy.layout.scenario_actions`.
+    """
     observe(p, s, e, needs, request)
     width = s.shown.shape[2]
     for f in range(num_rows):
@@ -49,14 +43,8 @@ def write_observation(
             replicas_out[e, r, f] = s.shown[e, f, r]
     for g in range(request.shape[0]):
         request_out[e, g] = request[g]
-    for r in range(width):
-        mask_out[e, r] = s.allowed[e, r]
-    place = width
-    if p.allow_hold:
-        mask_out[e, place] = 1
-        place += 1
-    if p.allow_reject:
-        mask_out[e, place] = 1
+    for a in range(own.shape[0]):
+        mask_out[e, a] = s.allowed[e, own[a]]
 
 
 @kernel
@@ -72,6 +60,7 @@ def step_range(
     goodput: bool,
     scale: float,
     request: FloatArray,
+    own: IntArray,
     replicas_out: Float32Array,
     request_out: Float32Array,
     mask_out: Int8Array,
@@ -80,14 +69,13 @@ def step_range(
     dt_out: FloatArray,
 ) -> None:
     """Apply, advance, reward and observe environments `first..stop-1` that are active."""
-    width = s.shown.shape[2]
     for e in range(first, stop):
         if not active[e]:
             continue
         env = s.env[e]
         before_s = env.now_s
         earned = env.good if goodput else waited(s, e)
-        apply(p, s, e, core_action(p, width, actions[e]))
+        apply(p, s, e, own[actions[e]])
         reason = advance(p, s, e)
         dt_out[e] = env.now_s - before_s
         if goodput:
@@ -97,7 +85,7 @@ def step_range(
         done_out[e] = reason != DECISION
         if reason == DECISION:
             write_observation(
-                p, s, e, needs, num_rows, request, replicas_out, request_out, mask_out
+                p, s, e, needs, num_rows, request, own, replicas_out, request_out, mask_out
             )
         else:
             replicas_out[e] = 0.0

@@ -100,7 +100,13 @@ class BatchEnv(gymnasium.Env[Any, Any], Generic[B]):
             raise ResetNeeded("the episode is over or none has begun: call reset")
         self.batch.step(np.asarray(action)[None], np.ones(1, np.bool_))
         done, truncated = bool(self.batch.done[0]), bool(self.batch.truncated[0])
-        return self._observation(), float(self.batch.reward[0]), done, truncated, self.batch.info_of(0)
+        return (
+            self._observation(),
+            float(self.batch.reward[0]),
+            done,
+            truncated,
+            self.batch.info_of(0),
+        )
 
     def action_masks(self) -> BoolArray:
         """Allowed actions, `bool[num_actions]`, as sb3-contrib asks for them."""
@@ -123,4 +129,3 @@ class BatchEnv(gymnasium.Env[Any, Any], Generic[B]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.action_space = rebind(self.action_space, self.batch)
-
