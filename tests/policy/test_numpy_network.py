@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from servegym.agents.features import BASES
 from servegym.agents.network import DispatchNetwork, NetworkConfig
 from servegym.policy.contract import (
     NUM_OBSERVED_FEATURES,
@@ -14,6 +13,7 @@ from servegym.policy.contract import (
     NUM_REQUEST_FEATURES,
     ReplicaFeature,
 )
+from servegym.policy.costs import BASES
 from servegym.policy.frozen import NumpyPolicy
 from servegym.policy.numpy_network import FAMILY, NetworkShape, NumpyNetwork
 from servegym.policy.policy import Observations

@@ -308,7 +308,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def read_events(path: Path) -> NDArray[np.void]:
-    """Read a log as an event log, the one source of metrics.
+    """Read a log as an event log, in the simulator's form.
 
     Requests are numbered in order of arrival, as `workloads.readers.read_trace` numbers them, and
     times count from the first arrival.
