@@ -76,11 +76,10 @@ class DispatchBatch(RequestBatch):
             )
         actions = self.scenario.actions
         own = scenario_actions(self.width, hold=actions.hold, reject=actions.reject)
-        self._own = own.copy()  # writeable, as all that kernels take: they are compiled by type
         replicas = (self.width, NUM_OBSERVED_FEATURES)
         shown = COST_FEATURES if self._shows_costs else REPLICA_FEATURES[:NUM_OBSERVED_FEATURES]
         self._allocate(
-            len(self._own),
+            len(own),
             {
                 "replicas": Table(shown, (self.width, len(shown))),
                 "request": Table(REQUEST_FEATURES, (NUM_REQUEST_FEATURES,)),
@@ -106,7 +105,6 @@ class DispatchBatch(RequestBatch):
                 _NEEDS,
                 NUM_OBSERVED_FEATURES,
                 np.empty(NUM_REQUEST_FEATURES),
-                self._own,
                 self.replicas,
                 self.request,
                 self.mask,
@@ -125,7 +123,6 @@ class DispatchBatch(RequestBatch):
             self.objective == "goodput",
             self.reward_scale,
             np.empty(NUM_REQUEST_FEATURES),
-            self._own,
             self.replicas,
             self.request,
             self.mask,
