@@ -6,13 +6,10 @@ import torch
 from torch import Tensor
 
 from servegym.policy.contract import ReplicaFeature, RequestFeature
+from servegym.policy.costs import load_by_speed, prefix_load_s, step_s
 
 _R = {f.name: int(f) for f in ReplicaFeature}
 _Q = {f.name: int(f) for f in RequestFeature}
-#: Rules a residual policy can start from.
-BASES = ("added-delay", "prefix-load", "speed-family", "least-outstanding")
-#: Width of `replica_inputs`.
-NUM_INPUTS = 25
 
 
 def column(replicas: Tensor, name: str) -> Tensor:
@@ -47,14 +44,15 @@ def replica_inputs(replicas: Tensor, request: Tensor) -> Tensor:
     pending_s = column(replicas, "PENDING_PREFILL_TOKENS") / rate
     new_s = (prompt - hit).clamp(min=0.0) / rate
     batch = torch.minimum((outstanding + 1.0), max_seqs)
-    step_s = column(replicas, "DECODE_STEP_S") + column(replicas, "DECODE_SEQ_S") * (batch - 1.0)
+    seq_s = column(replicas, "DECODE_SEQ_S")
+    each_s = step_s(column(replicas, "DECODE_STEP_S"), seq_s, batch - 1.0)
     left = column(replicas, "OUTSTANDING_PREDICTED_TOKENS") - column(replicas, "GENERATED_TOKENS")
-    drain_s = left.clamp(min=0.0) / batch * step_s
+    drain_s = left.clamp(min=0.0) / batch * each_s
     ttft_slo = entry(request, "TTFT_SLO_S").clamp(min=1e-3)
     tpot_slo = entry(request, "TPOT_SLO_S").clamp(min=1e-4)
     delayed_s = outstanding * new_s
-    slowed_s = outstanding * column(replicas, "DECODE_SEQ_S") * predicted
-    own_s = pending_s + new_s + predicted * step_s
+    slowed_s = outstanding * seq_s * predicted
+    own_s = pending_s + new_s + predicted * each_s
     ones = torch.ones_like(outstanding)
     inputs = [
         torch.log1p(outstanding),
@@ -62,7 +60,7 @@ def replica_inputs(replicas: Tensor, request: Tensor) -> Tensor:
         torch.log1p(10.0 * pending_s),
         torch.log1p(10.0 * new_s),
         torch.log1p(drain_s),
-        torch.log1p(10.0 * predicted * step_s) - 3.0,
+        torch.log1p(10.0 * predicted * each_s) - 3.0,
         hit / prompt.clamp(min=1.0),
         100.0 * column(replicas, "DECODE_STEP_S"),
         column(replicas, "RELATIVE_SPEED"),
@@ -76,7 +74,7 @@ def replica_inputs(replicas: Tensor, request: Tensor) -> Tensor:
         torch.log1p(column(replicas, "SINCE_DISPATCH_S")).clamp(max=3.0),
         column(replicas, "METRICS_AGE_S").clamp(max=2.0),
         ((pending_s + new_s) / ttft_slo).clamp(max=4.0),
-        (step_s / tpot_slo).clamp(max=4.0),
+        (each_s / tpot_slo).clamp(max=4.0),
         torch.log1p(delayed_s),
         torch.log1p(slowed_s),
         torch.log1p(own_s) - 1.0,
@@ -89,20 +87,21 @@ def replica_inputs(replicas: Tensor, request: Tensor) -> Tensor:
 def base_cost(name: str, replicas: Tensor, request: Tensor, params: tuple[float, ...]) -> Tensor:
     """Cost per replica of the heuristic a residual policy starts from, `float32[batch, R]`.
 
-    The same formulas as `servegym.baselines`, in the same order of parameters.
+    That of the rule in `servegym.baselines`, with its parameters in order; `added-delay` is summed
+    in another order, which trained policies have learnt with.
     """
     load = column(replicas, "OUTSTANDING_REQUESTS")
     speed = column(replicas, "RELATIVE_SPEED").clamp(min=1e-6)
     if name == "least-outstanding":
         return load
     if name == "speed-family":
-        return (load + 1.0) / speed ** params[0]
+        return load_by_speed(load, speed, params[0])
     if name == "prefix-load":
         hit = column(replicas, "PREFIX_HIT_TOKENS")
         new = (entry(request, "PROMPT_TOKENS") - hit).clamp(min=0.0)
         rate = column(replicas, "PREFILL_TOKENS_PER_S").clamp(min=1.0)
         prefill_s = (column(replicas, "PENDING_PREFILL_TOKENS") + new) / rate
-        return prefill_s + params[0] * (load + 1.0) / speed ** params[1]
+        return prefix_load_s(prefill_s, load, speed, *params)
     if name == "added-delay":
         hit = column(replicas, "PREFIX_HIT_TOKENS")
         rate = column(replicas, "PREFILL_TOKENS_PER_S").clamp(min=1.0)

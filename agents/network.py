@@ -8,8 +8,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from servegym.agents.features import BASES, NUM_INPUTS, base_cost, replica_inputs
+from servegym.agents.features import base_cost, replica_inputs
 from servegym.policy.contract import Group
+from servegym.policy.costs import BASES
+from servegym.policy.numpy_network import NUM_INPUTS
 
 #: Added to the logits of forbidden actions (Huang and Ontañón 2022).
 MASKED = -1e8

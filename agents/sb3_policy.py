@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from servegym.agents.torch_policy import network_arrays, to_core
 from servegym.envs.dispatch_batch import DispatchBatch
-from servegym.policy.contract import Group
+from servegym.policy.contract import Group, ReplicaFeature
+from servegym.policy.layout import agent_actions, agent_arrays
 from servegym.policy.policy import Information, Observations
 from servegym.typing import IntArray
+
+_OUTSTANDING = int(ReplicaFeature["OUTSTANDING_REQUESTS"])
 
 
 class StockPolicy:
@@ -40,14 +42,14 @@ class StockPolicy:
 
     def act(self, observations: Observations, env_ids: IntArray) -> IntArray:
         """Decide; see `Policy.act`."""
-        width = observations.replicas.shape[2]
-        num_extra = self._batch.num_actions - self._batch.width
-        replicas, request, mask = network_arrays(observations, num_extra)
+        actions = agent_actions(observations.mask, self._batch.num_actions - self._batch.width)
+        replicas, request, mask = agent_arrays(observations, actions)
         seen = self._batch.seen(replicas, request, mask.astype(np.int8))
         given = {"action_masks": mask.astype(np.bool_)} if self._masked else {}
         chosen, _ = self._model.predict(seen, deterministic=self._deterministic, **given)
         forbidden = mask[np.arange(len(mask)), chosen] == 0
         if forbidden.any():
-            outstanding = np.where(mask[:, :width] > 0, replicas[:, :, 1], np.inf)
+            load = replicas[:, :, _OUTSTANDING]
+            outstanding = np.where(mask[:, : load.shape[1]] > 0, load, np.inf)
             chosen = np.where(forbidden, outstanding.argmin(-1), chosen)
-        return to_core(chosen, width, observations)
+        return actions[chosen]

@@ -11,6 +11,7 @@ import numpy as np
 
 from servegym.baselines.choice import better, no_replica, num_replicas
 from servegym.policy.contract import Group, ReplicaFeature, RequestFeature
+from servegym.policy.costs import added_delay_s, delay_s, step_s
 from servegym.policy.policy import Heuristic
 from servegym.policy.rule import rule
 from servegym.typing import BoolArray, FloatArray, UInt64Array
@@ -42,8 +43,9 @@ def decide(
             new_s = max(0.0, request[_QPROMPT] - replicas[_HIT, r]) / replicas[_RATE, r]
             wait_s = replicas[_PENDING, r] / replicas[_RATE, r]
             seq_s = replicas[_SEQ, r]
-            own_s = wait_s + new_s + request[_QPRED] * (replicas[_STEP, r] + seq_s * others)
-            cost = own_s + others * (params[0] * new_s + params[1] * seq_s * request[_QPRED])
+            decode_s = request[_QPRED] * step_s(replicas[_STEP, r], seq_s, others)
+            others_s = delay_s(others, new_s, seq_s, request[_QPRED], params[0], params[1])
+            cost = added_delay_s(wait_s, new_s, decode_s, others_s)
             if better(cost, r, best_cost, best):
                 best, best_cost = r, cost
     return best if best >= 0 else no_replica(mask)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from servegym.cluster.jit import inlined
 from servegym.cluster.rng import next_uniform
-from servegym.cluster.state import HOLD, REJECT, VIEW_GENERATED, VIEW_OUTSTANDING_PREDICTED
+from servegym.policy.contract import ReplicaFeature
 from servegym.typing import BoolArray, FloatArray, UInt64Array
+
+_PREDICTED = int(ReplicaFeature["OUTSTANDING_PREDICTED_TOKENS"])
+_GENERATED = int(ReplicaFeature["GENERATED_TOKENS"])
 
 
 @inlined
@@ -16,8 +19,9 @@ def num_replicas(mask: BoolArray) -> int:
 
 @inlined
 def no_replica(mask: BoolArray) -> int:
-    """What is left when no replica may be chosen."""
-    return HOLD if mask[mask.shape[0] - 2] else REJECT
+    """What is left when no replica may be chosen: to hold, else to reject."""
+    hold = mask.shape[0] - 2
+    return hold if mask[hold] else hold + 1
 
 
 @inlined
@@ -51,4 +55,4 @@ def random_allowed(mask: BoolArray, rng: UInt64Array, other_than: int) -> int:
 @inlined
 def decode_tokens_left(replicas: FloatArray, r: int) -> float:
     """Predicted output tokens that the outstanding requests of a replica still want."""
-    return max(0.0, replicas[VIEW_OUTSTANDING_PREDICTED, r] - replicas[VIEW_GENERATED, r])
+    return max(0.0, replicas[_PREDICTED, r] - replicas[_GENERATED, r])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from servegym.baselines.choice import decode_tokens_left, no_replica, num_replicas
+from servegym.cluster.jit import inlined
 from servegym.policy.contract import Group, ReplicaFeature, RequestFeature
 from servegym.policy.policy import Heuristic
 from servegym.policy.rule import rule
@@ -15,6 +16,19 @@ _RATE = int(ReplicaFeature["PREFILL_TOKENS_PER_S"])
 _STEP = int(ReplicaFeature["DECODE_STEP_S"])
 _QPROMPT = int(RequestFeature["PROMPT_TOKENS"])
 _QPRED = int(RequestFeature["PREDICTED_OUTPUT_TOKENS"])
+
+
+@inlined
+def _own_s(replicas: FloatArray, request: FloatArray, r: int) -> float:
+    """Seconds of this request alone on a replica."""
+    return request[_QPROMPT] / replicas[_RATE, r] + request[_QPRED] * replicas[_STEP, r]
+
+
+@inlined
+def _work_s(replicas: FloatArray, r: int) -> float:
+    """Seconds of the outstanding work there, its requests one by one."""
+    prefill_s = replicas[_PENDING, r] / replicas[_RATE, r]
+    return prefill_s + decode_tokens_left(replicas, r) * replicas[_STEP, r]
 
 
 @rule
@@ -35,16 +49,12 @@ def decide(
     if first < 0:
         return no_replica(mask)
     best, best_score = -1, 0.0
-    own_0 = request[_QPROMPT] / replicas[_RATE, first] + request[_QPRED] * replicas[_STEP, first]
-    work_0 = replicas[_PENDING, first] / replicas[_RATE, first]
-    work_0 += decode_tokens_left(replicas, first) * replicas[_STEP, first]
+    own_0, work_0 = _own_s(replicas, request, first), _work_s(replicas, first)
     if work_0 <= 0.0:
         return first
     for r in range(num_replicas(mask)):
         if mask[r]:
-            own = request[_QPROMPT] / replicas[_RATE, r] + request[_QPRED] * replicas[_STEP, r]
-            work = replicas[_PENDING, r] / replicas[_RATE, r]
-            work += decode_tokens_left(replicas, r) * replicas[_STEP, r]
+            own, work = _own_s(replicas, request, r), _work_s(replicas, r)
             score = params[0] * own_0 / own - (1.0 - params[0]) * work / work_0
             if best < 0 or score > best_score:
                 best, best_score = r, score

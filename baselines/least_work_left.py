@@ -9,6 +9,7 @@ from servegym.baselines.choice import (
     num_replicas,
 )
 from servegym.policy.contract import Group, ReplicaFeature
+from servegym.policy.costs import step_s
 from servegym.policy.policy import Heuristic
 from servegym.policy.rule import rule
 from servegym.typing import BoolArray, FloatArray, UInt64Array
@@ -36,8 +37,8 @@ def decide(
         if mask[r]:
             prefill_s = replicas[_PENDING, r] / replicas[_RATE, r]
             batch = min(max(1.0, replicas[_OUT, r]), replicas[_MAXSEQ, r])
-            step_s = replicas[_STEP, r] + replicas[_SEQ, r] * (batch - 1.0)
-            cost = prefill_s + decode_tokens_left(replicas, r) * step_s
+            each_s = step_s(replicas[_STEP, r], replicas[_SEQ, r], batch - 1.0)
+            cost = prefill_s + decode_tokens_left(replicas, r) * each_s
             if better(cost, r, best_cost, best):
                 best, best_cost = r, cost
     return best if best >= 0 else no_replica(mask)

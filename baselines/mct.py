@@ -9,6 +9,7 @@ from servegym.baselines.choice import (
     num_replicas,
 )
 from servegym.policy.contract import Group, ReplicaFeature, RequestFeature
+from servegym.policy.costs import step_s
 from servegym.policy.policy import Heuristic
 from servegym.policy.rule import rule
 from servegym.typing import BoolArray, FloatArray, UInt64Array
@@ -39,10 +40,10 @@ def decide(
         if mask[r]:
             new = replicas[_PENDING, r] + max(0.0, request[_QPROMPT] - replicas[_HIT, r])
             batch = min(replicas[_OUT, r] + 1.0, replicas[_MAXSEQ, r])
-            step_s = replicas[_STEP, r] + replicas[_SEQ, r] * (batch - 1.0)
+            each_s = step_s(replicas[_STEP, r], replicas[_SEQ, r], batch - 1.0)
             over = max(0.0, replicas[_OUT, r] + 1.0 - replicas[_MAXSEQ, r])
-            queue_s = over / batch * decode_tokens_left(replicas, r) / batch * step_s
-            cost = new / replicas[_RATE, r] + queue_s + request[_QPRED] * step_s
+            queue_s = over / batch * decode_tokens_left(replicas, r) / batch * each_s
+            cost = new / replicas[_RATE, r] + queue_s + request[_QPRED] * each_s
             if better(cost, r, best_cost, best):
                 best, best_cost = r, cost
     return best if best >= 0 else no_replica(mask)

@@ -10,6 +10,7 @@ import numpy as np
 
 from servegym.baselines.choice import better, no_replica, num_replicas
 from servegym.policy.contract import Group, ReplicaFeature, RequestFeature
+from servegym.policy.costs import prefix_load_s
 from servegym.policy.policy import Heuristic
 from servegym.policy.rule import rule
 from servegym.typing import BoolArray, FloatArray, UInt64Array
@@ -36,8 +37,8 @@ def decide(
     for r in range(num_replicas(mask)):
         if mask[r]:
             new = replicas[_PENDING, r] + max(0.0, request[_QPROMPT] - replicas[_HIT, r])
-            cost = new / replicas[_RATE, r]
-            cost += params[0] * (replicas[_OUT, r] + 1.0) / replicas[_SPEED, r] ** params[1]
+            new_s, load, speed = new / replicas[_RATE, r], replicas[_OUT, r], replicas[_SPEED, r]
+            cost = prefix_load_s(new_s, load, speed, params[0], params[1])
             if better(cost, r, best_cost, best):
                 best, best_cost = r, cost
     return best if best >= 0 else no_replica(mask)

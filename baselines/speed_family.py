@@ -6,6 +6,7 @@ import numpy as np
 
 from servegym.baselines.choice import better, no_replica, num_replicas
 from servegym.policy.contract import Group, ReplicaFeature
+from servegym.policy.costs import load_by_speed
 from servegym.policy.policy import Heuristic
 from servegym.policy.rule import rule
 from servegym.typing import BoolArray, FloatArray, UInt64Array
@@ -27,7 +28,7 @@ def decide(
     best, best_cost = -1, 0.0
     for r in range(num_replicas(mask)):
         if mask[r]:
-            cost = (replicas[_OUT, r] + 1.0) / replicas[_SPEED, r] ** params[0]
+            cost = load_by_speed(replicas[_OUT, r], replicas[_SPEED, r], params[0])
             if better(cost, r, best_cost, best):
                 best, best_cost = r, cost
     return best if best >= 0 else no_replica(mask)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from servegym.policy.contract import Feature, Group, ReplicaFeature, RequestFeature
+from servegym.policy.costs import added_delay_s, delay_s, step_s
 from servegym.typing import Float32Array
 
 #: Seconds are shown as log(1 + x / first) / log(1 + last / first), at most 1.
@@ -65,13 +66,13 @@ def cost_features(replicas: Float32Array, request: Float32Array) -> Float32Array
     predicted, seq_s = entry("PREDICTED_OUTPUT_TOKENS"), column("DECODE_SEQ_S")
     queue_s = column("PENDING_PREFILL_TOKENS") / rate
     prefill_s = np.maximum(entry("PROMPT_TOKENS") - column("PREFIX_HIT_TOKENS"), 0.0) / rate
-    step_s = column("DECODE_STEP_S") + seq_s * others
-    decode_s = predicted * step_s
-    delay_s = others * (prefill_s + predicted * seq_s)
-    cost_s = queue_s + prefill_s + decode_s + delay_s
+    each_s = step_s(column("DECODE_STEP_S"), seq_s, others)
+    decode_s = predicted * each_s
+    others_s = delay_s(others, prefill_s, seq_s, predicted)
+    cost_s = added_delay_s(queue_s, prefill_s, decode_s, others_s)
     up = column("UP") > 0.0
     least_s = np.where(up, cost_s, np.inf).min(-1, keepdims=True)
-    seconds = np.stack([queue_s, prefill_s, decode_s, delay_s, cost_s], -1)
+    seconds = np.stack([queue_s, prefill_s, decode_s, others_s, cost_s], -1)
     found = np.empty((*others.shape, len(COST_FEATURES)), np.float32)
     found[..., 0] = column("UP")
     found[..., 1] = others / np.maximum(column("MAX_NUM_SEQS"), 1.0)
@@ -81,7 +82,7 @@ def cost_features(replicas: Float32Array, request: Float32Array) -> Float32Array
     found[..., 9] = (
         0.5 * (entry("WAITED_S") + queue_s + prefill_s) / np.maximum(entry("TTFT_SLO_S"), 1e-3)
     )
-    found[..., 10] = 0.5 * step_s / np.maximum(entry("TPOT_SLO_S"), 1e-4)
+    found[..., 10] = 0.5 * each_s / np.maximum(entry("TPOT_SLO_S"), 1e-4)
     np.clip(found, 0.0, 1.0, out=found)
     found *= up[..., None]
     return found

@@ -28,6 +28,7 @@ from servegym.policy.contract import (
     Group,
     ReplicaFeature,
 )
+from servegym.policy.layout import scenario_actions
 from servegym.scenario import Scenario
 from servegym.typing import BoolArray, Float32Array, Int8Array, IntArray
 
@@ -74,10 +75,11 @@ class DispatchBatch(RequestBatch):
                 f"of scenario {self.scenario.name}"
             )
         actions = self.scenario.actions
+        own = scenario_actions(self.width, hold=actions.hold, reject=actions.reject)
         replicas = (self.width, NUM_OBSERVED_FEATURES)
         shown = COST_FEATURES if self._shows_costs else REPLICA_FEATURES[:NUM_OBSERVED_FEATURES]
         self._allocate(
-            self.width + actions.hold + actions.reject,
+            len(own),
             {
                 "replicas": Table(shown, (self.width, len(shown))),
                 "request": Table(REQUEST_FEATURES, (NUM_REQUEST_FEATURES,)),

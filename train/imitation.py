@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from servegym.agents.network import DispatchNetwork
-from servegym.agents.torch_policy import from_core, network_arrays
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import DONE
+from servegym.policy.layout import agent_actions, agent_arrays
 from servegym.policy.observe import observe_batch
 from servegym.policy.policy import Policy
 from servegym.scenario import Scenario
@@ -59,12 +59,13 @@ def demonstrations(
         while (simulator.advance() != DONE).any():
             observations, envs = observe_batch(simulator, teacher.needs | DispatchNetwork.needs)
             chosen = teacher.act(observations, envs)
-            arrays = network_arrays(observations, num_extra)
-            done = from_core(chosen, width, observations)
+            actions = agent_actions(observations.mask, num_extra)
+            arrays = agent_arrays(observations, actions)
+            done = np.searchsorted(actions, chosen)
             kept.append(tuple(torch.from_numpy(a) for a in (*arrays, done)))
-            actions = np.zeros(episodes_each, np.int64)
-            actions[envs] = chosen
-            simulator.apply(actions)
+            answers = np.zeros(episodes_each, np.int64)
+            answers[envs] = chosen
+            simulator.apply(answers)
             count += len(envs)
     replicas, request, mask, action = (torch.cat(parts) for parts in zip(*kept, strict=True))
     return replicas, request, mask, action

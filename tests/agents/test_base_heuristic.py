@@ -6,12 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from servegym.agents.features import BASES, base_cost
+from servegym.agents.features import base_cost
 from servegym.agents.network import DispatchNetwork, NetworkConfig
 from servegym.agents.torch_policy import TorchPolicy
 from servegym.baselines.registry import policy
 from servegym.cluster.simulator import Simulator
-from servegym.policy.contract import ReplicaFeature, RequestFeature
+from servegym.policy.contract import NUM_OBSERVED_FEATURES, ReplicaFeature, RequestFeature
+from servegym.policy.costs import (
+    BASES,
+    added_delay_s,
+    delay_s,
+    load_by_speed,
+    prefix_load_s,
+    step_s,
+)
+from servegym.policy.policy import Observations
 from servegym.policy.run import run
 from servegym.scenario import load_scenario
 
@@ -129,3 +138,62 @@ def test_base_costs_agree_with_a_hand_computation():
     assert cost("added-delay", 2.0, 4.0) == pytest.approx(1.75 + 1.8)
     with pytest.raises(ValueError, match="no base cost 'random'"):
         cost("random")
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_costs_of_networks_and_rules_are_those_of_one_formula(base):
+    rng = np.random.default_rng(5)
+    params = {"speed-family": (0.7,), "prefix-load": (0.3, 0.7), "added-delay": (1.9, 0.4)}
+    ranges = {
+        "UP": (1, 1),
+        "OUTSTANDING_REQUESTS": (0, 60),
+        "RELATIVE_SPEED": (0.1, 1),
+        "PENDING_PREFILL_TOKENS": (0, 9000),
+        "PREFILL_TOKENS_PER_S": (2e3, 5e4),
+        "PREFIX_HIT_TOKENS": (0, 900),
+        "DECODE_STEP_S": (0.005, 0.03),
+        "DECODE_SEQ_S": (1e-5, 1e-3),
+    }
+    replicas = np.zeros((300, NUM_OBSERVED_FEATURES, 5))
+    for name, (low, high) in ranges.items():
+        replicas[:, ReplicaFeature[name]] = rng.uniform(low, high, (300, 5))
+    request = np.ones((300, 9))
+    request[:, RequestFeature.PROMPT_TOKENS] = rng.uniform(1, 4000, 300)
+    request[:, RequestFeature.PREDICTED_OUTPUT_TOKENS] = rng.uniform(1, 500, 300)
+
+    def column(name):
+        return replicas[:, ReplicaFeature[name]]
+
+    load, speed, rate = map(
+        column, ("OUTSTANDING_REQUESTS", "RELATIVE_SPEED", "PREFILL_TOKENS_PER_S")
+    )
+    predicted = request[:, RequestFeature.PREDICTED_OUTPUT_TOKENS, None]
+    hit = column("PREFIX_HIT_TOKENS")
+    new = np.maximum(request[:, RequestFeature.PROMPT_TOKENS, None] - hit, 0.0)
+    queue_s, alone_s, seq_s = (
+        column("PENDING_PREFILL_TOKENS") / rate,
+        column("DECODE_STEP_S"),
+        column("DECODE_SEQ_S"),
+    )
+    given = params.get(base, ())
+    cost = {
+        "least-outstanding": lambda: load,
+        "speed-family": lambda: load_by_speed(load, speed, *given),
+        "prefix-load": lambda: prefix_load_s(queue_s + new / rate, load, speed, *given),
+        "added-delay": lambda: added_delay_s(
+            queue_s,
+            new / rate,
+            predicted * step_s(alone_s, seq_s, load),
+            delay_s(load, new / rate, seq_s, predicted, *given),
+        ),
+    }[base]()
+    of_network = base_cost(
+        base, torch.from_numpy(replicas).transpose(1, 2), torch.from_numpy(request), given
+    )
+    np.testing.assert_allclose(of_network.numpy(), cost, rtol=1e-12)
+    rule = policy(base)
+    rule.params[:] = given
+    rule.reset(1, 0)
+    mask = np.tile([True] * 5 + [False] * 2, (300, 1))
+    chosen = rule.act(Observations(replicas, request, mask), np.zeros(300, np.int64))
+    np.testing.assert_array_equal(chosen, cost.argmin(-1))

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from servegym.agents.network import DispatchNetwork, NetworkConfig
-from servegym.agents.torch_policy import from_core, to_core
 from servegym.baselines.registry import policy
-from servegym.cluster.state import HOLD, REJECT
 from servegym.errors import ConfigError
-from servegym.policy.policy import Observations
 from servegym.scenario import load_scenario
 from servegym.train.imitation import demonstrations, imitate
 from servegym.train.ppo import PPOConfig
-
-
-@pytest.mark.parametrize(("hold", "reject"), [(True, True), (True, False), (False, True)])
-def test_core_actions_and_indices_are_inverse(hold, reject):
-    mask = np.tile([True, True, True, hold, reject], (5, 1))
-    seen = Observations(np.zeros((5, 1, 3)), np.zeros((5, 1)), mask)
-    core = np.array([0, 1, 2] + [HOLD] * hold + [REJECT] * reject)
-    indices = from_core(core, 3, seen)
-    # replicas first, then hold and reject, as far as there are such actions
-    assert indices.tolist() == list(range(3 + hold + reject))
-    np.testing.assert_array_equal(to_core(indices, 3, seen), core)
 
 
 def test_demonstrations_are_what_the_teacher_does(write_scenario):

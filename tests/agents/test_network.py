@@ -7,10 +7,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from servegym.agents.features import NUM_INPUTS, replica_inputs
+from servegym.agents.features import replica_inputs
 from servegym.agents.network import DispatchNetwork, NetworkConfig
 from servegym.envs.dispatch import DispatchVectorEnv
 from servegym.export.sample import sample_observations
+from servegym.policy.numpy_network import NUM_INPUTS
 from servegym.scenario import load_scenario
 
 CONTEXTS = ("mean", "attention")

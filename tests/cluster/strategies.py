@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from servegym.cluster.spec import ClusterSpec, Episode, Faults, ReplicaType
-from servegym.cluster.state import FAULT_DOWN, FAULT_SLOW, FAULT_UP, HOLD, REJECT
+from servegym.cluster.state import FAULT_DOWN, FAULT_SLOW, FAULT_UP
 from servegym.costs.grid import (
     NUM_BATCH_KNOTS,
     NUM_CHUNK_KNOTS,
@@ -167,11 +167,12 @@ def long_answers(seed: int, engine: EngineName) -> tuple[ClusterSpec, Episode]:
 def choose(request: int, visit: int, allowed: list[bool]) -> int:
     """Pick an allowed action from the request and how often it was decided, nothing else."""
     rng = np.random.default_rng((request, visit))
-    options = [r for r, ok in enumerate(allowed[:-2]) if ok]
-    if allowed[-2] and visit < 3:
-        options.append(HOLD)
-    if allowed[-1] and rng.random() < 0.2:
-        options.append(REJECT)
+    hold = len(allowed) - 2
+    options = [r for r, ok in enumerate(allowed[:hold]) if ok]
+    if allowed[hold] and visit < 3:
+        options.append(hold)
+    if allowed[hold + 1] and rng.random() < 0.2:
+        options.append(hold + 1)
     return int(options[rng.integers(len(options))])
 
 

@@ -17,9 +17,7 @@ from servegym.cluster.state import (
     EV_REJECT,
     FAULT_DOWN,
     FAULT_UP,
-    HOLD,
     NEVER,
-    REJECT,
     Asks,
 )
 from servegym.errors import WorkloadError
@@ -98,7 +96,7 @@ def test_whoever_is_free_next_sends_the_next_request(play):  # noqa: F811
 
 def test_a_rejection_is_an_end_too(play):  # noqa: F811
     episode = waiting_episode([(1, 10, 1), (1, 10, 1)], [-1, 0], [0, 3])
-    played = play(toy_cluster(allow_reject=True), episode, {0: [REJECT]})
+    played = play(toy_cluster(allow_reject=True), episode, {0: [2]})  # 2 rejects
     assert played.outcomes["rejected"].tolist() == [True, False]
     assert_times(played, arrival_s=[1, 4], finish_s=[1, 6])
 
@@ -110,7 +108,7 @@ def test_a_hold_or_a_failure_of_the_one_puts_the_other_off(play):  # noqa: F811
         [0, 1],
         faults=[(1.0, 0, FAULT_DOWN, 0.0), (2.0, 0, FAULT_UP, 0.0)],
     )
-    played = play(toy_cluster(allow_hold=True, hold_s=0.5), episode, {0: [HOLD]})
+    played = play(toy_cluster(allow_hold=True, hold_s=0.5), episode, {0: [1]})  # 1 holds
     # held to 0.5, on the replica when it fails at 1; held by itself to 1.5 and 2 (the fault comes
     # first: it is up), then 2 s of prefill
     assert_times(played, arrival_s=[0, 5], finish_s=[4, 7])

@@ -184,7 +184,7 @@ def test_restarts_are_counted_and_tokens_are_kept(play, down_s):
     ]
     spec = toy_cluster(SECONDS, allow_hold=True, hold_s=6.0 - down_s)
     episode = toy_episode([(0, 5, 10), (0, 5, 20)], type_idx=[0, 0], faults=faults)
-    played: Played = play(spec, episode, {0: [0, -1, 0, 1], 1: [1]})
+    played: Played = play(spec, episode, {0: [0, 2, 0, 1], 1: [1]})  # 2 holds
     assert played.outcomes["num_restarts"].tolist() == [2, 0]
     assert played.outcomes["num_holds"].tolist() == [1, 0]
     assert played.outcomes["first_token_s"].tolist() == [1, 1]

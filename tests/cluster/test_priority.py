@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from servegym.cluster.dispatch import is_allowed
 from servegym.cluster.reference import ReferenceSimulator
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import ClusterSpec, Episode, ReplicaType, SloClass
@@ -16,11 +15,9 @@ from servegym.cluster.state import (
     DECISION,
     DISPATCH,
     DONE,
-    HOLD,
     NEVER,
     ORDER,
     QUEUED,
-    REJECT,
     RUNNING,
     WHERE_IT_MATTERS,
     Asks,
@@ -88,10 +85,7 @@ def play_compiled(spec, episode, asks):
         if env["decision"] == DISPATCH:
             request = int(env["deciding"])
             visits[request] = visits.get(request, -1) + 1
-            mask = [
-                is_allowed(sim.params, sim.state, 0, request, action)
-                for action in (*range(episode.num_replicas), HOLD, REJECT)
-            ]
+            mask = sim.state.allowed[0].tolist()
             sim.apply(np.array([choose(request, visits[request], mask)]))
             continue
         assert env["decision"] == ORDER

@@ -14,7 +14,7 @@ import pytest
 from servegym.cluster.kernels import advance, apply
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import ClusterSpec, Episode
-from servegym.cluster.state import DECISION, HOLD
+from servegym.cluster.state import DECISION
 from servegym.policy.contract import NUM_REQUEST_FEATURES, Group
 from servegym.policy.observe import observe, observe_batch
 from servegym.workloads.table import RequestTable
@@ -208,7 +208,7 @@ def test_a_decision_that_was_due_is_due_again_after_a_restore():
 def hold_often(sim: Simulator, holds: int) -> None:
     for _ in range(holds):
         sim.advance()
-        sim.apply(np.array([HOLD]))
+        sim.apply(np.array([1]))
 
 
 def test_a_full_log_grows_and_loses_nothing():

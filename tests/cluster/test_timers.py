@@ -9,14 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from servegym.cluster.dispatch import is_allowed
 from servegym.cluster.jit import kernel
+from servegym.cluster.kernels import may_answer
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import (
     ADMIT,
     ALWAYS,
     DECISION,
     DONE,
+    DOWN,
     NEVER,
     NOBODY,
     PREEMPT,
@@ -80,10 +81,14 @@ def test_what_is_shown_as_allowed_is_what_is_allowed(seed):
     while sim.advance()[0] == DECISION:
         request = int(sim.state.env[0]["deciding"])
         shown = sim.state.allowed[0].tolist()
-        mine = [
-            is_allowed(sim.params, sim.state, 0, request, action) for action in (*range(6), -1, -2)
-        ]
+        need = episode.table.prompt_tokens[request] + episode.table.output_tokens[request] - 1
+        mine = [False] * 6 + [spec.allow_hold, spec.allow_reject]
+        for r, kind in enumerate(episode.type_idx.tolist()):
+            capacity = spec.types[kind].capacity_tokens(spec.block_size)
+            mine[r] = sim.state.replica[0, r]["mode"] != DOWN and need <= capacity
         assert shown == mine
+        taken = [may_answer(sim.params, sim.state, 0, action) for action in range(-3, 11)]
+        assert taken == [False] * 3 + mine + [False] * 3
         assert sum(shown[:6]) == sim.state.env[0]["num_allowed"] > 0
         visits[request] = visits.get(request, -1) + 1
         sim.apply(np.array([choose(request, visits[request], shown)]))

@@ -20,8 +20,6 @@ from servegym.cluster.state import (
     DECISION,
     FAULT_DOWN,
     FAULT_UP,
-    HOLD,
-    REJECT,
 )
 from servegym.costs.grid import (
     NUM_BATCH_KNOTS,
@@ -377,14 +375,14 @@ def test_returned_requests_are_decided_before_held_ones_and_these_before_arrival
     faults = [(1.0, 0, FAULT_DOWN, 0), (50, 0, FAULT_UP, 0)]
     requests = [(0, 10, 1), (0, 10, 1), (0.25, 10, 1), (1.0, 10, 1)]
     episode = toy_episode(requests, type_idx=[0, 0], faults=faults)
-    played = play(spec, episode, {0: [0, 1], 1: [0, 1], 2: [HOLD, 1], 3: [1]})
+    played = play(spec, episode, {0: [0, 1], 1: [0, 1], 2: [2, 1], 3: [1]})  # 2 holds
     assert played.decided[3:] == [(1.0, 0), (1.0, 1), (1.0, 2), (1.0, 3)]
     assert_times(played, finish_s=[3, 5, 7, 9])
 
 
 def test_a_held_request_is_decided_again_after_the_hold(play):
     spec = toy_cluster(allow_hold=True, hold_s=0.25)
-    played = play(spec, toy_episode([(1, 10, 1)]), {0: [HOLD, HOLD, 0]})
+    played = play(spec, toy_episode([(1, 10, 1)]), {0: [1, 1, 0]})  # 1 holds
     assert played.decided == [(1.0, 0), (1.25, 0), (1.5, 0)]
     assert_times(played, arrival_s=[1], dispatch_s=[1.5], finish_s=[3.5])
     assert played.outcomes["num_holds"].tolist() == [2]
@@ -392,20 +390,20 @@ def test_a_held_request_is_decided_again_after_the_hold(play):
 
 def test_a_rejected_request_leaves_at_once_and_costs_nothing(play):
     spec = toy_cluster(allow_reject=True)
-    played = play(spec, toy_episode([(1, 10, 3), (1, 10, 1)]), {0: [REJECT]})
+    played = play(spec, toy_episode([(1, 10, 3), (1, 10, 1)]), {0: [2]})  # 2 rejects
     assert played.outcomes["rejected"].tolist() == [True, False]
     assert played.outcomes["replica"].tolist() == [-1, 0]
     assert_times(played, finish_s=[1, 3])
     assert np.isnan(played.outcomes["first_token_s"][0])
 
 
-@pytest.mark.parametrize("action", [HOLD, REJECT, 1, -3])
+@pytest.mark.parametrize("action", [-1, 1, 2, 3, 10**9])  # 1 would hold, 2 reject
 def test_an_action_that_is_not_allowed_is_refused_and_nothing_happens(action):
     spec, episode = toy_cluster(), toy_episode([(0, 10, 1)])
     sim = Simulator(spec, [episode, episode])
     sim.advance()
     before = sim.snapshot()
-    with pytest.raises(InvalidAction, match=r"of environment 1 .* choose one of \[0\]"):
+    with pytest.raises(InvalidAction, match=r"of environment 1 .* choose one of \[0\] \(1 holds"):
         sim.apply(np.array([0, action]))
     assert [bits(array) for array in sim.state] == [bits(array) for array in before.state]
 

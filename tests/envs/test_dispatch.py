@@ -13,6 +13,7 @@ from gymnasium.wrappers import FlattenObservation, RecordEpisodeStatistics, Time
 from servegym.envs.dispatch import DispatchEnv
 from servegym.errors import ConfigError, InvalidAction, ResetNeeded
 from servegym.policy.contract import ReplicaFeature, RequestFeature
+from servegym.policy.layout import scenario_actions
 from servegym.scenario import scenario_names
 
 ENV_ID = "servegym/Dispatch-v0"
@@ -192,6 +193,18 @@ def test_rejecting_everything_costs_no_latency(make_scenario, make_episode, acti
     _, second, done, _, info = env.step(reject)
     assert (second, done) == (0.0, True)
     assert info["episode_metrics"]["num_rejected"] == 2
+
+
+@pytest.mark.parametrize("reject", [False, True])
+@pytest.mark.parametrize("hold", [False, True])
+def test_masks_are_the_columns_of_the_scenario_s_actions(make_scenario, hold, reject):
+    env = DispatchEnv(make_scenario(actions={"hold": hold, "reject": reject}), r_max=5)
+    observation, _ = env.reset(seed=0)
+    own = scenario_actions(5, hold=hold, reject=reject)
+    assert env.action_space.n == len(own) == 5 + hold + reject
+    allowed = env.batch.simulator.state.allowed[0]
+    assert observation["action_mask"].tolist() == allowed[own].tolist()
+    assert allowed.tolist() == [True] * 3 + [False] * 2 + [hold, reject]
 
 
 def test_rows_of_absent_replicas_are_zero_and_masked(make_scenario):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from servegym.agents.features import BASES
 from servegym.agents.network import DispatchNetwork, NetworkConfig
 from servegym.policy.contract import (
     NUM_OBSERVED_FEATURES,
@@ -14,6 +13,7 @@ from servegym.policy.contract import (
     NUM_REQUEST_FEATURES,
     ReplicaFeature,
 )
+from servegym.policy.costs import BASES
 from servegym.policy.frozen import NumpyPolicy
 from servegym.policy.numpy_network import FAMILY, NetworkShape, NumpyNetwork
 from servegym.policy.policy import Observations
@@ -95,7 +95,7 @@ def test_nan_is_no_choice():
     envs = np.zeros(1, np.int64)
     assert 0 <= policy.act(Observations(wide, request.astype(float), mask), envs)[0] < 3
     wide[0, ReplicaFeature["DECODE_STEP_S"], 1] = np.nan
-    assert policy.act(Observations(wide, request.astype(float), mask), envs)[0] > 1000
+    assert policy.act(Observations(wide, request.astype(float), mask), envs)[0] == -1
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,7 @@ from servegym.cluster.state import (
     FAULT_DOWN,
     FAULT_SLOW,
     FAULT_UP,
-    HOLD,
     QUEUED,
-    REJECT,
     RUNNING,
 )
 from servegym.costs.grid import (
@@ -160,8 +158,9 @@ def test_observations_equal_what_log_and_table_say(name, seed):
             assert seen.mask[0].tolist() == [*allowed.tolist(), True, True]
         action = int(rng.choice(np.flatnonzero(seen.mask[0, :-2])))
         draw = rng.random()
-        action = HOLD if draw < 0.1 else REJECT if draw < 0.15 else action
-        if action >= 0:
+        width = seen.mask.shape[1] - 2
+        action = width if draw < 0.1 else width + 1 if draw < 0.15 else action
+        if action < width:
             hints[deciding] = seen.replicas[0, ReplicaFeature.PREFIX_HIT_TOKENS, action]
         simulator.apply(np.array([action]))
     assert checked > 20

@@ -11,9 +11,14 @@ import pytest
 from servegym.cluster.outcome import outcomes_from_events
 from servegym.errors import ConfigError, WorkloadError
 from servegym.evaluate.metrics import latencies
+from servegym.replay.dataset import read_dataset
 from servegym.serve.decision_log import (
+    LOGGED_HOLD,
+    LOGGED_REJECT,
     DecisionLog,
     DecisionLogConfig,
+    logged_action,
+    mask_action,
     read_events,
     read_rows,
 )
@@ -104,6 +109,40 @@ def test_the_log_is_a_trace(tmp_path, monkeypatch, kind):
     assert table.prefix_offsets.tolist() == [0, 3, 5, 5, 5]
     assert table.prefix_keys[:2].tolist() == table.prefix_keys[3:].tolist()
     assert table.prefix_ends.tolist() == [512, 1024, 1536, 512, 1024]
+
+
+def test_a_hold_and_a_rejection_are_the_same_in_logs_of_all_fleets(tmp_path, monkeypatch):
+    config = DispatchConfig(
+        allow_hold=True,
+        allow_reject=True,
+        log=DecisionLogConfig(folder=tmp_path, observations=True),
+    )
+    rates = Rates(prefill_tokens_per_s=1000.0, decode_step_s=0.01)
+    dispatcher = Dispatcher(config, ["a", "b"], fleet_facts([rates, rates]), Clock())
+    policy = dispatcher.runtime.loaded.policy
+    answers = iter([2, 3])  # of two replicas: to hold, to reject
+    monkeypatch.setattr(policy, "act", lambda observations, env_ids: [next(answers)])
+    job = dispatcher.arrive("hello", key="one", max_tokens=8)
+    assert dispatcher.decide(job)[:2] == (2, "policy")
+    assert job.request.held
+    assert not job.ended
+    assert dispatcher.decide(job)[:2] == (3, "policy")
+    assert job.ended
+    dispatcher.close()
+    (row,) = read_rows(tmp_path)
+    assert [d["action"] for d in row["decisions"]] == [-1, -2]
+    assert [d["proposed"] for d in row["decisions"]] == [-1, -2]
+    data = read_dataset([tmp_path])
+    assert data.action.tolist() == data.proposed.tolist() == [2, 3]
+    assert data.mask.tolist() == [[True] * 4] * 2
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2, 1000])
+def test_actions_come_back_from_the_log_as_they_were(num_replicas):
+    for action in (0, num_replicas - 1, num_replicas, num_replicas + 1):
+        assert mask_action(logged_action(action, num_replicas), num_replicas) == action
+    assert logged_action(num_replicas, num_replicas) == LOGGED_HOLD == -1
+    assert logged_action(num_replicas + 1, num_replicas) == LOGGED_REJECT == -2
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])

@@ -180,7 +180,8 @@ class Hold:
 
     def act(self, observations, env_ids):
         self.calls += 1
-        return [-1 if self.calls < 3 else self.then]
+        hold = observations.mask.shape[1] - 2
+        return [hold if self.calls < 3 else self.then]
 
 
 def test_a_policy_may_hold_and_reject(monkeypatch):
@@ -201,7 +202,7 @@ def test_a_policy_may_hold_and_reject(monkeypatch):
 
     assert asyncio.run(drive(0)) in ("a", "b")  # the first it was shown
     with pytest.raises(fake.RateLimitError):
-        asyncio.run(drive(-2))
+        asyncio.run(drive(3))  # of two replicas
 
 
 TALK = [

@@ -636,9 +636,9 @@ class TestHoldAndReject:
                 asked = []
                 real = runtime.loaded.policy.act
 
-                def hold_twice(observations, env_ids):
+                def hold_twice(observations, env_ids):  # 1 holds: there is one replica
                     asked.append(float(observations.request[0, 5]))  # waited_s
-                    return [-1] if len(asked) <= 2 else real(observations, env_ids)
+                    return [1] if len(asked) <= 2 else real(observations, env_ids)
 
                 monkeypatch.setattr(runtime.loaded.policy, "act", hold_twice)
                 assert (await it.post(STREAM))[0] == 200
@@ -653,7 +653,7 @@ class TestHoldAndReject:
             dispatch = {"runtime": {"policy": "least-outstanding"}, "allow_reject": True}
             async with running(1, dispatch=dispatch, request={"retry_after_s": 7}) as it:
                 runtime = it.router.dispatcher.runtime
-                monkeypatch.setattr(runtime.loaded.policy, "act", lambda o, e: [-2])
+                monkeypatch.setattr(runtime.loaded.policy, "act", lambda o, e: [2])  # rejects
                 status, body, headers = await it.post(STREAM)
                 assert (status, headers["Retry-After"]) == (429, "7")
                 assert json.loads(body)["error"]["code"] == "overloaded"

@@ -20,8 +20,6 @@ from servegym.serve.runtime import PolicyRuntime, RuntimeConfig, in_share
 
 from .observations import observe
 
-HOLD, REJECT = -1, -2
-
 
 class Clock:
     """A clock that is set by hand."""
@@ -119,7 +117,8 @@ def test_only_replicas_that_may_be_chosen_can_be_stale():
 
 @pytest.mark.parametrize(
     ("action", "reason"),
-    [(3, Reason.INVALID), (HOLD, Reason.INVALID), (REJECT, Reason.INVALID), (-7, Reason.INVALID)],
+    # of three replicas: to hold and to reject, which is not allowed here, and what is no action
+    [(action, Reason.INVALID) for action in (3, 4, 5, -1, -7)],
 )
 def test_an_action_that_is_not_allowed_is_not_taken(action, reason):
     runtime, policy, _ = scripted()
@@ -130,7 +129,7 @@ def test_an_action_that_is_not_allowed_is_not_taken(action, reason):
 def test_holds_and_rejects_where_allowed():
     runtime, policy, _ = scripted()
     seen = observe([0, 5], hold=True, reject=True)
-    for action in (HOLD, REJECT):
+    for action in (2, 3):
         policy.action = action
         assert runtime.decide(seen)[:2] == (action, "policy")
 
@@ -188,9 +187,9 @@ def test_a_canary_share_is_told_by_the_key_and_only_grows():
 def test_no_replica_left_forces_hold_or_reject_without_asking():
     runtime, policy, _ = scripted()
     down = np.zeros(2)
-    assert runtime.decide(observe([0, 0], up=down, hold=True)).action == HOLD
-    assert runtime.decide(observe([0, 0], up=down, reject=True)).action == REJECT
-    assert runtime.decide(observe([0, 0], up=down)).action == REJECT
+    assert runtime.decide(observe([0, 0], up=down, hold=True)).action == 2
+    assert runtime.decide(observe([0, 0], up=down, reject=True)).action == 3
+    assert runtime.decide(observe([0, 0], up=down)).action == 3
     assert runtime.counters.by_reason[Reason.FORCED] == 3
     assert policy.asked == 0
 

@@ -18,8 +18,6 @@ from servegym.cluster.state import (
     EV_RETURN,
     FAULT_DOWN,
     FAULT_UP,
-    HOLD,
-    REJECT,
 )
 from servegym.policy.contract import (
     FIRST_NOMINAL,
@@ -150,8 +148,9 @@ def test_live_state_shows_what_the_simulator_shows(name, metrics_interval_s, hol
         checked += 1
         allowed = np.flatnonzero(want.mask[0, :-2])
         draw = rng.random()
-        action = HOLD if draw < 0.1 else REJECT if draw < 0.15 else int(rng.choice(allowed))
-        simulator.apply(np.array([action if hold or action >= 0 else int(rng.choice(allowed))]))
+        width = want.mask.shape[1] - 2
+        action = width if draw < 0.1 else width + 1 if draw < 0.15 else int(rng.choice(allowed))
+        simulator.apply(np.array([action if hold or action < width else int(rng.choice(allowed))]))
     assert checked >= 250
     follower.catch_up()
     seen = follower.state.view

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from servegym.cluster.engine import leave_system, prefix_hit_tokens, wake
-from servegym.cluster.jit import helper, inlined, kernel
+from servegym.cluster.jit import helper, inlined
 from servegym.cluster.log import log_event
 from servegym.cluster.state import (
     DISPATCH,
@@ -13,11 +13,9 @@ from servegym.cluster.state import (
     EV_HOLD,
     EV_REJECT,
     HELD,
-    HOLD,
     HOLD_OVER,
     NEVER,
     QUEUED,
-    REJECT,
     REJECTED,
     VIEW_KV_CAPACITY,
     VIEW_OUTSTANDING,
@@ -36,21 +34,6 @@ def kv_need(s: State, e: int, request: int) -> int:
     """KV tokens a request holds at its end."""
     q = s.request[e, request]
     return q.prompt + q.output - 1
-
-
-@kernel
-def is_allowed(p: Params, s: State, e: int, request: int, action: int) -> bool:
-    """Whether an action (a replica, `HOLD` or `REJECT`) may be taken for a request."""
-    if action == HOLD:
-        return p.allow_hold
-    if action == REJECT:
-        return p.allow_reject
-    if action < 0 or action >= s.env[e].num_replicas:
-        return False
-    return (
-        s.shown[e, VIEW_UP, action] > 0.0
-        and kv_need(s, e, request) <= s.shown[e, VIEW_KV_CAPACITY, action]
-    )
 
 
 @inlined

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numba import types
 
-from servegym.cluster.dispatch import hold, is_allowed, reject, route, send, set_up
+from servegym.cluster.dispatch import hold, reject, route, send, set_up
 from servegym.cluster.engine import (
     clear_replica,
     cut_stretch,
@@ -35,7 +35,6 @@ from servegym.cluster.state import (
     FAULT,
     FAULT_DOWN,
     FAULT_SLOW,
-    HOLD,
     HOLD_OVER,
     IDLE,
     LOG_FULL,
@@ -45,7 +44,6 @@ from servegym.cluster.state import (
     PENDING,
     PREEMPT,
     QUEUED,
-    REJECT,
     RUNNING,
     SCRAPE,
     SCRAPED_EMITTED,
@@ -174,7 +172,7 @@ def may_answer(p: Params, s: State, e: int, answer: int) -> bool:
     env = s.env[e]
     kind, r = env.decision, env.asking
     if kind == DISPATCH:
-        return is_allowed(p, s, e, env.deciding, answer)
+        return 0 <= answer < s.allowed.shape[1] and s.allowed[e, answer]
     if kind == ADMIT and answer == NOBODY:
         return p.asks.admit == ALWAYS and s.replica[e, r].num_running > 0
     if kind in (ADMIT, PREEMPT):
@@ -195,7 +193,7 @@ def apply(p: Params, s: State, e: int, answer: int) -> None:
         p: Constants.
         s: State.
         e: Environment.
-        answer: To `DISPATCH` an allowed replica, `HOLD` or `REJECT`; to `ADMIT` and `PREEMPT` a
+        answer: To `DISPATCH` an action that `s.allowed[e]` allows; to `ADMIT` and `PREEMPT` a
             request, or `NOBODY`; to `ORDER` anything: the keys have been written.
     """
     env = s.env[e]
@@ -205,12 +203,13 @@ def apply(p: Params, s: State, e: int, answer: int) -> None:
     env.deciding = -1
     env.asking = -1
     if kind == DISPATCH:
-        if answer == HOLD:
-            hold(p, s, e, request)
-        elif answer == REJECT:
-            reject(p, s, e, request)
-        else:
+        width = s.replica.shape[1]
+        if answer < width:
             send(p, s, e, request, answer)
+        elif answer == width:
+            hold(p, s, e, request)
+        else:
+            reject(p, s, e, request)
         return
     if kind == ORDER:
         s.forming[e, r].keyed = 1
@@ -313,10 +312,11 @@ def reset_env(p: Params, s: State, e: int) -> None:
         clear_replica(p, s, e, r)
     s.scraped[e] = 0.0
     s.itl_count[e] = 0
-    for r in range(s.allowed.shape[1] - 2):
+    width = s.replica.shape[1]
+    for r in range(width):
         s.allowed[e, r] = False
-    s.allowed[e, s.allowed.shape[1] - 2] = p.allow_hold
-    s.allowed[e, s.allowed.shape[1] - 1] = p.allow_reject
+    s.allowed[e, width] = p.allow_hold
+    s.allowed[e, width + 1] = p.allow_reject
     env.now_s = 0.0
     env.next_arrival = 0
     env.num_arrived = 0

@@ -1,4 +1,8 @@
-"""The event log and what is derived from it; one format for simulated and live runs."""
+"""What a run leaves: outcomes, which metrics are computed from, step log and event log.
+
+One format for simulated and live runs. The simulator makes outcomes of its own records; the event
+log is a second account of the same run, by which tests check it (docs/simulator.md).
+"""
 
 from __future__ import annotations
 

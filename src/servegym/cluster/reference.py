@@ -90,7 +90,7 @@ class ReferenceSimulator:
             self._set_arrival(other, self.now_s + other.delay_s)
 
     def allowed(self, request: int) -> list[bool]:
-        """Which actions may be taken: replicas, hold, reject."""
+        """Which actions may be taken: replicas, then hold, then reject."""
         q = self.requests[request]
         need = q.prompt + q.output - 1
         size = self.spec.block_size
@@ -106,8 +106,8 @@ class ReferenceSimulator:
         """Play to the end.
 
         Args:
-            dispatch: Answers with a replica, `HOLD` or `REJECT`; None: the replica with the
-                smallest sum of running and four times its waiting requests.
+            dispatch: Answers with an index of `allowed`; None: the replica with the smallest sum
+                of running and four times its waiting requests.
         """
         self.dispatch = dispatch or _least_busy
         for q in self.requests:
@@ -160,19 +160,19 @@ class ReferenceSimulator:
 
     def _route(self, q: Request) -> None:
         """A request wants a replica."""
-        action = st.HOLD
-        if any(self.allowed(q.idx)[:-2]):
+        action = hold = len(self.replicas)
+        if any(self.allowed(q.idx)[:hold]):
             action = self.dispatch(self, q.idx)
-        if action == st.HOLD:
-            self._set_timer(self.now_s + self.spec.hold_s, st.HOLD_OVER, q.idx)
-            self.log(st.EV_HOLD, q.idx, -1)
-        elif action == st.REJECT:
-            self.end(q, st.EV_REJECT, -1)
-        else:
+        if action < hold:
             self.log(st.EV_DISPATCH, q.idx, action)
             chosen = self.replicas[action]
             chosen.waiting.append(q)
             chosen.wake()
+        elif action == hold:
+            self._set_timer(self.now_s + self.spec.hold_s, st.HOLD_OVER, q.idx)
+            self.log(st.EV_HOLD, q.idx, -1)
+        else:
+            self.end(q, st.EV_REJECT, -1)
 
     def _fault(self, i: int) -> None:
         engine = self.replicas[int(self.episode.faults.replica[i])]

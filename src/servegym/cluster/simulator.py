@@ -21,6 +21,7 @@ from servegym.cluster.state import (
     DONE,
     LOG_FULL,
     NO_DECISION,
+    NOBODY,
     REJECTED,
     Asks,
     Params,
@@ -163,7 +164,7 @@ class Simulator:
         """Take the decisions that are due.
 
         Args:
-            answers: What `kernels.apply` takes, for a dispatch a replica, `HOLD` or `REJECT`, per
+            answers: What `kernels.apply` takes, for a dispatch an index of `State.allowed`, per
                 environment, `int64[num_envs]`; ignored where no decision is due.
 
         Raises:
@@ -172,12 +173,14 @@ class Simulator:
         bad = _apply_all(self.params, self.state, np.ascontiguousarray(answers, np.int64))
         if bad >= 0:
             env = self.state.env[bad]
-            dispatch = env["decision"] == DISPATCH
-            stop = int(env["num_replicas"] if dispatch else env["num_requests"])
+            stop, others = int(env["num_requests"]), f"requests; {NOBODY}: nobody"
+            if env["decision"] == DISPATCH:
+                width = self.max_replicas
+                stop, others = width + 2, f"{width} holds, {width + 1} rejects"
             allowed = [a for a in range(-2, stop) if may_answer(self.params, self.state, bad, a)]
             raise InvalidAction(
-                f"action {int(answers[bad])} of environment {bad} is not allowed now: choose one "
-                f"of {allowed} ({'-1 holds, -2 rejects' if dispatch else 'requests; -2: nobody'})"
+                f"action {int(answers[bad])} of environment {bad} is not allowed now: "
+                f"choose one of {allowed} ({others})"
             )
 
     def outcomes(self, env: int = 0) -> NDArray[np.void]:

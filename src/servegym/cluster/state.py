@@ -44,8 +44,6 @@ FAULT, SCRAPE, RETURN, HOLD_OVER, ARRIVAL = range(5)
 NOT_PICKED, NOBODY = -1, -2
 # How far such an engine is with its next step
 NOT_FORMING, FEEDING, ADMITTING = range(3)
-# Actions that are not a replica
-HOLD, REJECT = -1, -2
 
 #: Step durations are counted in log-spaced bins: `ITL_BINS_PER_DECADE` from `ITL_FIRST_S` on.
 ITL_FIRST_S = 1e-4
@@ -304,7 +302,7 @@ class State(NamedTuple):
     order: Records  # ORDER_DTYPE[E, N]
     forming: Records  # FORMING_DTYPE[E, R]
     timer: Records  # TIMER_DTYPE[E, N + 2] heap: one a request, the next fault and scrape
-    allowed: BoolArray  # [E, R + 2] replicas, hold, reject: actions for the decision that is due
+    allowed: BoolArray  # [E, R + 2] actions of a dispatch: replicas, then hold, then reject
     fault: Records  # FAULT_DTYPE[E, F]
     itl_count: IntArray  # [E, NUM_ITL_BINS] inter-token times
     log: Records  # outcome.EVENT_DTYPE[E, L]

@@ -138,8 +138,8 @@ class Train(Played):
 
 def trained(out: Path, *, base: str, context: str = "mean", **settings: Any) -> Path:
     """Train as `PPOConfig` says and export to `out/policy`; return the ONNX file."""
-    from servegym.agents.features import BASES
     from servegym.baselines.registry import policy
+    from servegym.policy.costs import BASES
     from servegym.train.ppo import PPOConfig, Trainer
 
     rule = policy(base)

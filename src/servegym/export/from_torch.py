@@ -14,6 +14,7 @@ from servegym.errors import ExportError
 from servegym.export.manifest import Manifest, digest_of
 from servegym.export.weights import NAME as WEIGHTS
 from servegym.export.weights import NUM_PROBES, weights_file
+from servegym.policy.layout import GRAPH_INPUTS
 from servegym.policy.numpy_network import FAMILY, NetworkShape
 from servegym.typing import Float32Array
 from servegym.whole_files import write_whole
@@ -54,7 +55,7 @@ def export_policy(
         network,
         few,
         graph,  # type: ignore[arg-type]  # this exporter takes files, too
-        input_names=["replicas", "request", "mask"],
+        input_names=list(GRAPH_INPUTS),
         output_names=["logits"],
         dynamic_axes={
             "replicas": {0: "batch", 1: "R"},
@@ -129,8 +130,7 @@ def _check(
     import onnxruntime
 
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
-    names = ("replicas", "request", "mask")
-    got = session.run(None, dict(zip(names, samples, strict=True)))[0]
+    got = session.run(None, dict(zip(GRAPH_INPUTS, samples, strict=True)))[0]
     with torch.inference_mode():
         want = network(*(torch.from_numpy(a) for a in samples)).numpy()
     allowed = samples[2] > 0

@@ -2,6 +2,7 @@
 
 Values are in raw physical units; a learned policy brings its own normalisation. The simulator and
 the live adapters fill the same rows, and the tables in the documentation are made from this file.
+Features are rows and replicas columns, but for agents: see `policy.layout`.
 """
 
 from __future__ import annotations

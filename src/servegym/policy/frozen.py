@@ -7,43 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from servegym.cluster.state import HOLD, REJECT
 from servegym.errors import ExportError
 from servegym.policy.contract import NUM_OBSERVED_FEATURES, NUM_REQUEST_FEATURES, Group
+from servegym.policy.layout import GRAPH_INPUTS, agent_actions, agent_arrays
 from servegym.policy.numpy_network import NumpyNetwork
 from servegym.policy.policy import Information, Observations
-from servegym.typing import BoolArray, IntArray
+from servegym.typing import IntArray
 
-#: Beyond the actions of any fleet, and so refused by whoever checks it.
-_NO_CHOICE = 2**31
+#: Is no action, and so refused by whoever checks it.
+_NO_CHOICE = -1
 _NEEDS = Group.COUNTERS | Group.METRICS | Group.PREFIX
-
-
-def shown_mask(mask: BoolArray, num_extra: int) -> BoolArray:
-    """Return the part of a mask that a policy with `num_extra` actions besides replicas is shown.
-
-    With one such action it is hold where a hold is possible, else reject.
-
-    Args:
-        mask: `bool[batch, R + 2]`.
-        num_extra: 0, 1 or 2.
-
-    Returns:
-        `bool[batch, R + num_extra]`.
-    """
-    width = mask.shape[1] - 2
-    if num_extra != 1 or mask[:, width].any():
-        return mask[:, : width + num_extra]
-    return np.delete(mask, width, axis=1)
-
-
-def _to_core(chosen: IntArray, mask: BoolArray) -> IntArray:
-    """Translate indices of `shown_mask` to replicas, `HOLD` and `REJECT`."""
-    width = mask.shape[1] - 2
-    if (chosen < width).all():
-        return chosen
-    other = np.where((chosen == width) & mask[:, width].any(), HOLD, REJECT)
-    return np.where((chosen < width) | (chosen == _NO_CHOICE), chosen, other).astype(np.int64)
 
 
 class NumpyPolicy:
@@ -62,14 +35,15 @@ class NumpyPolicy:
     def act(self, observations: Observations, env_ids: IntArray) -> IntArray:
         """Decide; see `Policy.act`."""
         replicas, request, mask = observations
-        shown = shown_mask(mask, self._network.shape.num_extra)
+        actions = agent_actions(mask, self._network.shape.num_extra)
+        shown = mask.take(actions, axis=1)
         chosen = np.empty(len(request), np.int64)
         for row in range(len(request)):
             logits = self._network.logits(replicas[row], request[row], shown[row])
             best = int(logits.argmax())
             # a NaN wins every argmax: it must not pass for a choice
-            chosen[row] = best if math.isfinite(logits[best]) else _NO_CHOICE
-        return _to_core(chosen, mask)
+            chosen[row] = actions[best] if math.isfinite(logits[best]) else _NO_CHOICE
+        return chosen
 
 
 class FrozenPolicy:
@@ -100,12 +74,12 @@ class FrozenPolicy:
 
     def _check_actions(self, num_extra: int) -> None:
         """Decide about two replicas, to see whether the graph has the actions it should."""
-        feeds = {
-            "replicas": np.zeros((1, 2, NUM_OBSERVED_FEATURES), np.float32),
-            "request": np.zeros((1, NUM_REQUEST_FEATURES), np.float32),
-            "mask": np.ones((1, 2 + num_extra), np.float32),
-        }
-        shape = self._session.run(None, feeds)[0].shape
+        arrays = (
+            np.zeros((1, 2, NUM_OBSERVED_FEATURES), np.float32),
+            np.zeros((1, NUM_REQUEST_FEATURES), np.float32),
+            np.ones((1, 2 + num_extra), np.float32),
+        )
+        shape = self._session.run(None, dict(zip(GRAPH_INPUTS, arrays, strict=True)))[0].shape
         if shape != (1, 2 + num_extra):
             raise ExportError(f"it gives {shape[-1] - 2} extra actions, its manifest {num_extra}")
 
@@ -114,14 +88,8 @@ class FrozenPolicy:
 
     def act(self, observations: Observations, env_ids: IntArray) -> IntArray:
         """Decide; see `Policy.act`."""
-        replicas = observations.replicas[:, :NUM_OBSERVED_FEATURES].transpose(0, 2, 1)
-        shown = shown_mask(observations.mask, self._num_extra)
-        feeds = {
-            "replicas": np.ascontiguousarray(replicas, np.float32),
-            "request": observations.request.astype(np.float32),
-            "mask": shown.astype(np.float32),
-        }
-        logits = self._session.run(None, feeds)[0]
+        actions = agent_actions(observations.mask, self._num_extra)
+        arrays = agent_arrays(observations, actions)
+        logits = self._session.run(None, dict(zip(GRAPH_INPUTS, arrays, strict=True)))[0]
         finite = np.isfinite(logits).all(-1)
-        chosen = np.where(finite, logits.argmax(-1), _NO_CHOICE).astype(np.int64)
-        return _to_core(chosen, observations.mask)
+        return np.where(finite, actions[logits.argmax(-1)], _NO_CHOICE)

@@ -13,11 +13,12 @@ from typing import NamedTuple
 import numpy as np
 
 from servegym.policy.contract import NUM_OBSERVED_FEATURES, ReplicaFeature, RequestFeature
+from servegym.policy.costs import BASES
 from servegym.typing import BoolArray, Float32Array, FloatArray
 
 #: Added to the logits of forbidden actions, as in training.
 MASKED = np.float32(-1e8)
-#: Inputs of the network; what they mean is said in `servegym.agents.features`.
+#: Inputs of the network a replica; what they mean is said in `servegym.agents.features`.
 NUM_INPUTS = 25
 #: Rows of the first block of inputs, all of the form log1p; the others follow.
 _LOG_ROWS = (0, 2, 3, 4, 5, 9, 14, 15, 16, 20, 21, 22, 23, 24)
@@ -135,8 +136,8 @@ class NumpyNetwork:
     def __init__(self, shape: NetworkShape, weights: Mapping[str, Float32Array]) -> None:
         if shape.family != FAMILY:
             raise ValueError(f"networks of family {shape.family!r} are unknown, only {FAMILY!r}")
-        if shape.base not in _COSTS:
-            raise ValueError(f"no base cost {shape.base!r}: choose one of {', '.join(_COSTS)}")
+        if shape.base not in BASES:
+            raise ValueError(f"no base cost {shape.base!r}: choose one of {', '.join(BASES)}")
         self.shape = shape
         self._attention = shape.context == "attention"
         names = ["actor.own.0", "actor.own.2", "actor.mix", "actor.around", "score", "extra"]
@@ -278,7 +279,7 @@ class NumpyNetwork:
         np.minimum(x[_NUM_LOG + 10], _TWO, out=x[_NUM_LOG + 10])
 
     def _cost(self, b: _Buffers, waiting_s: Float32Array, predicted: np.float32) -> None:
-        """Fill the cost of the base rule (`agents.features.base_cost`)."""
+        """Fill the cost of the base rule (`policy.costs`)."""
         seen, cost, params = b.seen_rows, b.cost, self._params
         load, speed = seen[_OUTSTANDING], seen[_SPEED]
         if self.shape.base == "least-outstanding":
@@ -339,7 +340,6 @@ class NumpyNetwork:
         np.divide(b.attended, total, out=b.attended)
 
 
-_COSTS = ("added-delay", "prefix-load", "speed-family", "least-outstanding")
 _TWO, _THREE, _FOUR = np.float32(2.0), np.float32(3.0), np.float32(4.0)
 _SLOWEST = np.float32(1e-6)
 _OUTSTANDING, _PENDING = _R["OUTSTANDING_REQUESTS"], _R["PENDING_PREFILL_TOKENS"]

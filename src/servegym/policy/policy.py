@@ -20,7 +20,8 @@ class Observations(NamedTuple):
     Attributes:
         replicas: `float64[batch, NUM_REPLICA_FEATURES, R]`; columns of absent replicas are 0.
         request: `float64[batch, NUM_REQUEST_FEATURES]`.
-        mask: Allowed actions, `bool[batch, R + 2]`: replicas, then hold, then reject.
+        mask: Allowed actions, `bool[batch, R + 2]`: replicas, then hold, then reject. An index
+            into it is an action, wherever decisions are taken and carried out.
     """
 
     replicas: FloatArray
@@ -30,7 +31,7 @@ class Observations(NamedTuple):
 
 @runtime_checkable
 class Policy(Protocol):
-    """Chooses a replica for each pending request."""
+    """Chooses a replica for each pending request, or what else is allowed."""
 
     @property
     def name(self) -> str:
@@ -60,7 +61,7 @@ class Policy(Protocol):
                 `int64[batch]`.
 
         Returns:
-            Replica indices, or `cluster.state.HOLD` / `REJECT`, `int64[batch]`.
+            Indices into the masks, `int64[batch]`.
         """
         ...
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from servegym.errors import WorkloadError
 from servegym.policy.contract import NUM_OBSERVED_FEATURES, NUM_REQUEST_FEATURES
 from servegym.replay.log import STATUSES, logged_rows, parse_row
+from servegym.serve.decision_log import mask_action
 from servegym.typing import BoolArray, Float32Array, FloatArray, IntArray
 from servegym.whole_files import write_whole
 from servegym.workloads.readers import OnBadRow
@@ -27,9 +28,9 @@ class OfflineDataset(NamedTuple):
             columns beyond a fleet's size are 0.
         request: `float32[n, G]`.
         mask: Allowed actions: replicas, hold, reject, `bool[n, R + 2]`.
-        action: Replica, -1 for a hold, -2 for a rejection, `int64[n]`.
-        proposed: What the policy answered, whether or not it was acted on; -3 where it was not
-            asked, `int64[n]`.
+        action: Index into the mask, `int64[n]`.
+        proposed: What the policy answered, whether or not it was acted on, likewise; `NOT_ASKED`
+            (-1) where it was not asked, `int64[n]`.
         propensity: Probability with which the action was taken, NaN where the log does not say:
             rules and exported policies decide without chance, `float64[n]`.
         by_policy: Whether the policy decided, not the fallback, `bool[n]`.
@@ -72,7 +73,7 @@ class OfflineDataset(NamedTuple):
 
 
 #: Stands for "the policy was not asked" among proposed actions.
-NOT_ASKED = -3
+NOT_ASKED = -1
 
 
 def read_dataset(paths: Sequence[Path], *, on_bad_row: OnBadRow = "error") -> OfflineDataset:
@@ -113,7 +114,7 @@ def read_dataset(paths: Sequence[Path], *, on_bad_row: OnBadRow = "error") -> Of
             rows.append(
                 {
                     "action": decision["action"],
-                    "proposed": NOT_ASKED if proposed is None else proposed,
+                    "proposed": proposed,
                     "propensity": math.nan if chance is None else float(chance),
                     "by_policy": decision.get("by") == "policy",
                     "request_id": i,
@@ -141,6 +142,10 @@ def read_dataset(paths: Sequence[Path], *, on_bad_row: OnBadRow = "error") -> Of
         num = shown.shape[1]
         replicas[at, :, :num], request[at] = shown, asked
         mask[at, :num], mask[at, width:] = allowed[:num], allowed[num:]
+    for decided in rows:
+        proposed = decided["proposed"]
+        decided["action"] = mask_action(decided["action"], width)
+        decided["proposed"] = NOT_ASKED if proposed is None else mask_action(proposed, width)
 
     def column(name: str, dtype: type) -> Any:
         return np.array([rows[i][name] for i in order.tolist()], dtype)

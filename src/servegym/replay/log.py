@@ -13,6 +13,7 @@ import numpy as np
 
 from servegym.errors import WorkloadError
 from servegym.replay.fleet import Fleet
+from servegym.serve.decision_log import LOGGED_HOLD
 from servegym.typing import BoolArray, FloatArray, Int16Array, IntArray
 from servegym.workloads.followed import Followed, Links, link_followed, parse_followed
 from servegym.workloads.readers import OnBadRow, prefix_segments
@@ -258,7 +259,7 @@ def parse_row(where: str, record: dict[str, Any]) -> LoggedRequest:
         ttft_s=ttft_s,
         e2e_s=e2e_s,
         num_retries=row.whole("num_retries", 0),
-        num_holds=sum(d["action"] == -1 for d in decisions),
+        num_holds=sum(d["action"] == LOGGED_HOLD for d in decisions),
         policy=decisions[-1].get("policy") if decisions else None,
         fallbacks=sum(d.get("by") == "fallback" for d in decisions),
         decisions=len(decisions),

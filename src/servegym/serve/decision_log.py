@@ -32,8 +32,20 @@ _log = logging.getLogger(__name__)
 Row = dict[str, Any]
 #: Tokens of a block of the trace format's hash ids.
 TRACE_BLOCK_TOKENS = 512
+#: Actions of the log that are no replica: unlike a mask's, they do not depend on the fleet's size.
+LOGGED_HOLD, LOGGED_REJECT = -1, -2
 #: Seconds that a row may wait in memory before it is flushed.
 _FLUSH_S = 1.0
+
+
+def logged_action(action: int, num_replicas: int) -> int:
+    """Return an index into the mask of so many replicas as the log has it."""
+    return action if action < num_replicas else num_replicas + LOGGED_HOLD - action
+
+
+def mask_action(logged: int, num_replicas: int) -> int:
+    """Return an action of the log as an index into the mask of so many replicas."""
+    return logged if logged >= 0 else num_replicas + LOGGED_HOLD - logged
 
 
 class DecisionLogConfig(BaseModel):
@@ -301,7 +313,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def read_events(path: Path) -> NDArray[np.void]:
-    """Read a log as an event log, the one source of metrics.
+    """Read a log as an event log, in the simulator's form.
 
     Requests are numbered in order of arrival, as `workloads.readers.read_trace` numbers them, and
     times count from the first arrival.
@@ -329,7 +341,7 @@ def read_events(path: Path) -> NDArray[np.void]:
             if place >= 0:
                 events.append((time_s, 0.0, i, place, s.EV_RETURN))
             place = max(action, -1)
-            kind = {s.HOLD: s.EV_HOLD, s.REJECT: s.EV_REJECT}.get(action, s.EV_DISPATCH)
+            kind = {LOGGED_HOLD: s.EV_HOLD, LOGGED_REJECT: s.EV_REJECT}.get(action, s.EV_DISPATCH)
             events.append((time_s, 0.0, i, place, kind))
         if row["ttft_s"] is not None:
             events.append((at_s + row["ttft_s"], 0.0, i, place, s.EV_FIRST_TOKEN))

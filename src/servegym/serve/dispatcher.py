@@ -16,7 +16,6 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from servegym.cluster.spec import SloClass
-from servegym.cluster.state import HOLD
 from servegym.errors import unknown_name
 from servegym.policy.contract import NUM_OBSERVED_FEATURES, Group
 from servegym.policy.policy import Observations
@@ -25,6 +24,7 @@ from servegym.serve.decision_log import (
     DecisionLog,
     DecisionLogConfig,
     finite,
+    logged_action,
 )
 from servegym.serve.prediction import LengthPrediction, LengthPredictor
 from servegym.serve.prefix_index import PrefixIndex
@@ -263,12 +263,12 @@ class Dispatcher:
         decision = self._choose(seen, request.key)
         if self.log is not None:
             job.decisions.append(self._decision_row(job, decision, now_s, seen))
-        if decision.action >= 0:
+        if decision.action < self.state.num_replicas:
             self.state.dispatch(request, decision.action, now_s)
             self._ties.chose(decision.action)
             if math.isnan(job.first_dispatch_s):
                 job.first_dispatch_s = now_s
-        elif decision.action == HOLD:
+        elif decision.action == self.state.num_replicas:
             self.state.hold(request)
         else:
             self.end(job, "rejected")
@@ -347,11 +347,9 @@ class Dispatcher:
             return self.runtime.decide(seen, key)
         shown, order = self._ties.show(seen)
         action, by, reason, duration_s, proposed = self.runtime.decide(shown, key)
-        if action >= 0:
-            action = int(order[action])
-        if proposed is not None and proposed >= 0:
+        if proposed is not None:
             proposed = int(order[proposed])
-        return Decision(action, by, reason, duration_s, proposed)
+        return Decision(int(order[action]), by, reason, duration_s, proposed)
 
     def _take_back(self, job: Job) -> None:
         if job.request.replica >= 0:
@@ -380,11 +378,13 @@ class Dispatcher:
         loaded = self.runtime.loaded
         row: dict[str, Any] = {
             "after_s": now_s - job.request.arrival_s,
-            "action": decision.action,
+            "action": logged_action(decision.action, self.state.num_replicas),
             "by": decision.by,
             "reason": decision.reason.value,
             "duration_s": decision.duration_s,
-            "proposed": decision.proposed,
+            "proposed": None
+            if decision.proposed is None
+            else logged_action(decision.proposed, self.state.num_replicas),
             "policy": loaded.version if loaded else None,
             "observation": None,
         }

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from servegym.cluster.state import HOLD
 from servegym.errors import ConfigError, unknown_name
 from servegym.serve.dispatcher import DispatchConfig, Dispatcher, Job
 from servegym.serve.facts import Hardware, Rates, fleet_facts
@@ -188,15 +187,15 @@ class PolicyStrategy:
         until_s = clock() + self._config.max_hold_s
         while True:
             may_hold = clock() + hold_s <= until_s
-            action = self.dispatcher.decide(job, allowed=allowed, may_hold=may_hold).action
-            if action >= 0:
+            self.dispatcher.decide(job, allowed=allowed, may_hold=may_hold)
+            if job.replica >= 0:
                 break
-            if action != HOLD:
+            if not job.request.held:
                 self._jobs.pop(job.request.key, None)
                 raise _rate_limit_error(model)
             await asyncio.sleep(hold_s)
         self._assume_prefill(job)
-        return found[action]
+        return found[job.replica]
 
     def get_available_deployment(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: decisions need the event loop's books.

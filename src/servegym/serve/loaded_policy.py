@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from servegym.baselines.registry import policy as rule
-from servegym.cluster.state import HOLD, REJECT
 from servegym.errors import ConfigError, ExportError
 from servegym.export.manifest import Manifest, read_manifest
 from servegym.export.resolve import exported_policy
@@ -115,9 +114,4 @@ def _try_out(loaded: LoadedPolicy) -> None:
 
 def is_allowed(action: int, mask: BoolArray) -> bool:
     """Whether an action is one of those that a mask, `bool[R + 2]`, leaves open."""
-    width = len(mask) - 2
-    if 0 <= action < width:
-        return bool(mask[action])
-    if action == HOLD:
-        return bool(mask[width])
-    return action == REJECT and bool(mask[width + 1])
+    return 0 <= action < len(mask) and bool(mask[action])

@@ -25,7 +25,6 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from servegym.calibrate.datasheet import one_sentence
-from servegym.cluster.state import HOLD
 from servegym.errors import ConfigError
 from servegym.policy.contract import FIRST_NOMINAL, NUM_NOMINAL
 from servegym.serve.dispatcher import DispatchConfig, Dispatcher, Job
@@ -221,8 +220,8 @@ class RayFleet:
             return None
         allowed = np.zeros(self.config.max_replicas, np.bool_)
         allowed[list(replica_of)] = True
-        action = self.dispatcher.decide(job, allowed=allowed).action
-        return None if action == HOLD else replica_of[action]
+        self.dispatcher.decide(job, allowed=allowed)
+        return None if job.request.held else replica_of[job.replica]
 
     def routed(self, key: str, replica: Hashable) -> float:
         """A replica has taken a request; return for how many seconds its prompt is computed."""

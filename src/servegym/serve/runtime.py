@@ -11,7 +11,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from servegym.cluster.state import HOLD, REJECT
 from servegym.errors import ConfigError, ServeGymError
 from servegym.policy.contract import (
     NO_BOUND,
@@ -86,7 +85,7 @@ class Decision(NamedTuple):
     """What to do with a request, and why.
 
     Attributes:
-        action: Replica index, or `cluster.state.HOLD` (-1) or `REJECT` (-2).
+        action: Index into the mask: of R replicas one, R to hold or R + 1 to reject.
         by: Whose choice it is.
         reason: Why that one decided.
         duration_s: Wall-clock seconds from the observation to the decision.
@@ -365,11 +364,12 @@ class PolicyRuntime:
 
     def _last_resort(self, mask: BoolArray) -> int:
         """Take the allowed replicas in turn: no rule is simpler, and none needs less."""
-        allowed = np.flatnonzero(mask[:-2])
+        hold = len(mask) - 2
+        allowed = np.flatnonzero(mask[:hold])
         if len(allowed):
             self._turn += 1
             return int(allowed[self._turn % len(allowed)])
-        return HOLD if len(mask) >= 2 and mask[-2] else REJECT
+        return hold if hold >= 0 and mask[hold] else hold + 1
 
     def _count(
         self, by: str, action: int, proposed: int | None, reason: Reason, duration_s: float

@@ -28,6 +28,7 @@ class TieBreaker:
         self._turn = 0.0
         self._step = 1.0 / num_replicas
         self._replicas = np.empty((0, 0))
+        self._order = np.arange(num_replicas + 2)  # hold and reject keep their places
         self._ranks = np.array([self._random.random() for _ in range(num_replicas)])
 
     def show(self, observations: Observations) -> tuple[Observations, IntArray]:
@@ -37,16 +38,15 @@ class TieBreaker:
             observations: A batch of one.
 
         Returns:
-            Arrays that the next call overwrites, and the replica at each place, `int64[R]`.
+            Arrays that the next call overwrites, and the action at each place, `int64[R + 2]`.
         """
         replicas, request, mask = observations
-        order = self._ranks.argsort()
+        order = self._order
+        order[:-2] = self._ranks.argsort()
         if self._replicas.shape != replicas[0].shape:
             self._replicas = np.empty_like(replicas[0])
-        replicas[0].take(order, axis=1, out=self._replicas, mode="clip")
-        shown = mask.copy()
-        shown[0, : len(order)] = mask[0].take(order)
-        return Observations(self._replicas[None], request, shown), order
+        replicas[0].take(order[:-2], axis=1, out=self._replicas, mode="clip")
+        return Observations(self._replicas[None], request, mask.take(order, axis=1)), order
 
     def chose(self, replica: int) -> None:
         """A replica has got a request."""

@@ -10,7 +10,6 @@ import numpy as np
 from aiohttp import web
 from yarl import URL
 
-from servegym.cluster.state import HOLD
 from servegym.serve.dispatcher import Dispatcher, Job
 from servegym.serve.router.config import RequestConfig
 from servegym.serve.router.ejection import Attempt
@@ -143,10 +142,10 @@ class Proxy:
                 and dispatcher.clock() + config.hold_s <= until_s
             )
             if allowed.any():
-                decision = dispatcher.decide(job, allowed=allowed, may_hold=may_hold)
-                if decision.action >= 0:
-                    return decision.action
-                if decision.action != HOLD:
+                dispatcher.decide(job, allowed=allowed, may_hold=may_hold)
+                if job.replica >= 0:
+                    return job.replica
+                if not job.request.held:
                     self._telemetry.outcomes["rejected"] += 1
                     raise RequestError(
                         429,
