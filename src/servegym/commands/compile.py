@@ -103,25 +103,9 @@ def compile_schedules() -> None:
 
 def compile_live() -> None:
     """What the emulated engine runs besides the rules."""
-    from servegym.serve.engine.core import EngineCore, Noise
+    from servegym.serve.engine.core import rehearse
 
-    kind = load_scenario("mixed-chat").spec.types[0]
-    core = EngineCore(
-        kind,
-        block_size=16,
-        prefix_caching=True,
-        chunked_prefill=True,
-        speed=1.0,
-        noise=Noise(),
-    )
-    places = [core.come((20, 4, 0, -1), [1], 0.0, float(i), 0.0) for i in range(2)]
-    core.turn()
-    core.foresee(0)
-    core.held_blocks(0)
-    core.abort(places[0], 0.0)
-    core.speed_up(2.0, 0.0)
-    core.postpone(1.0, 2.0)
-    core.fail(0.0)
+    rehearse(load_scenario("mixed-chat").spec.types[0])
 
 
 def play_environments(name: str, **settings: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -251,3 +252,23 @@ class EngineCore:
         grown = {name: twice(name) for name in ("request", "order", "timer", "log", "steps")}
         self._state = state._replace(**grown)
         self._places = list(range(size, 2 * size))[::-1]
+
+
+def rehearse(kind: ReplicaType) -> None:
+    """Call every kernel once: what is not loaded, or compiled, yet would make steps late."""
+    core = EngineCore(
+        replace(kind, engine="vllm", num_blocks=64),
+        block_size=16,
+        prefix_caching=True,
+        chunked_prefill=True,
+        speed=1.0,
+        noise=Noise(),
+    )
+    places = [core.come((1, 2, 0, -1), [], 0.0, float(i), 0.0) for i in range(2)]
+    core.turn()
+    core.foresee(0)
+    core.held_blocks(0)
+    core.abort(places[0], 0.0)
+    core.speed_up(2.0, 0.0)
+    core.postpone(1.0, 2.0)
+    core.fail(0.0)

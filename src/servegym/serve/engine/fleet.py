@@ -12,7 +12,7 @@ from aiohttp import web
 
 from servegym.errors import ConfigError
 from servegym.scenario import Scenario
-from servegym.serve.engine.core import Noise
+from servegym.serve.engine.core import Noise, rehearse
 from servegym.serve.engine.faults import Fault
 from servegym.serve.engine.metrics import EngineMetrics
 from servegym.serve.engine.replica import Replica
@@ -97,6 +97,7 @@ class Fleet:
             ConfigError: If one of them cannot be had; then none is.
         """
         config = self._config
+        rehearse(config.scenario.spec.types[int(self._episode.type_idx[self._chosen[0]])])
         try:
             for k, index in enumerate(self._chosen):
                 server = self._make(index)
