@@ -1,4 +1,4 @@
-"""One engine whose requests nobody knows in advance: they come and go, and each step is told.
+"""One engine whose requests nobody knows in advance, and of whose steps each is told.
 
 The environment has one replica and no requests of its own; the caller keeps a place in
 `State.request` for each request inside. Everything else is what the main loop calls.

@@ -54,6 +54,9 @@ class Noise(NamedTuple):
     stream: int = 0
 
 
+NO_NOISE = Noise()
+
+
 class Event(NamedTuple):
     """A line of the event log, see `cluster.outcome.EVENT_DTYPE`; requests are places here."""
 
@@ -262,7 +265,7 @@ def rehearse(kind: ReplicaType) -> None:
         prefix_caching=True,
         chunked_prefill=True,
         speed=1.0,
-        noise=Noise(),
+        noise=NO_NOISE,
     )
     places = [core.come((1, 2, 0, -1), [], 0.0, float(i), 0.0) for i in range(2)]
     core.turn()

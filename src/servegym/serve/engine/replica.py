@@ -16,10 +16,10 @@ import math
 from servegym.cluster import state as st
 from servegym.cluster.spec import ReplicaType
 from servegym.errors import ConfigError
-from servegym.serve.engine.core import EngineCore, Event, Noise
+from servegym.serve.engine.core import NO_NOISE, EngineCore, Event, Noise
 from servegym.serve.engine.request import EngineRequest, Observer, Status
 
-#: Ways in which steps are formed in whose steps decoding requests take part.
+#: Modes of the steps in which decoding requests take part.
 _DECODING = (st.DECODE, st.STEP)
 
 
@@ -56,7 +56,7 @@ class Replica:
         prefix_caching: bool = True,
         chunked_prefill: bool = True,
         speed: float = 1.0,
-        noise: Noise = Noise(),  # noqa: B008
+        noise: Noise = NO_NOISE,
         stream_interval: int = 1,
     ) -> None:
         if stream_interval < 1:

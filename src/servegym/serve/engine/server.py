@@ -1,4 +1,4 @@
-"""One replica's HTTP server: OpenAI's endpoints, vLLM's metrics, and faults."""
+"""One replica's HTTP server: OpenAI's endpoints, the engine's metrics, and faults."""
 
 from __future__ import annotations
 
