@@ -17,6 +17,7 @@ from servegym.costs.grid import (
     NUM_KV_KNOTS,
     CostGrid,
 )
+from servegym.engines import EngineName
 from servegym.serve.engine.core import EngineCore, Noise
 
 
@@ -38,8 +39,10 @@ def second_per_token() -> CostGrid:
     )
 
 
-def make_core(blocks: int, seqs: int, *, caching: bool = True) -> EngineCore:
-    kind = ReplicaType("toy", second_per_token(), blocks, 16, seqs)
+def make_core(
+    blocks: int, seqs: int, *, caching: bool = True, engine: EngineName = "vllm"
+) -> EngineCore:
+    kind = ReplicaType("toy", second_per_token(), blocks, 16, seqs, engine=engine)
     return EngineCore(
         kind,
         block_size=2,
@@ -50,10 +53,12 @@ def make_core(blocks: int, seqs: int, *, caching: bool = True) -> EngineCore:
     )
 
 
-def come(core: EngineCore, prompt: int, output: int, now_s: float, text: int) -> int:
+def come(
+    core: EngineCore, prompt: int, output: int, now_s: float, text: int, key: float = 0.0
+) -> int:
     """Let a request arrive whose blocks are like those of all requests of the same text."""
     names = [100 * text + j for j in range((prompt + output - 1) // 2)]
-    return core.come((prompt, output, 0, -1), names, 0.0, now_s, now_s)
+    return core.come((prompt, output, 0, -1), names, key, now_s, now_s)
 
 
 def due_s(core: EngineCore) -> float:
@@ -116,6 +121,25 @@ def test_abort_of_the_head_of_the_queue_lets_those_behind_it_in_after_the_step()
     assert (core.num_waiting, due_s(core)) == (1, 7.0)
     # from 7 s on a step of one decode and two tokens of prompt
     assert finish_times(core) == {small: 10.0, a: 13.0}
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_abort_of_a_request_that_the_step_leaves_out_lets_the_other_go_on_after_it(first):
+    core = make_core(6, 4, caching=False, engine="vllm-priority")
+    z, a = come(core, 2, 5, 0.0, 1), come(core, 3, 5, 0.0, 2, key=5.0)
+    core.turn()  # 5 tokens
+    b, c = come(core, 2, 5, 1.0, 3), come(core, 2, 5, 1.0, 4)
+    core.turn()  # at 5 s: two decodes, 4 tokens of prompts; then all 6 blocks are held
+    # at 11 s z needs no block; a does, and as the least urgent gives way: b and c get no turn
+    assert core.turn().skipped == [b, c]
+    assert due_s(core) == 12.0
+    gone, stays = (b, c) if first else (c, b)
+    core.abort(gone, 11.5)
+    assert core.held_blocks(core.iteration) == 3
+    assert due_s(core) == 12.0
+    # two at a time to 16 s, where z ends; one and a's 5 tokens to 22 s; both to 24 s; a to 25 s
+    assert finish_times(core) == {z: 16.0, stays: 24.0, a: 25.0}
+    assert core.held_blocks(core.iteration) == 0
 
 
 def test_text_of_an_aborted_request_is_found_as_far_as_it_was_computed():
