@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 import warnings
 
+import aiohttp
 import gymnasium
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from servegym.errors import ConfigError
 from servegym.policy.run import run
 from servegym.scenario import Scenario, parse_scenario
 from servegym.serve.engine.fleet import Fleet, FleetConfig
+from servegym.serve.metrics import SGLANG, TENSORRT_LLM, VLLM, read_metrics
 
 MIXED = """
 name: mixed-engines
@@ -107,7 +111,32 @@ def test_no_engine_loses_a_request_when_it_fails(scenario):
     assert not simulator.state.replica[0]["num_running"].any()
 
 
-def test_only_vllm_is_served_as_an_emulated_engine(scenario):
-    Fleet(FleetConfig(scenario=scenario, replicas=(0,)))
-    with pytest.raises(ConfigError, match="replica 2 is of engine sglang, but only vllm"):
-        Fleet(FleetConfig(scenario=scenario, replicas=(0, 2)))
+METRICS = (
+    ("vllm:num_requests_waiting", VLLM),
+    ("vllm:gpu_cache_usage_perc", VLLM),
+    ("sglang:num_queue_reqs", SGLANG),
+    ("trtllm_num_requests_waiting", TENSORRT_LLM),
+)
+
+
+def test_all_engines_of_a_fleet_are_served_under_their_own_names(scenario):
+    async def test():
+        fleet = Fleet(FleetConfig(scenario=scenario, port=0, speed=20.0))
+        await fleet.start()
+        async with aiohttp.ClientSession() as session:
+            for server, (name, names) in zip(fleet.servers.values(), METRICS, strict=True):
+                body = {"prompt": "x" * 400, "max_tokens": 30, "ignore_eos": True}
+                async with session.post(f"{server.url}/v1/completions", json=body) as response:
+                    assert (await response.json())["usage"]["completion_tokens"] == 30
+                async with session.get(f"{server.url}/metrics") as response:
+                    page = await response.text()
+                assert f"\n{name}{{" in page
+                read = read_metrics(page, names)
+                assert (read.num_running, read.num_waiting, read.kv_cache_usage) == (0, 0, 0)
+                assert read.kv_capacity_tokens == 900 * 16
+                assert re.search(r"generation_tokens_total{.*} 30.0\n", page)
+            async with session.get(f"{server.url}/prometheus/metrics") as response:
+                assert await response.text() == page
+        await fleet.stop()
+
+    asyncio.run(asyncio.wait_for(test(), 30))

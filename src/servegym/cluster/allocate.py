@@ -188,6 +188,7 @@ def load_episode(params: Params, state: State, env: int, episode: Episode) -> No
     state.segment["end"][env, :m] = table.prefix_ends
     replica = state.replica[env, :r]
     replica["type_idx"] = episode.type_idx
+    replica["noise_stream"] = np.arange(r)
     replica["base_speed"] = episode.speed
     for column in ("time_s", "replica", "kind", "value"):
         state.fault[column][env, :f] = getattr(faults, column)

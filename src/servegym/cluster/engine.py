@@ -361,6 +361,8 @@ def steps_ended_by(p: Params, s: State, e: int, r: int, time_s: float) -> int:
     """How many steps of the decode stretch in progress have ended by `time_s`."""
     v = s.replica[e, r]
     batch = v.num_decodes
+    if batch == 0:  # all that took part were aborted: the step in progress goes on without them
+        return 0
     target = (time_s - v.seg_begin_s) / v.seg_factor
     kv = v.kv_tokens + batch
     return decode_steps_past(p, v.type_idx, batch, kv, target, v.seg_steps) - 1

@@ -125,7 +125,7 @@ def go_off(p: Params, s: State, e: int) -> None:
         set_timer(s, e, env.now_s + p.metrics_interval_s, SCRAPE, 0, 0)
     elif kind == ARRIVAL:
         s.request[e, subject].arrival_s = env.now_s
-        _arrive(p, s, e, subject)
+        arrive(p, s, e, subject)
     else:
         env.num_held -= kind == HOLD_OVER
         route(p, s, e, subject)
@@ -137,7 +137,7 @@ def arrive_next(p: Params, s: State, e: int) -> None:
     env = s.env[e]
     request = env.next_arrival
     env.next_arrival = next_with(s, e, request + 1, BY_ITSELF)
-    _arrive(p, s, e, request)
+    arrive(p, s, e, request)
 
 
 @inlined
@@ -148,7 +148,7 @@ def _set_fault(s: State, e: int, i: int) -> None:
 
 
 @inlined
-def _arrive(p: Params, s: State, e: int, request: int) -> None:
+def arrive(p: Params, s: State, e: int, request: int) -> None:
     """A request enters the system and wants a replica."""
     env = s.env[e]
     now_s = env.now_s
@@ -218,15 +218,22 @@ def apply(p: Params, s: State, e: int, answer: int) -> None:
     form_by_priority(p, s, e, r, env.now_s)
 
 
+@inlined
+def change_speed(p: Params, s: State, e: int, r: int, multiplier: float, now_s: float) -> None:
+    """Let a replica's steps that begin from now on be faster or slower than nominal."""
+    v = s.replica[e, r]
+    v.speed = v.base_speed * multiplier
+    # faults come before step ends: a step that ends right now is still the one in progress
+    cut_stretch(p, s, e, r, np.nextafter(now_s, -math.inf))
+
+
 @helper
 def _fault(p: Params, s: State, e: int, i: int) -> None:
     r = s.fault[e, i].replica
     kind = s.fault[e, i].kind
     now_s = s.fault[e, i].time_s
     if kind == FAULT_SLOW:
-        s.replica[e, r].speed = s.replica[e, r].base_speed * s.fault[e, i].value
-        # faults come before step ends: a step that ends right now is still the one in progress
-        cut_stretch(p, s, e, r, np.nextafter(now_s, -math.inf))
+        change_speed(p, s, e, r, s.fault[e, i].value, now_s)
     elif kind == FAULT_DOWN:
         if s.due[e, s.replica[e, r].event_pos].time_s <= now_s and s.replica[e, r].mode != WAKING:
             end_step(p, s, e, r, now_s)
@@ -258,37 +265,43 @@ def measure(p: Params, s: State, e: int, r: int, time_s: float, out: np.ndarray)
     out[e, SCRAPED_EMITTED, r] = emitted
 
 
+@inlined
+def reset_request(s: State, e: int, i: int) -> None:
+    """Put everything but the inputs of one request into its initial state."""
+    q = s.request[e, i]
+    q.status = PENDING
+    if q.after != BY_ITSELF:
+        q.arrival_s = math.nan
+    q.replica = -1
+    q.computed = 0
+    q.generated = 0
+    q.chunk = 0
+    q.join_iter = -1
+    q.dispatch_s = math.nan
+    q.scheduled_s = math.nan
+    q.first_token_s = math.nan
+    q.finish_s = math.nan
+    q.last_token_s = math.nan
+    q.num_preemptions = 0
+    q.num_restarts = 0
+    q.num_holds = 0
+    q.cached = -1
+    q.hit_hint = 0
+    q.landed_tokens = 0
+    q.next_request = -1
+    q.prev_request = -1
+    q.heap_pos = -1
+    q.table_len = 0
+    s.order[e, i].key = q.slo_class
+    s.order[e, i].idle_since_s = q.arrival_s
+
+
 @kernel
 def reset_env(p: Params, s: State, e: int) -> None:
     """Put everything but the inputs of one environment into its initial state."""
     env = s.env[e]
     for i in range(env.num_requests):
-        q = s.request[e, i]
-        q.status = PENDING
-        if q.after != BY_ITSELF:
-            q.arrival_s = math.nan
-        q.replica = -1
-        q.computed = 0
-        q.generated = 0
-        q.chunk = 0
-        q.join_iter = -1
-        q.dispatch_s = math.nan
-        q.scheduled_s = math.nan
-        q.first_token_s = math.nan
-        q.finish_s = math.nan
-        q.last_token_s = math.nan
-        q.num_preemptions = 0
-        q.num_restarts = 0
-        q.num_holds = 0
-        q.cached = -1
-        q.hit_hint = 0
-        q.landed_tokens = 0
-        q.next_request = -1
-        q.prev_request = -1
-        q.heap_pos = -1
-        q.table_len = 0
-        s.order[e, i].key = q.slo_class
-        s.order[e, i].idle_since_s = q.arrival_s
+        reset_request(s, e, i)
     s.shown[e] = 0.0
     for r in range(env.num_replicas):
         v = s.replica[e, r]

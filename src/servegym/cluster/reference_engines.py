@@ -233,6 +233,15 @@ class Engine:
         if math.isinf(self.due_s):
             self.due_s = math.nextafter(self.sim.now_s, math.inf)
 
+    def abort(self, q: Request) -> None:
+        """Forget a request; the step in progress lasts as long as it would have."""
+        if q in self.waiting:
+            self.waiting.remove(q)
+        elif q in self.running:
+            self.running.remove(q)
+            self.release(q)
+            q.scheduled = 0
+
     def stop(self) -> list[Request]:
         """Fail: hand all requests back and forget everything."""
         if self.stepping:
@@ -562,6 +571,12 @@ class Sglang(Engine):
         decoding = [q for q in self.running if not q.prefilling]
         if ended or len(decoding) < len(self.running) or self.alone:
             self.full = False
+
+    def abort(self, q: Request) -> None:
+        """See `Engine.abort`; prefills are tried again, as after an end."""
+        if q in self.running:
+            self.full = False
+        super().abort(q)
 
     def rest(self) -> None:
         """Forget what was estimated: the engine is idle."""

@@ -12,7 +12,7 @@ from servegym.typing import BoolArray, FloatArray, Int32Array, IntArray
 Records = NDArray[np.void]
 
 # Request status
-PENDING, QUEUED, RUNNING, FINISHED, REJECTED, HELD, RETURNED = range(7)
+PENDING, QUEUED, RUNNING, FINISHED, REJECTED, HELD, RETURNED, ABORTED = range(8)
 # What a replica is doing; PREFILL is a step in which its decoding requests pause
 IDLE, WAKING, STEP, DECODE, DOWN, PREFILL = range(6)
 # Fault kinds
@@ -165,6 +165,7 @@ REPLICA_DTYPE = np.dtype(
         # inputs
         ("base_speed", "f8"),
         ("type_idx", "i8"),
+        ("noise_stream", "i8"),  # its place in the scenario, for `rng.step_noise_z`
         # engine
         ("mode", "i8"),
         ("speed", "f8"),  # base_speed times the multiplier of a SLOW fault

@@ -142,6 +142,6 @@ def step_factor(p: Params, s: State, e: int, r: int) -> float:
     factor = 1.0 / v.speed
     if p.noise_sigma > 0.0:
         window = (v.iteration + v.prefill_steps) // p.noise_period_steps
-        z = step_noise_z(s.env[e].noise_seed, r, window)
+        z = step_noise_z(s.env[e].noise_seed, v.noise_stream, window)
         factor *= math.exp(p.noise_sigma * z - 0.5 * p.noise_sigma * p.noise_sigma)
     return factor

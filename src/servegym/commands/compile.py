@@ -18,7 +18,6 @@ import servegym
 from servegym.cluster import jit
 from servegym.cluster.compile_notice import CompileCounter
 from servegym.cluster.kernel_cache import places
-from servegym.cluster.rng import step_noise_z
 from servegym.commands.console import make_console
 from servegym.errors import ConfigError
 from servegym.scenario import load_scenario
@@ -103,8 +102,10 @@ def compile_schedules() -> None:
 
 
 def compile_live() -> None:
-    """What the emulated engine and the router run besides the rules."""
-    step_noise_z(np.uint64(0), 0, 0)
+    """What the emulated engine runs besides the rules."""
+    from servegym.serve.engine.core import rehearse
+
+    rehearse(load_scenario("mixed-chat").spec.types[0])
 
 
 def play_environments(name: str, **settings: Any) -> None:

@@ -15,7 +15,7 @@ from servegym.serve.engine.faults import Fault
 
 @dataclass(frozen=True)
 class ServeEngine:
-    """Emulate engines: OpenAI's endpoints, dummy tokens, the simulator's timing, vLLM's metrics."""
+    """Emulate engines: OpenAI's endpoints, dummy tokens, the simulator's timing, their metrics."""
 
     scenario: str = "mixed-chat"
     """Bundled scenario name or YAML file; gives replicas, model and output lengths."""

@@ -1,5 +1,5 @@
 """An emulated engine: OpenAI-compatible, with the simulator's scheduler and step times.
 
-`content` says what a prompt's tokens are, `blocks` holds the prefix cache, `replica` is the
-scheduler on a clock of its own, `pacer` ties that clock to the wall's, `server` speaks HTTP.
+`content` says what a prompt's tokens are, `core` plays the compiled simulator's engine, `replica`
+is that engine on a clock of its own, `pacer` ties that clock to the wall's, `server` speaks HTTP.
 """

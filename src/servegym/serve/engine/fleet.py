@@ -12,6 +12,7 @@ from aiohttp import web
 
 from servegym.errors import ConfigError
 from servegym.scenario import Scenario
+from servegym.serve.engine.core import Noise, rehearse
 from servegym.serve.engine.faults import Fault
 from servegym.serve.engine.metrics import EngineMetrics
 from servegym.serve.engine.replica import Replica
@@ -76,12 +77,6 @@ class Fleet:
         for index in self._chosen:
             if index not in there:
                 raise ConfigError(f"the scenario has replicas 0 to {there[-1]}, got {index}")
-            kind = config.scenario.spec.types[int(self._episode.type_idx[index])]
-            if kind.engine != "vllm":
-                raise ConfigError(
-                    f"replica {index} is of engine {kind.engine}, but only vllm can be served: "
-                    "choose other replicas or take engine out of the scenario"
-                )
         for fault in config.faults:
             self._check(fault)
         self.servers: dict[int, EngineServer] = {}
@@ -102,6 +97,7 @@ class Fleet:
             ConfigError: If one of them cannot be had; then none is.
         """
         config = self._config
+        rehearse(config.scenario.spec.types[int(self._episode.type_idx[self._chosen[0]])])
         try:
             for k, index in enumerate(self._chosen):
                 server = self._make(index)
@@ -119,16 +115,17 @@ class Fleet:
     def _make(self, index: int) -> EngineServer:
         config, spec, episode = self._config, self._config.scenario.spec, self._episode
         model_name = config.model_name or config.scenario.model
-        metrics = EngineMetrics(model_name, config.speed)
+        kind = spec.types[int(episode.type_idx[index])]
+        metrics = EngineMetrics(model_name, config.speed, kind.engine)
         lengths = episode.table.output_tokens
         replica = Replica(
-            spec.types[int(episode.type_idx[index])],
+            kind,
             metrics,
             block_size=spec.block_size,
             prefix_caching=spec.prefix_caching,
             chunked_prefill=spec.chunked_prefill,
             speed=float(episode.speed[index]),
-            noise=(spec.noise_sigma, spec.noise_period_steps, episode.noise_seed, index),
+            noise=Noise(spec.noise_sigma, spec.noise_period_steps, episode.noise_seed, index),
             stream_interval=config.stream_interval,
         )
         return EngineServer(

@@ -76,17 +76,17 @@ class Pacer:
 
     def abort(self, request: EngineRequest) -> None:
         """Forget a request."""
-        self.replica.abort(request)
+        self.replica.abort(request, self.now_s)
 
     def set_multiplier(self, multiplier: float) -> None:
         """Change the replica's speed for steps that begin from now on."""
         self._catch_up()
-        self.replica.multiplier = multiplier
+        self.replica.speed_up(multiplier, self.now_s)
 
     def fail(self) -> list[EngineRequest]:
         """Lose everything; see `Replica.fail`."""
         self._catch_up()
-        lost = self.replica.fail()
+        lost = self.replica.fail(self.now_s)
         self._left_s = math.inf
         self._arm()
         return lost
@@ -105,7 +105,7 @@ class Pacer:
             self._hung = False
             if not math.isinf(self.replica.due_s):
                 left_s = self._left_s if math.isfinite(self._left_s) else 0.0
-                self.replica.due_s = self.now_s + left_s
+                self.replica.postpone(self.now_s + left_s)
             self._arm()
 
     def stop(self) -> None:

@@ -1,50 +1,49 @@
-"""One replica on its own clock: vLLM's V1 scheduler, step by step, with live arrivals.
+"""One replica on its own clock: the simulator's engine, step by step, with live arrivals.
 
-docs/simulator.md describes the rules; tests hold this equal to the simulator, to the last bit of
-every timestamp. Two things are added: priorities, as vLLM's priority scheduling has them, and
-aborts. With equal priorities the order is first come, first served.
+The compiled core forms and ends the steps, so a replica does what the simulator's does, to the
+last bit of every timestamp. What is added here is what a server sends: of a stretch of decode
+steps, which the core plays at once, the tokens of each step at its time.
 
-A decoding request costs nothing at a step that does not end it, needs no block and sends nothing:
-its token counts are those of the step it joined at plus the steps since, and it stands in tables
-by the steps at which something happens to it.
+A decoding request costs nothing at a step that does not end it and sends nothing: its tokens are
+those of the step it joined at plus the steps since, and it stands in tables by the steps at which
+it sends.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 
-import numpy as np
-
-from servegym.cluster.rng import step_noise_z
+from servegym.cluster import state as st
 from servegym.cluster.spec import ReplicaType
 from servegym.errors import ConfigError
-from servegym.serve.engine.blocks import BlockPool
+from servegym.serve.engine.core import NO_NOISE, EngineCore, Event, Noise
 from servegym.serve.engine.request import EngineRequest, Observer, Status
+
+#: Modes of the steps in which decoding requests take part.
+_DECODING = (st.DECODE, st.STEP)
 
 
 class Replica:
     """An engine that is told the time.
 
     The caller asks `due_s`, and calls `step` when that time has come; it submits and aborts
-    requests at times that are not before the last step and not after `due_s`.
+    requests at times that are not before the last step and not after `due_s`; later ones count as
+    just before it, as if the engine stood still then.
 
     Args:
         kind: Its replica type.
+        observer: Told what happens.
         block_size: Tokens in a KV block.
         prefix_caching: Whether KV blocks of equal prefixes are used again.
         chunked_prefill: Whether a prompt may be split over steps.
         speed: Speed factor, 1 is nominal.
-        noise: Standard deviation of the logarithm of step times, steps that share a draw, seed
-            and index of the replica in the scenario.
+        noise: Of step times.
         stream_interval: Tokens between two entries of a request in `outbox`; the first and the
             last token always make one.
-        observer: Told what happens.
 
     Attributes:
         due_s: When the step in progress ends, or the idle engine begins one; infinite without
             work.
-        multiplier: On the speed, for steps that begin from now on.
         outbox: Requests with tokens to send, in order; the caller empties it.
     """
 
@@ -57,50 +56,66 @@ class Replica:
         prefix_caching: bool = True,
         chunked_prefill: bool = True,
         speed: float = 1.0,
-        noise: tuple[float, int, int, int] = (0.0, 1, 0, 0),
+        noise: Noise = NO_NOISE,
         stream_interval: int = 1,
     ) -> None:
         if stream_interval < 1:
             raise ConfigError(f"stream_interval must be at least 1, got {stream_interval}")
         self.kind = kind
         self.block_size = block_size
-        self.speed = speed
-        self.multiplier = 1.0
+        self.prefix_caching = prefix_caching
         self.due_s = math.inf
         self.outbox: dict[EngineRequest, None] = {}
+        self._core = EngineCore(
+            kind,
+            block_size=block_size,
+            prefix_caching=prefix_caching,
+            chunked_prefill=chunked_prefill,
+            speed=speed,
+            noise=noise,
+        )
         self._observer = observer
-        self._caching = prefix_caching
-        self._chunked = chunked_prefill
-        self._noise = noise
         self._interval = stream_interval
-        self._steps = 0
-        self._num_submitted = 0
+        self._steps = 0  # ended, in which decoding requests took part
+        self._last_s = 0.0  # end of the latest step
+        self._arrival_s = -math.inf  # of the latest request, as the core has it
+        self._priority = 0  # of all requests inside, unless the core goes by priorities
         self._clear()
 
     def _clear(self) -> None:
-        self.pool = BlockPool(self.kind.num_blocks, self._caching)
-        self._waiting: list[tuple[tuple[int, float, int], EngineRequest]] = []
-        self.num_waiting = 0
-        self._running: dict[EngineRequest, None] = {}  # in order of admission
-        self._partial: EngineRequest | None = None  # the one whose prompt is not yet computed
+        self._inside: dict[int, EngineRequest] = {}  # by their places in the core
         self._num_decodes = 0
-        self._kv_tokens = 0  # sum of computed tokens over decoding requests
-        self._needy: list[dict[EngineRequest, None]] = [{} for _ in range(self.block_size)]
         self._senders: list[dict[EngineRequest, None]] = [{} for _ in range(self._interval)]
-        self._ends: dict[int, dict[EngineRequest, None]] = {}
-        self._chunks: list[EngineRequest] = []  # prefilling in the step in progress
-        self._paused: list[EngineRequest] = []  # decoding, but left out of the step in progress
-        self._begin_s = math.nan  # of the step in progress, NaN: none
+        self._skipped: list[EngineRequest] = []  # decoding, but left out of the step in progress
+        self._mode = st.IDLE  # of the step in progress
+        self._stalled_s = math.nan  # since when decoding requests wait for others' prefills
+        self._ahead = 0  # steps that are ahead in the stretch in progress
+        self._times_s: list[float] = []  # when the next of them end but for the first, reversed
 
     @property
     def num_running(self) -> int:
         """Requests in the running list."""
-        return len(self._running)
+        return self._core.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the waiting queue."""
+        return self._core.num_waiting
+
+    @property
+    def num_free_blocks(self) -> int:
+        """KV blocks that nobody holds."""
+        return self.kind.num_blocks - self._core.held_blocks(self._steps)
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of KV blocks that are held."""
+        return 1.0 - self.num_free_blocks / self.kind.num_blocks
 
     @property
     def capacity_tokens(self) -> int:
-        """KV tokens the replica holds."""
-        return self.kind.num_blocks * self.block_size
+        """KV tokens that one request can come to have."""
+        return self._core.longest_tokens
 
     def generated(self, request: EngineRequest) -> int:
         """Output tokens of a request so far."""
@@ -115,257 +130,156 @@ class Replica:
             ConfigError: If it can never fit.
         """
         need = request.prompt_tokens + request.output_tokens - 1
-        if need > self.capacity_tokens or not (self._chunked or need <= self._budget):
-            most = self.capacity_tokens if self._chunked else self._budget
+        if need > self.capacity_tokens:
             raise ConfigError(
-                f"the replica holds {most} tokens, but prompt and output make {need}: "
-                "shorten the prompt or lower max_tokens"
+                f"the replica holds {self.capacity_tokens} tokens, but prompt and output make "
+                f"{need}: shorten the prompt or lower max_tokens"
             )
-        self._num_submitted += 1
-        request.arrival_s, request._order = now_s, self._num_submitted
-        self._enqueue(request)
-        if math.isinf(self.due_s):
-            self.due_s = math.nextafter(now_s, math.inf)
+        self._choose_order(request)
+        request.arrival_s, request.status = now_s, Status.WAITING
+        # requests of one instant are in order too
+        self._arrival_s = max(now_s, math.nextafter(self._arrival_s, math.inf))
+        names: list[int] = []
+        if self.prefix_caching:
+            names = [request.identity(j) for j in range(need // self.block_size)]
+        tokens = (
+            request.prompt_tokens,
+            request.output_tokens,
+            request._generated,
+            request.cached_tokens,
+        )
+        key = float(request.priority)
+        place = self._core.come(tokens, names, key, self._arrival_s, self._while_in_step(now_s))
+        request._place = place
+        self._inside[place] = request
+        self._foresee()
 
-    def abort(self, request: EngineRequest) -> None:
-        """Forget a request, wherever it is; its blocks are free at once."""
-        if request.status == Status.WAITING:
-            self.num_waiting -= 1
-            if len(self._waiting) > 2 * self.num_waiting + 16:  # else dropped at the front
-                self._waiting = [
-                    x
-                    for x in self._waiting
-                    if x[1] is not request and x[1].status == Status.WAITING
-                ]
-                heapq.heapify(self._waiting)
-        elif request.status == Status.RUNNING:
-            self._leave_running(request)
-        else:
+    def _choose_order(self, request: EngineRequest) -> None:
+        """Let vLLM go by priorities as soon as they differ; first come, first served is the same.
+
+        Then it plays as the simulator's `vllm` does, which cuts fewer stretches.
+        """
+        if self.kind.engine != "vllm":
             return
-        request.status = Status.ABORTED
-        self.outbox.pop(request, None)
+        if not self._inside:
+            self._priority = request.priority
+            self._core.follow("vllm")
+        elif request.priority != self._priority:
+            self._core.follow("vllm-priority")
 
-    def fail(self) -> list[EngineRequest]:
+    def _while_in_step(self, now_s: float) -> float:
+        return max(self._last_s, min(now_s, math.nextafter(self.due_s, -math.inf)))
+
+    def abort(self, request: EngineRequest, now_s: float) -> None:
+        """Forget a request, wherever it is; its blocks are free at once."""
+        if request.status not in (Status.WAITING, Status.RUNNING):
+            return
+        self._core.abort(request._place, self._while_in_step(now_s))
+        self._leave(request, Status.ABORTED)
+        self.outbox.pop(request, None)
+        self._foresee()
+
+    def fail(self, now_s: float) -> list[EngineRequest]:
         """Lose all requests, the cache and the step in progress; return the requests."""
-        lost = [*self._running, *(q for _, q in self._waiting if q.status == Status.WAITING)]
+        self._core.fail(min(now_s, self.due_s))
+        lost = list(self._inside.values())
         for request in lost:
             request.status = Status.ABORTED
-        if not math.isnan(self._begin_s):
-            self._steps += 1
+            self._core.leave(request._place)
         self._clear()
+        self._steps = self._core.iteration
         self.outbox.clear()
         self.due_s = math.inf
         return lost
 
+    def speed_up(self, multiplier: float, now_s: float) -> None:
+        """Let steps that begin from now on be faster than nominal by a factor."""
+        self._core.speed_up(multiplier, min(now_s, self.due_s))
+        self._foresee()
+
+    def postpone(self, until_s: float) -> None:
+        """Let what is due next be due at another time, and what follows as much later."""
+        self._core.postpone(self.due_s, until_s)
+        self._foresee()
+
     def step(self) -> None:
         """Do what is due at `due_s`: end the step in progress, and begin the next one."""
         now_s = self.due_s
-        if not math.isnan(self._begin_s):
-            self._end_step(now_s)
-        self._begin_step(now_s)
+        if self._ahead == 1:
+            self._turn(now_s)
+            return
+        self._end_decodes(now_s)
+        self._ahead -= 1
+        if self._times_s:
+            self.due_s = self._times_s.pop()
+        else:
+            self._foresee()
 
-    @property
-    def _budget(self) -> int:
-        return self.kind.max_num_batched_tokens
+    def _foresee(self) -> None:
+        self._ahead, times_s = self._core.foresee(self._steps)
+        self._times_s = times_s[::-1]
+        self.due_s = self._times_s.pop() if self._ahead else math.inf
 
-    def _begin_step(self, now_s: float) -> None:
-        costs: list[tuple[int, int]] = []
-        while True:
-            whole, victims = self._feed_decodes(now_s)
-            budget = self._budget - self._num_decodes
-            partial = self._partial
-            if partial is not None and whole:
-                tokens = min(partial._target - partial._computed, budget)
-                need = self._blocks_for(partial._computed + tokens) - len(partial._blocks)
-                victims += self._make_room(partial, need, now_s)
-                budget = self._budget - self._num_decodes
-                if partial.status == Status.RUNNING:
-                    costs.append(self._give_chunk(partial, tokens, need))
-                    budget -= tokens
-            if not victims:
-                costs += self._admit(budget, now_s)
-            if costs or self._num_decodes:
-                break
-            self._resume_paused()
-            if not (victims and (self.num_waiting or self._running)):
-                self._begin_s, self.due_s = math.nan, math.inf
-                return
-        kv_tokens = self._kv_tokens + self._num_decodes
-        duration_s = self.kind.grid.step_s(costs, self._num_decodes, kv_tokens)
-        self._begin_s = now_s
-        self.due_s = now_s + duration_s * self._factor()
-
-    def _factor(self) -> float:
-        factor = 1.0 / (self.speed * self.multiplier)
-        sigma, period, seed, index = self._noise
-        if sigma > 0:
-            z = step_noise_z(np.uint64(seed), index, self._steps // period)
-            factor *= math.exp(sigma * z - 0.5 * sigma * sigma)
-        return factor
-
-    def _blocks_for(self, tokens: int) -> int:
-        return -(-tokens // self.block_size)
-
-    def _feed_decodes(self, now_s: float) -> tuple[bool, int]:
-        """Give every decoding request that needs one a block for its token.
-
-        Returns:
-            Whether the whole running list got its turn, and how many were preempted.
-        """
-        needy = self._needy[self._steps % self.block_size]
-        if len(needy) <= self.pool.free:
-            for request, block in zip(needy, self.pool.take(len(needy)), strict=True):
-                request._blocks.append(block)
-            return True, 0
-        victims = 0
-        order = list(self._running)
-        for i, request in enumerate(order):
-            if request not in needy:
-                continue
-            victims += self._make_room(request, 1, now_s)
-            if request.status != Status.RUNNING:
-                # those behind it get no turn in this step
-                for later in order[i + 1 :]:
-                    if later._joined >= 0:
-                        self._stop_decoding(later)
-                        self._paused.append(later)
-                return False, victims
-            request._blocks += self.pool.take(1)
-        return True, victims
-
-    def _make_room(self, request: EngineRequest, need: int, now_s: float) -> int:
-        """Preempt until `need` blocks are free, or the request itself was preempted."""
-        victims = 0
-        while need > self.pool.free and request.status == Status.RUNNING:
-            self._preempt(max(self._running, key=lambda q: q.rank), now_s)
-            victims += 1
-        return victims
-
-    def _preempt(self, request: EngineRequest, now_s: float) -> None:
-        if request._joined >= 0:
-            request.last_token_s = now_s
-        self._leave_running(request)
-        request._computed = 0
-        request.num_preemptions += 1
-        self._enqueue(request)
-        self._observer.preempted(request, now_s)
-
-    def _enqueue(self, request: EngineRequest) -> None:
-        request.status = Status.WAITING
-        heapq.heappush(self._waiting, (request.rank, request))
-        self.num_waiting += 1
-
-    def _admit(self, budget: int, now_s: float) -> list[tuple[int, int]]:
-        """Move waiting requests to the running list while slots, budget and blocks last."""
-        costs: list[tuple[int, int]] = []
-        while budget > 0 and self.num_waiting and len(self._running) < self.kind.max_num_seqs:
-            request = self._waiting[0][1]
-            if request.status != Status.WAITING:
-                heapq.heappop(self._waiting)
-                continue
-            total = request.prompt_tokens + request._generated
-            hit = self.pool.prefix(request.identity, (total - 1) // self.block_size)
-            computed = len(hit) * self.block_size
-            tokens = min(total - computed, budget)
-            if not self._chunked and tokens < total - computed:
-                break
-            if self._blocks_for(total) - len(hit) + self.pool.unheld(hit) > self.pool.free:
-                break
-            heapq.heappop(self._waiting)
-            self.num_waiting -= 1
-            self._running[request] = None
-            request.status = Status.RUNNING
-            self.pool.hold(hit)
-            request._blocks, request._named = hit, len(hit)
-            request._computed, request._target = computed, total
-            if request.cached_tokens < 0:
-                request.cached_tokens, request.first_scheduled_s = computed, now_s
-                self._observer.admitted(request, now_s)
-            need = self._blocks_for(computed + tokens) - len(hit)
-            costs.append(self._give_chunk(request, tokens, need))
-            budget -= tokens
-        return costs
-
-    def _give_chunk(self, request: EngineRequest, tokens: int, need: int) -> tuple[int, int]:
-        """Schedule prompt tokens; return them and their context."""
-        request._blocks += self.pool.take(need)
-        request._chunk = tokens
-        filled = (request._computed + tokens) // self.block_size
-        self.pool.name(request._blocks, request.identity, request._named, filled)
-        request._named = max(request._named, filled)
-        self._chunks.append(request)
-        self._partial = request if request._computed + tokens < request._target else None
-        return tokens, request._computed
-
-    def _leave_running(self, request: EngineRequest) -> None:
-        """Take a request off the running list: name what it filled, then let go."""
-        if request._joined >= 0:
-            self._stop_decoding(request)
-        if self._partial is request:
-            self._partial = None
-        request._chunk = 0
-        del self._running[request]
-        filled = request._computed // self.block_size
-        self.pool.name(request._blocks, request.identity, request._named, filled)
-        self.pool.release(request._blocks)
-        request._blocks, request._named = [], 0
-
-    def _start_decoding(self, request: EngineRequest) -> None:
-        """Enter a request that decodes from the next step on into the tables."""
-        request._joined = self._steps
-        self._num_decodes += 1
-        self._kv_tokens += request._computed
-        self._needy[(self._steps - request._computed) % self.block_size][request] = None
-        self._senders[(self._steps - request._generated + 1) % self._interval][request] = None
-        end = self._steps + request.output_tokens - request._generated
-        self._ends.setdefault(end, {})[request] = None
-
-    def _stop_decoding(self, request: EngineRequest) -> None:
-        """Bring a request's token counts up to date and take it out of the tables."""
-        steps = self._steps - request._joined
-        end = request._joined + request.output_tokens - request._generated
-        self._ends[end].pop(request)
-        if not self._ends[end]:
-            del self._ends[end]
-        needy = (request._joined - request._computed) % self.block_size
-        del self._needy[needy][request]
-        del self._senders[(request._joined - request._generated + 1) % self._interval][request]
-        request._computed += steps
-        request._generated += steps
-        request._joined = -1
-        self._num_decodes -= 1
-        self._kv_tokens -= request._computed
-
-    def _resume_paused(self) -> None:
-        for request in self._paused:
-            if request.status == Status.RUNNING:
-                self._start_decoding(request)
-        self._paused.clear()
-
-    def _end_step(self, now_s: float) -> None:
-        """Tokens come out; requests end."""
-        self._steps += 1
-        self._kv_tokens += self._num_decodes
-        chunks, self._chunks = self._chunks, []
-        prefill_tokens = sum(q._chunk for q in chunks)
-        self._observer.stepped(self._begin_s, now_s, self._num_decodes, prefill_tokens)
-        self.outbox |= self._senders[self._steps % self._interval]
-        ended = self._ends.get(self._steps)
-        if ended:
-            # in order of admission, as the running list has them
-            for request in [q for q in self._running if q in ended]:
+    def _turn(self, now_s: float) -> None:
+        """Let the core end its step or stretch, and begin the next."""
+        done = self._core.turn()
+        if self._mode in _DECODING:
+            self._end_decodes(now_s)
+        events = [(e, self._inside[e.request]) for e in done.events]
+        for event, request in events:
+            if event.kind == st.EV_FINISH and request._joined >= 0:
                 self._finish(request, now_s)
-        self._resume_paused()
-        for request in chunks:
-            if not request._chunk:  # aborted or preempted since
-                continue
-            request._computed += request._chunk
-            request._chunk = 0
-            if request._computed == request._target:
-                self._emit_after_prefill(request, now_s)
+        for request in self._skipped:
+            self._start_decoding(request)
+        for place in done.computed:
+            self._emit_after_prefill(self._inside[place], now_s)
+        self._last_s = now_s
+        for event, request in events:
+            self._note(event, request)
+        self._skipped = [self._inside[place] for place in done.skipped]
+        for request in self._skipped:
+            self._stop_decoding(request)
+        self._mode = done.mode
+        if done.mode == st.PREFILL and self._num_decodes and math.isnan(self._stalled_s):
+            self._stalled_s = now_s
+        self._foresee()
+
+    def _note(self, event: Event, request: EngineRequest) -> None:
+        """Take in what happened when the next step was formed."""
+        if event.kind == st.EV_ADMIT:
+            request.status = Status.RUNNING
+            request.cached_tokens, request.first_scheduled_s = int(event.value), event.time_s
+            self._observer.admitted(request, event.time_s)
+        elif event.kind == st.EV_PREEMPT:
+            if request._joined >= 0:
+                request.last_token_s = self._latest_token_s(request)
+                self._stop_decoding(request)
+            request.status = Status.WAITING
+            request.num_preemptions += 1
+            self._observer.preempted(request, event.time_s)
+
+    def _latest_token_s(self, request: EngineRequest) -> float:
+        """Say when a decoding request had its newest token."""
+        if math.isnan(self._stalled_s):
+            return self._last_s
+        return max(self._stalled_s, request.last_token_s)  # some began to decode meanwhile
+
+    def _end_decodes(self, now_s: float) -> None:
+        """Tokens of decoding requests come out."""
+        if math.isnan(self._stalled_s):
+            self._observer.decoded(now_s - self._last_s, self._num_decodes)
+        else:
+            for table in self._senders:
+                for request in table:
+                    self._observer.decoded(now_s - self._latest_token_s(request), 1)
+            self._stalled_s = math.nan
+        self._steps += 1
+        self._last_s = now_s
+        self.outbox |= self._senders[self._steps % self._interval]
 
     def _emit_after_prefill(self, request: EngineRequest, now_s: float) -> None:
         request._generated += 1
+        request.status = Status.RUNNING
         self._observer.emitted(request, now_s)
         if math.isnan(request.first_token_s):
             request.first_token_s = now_s
@@ -378,7 +292,28 @@ class Replica:
             self._start_decoding(request)
 
     def _finish(self, request: EngineRequest, now_s: float) -> None:
-        self._leave_running(request)
-        request.status = Status.FINISHED
+        self._core.leave(request._place)
+        self._leave(request, Status.FINISHED)
         self.outbox[request] = None
         self._observer.finished(request, now_s)
+
+    def _leave(self, request: EngineRequest, status: Status) -> None:
+        if request._joined >= 0:
+            self._stop_decoding(request)
+        elif request in self._skipped:
+            self._skipped.remove(request)
+        del self._inside[request._place]
+        request.status = status
+
+    def _start_decoding(self, request: EngineRequest) -> None:
+        """Enter a request that decodes from the next step on into the tables."""
+        request._joined = self._steps
+        self._num_decodes += 1
+        self._senders[(self._steps - request._generated + 1) % self._interval][request] = None
+
+    def _stop_decoding(self, request: EngineRequest) -> None:
+        """Bring a request's token count up to date and take it out of the tables."""
+        del self._senders[(request._joined - request._generated + 1) % self._interval][request]
+        request._generated += self._steps - request._joined
+        request._joined = -1
+        self._num_decodes -= 1

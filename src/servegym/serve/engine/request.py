@@ -7,11 +7,9 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import Protocol
 
-from servegym.serve.engine.blocks import Block
-
 
 class Status(IntEnum):
-    """Where a request is."""
+    """Where a request is; one that was preempted waits until its next token."""
 
     NEW, WAITING, RUNNING, FINISHED, ABORTED = range(5)
 
@@ -35,14 +33,9 @@ class EngineRequest:
     """
 
     __slots__ = (
-        "_blocks",
-        "_chunk",
-        "_computed",
         "_generated",
         "_joined",
-        "_named",
-        "_order",
-        "_target",
+        "_place",
         "arrival_s",
         "cached_tokens",
         "finish_reason",
@@ -80,19 +73,9 @@ class EngineRequest:
         self.last_token_s = math.nan
         self.cached_tokens = -1
         self.num_preemptions = 0
-        self._order = 0  # of arrival at the replica
-        self._computed = 0  # while decoding: as of step `_joined`, like `_generated`
-        self._generated = 0
+        self._place = -1  # in the replica's core
+        self._generated = 0  # while decoding: as of step `_joined`
         self._joined = -1  # steps the replica had ended when decoding began, -1: does not decode
-        self._target = 0  # tokens to compute before it decodes
-        self._chunk = 0  # prompt tokens in the step in progress
-        self._blocks: list[Block] = []
-        self._named = 0
-
-    @property
-    def rank(self) -> tuple[int, float, int]:
-        """Its place in the order of scheduling; the highest rank is preempted first."""
-        return self.priority, self.arrival_s, self._order
 
 
 class Observer(Protocol):
@@ -110,5 +93,5 @@ class Observer(Protocol):
     def finished(self, request: EngineRequest, now_s: float) -> None:
         """Note the end of a request."""
 
-    def stepped(self, begin_s: float, end_s: float, num_decodes: int, prefill_tokens: int) -> None:
-        """Note the end of a step; of each decoding request a token came out."""
+    def decoded(self, gap_s: float, count: int) -> None:
+        """Note that of `count` decoding requests a token came out, `gap_s` after the one before."""

@@ -1,4 +1,4 @@
-"""One replica's HTTP server: OpenAI's endpoints, vLLM's metrics, and faults."""
+"""One replica's HTTP server: OpenAI's endpoints, the engine's metrics, and faults."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from servegym.serve.prometheus import CONTENT_TYPE
 
 #: Largest body taken, bytes: room for a prompt of 128k tokens, whatever the encoding.
 MAX_BODY_BYTES = 8 * 1024 * 1024
+#: Where TensorRT-LLM's server has its metrics; for routers' sake they are at `/metrics` too.
+TRTLLM_METRICS_PATH = "/prometheus/metrics"
 #: Sets the length of an answer, as the field `output_tokens` of a body does.
 OUTPUT_TOKENS_HEADER = "X-Output-Tokens"
 #: Connections that may wait to be taken; a storm of clients needs them.
@@ -67,6 +69,7 @@ class EngineServer:
         self._frozen_page = ""
         self._address: tuple[str, int] = ("", 0)
         app = web.Application(client_max_size=MAX_BODY_BYTES)
+        trtllm = replica.kind.engine == "trtllm"
         app.add_routes(
             [
                 web.post("/v1/completions", self._completions),
@@ -74,6 +77,7 @@ class EngineServer:
                 web.get("/v1/models", self._models),
                 web.get("/health", self._health),
                 web.get("/metrics", self._metrics_page),
+                *([web.get(TRTLLM_METRICS_PATH, self._metrics_page)] if trtllm else []),
             ]
         )
         # a client that goes away cancels its handler, which aborts the request
@@ -170,7 +174,7 @@ class EngineServer:
             "faults": sorted(self.faults),
             "num_running": self._replica.num_running,
             "num_waiting": self._replica.num_waiting,
-            "kv_cache_usage": self._replica.pool.usage,
+            "kv_cache_usage": self._replica.kv_usage,
             "num_streams": len(self._streams),
             "steps": lateness.count,
             "lateness_mean_s": lateness.total / max(lateness.count, 1),

@@ -1,0 +1,123 @@
+"""Requests that leave before their end: their clients went away."""
+
+from __future__ import annotations
+
+import math
+
+from servegym.cluster.blocks import give_back_from_decodes
+from servegym.cluster.engine import catch_up, forget_outstanding, leave_system
+from servegym.cluster.heap import set_event
+from servegym.cluster.jit import helper, inlined, kernel
+from servegym.cluster.running import block_residue, leave_running
+from servegym.cluster.state import (
+    ABORTED,
+    DECODE,
+    QUEUED,
+    RUNNING,
+    STEP,
+    VIEW_PENDING_PREFILL,
+    Params,
+    State,
+)
+from servegym.cluster.steptime import decode_span_s
+
+
+@kernel
+def abort(p: Params, s: State, e: int, request: int, now_s: float) -> None:
+    """Take a request out of its engine, wherever it is there; its blocks are free at once.
+
+    The step in progress lasts as long as it would have. A request that no engine has, or that has
+    ended, stays what it is.
+
+    Args:
+        p: Constants.
+        s: State; no decision is due.
+        e: Environment.
+        request: The one that leaves.
+        now_s: Time, seconds; not after the replica's next event.
+    """
+    q = s.request[e, request]
+    r = q.replica
+    if q.status != QUEUED and q.status != RUNNING:
+        return
+    _stop_stretch(p, s, e, r, now_s)
+    if q.status == QUEUED:
+        _leave_waiting(s, e, r, request)
+    else:
+        _leave_step(p, s, e, r, request)
+    q.status = ABORTED
+    q.finish_s = now_s
+    s.replica[e, r].emitted -= q.generated
+    if math.isnan(q.first_token_s):
+        s.shown[e, VIEW_PENDING_PREFILL, r] -= q.prompt - q.hit_hint
+    forget_outstanding(s, e, r, request)
+    leave_system(s, e, request, now_s)
+
+
+@inlined
+def _stop_stretch(p: Params, s: State, e: int, r: int, now_s: float) -> None:
+    """Let the stretch in progress end with the step in progress.
+
+    The next one has another batch, or the queue another head that may fit.
+    """
+    v = s.replica[e, r]
+    catch_up(p, s, e, r, now_s)
+    if v.mode == DECODE and v.seg_steps > 1:
+        v.seg_steps = 1
+        batch = v.num_decodes
+        span = decode_span_s(p, v.type_idx, batch, v.kv_tokens + batch, 1)
+        set_event(s, e, r, v.seg_begin_s + v.seg_factor * span)
+
+
+@inlined
+def _leave_waiting(s: State, e: int, r: int, request: int) -> None:
+    v = s.replica[e, r]
+    q = s.request[e, request]
+    before = -1
+    other = v.wait_head
+    while other != request:
+        before = other
+        other = s.request[e, other].next_request
+    if before >= 0:
+        s.request[e, before].next_request = q.next_request
+    else:
+        v.wait_head = q.next_request
+    if v.wait_tail == request:
+        v.wait_tail = before
+    v.num_waiting -= 1
+    q.next_request = -1
+
+
+@inlined
+def _leave_step(p: Params, s: State, e: int, r: int, request: int) -> None:
+    """Take a request off the running list, and out of the step in progress."""
+    v = s.replica[e, r]
+    q = s.request[e, request]
+    left_out = _leave_skipped(s, e, r, request)
+    if (
+        q.join_iter >= 0
+        and not left_out
+        and (v.mode == DECODE or v.mode == STEP)
+        and block_residue(p, q.computed, q.join_iter) == v.iteration % p.block_size
+    ):
+        give_back_from_decodes(p, s, e, r)
+    leave_running(p, s, e, r, request)
+    v.batch_full = 0  # SGLang tries prefills again when a request has left
+
+
+@helper
+def _leave_skipped(s: State, e: int, r: int, request: int) -> bool:
+    """Take a request out of those that the step in progress leaves out; return if it was there."""
+    f = s.forming[e, r]
+    following = s.request[e, request].next_request
+    other = f.skipped_from
+    for _ in range(f.num_skipped):
+        if other == request:
+            f.num_skipped -= 1
+            if f.skipped_from == request:
+                f.skipped_from = following
+            return True
+        other = s.request[e, other].next_request
+    if f.skipped_from == request:
+        f.skipped_from = following
+    return False
