@@ -188,8 +188,21 @@ class RunFolder:
             },
             draft,
         )
-        write_whole({self.path / CHECKPOINT: draft.getvalue()})
-        self.saved = progress
+        before = self._checkpoint_version()
+        try:
+            write_whole({self.path / CHECKPOINT: draft.getvalue()})
+        finally:
+            # Ctrl-C may come when the new one has taken its place, but nobody has said so yet
+            if self._checkpoint_version() != before:
+                self.saved = progress
+
+    def _checkpoint_version(self) -> tuple[int, int] | None:
+        """What tells one checkpoint from another; None without one."""
+        try:
+            found = (self.path / CHECKPOINT).stat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_mtime_ns
 
     @contextmanager
     def tensorboard(self, next_step: int) -> Iterator[SummaryWriter]:

@@ -101,3 +101,21 @@ def test_a_full_disk_under_the_log_is_one_sentence(tmp_path, monkeypatch, call):
     said = r"tensorboard cannot be written \(no space left"
     with pytest.raises(OutputError, match=said), folder.tensorboard(0) as writer:
         writer.add_scalar("x", 1.0, 0)
+
+
+@pytest.mark.parametrize("at", ["before", "after"])
+def test_an_interrupted_save_is_known_by_what_stands_in_the_folder(tmp_path, monkeypatch, at):
+    folder = RunFolder(tmp_path / "run", "order", Settings(), SCENARIO)
+    folder.begin()
+    folder.save("3 steps", {"step": 3})
+    real = run_folder.write_whole
+
+    def interrupted(files):
+        if at == "after":
+            real(files)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_folder, "write_whole", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        folder.save("4 steps", {"step": 4})
+    assert folder.saved == ("4 steps" if at == "after" else "3 steps")
