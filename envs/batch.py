@@ -29,6 +29,11 @@ from servegym.errors import (
 )
 from servegym.typing import BoolArray, FloatArray, Int8Array, IntArray
 
+#: Keys of `Batch.info`, and those that say which environments gave them.
+_MASK_OF = {
+    name: f"_{name}" for name in ("action_mask", "dt_s", "now_s", "input_id", "invalid_action")
+}
+
 InvalidActions = Literal["raise", "resample", "penalise"]
 
 
@@ -127,6 +132,7 @@ class Batch(ABC):
         self.input_id: IntArray = np.zeros(num_envs, np.int64)
         self.invalid: BoolArray = np.zeros(num_envs, np.bool_)
         self.metrics: FloatArray = np.zeros((len(self.metric_names), num_envs))
+        self._metric_masks = tuple(f"_{name}" for name in self.metric_names)
         self._reported = False  # whether `metrics` holds any
         self._entropy = [(0, env // group_size) for env in range(num_envs)]
         self._count = np.zeros(num_envs, np.int64)
@@ -296,7 +302,10 @@ class Batch(ABC):
                 )
         else:
             chosen = self._replaced(chosen, active)
-        self._in_ranges(lambda first, stop: self._step_part(first, stop, chosen, active))
+        if self._num_threads == 1:
+            self._step_part(0, self.num_envs, chosen, active)
+        else:
+            self._in_ranges(lambda first, stop: self._step_part(first, stop, chosen, active))
         if self._truncates:
             arrived, in_all = self._arrivals()
             self.truncated[:] = active & ~self.done & (arrived == in_all)
@@ -329,9 +338,6 @@ class Batch(ABC):
 
     def _in_ranges(self, step: Callable[[int, int], None]) -> None:
         """Call `step(first, stop)` for all environments, in as many ranges as there are threads."""
-        if self._num_threads == 1:
-            step(0, self.num_envs)
-            return
         if self._pool is None or self._pool_pid != os.getpid():
             # a forked process has the pool, but not its threads
             self._pool, self._pool_pid = ThreadPoolExecutor(self._num_threads), os.getpid()
@@ -343,10 +349,23 @@ class Batch(ABC):
         """Return fresh arrays with the observations of all environments."""
         return self.view(self._parts())
 
-    def info(self) -> dict[str, Any]:
-        """Return fresh arrays with what else is known of all environments; keys never change."""
-        info: dict[str, Any] = {name: value.copy() for name, value in self._facts().items()}
-        info["episode_metrics"] = dict(zip(self.metric_names, self.metrics.copy(), strict=True))
+    def info(self, given: BoolArray | None = None) -> dict[str, Any]:
+        """Return fresh arrays with what else is known of all environments; keys never change.
+
+        Args:
+            given: With it, laid out as in Gymnasium's vector environments: each `key` has a `_key`
+                (`bool[num_envs]`, this one array for all) that says which environments gave it.
+        """
+        info: dict[str, Any] = {}
+        for name, value in self._facts().items():
+            info[name] = value.copy()
+            if given is not None:
+                info[_MASK_OF[name]] = given
+        metrics = dict(zip(self.metric_names, self.metrics.copy(), strict=True))
+        info["episode_metrics"] = metrics
+        if given is not None:
+            metrics.update(dict.fromkeys(self._metric_masks, given))
+            info["_episode_metrics"] = given
         return info
 
     def info_of(self, env: int) -> dict[str, Any]:

@@ -119,7 +119,7 @@ class BatchVectorEnv(VectorEnv[Any, IntArray, Any], Generic[B]):
         self._ready = True
         self._over[envs] = False
         self._steps[envs] = 0
-        return self.batch.observation(), _laid_out(self.batch.info(), where.copy(), ~where)
+        return self.batch.observation(), _without(self.batch.info(where.copy()), ~where)
 
     def _where(self, mask: Any) -> BoolArray:
         if mask is None:
@@ -190,12 +190,12 @@ class BatchVectorEnv(VectorEnv[Any, IntArray, Any], Generic[B]):
         if self.autoreset_mode is AutoresetMode.SAME_STEP and np.count_nonzero(self._over):
             ended = np.flatnonzero(self._over)
             final["final_obs"], final["_final_obs"] = self._final(ended), self._over.copy()
-            final["final_info"] = _laid_out(batch.info(), self._over.copy(), ~self._over)
+            final["final_info"] = _without(batch.info(self._over.copy()), ~self._over)
             final["_final_info"] = self._over.copy()
             batch.reset(ended)
             self._steps[ended] = 0
             self._over = np.zeros(self.num_envs, np.bool_)
-        info = _laid_out(batch.info(), self._everywhere.copy())
+        info = batch.info(self._everywhere.copy())
         info.update(final)
         return batch.observation(), reward, terminated, truncated, info
 
@@ -231,18 +231,11 @@ class BatchVectorEnv(VectorEnv[Any, IntArray, Any], Generic[B]):
         self.action_space = rebind(self.action_space, self.batch)
 
 
-def _laid_out(
-    info: dict[str, Any], where: BoolArray, absent: BoolArray | None = None
-) -> dict[str, Any]:
-    """Lay out infos, in place, as Gymnasium's vector environments do.
-
-    Each `key` has a `_key` (`bool[num_envs]`, one array for all) that says which environments
-    gave it; the others' numbers, `absent`, are 0.
-    """
-    for key, value in tuple(info.items()):
-        if type(value) is dict:
-            _laid_out(value, where, absent)
-        elif absent is not None:
+def _without(info: dict[str, Any], absent: BoolArray) -> dict[str, Any]:
+    """Put 0 for what some environments did not give, in place."""
+    for key, value in info.items():
+        if isinstance(value, dict):
+            _without(value, absent)
+        elif not key.startswith("_"):
             value[absent] = 0
-        info["_" + key] = where
     return info
