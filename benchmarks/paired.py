@@ -5,8 +5,8 @@ that whatever else the machine does meets both. The ratio of a pair of slices is
 time over the other's: below 1 this one is faster.
 
 Run with:
-    git worktree add /tmp/before REVISION
-    python benchmarks/paired.py /tmp/before [--only dispatch-256] [--pairs 80]
+    git worktree add ../before REVISION
+    python benchmarks/paired.py ../before [--only dispatch-256] [--pairs 80]
 """
 
 from __future__ import annotations

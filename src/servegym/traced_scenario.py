@@ -41,7 +41,7 @@ def with_trace(
         hash_block_tokens: Tokens of a prefix hash, likewise.
         max_context_tokens: Longest prompt and output together; at most what a replica can take.
         too_long: Refuse the file at a longer request, or cut it or leave it out.
-        wait_for_answers: Whether requests of a router's log wait for those that they followed.
+        wait_for_answers: Whether requests wait for those that they followed, if the trace says so.
 
     Raises:
         ConfigError: If `rate_rps`, `hash_block_tokens` or `max_context_tokens` is impossible.

@@ -222,8 +222,13 @@ def test_sessions_want_a_rate_and_no_options_of_other_traces(write):
     path = write(SESSION)
     with pytest.raises(WorkloadError, match="say with rate_rps how many calls"):
         TraceConfig(path=path).table(np.random.default_rng(0), num_requests=5)
-    for options in ({"time_unit": "ms"}, {"hash_block_tokens": 64}, {"on_bad_row": "skip"}):
-        with pytest.raises(WorkloadError, match=f"leave {next(iter(options))}"):
+    for options, said in (
+        ({"time_unit": "ms"}, "--time-unit,"),
+        ({"hash_block_tokens": 64}, "--hash-block-tokens,"),
+        ({"on_bad_row": "skip"}, "--on-bad-row skip,"),
+        ({"wait_for_answers": False}, "--no-wait-for-answers,"),
+    ):
+        with pytest.raises(WorkloadError, match=f"leave {said}"):
             read_trace(path, **options)
     alone = [begun("s", "one"), row("s", "one", 5, 5)]
     with pytest.raises(WorkloadError, match=r"jsonl, session s: agent main must have calls"):

@@ -245,3 +245,11 @@ def test_an_open_trace_may_have_ids_of_any_kind(write):
     trace = read_trace(write("id,arrival_s,prompt_tokens,output_tokens\nx,0,1,1\nx,1,1,1\n"))
     assert len(trace.table) == 2
     assert trace.table.num_waiting == 0
+
+
+def test_it_is_open_where_that_is_asked_for(write):
+    path = write(WITH_ID + "a,0,10,1,,\nb,,20,1,a,5\nc,3,30,1,,\n")
+    table = read_trace(path, wait_for_answers=False).table
+    assert table.num_waiting == 0
+    assert table.arrival_s.tolist() == [0.0, 3.0, 5.0]
+    assert read_trace(path).table.num_waiting == 1

@@ -51,8 +51,8 @@ class Played:
     """Longer requests of the trace: `error` refuses the file, `cut` and `skip` shorten or leave
     them out and say how many."""
     wait_for_answers: bool = True
-    """Requests of a router's log that says what followed what wait for the answers they followed;
-    without, all come as recorded."""
+    """Requests wait for the answers they followed, where the trace says what followed what (a
+    router's log, a column `after`); without, all come at their times."""
     rate_rps: float | None = None
     """Rate of the trace at load 1; by default 80 % of what the fleet can bear."""
 

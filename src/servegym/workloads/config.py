@@ -197,7 +197,7 @@ class TraceConfig(WorkloadPart):
     `rate_rps` is the rate at load 1; without it the trace keeps its own. `time_unit` and
     `hash_block_tokens` say what the numbers count where the file's columns do not. Requests beyond
     `max_context_tokens`, or beyond what the largest replica holds, are refused unless `too_long`
-    says otherwise. In a router's log that says what followed what, requests wait for the answers
+    says otherwise. Where a trace says what followed what, requests wait for the answers
     they followed (a closed loop) unless `wait_for_answers` is off.
     """
 

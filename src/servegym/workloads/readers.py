@@ -117,12 +117,17 @@ def read_trace(
             hash_block_tokens is not None,
             not wait_for_answers,
         )
-        names = ("on_bad_row skip", "time_unit", "hash_block_tokens", "no wait_for_answers")
-        for name, is_given in zip(names, given, strict=True):
+        options = (
+            "--on-bad-row skip",
+            "--time-unit",
+            "--hash-block-tokens",
+            "--no-wait-for-answers",
+        )
+        for option, is_given in zip(options, given, strict=True):
             if is_given:
                 raise WorkloadError(
                     f"{path.name} holds recorded sessions, whose columns say all and whose calls"
-                    f" follow from one another: leave {name} (--{name.replace('_', '-')}) out"
+                    f" follow from one another: leave {option}, or its key in a scenario, out"
                 )
         return read_session_trace(path.name, files, max_context_tokens, too_long)
     rows: list[_Row] = []
