@@ -27,10 +27,10 @@ import numpy as np
 
 #: Id, scenario, environments (0: one, without the vector form) and decisions of a slice.
 ENVIRONMENTS = {
-    "dispatch": ("servegym/Dispatch-v0", "mixed-chat", 0, 5_000),
-    "dispatch-1": ("servegym/Dispatch-v0", "mixed-chat", 1, 5_000),
-    "dispatch-16": ("servegym/Dispatch-v0", "mixed-chat", 16, 5_000),
-    "dispatch-256": ("servegym/Dispatch-v0", "mixed-chat", 256, 5_120),
+    "dispatch": ("servegym/Dispatch-v1", "mixed-chat", 0, 5_000),
+    "dispatch-1": ("servegym/Dispatch-v1", "mixed-chat", 1, 5_000),
+    "dispatch-16": ("servegym/Dispatch-v1", "mixed-chat", 16, 5_000),
+    "dispatch-256": ("servegym/Dispatch-v1", "mixed-chat", 256, 5_120),
     "preemption-64": ("servegym/Preemption-v0", "kv-starved", 64, 8_000),
     "workflow-64": ("servegym/Workflow-v0", "text-to-sql", 64, 30_000),
 }

@@ -1,9 +1,9 @@
 """Stock algorithms with stock settings on a dispatch environment, judged by the harness.
 
 `python benchmarks/stock_algorithms.py`: MaskablePPO and A2C of Stable-Baselines3 with their default
-settings learn for five minutes each on `servegym/DispatchShaped-v0`, then play held-out episodes
+settings learn for five minutes each on `servegym/DispatchShaped-v1`, then play held-out episodes
 beside `random`, `least-outstanding` and `added-delay`: once the most probable action each time,
-once one drawn. Ratios are to least outstanding, over paired seeds. With `--id servegym/Dispatch-v0`
+once one drawn. Ratios are to least outstanding, over paired seeds. With `--id servegym/Dispatch-v1`
 it shows what the shaped rewards and the other observation are worth.
 """
 
@@ -76,7 +76,7 @@ def learn(name: str, arguments: argparse.Namespace) -> list[StockPolicy]:
 def main() -> None:
     """Train, judge, print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--id", default="servegym/DispatchShaped-v0")
+    parser.add_argument("--id", default="servegym/DispatchShaped-v1")
     parser.add_argument("--algorithms", nargs="+", default=["MaskablePPO", "A2C"])
     parser.add_argument("--scenario", default="mixed-chat")
     parser.add_argument("--load", type=float, default=1.0)

@@ -1,4 +1,4 @@
-"""`servegym/Dispatch-v0`: which replica gets an arriving request."""
+"""`servegym/Dispatch-v1`: which replica gets an arriving request."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ see `docs/env-dispatch.md` and `docs/environments.md`.
 ## Version History
 v0: first version.
 
-`servegym/DispatchShaped-v0` is the same with `shaping="cost-to-go"`, `reward_scale="auto"`, `features="costs"`, `num_requests=1024`, `normalise`,
+`servegym/DispatchShaped-v1` is the same with `shaping="cost-to-go"`, `reward_scale="auto"`, `features="costs"`, `num_requests=1024`, `normalise`,
 `flat`, `invalid_action="resample"`: what stock algorithms learn from.
 """
 

@@ -128,7 +128,7 @@ class BatchVecEnv(VecEnv):
 
 
 class DispatchVecEnv(BatchVecEnv):
-    """`servegym/Dispatch-v0` for SB3 and sb3-contrib."""
+    """`servegym/Dispatch-v1` for SB3 and sb3-contrib."""
 
     vector_type = DispatchVectorEnv
 
@@ -149,7 +149,7 @@ def make_vec(env_id: str, num_envs: int, **settings: Any) -> BatchVecEnv:
     """Make an environment by its id, as `gymnasium.make_vec`, for SB3.
 
     Args:
-        env_id: A registered one of servegym, such as `servegym/DispatchShaped-v0`.
+        env_id: A registered one of servegym, such as `servegym/DispatchShaped-v1`.
         num_envs: Environments.
         settings: In addition to those of the id, or in their place.
 

@@ -23,7 +23,7 @@ def least_loaded(observation: dict[str, np.ndarray]) -> int:
 
 def main() -> None:
     """Run the example."""
-    env = gymnasium.make("servegym/Dispatch-v0", scenario="hetero-prefix", num_requests=500)
+    env = gymnasium.make("servegym/Dispatch-v1", scenario="hetero-prefix", num_requests=500)
     for name in ("random", "least loaded"):
         rng = np.random.default_rng(0)
         observation, info = env.reset(seed=0)

@@ -16,7 +16,7 @@ from servegym.policy.contract import ReplicaFeature
 def main() -> None:
     """Run the example."""
     envs = gymnasium.make_vec(
-        "servegym/Dispatch-v0",
+        "servegym/Dispatch-v1",
         num_envs=64,
         scenario="mixed-chat",
         num_requests=128,

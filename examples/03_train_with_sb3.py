@@ -18,7 +18,7 @@ from servegym.envs.sb3 import DispatchVecEnv, PreemptionVecEnv, make_vec
 def main() -> None:
     """Run the example."""
     # stock algorithms with stock settings: the form with shaped rewards (docs/env-dispatch.md)
-    envs = make_vec("servegym/DispatchShaped-v0", 4, num_requests=128)
+    envs = make_vec("servegym/DispatchShaped-v1", 4, num_requests=128)
     model = A2C("MlpPolicy", envs, seed=0, device="cpu").learn(1024)
     print(f"stock A2C: {model.num_timesteps} steps")
     envs.close()
@@ -38,7 +38,7 @@ def main() -> None:
     envs.close()
 
     settings = {"normalise": True, "flat": True, "invalid_action": "penalise", "num_requests": 64}
-    envs = make_vec_env("servegym/Dispatch-v0", n_envs=2, env_kwargs=settings)
+    envs = make_vec_env("servegym/Dispatch-v1", n_envs=2, env_kwargs=settings)
     model = DQN("MlpPolicy", envs, learning_starts=100, seed=0, device="cpu").learn(512)
     print(f"DQN: {model.num_timesteps} steps")
     envs.reset()

@@ -400,7 +400,7 @@ def test_trace_of_another_run_is_refused_and_its_scenario_kept(place, refused):
     (place / "mine").mkdir()
     (place / "mine" / "scenario.yaml").write_text("name: other\n")
     words = [*SHORT_TRAIN, "--trace", "trace.csv", "--out", "mine"]
-    assert "mine/scenario.yaml is another scenario than tiny.yaml" in refused(*words)
+    assert "mine/scenario.yaml is another scenario than tiny + trace.csv" in refused(*words)
 
 
 def test_tune_prints_the_best_of_its_budget(place, capsys):
@@ -477,3 +477,29 @@ def test_a_batch_is_played_and_its_loads_are_one(place, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "the 3 loads make the same episodes" in said
     assert "nan" not in said
+
+
+def test_chats_play_open_if_told_to_and_their_results_say_so(capsys, tmp_path):
+    words = ["evaluate", "--scenario", "mixed-chat", "--policies", "least-outstanding"]
+    words += ["--loads", "1.5", "--seeds", "1", "--num-requests", "300"]
+    found = {}
+    for name, option in (("closed", []), ("open", ["--no-wait-for-answers"])):
+        main([*words, *option, "--json", str(tmp_path / name)])
+        found[name] = json.loads((tmp_path / name).read_text())
+    assert "mixed-chat, open loop, load 1.5" in capsys.readouterr().out
+    assert found["open"]["scenario"]["name"] == "mixed-chat, open loop"
+    assert found["open"]["scenario"]["workload"]["sessions"]["wait_for_answers"] is False
+    latency = {k: d["aggregates"][0]["metrics"]["e2e_mean_s"] for k, d in found.items()}
+    assert latency["open"] > 1.1 * latency["closed"]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "why"),
+    [
+        ("failures", "no request of failures waits for an answer"),
+        ("agent-sessions", "requests of agent-sessions (workload kind agents) have no times"),
+    ],
+)
+def test_open_loops_of_what_has_none_are_refused(refused, scenario, why):
+    words = ["simulate", "--scenario", scenario, "--no-wait-for-answers"]
+    assert f"{why}" in refused(*words)

@@ -83,12 +83,12 @@ def test_every_dispatch_rule_plays_to_the_end(scenario, name):
 def test_the_environment_passes_gymnasiums_checker_without_warnings(scenario):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        env = gymnasium.make("servegym/Dispatch-v0", scenario=scenario, num_requests=30)
+        env = gymnasium.make("servegym/Dispatch-v1", scenario=scenario, num_requests=30)
         check_env(env.unwrapped)
 
 
 def test_vector_environments_play_episodes_with_failing_replicas_of_all_engines(scenario):
-    env = gymnasium.make_vec("servegym/Dispatch-v0", num_envs=8, scenario=scenario)
+    env = gymnasium.make_vec("servegym/Dispatch-v1", num_envs=8, scenario=scenario)
     observation, _ = env.reset(seed=3)
     rng = np.random.default_rng(0)
     ended = np.zeros(8, int)

@@ -134,7 +134,7 @@ class Trainer:
             self.network.parameters(), lr=config.learning_rate, eps=1e-5
         )
         self.env: Any = gymnasium.make_vec(
-            "servegym/Dispatch-v0",
+            "servegym/Dispatch-v1",
             num_envs=config.num_envs,
             scenario=config.scenario,
             autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP,

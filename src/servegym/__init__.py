@@ -9,7 +9,7 @@ if find_spec("gymnasium") is not None:  # inside a serving engine's environment 
 
     # strings, not callables: only these can be serialised, and nothing is compiled by the import
     register(
-        id="servegym/Dispatch-v0",
+        id="servegym/Dispatch-v1",
         entry_point="servegym.envs.dispatch:DispatchEnv",
         vector_entry_point="servegym.envs.dispatch:DispatchVectorEnv",
     )
@@ -32,7 +32,7 @@ if find_spec("gymnasium") is not None:  # inside a serving engine's environment 
         "invalid_action": "resample",
     }
     register(
-        id="servegym/DispatchShaped-v0",
+        id="servegym/DispatchShaped-v1",
         entry_point="servegym.envs.dispatch:DispatchEnv",
         vector_entry_point="servegym.envs.dispatch:DispatchVectorEnv",
         kwargs={**_SHAPED, "features": "costs", "num_requests": 1024},

@@ -26,7 +26,7 @@ from servegym.costs.tables import TableSource
 from servegym.documents import load_yaml
 from servegym.engines import MAX_NUM_BATCHED_TOKENS, EngineName, kernels_of
 from servegym.errors import ConfigError, unknown_name
-from servegym.workloads.config import TraceConfig, WorkloadConfig
+from servegym.workloads.config import GeneratedConfig, TraceConfig, WorkloadConfig
 from servegym.workloads.prediction import PredictorConfig
 from servegym.workloads.table import BY_ITSELF, RequestTable
 
@@ -277,6 +277,35 @@ class Scenario(Config):
             ),
             noise_seed=int(noise.generate_state(1, np.uint64)[0]),
         )
+
+
+def open_loop(scenario: Scenario) -> Scenario:
+    """Return a scenario whose sessions go on without waiting for their answers.
+
+    Raises:
+        ConfigError: If nobody in it waits, or there would be no times to come at.
+    """
+    workload = scenario.workload
+    leave_out = "leave --no-wait-for-answers out"
+    if isinstance(workload, TraceConfig):
+        raise ConfigError(
+            f"{scenario.name} plays a trace: write wait_for_answers: false beside its path and"
+            f" {leave_out}"
+        )
+    if not isinstance(workload, GeneratedConfig):
+        raise ConfigError(
+            f"requests of {scenario.name} (workload kind {workload.kind}) have no times of their"
+            f" own, they follow answers: {leave_out}"
+        )
+    if workload.sessions is None or not workload.sessions.wait_for_answers:
+        raise ConfigError(f"no request of {scenario.name} waits for an answer: {leave_out}")
+    sessions = workload.sessions.model_copy(update={"wait_for_answers": False})
+    return scenario.model_copy(
+        update={
+            "name": f"{scenario.name}, open loop",
+            "workload": workload.model_copy(update={"sessions": sessions}),
+        }
+    )
 
 
 def step_cost(entry: FleetEntry, model_name: str, precision: ScenarioFormat) -> StepCost:

@@ -13,7 +13,7 @@ from servegym.train.places import Places
 def make(path: str, num_requests: int) -> gymnasium.vector.VectorEnv:
     assert servegym.__version__  # importing servegym registers the environments
     return gymnasium.make_vec(
-        "servegym/Dispatch-v0",
+        "servegym/Dispatch-v1",
         num_envs=3,
         scenario=path,
         num_requests=num_requests,

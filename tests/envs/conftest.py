@@ -65,7 +65,7 @@ def problem(request) -> Problem:
     if request.param == "dispatch":
         scenario = Scenario.model_validate({**SMALL, "num_requests": 15})
         settings = {"scenario": scenario, "r_max": 5}
-        return Problem("servegym/Dispatch-v0", DispatchEnv, DispatchVectorEnv, settings)
+        return Problem("servegym/Dispatch-v1", DispatchEnv, DispatchVectorEnv, settings)
     if request.param == "preemption":
         settings = {"scenario": Scenario.model_validate(TIGHT), "max_waiting": 4}
         return Problem("servegym/Preemption-v0", PreemptionEnv, PreemptionVectorEnv, settings)

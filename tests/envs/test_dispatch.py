@@ -16,7 +16,7 @@ from servegym.policy.contract import ReplicaFeature, RequestFeature
 from servegym.policy.layout import scenario_actions
 from servegym.scenario import scenario_names
 
-ENV_ID = "servegym/Dispatch-v0"
+ENV_ID = "servegym/Dispatch-v1"
 OUTSTANDING = ReplicaFeature.OUTSTANDING_REQUESTS
 WAITED, NUM_UP, NUM_HELD = (
     RequestFeature.WAITED_S,

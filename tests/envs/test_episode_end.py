@@ -169,7 +169,7 @@ def test_episode_without_a_decision_for_the_agent_is_refused(make_scenario, sett
 
 def test_closed_loops_are_warmed_up_and_cut_by_what_has_arrived():
     """Of chats most rows wait for others: the last that begins by itself is not the last."""
-    settings = {"scenario": "closed-chat", "num_requests": 60, "load": 0.02}
+    settings = {"scenario": "mixed-chat", "num_requests": 60, "load": 0.02}
     env = DispatchEnv(warmup=20, episode_end="last-arrival", **settings)
     _, info = env.reset(seed=3)
     steps, truncated = 0, False

@@ -24,7 +24,7 @@ from servegym.envs.sb3 import (  # noqa: E402
 )
 
 NATIVE = {
-    "servegym/Dispatch-v0": DispatchVecEnv,
+    "servegym/Dispatch-v1": DispatchVecEnv,
     "servegym/Preemption-v0": PreemptionVecEnv,
     "servegym/Workflow-v0": WorkflowVecEnv,
 }

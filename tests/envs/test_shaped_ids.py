@@ -19,7 +19,7 @@ NAMES = [f.name for f in COST_FEATURES]
 
 @pytest.fixture
 def shaped_id(problem) -> str:
-    return problem.env_id.replace("-v0", "Shaped-v0")
+    return problem.env_id.replace("-v", "Shaped-v")
 
 
 def test_shaped_form_passes_the_checker_and_is_one_bounded_vector(problem, shaped_id):

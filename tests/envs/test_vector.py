@@ -37,7 +37,7 @@ def record(env: DispatchVectorEnv, num_steps: int) -> bytes:
 
 
 def test_make_vec_uses_the_vector_entry_point():
-    env = gymnasium.make_vec("servegym/Dispatch-v0", num_envs=3, num_requests=10)
+    env = gymnasium.make_vec("servegym/Dispatch-v1", num_envs=3, num_requests=10)
     assert isinstance(env, DispatchVectorEnv)
     assert env.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
     observation, _ = env.reset(seed=0)

@@ -153,8 +153,8 @@ def test_seeds_give_different_conversations_with_different_texts():
 
 
 def test_users_who_wait_for_answers_say_the_same_but_go_by_their_answers():
-    waiting = SESSIONS.model_copy(update={"wait_for_answers": True})
-    open_loop, closed = draw(num=2000), draw(waiting, num=2000)
+    apart = SESSIONS.model_copy(update={"wait_for_answers": False})
+    open_loop, closed = draw(apart, num=2000), draw(num=2000)
     assert (open_loop.after == BY_ITSELF).all()
     for name in ("arrival_s", "prompt_tokens", "output_tokens", "session", "prefix_keys"):
         np.testing.assert_array_equal(getattr(open_loop, name), getattr(closed, name))

@@ -23,7 +23,7 @@ from servegym.policy.run import run
 from servegym.scenario import Scenario, load_scenario
 
 _START = (
-    "import servegym, gymnasium; gymnasium.make('servegym/Dispatch-v0', num_requests=8).reset()"
+    "import servegym, gymnasium; gymnasium.make('servegym/Dispatch-v1', num_requests=8).reset()"
 )
 
 
@@ -99,7 +99,7 @@ class Bench:
         return len(episode.table) / took, float(simulator.state.env[0]["engine_steps"]) / took
 
     def _decisions(self, scenario: str, num_envs: int) -> float:
-        env = gymnasium.make_vec("servegym/Dispatch-v0", num_envs=num_envs, scenario=scenario)
+        env = gymnasium.make_vec("servegym/Dispatch-v1", num_envs=num_envs, scenario=scenario)
         observation, _ = env.reset(seed=0)
         count, took, begin = 0, 0.0, time.perf_counter()
         while time.perf_counter() - begin < self.seconds:

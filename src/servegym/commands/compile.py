@@ -35,7 +35,7 @@ def compile_dispatch() -> None:
     for name, record in (("least-outstanding", False), ("what-if", False), ("random", True)):
         episode = scenario.episode(0, num_requests=8)
         run(Simulator(scenario.spec, [episode], record=record), policy(name))
-    play_environments("servegym/Dispatch-v0", num_requests=8)
+    play_environments("servegym/Dispatch-v1", num_requests=8)
 
 
 def compile_orders() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from servegym.commands.console import make_console, print_remarks
 from servegym.commands.evaluate import evaluated, publish
 from servegym.commands.train import require_torch, trained
-from servegym.commands.workload import Played, chosen_scenario
+from servegym.commands.workload import TRACE_OPTIONS, Played, chosen_scenario
 from servegym.evaluate.document import write_json
 from servegym.evaluate.report import write_report
 from servegym.evaluate.table import comparison_table
@@ -51,9 +51,11 @@ class Demo(Played):
         """Do it all."""
         require_torch()
         console = make_console()
-        traced = self.chosen()  # what is wrong with a trace is said before minutes are spent
         if self.trace is None:
+            self.refuse(TRACE_OPTIONS, "is for a trace, and none is given with --trace")
             traced = chosen_scenario("azure-conv-fit")
+        else:
+            traced = self.chosen()  # what is wrong with it is said before minutes are spent
         console.rule("1. train")
         console.print(f"PPO on {self.scenario} for {self.minutes:g} minutes")
         path = trained(

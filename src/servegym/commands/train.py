@@ -106,6 +106,7 @@ class Train(Played):
         if self.out is not None:
             return self.out
         parts = [kind, Path(self.scenario).stem, *([Path(self.trace).stem] if self.trace else [])]
+        parts += [] if self.wait_for_answers else ["open-loop"]
         return Path("runs") / "-".join(parts)
 
     def _train_order(self, scenario: str, out: Path) -> None:

@@ -11,7 +11,7 @@ import yaml
 
 from servegym.commands.console import make_console, print_remarks
 from servegym.errors import ConfigError
-from servegym.scenario import Scenario, load_scenario
+from servegym.scenario import Scenario, load_scenario, open_loop
 from servegym.traced_scenario import with_trace
 from servegym.whole_files import write_whole
 from servegym.workloads.config import MAX_CONTEXT_TOKENS, TraceConfig
@@ -51,36 +51,37 @@ class Played:
     """Longer requests of the trace: `error` refuses the file, `cut` and `skip` shorten or leave
     them out and say how many."""
     wait_for_answers: bool = True
-    """Requests wait for the answers they followed, where the trace says what followed what (a
-    router's log, a column `after`); without, all come at their times."""
+    """Requests wait for the answers they followed: in sessions of a scenario, and where a trace
+    says what followed what (a router's log, a column `after`); without, all come at their times."""
     rate_rps: float | None = None
     """Rate of the trace at load 1; by default 80 % of what the fleet can bear."""
 
     def chosen(self) -> Scenario:
         """Load what is to be played, and say what was done to a trace."""
         if self.trace is None:
-            self.refuse(TRACE_OPTIONS, "is for a trace, and none is given with --trace")
-            return chosen_scenario(self.scenario)
-        options = {name: getattr(self, name) for name in TRACE_OPTIONS}
-        return chosen_scenario(self.scenario, self.trace, **options)
+            options = [name for name in TRACE_OPTIONS if name != "wait_for_answers"]
+            self.refuse(options, "is for a trace, and none is given with --trace")
+            scenario = chosen_scenario(self.scenario)
+            return scenario if self.wait_for_answers else open_loop(scenario)
+        given = {name: getattr(self, name) for name in TRACE_OPTIONS}
+        return chosen_scenario(self.scenario, self.trace, **given)
 
     def chosen_file(self, folder: Path) -> str:
-        """As `chosen`, with a trace as a scenario file in a folder; return its name or path.
+        """As `chosen`, with what options changed as a scenario file in a folder; return its path.
 
         A trained policy is exported and judged on the scenario it was trained on: that must be a
-        file, which names the trace wherever a command is started.
+        file, which names the trace wherever a command is started. A scenario as it is needs none:
+        then its own name or path is returned.
         """
-        if self.trace is None:
+        if self.trace is None and self.wait_for_answers:
             self.chosen()
             return self.scenario
-        chosen = replace(self, trace=str(Path(self.trace).resolve())).chosen()
+        trace = None if self.trace is None else str(Path(self.trace).resolve())
+        chosen = replace(self, trace=trace).chosen()
         path = folder / "scenario.yaml"
         text = yaml.safe_dump(chosen.model_dump(mode="json", exclude_none=True), sort_keys=False)
         if path.exists() and path.read_text(encoding="utf-8") != text:
-            raise ConfigError(
-                f"{path} is another scenario than {self.scenario} with {self.trace}: "
-                "give another --out"
-            )
+            raise ConfigError(f"{path} is another scenario than {chosen.name}: give another --out")
         write_whole({path: text.encode()})
         return str(path)
 

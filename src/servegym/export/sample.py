@@ -32,7 +32,7 @@ def sample_observations(
         `replicas float32[n, R, F]`, `request float32[n, G]`, `mask float32[n, A]`.
     """
     assert servegym.__version__  # importing servegym registers the environment
-    env = gymnasium.make_vec("servegym/Dispatch-v0", num_envs=16, scenario=scenario, load=load)
+    env = gymnasium.make_vec("servegym/Dispatch-v1", num_envs=16, scenario=scenario, load=load)
     rng = np.random.default_rng(seed)
     observation, _ = env.reset(seed=seed)
     rows: list[dict[str, np.ndarray]] = []

@@ -59,14 +59,14 @@ class SessionConfig(WorkloadPart):
     """Conversations: each turn repeats all that was said before.
 
     A conversation starts with one of `num_system_prompts` system prompts (Zipf popularity); its
-    turns are `think_s` seconds apart on average and come until it ends (geometric) or its
-    context reaches `max_context_tokens`. With `wait_for_answers` these seconds begin when the
-    answer to the turn before has ended (a closed loop), else when that turn began.
+    turns come until it ends (geometric) or its context reaches `max_context_tokens`. Thinking
+    takes `think_s` seconds on average and begins when the answer to the turn before has ended (a
+    closed loop); without `wait_for_answers` when that turn began (an open loop).
     """
 
     mean_turns: float = Field(4.0, ge=1)
     think_s: float = Field(20.0, gt=0)
-    wait_for_answers: bool = False
+    wait_for_answers: bool = True
     num_system_prompts: int = Field(8, ge=1)
     system_prompt_tokens: int = Field(512, ge=0)
     zipf: float = Field(1.0, ge=0)
