@@ -1,4 +1,4 @@
-.PHONY: demo test test-vllm test-live test-clients check bench setup
+.PHONY: demo docs test test-vllm test-live test-clients check bench setup
 
 setup:
 	@scripts/setup
@@ -20,6 +20,9 @@ test-clients: setup  ## other people's clients and checkers, in environments of 
 
 check: setup  ## lint, types, import directions
 	scripts/check
+
+docs: setup  ## the documentation site, into site/
+	scripts/docs
 
 bench: setup  ## measure speeds
 	.venv/bin/servegym bench

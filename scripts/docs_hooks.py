@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import logging
 import re
 from pathlib import Path
 
@@ -16,8 +17,10 @@ SOURCE = ROOT / "src" / "servegym"
 PROJECT = ("CHANGELOG.md", "CONTRIBUTING.md", "EXPERIMENTS.md")
 #: Commands are described by `--help`; compiled loops have no face of their own.
 LEFT_OUT = re.compile(r"(^|\.)(commands|cli|assets|kernels|.*_kernels)$")
-#: Links into the repository, which the site does not hold: they become plain text.
-REPOSITORY = re.compile(r"\[([^\]]+)\]\((?:\.\./)+(?!docs/)([^)\s]+)\)")
+#: What a page would load from another machine; links to follow are no such thing.
+REMOTE = re.compile(r"<(?:script|img|iframe|link)\b[^>]*\b(?:src|href)=\"?(?:https?:)?//[^>]*>")
+
+_log = logging.getLogger("mkdocs.hooks.servegym")
 
 
 def packages() -> dict[str, list[str]]:
@@ -78,9 +81,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Let links of the repository lead to the site's pages."""
+    """Let links between docs/ and the top of the repository lead to the site's pages."""
     if page.file.src_uri in PROJECT:
         return markdown.replace("](docs/", "](")
-    for name in PROJECT:
-        markdown = markdown.replace(f"(../{name}", f"({name}")
-    return REPOSITORY.sub(r"`\2`", markdown)
+    return re.sub(rf"\]\(((?:\.\./)*)\.\./({'|'.join(PROJECT)})", r"](\1\2", markdown)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Refuse what is loaded from elsewhere: pages are read without a network, and by nobody else."""
+    for tag in REMOTE.findall(output):
+        _log.warning(f"{page.file.src_uri} would load {tag}")
+    return output
