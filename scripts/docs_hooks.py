@@ -88,7 +88,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
-    """Refuse what is loaded from elsewhere: pages are read without a network, and by nobody else."""
+    """Refuse what is loaded from elsewhere: pages are read without a network."""
     for tag in REMOTE.findall(output):
         _log.warning(f"{page.file.src_uri} would load {tag}")
     return output

@@ -89,7 +89,8 @@ def environment_page(env_class: type[gymnasium.Env]) -> str:
     )
     env = gymnasium.make(plain.id)
     observed = "<br>".join(
-        f"`{key}` `{space.dtype}{list(space.shape)}`" for key, space in env.observation_space.items()
+        f"`{key}` `{space.dtype}{list(space.shape)}`"
+        for key, space in env.observation_space.items()
     )
     first, _, rest = inspect.cleandoc(env_class.__doc__ or "").partition("\n\n")
     rest = re.sub(r"`docs/([\w-]+)\.md`", r"[\1](../\1.md)", rest)

@@ -2,7 +2,7 @@
 
 A fence of a page means, by what stands behind its backquotes:
 
-- `python title="x.py"`, `yaml title="x.yaml"` and so on: a file, written into the folder of the page;
+- `python title="x.py"`, `yaml title="x.yaml"` and so on: a file, written into the folder;
 - `python`: a program; those of one page share their names;
 - `sh`: commands, run by a shell that stops at the first failure;
 - `sh title="..."`: a server in a terminal of its own, which ends with the page;
