@@ -275,7 +275,9 @@ def test_the_true_length_is_hidden():
     table = simulator.episodes[0].table
     longer = replace(table, output_tokens=table.output_tokens + 50)
     other.load(0, replace(simulator.episodes[0], table=longer))
-    for got, want in zip(follow(simulator, [0, 1]), follow(other, [0, 1]), strict=True):
+    seen = list(zip(follow(simulator, [0, 1]), follow(other, [0, 1]), strict=True))
+    assert len(seen) == 2
+    for got, want in seen:
         np.testing.assert_array_equal(got, want)
 
 

@@ -190,6 +190,7 @@ def test_planning_leaves_the_simulation_as_it_was():
     follow(simulator, [0, 1] * 4)
     before = simulator.snapshot().state
     planned(simulator)
+    assert before._fields
     for name, old, new in zip(before._fields, before, simulator.state, strict=True):
         if name == "shown":
             old, new = old[:, :VIEW_WHAT_IF_E2E], new[:, :VIEW_WHAT_IF_E2E]
@@ -271,6 +272,7 @@ def test_a_batch_of_environments_is_planned_like_each_alone():
     both = Simulator(one.spec, [one.episodes[0], other])
     both.advance()
     seen, _ = observe_batch(both, NEEDS)
+    assert len(both.episodes) == 2
     for row, episode in enumerate(both.episodes):
         alone = Simulator(one.spec, [episode])
         alone.advance()
