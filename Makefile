@@ -1,4 +1,4 @@
-.PHONY: demo test test-vllm test-live test-clients check bench setup
+.PHONY: demo docs test test-nojit coverage test-vllm test-live test-clients check bench release setup
 
 setup:
 	@scripts/setup
@@ -8,6 +8,12 @@ demo: setup  ## train briefly, evaluate against the baselines, show the result
 
 test: setup  ## the whole test suite
 	.venv/bin/python -m pytest -n auto --dist loadfile
+
+test-nojit: setup  ## the tests that can do without the compiler, without it
+	scripts/test-nojit
+
+coverage: setup  ## the whole suite with line coverage, and its floor
+	scripts/coverage
 
 test-vllm: setup  ## compare with vLLM's real scheduler, in an environment of its own
 	scripts/test-vllm
@@ -21,5 +27,11 @@ test-clients: setup  ## other people's clients and checkers, in environments of 
 check: setup  ## lint, types, import directions
 	scripts/check
 
+docs: setup  ## the documentation site, into site/
+	scripts/docs
+
 bench: setup  ## measure speeds
 	.venv/bin/servegym bench
+
+release: setup  ## build and check sdist and wheel, write the notes; uploads nothing
+	scripts/release

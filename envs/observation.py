@@ -30,11 +30,19 @@ class Column(Protocol):
     """One number of an observation, as the contract states it."""
 
     @property
-    def low(self) -> float: ...
+    def low(self) -> float:
+        """Least value in the unit."""
+        ...
+
     @property
-    def high(self) -> float: ...
+    def high(self) -> float:
+        """Greatest value in the unit."""
+        ...
+
     @property
-    def unit(self) -> str: ...
+    def unit(self) -> str:
+        """Unit as the tables write it, `-` for none."""
+        ...
 
 
 class Table:

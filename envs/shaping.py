@@ -185,7 +185,10 @@ def memory(most: int) -> Memory:
 class Potentials(Protocol):
     """What shapes the rewards of a batch; see `CostToGo`."""
 
-    def begin(self, simulator: Any, env: int) -> None: ...
+    def begin(self, simulator: Any, env: int) -> None:
+        """Take the potential at the beginning of an episode."""
+        ...
+
     def add(
         self,
         simulator: Any,
@@ -194,7 +197,9 @@ class Potentials(Protocol):
         active: BoolArray,
         ended: BoolArray,
         reward: FloatArray,
-    ) -> None: ...
+    ) -> None:
+        """Add the change of the potential to the rewards of environments `first` to `stop`."""
+        ...
 
 
 class CostToGo:

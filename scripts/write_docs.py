@@ -1,13 +1,19 @@
 #!/usr/bin/env python3
-"""Write the generated pages: docs/observation.md and docs/policies.md. `--check` only compares."""
+"""Write the generated pages: observation, policies and environments. `--check` only compares."""
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 from pathlib import Path
 
+import gymnasium
+
 from servegym.baselines.registry import describe, names, policy
-from servegym.envs.dispatch import feature_table
+from servegym.envs.dispatch import DispatchEnv, feature_table
+from servegym.envs.preemption import PreemptionEnv
+from servegym.envs.workflow import WorkflowEnv
 from servegym.policy.contract import (
     NUM_OBSERVED_FEATURES,
     REPLICA_FEATURES,
@@ -74,10 +80,52 @@ An exported policy is named by its file: `--policies runs/ppo-mixed-chat/policy/
 """
 
 
+def environment_page(env_class: type[gymnasium.Env]) -> str:
+    """Show the docstring of an environment, with what Gymnasium says of it above."""
+    entry = f"{env_class.__module__}:{env_class.__name__}"
+    plain, shaped = sorted(
+        (spec for spec in gymnasium.registry.values() if spec.entry_point == entry),
+        key=lambda spec: len(spec.id),
+    )
+    env = gymnasium.make(plain.id)
+    observed = "<br>".join(
+        f"`{key}` `{space.dtype}{list(space.shape)}`"
+        for key, space in env.observation_space.items()
+    )
+    first, _, rest = inspect.cleandoc(env_class.__doc__ or "").partition("\n\n")
+    rest = re.sub(r"`docs/([\w-]+)\.md`", r"[\1](../\1.md)", rest)
+    return f"""{NOTE}
+# {plain.id.removeprefix("servegym/")}
+
+{first}
+
+| | |
+|---|---|
+| Make | `gymnasium.make("{plain.id}")`, `gymnasium.make_vec("{plain.id}", num_envs=8)` |
+| For stock algorithms | `servegym.envs.sb3.make_vec("{shaped.id}", 8)` |
+| Class | `{env_class.__module__}.{env_class.__name__}` |
+| Actions by default | `Discrete({env.action_space.n})` |
+| Observation by default | {observed} |
+
+{rest}
+"""
+
+
+def pages() -> dict[str, str]:
+    """Make all generated pages, by name."""
+    return {
+        "observation.md": observation_page(),
+        "policies.md": policies_page(),
+        "environments/dispatch.md": environment_page(DispatchEnv),
+        "environments/preemption.md": environment_page(PreemptionEnv),
+        "environments/workflow.md": environment_page(WorkflowEnv),
+    }
+
+
 def main() -> None:
     """Write or compare."""
     stale = []
-    for name, text in (("observation.md", observation_page()), ("policies.md", policies_page())):
+    for name, text in pages().items():
         path = DOCS / name
         if "--check" in sys.argv:
             if not path.is_file() or path.read_text() != text:

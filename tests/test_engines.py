@@ -92,6 +92,7 @@ def test_vector_environments_play_episodes_with_failing_replicas_of_all_engines(
     observation, _ = env.reset(seed=3)
     rng = np.random.default_rng(0)
     ended = np.zeros(8, int)
+    assert (ended < 2).any()
     while (ended < 2).any():
         mask = observation["action_mask"].astype(bool)
         chosen = [int(rng.choice(np.flatnonzero(row))) for row in mask]

@@ -65,9 +65,11 @@ def test_package_dir_maps_the_package_and_the_five_folders(packaging):
 
 def test_every_asset_matches_a_shipped_pattern(packaging):
     patterns = packaging["package-data"]["servegym.assets"]
-    for path in (ROOT / "assets").rglob("*"):
-        if path.is_file() and path.suffix not in (".py", ".pyc"):
-            assert any(path.match(pattern.removeprefix("**/")) for pattern in patterns), path
+    found = [path for path in (ROOT / "assets").rglob("*") if path.is_file()]
+    data = [path for path in found if path.suffix not in (".py", ".pyc")]
+    assert data
+    for path in data:
+        assert any(path.match(pattern.removeprefix("**/")) for pattern in patterns), path
 
 
 @pytest.mark.parametrize("name", FOLDERS)

@@ -29,6 +29,7 @@ def read(name: str, data: bytes) -> bool:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_what_is_good_is_taken(name):
+    assert TARGETS[name].good
     for data in TARGETS[name].good:
         if b"timestamp" not in data or b"hash_ids" in data:
             assert read(name, data), data

@@ -23,7 +23,9 @@ def test_every_file_is_of_a_known_algorithm():
 def test_hyperparameters_make_a_model(name):
     from servegym.envs.sb3 import make_vec
 
-    for env_id, given in yaml.safe_load((FILES / f"{name}.yml").read_text()).items():
+    settings = yaml.safe_load((FILES / f"{name}.yml").read_text())
+    assert settings
+    for env_id, given in settings.items():
         assert env_id in gymnasium.registry
         assert given.pop("n_timesteps") >= 1e5
         envs = make_vec(env_id, given.pop("n_envs"), num_requests=32)

@@ -24,6 +24,7 @@ class Budget:
 
     @property
     def spent_s(self) -> float:
+        """Seconds spent so far, over all sittings."""
         if math.isnan(self._begin_s):
             return self._before_s
         return self._before_s + time.monotonic() - self._begin_s

@@ -21,9 +21,17 @@ class Batch(Protocol):
 
     num_envs: int
 
-    def skip_to(self, episodes: IntArray) -> None: ...
-    def reset(self, envs: IntArray) -> None: ...
-    def step(self, actions: IntArray, active: BoolArray) -> None: ...
+    def skip_to(self, episodes: IntArray) -> None:
+        """Pass over episodes: the next that each environment draws is that of this number."""
+        ...
+
+    def reset(self, envs: IntArray) -> None:
+        """Begin the next episode of these environments."""
+        ...
+
+    def step(self, actions: IntArray, active: BoolArray) -> None:
+        """Take an action in each environment that is active."""
+        ...
 
 
 class Places:

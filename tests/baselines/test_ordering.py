@@ -230,6 +230,7 @@ def test_an_unknown_order_or_parameter_is_refused(text, message):
 
 
 def test_every_order_says_what_it_is():
+    assert ordering_names()
     for name in ordering_names():
         policy = ordering_policy(name)
         assert policy.name == name

@@ -140,6 +140,7 @@ def test_a_value_out_of_range_is_refused_in_one_sentence(text, parameter):
 
 
 def test_tuning_ranges_belong_to_parameters_of_rules():
+    assert RANGES
     for name, ranges in RANGES.items():
         assert set(ranges) <= set(policy(name).param_names)
         for key, (low, high, logarithmic) in ranges.items():

@@ -65,6 +65,7 @@ def test_many_steps_give_the_factors_back():
     ignorant = Experience(np.zeros(5), 1e4 * np.eye(5))
     steps = steps_of(TRUE)
     found = fit_factors(BASE, LLAMA, 1, steps, steps.duration_s, ignorant)
+    assert TRUE.model_dump()
     for name, value in TRUE.model_dump().items():
         assert getattr(found, name) == pytest.approx(value, rel=0.02), name
 

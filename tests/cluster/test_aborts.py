@@ -4,45 +4,20 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 
 from servegym.cluster.spec import ReplicaType
 from servegym.cluster.state import EV_FINISH
-from servegym.costs.grid import (
-    NUM_BATCH_KNOTS,
-    NUM_CHUNK_KNOTS,
-    NUM_CONTEXT_KNOTS,
-    NUM_DENSE_KNOTS,
-    NUM_KV_KNOTS,
-    CostGrid,
-)
 from servegym.engines import EngineName
 from servegym.serve.engine.core import EngineCore, Noise
 
-
-def second_per_token() -> CostGrid:
-    """A step takes a second for each of its tokens, whether it prefills or decodes."""
-    tokens = np.arange(1.0, 1.0 + NUM_DENSE_KNOTS)
-    return CostGrid(
-        cpu_s=0.0,
-        dense_tokens=tokens,
-        dense_s=tokens,
-        prefill_chunk=np.arange(NUM_CHUNK_KNOTS, dtype=float),
-        prefill_context=np.arange(NUM_CONTEXT_KNOTS, dtype=float),
-        prefill_s=np.zeros((NUM_CHUNK_KNOTS, NUM_CONTEXT_KNOTS)),
-        decode_batch=np.arange(NUM_BATCH_KNOTS, dtype=float),
-        decode_kv=np.arange(NUM_KV_KNOTS, dtype=float),
-        decode_s=np.zeros((NUM_BATCH_KNOTS, NUM_KV_KNOTS)),
-        mixed_s=np.zeros((NUM_BATCH_KNOTS, NUM_KV_KNOTS)),
-        empty_tiles_s=0.0,
-    )
+from ..toys import token_grid  # noqa: TID252 - tests are no package
 
 
 def make_core(
     blocks: int, seqs: int, *, caching: bool = True, engine: EngineName = "vllm"
 ) -> EngineCore:
-    kind = ReplicaType("toy", second_per_token(), blocks, 16, seqs, engine=engine)
+    kind = ReplicaType("toy", token_grid(0.0, 1.0), blocks, 16, seqs, engine=engine)
     return EngineCore(
         kind,
         block_size=2,

@@ -12,8 +12,9 @@ from servegym.cluster.spec import ClusterSpec, Episode
 from servegym.cluster.state import DECISION, EV_ARRIVE, EV_FINISH, EV_REJECT
 from servegym.workloads.table import RequestTable
 
+from ..toys import linear_grid  # noqa: TID252 - tests are no package
 from .test_invariants import play, scenario
-from .test_toys import linear_grid, replica_type, toy_cluster, toy_episode
+from .test_toys import replica_type, toy_cluster, toy_episode
 
 NUM_RUNS = 30
 NUM_REQUESTS = 10_000

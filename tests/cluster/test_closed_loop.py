@@ -24,11 +24,11 @@ from servegym.errors import WorkloadError
 from servegym.scenario import load_scenario
 from servegym.workloads.table import ANY_END, RequestTable
 
+from ..toys import linear_grid  # noqa: TID252 - tests are no package
 from .strategies import random_case, with_followers
 from .test_invariants import play as play_to_the_end
 from .test_toys import (
     assert_times,
-    linear_grid,
     play,  # noqa: F401 - a fixture
     replica_type,
     toy_cluster,

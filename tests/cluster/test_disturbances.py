@@ -11,7 +11,8 @@ from servegym.cluster.state import DECISION, FAULT_DOWN, FAULT_SLOW, FAULT_UP
 from servegym.policy.contract import Group, ReplicaFeature
 from servegym.policy.observe import observe_batch
 
-from .test_toys import Played, linear_grid, play, replica_type, toy_cluster, toy_episode
+from ..toys import linear_grid  # noqa: TID252 - tests are no package
+from .test_toys import Played, play, replica_type, toy_cluster, toy_episode
 
 __all__ = ["play"]  # a fixture: both programs
 

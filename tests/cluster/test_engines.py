@@ -13,10 +13,10 @@ from servegym.cluster.spec import ClusterSpec, ReplicaType
 from servegym.engines import ENGINES, EngineName
 from servegym.errors import ConfigError
 
+from ..toys import linear_grid  # noqa: TID252 - tests are no package
 from .test_toys import (
     Play,
     assert_times,
-    linear_grid,
     play_compiled,
     play_plain,
     toy_cluster,

@@ -105,6 +105,7 @@ def test_no_block_is_lost_or_given_away_twice(seed):
     spec, episode = scenario(seed)
 
     def look(sim: Simulator) -> None:
+        assert len(episode.type_idx)
         for r, type_idx in enumerate(episode.type_idx):
             num_blocks = spec.types[type_idx].num_blocks
             free = int(sim.state.replica[0, r]["free_blocks"])
@@ -131,6 +132,7 @@ def test_the_prefix_index_names_exactly_the_blocks_with_an_identity(seed):
     spec = replace(spec, prefix_caching=True)
 
     def look(sim: Simulator) -> None:
+        assert len(episode.type_idx)
         for r, type_idx in enumerate(episode.type_idx):
             blocks = sim.state.block[0, r][: spec.types[type_idx].num_blocks]
             known = sim.state.known[0, r]

@@ -24,7 +24,8 @@ from servegym.cluster.state import (
 )
 from servegym.workloads.table import RequestTable
 
-from .strategies import choose, random_case, random_grid
+from ..toys import constant_grid  # noqa: TID252 - tests are no package
+from .strategies import choose, random_case
 
 
 def keys_of(num_requests: int, replica: int, asked: int) -> np.ndarray:
@@ -127,21 +128,11 @@ def test_compiled_and_plain_engine_agree_on_random_scenarios(block, asks):
     assert (asked > 100) == (asks != NEVER)
 
 
-def flat_grid(step_s):
-    """A step takes so long, whatever is in it."""
-    grid = random_grid(np.random.default_rng(0))
-    zero = {
-        name: np.zeros_like(getattr(grid, name))
-        for name in ("dense_s", "prefill_s", "decode_s", "mixed_s")
-    }
-    return replace(grid, cpu_s=step_s, empty_tiles_s=0.0, **zero)
-
-
 def test_a_request_that_preempts_itself_leaves_those_behind_it_out_of_the_step():
     # blocks of 4 tokens, 4 of them; each request has 3 prompt and 6 output tokens, and one is
     # admitted at 0, 1 and 2 s. At 3 s all blocks are held when the second, the least urgent, wants
     # one for its fifth token: it preempts itself, and the third gets nothing in that step
-    kind = ReplicaType("t", flat_grid(1.0), 4, 64, 3, engine="vllm-priority")
+    kind = ReplicaType("t", constant_grid(1.0), 4, 64, 3, engine="vllm-priority")
     table = RequestTable.build(
         np.array([0.0, 0.5, 1.5]),
         np.full(3, 3),

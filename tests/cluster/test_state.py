@@ -116,6 +116,7 @@ ORDERS = {
 def test_an_environment_does_the_same_alone_and_among_others(seed, order):
     spec, episodes = siblings(seed)
     batch = finish(Simulator(spec, [episodes[i] for i in ORDERS[order]], record=True))
+    assert ORDERS[order]
     for env, i in enumerate(ORDERS[order]):
         assert fate(batch, env) == alone(spec, episodes[i])
 
@@ -163,7 +164,8 @@ def test_looking_at_the_cluster_does_not_disturb_it(seed):
     unseen = finish(Simulator(spec, episodes), Group.COUNTERS)
     for env in range(NUM_ENVS):
         a, b = seen.outcomes(env), unseen.outcomes(env)
-        for column in a.dtype.names or ():
+        assert a.dtype.names
+        for column in a.dtype.names:
             np.testing.assert_allclose(a[column], b[column], rtol=1e-9, err_msg=column)
 
 
@@ -252,6 +254,7 @@ def test_a_new_episode_finds_no_trace_of_the_last_one(seed, decisions):
     sim = Simulator(spec, [big_episode(spec)], record=True)
     for _ in range(decisions):
         step(sim)
+    assert episodes
     for episode in episodes:
         sim.load(0, episode)
         assert fate(finish(sim)) == alone(spec, episode)

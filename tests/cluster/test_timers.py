@@ -92,6 +92,7 @@ def test_what_is_shown_as_allowed_is_what_is_allowed(seed):
         assert sum(shown[:6]) == sim.state.env[0]["num_allowed"] > 0
         visits[request] = visits.get(request, -1) + 1
         sim.apply(np.array([choose(request, visits[request], shown)]))
+    assert visits
 
 
 def test_a_dispatch_that_is_not_asked_for_goes_where_fewest_run_and_wait():

@@ -22,38 +22,15 @@ from servegym.cluster.state import (
     FAULT_UP,
 )
 from servegym.costs.grid import (
-    NUM_BATCH_KNOTS,
-    NUM_CHUNK_KNOTS,
-    NUM_CONTEXT_KNOTS,
-    NUM_DENSE_KNOTS,
-    NUM_KV_KNOTS,
     CostGrid,
 )
 from servegym.errors import ConfigError, InvalidAction
 from servegym.workloads.table import RequestTable
 
+from ..toys import linear_grid  # noqa: TID252 - tests are no package
+
 #: Actions of each request, visit by visit; replica 0 where nothing is said.
 Script = Mapping[int, Sequence[int]]
-
-
-def linear_grid(
-    cpu_s: float = 1.0, token_s: float = 0.1, pair_s: float = 0.01, kv_s: float = 0.001
-) -> CostGrid:
-    """Make a grid without kinks: `cpu + token * tokens + pair * chunk * context + kv * kv`."""
-    dense = 100.0 * np.arange(NUM_DENSE_KNOTS)
-    chunk, context = 50.0 * np.arange(NUM_CHUNK_KNOTS), 50.0 * np.arange(NUM_CONTEXT_KNOTS)
-    batch, kv = 8.0 * np.arange(NUM_BATCH_KNOTS), 100.0 * np.arange(NUM_KV_KNOTS)
-    return CostGrid(
-        cpu_s=cpu_s,
-        dense_tokens=dense,
-        dense_s=token_s * dense,
-        prefill_chunk=chunk,
-        prefill_context=context,
-        prefill_s=pair_s * np.outer(chunk, context),
-        decode_batch=batch,
-        decode_kv=kv,
-        decode_s=np.add.outer(0.0 * batch, kv_s * kv),
-    )
 
 
 def replica_type(

@@ -42,6 +42,7 @@ def test_nothing_else_differs_once_decoded_blocks_get_their_identity_at_once(nam
 def test_compiled_simulator_gives_every_request_the_times_vllm_gave_it(name):
     workload, engine = read(RECORDED / f"{name}.json")
     ours = play_compiled(workload)
+    assert outcome_of(engine)
     for column, want in outcome_of(engine).items():
         np.testing.assert_allclose(ours[column], want, rtol=1e-9, atol=1e-12, err_msg=column)
 
@@ -57,5 +58,6 @@ def test_plain_simulator_takes_every_step_vllm_took_in_priority_mode(name):
 def test_compiled_simulator_gives_the_times_vllm_gave_in_priority_mode(name):
     workload, engine = read(RECORDED / f"{name}.json")
     ours = play_compiled(workload, priority=True)
+    assert outcome_of(engine)
     for column, want in outcome_of(engine).items():
         np.testing.assert_allclose(ours[column], want, rtol=1e-9, atol=1e-12, err_msg=column)

@@ -299,7 +299,9 @@ def test_normalised_numbers_are_within_bounds_and_keep_their_order(problem):
 
 
 def test_one_vector_holds_all_but_the_mask(problem):
-    for raw, seen in raw_and_seen(problem, flat=True):
+    pairs = list(raw_and_seen(problem, flat=True))
+    assert pairs
+    for raw, seen in pairs:
         parts = [np.ravel(value) for name, value in raw.items() if name != "action_mask"]
         assert seen.dtype == np.float32
         assert sorted(seen.tolist()) == sorted(np.concatenate(parts).astype(np.float32).tolist())

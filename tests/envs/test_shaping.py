@@ -43,6 +43,7 @@ def play(env, *, seed: int = 0) -> tuple[np.ndarray, float, float]:
 @pytest.mark.parametrize("episode_end", ["drained", "last-arrival"])
 @pytest.mark.parametrize("scale", [1.0, "auto"])
 def test_return_changes_by_the_potential_at_the_ends_alone(problem, episode_end, scale):
+    assert OBJECTIVES[problem.single.__name__]
     for objective in OBJECTIVES[problem.single.__name__]:
         settings = {**problem.settings, "objective": objective, "episode_end": episode_end}
         plain, _, _ = play(problem.single(**settings))

@@ -97,6 +97,7 @@ def test_best_heuristic_is_no_oracle_and_not_learned(compared):
 
 
 def test_more_load_means_more_latency(compared):
+    assert compared.policies
     for name, _ in compared.policies:
         assert compared.mean(name, 1.5, "e2e_mean_s") > compared.mean(name, 0.5, "e2e_mean_s")
 
@@ -113,6 +114,7 @@ def test_two_policies_of_one_name_are_refused(make_scenario):
 
 
 def test_decisions_are_timed(compared):
+    assert compared.policies
     for name, _ in compared.policies:
         median, high = compared.decision_s[name]
         assert 0 < median <= high < 1

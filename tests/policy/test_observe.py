@@ -23,19 +23,13 @@ from servegym.cluster.state import (
     QUEUED,
     RUNNING,
 )
-from servegym.costs.grid import (
-    NUM_BATCH_KNOTS,
-    NUM_CHUNK_KNOTS,
-    NUM_CONTEXT_KNOTS,
-    NUM_DENSE_KNOTS,
-    NUM_KV_KNOTS,
-    CostGrid,
-)
 from servegym.policy.contract import Group, ReplicaFeature, RequestFeature
 from servegym.policy.observe import observe_batch
 from servegym.policy.policy import Observations
 from servegym.scenario import ActionConfig, FailStopConfig, load_scenario
 from servegym.workloads.table import RequestTable
+
+from ..toys import constant_grid  # noqa: TID252 - tests are no package
 
 ALL = Group.COUNTERS | Group.METRICS | Group.PREFIX
 
@@ -173,24 +167,9 @@ def test_observations_equal_what_log_and_table_say(name, seed):
     assert (simulator.events()["kind"] == EV_RETURN).any() == (name == "failures")
 
 
-def constant_step(step_s: float) -> CostGrid:
-    """Every step takes the same time, whatever is in it."""
-    return CostGrid(
-        step_s,
-        np.arange(float(NUM_DENSE_KNOTS)),
-        np.zeros(NUM_DENSE_KNOTS),
-        np.arange(float(NUM_CHUNK_KNOTS)),
-        np.arange(float(NUM_CONTEXT_KNOTS)),
-        np.zeros((NUM_CHUNK_KNOTS, NUM_CONTEXT_KNOTS)),
-        np.arange(float(NUM_BATCH_KNOTS)),
-        np.arange(float(NUM_KV_KNOTS)),
-        np.zeros((NUM_BATCH_KNOTS, NUM_KV_KNOTS)),
-    )
-
-
 def toy(arrival_s, prompt, output, *, replicas=1, faults=None, max_num_seqs=8, **rules):
     """Replicas of 10 blocks of 16 tokens whose steps last 0.1 s."""
-    engine = ReplicaType("toy", constant_step(0.1), 10, max_num_seqs=max_num_seqs)
+    engine = ReplicaType("toy", constant_grid(0.1), 10, max_num_seqs=max_num_seqs)
     table = RequestTable.build(np.array(arrival_s), np.array(prompt), np.array(output))
     spec = ClusterSpec((engine,), block_size=16, **rules)
     episode = Episode(table, np.zeros(replicas, np.int16), np.ones(replicas), faults or Faults())
@@ -275,7 +254,9 @@ def test_the_true_length_is_hidden():
     table = simulator.episodes[0].table
     longer = replace(table, output_tokens=table.output_tokens + 50)
     other.load(0, replace(simulator.episodes[0], table=longer))
-    for got, want in zip(follow(simulator, [0, 1]), follow(other, [0, 1]), strict=True):
+    seen = list(zip(follow(simulator, [0, 1]), follow(other, [0, 1]), strict=True))
+    assert len(seen) == len(Observations._fields)
+    for got, want in seen:
         np.testing.assert_array_equal(got, want)
 
 
@@ -292,7 +273,7 @@ def test_columns_of_absent_replicas_are_zero_and_masked():
 
 
 def test_a_replica_too_small_for_the_request_is_masked():
-    small, large = (ReplicaType(str(n), constant_step(0.1), n) for n in (3, 4))
+    small, large = (ReplicaType(str(n), constant_grid(0.1), n) for n in (3, 4))
     # 30 + 20 - 1 = 49 tokens: one more than 3 blocks of 16
     table = RequestTable.build(np.zeros(1), np.array([30]), np.array([20]))
     episode = Episode(table, np.array([0, 1], np.int16), np.ones(2))
@@ -310,7 +291,7 @@ def test_prefix_hits_are_whole_blocks_that_leave_a_token_to_compute():
         prefix_keys=np.array([7, 7]),
         prefix_ends=np.array([64, 64]),
     )
-    engine = ReplicaType("toy", constant_step(0.1), 10)
+    engine = ReplicaType("toy", constant_grid(0.1), 10)
     episode = Episode(table, np.zeros(2, np.int16), np.ones(2))
     simulator = Simulator(ClusterSpec((engine,), prefix_caching=True), [episode])
     seen = follow(simulator, [1])

@@ -20,37 +20,16 @@ from servegym.cluster.state import (
     VIEW_WHAT_IF_ADDED,
     VIEW_WHAT_IF_E2E,
 )
-from servegym.costs.grid import (
-    NUM_BATCH_KNOTS,
-    NUM_CHUNK_KNOTS,
-    NUM_CONTEXT_KNOTS,
-    NUM_DENSE_KNOTS,
-    NUM_KV_KNOTS,
-    CostGrid,
-)
 from servegym.policy.contract import Group
 from servegym.policy.observe import observe_batch
 from servegym.policy.run import run
 from servegym.workloads.table import RequestTable
 
+from ..toys import token_grid  # noqa: TID252 - tests are no package
+
 NEEDS = Group.COUNTERS | Group.WHAT_IF
 #: A step lasts 10 ms and 1 ms for each token in it.
 STEP_S, TOKEN_S = 0.01, 0.001
-
-
-def linear_grid() -> CostGrid:
-    tokens = np.arange(float(NUM_DENSE_KNOTS))
-    return CostGrid(
-        STEP_S,
-        tokens,
-        TOKEN_S * tokens,
-        np.arange(float(NUM_CHUNK_KNOTS)),
-        np.arange(float(NUM_CONTEXT_KNOTS)),
-        np.zeros((NUM_CHUNK_KNOTS, NUM_CONTEXT_KNOTS)),
-        np.arange(float(NUM_BATCH_KNOTS)),
-        np.arange(float(NUM_KV_KNOTS)),
-        np.zeros((NUM_BATCH_KNOTS, NUM_KV_KNOTS)),
-    )
 
 
 def cluster(
@@ -64,7 +43,7 @@ def cluster(
         output,
         predicted_output_tokens=np.array(output if predicted is None else predicted, float),
     )
-    engine = ReplicaType("toy", linear_grid(), num_blocks, max_num_seqs=max_num_seqs)
+    engine = ReplicaType("toy", token_grid(STEP_S, TOKEN_S), num_blocks, max_num_seqs=max_num_seqs)
     episode = Episode(
         table, np.zeros(len(speeds), np.int16), np.array(speeds, float), faults or Faults()
     )
@@ -190,6 +169,7 @@ def test_planning_leaves_the_simulation_as_it_was():
     follow(simulator, [0, 1] * 4)
     before = simulator.snapshot().state
     planned(simulator)
+    assert before._fields
     for name, old, new in zip(before._fields, before, simulator.state, strict=True):
         if name == "shown":
             old, new = old[:, :VIEW_WHAT_IF_E2E], new[:, :VIEW_WHAT_IF_E2E]
@@ -271,6 +251,7 @@ def test_a_batch_of_environments_is_planned_like_each_alone():
     both = Simulator(one.spec, [one.episodes[0], other])
     both.advance()
     seen, _ = observe_batch(both, NEEDS)
+    assert len(both.episodes) == 2
     for row, episode in enumerate(both.episodes):
         alone = Simulator(one.spec, [episode])
         alone.advance()

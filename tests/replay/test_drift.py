@@ -20,7 +20,9 @@ def within(effect, truth, slack=1.0):
 
 
 def test_an_exact_fleet_has_factors_of_one(exact):
-    for replica in drift_of(exact).replicas:
+    replicas = drift_of(exact).replicas
+    assert replicas
+    for replica in replicas:
         [stretch] = replica.stretches
         assert stretch.decode.value == pytest.approx(1.0, abs=1e-3)
         assert stretch.prefill.value == pytest.approx(1.0, abs=5e-3)

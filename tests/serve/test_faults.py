@@ -206,6 +206,7 @@ def test_streams_of_a_replica_that_begins_to_hang_end_in_time_and_say_so():
             await service.fault("hang")
             async with asyncio.timeout(5):
                 outcomes = {p: await task for p, task in wave.items()}
+            assert len(outcomes) == 12
             for prompt, outcome in outcomes.items():
                 stuck = service.begun[prompt] == "replica-0"
                 assert outcome in (("told", "broken") if stuck else ("ok",))

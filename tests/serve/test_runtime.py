@@ -252,10 +252,14 @@ def test_every_rule_that_can_be_live_decides_as_in_the_simulator():
     seen = observe(
         [3, 1, 2], relative_speed=np.array([1.0, 0.2, 0.5]), num_running=np.array([3.0, 1.0, 2.0])
     )
-    for name in names():
-        rule = policy(name)
-        if rule.information == "oracle" or rule.needs & Group.WHAT_IF:
-            continue
+    rules = {name: policy(name) for name in names()}
+    live = {
+        name: rule
+        for name, rule in rules.items()
+        if rule.information != "oracle" and not rule.needs & Group.WHAT_IF
+    }
+    assert live
+    for name, rule in live.items():
         rule.reset(1, 0)
         runtime = PolicyRuntime(RuntimeConfig(policy=name))
         for _ in range(3):

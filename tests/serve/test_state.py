@@ -263,6 +263,7 @@ def test_facts_of_known_hardware_are_the_simulators():
         for _ in range(entry.count)
     ]
     got = fleet_facts(fleet)
+    assert len(got) == NUM_NOMINAL > 0
     for i in range(NUM_NOMINAL):
         name = REPLICA_FEATURES[FIRST_NOMINAL + i].name
         # the simulator rounds the cache to whole blocks

@@ -6,17 +6,9 @@ import csv
 import gzip
 import json
 
-import numpy as np
 import pytest
 
-from servegym.costs.grid import (
-    NUM_BATCH_KNOTS,
-    NUM_CHUNK_KNOTS,
-    NUM_CONTEXT_KNOTS,
-    NUM_DENSE_KNOTS,
-    NUM_KV_KNOTS,
-    CostGrid,
-)
+from ..toys import constant_grid  # noqa: TID252 - tests are no package
 
 COLUMNS = (
     *("row_id", "file", "date", "quality", "engine", "engine_version", "model", "precision_w"),
@@ -108,14 +100,4 @@ def write_run(tmp_path):
 @pytest.fixture
 def second_steps():
     """A step cost of 1 s, whatever is in the step."""
-    return CostGrid(
-        cpu_s=1.0,
-        dense_tokens=np.arange(1.0, NUM_DENSE_KNOTS + 1),
-        dense_s=np.zeros(NUM_DENSE_KNOTS),
-        prefill_chunk=np.arange(1.0, NUM_CHUNK_KNOTS + 1),
-        prefill_context=np.arange(NUM_CONTEXT_KNOTS, dtype=float),
-        prefill_s=np.zeros((NUM_CHUNK_KNOTS, NUM_CONTEXT_KNOTS)),
-        decode_batch=np.arange(1.0, NUM_BATCH_KNOTS + 1),
-        decode_kv=np.arange(1.0, NUM_KV_KNOTS + 1),
-        decode_s=np.zeros((NUM_BATCH_KNOTS, NUM_KV_KNOTS)),
-    )
+    return constant_grid(1.0)

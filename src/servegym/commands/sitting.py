@@ -18,7 +18,9 @@ class Trainer(Protocol):
     finished: bool
     folder: RunFolder
 
-    def prepare(self) -> float: ...
+    def prepare(self) -> float:
+        """Compile and begin; return the seconds that took."""
+        ...
 
 
 @contextmanager

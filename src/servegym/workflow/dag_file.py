@@ -39,6 +39,7 @@ class LinkSpeed(_Part):
 
     @property
     def s_per_byte(self) -> float:
+        """Seconds a byte takes, 0 on a link without a limit."""
         return 1.0 / self.bytes_per_s if self.bytes_per_s else 0.0
 
 

@@ -66,14 +66,17 @@ class Workflow:
 
     @property
     def num_tasks(self) -> int:
+        """Tasks of the graph."""
         return len(self.tasks)
 
     @property
     def num_devices(self) -> int:
+        """Devices that could run them."""
         return len(self.devices)
 
     @property
     def num_edges(self) -> int:
+        """Edges between tasks."""
         return len(self.graph.parent)
 
     @cached_property

@@ -69,10 +69,12 @@ class Job:
 
     @property
     def num_stages(self) -> int:
+        """Stages of the job."""
         return len(self.kind)
 
     @property
     def num_edges(self) -> int:
+        """Edges between stages."""
         return len(self.parent)
 
 

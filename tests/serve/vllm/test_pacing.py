@@ -9,18 +9,12 @@ import numpy as np
 import pytest
 
 import servegym.serve.vllm
-from servegym.costs.grid import (
-    NUM_BATCH_KNOTS,
-    NUM_CHUNK_KNOTS,
-    NUM_CONTEXT_KNOTS,
-    NUM_DENSE_KNOTS,
-    NUM_KV_KNOTS,
-    CostGrid,
-)
 from servegym.errors import ConfigError
 from servegym.serve.vllm.grid_file import load_grid, save_grid
 from servegym.serve.vllm.paced_executor import make_executor
 from servegym.serve.vllm.pacing import Pacer, StepReader, read_paced_config
+
+from ...toys import linear_grid  # noqa: TID252 - tests are no package
 
 VOCABULARY = 100
 
@@ -28,18 +22,7 @@ VOCABULARY = 100
 @pytest.fixture
 def grid():
     """1 s a step, 0.1 s a token, and in decodes 0.001 s a cached token: easy to tell apart."""
-    kv = np.arange(1.0, NUM_KV_KNOTS + 1)
-    return CostGrid(
-        cpu_s=1.0,
-        dense_tokens=np.arange(1.0, NUM_DENSE_KNOTS + 1),
-        dense_s=0.1 * np.arange(1.0, NUM_DENSE_KNOTS + 1),
-        prefill_chunk=np.arange(1.0, NUM_CHUNK_KNOTS + 1),
-        prefill_context=np.arange(1.0, NUM_CONTEXT_KNOTS + 1),
-        prefill_s=np.zeros((NUM_CHUNK_KNOTS, NUM_CONTEXT_KNOTS)),
-        decode_batch=np.arange(1.0, NUM_BATCH_KNOTS + 1),
-        decode_kv=kv,
-        decode_s=np.tile(0.001 * kv, (NUM_BATCH_KNOTS, 1)),
-    )
+    return linear_grid(pair_s=0.0)
 
 
 def output(scheduled, new=(), cached=(), finished=()):

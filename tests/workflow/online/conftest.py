@@ -6,17 +6,11 @@ import numpy as np
 import pytest
 
 from servegym.cluster.spec import ReplicaType
-from servegym.costs.grid import (
-    NUM_BATCH_KNOTS,
-    NUM_CHUNK_KNOTS,
-    NUM_CONTEXT_KNOTS,
-    NUM_DENSE_KNOTS,
-    NUM_KV_KNOTS,
-    CostGrid,
-)
 from servegym.workflow.online.run import run
 from servegym.workflow.online.simulator import Simulator
 from servegym.workflow.online.state import DECISION, DONE
+
+from ...toys import token_grid  # noqa: TID252 - tests are no package
 
 
 @pytest.fixture
@@ -24,19 +18,8 @@ def engine() -> Callable[..., ReplicaType]:
     """Return a maker of engines whose step takes 1 s and 0.1 s a token, attention nothing."""
 
     def make(**changes: int) -> ReplicaType:
-        grid = CostGrid(
-            cpu_s=1.0,
-            dense_tokens=np.arange(NUM_DENSE_KNOTS, dtype=float),
-            dense_s=0.1 * np.arange(NUM_DENSE_KNOTS),
-            prefill_chunk=np.arange(NUM_CHUNK_KNOTS, dtype=float),
-            prefill_context=np.arange(NUM_CONTEXT_KNOTS, dtype=float),
-            prefill_s=np.zeros((NUM_CHUNK_KNOTS, NUM_CONTEXT_KNOTS)),
-            decode_batch=np.arange(NUM_BATCH_KNOTS, dtype=float),
-            decode_kv=np.arange(NUM_KV_KNOTS, dtype=float),
-            decode_s=np.zeros((NUM_BATCH_KNOTS, NUM_KV_KNOTS)),
-        )
         settings = {"num_blocks": 100, "max_num_batched_tokens": 20, "max_num_seqs": 4}
-        return ReplicaType("toy", grid, **(settings | changes))
+        return ReplicaType("toy", token_grid(1.0, 0.1), **(settings | changes))
 
     return make
 

@@ -87,6 +87,7 @@ def test_larger_episode_is_loaded_into_grown_arrays():
 
 
 def test_every_rule_is_a_policy_and_says_what_it_knows():
+    assert online_rule_names()
     for name in online_rule_names():
         made = online_rule(name)
         assert isinstance(made, WorkflowPolicy)
@@ -100,6 +101,7 @@ def test_action_that_cannot_be_taken_is_refused_and_nothing_happens():
     simulator.advance()
     before = simulator.snapshot()
     bad = [a for a in range(-3, 60) if a not in simulator.startable().tolist() and a != WAIT]
+    assert bad
     for action in bad:
         with pytest.raises(InvalidAction):
             simulator.apply(np.array([action]))

@@ -72,7 +72,9 @@ def test_deadlines_are_multiples_of_an_unloaded_question_by_class(questions):
 
 
 def test_documents_are_summarised_chunk_by_chunk_and_then_eight_at_a_time():
-    for job in draw("map-reduce", np.random.default_rng(0), 200):
+    jobs = draw("map-reduce", np.random.default_rng(0), 200)
+    assert len(jobs) == 200
+    for job in jobs:
         maps = np.flatnonzero(job.label == 0)
         assert not np.isin(maps, job.child).any()
         assert (job.prompt_tokens[maps[:-1]] == 4150).all()

@@ -141,6 +141,7 @@ def drawn():
 
 
 def test_calls_alternate_with_tools_and_pauses(drawn):
+    assert drawn
     for job in drawn:
         main = np.flatnonzero(job.label == CALL)
         assert main[0] == 0
@@ -155,6 +156,7 @@ def test_calls_alternate_with_tools_and_pauses(drawn):
 
 
 def test_no_call_is_beyond_the_context(drawn):
+    assert drawn
     for job in drawn:
         assert (job.prompt_tokens + job.output_tokens).max() <= 200000
         assert job.tool_s[job.label == PAUSE].max(initial=0.0) <= 3600

@@ -30,6 +30,7 @@ def ancestors(job, keep):
 
 
 def test_parents_come_first_and_no_edge_occurs_twice(family_jobs):
+    assert family_jobs[1]
     for job in family_jobs[1]:
         assert (job.parent < job.child).all()
         edges = set(zip(job.parent.tolist(), job.child.tolist(), strict=True))
@@ -55,6 +56,7 @@ def test_every_step_occurs(family_jobs):
 
 
 def test_first_stages_are_known_and_hidden_ones_wait_for_something(family_jobs):
+    assert family_jobs[1]
     for job in family_jobs[1]:
         entries = np.ones(job.num_stages, bool)
         entries[job.child] = False
@@ -63,6 +65,7 @@ def test_first_stages_are_known_and_hidden_ones_wait_for_something(family_jobs):
 
 
 def test_order_of_known_stages_is_known_without_the_hidden_ones(family_jobs):
+    assert family_jobs[1]
     for job in family_jobs[1]:
         known = ~job.hidden
         only_known = sum(1 << i for i in np.flatnonzero(known).tolist())
@@ -72,6 +75,7 @@ def test_order_of_known_stages_is_known_without_the_hidden_ones(family_jobs):
 
 
 def test_shared_tokens_are_of_the_parents_prompt_or_output(family_jobs):
+    assert family_jobs[1]
     for job in family_jobs[1]:
         shares = job.shared_tokens > 0
         parent, child = job.parent[shares], job.child[shares]
@@ -84,6 +88,7 @@ def test_shared_tokens_are_of_the_parents_prompt_or_output(family_jobs):
 
 
 def test_each_kind_has_its_numbers_and_no_others(family_jobs):
+    assert family_jobs[1]
     for job in family_jobs[1]:
         llm, tool = job.kind == StageKind.LLM, job.kind == StageKind.TOOL
         assert ((job.prompt_tokens > 0) == llm).all()
@@ -121,6 +126,7 @@ def test_expected_output_is_the_mean_of_its_step(name):
         np.concatenate([getattr(job, key)[job.kind == StageKind.LLM] for job in jobs])
         for key in ("label", "output_tokens", "expected_output_tokens")
     )
+    assert len(label)
     for step in np.unique(label):
         mine = label == step
         assert len(set(expected[mine].tolist())) == 1

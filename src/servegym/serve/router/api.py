@@ -80,6 +80,7 @@ class Api:
         self._reading.shutdown(wait=False, cancel_futures=True)
 
     def app(self) -> web.Application:
+        """Make the application that answers clients."""
         app = web.Application(
             middlewares=[self._answer_errors],
             client_max_size=self.config.request.max_body_bytes,

@@ -42,6 +42,7 @@ class DeviceType:
 
     @property
     def num_slots(self) -> int:
+        """Stages that run at a time."""
         return self.engine.max_num_seqs if self.engine else self.slots
 
 
@@ -159,10 +160,12 @@ class Episode:
 
     @property
     def num_jobs(self) -> int:
+        """Jobs of the episode."""
         return len(self.arrival_s)
 
     @property
     def num_devices(self) -> int:
+        """Devices of the fleet that was drawn."""
         return len(self.type_idx)
 
     @property
