@@ -390,7 +390,8 @@ def wake(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     t = v.type_idx
     if v.mode == IDLE:
         v.mode = WAKING
-        set_event(s, e, r, np.nextafter(now_s, math.inf))
+        if s.due[e, v.event_pos].time_s == math.inf:  # else other ranks are in a step
+            set_event(s, e, r, np.nextafter(now_s, math.inf))
     elif v.num_running < p.max_num_seqs[t] and (v.num_waiting == 1 or p.engine[t] == VLLM_PRIORITY):
         # an engine that could not admit the head of its queue cannot admit what comes behind it
         cut_stretch(p, s, e, r, now_s)

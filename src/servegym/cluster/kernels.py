@@ -19,6 +19,7 @@ from servegym.cluster.engine import (
 )
 from servegym.cluster.entry import ADVANCE, APPLY, entry
 from servegym.cluster.jit import helper, inlined, kernel
+from servegym.cluster.lockstep import step_together
 from servegym.cluster.log import log_event
 from servegym.cluster.priority import form_by_priority
 from servegym.cluster.running import blocks_for_steps
@@ -98,9 +99,12 @@ def advance(p: Params, s: State, e: int) -> int:
         elif engine_s <= arrival_s:
             env.now_s = engine_s
             r = s.due[e, 0].replica
-            if s.replica[e, r].mode != WAKING:
-                end_step(p, s, e, r, engine_s)
-            form_step(p, s, e, r, engine_s)
+            if s.replica[e, r].num_ranks > 0:
+                step_together(p, s, e, s.replica[e, r].first_rank, engine_s)
+            else:
+                if s.replica[e, r].mode != WAKING:
+                    end_step(p, s, e, r, engine_s)
+                form_step(p, s, e, r, engine_s)
         else:
             env.now_s = arrival_s
             arrive_next(p, s, e)

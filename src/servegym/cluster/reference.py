@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from servegym.cluster import state as st
 from servegym.cluster.outcome import EVENT_DTYPE
-from servegym.cluster.reference_engines import RULES, Request, VllmPriority
-from servegym.cluster.spec import ClusterSpec, Episode
+from servegym.cluster.reference_engines import RULES, Engine, Request, VllmPriority
+from servegym.cluster.spec import ClusterSpec, Episode, first_ranks
 from servegym.workloads.table import ANY_END, BY_ITSELF
 
 
@@ -60,6 +60,8 @@ class ReferenceSimulator:
         ]
         types = [spec.types[t] for t in episode.type_idx.tolist()]
         self.replicas = [RULES[kind.engine](self, r) for r, kind in enumerate(types)]
+        first = first_ranks(np.array([kind.num_ranks for kind in types])).tolist()
+        self.groups = [[e for e in self.replicas if first[e.r] == i] for i in first]
         self.unsent = [q for q in self.requests if q.after == ANY_END]
         self.now_s = 0.0
         self.in_system = 0
@@ -125,9 +127,24 @@ class ReferenceSimulator:
             if timer_s == now_s and (kind == st.FAULT or engine.due_s > now_s):
                 self._go_off(*heapq.heappop(self.timers))
             else:
-                if engine.stepping:
-                    engine.end_step()
-                engine.begin_step()
+                self._step(self.groups[engine.r])
+
+    def _step(self, ranks: list[Engine]) -> None:
+        """Let replicas that step together, most often one alone, end a step and begin another."""
+        for engine in ranks:
+            if engine.stepping:
+                engine.end_step()
+        for engine in ranks:
+            engine.begin_step()
+        shared = ranks[0].type.shared
+        if shared is None or not any(engine.stepping for engine in ranks):
+            return
+        slowest_s = max(engine.own_step_s() for engine in ranks)
+        tokens = [max(1, engine.step_tokens()) for engine in ranks]  # the idle have a dummy token
+        prefills = any(q.prefilling for engine in ranks for q in engine.running if q.scheduled)
+        end_s = self.now_s + slowest_s + shared.step_s(tokens, prefills=prefills)
+        for engine in ranks:
+            engine.due_s = end_s
 
     def _set_timer(self, time_s: float, kind: int, subject: int) -> None:
         """Let something happen; of equal times and kinds, what was set first goes first."""

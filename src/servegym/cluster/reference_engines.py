@@ -166,6 +166,16 @@ class Engine:
         self.stepping = True
         self.due_s = sim.now_s + self.type.grid.step_s(chunks, len(decodes), kv) * factor
 
+    def own_step_s(self) -> float:
+        """Seconds that the step just begun takes by itself; of an idle rank, with a dummy token."""
+        if self.stepping:
+            return self.due_s - self.sim.now_s
+        return (self.type.grid.cpu_s + self.type.grid.dense(1)) / self.speed
+
+    def step_tokens(self) -> int:
+        """Tokens of the step in progress."""
+        return sum(q.scheduled for q in self.running)
+
     def blocks(self, tokens: int) -> int:
         """Blocks that hold so many tokens."""
         return -(-tokens // self.sim.spec.block_size)

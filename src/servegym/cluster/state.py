@@ -92,6 +92,9 @@ class Params(NamedTuple):
     longest_tokens: IntArray  # [T] KV tokens that one request can come to have
     max_num_batched_tokens: IntArray  # [T] token budget of a step
     max_num_seqs: IntArray  # [T]
+    num_ranks: IntArray  # [T] replicas that step together, 0: each by itself
+    largest_graph: IntArray  # [T] most tokens of such a rank for which there is a CUDA graph
+    shared_s: FloatArray  # [T, NUM_SHARED, NUM_SHARED_KNOTS] of `costs.shared`, see SHARED_*
     nominal: FloatArray  # [T, NUM_NOMINAL] static facts for the observation, see policy.contract
     slo_s: FloatArray  # [num_classes, 2] TTFT and TPOT limits, seconds
     slo_weight: FloatArray  # [num_classes]
@@ -166,6 +169,8 @@ REPLICA_DTYPE = np.dtype(
         ("base_speed", "f8"),
         ("type_idx", "i8"),
         ("noise_stream", "i8"),  # its place in the scenario, for `rng.step_noise_z`
+        ("num_ranks", "i8"),  # replicas whose steps begin and end with its own, 0: none do
+        ("first_rank", "i8"),  # the first of them; they stand side by side
         # engine
         ("mode", "i8"),
         ("speed", "f8"),  # base_speed times the multiplier of a SLOW fault
@@ -309,6 +314,10 @@ class State(NamedTuple):
     log: Records  # outcome.EVENT_DTYPE[E, L]
     steps: Records  # outcome.STEP_DTYPE[E, L]
 
+
+#: Rows of `Params.shared_s`; the first has the knots.
+SHARED_TOKENS, SHARED_EXPERTS, SHARED_SKEWED_EXPERTS, SHARED_EXCHANGE = range(4)
+NUM_SHARED = 4
 
 #: Rows of `State.scraped`.
 SCRAPED_RUNNING, SCRAPED_WAITING, SCRAPED_KV_USAGE, SCRAPED_EMITTED = range(4)

@@ -131,6 +131,9 @@ def _step_left_s(p: Params, s: State, e: int, r: int) -> float:
     """Time until the step in progress ends, 0 if there is none."""
     v = s.replica[e, r]
     now_s = s.env[e].now_s
+    if v.num_ranks > 0:  # it waits for the step of all, even if it is idle
+        due_s = s.due[e, v.event_pos].time_s
+        return due_s - now_s if due_s < np.inf else 0.0
     if v.mode == STEP or v.mode == PREFILL:
         return s.due[e, v.event_pos].time_s - now_s
     if v.mode == DECODE:
