@@ -104,7 +104,9 @@ def expect(p: Params, s: State, e: int, r: int, request: int) -> None:
 @inlined
 def is_retained(s: State, e: int, r: int, request: int) -> bool:
     """Whether an ended request, or -1 for none, keeps blocks of this replica."""
-    return request >= 0 and s.request[e, request].table_len > 0 and s.request[e, request].replica == r
+    return (
+        request >= 0 and s.request[e, request].table_len > 0 and s.request[e, request].replica == r
+    )
 
 
 @inlined

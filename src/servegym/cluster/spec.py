@@ -129,7 +129,7 @@ class ClusterSpec:
             raise ConfigError(f"hold_s must be above 0, got {self.hold_s}")
         if self.retain_kv_s > 0 and not self.prefix_caching:
             raise ConfigError(
-                f"retain_kv_s is {self.retain_kv_s}, but blocks are kept in the prefix cache, which "
+                f"retain_kv_s is {self.retain_kv_s}, but the prefix cache, where blocks are kept, "
                 "is off: set prefix_caching, or retain_kv_s to 0"
             )
         for kind in self.types:

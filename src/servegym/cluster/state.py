@@ -270,7 +270,7 @@ FORMING_DTYPE = np.dtype(
 SEGMENT_DTYPE = np.dtype([("key", "i8"), ("end", "i8")], align=True)
 END_DTYPE = np.dtype([("key", "i8"), ("request", "i8")], align=True)
 DUE_DTYPE = np.dtype([("time_s", "f8"), ("replica", "i8")], align=True)
-#: Something that happens at a time: a fault, a scrape, a request's turn or the end of its retention.
+#: Something that happens at a time: a fault, a scrape, or what a request waits for.
 TIMER_DTYPE = np.dtype(
     [("time_s", "f8"), ("kind", "i8"), ("order", "i8"), ("subject", "i8")], align=True
 )
