@@ -229,3 +229,37 @@ def random_shared(rng: np.random.Generator, num_ranks: int) -> SharedCost:
         exchange_s=5e-3 + times_s(1e-3),
         largest_graph=int(rng.choice([0, 3, 16, 400])),
     )
+
+
+def with_conversations(
+    spec: ClusterSpec, episode: Episode, seed: int
+) -> tuple[ClusterSpec, Episode]:
+    """Let those who wait for one request go on from its text, and its blocks be retained."""
+    spec, episode = with_followers(spec, episode, seed)
+    rng = np.random.default_rng((seed, 5))
+    table = episode.table
+    n = len(table)
+    prompt = table.prompt_tokens.copy()
+    texts: list[list[tuple[int, int]]] = []
+    for i, turn in enumerate(table.after.tolist()):
+        said = list(texts[turn]) if turn >= 0 else []
+        if said and rng.random() < 0.3:  # the context is rewritten behind one of its parts
+            said = said[: int(rng.integers(len(said)))]
+        begin = said[-1][1] if said else 0
+        prompt[i] = min(69, begin + int(rng.integers(1, 12))) if turn >= 0 else prompt[i]
+        end = int(prompt[i] + table.output_tokens[i])
+        texts.append(said + ([(1000 + i, end)] if end > begin else []))
+    table = replace(
+        table,
+        prompt_tokens=prompt,
+        prefix_offsets=np.concatenate(([0], np.cumsum([len(text) for text in texts]))).astype(
+            table.prefix_offsets.dtype
+        ),
+        prefix_keys=np.array([key for text in texts for key, _ in text], np.int64),
+        prefix_ends=np.array([end for text in texts for _, end in text], np.int32),
+    )
+    assert len(texts) == n
+    spec = replace(
+        spec, prefix_caching=True, retain_kv_s=float(rng.choice([0.02, 0.1, 0.5, 5.0, 1e9]))
+    )
+    return spec, replace(episode, table=table)

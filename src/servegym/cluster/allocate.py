@@ -131,6 +131,7 @@ def make_params(spec: ClusterSpec, *, record: bool, asks: Asks = DISPATCH_ONLY) 
         allow_hold=bool(spec.allow_hold),
         allow_reject=bool(spec.allow_reject),
         hold_s=float(spec.hold_s),
+        retain_kv_s=float(spec.retain_kv_s),
         metrics_interval_s=float(spec.metrics_interval_s),
         noise_sigma=float(spec.noise_sigma),
         noise_period_steps=int(spec.noise_period_steps),

@@ -34,8 +34,10 @@ _F = TypeVar("_F", bound=Callable[..., object])
     PREFIX_HIT_TOKENS,
     FORM_PHASE,
     STEP_TOGETHER,
-) = range(8)
-NUM_ENTRIES = 8
+    CATCH_UP,
+    LET_GO,
+) = range(10)
+NUM_ENTRIES = 10
 
 _compiled: dict[int, tuple[Any, types.Type, tuple[types.Type, ...]]] = {}
 

@@ -86,10 +86,20 @@ class ReferenceSimulator:
         self.log(kind, q.idx, replica)
         self.in_system -= 1
         self.ended += 1
-        released = [other for other in self.requests if other.after == q.idx] + self.unsent[:1]
+        released = self.followers(q) + self.unsent[:1]
         del self.unsent[:1]
         for other in released:
             self._set_arrival(other, self.now_s + other.delay_s)
+
+    def followers(self, q: Request) -> list[Request]:
+        """Those that wait for the end of this one."""
+        return [other for other in self.requests if other.after == q.idx]
+
+    def expiry_s(self, q: Request) -> float:
+        """Set and return when a turn that ends now has been retained for its time."""
+        until_s = self.now_s + self.spec.retain_kv_s
+        self._set_timer(until_s, st.EXPIRY, q.idx)
+        return until_s
 
     def allowed(self, request: int) -> list[bool]:
         """Which actions may be taken: replicas, then hold, then reject."""
@@ -128,6 +138,8 @@ class ReferenceSimulator:
                 self._go_off(*heapq.heappop(self.timers))
             else:
                 self._step(self.groups[engine.r])
+        for engine in self.replicas:
+            engine.pool.let_all_go()
 
     def _step(self, ranks: list[Engine]) -> None:
         """Let replicas that step together, most often one alone, end a step and begin another."""
@@ -167,6 +179,9 @@ class ReferenceSimulator:
         elif kind == st.SCRAPE:
             self.scraped = [e.metrics() for e in self.replicas]
             self._set_timer(time_s + self.spec.metrics_interval_s, st.SCRAPE, 0)
+        elif kind == st.EXPIRY:
+            for engine in self.replicas:
+                engine.pool.expire(subject)
         else:
             q = self.requests[subject]
             if kind == st.ARRIVAL:
@@ -184,6 +199,7 @@ class ReferenceSimulator:
             self.log(st.EV_DISPATCH, q.idx, action)
             chosen = self.replicas[action]
             chosen.waiting.append(q)
+            chosen.pool.expect(q.after)
             chosen.wake()
         elif action == hold:
             self._set_timer(self.now_s + self.spec.hold_s, st.HOLD_OVER, q.idx)

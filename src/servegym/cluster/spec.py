@@ -127,6 +127,8 @@ class ClusterSpec:
         allow_hold: Whether a router may hold a request for `hold_s`.
         allow_reject: Whether a router may reject a request.
         hold_s: How long a hold lasts, seconds.
+        retain_kv_s: How long the KV blocks of a request that another waits for are kept for that
+            one, seconds; 0 means not at all.
         metrics_interval_s: Time between scrapes of engine metrics; 0 means always fresh.
         noise_sigma: Standard deviation of the logarithm of step times; 0 means none.
         noise_period_steps: Steps that share one draw of that noise.
@@ -140,6 +142,7 @@ class ClusterSpec:
     allow_hold: bool = False
     allow_reject: bool = False
     hold_s: float = 0.05
+    retain_kv_s: float = 0.0
     metrics_interval_s: float = 0.0
     noise_sigma: float = 0.0
     noise_period_steps: int = 8
@@ -150,11 +153,16 @@ class ClusterSpec:
         for name in ("block_size", "noise_period_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("metrics_interval_s", "noise_sigma"):
+        for name in ("metrics_interval_s", "noise_sigma", "retain_kv_s"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not self.hold_s > 0:
             raise ConfigError(f"hold_s must be above 0, got {self.hold_s}")
+        if self.retain_kv_s > 0 and not self.prefix_caching:
+            raise ConfigError(
+                f"retain_kv_s is {self.retain_kv_s}, but the prefix cache, where blocks are kept, "
+                "is off: set prefix_caching, or retain_kv_s to 0"
+            )
         for kind in self.types:
             if kind.engine == "sglang" and kind.max_num_batched_tokens < self.block_size:
                 raise ConfigError(

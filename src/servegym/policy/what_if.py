@@ -166,7 +166,7 @@ class _Scratch:
     """A one-replica state without prefix cache, large enough for any engine of a simulator."""
 
     def __init__(self, simulator: Simulator) -> None:
-        spec = replace(simulator.spec, prefix_caching=False)
+        spec = replace(simulator.spec, prefix_caching=False, retain_kv_s=0.0)
         capacity = Capacity(
             num_envs=1,
             requests=simulator.state.request.shape[1] + 1,
@@ -178,7 +178,11 @@ class _Scratch:
         )
         self.state = make_state(spec, capacity)
         self.quiet = simulator.params._replace(
-            prefix_caching=False, record=False, noise_sigma=0.0, metrics_interval_s=0.0
+            prefix_caching=False,
+            retain_kv_s=0.0,
+            record=False,
+            noise_sigma=0.0,
+            metrics_interval_s=0.0,
         )
 
 
