@@ -6,7 +6,7 @@ import numpy as np
 
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import QUEUED, RUNNING
-from servegym.envs.scene import Row, Scene
+from servegym.envs.scene import Row, Scene, progress
 from servegym.policy.contract import ReplicaFeature
 from servegym.scenario import Scenario
 from servegym.typing import IntArray
@@ -16,14 +16,6 @@ _UP, _KV, _TOKENS = (
 )
 #: Rows of requests in the picture of an engine, at most.
 _MOST_REQUESTS = 24
-
-
-def _title(scenario: Scenario, simulator: Simulator, env: int) -> str:
-    e = simulator.state.env[env]
-    return (
-        f"{scenario.name}   {e['now_s']:.2f} s   {e['num_ended']} of {e['num_requests']} requests"
-        f" have ended, {e['in_system']} in the system"
-    )
 
 
 def _of(simulator: Simulator, env: int, replica: int, status: int) -> IntArray:
@@ -65,7 +57,7 @@ def dispatch_scene(scenario: Scenario, simulator: Simulator, env: int) -> Scene:
             f" {q['predicted']:,.0f} to generate"
         )
     return Scene(
-        _title(scenario, simulator, env),
+        progress(scenario.name, s.env[env], "requests"),
         question,
         "KV cache",
         "running (full) and waiting requests",
@@ -79,7 +71,7 @@ def engine_scene(scenario: Scenario, simulator: Simulator, env: int, asked: str)
 
     Args:
         scenario: What is played.
-        simulator: It.
+        simulator: Plays it.
         env: Environment.
         asked: What the choice that is due is about, `admit` or `preempt`.
     """
@@ -116,7 +108,7 @@ def engine_scene(scenario: Scenario, simulator: Simulator, env: int, asked: str)
                 )
             )
     return Scene(
-        _title(scenario, simulator, env),
+        progress(scenario.name, s.env[env], "requests"),
         f"whom to {asked}" if due else "the episode is over",
         "KV cache; tokens",
         "running (full) and waiting requests",

@@ -43,7 +43,7 @@ class BatchVecEnv(VecEnv):
 
     def reset(self) -> Any:
         """Start all episodes."""
-        size = self._env.batch.group_size
+        size = self._env.batch.settings.group_size
         seeds = [self._seeds[env - env % size] for env in range(self.num_envs)]
         keys = {key for options in self._options for key in options}
         options = {key: [options.get(key) for options in self._options] for key in keys}
