@@ -20,15 +20,13 @@ from servegym.errors import ConfigError
 from servegym.policy.contract import (
     NUM_OBSERVED_FEATURES,
     NUM_REQUEST_FEATURES,
+    OUTSTANDING_REQUESTS,
     REPLICA_FEATURES,
     REQUEST_FEATURES,
     Group,
-    ReplicaFeature,
 )
 from servegym.policy.layout import scenario_actions
 from servegym.typing import BoolArray, Float32Array, FloatArray, Int8Array, IntArray
-
-_OUTSTANDING = int(ReplicaFeature["OUTSTANDING_REQUESTS"])
 
 
 class DispatchBatch(RequestBatch):
@@ -118,7 +116,7 @@ class DispatchBatch(RequestBatch):
 
     def _rule_action(self, env: int) -> int:
         """Least outstanding requests; the first of equals."""
-        outstanding = self.replicas[env, :, _OUTSTANDING]
+        outstanding = self.replicas[env, :, OUTSTANDING_REQUESTS]
         load = np.where(self.mask[env, : self.width] == 1, outstanding, np.inf)
         best = int(load.argmin())
         return best if load[best] < np.inf else int(self.mask[env].argmax())

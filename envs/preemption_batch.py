@@ -18,11 +18,11 @@ from servegym.envs.request_scene import engine_scene
 from servegym.envs.scene import Scene
 from servegym.envs.settings import PreemptionSettings
 from servegym.errors import ConfigError
-from servegym.policy.ordering import NUM_ORDERING_FEATURES, ORDERING_FEATURES, OrderingFeature
+from servegym.policy.ordering import NUM_ORDERING_FEATURES, NUM_RUNNING, ORDERING_FEATURES
 from servegym.typing import BoolArray, Float32Array, FloatArray, Int8Array, IntArray
 
 #: The engine's own features: the last columns of each row.
-ENGINE_FEATURES = ORDERING_FEATURES[int(OrderingFeature["NUM_RUNNING"]) :]
+ENGINE_FEATURES = ORDERING_FEATURES[NUM_RUNNING:]
 
 
 class PreemptionBatch(RequestBatch):

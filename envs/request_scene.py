@@ -7,13 +7,10 @@ import numpy as np
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import QUEUED, RUNNING
 from servegym.envs.scene import Row, Scene, progress
-from servegym.policy.contract import ReplicaFeature
+from servegym.policy.contract import KV_CACHE_USAGE, OUTSTANDING_PROMPT_TOKENS, UP
 from servegym.scenario import Scenario
 from servegym.typing import IntArray
 
-_UP, _KV, _TOKENS = (
-    int(ReplicaFeature[name]) for name in ("UP", "KV_CACHE_USAGE", "OUTSTANDING_PROMPT_TOKENS")
-)
 #: Rows of requests in the picture of an engine, at most.
 _MOST_REQUESTS = 24
 
@@ -35,12 +32,12 @@ def dispatch_scene(scenario: Scenario, simulator: Simulator, env: int) -> Scene:
     for r in range(int(s.env[env]["num_replicas"])):
         shown, v = s.shown[env, :, r], s.replica[env, r]
         name = scenario.spec.types[v["type_idx"]].name
-        tokens = shown[_TOKENS]
-        up = shown[_UP] > 0
+        tokens = shown[OUTSTANDING_PROMPT_TOKENS]
+        up = shown[UP] > 0
         rows.append(
             Row(
                 f"{r}  {name}",
-                float(shown[_KV]),
+                float(shown[KV_CACHE_USAGE]),
                 _classes(simulator, env, _of(simulator, env, r, RUNNING)),
                 _classes(simulator, env, _of(simulator, env, r, QUEUED)),
                 f"{tokens:,.0f} prompt tokens, speed {v['speed']:.2f}",
