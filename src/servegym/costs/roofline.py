@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -12,6 +12,7 @@ from servegym.costs import forms, mla
 from servegym.costs.curve import Surface
 from servegym.costs.forms import ELEMENT_BYTES, WEIGHT_BYTES, LogTable, Operator, table_of
 from servegym.costs.source import Evidence, LatentHeads, Precision, Routing, Scales
+from servegym.engines import EngineName
 from servegym.errors import ConfigError
 from servegym.typing import FloatArray
 
@@ -66,6 +67,33 @@ class RooflineSource:
     def name(self) -> str:
         """Where the numbers come from."""
         return "fits" + (" (prior)" if self.gpu.gemm.prior else "")
+
+    @property
+    def times_kernels(self) -> bool:
+        """Whether times are of single kernels: they are."""
+        return True
+
+    def for_step(
+        self, *, engine: EngineName, scales: Scales, fp8_kv: bool, bf16_dense: bool
+    ) -> RooflineSource:
+        """Return the source with the kernels of a step; see `CostSource.for_step`."""
+        gpu, bf16_dense = self.gpu.of(engine), bf16_dense or self.bf16_dense
+        wanted = (gpu, scales, fp8_kv, bf16_dense)
+        if wanted == (self.gpu, self.scales, self.fp8_kv, self.bf16_dense):
+            return self
+        return replace(
+            self,
+            gpu=gpu,
+            scales=scales,
+            fp8_kv=fp8_kv,
+            bf16_dense=bf16_dense,
+            _surfaces={},
+            _tables={},
+        )
+
+    def in_16bit(self) -> RooflineSource:
+        """Return the source of the parts that stay in 16 bits."""
+        return replace(self, bf16_dense=True, _surfaces={}, _tables={})
 
     @property
     def precision(self) -> Precision:
