@@ -34,7 +34,9 @@ from servegym.costs.grid import (
 from servegym.policy.contract import Group, ReplicaFeature, RequestFeature
 from servegym.policy.observe import observe_batch
 from servegym.policy.policy import Observations
-from servegym.scenario import ActionConfig, FailStopConfig, load_scenario
+from servegym.scenario import load_scenario
+from servegym.scenario.disturbances import FailStopConfig
+from servegym.scenario.scenario import ActionConfig
 from servegym.workloads.table import RequestTable
 
 ALL = Group.COUNTERS | Group.METRICS | Group.PREFIX

@@ -31,7 +31,9 @@ from servegym.policy.contract import (
     RequestFeature,
 )
 from servegym.policy.observe import observe_batch
-from servegym.scenario import ActionConfig, FailStopConfig, load_scenario
+from servegym.scenario import load_scenario
+from servegym.scenario.disturbances import FailStopConfig
+from servegym.scenario.scenario import ActionConfig
 from servegym.serve.facts import Hardware, Rates, fleet_facts
 from servegym.serve.state import EngineMetrics, LiveState
 
