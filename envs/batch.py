@@ -177,7 +177,7 @@ class Batch(ABC):
 
     @property
     def now_s(self) -> FloatArray:
-        """Simulated time, `float64[num_envs]`."""
+        """Simulated time of each environment, `float64[num_envs]`."""
         return self.simulator.state.env["now_s"].copy()
 
     def seed(self, seed: int) -> None:

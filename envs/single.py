@@ -73,7 +73,7 @@ class BatchEnv(gymnasium.Env[Any, Any], Generic[B]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Start an episode.
+        """Start an episode and run it to its first decision.
 
         Args:
             seed: Restarts the sequence of episodes.

@@ -91,7 +91,7 @@ class BatchVectorEnv(VectorEnv[Any, IntArray, Any], Generic[B]):
     def reset(
         self, *, seed: Seeds = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Start episodes.
+        """Start episodes and run them to their first decisions.
 
         Args:
             seed: Restarts the sequences of episodes: of all environments, or, given as a list, of

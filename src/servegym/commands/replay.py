@@ -1,4 +1,4 @@
-"""`servegym replay`."""
+"""The command `servegym replay`."""
 
 from __future__ import annotations
 

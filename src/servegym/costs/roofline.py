@@ -97,12 +97,12 @@ class RooflineSource:
 
     @property
     def precision(self) -> Precision:
-        """Of weights."""
+        """Precision of weights; of experts' where all else stays in 16 bits."""
         return "fp4" if self.fp4 else "fp8" if self.fp8 else "bf16"
 
     @property
     def gemm_precision(self) -> Precision:
-        """Of weights outside experts."""
+        """Precision of weights outside experts."""
         return "bf16" if self.bf16_dense else self.precision
 
     def _peak_flops(self, precision: Precision) -> float:
@@ -469,7 +469,7 @@ class RooflineSource:
         return _fit_evidence(operator, found[0], shape)
 
     def attention_evidence(self, heads: int, kv_heads: int, head_dim: int) -> list[Evidence]:
-        """Prefill, then decode."""
+        """Between the fitted shapes or beyond them: prefill, then decode."""
         shape = f"{heads} heads, {kv_heads} KV, size {head_dim}"
         found = []
         for operator, fit in (("prefill", self._prefill()), ("decode", self._decode())):

@@ -74,12 +74,12 @@ class Shard:
 
     @property
     def heads(self) -> int:
-        """Query heads."""
+        """Query heads on this GPU."""
         return self.model.heads // self.tp
 
     @property
     def kv_heads(self) -> int:
-        """KV heads; GPUs beyond those of the model hold copies."""
+        """KV heads on this GPU; GPUs beyond the heads of the model hold copies."""
         return max(1, self.model.kv_heads // self.tp)
 
     @property

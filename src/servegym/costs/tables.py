@@ -123,7 +123,7 @@ class TableSource(RooflineSource):
         return _family_evidence(operator, found, shape)
 
     def attention_evidence(self, heads: int, kv_heads: int, head_dim: int) -> list[Evidence]:
-        """Prefill, then decode."""
+        """Measured, or scaled from the nearest heads measured: prefill, then decode."""
         evidence = RooflineSource.attention_evidence(self, heads, kv_heads, head_dim)
         for i, name in enumerate(("prefill", "decode")):
             found = self._attention(name, heads, kv_heads, head_dim)

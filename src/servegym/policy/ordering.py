@@ -110,7 +110,7 @@ class OrderingPolicy(Protocol):
 
     @property
     def name(self) -> str:
-        """Name in tables."""
+        """Name of the policy in tables."""
         ...
 
     @property

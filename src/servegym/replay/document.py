@@ -16,7 +16,7 @@ from servegym.whole_files import write_whole
 
 
 def write_json(result: Replayed, path: Path) -> None:
-    """Write all numbers."""
+    """Write all that a replay found as one JSON file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_plain(replay_document(result)), indent=1, allow_nan=False)
     write_whole({path: (text + "\n").encode()})

@@ -125,13 +125,13 @@ class ReplicaDrift:
 
     @property
     def now(self) -> Stretch | None:
-        """The last stretch."""
+        """The stretch that the log ends in, if there is any."""
         return self.stretches[-1] if self.stretches else None
 
 
 @dataclass(frozen=True)
 class Drift:
-    """All replicas.
+    """How all replicas of a fleet have drifted.
 
     Attributes:
         replicas: One each.

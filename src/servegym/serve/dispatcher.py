@@ -217,7 +217,7 @@ class Dispatcher:
         model: str = "",
         session: str | None = None,
     ) -> Job:
-        """Count an arrival.
+        """Note that a request has arrived, and make its job.
 
         Args:
             prompt: Its text or token ids, or what `reader` made of them.
@@ -310,7 +310,7 @@ class Dispatcher:
         """A request has all its tokens.
 
         Args:
-            job: It.
+            job: Of the request.
             output_tokens: How many there are.
         """
         self.end_prefill(job)

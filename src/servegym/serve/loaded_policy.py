@@ -40,7 +40,7 @@ class LoadedPolicy:
 
     Attributes:
         text: What it was loaded from.
-        policy: It.
+        policy: What decides.
         manifest: Of an exported policy.
         ranges: What is not far from its training; `None` for rules.
     """

@@ -62,7 +62,7 @@ class MetricsPoller:
         self._tasks = [asyncio.create_task(self._run(r)) for r in range(len(self._urls))]
 
     async def stop(self) -> None:
-        """Stop polling."""
+        """End the polling of all replicas."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -54,7 +54,7 @@ class PrefixConfig(BaseModel):
 
 
 class Prompt(NamedTuple):
-    """A prompt, measured.
+    """How long a prompt is, and the names of its blocks.
 
     Attributes:
         tokens: Its length, exact if it was tokenised, at least 1.
@@ -91,7 +91,7 @@ class _Tokenizer(Protocol):
 
 
 class PromptReader:
-    """Measures prompts.
+    """Measures the length of prompts and names their blocks.
 
     Without a tokenizer the length in tokens is guessed from the bytes, and the guess learns from
     the lengths that engines report. What is no text counts by the piece: the model makes as many

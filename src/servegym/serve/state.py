@@ -171,7 +171,7 @@ class LiveState:
 
     @property
     def num_held(self) -> int:
-        """Requests on hold."""
+        """How many requests are on hold."""
         return self._num_held
 
     @property
@@ -188,7 +188,7 @@ class LiveState:
         predicted_output_tokens: float,
         slo_class: int = 0,
     ) -> LiveRequest:
-        """Count an arrival.
+        """Note an arrival, and begin the books of its request.
 
         Args:
             now_s: Of one clock that never goes back; all times must be of it.
@@ -214,7 +214,7 @@ class LiveState:
         allowed: BoolArray | None = None,
         may_hold: bool = True,
     ) -> Observations:
-        """Describe a decision.
+        """Describe the decision that is due for a request.
 
         Args:
             request: The one to decide about; a held one is no longer counted as held.
@@ -305,7 +305,7 @@ class LiveState:
         """A request has all its tokens.
 
         Args:
-            request: It.
+            request: Which has ended.
             now_s: The time.
             output_tokens: How many there are.
         """
@@ -334,7 +334,7 @@ class LiveState:
 
         Args:
             replica: Whose.
-            metrics: Them.
+            metrics: What it says.
             now_s: When they were asked for.
         """
         self.view[NUM_RUNNING, replica] = metrics.num_running

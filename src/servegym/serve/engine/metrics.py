@@ -51,7 +51,7 @@ class EngineMetrics:
         self._time("queue", now_s - request.arrival_s)
 
     def preempted(self, request: EngineRequest, now_s: float) -> None:
-        """Count a preemption."""
+        """Count one more preempted request."""
         self._num_preemptions += 1
 
     def emitted(self, request: EngineRequest, now_s: float) -> None:

@@ -75,7 +75,7 @@ class Pacer:
             self._arm()
 
     def abort(self, request: EngineRequest) -> None:
-        """Forget a request."""
+        """Take a request off its replica, at the present time."""
         self.replica.abort(request, self.now_s)
 
     def set_multiplier(self, multiplier: float) -> None:

@@ -86,7 +86,7 @@ class EngineServer:
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """Address that the server listens at."""
         host, port = self._address
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 

@@ -38,7 +38,7 @@ _EVERYONE = "default"
 
 
 class Api:
-    """The clients' endpoints.
+    """The endpoints that clients use.
 
     Args:
         config: Of the router.

@@ -24,7 +24,7 @@ class _Config(BaseModel):
 
 
 class ReplicaConfig(_Config):
-    """One engine instance.
+    """One engine that requests are sent to.
 
     Attributes:
         name: In logs, metrics and admin commands.
@@ -269,7 +269,7 @@ class ScrapeConfig(_Config):
 
 
 class RouterConfig(_Config):
-    """The file.
+    """All that a router's file says.
 
     Attributes:
         replicas: The fleet.

@@ -75,7 +75,7 @@ class Orderer:
     def rank(
         self, waiting: Sequence[Any], running: Sequence[Any], now_s: float, kv_cache_usage: float
     ) -> Ranking:
-        """Order the requests.
+        """Order the requests of an engine before a step.
 
         Args:
             waiting: Requests in the waiting queue, in any order.

@@ -85,7 +85,7 @@ class CodingAgent(Family):
     max_pause_s: float = Field(3600.0, ge=0)
 
     def job(self, rng: np.random.Generator) -> Job:
-        """Draw one session."""
+        """Draw the job of one session."""
         builder = JobBuilder("coding-agent")
         spawns = rng.random() < self.spawn_probability
         prompt = draw_tokens(rng, self.first_prompt)
