@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from servegym.envs.actions import as_integers
 from servegym.envs.kernels import first_invalid
-from servegym.envs.observation import Table, View
+from servegym.envs.observation import Observer, Table
 from servegym.envs.scene import Scene
 from servegym.envs.settings import Settings, at_least_one, make_settings, one_of
 from servegym.envs.shaping import Potentials
@@ -62,7 +62,7 @@ class Batch(ABC):
     max_redraws: ClassVar[int] = 0
     num_actions: int
     mask: Int8Array
-    view: View
+    observer: Observer
     settings: Settings
 
     def __init__(self, num_envs: int, settings: Settings) -> None:
@@ -98,7 +98,7 @@ class Batch(ABC):
     def _allocate(
         self, num_actions: int, tables: dict[str, Table], others: dict[str, spaces.Space[Any]]
     ) -> None:
-        """Make the mask and the view.
+        """Make the mask and the observer.
 
         Args:
             num_actions: Actions of one environment.
@@ -107,7 +107,7 @@ class Batch(ABC):
         """
         self.num_actions = num_actions
         self.mask = np.zeros((self.num_envs, num_actions), np.int8)
-        self.view = View(
+        self.observer = Observer(
             tables,
             others,
             num_actions,
@@ -330,7 +330,7 @@ class Batch(ABC):
 
     def observation(self) -> Any:
         """Return fresh arrays with the observations of all environments."""
-        return self.view(self._parts())
+        return self.observer(self._parts())
 
     def info(self, given: BoolArray | None = None) -> dict[str, Any]:
         """Return fresh arrays with what else is known of all environments; keys never change.

@@ -95,9 +95,9 @@ class DispatchBatch(RequestBatch):
         step_range(p, s, c, o, first, stop, actions, active, _memory())
 
     def _parts(self) -> dict[str, NDArray[Any]]:
-        return self._shown(self.replicas, self.request, self.mask)
+        return self._parts_of(self.replicas, self.request, self.mask)
 
-    def _shown(
+    def _parts_of(
         self, replicas: Float32Array, request: Float32Array, mask: Int8Array
     ) -> dict[str, NDArray[Any]]:
         if self._shows_costs:
@@ -112,7 +112,7 @@ class DispatchBatch(RequestBatch):
             request: Features of the contract, `float32[n, NUM_REQUEST_FEATURES]`.
             mask: Allowed actions, `int8[n, num_actions]`.
         """
-        return self.view(self._shown(replicas, request, mask))
+        return self.observer(self._parts_of(replicas, request, mask))
 
     def _rule_action(self, env: int) -> int:
         """Least outstanding requests; the first of equals."""

@@ -66,7 +66,7 @@ class BatchEnv(gymnasium.Env[Any, Any], Generic[B]):
     ) -> None:
         self.render_mode = check_render_mode(render_mode)
         self.batch = make_batch(self.batch_type, 1, scenario, settings)
-        self.observation_space = self.batch.view.space
+        self.observation_space = self.batch.observer.space
         self.action_space = AllowedAction(self.batch)
         self._ready = False
 

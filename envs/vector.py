@@ -78,7 +78,7 @@ class BatchVectorEnv(VectorEnv[Any, IntArray, Any], Generic[B]):
         self.render_mode = check_render_mode(render_mode)
         self.batch = make_batch(self.batch_type, num_envs, scenario, settings)
         self.num_envs = num_envs
-        self.single_observation_space = self.batch.view.space
+        self.single_observation_space = self.batch.observer.space
         self.single_action_space = spaces.Discrete(self.batch.num_actions)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = AllowedActions(self.batch)

@@ -181,7 +181,7 @@ class Dispatcher:
             facts, classes, allow_hold=config.allow_hold, allow_reject=config.allow_reject
         )
         self.runtime = PolicyRuntime(config.runtime)
-        self.runtime.meet(self.state.view)
+        self.runtime.meet(self.state.replicas)
         self.predictor = LengthPredictor(config.prediction)
         self.reader = PromptReader(config.prefix)
         self.index = PrefixIndex([0] * len(self.names))
