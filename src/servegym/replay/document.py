@@ -10,8 +10,9 @@ from typing import Any
 
 import servegym
 from servegym.replay.compare import Figure
-from servegym.replay.drift import Effect, ReplicaDrift, identifiability, sentence
+from servegym.replay.drift import Effect, ReplicaDrift
 from servegym.replay.result import Replayed
+from servegym.replay.sentences import identifiability, sentence
 from servegym.whole_files import write_whole
 
 
