@@ -199,7 +199,7 @@ def _pairs(axes: dict[str, FloatArray], n: int, k: int) -> list[tuple[FloatArray
 def _gemm_table(gpu: _Device, precision: Precision, block: bool) -> _Family | None:
     backends = gpu.backends
     if block and backends[0] == "vllm":
-        backends = backends[1:]  # see `library.block_gemm`
+        backends = backends[1:]  # its own was timed without CUDA graphs
     read = newest_table(gpu.system, "gemm", "gemm_perf.parquet", backends)
     if read is None:
         return None
