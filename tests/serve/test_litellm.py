@@ -13,7 +13,7 @@ import pytest
 from servegym.errors import ConfigError
 from servegym.policy.contract import ReplicaFeature
 from servegym.serve.litellm import LiteLLMConfig, PolicyStrategy, install, prompt_text
-from servegym.serve.prompt import chat_text
+from servegym.serve.requests.prompt import chat_text
 
 RATES = {"prefill_tokens_per_s": 1e6, "decode_step_s": 0.02, "kv_capacity_tokens": 100_000}
 

@@ -11,13 +11,13 @@ import pytest
 import servegym.serve.ray_serve as module
 from servegym.errors import ConfigError
 from servegym.policy.contract import ReplicaFeature
-from servegym.serve.prompt import chat_text
 from servegym.serve.ray_serve import (
     Described,
     RayFleet,
     describe_openai,
     read_ray_config,
 )
+from servegym.serve.requests.prompt import chat_text
 
 RATES = {"prefill_tokens_per_s": 1000.0, "decode_step_s": 0.02, "kv_capacity_tokens": 100_000}
 SLOW = {**RATES, "prefill_tokens_per_s": 250.0, "decode_step_s": 0.08}

@@ -26,10 +26,10 @@ from servegym.serve.decision_log import (
     finite,
     logged_action,
 )
-from servegym.serve.prediction import LengthPrediction, LengthPredictor
-from servegym.serve.prefix_index import PrefixIndex
-from servegym.serve.prompt import PrefixConfig, Prompt, PromptReader
-from servegym.serve.recent_ends import Mark, RecentEnds
+from servegym.serve.requests.prediction import LengthPrediction, LengthPredictor
+from servegym.serve.requests.prefix_index import PrefixIndex
+from servegym.serve.requests.prompt import PrefixConfig, Prompt, PromptReader
+from servegym.serve.requests.recent_ends import Mark, RecentEnds
 from servegym.serve.runtime import Decision, PolicyRuntime, RuntimeConfig
 from servegym.serve.state import EngineMetrics, LiveRequest, LiveState
 from servegym.serve.ties import TieBreaker, counts_replicas

@@ -29,7 +29,7 @@ from servegym.errors import ConfigError
 from servegym.policy.contract import FIRST_NOMINAL, NUM_NOMINAL
 from servegym.serve.dispatcher import DispatchConfig, Dispatcher, Job
 from servegym.serve.facts import Hardware, Rates, fleet_facts
-from servegym.serve.prompt import chat_text
+from servegym.serve.requests.prompt import chat_text
 from servegym.serve.state import EngineMetrics
 
 

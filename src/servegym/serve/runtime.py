@@ -31,7 +31,7 @@ from servegym.serve.guards import (
     Silence,
 )
 from servegym.serve.loaded_policy import LoadedPolicy, is_allowed, load_policy
-from servegym.serve.prometheus import Histogram
+from servegym.serve.monitoring.prometheus import Histogram
 from servegym.typing import BoolArray, FloatArray
 
 _log = logging.getLogger(__name__)

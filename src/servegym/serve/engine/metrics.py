@@ -8,7 +8,7 @@ from servegym.engines import EngineName
 from servegym.serve.engine.metric_names import NAMES
 from servegym.serve.engine.replica import Replica
 from servegym.serve.engine.request import EngineRequest
-from servegym.serve.prometheus import Exposition, Histogram
+from servegym.serve.monitoring.prometheus import Exposition, Histogram
 
 #: What the counters count.
 _COUNTERS = {

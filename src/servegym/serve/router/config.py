@@ -258,7 +258,7 @@ class ScrapeConfig(_Config):
 
     Attributes:
         engine: `auto`, `vllm`, `sglang`, `tensorrt-llm`, or a YAML file with a mapping; see
-            `serve.metrics`.
+            `serve.monitoring.metrics`.
         interval_s: Time between two polls of a replica.
         timeout_s: Of one poll.
     """

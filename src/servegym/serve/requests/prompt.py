@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from servegym.errors import ConfigError
-from servegym.serve.prefix_index import WORD_BYTES, text_keys, token_keys
+from servegym.serve.requests.prefix_index import WORD_BYTES, text_keys, token_keys
 from servegym.typing import UInt8Array, UInt64Array
 
 #: Weight of the newest prompt in the average of bytes per token, and of tokens per medium.
