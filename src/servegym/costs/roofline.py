@@ -230,23 +230,16 @@ class RooflineSource:
         self, chunk: float, context: float, heads: int, kv_heads: int, head_dim: int
     ) -> float:
         """Seconds of causal attention of a chunk over what is cached, without the launch."""
-        fit, table = self._prefill_fit(heads, kv_heads, head_dim)
+        shape = (heads, kv_heads, head_dim)
+        fit, table = self._prefill_fit(*shape)
         if table is None:
-            operator = forms.prefill(
-                chunk, context, heads, kv_heads, head_dim, kv_bytes=self._kv_bytes
-            )
-            seconds = operator.form_s(fit, self.gpu.bf16_flops, self.gpu.memory_bytes_per_s)
-            return float(seconds) - fit.c0_s
-        key = ("prefill", heads, kv_heads, head_dim)
+            operator = forms.prefill(chunk, context, *shape, kv_bytes=self._kv_bytes)
+            return self._form_s(operator, fit)
+        key = ("prefill", *shape)
         if key not in self._surfaces:
             attention = (self.gpu.bf16_flops, self.attention_launch_s())
             operator = forms.prefill(
-                _CHUNKS[:, None],
-                _CONTEXTS[None, :],
-                heads,
-                kv_heads,
-                head_dim,
-                kv_bytes=self._kv_bytes,
+                _CHUNKS[:, None], _CONTEXTS[None, :], *shape, kv_bytes=self._kv_bytes
             )
             seconds = self._cold(operator, fit, table, *attention)
             if table.axes["heads"][0] >= 1:
@@ -255,6 +248,11 @@ class RooflineSource:
             self._surfaces[key] = Surface.through(_CHUNKS, _CONTEXTS, seconds)
         whole_s = self._surfaces[key](chunk, max(context, _CONTEXTS[0]))
         return max(whole_s - self.attention_launch_s(), 0.0)
+
+    def _form_s(self, operator: Operator, fit: KernelFit) -> float:
+        """Seconds by the form alone, without the launch."""
+        seconds = operator.form_s(fit, self.gpu.bf16_flops, self.gpu.memory_bytes_per_s)
+        return float(seconds) - fit.c0_s
 
     def _chain_s(
         self, kv_tokens: FloatArray, head_dim: int, fit: KernelFit, table: LogTable
@@ -273,23 +271,17 @@ class RooflineSource:
         self, batch: float, kv_tokens: float, heads: int, kv_heads: int, head_dim: int
     ) -> float:
         """Seconds of one token each of `batch` sequences over `kv_tokens` in all, no launch."""
-        fit, table = self._decode_fit(heads, kv_heads, head_dim)
+        shape = (heads, kv_heads, head_dim)
+        fit, table = self._decode_fit(*shape)
         if table is None:
-            operator = forms.decode(
-                batch, kv_tokens, heads, kv_heads, head_dim, kv_bytes=self._kv_bytes
+            return self._form_s(
+                forms.decode(batch, kv_tokens, *shape, kv_bytes=self._kv_bytes), fit
             )
-            seconds = operator.form_s(fit, self.gpu.bf16_flops, self.gpu.memory_bytes_per_s)
-            return float(seconds) - fit.c0_s
-        key = ("decode", heads, kv_heads, head_dim)
+        key = ("decode", *shape)
         if key not in self._surfaces:
             attention = (self.gpu.bf16_flops, self.attention_launch_s())
             operator = forms.decode(
-                _BATCHES[:, None],
-                _KV_TOKENS[None, :],
-                heads,
-                kv_heads,
-                head_dim,
-                kv_bytes=self._kv_bytes,
+                _BATCHES[:, None], _KV_TOKENS[None, :], *shape, kv_bytes=self._kv_bytes
             )
             seconds = self._cold(operator, fit, table, *attention)
             streamed = self.gpu.decode_streamed
