@@ -7,12 +7,10 @@ from typing import Any
 import numpy as np
 
 from servegym.envs.dispatch_batch import DispatchBatch
-from servegym.policy.contract import Group, ReplicaFeature
+from servegym.policy.contract import OUTSTANDING_REQUESTS, Group
 from servegym.policy.layout import agent_actions, agent_arrays
 from servegym.policy.policy import Information, Observations
 from servegym.typing import IntArray
-
-_OUTSTANDING = int(ReplicaFeature["OUTSTANDING_REQUESTS"])
 
 
 class StockPolicy:
@@ -49,7 +47,7 @@ class StockPolicy:
         chosen, _ = self._model.predict(seen, deterministic=self._deterministic, **given)
         forbidden = mask[np.arange(len(mask)), chosen] == 0
         if forbidden.any():
-            load = replicas[:, :, _OUTSTANDING]
+            load = replicas[:, :, OUTSTANDING_REQUESTS]
             outstanding = np.where(mask[:, : load.shape[1]] > 0, load, np.inf)
             chosen = np.where(forbidden, outstanding.argmin(-1), chosen)
         return actions[chosen]

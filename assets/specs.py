@@ -271,7 +271,7 @@ class ModelSpec(_Spec):
 
     @property
     def expert_layers(self) -> int:
-        """Layers with experts."""
+        """Number of layers with experts."""
         return self.layers - self.dense_layers if self.num_experts else 0
 
     @property

@@ -10,20 +10,21 @@ from __future__ import annotations
 import numpy as np
 
 from servegym.baselines.choice import better, no_replica, num_replicas
-from servegym.policy.contract import Group, ReplicaFeature, RequestFeature
+from servegym.policy.contract import (
+    DECODE_SEQ_S,
+    DECODE_STEP_S,
+    OUTSTANDING_REQUESTS,
+    PENDING_PREFILL_TOKENS,
+    PREDICTED_OUTPUT_TOKENS,
+    PREFILL_TOKENS_PER_S,
+    PREFIX_HIT_TOKENS,
+    PROMPT_TOKENS,
+    Group,
+)
 from servegym.policy.costs import added_delay_s, delay_s, step_s
 from servegym.policy.policy import Heuristic
 from servegym.policy.rule import rule
 from servegym.typing import BoolArray, FloatArray, UInt64Array
-
-_OUT = int(ReplicaFeature["OUTSTANDING_REQUESTS"])
-_PENDING = int(ReplicaFeature["PENDING_PREFILL_TOKENS"])
-_RATE = int(ReplicaFeature["PREFILL_TOKENS_PER_S"])
-_STEP = int(ReplicaFeature["DECODE_STEP_S"])
-_SEQ = int(ReplicaFeature["DECODE_SEQ_S"])
-_HIT = int(ReplicaFeature["PREFIX_HIT_TOKENS"])
-_QPROMPT = int(RequestFeature["PROMPT_TOKENS"])
-_QPRED = int(RequestFeature["PREDICTED_OUTPUT_TOKENS"])
 
 
 @rule
@@ -39,12 +40,12 @@ def decide(
     best, best_cost = -1, 0.0
     for r in range(num_replicas(mask)):
         if mask[r]:
-            others = replicas[_OUT, r]
-            new_s = max(0.0, request[_QPROMPT] - replicas[_HIT, r]) / replicas[_RATE, r]
-            wait_s = replicas[_PENDING, r] / replicas[_RATE, r]
-            seq_s = replicas[_SEQ, r]
-            decode_s = request[_QPRED] * step_s(replicas[_STEP, r], seq_s, others)
-            others_s = delay_s(others, new_s, seq_s, request[_QPRED], params[0], params[1])
+            others, tokens = replicas[OUTSTANDING_REQUESTS, r], request[PREDICTED_OUTPUT_TOKENS]
+            rate, seq_s = replicas[PREFILL_TOKENS_PER_S, r], replicas[DECODE_SEQ_S, r]
+            new_s = max(0.0, request[PROMPT_TOKENS] - replicas[PREFIX_HIT_TOKENS, r]) / rate
+            wait_s = replicas[PENDING_PREFILL_TOKENS, r] / rate
+            decode_s = tokens * step_s(replicas[DECODE_STEP_S, r], seq_s, others)
+            others_s = delay_s(others, new_s, seq_s, tokens, params[0], params[1])
             cost = added_delay_s(wait_s, new_s, decode_s, others_s)
             if better(cost, r, best_cost, best):
                 best, best_cost = r, cost

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from servegym.cluster.jit import inlined
 from servegym.cluster.rng import next_uniform
-from servegym.policy.contract import ReplicaFeature
+from servegym.policy.contract import GENERATED_TOKENS, OUTSTANDING_PREDICTED_TOKENS
 from servegym.typing import BoolArray, FloatArray, UInt64Array
-
-_PREDICTED = int(ReplicaFeature["OUTSTANDING_PREDICTED_TOKENS"])
-_GENERATED = int(ReplicaFeature["GENERATED_TOKENS"])
 
 
 @inlined
@@ -55,4 +52,4 @@ def random_allowed(mask: BoolArray, rng: UInt64Array, other_than: int) -> int:
 @inlined
 def decode_tokens_left(replicas: FloatArray, r: int) -> float:
     """Predicted output tokens that the outstanding requests of a replica still want."""
-    return max(0.0, replicas[_PREDICTED, r] - replicas[_GENERATED, r])
+    return max(0.0, replicas[OUTSTANDING_PREDICTED_TOKENS, r] - replicas[GENERATED_TOKENS, r])

@@ -6,16 +6,17 @@ import numpy as np
 
 from servegym.baselines.choice import no_replica, num_replicas
 from servegym.cluster.rng import next_uniform
-from servegym.policy.contract import Group, ReplicaFeature, RequestFeature
+from servegym.policy.contract import (
+    OUTSTANDING_PROMPT_TOKENS,
+    OUTSTANDING_REQUESTS,
+    PENDING_PREFILL_TOKENS,
+    PREFIX_HIT_TOKENS,
+    PROMPT_TOKENS,
+    Group,
+)
 from servegym.policy.policy import Heuristic
 from servegym.policy.rule import rule
 from servegym.typing import BoolArray, FloatArray, UInt64Array
-
-_OUT = int(ReplicaFeature["OUTSTANDING_REQUESTS"])
-_PROMPT = int(ReplicaFeature["OUTSTANDING_PROMPT_TOKENS"])
-_PENDING = int(ReplicaFeature["PENDING_PREFILL_TOKENS"])
-_HIT = int(ReplicaFeature["PREFIX_HIT_TOKENS"])
-_QPROMPT = int(RequestFeature["PROMPT_TOKENS"])
 
 
 @rule
@@ -32,10 +33,10 @@ def decide(
     best, best_cost, ties = -1, 0.0, 0
     for r in range(num_replicas(mask)):
         if mask[r]:
-            prefill = (replicas[_PENDING, r] + request[_QPROMPT]) / size
-            prefill = max(0.0, prefill - params[0] * replicas[_HIT, r] / size)
-            decode = (replicas[_PROMPT, r] + request[_QPROMPT]) / size
-            cost = params[1] * prefill + decode + params[2] * replicas[_OUT, r]
+            prefill = (replicas[PENDING_PREFILL_TOKENS, r] + request[PROMPT_TOKENS]) / size
+            prefill = max(0.0, prefill - params[0] * replicas[PREFIX_HIT_TOKENS, r] / size)
+            decode = (replicas[OUTSTANDING_PROMPT_TOKENS, r] + request[PROMPT_TOKENS]) / size
+            cost = params[1] * prefill + decode + params[2] * replicas[OUTSTANDING_REQUESTS, r]
             if best < 0 or cost < best_cost:
                 best, best_cost, ties = r, cost, 1
             elif cost == best_cost:

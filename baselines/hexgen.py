@@ -6,29 +6,33 @@ import numpy as np
 
 from servegym.baselines.choice import decode_tokens_left, no_replica, num_replicas
 from servegym.cluster.jit import inlined
-from servegym.policy.contract import Group, ReplicaFeature, RequestFeature
+from servegym.policy.contract import (
+    DECODE_STEP_S,
+    PENDING_PREFILL_TOKENS,
+    PREDICTED_OUTPUT_TOKENS,
+    PREFILL_TOKENS_PER_S,
+    PROMPT_TOKENS,
+    Group,
+)
 from servegym.policy.policy import Heuristic
 from servegym.policy.rule import rule
 from servegym.typing import BoolArray, FloatArray, UInt64Array
-
-_PENDING = int(ReplicaFeature["PENDING_PREFILL_TOKENS"])
-_RATE = int(ReplicaFeature["PREFILL_TOKENS_PER_S"])
-_STEP = int(ReplicaFeature["DECODE_STEP_S"])
-_QPROMPT = int(RequestFeature["PROMPT_TOKENS"])
-_QPRED = int(RequestFeature["PREDICTED_OUTPUT_TOKENS"])
 
 
 @inlined
 def _own_s(replicas: FloatArray, request: FloatArray, r: int) -> float:
     """Seconds of this request alone on a replica."""
-    return request[_QPROMPT] / replicas[_RATE, r] + request[_QPRED] * replicas[_STEP, r]
+    return (
+        request[PROMPT_TOKENS] / replicas[PREFILL_TOKENS_PER_S, r]
+        + request[PREDICTED_OUTPUT_TOKENS] * replicas[DECODE_STEP_S, r]
+    )
 
 
 @inlined
 def _work_s(replicas: FloatArray, r: int) -> float:
     """Seconds of the outstanding work there, its requests one by one."""
-    prefill_s = replicas[_PENDING, r] / replicas[_RATE, r]
-    return prefill_s + decode_tokens_left(replicas, r) * replicas[_STEP, r]
+    prefill_s = replicas[PENDING_PREFILL_TOKENS, r] / replicas[PREFILL_TOKENS_PER_S, r]
+    return prefill_s + decode_tokens_left(replicas, r) * replicas[DECODE_STEP_S, r]
 
 
 @rule

@@ -8,18 +8,19 @@ from servegym.baselines.choice import (
     no_replica,
     num_replicas,
 )
-from servegym.policy.contract import Group, ReplicaFeature
+from servegym.policy.contract import (
+    DECODE_SEQ_S,
+    DECODE_STEP_S,
+    MAX_NUM_SEQS,
+    OUTSTANDING_REQUESTS,
+    PENDING_PREFILL_TOKENS,
+    PREFILL_TOKENS_PER_S,
+    Group,
+)
 from servegym.policy.costs import step_s
 from servegym.policy.policy import Heuristic
 from servegym.policy.rule import rule
 from servegym.typing import BoolArray, FloatArray, UInt64Array
-
-_OUT = int(ReplicaFeature["OUTSTANDING_REQUESTS"])
-_PENDING = int(ReplicaFeature["PENDING_PREFILL_TOKENS"])
-_RATE = int(ReplicaFeature["PREFILL_TOKENS_PER_S"])
-_STEP = int(ReplicaFeature["DECODE_STEP_S"])
-_SEQ = int(ReplicaFeature["DECODE_SEQ_S"])
-_MAXSEQ = int(ReplicaFeature["MAX_NUM_SEQS"])
 
 
 @rule
@@ -35,9 +36,9 @@ def decide(
     best, best_cost = -1, 0.0
     for r in range(num_replicas(mask)):
         if mask[r]:
-            prefill_s = replicas[_PENDING, r] / replicas[_RATE, r]
-            batch = min(max(1.0, replicas[_OUT, r]), replicas[_MAXSEQ, r])
-            each_s = step_s(replicas[_STEP, r], replicas[_SEQ, r], batch - 1.0)
+            prefill_s = replicas[PENDING_PREFILL_TOKENS, r] / replicas[PREFILL_TOKENS_PER_S, r]
+            batch = min(max(1.0, replicas[OUTSTANDING_REQUESTS, r]), replicas[MAX_NUM_SEQS, r])
+            each_s = step_s(replicas[DECODE_STEP_S, r], replicas[DECODE_SEQ_S, r], batch - 1.0)
             cost = prefill_s + decode_tokens_left(replicas, r) * each_s
             if better(cost, r, best_cost, best):
                 best, best_cost = r, cost

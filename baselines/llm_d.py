@@ -6,15 +6,16 @@ import numpy as np
 
 from servegym.baselines.choice import no_replica, num_replicas
 from servegym.cluster.rng import next_uniform
-from servegym.policy.contract import Group, ReplicaFeature, RequestFeature
+from servegym.policy.contract import (
+    KV_CACHE_USAGE,
+    NUM_WAITING,
+    PREFIX_HIT_TOKENS,
+    PROMPT_TOKENS,
+    Group,
+)
 from servegym.policy.policy import Heuristic
 from servegym.policy.rule import rule
 from servegym.typing import BoolArray, FloatArray, UInt64Array
-
-_WAIT = int(ReplicaFeature["NUM_WAITING"])
-_KV = int(ReplicaFeature["KV_CACHE_USAGE"])
-_HIT = int(ReplicaFeature["PREFIX_HIT_TOKENS"])
-_QPROMPT = int(RequestFeature["PROMPT_TOKENS"])
 
 
 @rule
@@ -30,14 +31,18 @@ def decide(
     low, high = 1e300, -1.0
     for r in range(num_replicas(mask)):
         if mask[r]:
-            low = min(low, replicas[_WAIT, r])
-            high = max(high, replicas[_WAIT, r])
+            low = min(low, replicas[NUM_WAITING, r])
+            high = max(high, replicas[NUM_WAITING, r])
     best, best_score, ties = -1, -1.0, 0
     for r in range(num_replicas(mask)):
         if mask[r]:
-            queue = 1.0 if high <= low else (high - replicas[_WAIT, r]) / (high - low)
-            prefix = replicas[_HIT, r] / request[_QPROMPT]
-            score = params[0] * queue + params[1] * (1.0 - replicas[_KV, r]) + params[2] * prefix
+            queue = 1.0 if high <= low else (high - replicas[NUM_WAITING, r]) / (high - low)
+            prefix = replicas[PREFIX_HIT_TOKENS, r] / request[PROMPT_TOKENS]
+            score = (
+                params[0] * queue
+                + params[1] * (1.0 - replicas[KV_CACHE_USAGE, r])
+                + params[2] * prefix
+            )
             if best < 0 or score > best_score:
                 best, best_score, ties = r, score, 1
             elif score == best_score:

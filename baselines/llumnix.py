@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from servegym.baselines.choice import better, no_replica, num_replicas
-from servegym.policy.contract import Group, ReplicaFeature
+from servegym.policy.contract import (
+    KV_CACHE_USAGE,
+    KV_CAPACITY_TOKENS,
+    NUM_RUNNING,
+    NUM_WAITING,
+    OUTSTANDING_PROMPT_TOKENS,
+    OUTSTANDING_REQUESTS,
+    RELATIVE_SPEED,
+    Group,
+)
 from servegym.policy.policy import Heuristic
 from servegym.policy.rule import rule
 from servegym.typing import BoolArray, FloatArray, UInt64Array
-
-_OUT = int(ReplicaFeature["OUTSTANDING_REQUESTS"])
-_PROMPT = int(ReplicaFeature["OUTSTANDING_PROMPT_TOKENS"])
-_SPEED = int(ReplicaFeature["RELATIVE_SPEED"])
-_CAP = int(ReplicaFeature["KV_CAPACITY_TOKENS"])
-_RUN = int(ReplicaFeature["NUM_RUNNING"])
-_WAIT = int(ReplicaFeature["NUM_WAITING"])
-_KV = int(ReplicaFeature["KV_CACHE_USAGE"])
 
 
 @rule
@@ -30,11 +31,17 @@ def decide(
     best, best_cost = -1, 0.0
     for r in range(num_replicas(mask)):
         if mask[r]:
-            free = replicas[_CAP, r] * (1.0 - replicas[_KV, r])
-            mean = replicas[_PROMPT, r] / max(1.0, replicas[_OUT, r])
-            free -= mean if replicas[_WAIT, r] > 0.0 else 0.0
-            count = replicas[_RUN, r] + (1.0 if replicas[_WAIT, r] > 0.0 else 0.0)
-            cost = -free / count if count > 0.0 else -1e12 * replicas[_SPEED, r] + replicas[_OUT, r]
+            free = replicas[KV_CAPACITY_TOKENS, r] * (1.0 - replicas[KV_CACHE_USAGE, r])
+            mean = replicas[OUTSTANDING_PROMPT_TOKENS, r] / max(
+                1.0, replicas[OUTSTANDING_REQUESTS, r]
+            )
+            free -= mean if replicas[NUM_WAITING, r] > 0.0 else 0.0
+            count = replicas[NUM_RUNNING, r] + (1.0 if replicas[NUM_WAITING, r] > 0.0 else 0.0)
+            cost = (
+                -free / count
+                if count > 0.0
+                else -1e12 * replicas[RELATIVE_SPEED, r] + replicas[OUTSTANDING_REQUESTS, r]
+            )
             if better(cost, r, best_cost, best):
                 best, best_cost = r, cost
     return best if best >= 0 else no_replica(mask)

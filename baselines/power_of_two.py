@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from servegym.baselines.choice import no_replica, random_allowed
-from servegym.policy.contract import Group, ReplicaFeature
+from servegym.policy.contract import OUTSTANDING_REQUESTS, Group
 from servegym.policy.policy import Heuristic
 from servegym.policy.rule import rule
 from servegym.typing import BoolArray, FloatArray, UInt64Array
-
-_OUT = int(ReplicaFeature["OUTSTANDING_REQUESTS"])
 
 
 @rule
@@ -25,7 +23,12 @@ def decide(
     if first < 0:
         return no_replica(mask)
     second = random_allowed(mask, rng, first)
-    return second if second >= 0 and replicas[_OUT, second] < replicas[_OUT, first] else first
+    if (
+        second < 0
+        or replicas[OUTSTANDING_REQUESTS, second] >= replicas[OUTSTANDING_REQUESTS, first]
+    ):
+        return first
+    return second
 
 
 def power_of_two() -> Heuristic:

@@ -9,18 +9,19 @@ from __future__ import annotations
 import numpy as np
 
 from servegym.baselines.choice import better, no_replica, num_replicas
-from servegym.policy.contract import Group, ReplicaFeature, RequestFeature
+from servegym.policy.contract import (
+    OUTSTANDING_REQUESTS,
+    PENDING_PREFILL_TOKENS,
+    PREFILL_TOKENS_PER_S,
+    PREFIX_HIT_TOKENS,
+    PROMPT_TOKENS,
+    RELATIVE_SPEED,
+    Group,
+)
 from servegym.policy.costs import prefix_load_s
 from servegym.policy.policy import Heuristic
 from servegym.policy.rule import rule
 from servegym.typing import BoolArray, FloatArray, UInt64Array
-
-_OUT = int(ReplicaFeature["OUTSTANDING_REQUESTS"])
-_PENDING = int(ReplicaFeature["PENDING_PREFILL_TOKENS"])
-_SPEED = int(ReplicaFeature["RELATIVE_SPEED"])
-_RATE = int(ReplicaFeature["PREFILL_TOKENS_PER_S"])
-_HIT = int(ReplicaFeature["PREFIX_HIT_TOKENS"])
-_QPROMPT = int(RequestFeature["PROMPT_TOKENS"])
 
 
 @rule
@@ -36,8 +37,9 @@ def decide(
     best, best_cost = -1, 0.0
     for r in range(num_replicas(mask)):
         if mask[r]:
-            new = replicas[_PENDING, r] + max(0.0, request[_QPROMPT] - replicas[_HIT, r])
-            new_s, load, speed = new / replicas[_RATE, r], replicas[_OUT, r], replicas[_SPEED, r]
+            new = max(0.0, request[PROMPT_TOKENS] - replicas[PREFIX_HIT_TOKENS, r])
+            new_s = (replicas[PENDING_PREFILL_TOKENS, r] + new) / replicas[PREFILL_TOKENS_PER_S, r]
+            load, speed = replicas[OUTSTANDING_REQUESTS, r], replicas[RELATIVE_SPEED, r]
             cost = prefix_load_s(new_s, load, speed, params[0], params[1])
             if better(cost, r, best_cost, best):
                 best, best_cost = r, cost

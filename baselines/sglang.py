@@ -11,14 +11,10 @@ from dataclasses import replace
 import numpy as np
 
 from servegym.baselines.choice import no_replica, num_replicas
-from servegym.policy.contract import Group, ReplicaFeature, RequestFeature
+from servegym.policy.contract import OUTSTANDING_REQUESTS, PREFIX_HIT_TOKENS, PROMPT_TOKENS, Group
 from servegym.policy.policy import Heuristic
 from servegym.policy.rule import rule
 from servegym.typing import BoolArray, FloatArray, UInt64Array
-
-_OUT = int(ReplicaFeature["OUTSTANDING_REQUESTS"])
-_HIT = int(ReplicaFeature["PREFIX_HIT_TOKENS"])
-_QPROMPT = int(RequestFeature["PROMPT_TOKENS"])
 
 
 @rule
@@ -35,23 +31,23 @@ def decide(
     hit, hit_at, small = -1.0, -1, -1
     for r in range(num_replicas(mask)):
         if mask[r]:
-            load = replicas[_OUT, r]
+            load = replicas[OUTSTANDING_REQUESTS, r]
             most = max(most, load)
             if load < least:
                 least, idle = load, r
-            if replicas[_HIT, r] > hit:
-                hit, hit_at = replicas[_HIT, r], r
+            if replicas[PREFIX_HIT_TOKENS, r] > hit:
+                hit, hit_at = replicas[PREFIX_HIT_TOKENS, r], r
             if small < 0 or memory[r] < memory[small]:
                 small = r
     if idle < 0:
         return no_replica(mask)
     if most - least > params[1] and most > params[2] * least:
         chosen = idle
-    elif hit > params[0] * request[_QPROMPT]:
+    elif hit > params[0] * request[PROMPT_TOKENS]:
         chosen = hit_at
     else:
         chosen = small
-    memory[chosen] += request[_QPROMPT] - replicas[_HIT, chosen]
+    memory[chosen] += request[PROMPT_TOKENS] - replicas[PREFIX_HIT_TOKENS, chosen]
     return chosen
 
 

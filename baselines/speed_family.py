@@ -5,14 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from servegym.baselines.choice import better, no_replica, num_replicas
-from servegym.policy.contract import Group, ReplicaFeature
+from servegym.policy.contract import OUTSTANDING_REQUESTS, RELATIVE_SPEED, Group
 from servegym.policy.costs import load_by_speed
 from servegym.policy.policy import Heuristic
 from servegym.policy.rule import rule
 from servegym.typing import BoolArray, FloatArray, UInt64Array
-
-_OUT = int(ReplicaFeature["OUTSTANDING_REQUESTS"])
-_SPEED = int(ReplicaFeature["RELATIVE_SPEED"])
 
 
 @rule
@@ -28,7 +25,9 @@ def decide(
     best, best_cost = -1, 0.0
     for r in range(num_replicas(mask)):
         if mask[r]:
-            cost = load_by_speed(replicas[_OUT, r], replicas[_SPEED, r], params[0])
+            cost = load_by_speed(
+                replicas[OUTSTANDING_REQUESTS, r], replicas[RELATIVE_SPEED, r], params[0]
+            )
             if better(cost, r, best_cost, best):
                 best, best_cost = r, cost
     return best if best >= 0 else no_replica(mask)

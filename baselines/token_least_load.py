@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from servegym.baselines.choice import better, no_replica, num_replicas
-from servegym.policy.contract import Group, ReplicaFeature
+from servegym.policy.contract import OUTSTANDING_REQUESTS, PENDING_PREFILL_TOKENS, Group
 from servegym.policy.policy import Heuristic
 from servegym.policy.rule import rule
 from servegym.typing import BoolArray, FloatArray, UInt64Array
-
-_OUT = int(ReplicaFeature["OUTSTANDING_REQUESTS"])
-_PENDING = int(ReplicaFeature["PENDING_PREFILL_TOKENS"])
 
 
 @rule
@@ -25,7 +22,7 @@ def decide(
     best, best_cost = -1, 0.0
     for r in range(num_replicas(mask)):
         if mask[r]:
-            cost = replicas[_PENDING, r] + replicas[_OUT, r]
+            cost = replicas[PENDING_PREFILL_TOKENS, r] + replicas[OUTSTANDING_REQUESTS, r]
             if better(cost, r, best_cost, best):
                 best, best_cost = r, cost
     return best if best >= 0 else no_replica(mask)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from servegym.baselines.choice import no_replica, num_replicas
-from servegym.policy.contract import Group, ReplicaFeature
+from servegym.policy.contract import RELATIVE_SPEED, Group
 from servegym.policy.policy import Heuristic
 from servegym.policy.rule import rule
 from servegym.typing import BoolArray, FloatArray, UInt64Array
-
-_SPEED = int(ReplicaFeature["RELATIVE_SPEED"])
 
 
 @rule
@@ -24,8 +22,8 @@ def decide(
     best, total = -1, 0.0
     for r in range(num_replicas(mask)):
         if mask[r]:
-            memory[r] += replicas[_SPEED, r]
-            total += replicas[_SPEED, r]
+            memory[r] += replicas[RELATIVE_SPEED, r]
+            total += replicas[RELATIVE_SPEED, r]
             if best < 0 or memory[r] > memory[best]:
                 best = r
     if best < 0:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from servegym.baselines.choice import better, no_replica, num_replicas
-from servegym.policy.contract import Group, ReplicaFeature
+from servegym.policy.contract import WHAT_IF_E2E_S, Group
 from servegym.policy.policy import Heuristic
 from servegym.policy.rule import rule
 from servegym.typing import BoolArray, FloatArray, UInt64Array
-
-_E2E = int(ReplicaFeature["WHAT_IF_E2E_S"])
 
 
 @rule
@@ -24,7 +22,7 @@ def decide(
     best, best_cost = -1, 0.0
     for r in range(num_replicas(mask)):
         if mask[r]:
-            cost = replicas[_E2E, r]
+            cost = replicas[WHAT_IF_E2E_S, r]
             if better(cost, r, best_cost, best):
                 best, best_cost = r, cost
     return best if best >= 0 else no_replica(mask)

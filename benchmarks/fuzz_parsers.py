@@ -32,8 +32,8 @@ from servegym.errors import ServeGymError
 from servegym.serve.engine import asks
 from servegym.serve.engine.faults import Fault
 from servegym.serve.engine.server import output_tokens
-from servegym.serve.metrics import read_metrics
-from servegym.serve.prompt import PrefixConfig, PromptReader
+from servegym.serve.monitoring.metrics import read_metrics
+from servegym.serve.requests.prompt import PrefixConfig, PromptReader
 from servegym.serve.router.auth import Keys
 from servegym.serve.router.errors import RequestError
 from servegym.serve.router.headers import DEFAULT_FORWARDED, HeaderFilter, retry_after_s

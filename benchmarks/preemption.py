@@ -11,12 +11,10 @@ import gymnasium
 import numpy as np
 
 from servegym.baselines.ordering.registry import ordering_policy
-from servegym.policy.ordering import NUM_ORDERING_FEATURES, OrderingFeature
+from servegym.policy.ordering import NUM_ORDERING_FEATURES, PREDICTED_REMAINING_TOKENS
 from servegym.policy.play_perceptron import Perceptrons, play_perceptrons
 from servegym.policy.run_ordering import make_simulator, run_ordering
 from servegym.scenario import load_scenario
-
-_REMAINING = int(OrderingFeature["PREDICTED_REMAINING_TOKENS"])
 
 
 def order_rate(scenario_name: str, text: str, num_episodes: int = 6) -> float:
@@ -35,7 +33,7 @@ def search_rate(scenario_name: str, num_nets: int = 24, num_episodes: int = 8) -
     scenario = load_scenario(scenario_name)
     episodes = [scenario.episode(seed) for seed in range(num_episodes)]
     hidden = np.zeros((num_nets, NUM_ORDERING_FEATURES, 12))
-    hidden[:, _REMAINING, 0] = 1.0
+    hidden[:, PREDICTED_REMAINING_TOKENS, 0] = 1.0
     one = np.ones(NUM_ORDERING_FEATURES)
     nets = Perceptrons(0 * one, one, hidden, np.zeros((num_nets, 12)), np.ones((num_nets, 12, 2)))
     play_perceptrons(scenario.spec, episodes[:1], nets)  # compiles

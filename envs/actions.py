@@ -57,7 +57,7 @@ class AllowedAction(spaces.Discrete):
         self._batch = batch
 
     def sample(self, mask: Any = None, probability: Any = None) -> np.int64:
-        """Draw an action."""
+        """Draw an action that is allowed now."""
         if mask is None and probability is None:
             mask = self._batch.mask[0]
         return super().sample(mask, probability)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar
 
 import numpy as np
 from gymnasium import spaces
@@ -16,25 +15,17 @@ from numpy.typing import NDArray
 
 from servegym.envs.actions import as_integers
 from servegym.envs.kernels import first_invalid
-from servegym.envs.observation import Table, View
+from servegym.envs.observation import Observer, Table
 from servegym.envs.scene import Scene
+from servegym.envs.settings import Settings, at_least_one, make_settings, one_of
 from servegym.envs.shaping import Potentials
-from servegym.errors import (
-    ConfigError,
-    EnvironmentClosed,
-    InvalidAction,
-    ResetNeeded,
-    UnknownSetting,
-    unknown_name,
-)
+from servegym.errors import ConfigError, EnvironmentClosed, InvalidAction, ResetNeeded
 from servegym.typing import BoolArray, FloatArray, Int8Array, IntArray
 
 #: Keys of `Batch.info`, and those that say which environments gave them.
 _MASK_OF = {
     name: f"_{name}" for name in ("action_mask", "dt_s", "now_s", "input_id", "invalid_action")
 }
-
-InvalidActions = Literal["raise", "resample", "penalise"]
 
 
 class Batch(ABC):
@@ -44,24 +35,13 @@ class Batch(ABC):
 
     Args:
         num_envs: Environments.
-        scenario: What episodes are drawn from: a name, a path or a scenario.
-        load: Factor on the arrival rate, or a range from which each episode draws one.
-        objective: What is rewarded; the scenario's if not given.
-        reward_scale: Divides rewards; `auto`: by about what one decision is worth.
-        shaping: `cost-to-go` charges each decision what it adds to the cost of what is in the
-            system; see `envs.shaping`.
-        episode_end: `drained`: when everything has ended; `last-arrival`: truncated at the first
-            decision after it.
-        warmup: Arrivals before the first decision that is the agent's; a rule decides till then.
-        invalid_action: What a forbidden action does: `raise` refuses it, `resample` takes an
-            allowed one drawn at random instead, `penalise` does so for `invalid_penalty`.
-        invalid_penalty: Taken off the reward (as given out, after `reward_scale`) by `penalise`.
-        normalise: Whether numbers are observed within -1 to 1; see `envs.observation.Table`.
-        flat: Whether all but the mask is observed as one vector.
-        group_size: Environments that play the same arrivals.
-        num_threads: Threads over which environments are split, with equal results.
+        settings: What it was told.
 
     Attributes:
+        settings: What it was told.
+        scenario: What episodes are drawn from.
+        objective: What is rewarded.
+        reward_scale: Divides rewards.
         num_actions: Actions of one environment.
         mask: Allowed actions, 1 is allowed, `int8[num_envs, num_actions]`.
         reward: Of the last step, `float64[num_envs]`.
@@ -75,53 +55,28 @@ class Batch(ABC):
     """
 
     episode_type: ClassVar[type]
+    settings_type: ClassVar[type[Settings]]
     objectives: ClassVar[tuple[str, ...]]
     metric_names: ClassVar[tuple[str, ...]]
+    #: Episodes that are drawn in place of one without a decision, at most.
+    max_redraws: ClassVar[int] = 0
     num_actions: int
     mask: Int8Array
-    view: View
+    observer: Observer
+    settings: Settings
 
-    def __init__(
-        self,
-        num_envs: int,
-        scenario: Any,
-        *,
-        load: float | tuple[float, float] = 1.0,
-        objective: str | None = None,
-        reward_scale: float | Literal["auto"] = 1.0,
-        shaping: Literal["none", "cost-to-go"] = "none",
-        episode_end: Literal["drained", "last-arrival"] = "drained",
-        warmup: int = 0,
-        invalid_action: InvalidActions = "raise",
-        invalid_penalty: float = 1.0,
-        normalise: bool = False,
-        flat: bool = False,
-        group_size: int = 1,
-        num_threads: int = 1,
-    ) -> None:
-        self.scenario = self._load_scenario(scenario) if isinstance(scenario, str) else scenario
-        self.objective: str = objective or self.scenario.objective
-        at_least_one(num_envs=num_envs, group_size=group_size, num_threads=num_threads)
+    def __init__(self, num_envs: int, settings: Settings) -> None:
+        at_least_one(num_envs=num_envs)
+        given = settings.scenario
+        self.settings, self.num_envs = settings, num_envs
+        self.scenario = self._load_scenario(given) if isinstance(given, str) else given
+        self.objective: str = settings.objective or self.scenario.objective
         one_of(objective=(self.objective, self.objectives))
-        one_of(
-            invalid_action=(invalid_action, get_args(InvalidActions)),
-            shaping=(shaping, ("none", "cost-to-go")),
-            episode_end=(episode_end, ("drained", "last-arrival")),
-        )
-        if reward_scale == "auto":
-            reward_scale = self._typical_reward()
-        elif isinstance(reward_scale, str) or not reward_scale > 0:
-            raise ConfigError(f'reward_scale must be above 0 or "auto", got {reward_scale!r}')
-        if warmup < 0:
-            raise ConfigError(f"warmup must be at least 0 arrivals, got {warmup}")
-        if not invalid_penalty >= 0:
-            raise ConfigError(f"invalid_penalty must be at least 0, got {invalid_penalty}")
-        self.num_envs, self.group_size, self.warmup = num_envs, group_size, warmup
-        self.invalid_action = invalid_action
-        self._load, self.reward_scale = load, float(reward_scale)
-        self._penalty = float(invalid_penalty) if invalid_action == "penalise" else 0.0
-        self._normalise, self._flat = normalise, flat
-        self._num_threads = num_threads
+        scale = settings.reward_scale
+        self.reward_scale = self._typical_reward() if scale == "auto" else float(scale)
+        penalises = settings.invalid_action == "penalise"
+        self._penalty = float(settings.invalid_penalty) if penalises else 0.0
+        self._truncates = settings.episode_end == "last-arrival"
         self._pool: ThreadPoolExecutor | None = None
         self._pool_pid = 0
         self._closed = False
@@ -134,17 +89,16 @@ class Batch(ABC):
         self.metrics: FloatArray = np.zeros((len(self.metric_names), num_envs))
         self._metric_masks = tuple(f"_{name}" for name in self.metric_names)
         self._reported = False  # whether `metrics` holds any
-        self._entropy = [(0, env // group_size) for env in range(num_envs)]
+        self._entropy = [(0, env // settings.group_size) for env in range(num_envs)]
         self._count = np.zeros(num_envs, np.int64)
         self._substitutes: dict[int, np.random.Generator] = {}
         self._simulator: Any = None
-        self._truncates = episode_end == "last-arrival"
-        self._shaping = None if shaping == "none" else self._potentials()
+        self._shaping = None if settings.shaping == "none" else self._potentials()
 
     def _allocate(
         self, num_actions: int, tables: dict[str, Table], others: dict[str, spaces.Space[Any]]
     ) -> None:
-        """Make the mask and the view.
+        """Make the mask and the observer.
 
         Args:
             num_actions: Actions of one environment.
@@ -153,7 +107,13 @@ class Batch(ABC):
         """
         self.num_actions = num_actions
         self.mask = np.zeros((self.num_envs, num_actions), np.int8)
-        self.view = View(tables, others, num_actions, normalise=self._normalise, flat=self._flat)
+        self.observer = Observer(
+            tables,
+            others,
+            num_actions,
+            normalise=self.settings.normalise,
+            flat=self.settings.flat,
+        )
 
     @staticmethod
     @abstractmethod
@@ -181,8 +141,16 @@ class Batch(ABC):
         """What the rule of the warm-up does in one environment."""
 
     @abstractmethod
-    def _reset(self, envs: IntArray, episodes: Sequence[Any] | None) -> None:
-        """Start episodes and run them to their first decisions."""
+    def _make_simulator(self, episodes: list[Any]) -> Any:
+        """Make the simulator, one episode for each environment."""
+
+    @abstractmethod
+    def _begin(self, env: int, episode: Any) -> bool:
+        """Load an episode, run it to its first decision; return False if it has none."""
+
+    @abstractmethod
+    def _no_decision(self, drawn: bool) -> str:
+        """Say that an episode has no decision, in the end also of those that were drawn."""
 
     @abstractmethod
     def _step_range(self, first: int, stop: int, actions: IntArray, active: BoolArray) -> None:
@@ -209,13 +177,13 @@ class Batch(ABC):
 
     @property
     def now_s(self) -> FloatArray:
-        """Simulated time, `float64[num_envs]`."""
+        """Simulated time of each environment, `float64[num_envs]`."""
         return self.simulator.state.env["now_s"].copy()
 
     def seed(self, seed: int) -> None:
         """Start the sequences of episodes of all environments anew."""
         for env in range(self.num_envs):
-            self._begin_sequence(env, (seed, env // self.group_size))
+            self._begin_sequence(env, (seed, env // self.settings.group_size))
 
     def seed_one(self, env: int, seed: int) -> None:
         """Let one environment play what a batch of one plays with this seed."""
@@ -234,10 +202,10 @@ class Batch(ABC):
         """Draw the next episode of one environment; its group plays the same arrivals."""
         entropy = np.random.SeedSequence((*self._entropy[env], int(self._count[env])))
         seed, first, second = (int(x) for x in entropy.generate_state(3, np.uint64))
-        load = self._load
+        load = self.settings.load
         if not isinstance(load, float | int):
             load = load[0] + (load[1] - load[0]) * (first / 2.0**64)
-        self.input_id[env] = env // self.group_size
+        self.input_id[env] = env // self.settings.group_size
         self._count[env] += 1
         return self._draw(seed, load, second)
 
@@ -249,10 +217,16 @@ class Batch(ABC):
             episodes: What they play, one each; drawn if not given.
         """
         self.check_open()
-        self._reset(envs, episodes)
+        drawn = episodes is None
+        played = [self.draw(env) for env in envs.tolist()] if episodes is None else list(episodes)
+        if self._simulator is None:
+            every = played if len(envs) == self.num_envs else [played[0]] * self.num_envs
+            self._simulator = self._make_simulator(every)
+        for env, episode in zip(envs.tolist(), played, strict=True):
+            self._begin_one(env, episode, drawn=drawn)
         self.done[envs] = False
         for env in envs.tolist():
-            if self.warmup:
+            if self.settings.warmup:
                 self._warm_up(env)
             if self._truncates:
                 self._check_length(env)
@@ -262,12 +236,21 @@ class Batch(ABC):
             array[envs] = 0
         self.metrics[:, envs] = 0.0
 
+    def _begin_one(self, env: int, episode: Any, *, drawn: bool) -> None:
+        """Begin an episode; where it was drawn, others are in search of one with a decision."""
+        redraws = self.max_redraws if drawn else 0
+        while not self._begin(env, episode):
+            if redraws == 0:
+                raise ConfigError(self._no_decision(drawn))
+            redraws -= 1
+            episode = self.draw(env)
+
     def _warm_up(self, env: int) -> None:
         """Let the rule decide in one environment until the arrivals of the warm-up are there."""
         alone = np.zeros(self.num_envs, np.bool_)
         alone[env] = True
         actions = np.zeros(self.num_envs, np.int64)
-        while self._arrivals()[0][env] <= self.warmup:
+        while self._arrivals()[0][env] <= self.settings.warmup:
             actions[env] = self._rule_action(env)
             self._step_range(env, env + 1, actions, alone)
             if self.done[env]:
@@ -282,7 +265,7 @@ class Batch(ABC):
         end = " and an end at the last arrival" if self._truncates else ""
         raise ConfigError(
             f"an episode of {int(self._arrivals()[1][env])} arrivals leaves the agent no decision"
-            f" with a warmup of {self.warmup}{end}: let it be longer"
+            f" with a warmup of {self.settings.warmup}{end}: let it be longer"
         )
 
     def step(self, actions: Any, active: BoolArray) -> None:
@@ -294,7 +277,7 @@ class Batch(ABC):
         self.check_open()
         chosen = as_integers(actions, self.num_envs)
         bad = first_invalid(self.mask, chosen, active)
-        if self.invalid_action == "raise":
+        if self.settings.invalid_action == "raise":
             if bad >= 0:
                 raise InvalidAction(
                     f"action {int(chosen[bad])} is not allowed in environment {bad}: "
@@ -302,7 +285,7 @@ class Batch(ABC):
                 )
         else:
             chosen = self._replaced(chosen, active)
-        if self._num_threads == 1:
+        if self.settings.num_threads == 1:
             self._step_part(0, self.num_envs, chosen, active)
         else:
             self._in_ranges(lambda first, stop: self._step_part(first, stop, chosen, active))
@@ -340,14 +323,14 @@ class Batch(ABC):
         """Call `step(first, stop)` for all environments, in as many ranges as there are threads."""
         if self._pool is None or self._pool_pid != os.getpid():
             # a forked process has the pool, but not its threads
-            self._pool, self._pool_pid = ThreadPoolExecutor(self._num_threads), os.getpid()
-        edges = np.linspace(0, self.num_envs, self._num_threads + 1).astype(int).tolist()
+            self._pool, self._pool_pid = ThreadPoolExecutor(self.settings.num_threads), os.getpid()
+        edges = np.linspace(0, self.num_envs, self.settings.num_threads + 1).astype(int).tolist()
         for job in [self._pool.submit(step, *pair) for pair in itertools.pairwise(edges)]:
             job.result()
 
     def observation(self) -> Any:
         """Return fresh arrays with the observations of all environments."""
-        return self.view(self._parts())
+        return self.observer(self._parts())
 
     def info(self, given: BoolArray | None = None) -> dict[str, Any]:
         """Return fresh arrays with what else is known of all environments; keys never change.
@@ -386,7 +369,7 @@ class Batch(ABC):
             "now_s": self.simulator.state.env["now_s"],
             "input_id": self.input_id,
         }
-        if self.invalid_action != "raise":
+        if self.settings.invalid_action != "raise":
             facts["invalid_action"] = self.invalid
         return facts
 
@@ -406,64 +389,8 @@ class Batch(ABC):
         return {**self.__dict__, "_pool": None}  # threads are made where they are needed
 
 
-def at_least_one(**sizes: int) -> None:
-    """Refuse sizes below 1."""
-    for name, value in sizes.items():
-        if value < 1:
-            raise ConfigError(f"{name} must be at least 1, got {value}")
-
-
-def one_of(**settings: tuple[str, tuple[str, ...]]) -> None:
-    """Refuse values that are not among the allowed ones, given as `name=(value, allowed)`."""
-    for name, (value, allowed) in settings.items():
-        if value not in allowed:
-            raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-
-
-def settings_of(batch_type: type[Batch]) -> dict[str, inspect.Parameter]:
-    """Find all settings of a kind of batch: its own, then those it hands on."""
-    found: dict[str, inspect.Parameter] = {}
-    for cls in batch_type.__mro__:
-        for name, parameter in inspect.signature(vars(cls)["__init__"]).parameters.items():
-            if name not in ("self", "num_envs") and parameter.kind is not parameter.VAR_KEYWORD:
-                found.setdefault(name, parameter)
-        if cls is Batch:
-            break
-    return found
-
-
-def make_batch(batch_type: type[Batch], num_envs: int, settings: dict[str, Any]) -> Any:
-    """Make a batch; an unknown setting is refused by name.
-
-    Raises:
-        UnknownSetting: If there is no such setting.
-        ConfigError: If a value is not allowed.
-    """
-    known = settings_of(batch_type)
-    for name in settings:
-        if name not in known:
-            # in Python's words first: some libraries try keywords and read what is said
-            raise UnknownSetting(
-                f"unexpected keyword argument {name!r}: {unknown_name('setting', name, known)}"
-            )
-    return batch_type(num_envs, **settings)
-
-
-def face_signature(
-    batch_type: type[Batch], first: dict[str, Any], last: dict[str, Any]
-) -> inspect.Signature:
-    """Say what a face of a kind of batch takes: `first`, its settings, `last`, with defaults."""
-    settings = {name: p.default for name, p in settings_of(batch_type).items()}
-    positional = [*first, "scenario"]
-    return inspect.Signature(
-        [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.POSITIONAL_OR_KEYWORD
-                if name in positional
-                else inspect.Parameter.KEYWORD_ONLY,
-                default=default,
-            )
-            for name, default in (first | settings | last).items()
-        ]
-    )
+def make_batch(
+    batch_type: type[Batch], num_envs: int, scenario: Any, given: Mapping[str, Any]
+) -> Any:
+    """Make a batch of environments of a problem; see `make_settings`."""
+    return batch_type(num_envs, make_settings(batch_type.settings_type, scenario, given))

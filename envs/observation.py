@@ -82,8 +82,8 @@ class Table:
         return np.where(self._share, raw, np.clip(scaled, -1.0, 1.0))
 
 
-class View:
-    """What agents see: a `Dict` with the mask, or with `flat` one vector without it.
+class Observer:
+    """Makes what agents observe: a `Dict` with the mask, or with `flat` one vector without it.
 
     Args:
         tables: Numbers, by name.

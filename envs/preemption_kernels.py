@@ -19,7 +19,7 @@ from servegym.policy.ordering_rows import write_row
 from servegym.typing import BoolArray, Float32Array, FloatArray, Int8Array, IntArray
 
 
-class Settings(NamedTuple):
+class KernelSettings(NamedTuple):
     """What is shown and rewarded.
 
     Attributes:
@@ -49,14 +49,10 @@ class Output(NamedTuple):
     dt_s: FloatArray  # [E] simulated seconds since the last choice
 
 
-@kernel
-def begin(p: Params, s: State, e: int) -> bool:
-    """Run a new episode to its first choice; return False if it has none."""
-    return advance(p, s, e) == DECISION
-
-
 @inlined
-def _shortlist(s: State, c: Settings, e: int, r: int, chosen: IntArray, key: FloatArray) -> int:
+def _shortlist(
+    s: State, c: KernelSettings, e: int, r: int, chosen: IntArray, key: FloatArray
+) -> int:
     """Write the first waiting requests, in order; return how many there are."""
     count = 0
     request = s.replica[e, r].wait_head
@@ -85,20 +81,10 @@ def _copy(source: FloatArray, target: Float32Array) -> None:
 
 
 @kernel
-def write_choice(
-    p: Params, s: State, c: Settings, o: Output, e: int, row: FloatArray, key: FloatArray
+def _write_choice(
+    p: Params, s: State, c: KernelSettings, o: Output, e: int, row: FloatArray, key: FloatArray
 ) -> None:
-    """Write the observation of one pending choice.
-
-    Args:
-        p: Constants.
-        s: State.
-        c: Settings.
-        o: Written to.
-        e: Environment.
-        row: Working memory, `float64[NUM_ORDERING_FEATURES]`.
-        key: Working memory, `float64[width]`.
-    """
+    """Write the observation of one pending choice."""
     r = s.env[e].asking
     v = s.replica[e, r]
     admit = s.env[e].decision == ADMIT
@@ -124,10 +110,32 @@ def write_choice(
 
 
 @kernel
+def begin(
+    p: Params, s: State, c: KernelSettings, o: Output, e: int, row: FloatArray, key: FloatArray
+) -> bool:
+    """Run a new episode to its first choice and observe it; return False if it has none.
+
+    Args:
+        p: Constants.
+        s: State.
+        c: Settings.
+        o: Written to.
+        e: Environment.
+        row: Working memory, `float64[NUM_ORDERING_FEATURES]`.
+        key: Working memory, `float64[width]`.
+    """
+    if advance(p, s, e) != DECISION:
+        return False
+    _write_choice(p, s, c, o, e, row, key)
+    o.earned[e] = 0.0
+    return True
+
+
+@kernel
 def step_range(
     p: Params,
     s: State,
-    c: Settings,
+    c: KernelSettings,
     o: Output,
     first: int,
     stop: int,
@@ -150,7 +158,7 @@ def step_range(
         o.earned[e] = sofar
         o.done[e] = not more
         if more:
-            write_choice(p, s, c, o, e, row, key)
+            _write_choice(p, s, c, o, e, row, key)
         else:
             o.requests[e] = 0.0
             o.engine[e] = 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from servegym.cluster.nominal import REFERENCE_BATCH, nominal_facts
 from servegym.cluster.outcome import goodput_rps, latencies, within_slo
 from servegym.cluster.spec import Episode
 from servegym.envs.batch import Batch
+from servegym.envs.settings import RequestSettings
 from servegym.envs.shaping import CostToGo, Potentials
 from servegym.scenario import Scenario, load_scenario
 from servegym.typing import IntArray
@@ -20,9 +21,7 @@ class RequestBatch(Batch):
 
     Args:
         num_envs: Environments.
-        scenario: A name, a path or a `Scenario`.
-        num_requests: Requests of an episode; the scenario's if not given.
-        settings: See `Batch`.
+        settings: What it was told.
     """
 
     episode_type = Episode
@@ -35,23 +34,15 @@ class RequestBatch(Batch):
         "num_rejected",
     )
 
-    def __init__(
-        self,
-        num_envs: int,
-        scenario: Scenario | str,
-        *,
-        num_requests: int | None = None,
-        **settings: Any,
-    ) -> None:
-        super().__init__(num_envs, scenario, **settings)
-        self._num_requests = num_requests
+    settings: RequestSettings
 
     @staticmethod
     def _load_scenario(name: str) -> Scenario:
         return load_scenario(name)
 
     def _draw(self, seed: int, load: float, number: int) -> Episode:
-        return self.scenario.episode(seed, load=load, num_requests=self._num_requests)
+        num_requests = self.settings.num_requests
+        return self.scenario.episode(seed, load=load, num_requests=num_requests)
 
     def _typical_reward(self) -> float:
         """Seconds of a mean request on a mean replica, shared; or its mean worth in goodput."""
@@ -78,7 +69,7 @@ class RequestBatch(Batch):
         truncation.
         """
         done = self.simulator.outcomes(env)
-        done = done[np.argsort(done["arrival_s"], kind="stable")][self.warmup :]
+        done = done[np.argsort(done["arrival_s"], kind="stable")][self.settings.warmup :]
         done = done[np.isfinite(done["finish_s"])]
         if not len(done):
             return (0.0,) * 5
@@ -90,6 +81,6 @@ class RequestBatch(Batch):
             float(e2e_s[served].mean()) if served.any() else 0.0,
             float(ttft_s[served].mean()) if served.any() else 0.0,
             float(good.mean()),
-            float(np.nan_to_num(goodput_rps(done, good, table, self.warmup))),
+            float(np.nan_to_num(goodput_rps(done, good, table, self.settings.warmup))),
             float((~served).sum()),
         )

@@ -6,24 +6,13 @@ import numpy as np
 
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import QUEUED, RUNNING
-from servegym.envs.scene import Row, Scene
-from servegym.policy.contract import ReplicaFeature
+from servegym.envs.scene import Row, Scene, progress
+from servegym.policy.contract import KV_CACHE_USAGE, OUTSTANDING_PROMPT_TOKENS, UP
 from servegym.scenario import Scenario
 from servegym.typing import IntArray
 
-_UP, _KV, _TOKENS = (
-    int(ReplicaFeature[name]) for name in ("UP", "KV_CACHE_USAGE", "OUTSTANDING_PROMPT_TOKENS")
-)
 #: Rows of requests in the picture of an engine, at most.
 _MOST_REQUESTS = 24
-
-
-def _title(scenario: Scenario, simulator: Simulator, env: int) -> str:
-    e = simulator.state.env[env]
-    return (
-        f"{scenario.name}   {e['now_s']:.2f} s   {e['num_ended']} of {e['num_requests']} requests"
-        f" have ended, {e['in_system']} in the system"
-    )
 
 
 def _of(simulator: Simulator, env: int, replica: int, status: int) -> IntArray:
@@ -43,12 +32,12 @@ def dispatch_scene(scenario: Scenario, simulator: Simulator, env: int) -> Scene:
     for r in range(int(s.env[env]["num_replicas"])):
         shown, v = s.shown[env, :, r], s.replica[env, r]
         name = scenario.spec.types[v["type_idx"]].name
-        tokens = shown[_TOKENS]
-        up = shown[_UP] > 0
+        tokens = shown[OUTSTANDING_PROMPT_TOKENS]
+        up = shown[UP] > 0
         rows.append(
             Row(
                 f"{r}  {name}",
-                float(shown[_KV]),
+                float(shown[KV_CACHE_USAGE]),
                 _classes(simulator, env, _of(simulator, env, r, RUNNING)),
                 _classes(simulator, env, _of(simulator, env, r, QUEUED)),
                 f"{tokens:,.0f} prompt tokens, speed {v['speed']:.2f}",
@@ -65,7 +54,7 @@ def dispatch_scene(scenario: Scenario, simulator: Simulator, env: int) -> Scene:
             f" {q['predicted']:,.0f} to generate"
         )
     return Scene(
-        _title(scenario, simulator, env),
+        progress(scenario.name, s.env[env], "requests"),
         question,
         "KV cache",
         "running (full) and waiting requests",
@@ -79,7 +68,7 @@ def engine_scene(scenario: Scenario, simulator: Simulator, env: int, asked: str)
 
     Args:
         scenario: What is played.
-        simulator: It.
+        simulator: Plays it.
         env: Environment.
         asked: What the choice that is due is about, `admit` or `preempt`.
     """
@@ -116,7 +105,7 @@ def engine_scene(scenario: Scenario, simulator: Simulator, env: int, asked: str)
                 )
             )
     return Scene(
-        _title(scenario, simulator, env),
+        progress(scenario.name, s.env[env], "requests"),
         f"whom to {asked}" if due else "the episode is over",
         "KV cache; tokens",
         "running (full) and waiting requests",

@@ -42,8 +42,8 @@ class BatchVecEnv(VecEnv):
         )
 
     def reset(self) -> Any:
-        """Start all episodes."""
-        size = self._env.batch.group_size
+        """Start an episode in every environment."""
+        size = self._env.batch.settings.group_size
         seeds = [self._seeds[env - env % size] for env in range(self.num_envs)]
         keys = {key for options in self._options for key in options}
         options = {key: [options.get(key) for options in self._options] for key in keys}
@@ -62,7 +62,7 @@ class BatchVecEnv(VecEnv):
         self._actions = actions
 
     def step_wait(self) -> Any:
-        """Step all environments."""
+        """Step all environments by the actions kept."""
         observation, reward, terminated, truncated, info = self._env.step(self._actions)
         self._returns += reward
         self._lengths += 1
@@ -120,7 +120,7 @@ class BatchVecEnv(VecEnv):
         return [issubclass(Monitor, wrapper_class) for _ in self._get_indices(indices)]
 
     def get_images(self) -> Sequence[Any]:
-        """Draw every environment."""
+        """Draw a picture of every environment."""
         return self._env.render() or []
 
     def _get_indices(self, indices: Any) -> Iterable[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +70,20 @@ class Scene(NamedTuple):
     cells: str
     rows: tuple[Row, ...]
     num_rows: int
+
+
+def progress(name: str, env: Any, played: Literal["requests", "jobs"]) -> str:
+    """Say how far an episode is.
+
+    Args:
+        name: The scenario's.
+        env: A row of `State.env` of the simulator that plays it.
+        played: What the episode consists of.
+    """
+    return (
+        f"{name}   {env['now_s']:.2f} s   {env['num_ended']} of {env[f'num_{played}']} {played}"
+        f" have ended, {env['in_system']} in the system"
+    )
 
 
 def as_text(scene: Scene) -> str:

@@ -8,8 +8,9 @@ import gymnasium
 import numpy as np
 
 from servegym.envs.actions import AllowedAction, rebind
-from servegym.envs.batch import Batch, face_signature, make_batch
+from servegym.envs.batch import Batch, make_batch
 from servegym.envs.scene import as_image, as_text
+from servegym.envs.settings import face_signature
 from servegym.errors import ConfigError, ResetNeeded, unknown_name
 from servegym.typing import BoolArray
 
@@ -47,9 +48,9 @@ class BatchEnv(gymnasium.Env[Any, Any], Generic[B]):
     """Gymnasium's face of a batch of one.
 
     Args:
-        scenario: A name, a path or a scenario; the batch's default if not given.
+        scenario: A name, a path or a scenario; the problem's default if not given.
         render_mode: `rgb_array` (a picture, `uint8[height, 960, 3]`), `ansi` (text) or `None`.
-        settings: The batch's.
+        settings: The problem's; see `envs.settings`.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": [*RENDER_MODES], "render_fps": 10}  # type: ignore[misc]
@@ -58,23 +59,21 @@ class BatchEnv(gymnasium.Env[Any, Any], Generic[B]):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.__signature__ = face_signature(cls.batch_type, {}, {"render_mode": None})  # type: ignore[attr-defined]
+        cls.__signature__ = face_signature(cls.batch_type.settings_type, {}, {"render_mode": None})  # type: ignore[attr-defined]
 
     def __init__(
         self, scenario: Any = None, *, render_mode: str | None = None, **settings: Any
     ) -> None:
         self.render_mode = check_render_mode(render_mode)
-        if scenario is not None:
-            settings["scenario"] = scenario
-        self.batch = make_batch(self.batch_type, 1, settings)
-        self.observation_space = self.batch.view.space
+        self.batch = make_batch(self.batch_type, 1, scenario, settings)
+        self.observation_space = self.batch.observer.space
         self.action_space = AllowedAction(self.batch)
         self._ready = False
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Start an episode.
+        """Start an episode and run it to its first decision.
 
         Args:
             seed: Restarts the sequence of episodes.

@@ -12,7 +12,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from servegym.envs.actions import AllowedActions, rebind
-from servegym.envs.batch import Batch, face_signature, make_batch
+from servegym.envs.batch import Batch, make_batch
+from servegym.envs.settings import face_signature
 from servegym.envs.single import RENDER_MODES, B, check_options, check_render_mode, draw
 from servegym.errors import ConfigError, ResetNeeded
 from servegym.typing import BoolArray, FloatArray, IntArray
@@ -29,11 +30,11 @@ class BatchVectorEnv(VectorEnv[Any, IntArray, Any], Generic[B]):
 
     Args:
         num_envs: Environments.
-        scenario: A name, a path or a scenario; the batch's default if not given.
+        scenario: A name, a path or a scenario; the problem's default if not given.
         autoreset_mode: When an environment whose episode is over begins the next.
         max_episode_steps: Decisions after which an episode is truncated.
         render_mode: `rgb_array`, `ansi` or `None`; `render` gives a tuple.
-        settings: The batch's.
+        settings: The problem's; see `envs.settings`.
     """
 
     batch_type: ClassVar[type[Batch]]
@@ -47,7 +48,7 @@ class BatchVectorEnv(VectorEnv[Any, IntArray, Any], Generic[B]):
             "render_mode": None,
         }
         cls.__signature__ = face_signature(  # type: ignore[attr-defined]
-            cls.batch_type, {"num_envs": 1}, last
+            cls.batch_type.settings_type, {"num_envs": 1}, last
         )
 
     def __init__(
@@ -75,11 +76,9 @@ class BatchVectorEnv(VectorEnv[Any, IntArray, Any], Generic[B]):
             "autoreset_mode": self.autoreset_mode,
         }
         self.render_mode = check_render_mode(render_mode)
-        if scenario is not None:
-            settings["scenario"] = scenario
-        self.batch = make_batch(self.batch_type, num_envs, settings)
+        self.batch = make_batch(self.batch_type, num_envs, scenario, settings)
         self.num_envs = num_envs
-        self.single_observation_space = self.batch.view.space
+        self.single_observation_space = self.batch.observer.space
         self.single_action_space = spaces.Discrete(self.batch.num_actions)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = AllowedActions(self.batch)
@@ -92,7 +91,7 @@ class BatchVectorEnv(VectorEnv[Any, IntArray, Any], Generic[B]):
     def reset(
         self, *, seed: Seeds = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Start episodes.
+        """Start episodes and run them to their first decisions.
 
         Args:
             seed: Restarts the sequences of episodes: of all environments, or, given as a list, of
@@ -152,7 +151,7 @@ class BatchVectorEnv(VectorEnv[Any, IntArray, Any], Generic[B]):
             raise ConfigError(
                 f"there must be one seed for each of {self.num_envs} environments, got {len(seeds)}"
             )
-        size = self.batch.group_size
+        size = self.batch.settings.group_size
         for env, seed in enumerate(seeds):
             if seed != seeds[env - env % size]:
                 raise ConfigError(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from servegym.envs.batch import Batch, at_least_one, one_of
+from servegym.envs.batch import Batch
 from servegym.envs.observation import Table
 from servegym.envs.scene import Scene
+from servegym.envs.settings import WorkflowSettings
 from servegym.envs.shaping import Potentials
 from servegym.envs.workflow_features import (
     DEVICE_COLUMNS,
@@ -28,9 +28,9 @@ from servegym.envs.workflow_kernels import (
     DEADLINE,
     JCT,
     MAKESPAN,
+    KernelSettings,
     Output,
-    Settings,
-    begin_episode,
+    begin,
     step_range,
 )
 from servegym.envs.workflow_scene import workflow_scene
@@ -41,12 +41,10 @@ from servegym.workflow.job import Job
 from servegym.workflow.online.policy import WorkflowPolicy
 from servegym.workflow.online.simulator import Simulator
 from servegym.workflow.online.spec import Episode
-from servegym.workflow.online.state import DECISION, WAIT
+from servegym.workflow.online.state import WAIT
 from servegym.workflow_scenario import WorkflowScenario, load_workflow_scenario
 
 Objective = Literal["jct", "makespan", "deadline"]
-Placement = Literal["agent", "eft"]
-Shortlist = Literal["work-left", "arrival", "rank", "slack"]
 _OBJECTIVES = {"jct": JCT, "makespan": MAKESPAN, "deadline": DEADLINE}
 _DURATION, _MOVE = ([c.name for c in PAIR_COLUMNS].index(n) for n in ("duration_s", "delay_s"))
 _SHORTLISTS = {
@@ -62,17 +60,7 @@ class WorkflowBatch(Batch):
 
     Args:
         num_envs: Environments.
-        scenario: A name, a path or a `WorkflowScenario`.
-        num_jobs: Jobs of an episode, or a range from which each draws; the scenario's if not given.
-        max_stages: Rows for stages.
-        placement: Who chooses the device.
-        shortlist: By what stages are chosen if there are more than rows.
-        graph: Whether the known stages of all jobs are observed too.
-        max_nodes: Rows for them.
-        max_edges: Rows for their edges.
-        pool_size: Jobs of the pool that episodes draw theirs from; `None`: all are new.
-        pool_seed: Makes the pool.
-        settings: See `Batch`.
+        settings: What it was told.
 
     Attributes:
         num_actions: Starts, then waiting.
@@ -83,45 +71,23 @@ class WorkflowBatch(Batch):
     objectives = get_args(Objective)
     metric_names = ("jct_mean_s", "makespan_s", "deadline_attainment")
 
-    def __init__(
-        self,
-        num_envs: int,
-        scenario: WorkflowScenario | str = "random-dags",
-        *,
-        num_jobs: int | tuple[int, int] | None = None,
-        max_stages: int = 16,
-        placement: Placement = "agent",
-        shortlist: Shortlist = "work-left",
-        graph: bool = False,
-        max_nodes: int = 256,
-        max_edges: int = 512,
-        pool_size: int | None = 256,
-        pool_seed: int = 0,
-        **settings: Any,
-    ) -> None:
-        super().__init__(num_envs, scenario, **settings)
-        at_least_one(
-            max_stages=max_stages,
-            max_nodes=max_nodes,
-            max_edges=max_edges,
-            pool_size=1 if pool_size is None else pool_size,
-        )
-        one_of(
-            placement=(placement, get_args(Placement)), shortlist=(shortlist, get_args(Shortlist))
-        )
-        self._graph, self._num_jobs = graph, num_jobs
-        self._pool_size, self._pool_seed = pool_size, pool_seed
+    settings_type = WorkflowSettings
+    settings: WorkflowSettings
+
+    def __init__(self, num_envs: int, settings: WorkflowSettings) -> None:
+        super().__init__(num_envs, settings)
         self._jobs: tuple[Job, ...] | None = None
-        self._settings = Settings(
+        self._kernel_settings = KernelSettings(
             objective=_OBJECTIVES[self.objective],
-            shortlist=_SHORTLISTS[shortlist],
-            eft=placement == "eft",
-            graph=bool(graph),
+            shortlist=_SHORTLISTS[settings.shortlist],
+            eft=settings.placement == "eft",
+            graph=bool(settings.graph),
             scale=self.reward_scale,
         )
         devices = self.scenario.max_devices
-        starts = max_stages if placement == "eft" else max_stages * devices
-        nodes, edges = (max_nodes, max_edges) if graph else (1, 1)
+        max_stages = settings.max_stages
+        starts = max_stages if settings.placement == "eft" else max_stages * devices
+        nodes, edges = (settings.max_nodes, settings.max_edges) if settings.graph else (1, 1)
         tables = {
             "stages": Table(STAGE_COLUMNS, (max_stages, len(STAGE_COLUMNS))),
             "pairs": Table(PAIR_COLUMNS, (max_stages, devices, len(PAIR_COLUMNS))),
@@ -129,7 +95,7 @@ class WorkflowBatch(Batch):
             "global": Table(GLOBAL_COLUMNS, (len(GLOBAL_COLUMNS),)),
         }
         others: dict[str, spaces.Space[Any]] = {}
-        if graph:
+        if settings.graph:
             tables["nodes"] = Table(NODE_COLUMNS, (nodes, len(NODE_COLUMNS)))
             others = {
                 "edges": spaces.Box(0, nodes - 1, (edges, 2), np.int32),
@@ -164,31 +130,29 @@ class WorkflowBatch(Batch):
         return load_workflow_scenario(name)
 
     def _draw(self, seed: int, load: float, number: int) -> Episode:
-        num_jobs = self._num_jobs
+        num_jobs, pool_size = self.settings.num_jobs, self.settings.pool_size
         if isinstance(num_jobs, tuple):
             num_jobs = num_jobs[0] + number % (num_jobs[1] - num_jobs[0] + 1)
-        if self._pool_size is not None and self._jobs is None:
-            self._jobs = self.scenario.draw_jobs(self._pool_seed, self._pool_size)
+        if pool_size is not None and self._jobs is None:
+            self._jobs = self.scenario.draw_jobs(self.settings.pool_seed, pool_size)
         return self.scenario.episode(seed, load=load, num_jobs=num_jobs, pool=self._jobs)
 
-    def _reset(self, envs: IntArray, episodes: Sequence[Episode] | None) -> None:
-        drawn = episodes or [self.draw(env) for env in envs.tolist()]
-        if self._simulator is None:
-            first = drawn if len(envs) == self.num_envs else [drawn[0]] * self.num_envs
-            self._simulator = Simulator(self.scenario.spec, first)
-        for env, episode in zip(envs.tolist(), drawn, strict=True):
-            if episode.num_devices > self.output.devices.shape[1]:
-                raise ConfigError(
-                    f"an episode of {self.scenario.name} has at most"
-                    f" {self.output.devices.shape[1]} devices, got {episode.num_devices}"
-                )
-            self.simulator.load(env, episode)
-            self._fit()
-            reason = begin_episode(
-                self.simulator.params, self.simulator.state, self._settings, self.output, env
+    def _make_simulator(self, episodes: list[Episode]) -> Simulator:
+        return Simulator(self.scenario.spec, episodes)
+
+    def _begin(self, env: int, episode: Episode) -> bool:
+        if episode.num_devices > self.output.devices.shape[1]:
+            raise ConfigError(
+                f"an episode of {self.scenario.name} has at most"
+                f" {self.output.devices.shape[1]} devices, got {episode.num_devices}"
             )
-            if reason != DECISION:
-                raise ConfigError("an episode needs at least one stage that runs on a device")
+        self.simulator.load(env, episode)
+        self._fit()
+        p, s = self.simulator.params, self.simulator.state
+        return begin(p, s, self._kernel_settings, self.output, env)
+
+    def _no_decision(self, drawn: bool) -> str:
+        return "an episode needs at least one stage that runs on a device"
 
     def _typical_reward(self) -> float:
         """Weighted seconds of work of a mean job on a fleet as it is, or 1 a job for deadlines."""
@@ -213,7 +177,7 @@ class WorkflowBatch(Batch):
     def _rule_action(self, env: int) -> int:
         """Start the first stage of the shortlist where it is expected to end first."""
         allowed = np.flatnonzero(self.mask[env])
-        if self._settings.eft:
+        if self._kernel_settings.eft:
             return int(allowed[0])
         devices = self.output.pairs.shape[2]
         own = allowed[
@@ -226,13 +190,13 @@ class WorkflowBatch(Batch):
 
     def _fit(self) -> None:
         """Let the working memory of graphs grow with the simulator's arrays."""
-        stages = self.simulator.state.stage.shape[1] if self._graph else 1
+        stages = self.simulator.state.stage.shape[1] if self.settings.graph else 1
         if self.output.node_of.shape[1] < stages:
             self.output = self.output._replace(node_of=np.zeros((self.num_envs, stages), np.int64))
 
     def _step_range(self, first: int, stop: int, actions: IntArray, active: BoolArray) -> None:
         p, s = self.simulator.params, self.simulator.state
-        step_range(p, s, self._settings, self.output, first, stop, actions, active)
+        step_range(p, s, self._kernel_settings, self.output, first, stop, actions, active)
 
     def rule_actions(self, policy: WorkflowPolicy) -> IntArray:
         """Say what a policy of `workflow.online` would do, in the terms of the action space.
@@ -253,7 +217,7 @@ class WorkflowBatch(Batch):
             stage, device = divmod(action, int(self.simulator.state.env[env]["num_devices"]))
             for k in np.flatnonzero(self.output.shown[env] == stage).tolist():
                 width = self.output.pairs.shape[2]
-                found[env] = k if self._settings.eft else k * width + device
+                found[env] = k if self._kernel_settings.eft else k * width + device
         return found
 
     def _parts(self) -> dict[str, NDArray[Any]]:
@@ -264,7 +228,7 @@ class WorkflowBatch(Batch):
             "devices": o.devices,
             "global": o.overall,
         }
-        if self._graph:
+        if self.settings.graph:
             for name in ("nodes", "edges", "node_mask", "edge_mask", "stage_nodes"):
                 found[name] = getattr(o, name)
         return {**found, "action_mask": o.mask}
@@ -274,7 +238,7 @@ class WorkflowBatch(Batch):
 
         Jobs of the warm-up do not count, nor those that had not ended at a truncation.
         """
-        jobs = self.simulator.jobs(env)[self.warmup :]
+        jobs = self.simulator.jobs(env)[self.settings.warmup :]
         jobs = jobs[np.isfinite(jobs["finish_s"])]
         if not len(jobs):
             return (0.0,) * 3

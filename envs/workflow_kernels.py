@@ -40,7 +40,7 @@ JCT, MAKESPAN, DEADLINE = range(3)
 BY_WORK_LEFT, BY_ARRIVAL, BY_RANK, BY_SLACK = range(4)
 
 
-class Settings(NamedTuple):
+class KernelSettings(NamedTuple):
     """What does not change during a run."""
 
     objective: int
@@ -79,7 +79,7 @@ def _clip(x: float) -> float:
 
 
 @inlined
-def core_action(s: State, c: Settings, o: Output, e: int, action: int) -> int:
+def core_action(s: State, c: KernelSettings, o: Output, e: int, action: int) -> int:
     """Translate an index of the action space; the index must be allowed."""
     if action == o.mask.shape[1] - 1:
         return WAIT
@@ -92,8 +92,8 @@ def core_action(s: State, c: Settings, o: Output, e: int, action: int) -> int:
 
 
 @kernel
-def begin_episode(p: Params, s: State, c: Settings, o: Output, e: int) -> int:
-    """Run a freshly loaded environment to its first decision and observe it."""
+def begin(p: Params, s: State, c: KernelSettings, o: Output, e: int) -> bool:
+    """Run a new episode to its first decision and observe it; return False if it has none."""
     reason = advance(p, s, e)
     o.paid[e] = 0.0
     if c.objective == MAKESPAN:
@@ -103,14 +103,14 @@ def begin_episode(p: Params, s: State, c: Settings, o: Output, e: int) -> int:
     o.done[e] = reason != DECISION
     if reason == DECISION:
         _observe(p, s, c, o, e)
-    return reason
+    return reason == DECISION
 
 
 @kernel
 def step_range(
     p: Params,
     s: State,
-    c: Settings,
+    c: KernelSettings,
     o: Output,
     first: int,
     stop: int,
@@ -136,7 +136,7 @@ def step_range(
 
 
 @inlined
-def _earned(p: Params, s: State, c: Settings, e: int) -> float:
+def _earned(p: Params, s: State, c: KernelSettings, e: int) -> float:
     """Return that the rewards so far sum up to, but for the first lower bound."""
     env = s.env[e]
     if c.objective == JCT:
@@ -165,7 +165,7 @@ def least_makespan_s(w: View, s: State, e: int) -> float:
 
 
 @inlined
-def _key(w: View, c: Settings, v: int) -> float:
+def _key(w: View, c: KernelSettings, v: int) -> float:
     job = w.job[w.stage[v].job]
     if c.shortlist == BY_ARRIVAL:
         return w.stage[v].job
@@ -198,7 +198,7 @@ def _can_start_somewhere(w: View, v: int) -> bool:
 
 
 @inlined
-def _shortlist(w: View, c: Settings, o: Output, e: int) -> int:
+def _shortlist(w: View, c: KernelSettings, o: Output, e: int) -> int:
     """Write the stages with the least keys that can start; higher rank first of equals."""
     most, count = o.shown.shape[1], 0
     for i in range(w.env[0].num_ready):
@@ -220,7 +220,7 @@ def _shortlist(w: View, c: Settings, o: Output, e: int) -> int:
 
 
 @kernel
-def _observe(p: Params, s: State, c: Settings, o: Output, e: int) -> None:
+def _observe(p: Params, s: State, c: KernelSettings, o: Output, e: int) -> None:
     w = view(p, s, e)
     env = s.env[e]
     _clear(c, o, e)
@@ -351,7 +351,7 @@ def _write_graph(w: View, o: Output, e: int) -> None:
 
 
 @inlined
-def _clear(c: Settings, o: Output, e: int) -> None:
+def _clear(c: KernelSettings, o: Output, e: int) -> None:
     o.stages[e] = 0.0
     o.pairs[e] = 0.0
     o.devices[e] = 0.0

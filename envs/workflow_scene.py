@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from servegym.envs.scene import Row, Scene
+from servegym.envs.scene import Row, Scene, progress
 from servegym.workflow.online.simulator import Simulator
 from servegym.workflow.online.state import ENDED, READY, STARTED
 from servegym.workflow_scenario import WorkflowScenario
@@ -48,8 +48,7 @@ def workflow_scene(scenario: WorkflowScenario, simulator: Simulator, env: int) -
             )
         )
     return Scene(
-        f"{scenario.name}   {now_s:.2f} s   {e['num_ended']} of {e['num_jobs']} jobs have ended,"
-        f" {e['in_system']} in the system",
+        progress(scenario.name, e, "jobs"),
         f"what starts where: {e['num_ready']} stages are ready"
         if e["num_ended"] < e["num_jobs"]
         else "the episode is over",

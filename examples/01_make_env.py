@@ -8,16 +8,13 @@ import gymnasium
 import numpy as np
 
 import servegym  # noqa: F401 - registers the environments
-from servegym.policy.contract import ReplicaFeature
-
-OUTSTANDING = ReplicaFeature["OUTSTANDING_REQUESTS"]
-SPEED = ReplicaFeature["RELATIVE_SPEED"]
+from servegym.policy.contract import OUTSTANDING_REQUESTS, RELATIVE_SPEED
 
 
 def least_loaded(observation: dict[str, np.ndarray]) -> int:
     """Fewest outstanding requests for the replica's speed."""
     replicas, mask = observation["replicas"], observation["action_mask"]
-    load = (replicas[:, OUTSTANDING] + 1) / np.maximum(replicas[:, SPEED], 1e-6)
+    load = (replicas[:, OUTSTANDING_REQUESTS] + 1) / np.maximum(replicas[:, RELATIVE_SPEED], 1e-6)
     return int(np.where(mask > 0, load, np.inf).argmin())
 
 

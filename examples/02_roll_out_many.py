@@ -10,7 +10,7 @@ import gymnasium
 import numpy as np
 
 import servegym  # noqa: F401 - registers the environments
-from servegym.policy.contract import ReplicaFeature
+from servegym.policy.contract import OUTSTANDING_REQUESTS
 
 
 def main() -> None:
@@ -23,13 +23,11 @@ def main() -> None:
         load=(0.6, 1.0),
     )
     observation, info = envs.reset(seed=0)
-    outstanding = ReplicaFeature["OUTSTANDING_REQUESTS"]
     finished, simulated_s = [], 0.0
     begin = time.perf_counter()
     for _ in range(300):
-        load = np.where(
-            observation["action_mask"] > 0, observation["replicas"][..., outstanding], np.inf
-        )
+        outstanding = observation["replicas"][..., OUTSTANDING_REQUESTS]
+        load = np.where(observation["action_mask"] > 0, outstanding, np.inf)
         observation, _, terminated, _, info = envs.step(load.argmin(-1))
         simulated_s += info["dt_s"].sum()
         finished += info["episode_metrics"]["mean_e2e_s"][terminated].tolist()

@@ -19,7 +19,7 @@ from servegym.errors import ConfigError
 from servegym.policy.run import run
 from servegym.scenario import Scenario, parse_scenario
 from servegym.serve.engine.fleet import Fleet, FleetConfig
-from servegym.serve.metrics import SGLANG, TENSORRT_LLM, VLLM, read_metrics
+from servegym.serve.monitoring.metrics import SGLANG, TENSORRT_LLM, VLLM, read_metrics
 
 MIXED = """
 name: mixed-engines

@@ -25,7 +25,13 @@ from servegym.baselines.ordering.registry import ordering_policy
 from servegym.cluster.spec import Episode
 from servegym.errors import ConfigError, OutputError
 from servegym.policy.learned_ordering import OrderingWeights
-from servegym.policy.ordering import NUM_ORDERING_FEATURES, OrderingFeature, OrderingPolicy
+from servegym.policy.ordering import (
+    COMPUTED_TOKENS,
+    NUM_ORDERING_FEATURES,
+    NUM_RUNNING,
+    PREDICTED_REMAINING_TOKENS,
+    OrderingPolicy,
+)
 from servegym.policy.play_perceptron import Perceptrons, play_perceptrons
 from servegym.policy.run_ordering import make_simulator, run_ordering
 from servegym.scenario import Scenario, load_scenario
@@ -38,7 +44,7 @@ from servegym.whole_files import unwritable
 _log = logging.getLogger(__name__)
 
 #: The request's own features; the engine's are the same in all rows and change no linear order.
-_OWN = range(int(OrderingFeature["COMPUTED_TOKENS"]), int(OrderingFeature["NUM_RUNNING"]))
+_OWN = range(COMPUTED_TOKENS, NUM_RUNNING)
 #: Validation episodes' seeds count from here; those that are held out begin at 1,000,000.
 _VALIDATION_SEED = 500_000
 #: Generations between validations.
@@ -238,7 +244,7 @@ class OrderingTrainer:
     def _first_guess(self) -> FloatArray:
         """Shortest remaining first, for both heads."""
         theta = np.zeros((2, len(self._linear)))
-        theta[:, self._linear.index(int(OrderingFeature["PREDICTED_REMAINING_TOKENS"]))] = 1.0
+        theta[:, self._linear.index(PREDICTED_REMAINING_TOKENS)] = 1.0
         return theta.ravel()
 
     def prepare(self) -> float:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import numpy as np
 
 from servegym.policy.contract import NO_BOUND
-from servegym.policy.ordering import OrderingFeature, OrderingRule, prefill_left_s, remaining_s
+from servegym.policy.ordering import (
+    DEADLINE_SLACK_S,
+    TTFT_SLACK_S,
+    OrderingRule,
+    prefill_left_s,
+    remaining_s,
+)
 from servegym.typing import FloatArray
-
-_TTFT_SLACK = int(OrderingFeature["TTFT_SLACK_S"])
-_DEADLINE_SLACK = int(OrderingFeature["DEADLINE_SLACK_S"])
 
 
 def slack_s(features: FloatArray) -> FloatArray:
     """Time each request can still lose before it misses a limit, in seconds, `float64[n]`."""
-    first: FloatArray = features[:, _TTFT_SLACK] - prefill_left_s(features)
-    return np.minimum(first, features[:, _DEADLINE_SLACK] - remaining_s(features))
+    first: FloatArray = features[:, TTFT_SLACK_S] - prefill_left_s(features)
+    return np.minimum(first, features[:, DEADLINE_SLACK_S] - remaining_s(features))
 
 
 def demote_hopeless(score: FloatArray, features: FloatArray) -> FloatArray:
@@ -28,7 +31,7 @@ def demote_hopeless(score: FloatArray, features: FloatArray) -> FloatArray:
 
 def order(features: FloatArray, memory: FloatArray, params: FloatArray) -> FloatArray:
     """Score; see `policy.ordering`."""
-    left: FloatArray = np.minimum(features[:, _TTFT_SLACK], features[:, _DEADLINE_SLACK])
+    left: FloatArray = np.minimum(features[:, TTFT_SLACK_S], features[:, DEADLINE_SLACK_S])
     return demote_hopeless(left, features) if params[0] > 0.0 else left
 
 

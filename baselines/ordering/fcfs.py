@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from servegym.policy.ordering import OrderingFeature, OrderingRule
+from servegym.policy.ordering import WAITED_S, OrderingRule
 from servegym.typing import FloatArray
-
-_WAITED = int(OrderingFeature["WAITED_S"])
 
 
 def order(features: FloatArray, memory: FloatArray, params: FloatArray) -> FloatArray:
     """Score; see `policy.ordering`."""
-    return -features[:, _WAITED]
+    return -features[:, WAITED_S]
 
 
 def fcfs() -> OrderingRule:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from servegym.policy.ordering import OrderingFeature, OrderingRule
+from servegym.policy.ordering import (
+    GENERATED_TOKENS,
+    IS_RUNNING,
+    PREDICTED_REMAINING_TOKENS,
+    PROMPT_TOKENS,
+    OrderingRule,
+)
 from servegym.typing import FloatArray
-
-_RUNNING = int(OrderingFeature["IS_RUNNING"])
-_PROMPT = int(OrderingFeature["PROMPT_TOKENS"])
-_GENERATED = int(OrderingFeature["GENERATED_TOKENS"])
-_REMAINING = int(OrderingFeature["PREDICTED_REMAINING_TOKENS"])
 
 
 def order(features: FloatArray, memory: FloatArray, params: FloatArray) -> FloatArray:
     """Score; see `policy.ordering`."""
-    remaining = features[:, _REMAINING]
-    held = features[:, _PROMPT] + features[:, _GENERATED] + 0.5 * remaining
-    power = np.where(features[:, _RUNNING] > 0.0, params[1], params[0])
+    remaining = features[:, PREDICTED_REMAINING_TOKENS]
+    held = features[:, PROMPT_TOKENS] + features[:, GENERATED_TOKENS] + 0.5 * remaining
+    power = np.where(features[:, IS_RUNNING] > 0.0, params[1], params[0])
     score: FloatArray = remaining * np.power(held, power)
     return score
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from servegym.policy.contract import NO_BOUND
-from servegym.policy.ordering import OrderingFeature, OrderingRule
+from servegym.policy.ordering import IS_RUNNING, PREDICTED_REMAINING_TOKENS, OrderingRule
 from servegym.typing import FloatArray
-
-_RUNNING = int(OrderingFeature["IS_RUNNING"])
-_REMAINING = int(OrderingFeature["PREDICTED_REMAINING_TOKENS"])
 
 # what is kept of a request
 _BOOSTED, _IDLE_STEPS, _STEPS_LEFT = range(3)
@@ -18,7 +15,7 @@ _BOOSTED, _IDLE_STEPS, _STEPS_LEFT = range(3)
 def order(features: FloatArray, memory: FloatArray, params: FloatArray) -> FloatArray:
     """Score; see `policy.ordering`."""
     starvation, period = params
-    running = features[:, _RUNNING] > 0.0
+    running = features[:, IS_RUNNING] > 0.0
     boosted = memory[:, _BOOSTED] > 0.0
     memory[:, _IDLE_STEPS] = np.where(running, 0.0, memory[:, _IDLE_STEPS] + 1.0)
     memory[:, _STEPS_LEFT] -= running & boosted
@@ -28,7 +25,7 @@ def order(features: FloatArray, memory: FloatArray, params: FloatArray) -> Float
     memory[starved, _STEPS_LEFT] = period
     boosted |= starved
     memory[:, _BOOSTED] = boosted
-    return features[:, _REMAINING] - NO_BOUND * boosted
+    return features[:, PREDICTED_REMAINING_TOKENS] - NO_BOUND * boosted
 
 
 def ltr(starvation: float = 500.0, period: float = 50.0) -> OrderingRule:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from servegym.policy.ordering import (
+    IDLE_S,
+    IS_RUNNING,
     NO_LIMIT_S,
-    OrderingFeature,
+    STEP_S,
+    WAITED_S,
     OrderingRule,
     prefill_left_s,
 )
 from servegym.typing import FloatArray
-
-_RUNNING = int(OrderingFeature["IS_RUNNING"])
-_WAITED = int(OrderingFeature["WAITED_S"])
-_IDLE = int(OrderingFeature["IDLE_S"])
-_STEP = int(OrderingFeature["STEP_S"])
 
 # what is kept of a request
 _JOINED, _LEVEL, _USED_S = range(3)
@@ -32,14 +30,14 @@ def order(features: FloatArray, memory: FloatArray, params: FloatArray) -> Float
         needed = np.maximum(prefill_left_s(features[new]) / quantum_s, 1.0)
         memory[new, _LEVEL] = np.minimum(np.ceil(np.log(needed) / np.log(growth)), _MAX_LEVEL)
         memory[new, _JOINED] = 1.0
-    running = features[:, _RUNNING] > 0.0
-    memory[:, _USED_S] += np.where(running, features[:, _STEP], 0.0)
+    running = features[:, IS_RUNNING] > 0.0
+    memory[:, _USED_S] += np.where(running, features[:, STEP_S], 0.0)
     spent = memory[:, _USED_S] > quantum_s * growth ** memory[:, _LEVEL]
     memory[spent, _LEVEL] = np.minimum(memory[spent, _LEVEL] + 1.0, _MAX_LEVEL)
-    starved = features[:, _IDLE] >= starvation_s
+    starved = features[:, IDLE_S] >= starvation_s
     memory[starved, _LEVEL] = 0.0
     memory[spent | starved, _USED_S] = 0.0
-    return memory[:, _LEVEL] * NO_LIMIT_S - features[:, _WAITED]
+    return memory[:, _LEVEL] * NO_LIMIT_S - features[:, WAITED_S]
 
 
 def mlfq(quantum_s: float = 0.01, growth: float = 2.0, starvation_s: float = 3.0) -> OrderingRule:

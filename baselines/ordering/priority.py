@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from servegym.policy.ordering import OrderingFeature, OrderingRule
+from servegym.policy.ordering import CLIENT_PRIORITY, OrderingRule
 from servegym.typing import FloatArray
-
-_PRIORITY = int(OrderingFeature["CLIENT_PRIORITY"])
 
 
 def order(features: FloatArray, memory: FloatArray, params: FloatArray) -> FloatArray:
     """Score; see `policy.ordering`."""
-    return features[:, _PRIORITY].copy()
+    return features[:, CLIENT_PRIORITY].copy()
 
 
 def priority() -> OrderingRule:

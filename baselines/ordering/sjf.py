@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from servegym.policy.ordering import OrderingFeature, OrderingRule
+from servegym.policy.ordering import (
+    GENERATED_TOKENS,
+    IS_RUNNING,
+    PREDICTED_REMAINING_TOKENS,
+    WAITED_S,
+    OrderingRule,
+)
 from servegym.typing import FloatArray
-
-_RUNNING = int(OrderingFeature["IS_RUNNING"])
-_GENERATED = int(OrderingFeature["GENERATED_TOKENS"])
-_REMAINING = int(OrderingFeature["PREDICTED_REMAINING_TOKENS"])
-_WAITED = int(OrderingFeature["WAITED_S"])
 
 
 def order(features: FloatArray, memory: FloatArray, params: FloatArray) -> FloatArray:
     """Score; see `policy.ordering`."""
-    size = features[:, _GENERATED] + features[:, _REMAINING]
-    return np.where(features[:, _RUNNING] > 0.0, -features[:, _WAITED], size)
+    size = features[:, GENERATED_TOKENS] + features[:, PREDICTED_REMAINING_TOKENS]
+    return np.where(features[:, IS_RUNNING] > 0.0, -features[:, WAITED_S], size)
 
 
 def sjf() -> OrderingRule:

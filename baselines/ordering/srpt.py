@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from servegym.policy.ordering import OrderingFeature, OrderingRule
+from servegym.policy.ordering import PREDICTED_REMAINING_TOKENS, OrderingRule
 from servegym.typing import FloatArray
-
-_REMAINING = int(OrderingFeature["PREDICTED_REMAINING_TOKENS"])
 
 
 def order(features: FloatArray, memory: FloatArray, params: FloatArray) -> FloatArray:
     """Score; see `policy.ordering`."""
-    return features[:, _REMAINING].copy()
+    return features[:, PREDICTED_REMAINING_TOKENS].copy()
 
 
 def srpt() -> OrderingRule:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import numpy as np
 
 from servegym.policy.contract import NO_BOUND
-from servegym.policy.ordering import OrderingFeature, OrderingRule
+from servegym.policy.ordering import (
+    GENERATED_TOKENS,
+    IS_RUNNING,
+    PREDICTED_REMAINING_TOKENS,
+    OrderingRule,
+)
 from servegym.typing import FloatArray
-
-_RUNNING = int(OrderingFeature["IS_RUNNING"])
-_GENERATED = int(OrderingFeature["GENERATED_TOKENS"])
-_REMAINING = int(OrderingFeature["PREDICTED_REMAINING_TOKENS"])
 
 
 def order(features: FloatArray, memory: FloatArray, params: FloatArray) -> FloatArray:
     """Score; see `policy.ordering`."""
-    remaining, generated = features[:, _REMAINING], features[:, _GENERATED]
+    remaining, generated = features[:, PREDICTED_REMAINING_TOKENS], features[:, GENERATED_TOKENS]
     old = generated >= params[0] * (generated + remaining)
-    return np.where(old & (features[:, _RUNNING] > 0.0), remaining - NO_BOUND, remaining)
+    return np.where(old & (features[:, IS_RUNNING] > 0.0), remaining - NO_BOUND, remaining)
 
 
 def trail(young: float = 0.8) -> OrderingRule:

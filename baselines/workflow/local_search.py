@@ -18,12 +18,12 @@ EFFORT = 50
 
 
 def edd_ls(workflow: Workflow) -> Schedule:
-    """Improve on EDD."""
+    """Improve on the order of EDD by local search."""
     return improve(edd(workflow))
 
 
 def mdd_ls(workflow: Workflow) -> Schedule:
-    """Improve on MDD."""
+    """Improve on the order of MDD by local search."""
     return improve(mdd(workflow))
 
 

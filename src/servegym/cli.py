@@ -1,4 +1,4 @@
-"""The `servegym` program."""
+"""The program `servegym` and its commands."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Command(Protocol):
     """What the words of the command line are parsed into."""
 
     def run(self) -> None:
-        """Do it."""
+        """Do what the command is for."""
 
 
 COMMANDS: dict[str, Callable[..., Command]] = {

@@ -22,7 +22,7 @@ class RepeatedKey(ValueError):
 
 
 def load_json(text: str) -> Any:
-    """Parse JSON.
+    """Parse JSON in which no object has a key twice.
 
     Raises:
         ValueError: If it is not JSON, nested too deeply, or an object has a key twice.

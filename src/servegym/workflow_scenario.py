@@ -4,30 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import numpy as np
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from servegym.documents import load_yaml
-from servegym.errors import ConfigError, unknown_name
-from servegym.scenario import (
-    Config,
-    EngineConfig,
-    FailSlowConfig,
-    FailStopConfig,
-    FleetEntry,
-    ascending,
-    draw_count,
-    draw_faults,
-    draw_speed,
-    one_sentence,
-    read_yaml,
-    replica_type,
-)
+from servegym.errors import ConfigError
+from servegym.scenario.config import Config, Count, Factor, ascending
+from servegym.scenario.disturbances import FailSlowConfig, FailStopConfig, draw_faults
+from servegym.scenario.files import bundled_names, load, parse
+from servegym.scenario.fleet import EngineConfig, FleetEntry, draw_count, draw_speed, replica_type
 from servegym.typing import IntArray
 from servegym.workflow.job import Job
 from servegym.workflow.online.spec import DeviceType, Episode, FleetSpec, Links
@@ -35,8 +24,6 @@ from servegym.workflow.workloads.mixture import Mixture
 from servegym.workflow.workloads.registry import WorkloadConfig
 from servegym.workloads.config import ArrivalConfig
 
-_Count = Annotated[int, Field(ge=1)]
-_Factor = Annotated[float, Field(gt=0)]
 _FOLDER = "workflows"
 
 
@@ -44,9 +31,9 @@ class EngineEntry(Config):
     """Equal LLM engines; a pair of numbers is a range, drawn anew for every episode."""
 
     gpu: str
-    count: _Count | tuple[_Count, _Count] = 1
+    count: Count | tuple[Count, Count] = 1
     tp: int = Field(1, ge=1)
-    speed: _Factor | tuple[_Factor, _Factor] = 1.0
+    speed: Factor | tuple[Factor, Factor] = 1.0
     num_blocks: int | None = Field(None, ge=1)
     calibration: str | None = None
     typical_batch: int = Field(8, ge=1)
@@ -58,9 +45,9 @@ class DeviceEntry(Config):
     """Equal devices that run tasks; `name` is the device type that the workload has times for."""
 
     name: str
-    count: _Count | tuple[_Count, _Count] = 1
+    count: Count | tuple[Count, Count] = 1
     slots: int = Field(1, ge=1)
-    speed: _Factor | tuple[_Factor, _Factor] = 1.0
+    speed: Factor | tuple[Factor, Factor] = 1.0
 
     _check_ranges = field_validator("count", "speed")(ascending)
 
@@ -232,8 +219,7 @@ def _fleet_entry(entry: EngineEntry) -> FleetEntry:
 
 def workflow_scenario_names() -> list[str]:
     """Names of the bundled workflow scenarios."""
-    folder = resources.files("servegym.assets").joinpath(_FOLDER)
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith("yaml"))
+    return bundled_names(_FOLDER)
 
 
 def is_workflow_scenario(name_or_path: str) -> bool:
@@ -256,24 +242,13 @@ def load_workflow_scenario(name_or_path: str | Path) -> WorkflowScenario:
     Raises:
         ConfigError: If there is none, or a key or value in it is not allowed.
     """
-    text = str(name_or_path)
-    if not text.endswith((".yaml", ".yml")):
-        if text not in workflow_scenario_names():
-            message = unknown_name("workflow scenario", text, workflow_scenario_names())
-            also = " Or" if message.endswith("?") else ", or"
-            raise ConfigError(f"{message}{also} give a .yaml file")
-        file = resources.files("servegym.assets").joinpath(_FOLDER, f"{text}.yaml")
-        return parse_workflow_scenario(file.read_text(encoding="utf-8"), text)
-    path = Path(text)
-    if not path.is_file():
-        raise ConfigError(f"no scenario file at {text}")
-    return parse_workflow_scenario(path.read_text(encoding="utf-8"), text)
+    return load(name_or_path, _FOLDER, "workflow scenario", WorkflowScenario)
 
 
 def parse_workflow_scenario(text: str, origin: str) -> WorkflowScenario:
-    """Check a workflow scenario's YAML text; `origin` names it in errors."""
-    data = read_yaml(text, origin)
-    try:
-        return WorkflowScenario.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError(f"{origin}: {one_sentence(error, data, WorkflowScenario)}") from error
+    """Check a workflow scenario's YAML text; `origin` names it in errors.
+
+    Raises:
+        ConfigError: If a key or value in it is not allowed.
+    """
+    return parse(text, origin, WorkflowScenario)

@@ -6,7 +6,7 @@ from servegym.assets.specs import gpu, model
 from servegym.costs.formats import FORMATS, number_format
 from servegym.costs.step import StepCost
 from servegym.errors import ConfigError
-from servegym.scenario import FleetEntry, step_cost
+from servegym.scenario.fleet import FleetEntry, step_cost
 
 H200, B200 = gpu("H200-SXM-141GB"), gpu("B200-SXM-180GB")
 LLAMA_70B, LLAMA_8B = model("Llama-3.1-70B"), model("Llama-3.1-8B")

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kernel_tables import profiles as data
 from servegym.assets.specs import GpuSpec, calibrated, gpu, gpu_names
 from servegym.costs import forms
-from servegym.costs import measurements as data
 from servegym.costs.fitting import (
     error,
     fit_collective,

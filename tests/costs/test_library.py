@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from kernel_tables import library
 from servegym.assets.specs import gpu
-from servegym.costs import library
 from servegym.costs.forms import collective_s, table_of
 from servegym.costs.package import newest_table, tables_installed, where
 

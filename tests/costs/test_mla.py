@@ -45,7 +45,7 @@ def test_absorbing_computes_what_expanding_would():
 @pytest.mark.parametrize("name", MEASURED_GPUS)
 @pytest.mark.parametrize("kernel", ["prefill bf16", "decode bf16", "absorption"])
 def test_stated_errors_are_those_of_the_fits(name, kernel):
-    from servegym.costs import mla_measurements as data
+    from kernel_tables import latent as data
 
     spec = gpu(name)
     kind, *kv = kernel.split(" ")
@@ -59,7 +59,7 @@ def test_stated_errors_are_those_of_the_fits(name, kernel):
 @needs_tables
 @pytest.mark.parametrize("name", ["H100-SXM-80GB", "H200-SXM-141GB", "B200-SXM-180GB"])
 def test_operators_add_up_to_whole_modules_that_nothing_was_fitted_on(name):
-    from servegym.costs import mla_measurements as data
+    from kernel_tables import latent as data
 
     table = data.package_modules(gpu(name).aic_system, "decode", "fp8-block", "bf16")
     cost = StepCost(gpu(name), model("DeepSeek-V3"), 8, fp8=True, engine="trtllm", scales="block")

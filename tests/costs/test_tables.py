@@ -11,7 +11,7 @@ from servegym.costs.package import expert_rows
 from servegym.costs.step import StepCost
 from servegym.costs.tables import TableSource, source_of, tables_installed
 from servegym.errors import ConfigError
-from servegym.scenario import EngineConfig, FleetEntry, replica_type, step_cost
+from servegym.scenario.fleet import EngineConfig, FleetEntry, replica_type, step_cost
 
 H100 = gpu("H100-SXM-80GB")
 #: Of the fits; Hopper computes fp4 weights in 16 bits, which nobody measured for GEMMs.

@@ -131,7 +131,7 @@ def test_a_model_is_judged_by_the_harness_as_it_was_trained(make_scenario):
         """Stands for a model: reads the observation, chooses the replica with fewest requests."""
 
         def predict(self, seen, deterministic, action_masks=None):
-            assert seen.shape[1:] == batch.view.space.shape
+            assert seen.shape[1:] == batch.observer.space.shape
             rows = seen[:, : width * columns].reshape(-1, width, columns)
             seats = rows[..., NAMES.index("seats")]
             if action_masks is not None:

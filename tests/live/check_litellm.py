@@ -142,7 +142,7 @@ async def main() -> None:
         if not left:
             break
     counts = strategy.dispatcher.runtime.counters.snapshot()
-    latency = strategy.dispatcher.state.view
+    latency = strategy.dispatcher.state.replicas
     share = collections.Counter(
         {i: e.num_answered - b for i, (e, b) in enumerate(zip(engines, before, strict=True))}
     )

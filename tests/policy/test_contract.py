@@ -9,7 +9,7 @@ from servegym.cluster import state
 from servegym.cluster.nominal import nominal_facts
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import DECISION
-from servegym.policy import contract
+from servegym.policy import contract, ordering
 from servegym.policy.contract import (
     NO_BOUND,
     REPLICA_FEATURES,
@@ -19,6 +19,7 @@ from servegym.policy.contract import (
     RequestFeature,
 )
 from servegym.policy.observe import observe_batch
+from servegym.policy.ordering import ORDERING_FEATURES, OrderingFeature
 from servegym.scenario import load_scenario, scenario_names
 
 #: What the simulator calls the rows, where that is not the feature's name.
@@ -43,6 +44,20 @@ ROW_NAMES = {
 }
 UNITS = {"-", "s", "requests", "tokens", "tokens/s", "requests/s", "replicas"}
 FEATURES = [*REPLICA_FEATURES, *REQUEST_FEATURES]
+
+
+@pytest.mark.parametrize(
+    ("module", "features", "by_name"),
+    [
+        (contract, REPLICA_FEATURES, ReplicaFeature),
+        (contract, REQUEST_FEATURES, RequestFeature),
+        (ordering, ORDERING_FEATURES, OrderingFeature),
+    ],
+)
+def test_plain_constants_number_the_features(module, features, by_name):
+    for i, feature in enumerate(features):
+        name = feature.name.upper()
+        assert getattr(module, name) == by_name[name] == i
 
 
 def test_rows_of_the_state_are_the_features_in_order():

@@ -26,7 +26,9 @@ from servegym.cluster.state import (
 from servegym.policy.contract import Group, ReplicaFeature, RequestFeature
 from servegym.policy.observe import observe_batch
 from servegym.policy.policy import Observations
-from servegym.scenario import ActionConfig, FailStopConfig, load_scenario
+from servegym.scenario import load_scenario
+from servegym.scenario.disturbances import FailStopConfig
+from servegym.scenario.scenario import ActionConfig
 from servegym.workloads.table import RequestTable
 
 from ..toys import constant_grid  # noqa: TID252 - tests are no package

@@ -19,7 +19,7 @@ from servegym.scenario import Scenario, parse_scenario
 from servegym.serve.decision_log import DecisionLogConfig
 from servegym.serve.dispatcher import DispatchConfig, Dispatcher, SloConfig
 from servegym.serve.facts import Hardware, fleet_facts
-from servegym.serve.prompt import Prompt
+from servegym.serve.requests.prompt import Prompt
 from servegym.serve.runtime import RuntimeConfig
 from servegym.serve.state import EngineMetrics
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from servegym.replay.drift import identifiability, sentence
+from servegym.replay.sentences import identifiability, sentence
 
 from .live import play_live, scenario, slower
 from .reading import drift_of

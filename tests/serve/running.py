@@ -50,7 +50,7 @@ class Running:
             self.router.telemetry.in_flight == 0
             and self.state.num_held == 0
             and all(self.state.outstanding(r) == 0 for r in names)
-            and all(self.state.view[3] == 0)
+            and all(self.state.replicas[3] == 0)
         )
 
 

@@ -302,7 +302,7 @@ class TestChat:
                 task = asyncio.create_task(self.ask(it))
                 await until(lambda: it.replicas[0].running == 1)
                 await asyncio.sleep(0.1)
-                assert it.state.view[3, 0] > 0  # the prompt is not computed yet
+                assert it.state.replicas[3, 0] > 0  # the prompt is not computed yet
                 status, body, _ = await task
                 assert status == 200
                 assert body.startswith(self.ROLE + b": ping\n\n" + self.SAYS)

@@ -13,7 +13,7 @@ import pytest
 from servegym.errors import ConfigError
 from servegym.policy.contract import ReplicaFeature
 from servegym.serve.litellm import LiteLLMConfig, PolicyStrategy, install, prompt_text
-from servegym.serve.prompt import chat_text
+from servegym.serve.requests.prompt import chat_text
 
 RATES = {"prefill_tokens_per_s": 1e6, "decode_step_s": 0.02, "kv_capacity_tokens": 100_000}
 
@@ -132,7 +132,7 @@ def test_latencies_are_learned_from_streams():
         await asyncio.sleep(0.05)
         strategy.ended(request, answer(5), datetime.now() - timedelta(seconds=0.04))
         column = ["a", "b"].index(chosen)
-        view = strategy.dispatcher.state.view
+        view = strategy.dispatcher.state.replicas
         assert 0.005 < view[ReplicaFeature["RECENT_TTFT_S"], column] < 5.0  # a busy machine is late
         # four tokens after the first in 0.04 s
         assert 0.009 < view[ReplicaFeature["RECENT_TPOT_S"], column] < 5.0
@@ -145,7 +145,7 @@ def test_prompts_count_as_computed_after_their_time_at_the_known_rate():
     async def drive():
         strategy = make()
         await ask(strategy)
-        view = strategy.dispatcher.state.view
+        view = strategy.dispatcher.state.replicas
         assert view[ReplicaFeature["PENDING_PREFILL_TOKENS"]].sum() > 0
         await asyncio.sleep(0.01)
         assert view[ReplicaFeature["PENDING_PREFILL_TOKENS"]].sum() == 0

@@ -11,13 +11,13 @@ import pytest
 import servegym.serve.ray_serve as module
 from servegym.errors import ConfigError
 from servegym.policy.contract import ReplicaFeature
-from servegym.serve.prompt import chat_text
 from servegym.serve.ray_serve import (
     Described,
     RayFleet,
     describe_openai,
     read_ray_config,
 )
+from servegym.serve.requests.prompt import chat_text
 
 RATES = {"prefill_tokens_per_s": 1000.0, "decode_step_s": 0.02, "kv_capacity_tokens": 100_000}
 SLOW = {**RATES, "prefill_tokens_per_s": 250.0, "decode_step_s": 0.08}
@@ -73,7 +73,7 @@ def test_a_request_that_another_replica_took_is_booked_there():
 def test_a_replica_may_say_what_it_is():
     f = fleet("speed-family")
     f.update({"slow": {"rates": SLOW}, "fast": {}})
-    view = f.dispatcher.state.view
+    view = f.dispatcher.state.replicas
     speeds = view[ReplicaFeature["RELATIVE_SPEED"], :2]
     assert speeds[1] == 1.0
     assert 0.2 < speeds[0] < 0.3
@@ -90,7 +90,7 @@ def test_metrics_count_from_when_they_were_new():
     f.update({"a": stats})
     clock = f.dispatcher.clock()
     assert clock - f.dispatcher.state.metrics_age_s(0, clock) == pytest.approx(told_s)
-    assert f.dispatcher.state.view[ReplicaFeature["NUM_RUNNING"], 0] == 3
+    assert f.dispatcher.state.replicas[ReplicaFeature["NUM_RUNNING"], 0] == 3
 
 
 def test_replicas_come_and_go():
@@ -105,7 +105,7 @@ def test_replicas_come_and_go():
     f.completed("1")
     f.completed("2")
     f.update({"b": {}, "c": {}, "d": {}})
-    assert f.dispatcher.state.view[ReplicaFeature["NUM_RUNNING"], 0] == 0
+    assert f.dispatcher.state.replicas[ReplicaFeature["NUM_RUNNING"], 0] == 0
     assert f.dispatcher.state.metrics_age_s(0, f.dispatcher.clock()) > 1e6
     picks = {f.choose(str(i), ["x"], {}, ["b", "c", "d"]) for i in range(10, 13)}
     assert picks == {"b", "c", "d"}
@@ -219,7 +219,7 @@ def test_the_router_ranks_the_choice_first_and_keeps_books(router):
         state = router.fleet.dispatcher.state
         assert sum(state.outstanding(c) for c in range(4)) == 1
         # the prompt's time at the known rate is over: it no longer counts as pending
-        assert state.view[ReplicaFeature["PENDING_PREFILL_TOKENS"]].sum() == 0
+        assert state.replicas[ReplicaFeature["PENDING_PREFILL_TOKENS"]].sum() == 0
         await asyncio.to_thread(router.on_request_completed, first, "1")
         await asyncio.sleep(0.01)
         assert sum(state.outstanding(c) for c in range(4)) == 0

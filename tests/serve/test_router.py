@@ -45,7 +45,7 @@ def test_each_token_arrives_when_it_is_made():
                 async for _ in response.content.iter_any():
                     times.append(loop.time())
                     if len(times) == 3:
-                        assert it.state.view[1, 0] == 1  # outstanding
+                        assert it.state.replicas[1, 0] == 1  # outstanding
                         assert it.state._generated[0] == 3
             assert len(times) >= 5
             assert times[4] - times[0] > 0.15
@@ -134,8 +134,8 @@ def test_load_is_spread_and_metrics_are_scraped():
             for replica in it.replicas:
                 replica.gap_s = 0.04
             answers = asyncio.gather(*(it.post(STREAM) for _ in range(10)))
-            await until(lambda: it.state.view[15].sum() == 10)  # num_running
-            assert it.state.view[1].tolist() == [5, 5]
+            await until(lambda: it.state.replicas[15].sum() == 10)  # num_running
+            assert it.state.replicas[1].tolist() == [5, 5]
             assert it.state.kv_capacity_tokens(0) == 16000
             assert {status for status, _, _ in await answers} == {200}
             assert it.idle()
@@ -538,7 +538,7 @@ class TestOperators:
                 for replica in it.replicas:
                     replica.gap_s = 0.03
                 tasks = [asyncio.create_task(it.post(STREAM)) for _ in range(4)]
-                await until(lambda: it.state.view[1].tolist() == [2, 2])
+                await until(lambda: it.state.replicas[1].tolist() == [2, 2])
                 status, said = await it.operate("/drain", {"replica": "r0"})
                 assert (status, said["outstanding_requests"]) == (200, 2)
                 late = [await it.post(STREAM) for _ in range(3)]
@@ -702,7 +702,7 @@ def test_equal_prompts_find_their_replica_by_its_cache():
             for p in prompts:
                 again = (await it.post({**STREAM, "prompt": p + " and more"}))[2]
                 assert again["X-Servegym-Replica"] == home[p]
-            hits = it.state.view[20]
+            hits = it.state.replicas[20]
             assert hits.max() > 900
 
     run(test)

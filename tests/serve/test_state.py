@@ -31,7 +31,9 @@ from servegym.policy.contract import (
     RequestFeature,
 )
 from servegym.policy.observe import observe_batch
-from servegym.scenario import ActionConfig, FailStopConfig, load_scenario
+from servegym.scenario import load_scenario
+from servegym.scenario.disturbances import FailStopConfig
+from servegym.scenario.scenario import ActionConfig
 from servegym.serve.facts import Hardware, Rates, fleet_facts
 from servegym.serve.state import EngineMetrics, LiveState
 
@@ -80,7 +82,7 @@ class Follower:
                 slo_class=int(table.slo_class[i]),
             )
         elif kind == EV_DISPATCH:
-            state.view[ReplicaFeature["PREFIX_HIT_TOKENS"], r] = self.hits[i][r]
+            state.replicas[ReplicaFeature["PREFIX_HIT_TOKENS"], r] = self.hits[i][r]
             state.dispatch(self.requests[i], r, now_s)
         elif kind == EV_FIRST_TOKEN:
             state.first_token(self.requests[i], now_s)
@@ -153,7 +155,7 @@ def test_live_state_shows_what_the_simulator_shows(name, metrics_interval_s, hol
         simulator.apply(np.array([action if hold or action < width else int(rng.choice(allowed))]))
     assert checked >= 250
     follower.catch_up()
-    seen = follower.state.view
+    seen = follower.state.replicas
     for name in ("outstanding_requests", "pending_prefill_tokens", "outstanding_prompt_tokens"):
         assert (seen[ReplicaFeature[name.upper()]] == 0).all(), name
 

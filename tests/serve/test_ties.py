@@ -67,7 +67,7 @@ def test_only_ties_are_broken():
         send(router, keep=True)  # one on each
     busy = router.arrive("hello", key="busy")
     action = router.decide(busy).action
-    assert router.state.view[1, action] == 2
+    assert router.state.replicas[1, action] == 2
     assert action not in {send(router, keep=True) for _ in range(3)}
 
 

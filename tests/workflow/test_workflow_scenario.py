@@ -76,6 +76,13 @@ def test_jobs_arrive_together_without_a_rate():
     assert not scenario("rate_jobs_per_s").episode(0).arrival_s.any()
 
 
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"name: \xff\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml is not UTF-8 text"):
+        load_workflow_scenario(path)
+
+
 def test_kind_says_which_file_is_which(tmp_path):
     mine = tmp_path / "mine.yaml"
     mine.write_text(yaml.safe_dump(BASE))

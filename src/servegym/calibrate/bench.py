@@ -38,7 +38,7 @@ class Timing(NamedTuple):
 
 
 class KernelTimer(Protocol):
-    """Measures a kernel."""
+    """What measures how long kernels take."""
 
     def __call__(self, kernel: Kernel) -> Timing:
         """Return how long it takes."""

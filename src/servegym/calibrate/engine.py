@@ -225,15 +225,15 @@ class EngineSource(CostSource):
         return self.decode_attention_s(batch, kv_tokens, shape.heads, 1, shape.latent_dim)
 
     def attention_launch_s(self) -> float:
-        """In the overhead."""
+        """Return 0: launches are in the fitted overhead."""
         return 0.0
 
     def elementwise_s(self, tokens: float, hidden: int, qk_width: int, ffn_width: int) -> float:
-        """In the tokens' time."""
+        """Return 0: norms and activations are in the fitted time of a token."""
         return 0.0
 
     def all_reduce_s(self, num_bytes: float, num_gpus: int) -> float:
-        """In the tokens' time."""
+        """Return 0: collectives are in the fitted time of a token."""
         return 0.0
 
     def all_gather_s(self, num_bytes: float, num_gpus: int) -> float:
@@ -252,17 +252,17 @@ class EngineSource(CostSource):
         return Evidence(operator, "interpolated", note)
 
     def gemm_evidence(self, n: int, k: int) -> Evidence:
-        """The log."""
+        """Name the log of steps that the fit was made from."""
         return self._evidence(f"GEMM {n} x {k}")
 
     def experts_evidence(
         self, hidden: int, width: int, num_experts: int, active: int, routing: Routing
     ) -> Evidence:
-        """The log."""
+        """Name the log of steps that the fit was made from."""
         return self._evidence(f"{num_experts} experts {hidden} x {width}")
 
     def attention_evidence(self, heads: int, kv_heads: int, head_dim: int) -> Sequence[Evidence]:
-        """The log."""
+        """Name the log of steps, with how far it reached in prefill and decode."""
         prompt, kv = self.fit.max_prefill_tokens, self.fit.max_kv_tokens
         return [
             self._evidence(f"prefill attention, to {prompt} tokens a step"),
@@ -270,9 +270,9 @@ class EngineSource(CostSource):
         ]
 
     def latent_evidence(self, shape: LatentHeads) -> Sequence[Evidence]:
-        """The log."""
+        """Name the log of steps, with how far it reached in prefill and decode."""
         return self.attention_evidence(shape.heads, 1, shape.latent_dim)
 
     def all_reduce_evidence(self, num_gpus: int) -> Evidence:
-        """The log."""
+        """Name the log of steps that the fit was made from."""
         return self._evidence(f"all-reduce over {num_gpus}")

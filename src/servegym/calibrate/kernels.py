@@ -53,7 +53,7 @@ class KernelTime(BaseModel):
 
     @property
     def kernel(self) -> Kernel:
-        """What was measured."""
+        """The operator and the shape that were measured."""
         return Kernel(self.operator, self.shape)
 
 
@@ -179,7 +179,7 @@ class MeasuredSource(RooflineSource):
         return Evidence(f"GEMM {n} x {k} bf16", "measured", note)
 
     def attention_evidence(self, heads: int, kv_heads: int, head_dim: int) -> list[Evidence]:
-        """Prefill, then decode."""
+        """Say to what sizes prefill, then decode, was benchmarked."""
         shape = f"{heads} heads, {kv_heads} KV, size {head_dim}"
         size = self.grid
         notes = {

@@ -56,7 +56,7 @@ class Machine(BaseModel):
 
 
 def describe(device: Device) -> Machine:
-    """Describe this machine.
+    """Describe the device, driver and software that are measured on.
 
     Raises:
         ConfigError: If there is no such device here.

@@ -106,7 +106,7 @@ class StepLog:
             self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
+        """Write what is left and close the log."""
         self._file.close()
 
 
@@ -119,7 +119,7 @@ def __getattr__(name: str) -> Any:
 
 @cache
 def _scheduler_class() -> type:
-    """Subclass vLLM's scheduler.
+    """Make a scheduler class for vLLM that logs the steps it forms.
 
     Raises:
         ImportError: If vLLM is of a version that this was not tried on.

@@ -30,7 +30,7 @@ _INTERNAL: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": Tru
 NOTICE = install(lambda dispatcher: isinstance(getattr(dispatcher, "_cache", None), KernelCache))
 
 
-def compiled(function: _F, signature: object = None, **options: Any) -> _F:
+def compiled(function: _F, signature: Any = None, **options: Any) -> _F:
     """Compile a function with Numba, cached on disk wherever there is a place for it.
 
     Args:

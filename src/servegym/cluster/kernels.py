@@ -1,4 +1,10 @@
-"""The compiled main loop: what happens next, until a decision is due."""
+"""The compiled main loop: what happens next, until a decision is due.
+
+Kernels of the whole project use the same letters: `p` for `Params` and `s` for `State`, `e` for the
+number of an environment, `r` of a replica and `t` of its type, `v` for the record of a replica, `q`
+of a request and `f` of the step that forms; in environments `c` for what a kernel is set to and `o`
+for what it writes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`servegym bench`."""
+"""The command `servegym bench`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Bench:
     """Also measure a first start, which compiles everything (a minute or two)."""
 
     def run(self) -> None:
-        """Measure and print."""
+        """Measure, print and write the speeds."""
         require_writable(self.json)
         before = read_result(self.against) if self.against else None
         console = make_console()
@@ -141,7 +141,7 @@ def start_s(cache: str) -> float:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Summarise repetitions."""
+    """Summarise the repetitions of one measurement."""
     return {
         "median": float(np.median(values)),
         "min": min(values),

@@ -1,4 +1,4 @@
-"""`servegym calibrate`."""
+"""The command `servegym calibrate`."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ class Calibrate:
     """What to calibrate from."""
 
     def run(self) -> None:
-        """Do it."""
+        """Do the task that was chosen."""
         self.task.run()
 
 

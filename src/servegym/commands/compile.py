@@ -1,4 +1,4 @@
-"""`servegym compile`."""
+"""The command `servegym compile`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`servegym costs`."""
+"""The command `servegym costs`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Costs:
     """KV tokens of each decoding sequence."""
 
     def run(self) -> None:
-        """Print the tables."""
+        """Print what steps cost, and what stands behind it."""
         if self.context < 1:
             raise ConfigError(f"context must be at least 1 token, got {self.context}")
         if self.calibration:

@@ -1,4 +1,4 @@
-"""`servegym fit`."""
+"""The command `servegym fit`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Fit:
     """Tokens of a prefix hash, where the columns do not say."""
 
     def run(self) -> None:
-        """Fit and print."""
+        """Fit a generator, print and write it."""
         trace = read_trace(
             self.trace,
             on_bad_row=self.on_bad_row,

@@ -1,4 +1,4 @@
-"""`servegym replay`."""
+"""The command `servegym replay`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from servegym.commands.console import make_console, require_writable
 from servegym.errors import ConfigError
 from servegym.replay.counterfactual import Loop
 from servegym.replay.document import write_json
-from servegym.replay.drift import TOLERANCE, sentence
+from servegym.replay.drift import TOLERANCE
 from servegym.replay.fleet import Fleet, router_fleet, scenario_fleet
 from servegym.replay.log import read_log
 from servegym.replay.refit import write_refit
 from servegym.replay.result import Replayed, replay
+from servegym.replay.sentences import sentence
 from servegym.replay.tables import replay_tables
 from servegym.scenario import load_scenario
 from servegym.serve.router.config import read_config

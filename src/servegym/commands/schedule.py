@@ -1,4 +1,4 @@
-"""`servegym schedule`."""
+"""The command `servegym schedule`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`servegym serve`."""
+"""The command `servegym serve`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ServeRouter:
     """Leave the replicas out of the check."""
 
     def run(self) -> None:
-        """Serve until stopped."""
+        """Route requests until the program is stopped."""
         require_aiohttp()
         from servegym.serve.router.app import Router, serve
         from servegym.serve.router.config import read_config
@@ -113,5 +113,5 @@ class Serve:
     """What to serve."""
 
     def run(self) -> None:
-        """Do it."""
+        """Serve what was chosen."""
         self.what.run()

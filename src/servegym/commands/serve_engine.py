@@ -1,4 +1,4 @@
-"""`servegym serve engine`."""
+"""The command `servegym serve engine`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ServeEngine:
     sent and when the request came: the delay of what lies between can be measured."""
 
     def run(self) -> None:
-        """Serve until interrupted."""
+        """Emulate the engines until the program is interrupted."""
         try:
             from servegym.serve.engine.fleet import Fleet, FleetConfig
         except ModuleNotFoundError as error:

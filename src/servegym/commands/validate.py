@@ -1,4 +1,4 @@
-"""`servegym validate`."""
+"""The command `servegym validate`."""
 
 from __future__ import annotations
 

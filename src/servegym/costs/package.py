@@ -153,17 +153,3 @@ def _fastest(rows: Rows) -> Rows:
     shapes = np.stack([rows[name][order] for name in names], axis=1)
     first = order[np.sort(np.unique(shapes, axis=0, return_index=True)[1])]
     return {name: column[first] for name, column in rows.items()}
-
-
-def gemm_rows(system: str, kind: str) -> tuple[Rows, str] | None:
-    """GEMMs of a GPU with weights and activations of one kind, e.g. `nvfp4`.
-
-    Args:
-        system: GPU, as the package calls it.
-        kind: As the package calls it.
-    """
-    read = newest_table(system, "gemm", "gemm_perf.parquet")
-    if read is None:
-        return None
-    rows = where(read[0], gemm_dtype=kind)
-    return (rows, f"{read[1]}, {kind}") if len(rows["latency"]) else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -12,6 +12,7 @@ from servegym.costs import forms, mla
 from servegym.costs.curve import Surface
 from servegym.costs.forms import ELEMENT_BYTES, WEIGHT_BYTES, LogTable, Operator, table_of
 from servegym.costs.source import Evidence, LatentHeads, Precision, Routing, Scales
+from servegym.engines import EngineName
 from servegym.errors import ConfigError
 from servegym.typing import FloatArray
 
@@ -68,13 +69,40 @@ class RooflineSource:
         return "fits" + (" (prior)" if self.gpu.gemm.prior else "")
 
     @property
+    def times_kernels(self) -> bool:
+        """Whether times are of single kernels: they are."""
+        return True
+
+    def for_step(
+        self, *, engine: EngineName, scales: Scales, fp8_kv: bool, bf16_dense: bool
+    ) -> RooflineSource:
+        """Return the source with the kernels of a step; see `CostSource.for_step`."""
+        gpu, bf16_dense = self.gpu.of(engine), bf16_dense or self.bf16_dense
+        wanted = (gpu, scales, fp8_kv, bf16_dense)
+        if wanted == (self.gpu, self.scales, self.fp8_kv, self.bf16_dense):
+            return self
+        return replace(
+            self,
+            gpu=gpu,
+            scales=scales,
+            fp8_kv=fp8_kv,
+            bf16_dense=bf16_dense,
+            _surfaces={},
+            _tables={},
+        )
+
+    def in_16bit(self) -> RooflineSource:
+        """Return the source of the parts that stay in 16 bits."""
+        return replace(self, bf16_dense=True, _surfaces={}, _tables={})
+
+    @property
     def precision(self) -> Precision:
-        """Of weights."""
+        """Precision of weights; of experts' where all else stays in 16 bits."""
         return "fp4" if self.fp4 else "fp8" if self.fp8 else "bf16"
 
     @property
     def gemm_precision(self) -> Precision:
-        """Of weights outside experts."""
+        """Precision of weights outside experts."""
         return "bf16" if self.bf16_dense else self.precision
 
     def _peak_flops(self, precision: Precision) -> float:
@@ -202,23 +230,16 @@ class RooflineSource:
         self, chunk: float, context: float, heads: int, kv_heads: int, head_dim: int
     ) -> float:
         """Seconds of causal attention of a chunk over what is cached, without the launch."""
-        fit, table = self._prefill_fit(heads, kv_heads, head_dim)
+        shape = (heads, kv_heads, head_dim)
+        fit, table = self._prefill_fit(*shape)
         if table is None:
-            operator = forms.prefill(
-                chunk, context, heads, kv_heads, head_dim, kv_bytes=self._kv_bytes
-            )
-            seconds = operator.form_s(fit, self.gpu.bf16_flops, self.gpu.memory_bytes_per_s)
-            return float(seconds) - fit.c0_s
-        key = ("prefill", heads, kv_heads, head_dim)
+            operator = forms.prefill(chunk, context, *shape, kv_bytes=self._kv_bytes)
+            return self._form_s(operator, fit)
+        key = ("prefill", *shape)
         if key not in self._surfaces:
             attention = (self.gpu.bf16_flops, self.attention_launch_s())
             operator = forms.prefill(
-                _CHUNKS[:, None],
-                _CONTEXTS[None, :],
-                heads,
-                kv_heads,
-                head_dim,
-                kv_bytes=self._kv_bytes,
+                _CHUNKS[:, None], _CONTEXTS[None, :], *shape, kv_bytes=self._kv_bytes
             )
             seconds = self._cold(operator, fit, table, *attention)
             if table.axes["heads"][0] >= 1:
@@ -227,6 +248,11 @@ class RooflineSource:
             self._surfaces[key] = Surface.through(_CHUNKS, _CONTEXTS, seconds)
         whole_s = self._surfaces[key](chunk, max(context, _CONTEXTS[0]))
         return max(whole_s - self.attention_launch_s(), 0.0)
+
+    def _form_s(self, operator: Operator, fit: KernelFit) -> float:
+        """Seconds by the form alone, without the launch."""
+        seconds = operator.form_s(fit, self.gpu.bf16_flops, self.gpu.memory_bytes_per_s)
+        return float(seconds) - fit.c0_s
 
     def _chain_s(
         self, kv_tokens: FloatArray, head_dim: int, fit: KernelFit, table: LogTable
@@ -245,23 +271,17 @@ class RooflineSource:
         self, batch: float, kv_tokens: float, heads: int, kv_heads: int, head_dim: int
     ) -> float:
         """Seconds of one token each of `batch` sequences over `kv_tokens` in all, no launch."""
-        fit, table = self._decode_fit(heads, kv_heads, head_dim)
+        shape = (heads, kv_heads, head_dim)
+        fit, table = self._decode_fit(*shape)
         if table is None:
-            operator = forms.decode(
-                batch, kv_tokens, heads, kv_heads, head_dim, kv_bytes=self._kv_bytes
+            return self._form_s(
+                forms.decode(batch, kv_tokens, *shape, kv_bytes=self._kv_bytes), fit
             )
-            seconds = operator.form_s(fit, self.gpu.bf16_flops, self.gpu.memory_bytes_per_s)
-            return float(seconds) - fit.c0_s
-        key = ("decode", heads, kv_heads, head_dim)
+        key = ("decode", *shape)
         if key not in self._surfaces:
             attention = (self.gpu.bf16_flops, self.attention_launch_s())
             operator = forms.decode(
-                _BATCHES[:, None],
-                _KV_TOKENS[None, :],
-                heads,
-                kv_heads,
-                head_dim,
-                kv_bytes=self._kv_bytes,
+                _BATCHES[:, None], _KV_TOKENS[None, :], *shape, kv_bytes=self._kv_bytes
             )
             seconds = self._cold(operator, fit, table, *attention)
             streamed = self.gpu.decode_streamed
@@ -441,7 +461,7 @@ class RooflineSource:
         return _fit_evidence(operator, found[0], shape)
 
     def attention_evidence(self, heads: int, kv_heads: int, head_dim: int) -> list[Evidence]:
-        """Prefill, then decode."""
+        """Between the fitted shapes or beyond them: prefill, then decode."""
         shape = f"{heads} heads, {kv_heads} KV, size {head_dim}"
         found = []
         for operator, fit in (("prefill", self._prefill()), ("decode", self._decode())):

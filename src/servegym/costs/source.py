@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from servegym.engines import EngineName
+
 #: How the experts of a mixture are hit: all alike, or as the benchmarks' power law (exponent 1.2).
 Routing = Literal["uniform", "skewed"]
 
@@ -73,6 +75,32 @@ class CostSource(Protocol):
         """Where the numbers come from."""
         ...
 
+    @property
+    def times_kernels(self) -> bool:
+        """Whether times are of single kernels, else they were fitted on whole steps.
+
+        Such a fit holds what runs between and beside its operators: small kernels, casts, empty
+        tiles are 0 s of their own, and nothing is taken off for what overlaps.
+        """
+        return False
+
+    def for_step(
+        self, *, engine: EngineName, scales: Scales, fp8_kv: bool, bf16_dense: bool
+    ) -> CostSource:
+        """Return the source with the kernels of a step; itself if it knows no others.
+
+        Args:
+            engine: Whose kernels.
+            scales: Of activations in fp8 GEMMs.
+            fp8_kv: Whether the KV cache of ordinary heads has eight bits.
+            bf16_dense: Whether all but experts stay in 16 bits.
+        """
+        return self
+
+    def in_16bit(self) -> CostSource:
+        """Return the source of the parts that stay in 16 bits; itself if it knows no others."""
+        return self
+
     def gemm_s(self, m: float, n: int, k: int, weight_bytes: float) -> float:
         """Seconds of `[m, k] x [k, n]` with weights of `weight_bytes` bytes an element."""
         ...
@@ -113,6 +141,15 @@ class CostSource(Protocol):
         """Batches at which `mixed_attention_s` bends, for grids to have a knot there."""
         return ()
 
+    def empty_tiles_s(self, heads: int) -> float:
+        """Seconds that each decode adds to a call for each token of the longest chunk beside it."""
+        return 0.0
+
+    @property
+    def decode_grows_with_batch(self) -> bool:
+        """Whether the same tokens in more sequences never take less time."""
+        return True
+
     def latent_prefill_s(self, chunk: float, context: float, shape: LatentHeads) -> float:
         """Seconds of new tokens with latent attention (MLA), launch and expansion included."""
         ...
@@ -128,6 +165,18 @@ class CostSource(Protocol):
     def elementwise_s(self, tokens: float, hidden: int, qk_width: int, ffn_width: int) -> float:
         """Seconds of a layer's norms, rotary embedding and activation."""
         ...
+
+    def one_elementwise_s(self) -> float:
+        """Seconds of one such kernel on a few tokens."""
+        return 0.0
+
+    def qk_norm_s(self, tokens: float, qk_width: int) -> float:
+        """Seconds to read and write queries and keys once, beside the launch."""
+        return 0.0
+
+    def cast_s(self, tokens: float, width: int) -> float:
+        """Seconds of a kernel that casts activations of that width to fp8 by a given scale."""
+        return 0.0
 
     def all_reduce_s(self, num_bytes: float, num_gpus: int) -> float:
         """Seconds of an all-reduce of `num_bytes` over `num_gpus`."""

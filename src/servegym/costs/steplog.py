@@ -46,7 +46,7 @@ class StepLogFit:
         kv_tokens: npt.ArrayLike,
         prefill_pairs: npt.ArrayLike = 0,
     ) -> FloatArray:
-        """Seconds of steps."""
+        """Seconds that steps of these sizes take, `float64[N]`."""
         known_s = _columns(prefill_tokens, decode_sequences, kv_tokens) @ np.array(
             [self.overhead_s, self.s_per_prefill_token, self.s_per_sequence, self.s_per_kv_token]
         )

@@ -123,7 +123,7 @@ class TableSource(RooflineSource):
         return _family_evidence(operator, found, shape)
 
     def attention_evidence(self, heads: int, kv_heads: int, head_dim: int) -> list[Evidence]:
-        """Prefill, then decode."""
+        """Measured, or scaled from the nearest heads measured: prefill, then decode."""
         evidence = RooflineSource.attention_evidence(self, heads, kv_heads, head_dim)
         for i, name in enumerate(("prefill", "decode")):
             found = self._attention(name, heads, kv_heads, head_dim)
@@ -199,7 +199,7 @@ def _pairs(axes: dict[str, FloatArray], n: int, k: int) -> list[tuple[FloatArray
 def _gemm_table(gpu: _Device, precision: Precision, block: bool) -> _Family | None:
     backends = gpu.backends
     if block and backends[0] == "vllm":
-        backends = backends[1:]  # see `library.block_gemm`
+        backends = backends[1:]  # its own was timed without CUDA graphs
     read = newest_table(gpu.system, "gemm", "gemm_perf.parquet", backends)
     if read is None:
         return None

@@ -190,7 +190,49 @@ REQUEST_FEATURES: tuple[Feature, ...] = (
     Feature("num_held", 0, NO_BOUND, "requests", Group.COUNTERS, "requests on hold"),
 )
 
-#: Row of each feature by name, e.g. `ReplicaFeature.OUTSTANDING_REQUESTS`.
+NUM_REPLICA_FEATURES = len(REPLICA_FEATURES)
+NUM_REQUEST_FEATURES = len(REQUEST_FEATURES)
+
+#: Row of each feature of a replica, plain for kernels: `replicas[OUTSTANDING_REQUESTS, r]`.
+(
+    UP,
+    OUTSTANDING_REQUESTS,
+    OUTSTANDING_PROMPT_TOKENS,
+    PENDING_PREFILL_TOKENS,
+    OUTSTANDING_PREDICTED_TOKENS,
+    RECENT_TTFT_S,
+    RECENT_TPOT_S,
+    SINCE_DISPATCH_S,
+    RELATIVE_SPEED,
+    PREFILL_TOKENS_PER_S,
+    DECODE_STEP_S,
+    DECODE_SEQ_S,
+    KV_CAPACITY_TOKENS,
+    MAX_NUM_SEQS,
+    MAX_NUM_BATCHED_TOKENS,
+    NUM_RUNNING,
+    NUM_WAITING,
+    KV_CACHE_USAGE,
+    GENERATED_TOKENS,
+    METRICS_AGE_S,
+    PREFIX_HIT_TOKENS,
+    WHAT_IF_E2E_S,
+    WHAT_IF_ADDED_S,
+) = range(NUM_REPLICA_FEATURES)
+#: Place of each feature of the request: `request[PROMPT_TOKENS]`.
+(
+    PROMPT_TOKENS,
+    PREDICTED_OUTPUT_TOKENS,
+    TTFT_SLO_S,
+    TPOT_SLO_S,
+    SLO_WEIGHT,
+    WAITED_S,
+    ARRIVAL_RATE_RPS,
+    NUM_UP,
+    NUM_HELD,
+) = range(NUM_REQUEST_FEATURES)
+
+#: The same by name, e.g. `ReplicaFeature["OUTSTANDING_REQUESTS"]`.
 ReplicaFeature = IntEnum(  # type: ignore[misc]
     "ReplicaFeature", [(f.name.upper(), i) for i, f in enumerate(REPLICA_FEATURES)]
 )
@@ -198,10 +240,8 @@ RequestFeature = IntEnum(  # type: ignore[misc]
     "RequestFeature", [(f.name.upper(), i) for i, f in enumerate(REQUEST_FEATURES)]
 )
 
-NUM_REPLICA_FEATURES = len(REPLICA_FEATURES)
-NUM_REQUEST_FEATURES = len(REQUEST_FEATURES)
 #: Rows an environment shows: all but the planner's.
 NUM_OBSERVED_FEATURES = sum(f.group != Group.WHAT_IF for f in REPLICA_FEATURES)
 #: Static rows, filled from `Params.nominal` (same order), from this one on.
-FIRST_NOMINAL = int(ReplicaFeature["RELATIVE_SPEED"])
-NUM_NOMINAL = int(ReplicaFeature["MAX_NUM_BATCHED_TOKENS"]) - FIRST_NOMINAL + 1
+FIRST_NOMINAL = RELATIVE_SPEED
+NUM_NOMINAL = MAX_NUM_BATCHED_TOKENS - FIRST_NOMINAL + 1

@@ -4,7 +4,7 @@ The simulator, the live state, rules and `Observations` have features by row (`[
 and every action of `State.allowed`: replicas 0 to R - 1, hold (R), reject (R + 1). Environments,
 networks and exported graphs have replicas by row (`[R, F]`), as many of the features as are
 observed, and the actions that their scenario has. Which of all actions an agent's are is said here;
-`envs.kernels` follows it in compiled form.
+`envs.dispatch_kernels` follows it in compiled form.
 """
 
 from __future__ import annotations

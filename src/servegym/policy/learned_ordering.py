@@ -9,11 +9,10 @@ from typing import NamedTuple
 import numpy as np
 
 from servegym.errors import ExportError
-from servegym.policy.ordering import NUM_ORDERING_FEATURES, OrderingFeature
+from servegym.policy.ordering import IS_RUNNING, NUM_ORDERING_FEATURES
 from servegym.policy.policy import Information
 from servegym.typing import Float32Array, FloatArray
 
-_RUNNING = int(OrderingFeature["IS_RUNNING"])
 #: Normalised features are kept within this.
 CLIP = 10.0
 
@@ -127,5 +126,5 @@ class OnnxOrdering:
 
 
 def _choose_head(scores: Float32Array, features: FloatArray) -> FloatArray:
-    chosen = np.where(features[:, _RUNNING] > 0.0, scores[:, 1], scores[:, 0])
+    chosen = np.where(features[:, IS_RUNNING] > 0.0, scores[:, 1], scores[:, 0])
     return chosen.astype(np.float64)

@@ -75,18 +75,33 @@ ORDERING_FEATURES: tuple[Feature, ...] = (
     _feature("max_num_batched_tokens", 1, NO_BOUND, "tokens", "token budget of a step"),
 )
 
-#: Column of each feature by name, e.g. `OrderingFeature.WAITED_S`.
+NUM_ORDERING_FEATURES = len(ORDERING_FEATURES)
+
+#: Column of each feature, plain for kernels: `features[:, WAITED_S]`.
+(
+    IS_RUNNING,
+    COMPUTED_TOKENS,
+    GENERATED_TOKENS,
+    KV_BLOCKS,
+    CLIENT_PRIORITY,
+    PROMPT_TOKENS,
+    PREDICTED_REMAINING_TOKENS,
+    WAITED_S,
+    IDLE_S,
+    NUM_PREEMPTIONS,
+    TTFT_SLACK_S,
+    DEADLINE_SLACK_S,
+    NUM_RUNNING,
+    NUM_WAITING,
+    KV_CACHE_USAGE,
+    STEP_S,
+    MAX_NUM_BATCHED_TOKENS,
+) = range(NUM_ORDERING_FEATURES)
+
+#: The same by name, e.g. `OrderingFeature["WAITED_S"]`.
 OrderingFeature = IntEnum(  # type: ignore[misc]
     "OrderingFeature", [(f.name.upper(), i) for i, f in enumerate(ORDERING_FEATURES)]
 )
-NUM_ORDERING_FEATURES = len(ORDERING_FEATURES)
-
-_PROMPT = int(OrderingFeature["PROMPT_TOKENS"])
-_COMPUTED = int(OrderingFeature["COMPUTED_TOKENS"])
-_GENERATED = int(OrderingFeature["GENERATED_TOKENS"])
-_REMAINING = int(OrderingFeature["PREDICTED_REMAINING_TOKENS"])
-_STEP = int(OrderingFeature["STEP_S"])
-_BUDGET = int(OrderingFeature["MAX_NUM_BATCHED_TOKENS"])
 
 
 @runtime_checkable
@@ -95,7 +110,7 @@ class OrderingPolicy(Protocol):
 
     @property
     def name(self) -> str:
-        """Name in tables."""
+        """Name of the policy in tables."""
         ...
 
     @property
@@ -166,9 +181,11 @@ def prefill_left_s(features: FloatArray) -> FloatArray:
         Seconds, `float64[n]`: as many steps of the recent duration as its tokens not in the KV
         cache need; one step for a decoding request.
     """
-    uncomputed = features[:, _PROMPT] + features[:, _GENERATED] - features[:, _COMPUTED]
-    steps: FloatArray = np.maximum(np.ceil(uncomputed / features[:, _BUDGET]), 1.0)
-    return steps * features[:, _STEP]
+    uncomputed = (
+        features[:, PROMPT_TOKENS] + features[:, GENERATED_TOKENS] - features[:, COMPUTED_TOKENS]
+    )
+    steps: FloatArray = np.maximum(np.ceil(uncomputed / features[:, MAX_NUM_BATCHED_TOKENS]), 1.0)
+    return steps * features[:, STEP_S]
 
 
 def remaining_s(features: FloatArray) -> FloatArray:
@@ -180,6 +197,6 @@ def remaining_s(features: FloatArray) -> FloatArray:
     Returns:
         Seconds, `float64[n]`: the next token, then a step for each predicted further one.
     """
-    further = (features[:, _REMAINING] - 1.0) * features[:, _STEP]
+    further = (features[:, PREDICTED_REMAINING_TOKENS] - 1.0) * features[:, STEP_S]
     total: FloatArray = prefill_left_s(features) + further
     return total

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from servegym.cluster.jit import inlined
 from servegym.cluster.state import Params, State
-from servegym.policy.ordering import NO_LIMIT_S, OrderingFeature
+from servegym.policy.ordering import (
+    CLIENT_PRIORITY,
+    COMPUTED_TOKENS,
+    DEADLINE_SLACK_S,
+    GENERATED_TOKENS,
+    IDLE_S,
+    IS_RUNNING,
+    KV_BLOCKS,
+    KV_CACHE_USAGE,
+    MAX_NUM_BATCHED_TOKENS,
+    NO_LIMIT_S,
+    NUM_PREEMPTIONS,
+    NUM_RUNNING,
+    NUM_WAITING,
+    PREDICTED_REMAINING_TOKENS,
+    PROMPT_TOKENS,
+    STEP_S,
+    TTFT_SLACK_S,
+    WAITED_S,
+)
 from servegym.typing import FloatArray, IntArray
-
-_RUNNING = int(OrderingFeature["IS_RUNNING"])
-_COMPUTED = int(OrderingFeature["COMPUTED_TOKENS"])
-_GENERATED = int(OrderingFeature["GENERATED_TOKENS"])
-_BLOCKS = int(OrderingFeature["KV_BLOCKS"])
-_PRIORITY = int(OrderingFeature["CLIENT_PRIORITY"])
-_PROMPT = int(OrderingFeature["PROMPT_TOKENS"])
-_REMAINING = int(OrderingFeature["PREDICTED_REMAINING_TOKENS"])
-_WAITED = int(OrderingFeature["WAITED_S"])
-_IDLE = int(OrderingFeature["IDLE_S"])
-_PREEMPTIONS = int(OrderingFeature["NUM_PREEMPTIONS"])
-_TTFT_SLACK = int(OrderingFeature["TTFT_SLACK_S"])
-_DEADLINE_SLACK = int(OrderingFeature["DEADLINE_SLACK_S"])
-_NUM_RUNNING = int(OrderingFeature["NUM_RUNNING"])
-_NUM_WAITING = int(OrderingFeature["NUM_WAITING"])
-_KV_USAGE = int(OrderingFeature["KV_CACHE_USAGE"])
-_STEP = int(OrderingFeature["STEP_S"])
-_BUDGET = int(OrderingFeature["MAX_NUM_BATCHED_TOKENS"])
 
 
 @inlined
@@ -43,31 +44,31 @@ def write_row(
         if q.join_iter >= 0:
             computed += v.iteration - q.join_iter
             generated += v.iteration - q.join_iter
-    row[_RUNNING] = 1.0 if running else 0.0
-    row[_COMPUTED] = computed
-    row[_GENERATED] = generated
-    row[_BLOCKS] = (computed + p.block_size - 1) // p.block_size
-    row[_PRIORITY] = q.slo_class
-    row[_PROMPT] = q.prompt
-    row[_REMAINING] = max(q.predicted - generated, 1.0)
-    row[_WAITED] = now_s - q.arrival_s
-    row[_IDLE] = 0.0 if running else now_s - s.order[e, request].idle_since_s
-    row[_PREEMPTIONS] = q.num_preemptions
+    row[IS_RUNNING] = 1.0 if running else 0.0
+    row[COMPUTED_TOKENS] = computed
+    row[GENERATED_TOKENS] = generated
+    row[KV_BLOCKS] = (computed + p.block_size - 1) // p.block_size
+    row[CLIENT_PRIORITY] = q.slo_class
+    row[PROMPT_TOKENS] = q.prompt
+    row[PREDICTED_REMAINING_TOKENS] = max(q.predicted - generated, 1.0)
+    row[WAITED_S] = now_s - q.arrival_s
+    row[IDLE_S] = 0.0 if running else now_s - s.order[e, request].idle_since_s
+    row[NUM_PREEMPTIONS] = q.num_preemptions
     ttft_s, tpot_s = p.slo_s[q.slo_class, 0], p.slo_s[q.slo_class, 1]
-    row[_TTFT_SLACK] = NO_LIMIT_S
-    row[_DEADLINE_SLACK] = NO_LIMIT_S
+    row[TTFT_SLACK_S] = NO_LIMIT_S
+    row[DEADLINE_SLACK_S] = NO_LIMIT_S
     if ttft_s < NO_LIMIT_S:
         if generated == 0:
-            row[_TTFT_SLACK] = q.arrival_s + ttft_s - now_s
+            row[TTFT_SLACK_S] = q.arrival_s + ttft_s - now_s
         limit_s = ttft_s + tpot_s * max(q.predicted - 1.0, 0.0)
         if limit_s < NO_LIMIT_S:
-            row[_DEADLINE_SLACK] = q.arrival_s + limit_s - now_s
+            row[DEADLINE_SLACK_S] = q.arrival_s + limit_s - now_s
     blocks = p.num_blocks[v.type_idx]
-    row[_NUM_RUNNING] = v.num_running
-    row[_NUM_WAITING] = v.num_waiting
-    row[_KV_USAGE] = (blocks - v.free_blocks) / blocks
-    row[_STEP] = f.step_s
-    row[_BUDGET] = p.max_num_batched_tokens[v.type_idx]
+    row[NUM_RUNNING] = v.num_running
+    row[NUM_WAITING] = v.num_waiting
+    row[KV_CACHE_USAGE] = (blocks - v.free_blocks) / blocks
+    row[STEP_S] = f.step_s
+    row[MAX_NUM_BATCHED_TOKENS] = p.max_num_batched_tokens[v.type_idx]
 
 
 @inlined

@@ -35,7 +35,7 @@ class Policy(Protocol):
 
     @property
     def name(self) -> str:
-        """Name in tables."""
+        """Name of the policy in tables."""
         ...
 
     @property
@@ -53,7 +53,7 @@ class Policy(Protocol):
         ...
 
     def act(self, observations: Observations, env_ids: IntArray) -> IntArray:
-        """Decide.
+        """Decide for all environments that ask.
 
         Args:
             observations: One row per pending decision.

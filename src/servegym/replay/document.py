@@ -10,13 +10,14 @@ from typing import Any
 
 import servegym
 from servegym.replay.compare import Figure
-from servegym.replay.drift import Effect, ReplicaDrift, identifiability, sentence
+from servegym.replay.drift import Effect, ReplicaDrift
 from servegym.replay.result import Replayed
+from servegym.replay.sentences import identifiability, sentence
 from servegym.whole_files import write_whole
 
 
 def write_json(result: Replayed, path: Path) -> None:
-    """Write all numbers."""
+    """Write all that a replay found as one JSON file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_plain(replay_document(result)), indent=1, allow_nan=False)
     write_whole({path: (text + "\n").encode()})

@@ -18,7 +18,8 @@ from servegym.costs.grid import (
     CostGrid,
 )
 from servegym.errors import ConfigError
-from servegym.scenario import FleetEntry, Scenario
+from servegym.scenario import Scenario
+from servegym.scenario.fleet import FleetEntry
 from servegym.serve.facts import Hardware, Rates
 from servegym.serve.router.config import RouterConfig
 from servegym.typing import FloatArray

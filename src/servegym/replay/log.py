@@ -214,7 +214,7 @@ def read_log(paths: Sequence[Path], fleet: Fleet, *, on_bad_row: OnBadRow = "err
 
 
 def parse_row(where: str, record: dict[str, Any]) -> LoggedRequest:
-    """Check a row.
+    """Check one row of a decision log.
 
     Raises:
         WorkloadError: If a column is missing, as in a log of another version, or impossible.

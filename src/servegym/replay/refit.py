@@ -25,7 +25,8 @@ from servegym.replay.fleet import Fleet, calibration_of, scenario_entry
 from servegym.replay.forced import Factors, Forced
 from servegym.replay.log import ReplayLog
 from servegym.replay.terms import TERMS
-from servegym.scenario import FleetEntry, Scenario
+from servegym.scenario import Scenario
+from servegym.scenario.fleet import FleetEntry
 from servegym.serve.facts import Hardware, Rates
 from servegym.serve.router.config import ReplicaConfig, RouterConfig
 from servegym.whole_files import write_whole

@@ -6,9 +6,9 @@ import html
 from pathlib import Path
 
 import servegym
-from servegym.replay.drift import sentence
 from servegym.replay.plots import cdf_figure, drift_figure
 from servegym.replay.result import Replayed
+from servegym.replay.sentences import sentence
 from servegym.replay.tables import (
     counterfactual_table,
     counts_table,

@@ -6,9 +6,10 @@ import numpy as np
 
 from servegym.replay.compare import Figure
 from servegym.replay.counterfactual import Arrivals
-from servegym.replay.drift import Effect, identifiability
+from servegym.replay.drift import Effect
 from servegym.replay.refit import HeldOut
 from servegym.replay.result import Replayed
+from servegym.replay.sentences import identifiability
 from servegym.replay.terms import TERMS
 from servegym.validate.tables import UNITS, TextTable
 

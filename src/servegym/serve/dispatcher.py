@@ -26,10 +26,10 @@ from servegym.serve.decision_log import (
     finite,
     logged_action,
 )
-from servegym.serve.prediction import LengthPrediction, LengthPredictor
-from servegym.serve.prefix_index import PrefixIndex
-from servegym.serve.prompt import PrefixConfig, Prompt, PromptReader
-from servegym.serve.recent_ends import Mark, RecentEnds
+from servegym.serve.requests.prediction import LengthPrediction, LengthPredictor
+from servegym.serve.requests.prefix_index import PrefixIndex
+from servegym.serve.requests.prompt import PrefixConfig, Prompt, PromptReader
+from servegym.serve.requests.recent_ends import Mark, RecentEnds
 from servegym.serve.runtime import Decision, PolicyRuntime, RuntimeConfig
 from servegym.serve.state import EngineMetrics, LiveRequest, LiveState
 from servegym.serve.ties import TieBreaker, counts_replicas
@@ -181,7 +181,7 @@ class Dispatcher:
             facts, classes, allow_hold=config.allow_hold, allow_reject=config.allow_reject
         )
         self.runtime = PolicyRuntime(config.runtime)
-        self.runtime.meet(self.state.view)
+        self.runtime.meet(self.state.replicas)
         self.predictor = LengthPredictor(config.prediction)
         self.reader = PromptReader(config.prefix)
         self.index = PrefixIndex([0] * len(self.names))
@@ -217,7 +217,7 @@ class Dispatcher:
         model: str = "",
         session: str | None = None,
     ) -> Job:
-        """Count an arrival.
+        """Note that a request has arrived, and make its job.
 
         Args:
             prompt: Its text or token ids, or what `reader` made of them.
@@ -310,7 +310,7 @@ class Dispatcher:
         """A request has all its tokens.
 
         Args:
-            job: It.
+            job: Of the request.
             output_tokens: How many there are.
         """
         self.end_prefill(job)

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from servegym.errors import ConfigError, unknown_name
 from servegym.serve.dispatcher import DispatchConfig, Dispatcher, Job
 from servegym.serve.facts import Hardware, Rates, fleet_facts
-from servegym.serve.prompt import chat_text
+from servegym.serve.requests.prompt import chat_text
 
 #: How a request is found again when it has ended: LiteLLM passes it on and back.
 _KEY = "litellm_call_id"
@@ -129,7 +129,7 @@ class PolicyStrategy:
         """Begin to poll the metrics pages that are configured."""
         import aiohttp
 
-        from servegym.serve.poller import MetricsPoller
+        from servegym.serve.monitoring.poller import MetricsPoller
 
         urls = [d.metrics_url for d in self._config.deployments.values()]
         if None in urls:

@@ -18,9 +18,9 @@ from servegym.policy.contract import (
     NUM_OBSERVED_FEATURES,
     NUM_REPLICA_FEATURES,
     NUM_REQUEST_FEATURES,
+    NUM_UP,
+    UP,
     Group,
-    ReplicaFeature,
-    RequestFeature,
 )
 from servegym.policy.policy import Observations, Policy
 from servegym.serve.ranges import Ranges
@@ -29,7 +29,6 @@ from servegym.typing import BoolArray
 if TYPE_CHECKING:
     from servegym.serve.runtime import RuntimeConfig
 
-_UP = int(ReplicaFeature["UP"])
 _ENV = np.zeros(1, np.int64)
 #: Fleet sizes that a policy is tried on before it is put in place.
 _TRIAL_SIZES = (1, 2, 16)
@@ -41,7 +40,7 @@ class LoadedPolicy:
 
     Attributes:
         text: What it was loaded from.
-        policy: It.
+        policy: What decides.
         manifest: Of an exported policy.
         ranges: What is not far from its training; `None` for rules.
     """
@@ -95,10 +94,10 @@ def _try_out(loaded: LoadedPolicy) -> None:
             middle = np.mean(loaded.manifest.replica_ranges, axis=1)
             replicas[:NUM_OBSERVED_FEATURES] = middle[:, None]
             request[:] = np.mean(loaded.manifest.request_ranges, axis=1)
-        replicas[_UP] = 1.0
+        replicas[UP] = 1.0
         static = replicas[FIRST_NOMINAL : FIRST_NOMINAL + NUM_NOMINAL]
         static[static == 0.0] = 1.0  # rules divide by them
-        request[RequestFeature["NUM_UP"]] = width
+        request[NUM_UP] = width
         mask = np.ones(width + 2, np.bool_)
         mask[width:] = False
         seen = Observations(replicas[None], request[None], mask[None])

@@ -11,12 +11,11 @@ from servegym.policy.contract import (
     NUM_OBSERVED_FEATURES,
     REPLICA_FEATURES,
     REQUEST_FEATURES,
-    ReplicaFeature,
+    UP,
 )
 from servegym.policy.policy import Observations
 from servegym.typing import FloatArray
 
-_UP = int(ReplicaFeature["UP"])
 _NAMES = [f.name for f in (*REPLICA_FEATURES[:NUM_OBSERVED_FEATURES], *REQUEST_FEATURES)]
 
 #: Differences that never matter, in the feature's unit. Where training kept a feature still, such
@@ -93,7 +92,7 @@ class Ranges:
         near_request = away_request <= self._request_half
         if near.all() and near_request.all():  # as a rule
             return []
-        far = ~(near | (replicas[_UP] <= 0.0)).all(1)
+        far = ~(near | (replicas[UP] <= 0.0)).all(1)
         rows = np.flatnonzero(np.concatenate((far, ~near_request)))
         return [_NAMES[row] for row in rows.tolist()]
 

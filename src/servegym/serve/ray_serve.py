@@ -29,7 +29,7 @@ from servegym.errors import ConfigError
 from servegym.policy.contract import FIRST_NOMINAL, NUM_NOMINAL
 from servegym.serve.dispatcher import DispatchConfig, Dispatcher, Job
 from servegym.serve.facts import Hardware, Rates, fleet_facts
-from servegym.serve.prompt import chat_text
+from servegym.serve.requests.prompt import chat_text
 from servegym.serve.state import EngineMetrics
 
 
@@ -156,7 +156,7 @@ class RayFleet:
         if changed:
             rows = slice(FIRST_NOMINAL, FIRST_NOMINAL + NUM_NOMINAL)
             columns = sorted(self._columns.values())
-            state.view[rows, columns] = fleet_facts([self._facts[c] for c in columns])
+            state.replicas[rows, columns] = fleet_facts([self._facts[c] for c in columns])
 
     def _take_column(self) -> int:
         dispatcher = self.dispatcher
@@ -164,7 +164,7 @@ class RayFleet:
         for column in range(self.config.max_replicas):
             if column not in used and dispatcher.state.outstanding(column) == 0:
                 self._facts[column] = self.config.replica
-                dispatcher.state.view[:, column] = 0.0
+                dispatcher.state.replicas[:, column] = 0.0
                 dispatcher.index.clear(column)
                 never = EngineMetrics(0.0, 0.0, 0.0, age_s=math.inf)
                 dispatcher.update_metrics(column, never, dispatcher.clock())

@@ -13,12 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from servegym.errors import ConfigError, ServeGymError
 from servegym.policy.contract import (
+    METRICS_AGE_S,
     NO_BOUND,
     NUM_OBSERVED_FEATURES,
     NUM_REPLICA_FEATURES,
     NUM_REQUEST_FEATURES,
     Group,
-    ReplicaFeature,
 )
 from servegym.policy.policy import Observations, Policy
 from servegym.serve.guards import (
@@ -31,7 +31,7 @@ from servegym.serve.guards import (
     Silence,
 )
 from servegym.serve.loaded_policy import LoadedPolicy, is_allowed, load_policy
-from servegym.serve.prometheus import Histogram
+from servegym.serve.monitoring.prometheus import Histogram
 from servegym.typing import BoolArray, FloatArray
 
 _log = logging.getLogger(__name__)
@@ -39,7 +39,6 @@ _log = logging.getLogger(__name__)
 Mode = Literal["live", "shadow"]
 #: Upper bounds of the decision-latency histogram, seconds.
 LATENCY_BOUNDS_S = (20e-6, 50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 50e-3)
-_AGE = int(ReplicaFeature["METRICS_AGE_S"])
 _ENV = np.zeros(1, np.int64)
 
 
@@ -306,7 +305,7 @@ class PolicyRuntime:
         assert loaded is not None
         replicas, request = observations.replicas[0], observations.request[0]
         if _reads_metrics(loaded.policy):
-            oldest_s = replicas[_AGE].max(
+            oldest_s = replicas[METRICS_AGE_S].max(
                 where=observations.mask[0, :-2], initial=0.0
             )  # NaN is found below
             if oldest_s >= NO_BOUND:

@@ -14,13 +14,36 @@ import numpy as np
 
 from servegym.cluster.spec import SloClass
 from servegym.policy.contract import (
+    ARRIVAL_RATE_RPS,
     FIRST_NOMINAL,
+    GENERATED_TOKENS,
+    KV_CACHE_USAGE,
+    KV_CAPACITY_TOKENS,
+    METRICS_AGE_S,
     NO_BOUND,
+    NUM_HELD,
     NUM_NOMINAL,
     NUM_REPLICA_FEATURES,
     NUM_REQUEST_FEATURES,
+    NUM_RUNNING,
+    NUM_UP,
+    NUM_WAITING,
+    OUTSTANDING_PREDICTED_TOKENS,
+    OUTSTANDING_PROMPT_TOKENS,
+    OUTSTANDING_REQUESTS,
+    PENDING_PREFILL_TOKENS,
+    PREDICTED_OUTPUT_TOKENS,
+    PREFILL_TOKENS_PER_S,
+    PREFIX_HIT_TOKENS,
+    PROMPT_TOKENS,
+    RECENT_TPOT_S,
+    RECENT_TTFT_S,
     REPLICA_FEATURES,
-    ReplicaFeature,
+    SINCE_DISPATCH_S,
+    SLO_WEIGHT,
+    TTFT_SLO_S,
+    UP,
+    WAITED_S,
 )
 from servegym.policy.policy import Observations
 from servegym.typing import BoolArray, FloatArray
@@ -29,22 +52,6 @@ from servegym.typing import BoolArray, FloatArray
 _LATENCY_WEIGHT = 0.1
 _ARRIVAL_WEIGHT = 0.02
 _FAR_S = 1e6
-
-_UP = int(ReplicaFeature["UP"])
-_OUTSTANDING = int(ReplicaFeature["OUTSTANDING_REQUESTS"])
-_PROMPT = int(ReplicaFeature["OUTSTANDING_PROMPT_TOKENS"])
-_PENDING = int(ReplicaFeature["PENDING_PREFILL_TOKENS"])
-_PREDICTED = int(ReplicaFeature["OUTSTANDING_PREDICTED_TOKENS"])
-_TTFT = int(ReplicaFeature["RECENT_TTFT_S"])
-_TPOT = int(ReplicaFeature["RECENT_TPOT_S"])
-_SINCE = int(ReplicaFeature["SINCE_DISPATCH_S"])
-_CAPACITY = int(ReplicaFeature["KV_CAPACITY_TOKENS"])
-_RUNNING = int(ReplicaFeature["NUM_RUNNING"])
-_WAITING = int(ReplicaFeature["NUM_WAITING"])
-_USAGE = int(ReplicaFeature["KV_CACHE_USAGE"])
-_GENERATED = int(ReplicaFeature["GENERATED_TOKENS"])
-_AGE = int(ReplicaFeature["METRICS_AGE_S"])
-_HIT = int(ReplicaFeature["PREFIX_HIT_TOKENS"])
 
 
 class EngineMetrics(NamedTuple):
@@ -132,7 +139,7 @@ class LiveState:
         allow_reject: Whether a policy may reject a request.
 
     Attributes:
-        view: Replica rows of the observation, `float64[NUM_REPLICA_FEATURES, R]`. The rows of
+        replicas: Replica rows of the observation, `float64[NUM_REPLICA_FEATURES, R]`. The rows of
             metrics are as of the last `observe`.
     """
 
@@ -146,9 +153,9 @@ class LiveState:
     ) -> None:
         width = facts.shape[1]
         assert facts.shape == (NUM_NOMINAL, width)
-        self.view: FloatArray = np.zeros((NUM_REPLICA_FEATURES, width))
-        self.view[_UP] = 1.0
-        self.view[FIRST_NOMINAL : FIRST_NOMINAL + NUM_NOMINAL] = facts
+        self.replicas: FloatArray = np.zeros((NUM_REPLICA_FEATURES, width))
+        self.replicas[UP] = 1.0
+        self.replicas[FIRST_NOMINAL : FIRST_NOMINAL + NUM_NOMINAL] = facts
         self._slo_rows = [
             (min(c.ttft_s, _FAR_S), min(c.tpot_s, _FAR_S), c.weight) for c in slo_classes
         ]
@@ -168,11 +175,11 @@ class LiveState:
     @property
     def num_replicas(self) -> int:
         """Size of the fleet, replicas that are down included."""
-        return self.view.shape[1]
+        return self.replicas.shape[1]
 
     @property
     def num_held(self) -> int:
-        """Requests on hold."""
+        """How many requests are on hold."""
         return self._num_held
 
     @property
@@ -189,7 +196,7 @@ class LiveState:
         predicted_output_tokens: float,
         slo_class: int = 0,
     ) -> LiveRequest:
-        """Count an arrival.
+        """Note an arrival, and begin the books of its request.
 
         Args:
             now_s: Of one clock that never goes back; all times must be of it.
@@ -215,7 +222,7 @@ class LiveState:
         allowed: BoolArray | None = None,
         may_hold: bool = True,
     ) -> Observations:
-        """Describe a decision.
+        """Describe the decision that is due for a request.
 
         Args:
             request: The one to decide about; a held one is no longer counted as held.
@@ -228,49 +235,53 @@ class LiveState:
             A batch of one, in arrays that the next call overwrites. Metrics that were never seen
             have the contract's largest age, `NO_BOUND`.
         """
-        view, mask, row = self.view, self._mask[0], self._request[0]
-        np.subtract(now_s, self._last_metrics_s, out=view[_AGE])
-        np.minimum(view[_AGE], NO_BOUND, out=view[_AGE])
-        np.subtract(now_s, self._last_dispatch_s, out=view[_SINCE])
-        np.minimum(view[_SINCE], _FAR_S, out=view[_SINCE])
-        np.copyto(view[_GENERATED], self._generated, where=~self._engine_counts)
-        view[_HIT] = 0.0 if hit_tokens is None else hit_tokens
-        np.greater(view[_UP], 0.0, out=mask[:-2])
+        replicas, mask, row = self.replicas, self._mask[0], self._request[0]
+        np.subtract(now_s, self._last_metrics_s, out=replicas[METRICS_AGE_S])
+        np.minimum(replicas[METRICS_AGE_S], NO_BOUND, out=replicas[METRICS_AGE_S])
+        np.subtract(now_s, self._last_dispatch_s, out=replicas[SINCE_DISPATCH_S])
+        np.minimum(replicas[SINCE_DISPATCH_S], _FAR_S, out=replicas[SINCE_DISPATCH_S])
+        np.copyto(replicas[GENERATED_TOKENS], self._generated, where=~self._engine_counts)
+        replicas[PREFIX_HIT_TOKENS] = 0.0 if hit_tokens is None else hit_tokens
+        np.greater(replicas[UP], 0.0, out=mask[:-2])
         num_up = np.count_nonzero(mask[:-2])
         need = request.prompt_tokens + request.predicted_output_tokens - 1.0
-        mask[:-2] &= (view[_CAPACITY] >= need) | (view[_CAPACITY] == 0.0)
+        mask[:-2] &= (replicas[KV_CAPACITY_TOKENS] >= need) | (replicas[KV_CAPACITY_TOKENS] == 0.0)
         if allowed is not None:
             mask[:-2] &= allowed
         if num_up and not mask[:-2].any():
             # too long for all of them: the largest shall say so, in its own words
-            np.greater(view[_UP], 0.0, out=mask[:-2])
+            np.greater(replicas[UP], 0.0, out=mask[:-2])
             if allowed is not None:
                 mask[:-2] &= allowed
-            mask[:-2] &= view[_CAPACITY] == view[_CAPACITY].max(where=mask[:-2], initial=0.0)
+            mask[:-2] &= replicas[KV_CAPACITY_TOKENS] == replicas[KV_CAPACITY_TOKENS].max(
+                where=mask[:-2], initial=0.0
+            )
         mask[-2] = self._allow_hold and may_hold
-        row[0] = request.prompt_tokens
-        row[1] = request.predicted_output_tokens
-        row[2:5] = self._slo_rows[request.slo_class]
-        row[5] = now_s - request.arrival_s
-        row[6] = self.arrival_rate_rps
-        row[7] = num_up
-        row[8] = self._num_held - request.held
-        return Observations(view[None], self._request, self._mask)
+        row[PROMPT_TOKENS] = request.prompt_tokens
+        row[PREDICTED_OUTPUT_TOKENS] = request.predicted_output_tokens
+        row[TTFT_SLO_S : SLO_WEIGHT + 1] = self._slo_rows[request.slo_class]
+        row[WAITED_S] = now_s - request.arrival_s
+        row[ARRIVAL_RATE_RPS] = self.arrival_rate_rps
+        row[NUM_UP] = num_up
+        row[NUM_HELD] = self._num_held - request.held
+        return Observations(replicas[None], self._request, self._mask)
 
     def dispatch(self, request: LiveRequest, replica: int, now_s: float) -> None:
         """A request goes to a replica; `observe` has just described the choice."""
         self._resume(request)
         request.replica = replica
         request.dispatch_s = now_s
-        request.believed_cached = float(self.view[_HIT, replica])
+        request.believed_cached = float(self.replicas[PREFIX_HIT_TOKENS, replica])
         self._last_dispatch_s[replica] = now_s
-        self.view[_OUTSTANDING, replica] += 1.0
-        self.view[_PROMPT, replica] += request.prompt_tokens
-        self.view[_PREDICTED, replica] += request.predicted_output_tokens
+        self.replicas[OUTSTANDING_REQUESTS, replica] += 1.0
+        self.replicas[OUTSTANDING_PROMPT_TOKENS, replica] += request.prompt_tokens
+        self.replicas[OUTSTANDING_PREDICTED_TOKENS, replica] += request.predicted_output_tokens
         self._generated[replica] += request.generated_tokens
         if math.isnan(request.first_token_s):
             request.prefill_is_pending = True
-            self.view[_PENDING, replica] += request.prompt_tokens - request.believed_cached
+            self.replicas[PENDING_PREFILL_TOKENS, replica] += (
+                request.prompt_tokens - request.believed_cached
+            )
 
     def hold(self, request: LiveRequest) -> None:
         """A request stays at the router for a while."""
@@ -283,7 +294,9 @@ class LiveState:
         if request.prefill_is_pending:
             request.prefill_is_pending = False
             r = request.replica
-            self.view[_PENDING, r] -= request.prompt_tokens - request.believed_cached
+            self.replicas[PENDING_PREFILL_TOKENS, r] -= (
+                request.prompt_tokens - request.believed_cached
+            )
 
     def first_token(self, request: LiveRequest, now_s: float) -> None:
         """The first token has come; later calls for the same request change nothing."""
@@ -291,7 +304,7 @@ class LiveState:
             return
         self.end_prefill(request)
         request.first_token_s = now_s
-        self._average(_TTFT, request.replica, now_s - request.arrival_s)
+        self._average(RECENT_TTFT_S, request.replica, now_s - request.arrival_s)
 
     def tokens(self, request: LiveRequest, count: int) -> None:
         """So many more output tokens have come."""
@@ -302,7 +315,7 @@ class LiveState:
         """A request has all its tokens.
 
         Args:
-            request: It.
+            request: Which has ended.
             now_s: The time.
             output_tokens: How many there are.
         """
@@ -310,7 +323,7 @@ class LiveState:
         first_s = request.first_token_s
         self._forget(request)
         if output_tokens > 1 and now_s > first_s:
-            self._average(_TPOT, r, (now_s - first_s) / (output_tokens - 1))
+            self._average(RECENT_TPOT_S, r, (now_s - first_s) / (output_tokens - 1))
 
     def leave(self, request: LiveRequest) -> None:
         """A request is gone before its end: cancelled, failed, rejected, or decided again."""
@@ -320,37 +333,40 @@ class LiveState:
 
     def set_up(self, replica: int, up: bool) -> None:
         """A replica takes requests from now on, or does not."""
-        self.view[_UP, replica] = float(up)
+        self.replicas[UP, replica] = float(up)
 
     def is_up(self, replica: int) -> bool:
         """Whether a replica takes requests."""
-        return bool(self.view[_UP, replica] > 0.0)
+        return bool(self.replicas[UP, replica] > 0.0)
 
     def update_metrics(self, replica: int, metrics: EngineMetrics, now_s: float) -> None:
         """Note what an engine says of itself.
 
         Args:
             replica: Whose.
-            metrics: Them.
+            metrics: What it says.
             now_s: When they were asked for.
         """
-        self.view[_RUNNING, replica] = metrics.num_running
-        self.view[_WAITING, replica] = metrics.num_waiting
-        self.view[_USAGE, replica] = metrics.kv_cache_usage
+        self.replicas[NUM_RUNNING, replica] = metrics.num_running
+        self.replicas[NUM_WAITING, replica] = metrics.num_waiting
+        self.replicas[KV_CACHE_USAGE, replica] = metrics.kv_cache_usage
         self._engine_counts[replica] = metrics.generated_tokens is not None
         if metrics.generated_tokens is not None:
-            self.view[_GENERATED, replica] = metrics.generated_tokens
-        if metrics.kv_capacity_tokens is not None and self.view[_CAPACITY, replica] == 0.0:
-            self.view[_CAPACITY, replica] = metrics.kv_capacity_tokens
+            self.replicas[GENERATED_TOKENS, replica] = metrics.generated_tokens
+        if (
+            metrics.kv_capacity_tokens is not None
+            and self.replicas[KV_CAPACITY_TOKENS, replica] == 0.0
+        ):
+            self.replicas[KV_CAPACITY_TOKENS, replica] = metrics.kv_capacity_tokens
         self._last_metrics_s[replica] = now_s - metrics.age_s
 
     def outstanding(self, replica: int) -> int:
         """Requests dispatched to a replica and not ended."""
-        return int(self.view[_OUTSTANDING, replica])
+        return int(self.replicas[OUTSTANDING_REQUESTS, replica])
 
     def kv_capacity_tokens(self, replica: int) -> float:
         """Size of a replica's KV cache; 0 while it is unknown."""
-        return float(self.view[_CAPACITY, replica])
+        return float(self.replicas[KV_CAPACITY_TOKENS, replica])
 
     def metrics_age_s(self, replica: int, now_s: float) -> float:
         """Age of a replica's metrics; `NO_BOUND` before the first."""
@@ -358,16 +374,18 @@ class LiveState:
 
     def prefill_left_s(self, replica: int) -> float:
         """Seconds that the prompts on a replica still take at its known rate."""
-        rate = self.view[ReplicaFeature["PREFILL_TOKENS_PER_S"], replica]
-        return float(self.view[_PENDING, replica] / rate) if rate > 0 else 0.0
+        rate = self.replicas[PREFILL_TOKENS_PER_S, replica]
+        return float(self.replicas[PENDING_PREFILL_TOKENS, replica] / rate) if rate > 0 else 0.0
 
     def describe(self, replica: int) -> dict[str, float]:
         """Return a replica's row as of the last `observe`, by feature name."""
-        return {f.name: float(self.view[i, replica]) for i, f in enumerate(REPLICA_FEATURES)}
+        return {f.name: float(self.replicas[i, replica]) for i, f in enumerate(REPLICA_FEATURES)}
 
     def _average(self, row: int, replica: int, value_s: float) -> None:
-        old = self.view[row, replica]
-        self.view[row, replica] = value_s if old == 0.0 else old + _LATENCY_WEIGHT * (value_s - old)
+        old = self.replicas[row, replica]
+        self.replicas[row, replica] = (
+            value_s if old == 0.0 else old + _LATENCY_WEIGHT * (value_s - old)
+        )
 
     def _resume(self, request: LiveRequest) -> None:
         if request.held:
@@ -378,11 +396,13 @@ class LiveState:
         """Take a request out of the counters of its replica."""
         r = request.replica
         self.end_prefill(request)
-        self.view[_OUTSTANDING, r] -= 1.0
-        self.view[_PROMPT, r] -= request.prompt_tokens
-        self.view[_PREDICTED, r] -= request.predicted_output_tokens
+        self.replicas[OUTSTANDING_REQUESTS, r] -= 1.0
+        self.replicas[OUTSTANDING_PROMPT_TOKENS, r] -= request.prompt_tokens
+        self.replicas[OUTSTANDING_PREDICTED_TOKENS, r] -= request.predicted_output_tokens
         self._generated[r] -= request.generated_tokens
-        if self.view[_OUTSTANDING, r] == 0.0:  # no rounding left behind
-            self.view[[_PROMPT, _PENDING, _PREDICTED], r] = 0.0
+        if self.replicas[OUTSTANDING_REQUESTS, r] == 0.0:  # no rounding left behind
+            self.replicas[
+                [OUTSTANDING_PROMPT_TOKENS, PENDING_PREFILL_TOKENS, OUTSTANDING_PREDICTED_TOKENS], r
+            ] = 0.0
             self._generated[r] = 0.0
         request.replica = -1

@@ -82,7 +82,7 @@ _SGLANG_CHUNKS = ((35 * 2**30, 2048), (60 * 2**30, 4096), (160 * 2**30, 8192), (
 
 @dataclass(frozen=True)
 class Row:
-    """One published measurement.
+    """One published measurement of an engine.
 
     Attributes:
         row_id: Of the table.

@@ -45,7 +45,7 @@ class Skipped(NamedTuple):
 
 @dataclass(frozen=True)
 class RunScore:
-    """One replayed run.
+    """How a replayed run compares with the real one.
 
     Attributes:
         run: The real one.
@@ -198,7 +198,7 @@ def score_rows(
 
 
 def score_row(row: Row, plan: Experiment, constants: EngineConstants) -> RowScore:
-    """Replay one row.
+    """Replay a published row and compare its figures.
 
     Raises:
         ConfigError: If the model or a request does not fit.

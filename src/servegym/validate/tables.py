@@ -56,7 +56,7 @@ class TextTable(NamedTuple):
     note: str = ""
 
     def rich(self) -> Table:
-        """For the terminal."""
+        """Lay the table out for a terminal."""
         table = Table(title=self.title, caption=self.note or None, box=box.SIMPLE_HEAD)
         for i, head in enumerate(self.heads):
             table.add_column(head, justify="right" if i else "left", overflow="fold")
@@ -65,14 +65,14 @@ class TextTable(NamedTuple):
         return table
 
     def markdown(self) -> str:
-        """For a document."""
+        """Write the table as Markdown."""
         lines = [f"**{self.title}**", "", "| " + " | ".join(self.heads) + " |"]
         lines.append("| --- |" + " ---: |" * (len(self.heads) - 1))
         lines += ["| " + " | ".join(row) + " |" for row in self.rows]
         return "\n".join([*lines, "", *([self.note, ""] if self.note else [])])
 
     def html(self) -> str:
-        """For a page."""
+        """Write the table as HTML."""
         heads = "".join(f"<th>{html.escape(head)}</th>" for head in self.heads)
         rows = "".join(
             "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"

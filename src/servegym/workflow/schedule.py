@@ -47,7 +47,7 @@ class Schedule:
 
     @property
     def efficiency(self) -> float:
-        """Speed-up per device."""
+        """Speed-up over the number of devices."""
         return self.speedup / self.workflow.num_devices
 
     @property

@@ -63,7 +63,7 @@ class Completion(_Ask):
 
     @property
     def text(self) -> str | list[int]:
-        """The prompt."""
+        """The prompt as text or tokens; of several the first."""
         if isinstance(self.prompt, str):
             return self.prompt
         first = self.prompt[0] if self.prompt else 0
@@ -113,7 +113,7 @@ class _Message(_Body):
 
 
 class Chat(_Ask):
-    """Body of `/v1/chat/completions`."""
+    """What is asked for at `/v1/chat/completions`."""
 
     messages: list[_Message] = Field(min_length=1)
     max_completion_tokens: _Count | None = None
@@ -138,7 +138,7 @@ class Answer(NamedTuple):
 
 
 def parse(kind: type[Completion] | type[Chat], body: bytes) -> Completion | Chat:
-    """Read a body.
+    """Read the body of a request.
 
     Raises:
         WorkloadError: If it is not JSON, or not what is asked for here.

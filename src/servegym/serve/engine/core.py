@@ -39,7 +39,7 @@ _FORESEEN = 64
 
 
 class Noise(NamedTuple):
-    """Of step times.
+    """How the step times of a replica scatter.
 
     Attributes:
         sigma: Standard deviation of their logarithm; 0 is none.

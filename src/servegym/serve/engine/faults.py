@@ -1,4 +1,4 @@
-"""Faults on command."""
+"""Faults that an emulated fleet makes on command."""
 
 from __future__ import annotations
 

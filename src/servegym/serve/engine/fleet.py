@@ -145,7 +145,7 @@ class Fleet:
         )
 
     async def stop(self) -> None:
-        """Close everything."""
+        """Stop all servers and the faults still to come."""
         for timer in self._timers:
             timer.cancel()
         if self._admin is not None:

@@ -51,7 +51,7 @@ class HistogramNames:
 
 @dataclass(frozen=True)
 class PageNames:
-    """An engine's page.
+    """What the series on an engine's metrics page are called.
 
     Attributes:
         labels: Of every sample, besides the model's name.

@@ -8,7 +8,7 @@ from servegym.engines import EngineName
 from servegym.serve.engine.metric_names import NAMES
 from servegym.serve.engine.replica import Replica
 from servegym.serve.engine.request import EngineRequest
-from servegym.serve.prometheus import Exposition, Histogram
+from servegym.serve.monitoring.prometheus import Exposition, Histogram
 
 #: What the counters count.
 _COUNTERS = {
@@ -51,7 +51,7 @@ class EngineMetrics:
         self._time("queue", now_s - request.arrival_s)
 
     def preempted(self, request: EngineRequest, now_s: float) -> None:
-        """Count a preemption."""
+        """Count one more preempted request."""
         self._num_preemptions += 1
 
     def emitted(self, request: EngineRequest, now_s: float) -> None:

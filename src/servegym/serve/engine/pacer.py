@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from servegym.serve.engine.replica import Replica
 from servegym.serve.engine.request import EngineRequest
-from servegym.serve.prometheus import Histogram
+from servegym.serve.monitoring.prometheus import Histogram
 
 #: Bounds of the lateness of steps, real seconds.
 LATENESS_BOUNDS_S = tuple(
@@ -75,7 +75,7 @@ class Pacer:
             self._arm()
 
     def abort(self, request: EngineRequest) -> None:
-        """Forget a request."""
+        """Take a request off its replica, at the present time."""
         self.replica.abort(request, self.now_s)
 
     def set_multiplier(self, multiplier: float) -> None:

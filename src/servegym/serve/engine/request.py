@@ -85,7 +85,7 @@ class Observer(Protocol):
         """Note a first admission."""
 
     def preempted(self, request: EngineRequest, now_s: float) -> None:
-        """Note a preemption."""
+        """Note that a request was preempted."""
 
     def emitted(self, request: EngineRequest, now_s: float) -> None:
         """Note the token at the end of a prefill, before it is counted as its last."""

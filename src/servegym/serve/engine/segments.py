@@ -42,7 +42,7 @@ class Segments:
         return state
 
     def drop(self, place: int) -> None:
-        """Forget a request."""
+        """Free the rows of a request that has ended."""
         self._rows.pop(place, None)
 
     def _close_up(self, state: State, count: int) -> State:

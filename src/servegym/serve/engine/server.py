@@ -18,7 +18,7 @@ from servegym.serve.engine.pacer import Pacer
 from servegym.serve.engine.replica import Replica
 from servegym.serve.engine.request import EngineRequest, Status
 from servegym.serve.engine.stream import Stream
-from servegym.serve.prometheus import CONTENT_TYPE
+from servegym.serve.monitoring.prometheus import CONTENT_TYPE
 
 #: Largest body taken, bytes: room for a prompt of 128k tokens, whatever the encoding.
 MAX_BODY_BYTES = 8 * 1024 * 1024
@@ -86,7 +86,7 @@ class EngineServer:
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """Address that the server listens at."""
         host, port = self._address
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 

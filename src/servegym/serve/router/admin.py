@@ -63,7 +63,7 @@ async def _only_operators(request: web.Request, handler: _Handler) -> web.Stream
 
 
 class Admin:
-    """The operators' endpoints.
+    """The endpoints that operators use.
 
     Args:
         dispatcher: To change and to show.
@@ -80,7 +80,7 @@ class Admin:
         self._loading = asyncio.Lock()
 
     def app(self) -> web.Application:
-        """Make the application."""
+        """Make the application that answers operators."""
         app = web.Application(middlewares=[_only_operators], client_max_size=64 * 1024)
         app.router.add_post("/drain", self._drain)
         app.router.add_post("/undrain", self._undrain)

@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 from aiohttp import web
 
 from servegym.serve.dispatcher import Dispatcher
-from servegym.serve.prompt import Prompt
+from servegym.serve.requests.prompt import Prompt
 from servegym.serve.router.auth import Keys
 from servegym.serve.router.config import RouterConfig
 from servegym.serve.router.errors import RequestError
@@ -38,7 +38,7 @@ _EVERYONE = "default"
 
 
 class Api:
-    """The clients' endpoints.
+    """The endpoints that clients use.
 
     Args:
         config: Of the router.

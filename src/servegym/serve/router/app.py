@@ -15,11 +15,11 @@ from aiohttp import web
 
 from servegym.errors import ConfigError
 from servegym.serve.dispatcher import Dispatcher
-from servegym.serve.exposition import add_dispatcher
 from servegym.serve.facts import fleet_facts
-from servegym.serve.metrics import metric_names
-from servegym.serve.poller import MetricsPoller
-from servegym.serve.prometheus import CONTENT_TYPE, Exposition
+from servegym.serve.monitoring.exposition import add_dispatcher
+from servegym.serve.monitoring.metrics import metric_names
+from servegym.serve.monitoring.poller import MetricsPoller
+from servegym.serve.monitoring.prometheus import CONTENT_TYPE, Exposition
 from servegym.serve.router.admin import Admin
 from servegym.serve.router.api import Api
 from servegym.serve.router.auth import read_keys, watch_file

@@ -24,7 +24,7 @@ class _Config(BaseModel):
 
 
 class ReplicaConfig(_Config):
-    """One engine instance.
+    """One engine that requests are sent to.
 
     Attributes:
         name: In logs, metrics and admin commands.
@@ -258,7 +258,7 @@ class ScrapeConfig(_Config):
 
     Attributes:
         engine: `auto`, `vllm`, `sglang`, `tensorrt-llm`, or a YAML file with a mapping; see
-            `serve.metrics`.
+            `serve.monitoring.metrics`.
         interval_s: Time between two polls of a replica.
         timeout_s: Of one poll.
     """
@@ -269,7 +269,7 @@ class ScrapeConfig(_Config):
 
 
 class RouterConfig(_Config):
-    """The file.
+    """All that a router's file says.
 
     Attributes:
         replicas: The fleet.

@@ -81,7 +81,7 @@ class Health:
         self._tasks.append(asyncio.create_task(self._look()))
 
     async def stop(self) -> None:
-        """Stop checking."""
+        """End the checks of all replicas."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -7,8 +7,8 @@ import os
 
 import aiohttp
 
-from servegym.serve.metrics import MetricNames, MetricsError, metric_names
-from servegym.serve.poller import fetch_metrics
+from servegym.serve.monitoring.metrics import MetricNames, MetricsError, metric_names
+from servegym.serve.monitoring.poller import fetch_metrics
 from servegym.serve.router.config import ReplicaConfig, RouterConfig
 
 

@@ -55,7 +55,7 @@ class Relay:
             request: The client's.
             job: Its place in the books.
             attempt: At the replica that answers.
-            answer: It.
+            answer: What the replica sends.
             key: Id of the request.
             failures: Of the replicas asked before; judged once the answer has come.
         """
@@ -193,7 +193,7 @@ class Relay:
         """Close the books of a request that did not get its answer; does nothing the second time.
 
         Args:
-            job: It.
+            job: Of the request.
             status: For the counters; only the client's leaving is another matter to the log.
         """
         if not job.ended:

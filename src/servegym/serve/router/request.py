@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from servegym.serve.prompt import Prompt, chat_text
+from servegym.serve.requests.prompt import Prompt, chat_text
 from servegym.serve.router.errors import RequestError
 from servegym.serve.router.json_body import parse_json
 from servegym.serve.vllm.hints import PREFIX

@@ -29,7 +29,7 @@ class RetryBudget:
         self._parts: deque[list[int]] = deque()  # second, requests, retries
 
     def request(self) -> None:
-        """Count a request."""
+        """Count one more request, of which a share may be retried."""
         self._part()[1] += 1
 
     def take(self, in_progress: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from servegym.serve.prometheus import Exposition, Histogram
+from servegym.serve.monitoring.prometheus import Exposition, Histogram
 
 #: Upper bounds, seconds: fine enough to read a p99 of TTFT and of whole answers off.
 _LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from servegym.errors import ServeGymError
-from servegym.policy.ordering import OrderingFeature, OrderingPolicy
+from servegym.policy.ordering import IS_RUNNING, OrderingPolicy
 from servegym.serve.vllm.config import PluginConfig
 from servegym.serve.vllm.rows import RequestRows
 from servegym.typing import FloatArray, IntArray
 
-_RUNNING = int(OrderingFeature["IS_RUNNING"])
 #: Weight of the newest step in the average step time.
 _STEP_WEIGHT = 0.05
 
@@ -76,7 +75,7 @@ class Orderer:
     def rank(
         self, waiting: Sequence[Any], running: Sequence[Any], now_s: float, kv_cache_usage: float
     ) -> Ranking:
-        """Order the requests.
+        """Order the requests of an engine before a step.
 
         Args:
             waiting: Requests in the waiting queue, in any order.
@@ -100,7 +99,7 @@ class Orderer:
         else:
             scores = self._score_part(features, slots, num_waiting)
         # equal scores go by arrival, as in vLLM; NaN, a newcomer without a score yet, comes last
-        order = np.lexsort((arrival_s, scores, features[:, _RUNNING]))
+        order = np.lexsort((arrival_s, scores, features[:, IS_RUNNING]))
         return Ranking(slots, order, num_waiting)
 
     def _score(self, features: FloatArray, slots: IntArray) -> FloatArray:

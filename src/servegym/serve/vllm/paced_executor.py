@@ -111,14 +111,14 @@ def make_executor() -> type:
             return [1 << 40]
 
         def initialize_from_config(self, kv_cache_configs: Any) -> None:
-            """Allocate nothing."""
+            """Allocate no KV cache: nothing is computed."""
 
         def compile_or_warm_up_model(self) -> None:
-            """Compile nothing."""
+            """Compile nothing: there is no model."""
 
         @property
         def supported_tasks(self) -> tuple[str, ...]:
-            """Generate text."""
+            """Name the one task there is, to generate text."""
             return ("generate",)
 
         def supports_draft_weight_updates(self) -> bool:
@@ -141,7 +141,7 @@ def make_executor() -> type:
             return None if single_value else [None]
 
         def check_health(self) -> None:
-            """Be healthy."""
+            """Raise nothing: a thread that sleeps does not fall ill."""
 
         def shutdown(self) -> None:
             """Finish the step that is under way."""

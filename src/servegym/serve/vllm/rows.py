@@ -11,25 +11,28 @@ from typing import Any
 
 import numpy as np
 
-from servegym.policy.ordering import NO_LIMIT_S, NUM_ORDERING_FEATURES, OrderingFeature
+from servegym.policy.ordering import (
+    CLIENT_PRIORITY,
+    DEADLINE_SLACK_S,
+    GENERATED_TOKENS,
+    IDLE_S,
+    IS_RUNNING,
+    KV_BLOCKS,
+    NO_LIMIT_S,
+    NUM_ORDERING_FEATURES,
+    NUM_PREEMPTIONS,
+    NUM_RUNNING,
+    PREDICTED_REMAINING_TOKENS,
+    PROMPT_TOKENS,
+    TTFT_SLACK_S,
+    WAITED_S,
+)
 from servegym.serve.vllm.config import PluginConfig
 from servegym.serve.vllm.hints import E2E_SLO_S, PREDICTED_OUTPUT_TOKENS, TTFT_SLO_S, hint
 from servegym.typing import FloatArray, IntArray
 
-# from here to `_BLOCKS` they change in every step of a running request
-_RUNNING = int(OrderingFeature["IS_RUNNING"])
-_GENERATED = int(OrderingFeature["GENERATED_TOKENS"])
-_BLOCKS = int(OrderingFeature["KV_BLOCKS"])
-_PRIORITY = int(OrderingFeature["CLIENT_PRIORITY"])
-_PROMPT = int(OrderingFeature["PROMPT_TOKENS"])
-_REMAINING = int(OrderingFeature["PREDICTED_REMAINING_TOKENS"])
-_WAITED = int(OrderingFeature["WAITED_S"])
-_IDLE = int(OrderingFeature["IDLE_S"])
-_PREEMPTIONS = int(OrderingFeature["NUM_PREEMPTIONS"])
-_TTFT_SLACK = int(OrderingFeature["TTFT_SLACK_S"])
-_DEADLINE_SLACK = int(OrderingFeature["DEADLINE_SLACK_S"])
+# from here to `KV_BLOCKS` they change in every step of a running request
 #: The engine's own columns, from this one on.
-_ENGINE = int(OrderingFeature["NUM_RUNNING"])
 # What is kept of a request besides features, behind them in the same row. The times stand in the
 # order of the features that are made of them, two by two: each pair is one subtraction.
 _ARRIVAL, _IDLE_SINCE, _TTFT_DUE, _DUE, _PREDICTED, _WIDTH = range(
@@ -83,7 +86,7 @@ class RequestRows:
     def client_priority(self, request: Any) -> float:
         """Return the priority a request came with, whatever was written over it since."""
         slot = self._slots.get(request)
-        return float(request.priority if slot is None else self._rows[slot, _PRIORITY])
+        return float(request.priority if slot is None else self._rows[slot, CLIENT_PRIORITY])
 
     def slot(self, request: Any) -> int | None:
         """Return a request's row, or None if it has none."""
@@ -107,9 +110,9 @@ class RequestRows:
         arrival_s = float(request.arrival_time)
         row = self._rows[slot]
         row[:] = 0.0
-        row[_PRIORITY] = request.priority
-        row[_PROMPT] = request.num_prompt_tokens
-        row[_TTFT_SLACK] = row[_DEADLINE_SLACK] = NO_LIMIT_S
+        row[CLIENT_PRIORITY] = request.priority
+        row[PROMPT_TOKENS] = request.num_prompt_tokens
+        row[TTFT_SLACK_S] = row[DEADLINE_SLACK_S] = NO_LIMIT_S
         row[_ARRIVAL] = row[_IDLE_SINCE] = arrival_s
         row[_TTFT_DUE] = self._due_s(arrival_s, hint(request, TTFT_SLO_S), self._config.ttft_slo_s)
         row[_DUE] = self._due_s(arrival_s, hint(request, E2E_SLO_S), self._config.e2e_slo_s)
@@ -187,22 +190,22 @@ class RequestRows:
         rows = self._rows.take(slots, axis=0)
         if running:
             size = self._block_size
-            rows[num_waiting:, _RUNNING : _BLOCKS + 1] = [
+            rows[num_waiting:, IS_RUNNING : KV_BLOCKS + 1] = [
                 (1, (computed := r.num_computed_tokens), r.num_output_tokens, -(-computed // size))
                 for r in running
             ]
-        remaining = rows[:, _REMAINING]
-        np.subtract(rows[:, _PREDICTED], rows[:, _GENERATED], out=remaining)
+        remaining = rows[:, PREDICTED_REMAINING_TOKENS]
+        np.subtract(rows[:, _PREDICTED], rows[:, GENERATED_TOKENS], out=remaining)
         np.maximum(remaining, 1.0, out=remaining)
         since_s = rows[:, _ARRIVAL : _IDLE_SINCE + 1]
-        np.subtract(now_s, since_s, out=rows[:, _WAITED : _IDLE + 1])
-        rows[num_waiting:, _IDLE] = 0.0
+        np.subtract(now_s, since_s, out=rows[:, WAITED_S : IDLE_S + 1])
+        rows[num_waiting:, IDLE_S] = 0.0
         if self._any_limit:
             left = rows[:, _TTFT_DUE : _DUE + 1] - now_s
-            rows[:, _TTFT_SLACK : _DEADLINE_SLACK + 1] = np.minimum(left, NO_LIMIT_S)
-            rows[rows[:, _GENERATED] > 0.0, _TTFT_SLACK] = NO_LIMIT_S
+            rows[:, TTFT_SLACK_S : DEADLINE_SLACK_S + 1] = np.minimum(left, NO_LIMIT_S)
+            rows[rows[:, GENERATED_TOKENS] > 0.0, TTFT_SLACK_S] = NO_LIMIT_S
         self._engine[:4] = len(running), num_waiting, kv_cache_usage, step_s
-        rows[:, _ENGINE:NUM_ORDERING_FEATURES] = self._engine
+        rows[:, NUM_RUNNING:NUM_ORDERING_FEATURES] = self._engine
         return slots, rows[:, :NUM_ORDERING_FEATURES], rows[:, _ARRIVAL]
 
     def _note_preempted(self, waiting: Sequence[Any], slots: IntArray, now_s: float) -> None:
@@ -210,7 +213,7 @@ class RequestRows:
         for i, request in enumerate(waiting):
             if request.num_preemptions:
                 row = self._rows[slots[i]]
-                if row[_PREEMPTIONS] != request.num_preemptions:
+                if row[NUM_PREEMPTIONS] != request.num_preemptions:
                     row[_IDLE_SINCE] = now_s
-                row[_PREEMPTIONS] = request.num_preemptions
-                row[_GENERATED] = request.num_output_tokens
+                row[NUM_PREEMPTIONS] = request.num_preemptions
+                row[GENERATED_TOKENS] = request.num_output_tokens

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from servegym.errors import ConfigError
-from servegym.policy.ordering import NUM_ORDERING_FEATURES, OrderingFeature, OrderingPolicy
+from servegym.policy.ordering import IS_RUNNING, NUM_ORDERING_FEATURES, OrderingPolicy
 
 #: What is read from a scheduler.
 SCHEDULER_PARTS = (
@@ -86,7 +86,7 @@ def require_scores(policy: OrderingPolicy) -> None:
         ConfigError: If it does not.
     """
     features = np.ones((3, NUM_ORDERING_FEATURES))
-    features[:2, OrderingFeature["IS_RUNNING"]] = 0.0
+    features[:2, IS_RUNNING] = 0.0
     scores = policy.score(features, np.zeros((3, policy.memory_size)))
     if scores.shape != (3,) or not np.isfinite(scores).all():
         raise ConfigError(f"policy {policy.name} must give three requests three finite scores")

@@ -54,7 +54,7 @@ class WorkflowPolicy(Protocol):
 
     @property
     def name(self) -> str:
-        """Name in tables."""
+        """Name of the policy in tables."""
         ...
 
     @property

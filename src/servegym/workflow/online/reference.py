@@ -97,7 +97,7 @@ class Device:
 
     @property
     def decodes(self) -> list[Stage]:
-        """Sequences that decode."""
+        """LLM stages whose sequences decode now."""
         return [q for _, _, q in self.ends if q.kind == StageKind.LLM]
 
     @property

@@ -170,7 +170,7 @@ class Episode:
 
     @property
     def order(self) -> IntArray:
-        """`job_idx`, written out."""
+        """Which of the jobs arrives next, `int64[arrivals]`: `job_idx`, written out."""
         return np.arange(len(self.jobs)) if self.job_idx is None else self.job_idx
 
     def validate(self, spec: FleetSpec) -> None:

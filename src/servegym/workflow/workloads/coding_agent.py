@@ -67,7 +67,7 @@ class CodingAgent(fitted.AgentSession, Family):
     max_context_tokens: int = Field(200000, ge=2000)
 
     def job(self, rng: np.random.Generator) -> Job:
-        """Draw one session."""
+        """Draw the job of one session."""
         builder = JobBuilder("coding-agent")
         spawns = rng.random() < self.spawn_probability
         prompt = draw_tokens(rng, self.first_prompt)

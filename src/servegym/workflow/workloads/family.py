@@ -27,7 +27,7 @@ class Family(WorkloadPart, ABC):
 
     @abstractmethod
     def job(self, rng: np.random.Generator) -> Job:
-        """Draw one job."""
+        """Draw one job of the family."""
 
     def step_name(self, template: str, label: int) -> str:
         """Return what the step of a label is called in jobs of a template."""
@@ -41,7 +41,7 @@ class Family(WorkloadPart, ABC):
 
 
 def draw_tokens(rng: np.random.Generator, lengths: LengthConfig) -> int:
-    """Draw one length."""
+    """Draw one length in tokens."""
     return int(lengths.draw(rng, 1)[0])
 
 

@@ -47,7 +47,7 @@ class MapReduce(Family):
     )
 
     def job(self, rng: np.random.Generator) -> Job:
-        """Draw one document."""
+        """Draw the job of one document."""
         builder = JobBuilder("map-reduce")
         mean = self.summary.mean_tokens
 

@@ -78,7 +78,7 @@ class PlannerExecutor(Family):
     calculator: Tool = _tool(0.1, 0.005, 0.3, 5.0)
 
     def job(self, rng: np.random.Generator) -> Job:
-        """Draw one request."""
+        """Draw the job of one request."""
         builder = JobBuilder("planner-executor")
         context = draw_tokens(rng, self.request)
         rounds = 1

@@ -40,7 +40,7 @@ class RandomDagJob(Family):
     link_bytes_per_s: float = Field(1.25e9, gt=0)
 
     def job(self, rng: np.random.Generator) -> Job:
-        """Draw one DAG."""
+        """Draw one job, a random DAG."""
         dag = RandomDag(
             num_tasks=self.num_tasks,
             num_devices=len(self.device_types),

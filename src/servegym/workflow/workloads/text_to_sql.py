@@ -13,7 +13,7 @@ from servegym.workflow.workloads.family import Family, draw_around
 
 
 class Step(IntEnum):
-    """Steps by label."""
+    """Steps of a job by their labels."""
 
     RETRIEVE = 0
     KEYWORDS = 1
@@ -105,7 +105,7 @@ class TextToSql(Family):
         return self
 
     def job(self, rng: np.random.Generator) -> Job:
-        """Draw one question."""
+        """Draw the job of one question."""
         builder = JobBuilder("text-to-sql")
         scale = draw_around(rng, 1.0, self.prompt_sigma)
 

@@ -45,7 +45,7 @@ class TreeSearch(Family):
     done_probability: float = Field(0.2, gt=0, le=1)
 
     def job(self, rng: np.random.Generator) -> Job:
-        """Draw one problem."""
+        """Draw the job of one problem."""
         depth = min(self.max_depth, int(rng.geometric(self.done_probability)))
         return search_job(self, "tree-search", rng, self.question, self.step, self.shape(depth))
 
@@ -71,7 +71,7 @@ class BestOfN(Family):
     answer: LengthConfig = LengthConfig(medians_tokens=(400.0,), sigmas=(0.7,), max_tokens=4096)
 
     def job(self, rng: np.random.Generator) -> Job:
-        """Draw one question."""
+        """Draw the job of one question."""
         return search_job(self, "best-of-n", rng, self.question, self.answer, [(1, self.n)])
 
 

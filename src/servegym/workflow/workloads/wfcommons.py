@@ -73,7 +73,7 @@ class WfCommons(Family):
         return self
 
     def job(self, rng: np.random.Generator) -> Job:
-        """Draw one record.
+        """Draw the job of one record.
 
         Raises:
             WorkloadError: If the folder holds none of the sizes asked for, or cannot be read.

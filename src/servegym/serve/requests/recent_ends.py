@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from servegym.serve.prompt import Prompt
+from servegym.serve.requests.prompt import Prompt
 from servegym.workloads.followed import By, Followed
 
 #: A turn that adds more blocks than this to the one before is not recognised by its prompt: so

@@ -11,10 +11,11 @@ from typing import Literal
 
 import numpy as np
 
+from kernel_tables.profiles import rank, second_family
 from servegym.assets.specs import GpuSpec
 from servegym.costs import forms
 from servegym.costs.forms import WEIGHT_BYTES
-from servegym.costs.measurements import Measurements, rank, second_family
+from servegym.costs.measurements import Measurements
 from servegym.costs.package import Rows, newest_table, where
 from servegym.engines import EngineName
 from servegym.typing import FloatArray

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from servegym.errors import ConfigError
-from servegym.serve.metrics import (
+from servegym.serve.monitoring.metrics import (
     SGLANG,
     VLLM,
     MetricsError,
@@ -22,7 +22,7 @@ from servegym.serve.metrics import (
 )
 from servegym.serve.state import EngineMetrics
 
-from .linear import LONG, cpu_limit
+from ..linear import LONG, cpu_limit  # noqa: TID252 - tests are no package
 
 A = frozenset({"a"})
 PAGES = Path(__file__).parent / "pages"

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from servegym.errors import ConfigError
-from servegym.serve.prompt import PrefixConfig, PromptReader, chat_text
+from servegym.serve.requests.prompt import PrefixConfig, PromptReader, chat_text
 from servegym.serve.router.errors import RequestError
 from servegym.serve.router.request import read_request
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from servegym.serve.prompt import PrefixConfig, Prompt, PromptReader, chat_text
-from servegym.serve.recent_ends import RecentEnds
+from servegym.serve.requests.prompt import PrefixConfig, Prompt, PromptReader, chat_text
+from servegym.serve.requests.recent_ends import RecentEnds
 
 READER = PromptReader(PrefixConfig())  # blocks of 16 tokens or 64 bytes
 
@@ -130,7 +130,7 @@ class TestPrompts:
         assert fleet.arrive("b", chat(LONG, "So.", "And?"), 2.0, tenant="bob") is None
 
     def test_tenants_whose_names_collide_do_not_mix_either(self, monkeypatch):
-        monkeypatch.setattr("servegym.serve.recent_ends.hash", lambda _: 7, raising=False)
+        monkeypatch.setattr("servegym.serve.requests.recent_ends.hash", lambda _: 7, raising=False)
         fleet = Fleet()
         fleet.arrive("a", chat(LONG), 0.0, tenant="alice")
         fleet.end("a", 1.0)

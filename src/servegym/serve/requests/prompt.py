@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from servegym.errors import ConfigError
-from servegym.serve.prefix_index import WORD_BYTES, text_keys, token_keys
+from servegym.serve.requests.prefix_index import WORD_BYTES, text_keys, token_keys
 from servegym.typing import UInt8Array, UInt64Array
 
 #: Weight of the newest prompt in the average of bytes per token, and of tokens per medium.
@@ -54,7 +54,7 @@ class PrefixConfig(BaseModel):
 
 
 class Prompt(NamedTuple):
-    """A prompt, measured.
+    """How long a prompt is, and the names of its blocks.
 
     Attributes:
         tokens: Its length, exact if it was tokenised, at least 1.
@@ -91,7 +91,7 @@ class _Tokenizer(Protocol):
 
 
 class PromptReader:
-    """Measures prompts.
+    """Measures the length of prompts and names their blocks.
 
     Without a tokenizer the length in tokens is guessed from the bytes, and the guess learns from
     the lengths that engines report. What is no text counts by the piece: the model makes as many

@@ -25,7 +25,7 @@ class MetricNames(BaseModel):
 
     A server may report several parts that hold requests of their own: vLLM's data-parallel
     engines (label `engine`), SGLang's data-parallel ranks (`dp_rank`). Counts and sizes are added
-    up over them, shares are averaged. What `serve.metrics.parts` takes for repeated counts once.
+    up over them, shares are averaged. What `parts` takes for repeated counts once.
 
     Attributes:
         num_running: Requests in the running list.

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from servegym.serve.prefix_index import PrefixIndex, text_keys, token_keys
+from servegym.serve.requests.prefix_index import PrefixIndex, text_keys, token_keys
 
 TOKENS = st.lists(st.integers(0, 2**31), max_size=100)
 

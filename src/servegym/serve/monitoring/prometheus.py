@@ -65,7 +65,7 @@ class Exposition:
         self._lines: list[str] = []
 
     def gauge(self, name: str, text: str, value: float, **labels: str) -> None:
-        """Add a gauge."""
+        """Add a gauge with one sample."""
         self.gauges(name, text, [(labels, value)])
 
     def gauges(self, name: str, text: str, values: Samples) -> None:
@@ -81,7 +81,7 @@ class Exposition:
             self._sample(f"{name}_total", value, labels)
 
     def histogram(self, name: str, text: str, histogram: Histogram) -> None:
-        """Add a histogram."""
+        """Add a histogram with its buckets, count and sum."""
         self._head(name, text, "histogram")
         for bound, count in histogram.cumulative():
             self._sample(f"{name}_bucket", count, {"le": bound})
@@ -89,7 +89,7 @@ class Exposition:
         self._sample(f"{name}_sum", histogram.total, {})
 
     def page(self) -> str:
-        """Return the text."""
+        """Return the text of all series added so far."""
         return "\n".join(self._lines) + "\n"
 
     def _head(self, name: str, text: str, kind: str) -> None:

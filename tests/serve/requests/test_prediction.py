@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from servegym.serve.prediction import LengthPrediction, LengthPredictor
+from servegym.serve.requests.prediction import LengthPrediction, LengthPredictor
 
 
 def make(**settings) -> LengthPredictor:

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 import aiohttp
 
 from servegym.serve.dispatcher import Dispatcher
-from servegym.serve.metrics import MetricNames, MetricsError, read_metrics
+from servegym.serve.monitoring.metrics import MetricNames, MetricsError, read_metrics
 from servegym.serve.state import EngineMetrics
 
 _log = logging.getLogger(__name__)
 
 #: A page beyond this is no metrics page; vLLM's has 50 kB.
 _MAX_PAGE_BYTES = 4_000_000
-#: The format that `serve.metrics` reads; in OpenMetrics times would be in another unit.
+#: The format that `serve.monitoring.metrics` reads; in OpenMetrics times would be in another unit.
 _HEADERS = {"Accept": "text/plain; version=0.0.4"}
 
 
@@ -62,7 +62,7 @@ class MetricsPoller:
         self._tasks = [asyncio.create_task(self._run(r)) for r in range(len(self._urls))]
 
     async def stop(self) -> None:
-        """Stop polling."""
+        """End the polling of all replicas."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from servegym.serve.dispatcher import Dispatcher
-from servegym.serve.prometheus import Exposition
+from servegym.serve.monitoring.prometheus import Exposition
 
 
 def add_dispatcher(page: Exposition, dispatcher: Dispatcher) -> None:

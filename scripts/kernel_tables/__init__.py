@@ -1,0 +1,1 @@
+"""Readers of measured kernel tables, which the fitting scripts and their tests use."""

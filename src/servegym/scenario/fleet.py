@@ -1,0 +1,121 @@
+"""The fleet of a scenario: replicas, their engines, and what their steps cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from servegym.assets.specs import gpu, model
+from servegym.calibrate.calibration import calibrated_cost
+from servegym.cluster.spec import ReplicaType
+from servegym.costs.formats import ScenarioFormat, number_format
+from servegym.costs.step import StepCost
+from servegym.costs.tables import TableSource
+from servegym.engines import MAX_NUM_BATCHED_TOKENS, EngineName, kernels_of
+from servegym.errors import ConfigError
+from servegym.scenario.config import Config, Count, Factor, ascending
+
+
+class EngineConfig(Config):
+    """Engine settings, with vLLM's names; the defaults are vLLM's for a server.
+
+    `max_num_batched_tokens` is each engine's own where it is not given, 2,048 for vLLM.
+    `retain_kv_s` is not a setting of vLLM: for how long the KV blocks of a request that another
+    waits for are kept for that one, seconds (0: not at all); docs/simulator.md.
+    """
+
+    block_size: int = Field(16, ge=1)
+    max_num_batched_tokens: int | None = Field(None, ge=1)
+    max_num_seqs: int = Field(256, ge=1)
+    prefix_caching: bool = True
+    chunked_prefill: bool = True
+    kv_memory_fraction: float = Field(0.9, gt=0, le=1)
+    retain_kv_s: float = Field(0.0, ge=0)
+
+
+class FleetEntry(Config):
+    """Equal replicas; a pair of numbers is a range, drawn anew for every episode.
+
+    `costs` says where kernel times come from: the `fits` of servegym, or the measured `tables` of
+    the package aiconfigurator-core, which must be installed. `calibration` names a file of
+    `servegym calibrate` instead, made for this GPU, model and tp. `engine` says whose rules form
+    the steps; `max_num_batched_tokens` and `max_num_seqs` are those of the scenario's `engine`
+    section unless given, and where that names no budget, the engine's own.
+    """
+
+    gpu: str
+    count: Count | tuple[Count, Count] = 1
+    tp: int = Field(1, ge=1)
+    speed: Factor | tuple[Factor, Factor] = 1.0
+    num_blocks: int | None = Field(None, ge=1)
+    costs: Literal["fits", "tables"] = "fits"
+    calibration: str | None = None
+    engine: EngineName = "vllm"
+    max_num_batched_tokens: int | None = Field(None, ge=1)
+    max_num_seqs: int | None = Field(None, ge=1)
+
+    _check_ranges = field_validator("count", "speed")(ascending)
+
+
+def step_cost(entry: FleetEntry, model_name: str, precision: ScenarioFormat) -> StepCost:
+    """Return the step cost of a model on a fleet entry's replicas.
+
+    Raises:
+        ConfigError: If its calibration file is wrong, or made for others; or if there are no
+            tables of its GPU, or they are not installed.
+    """
+    if entry.calibration:
+        if entry.costs == "tables":
+            raise ConfigError("a fleet entry takes costs: tables or a calibration file, not both")
+        if precision not in ("bf16", "fp8"):
+            raise ConfigError(
+                f"a calibration file is for precision bf16 or fp8, not {precision}: leave one out"
+            )
+        path = Path(entry.calibration)
+        return calibrated_cost(path, entry.gpu, model_name, entry.tp, precision)
+    spec, weights = gpu(entry.gpu), number_format(precision)
+    source = TableSource(spec, weights.fp8) if entry.costs == "tables" else None
+    return StepCost(
+        spec,
+        model(model_name),
+        entry.tp,
+        weights.fp8,
+        source,
+        engine=kernels_of(entry.engine),
+        scales=weights.scales,
+    )
+
+
+def replica_type(
+    entry: FleetEntry, model_name: str, precision: ScenarioFormat, engine: EngineConfig
+) -> ReplicaType:
+    """Compile a fleet entry."""
+    cost = step_cost(entry, model_name, precision)
+    blocks = entry.num_blocks or (
+        cost.kv_capacity_tokens(engine.kv_memory_fraction) // engine.block_size
+    )
+    budget = entry.max_num_batched_tokens or engine.max_num_batched_tokens
+    budget = budget or MAX_NUM_BATCHED_TOKENS[entry.engine]
+    return ReplicaType(
+        name=f"{entry.gpu} x{entry.tp}" + ("" if entry.engine == "vllm" else f" {entry.engine}"),
+        grid=cost.compile(max_tokens=max(budget, 64)),
+        num_blocks=blocks,
+        max_num_batched_tokens=budget,
+        max_num_seqs=entry.max_num_seqs or engine.max_num_seqs,
+        price_usd_per_h=cost.gpu.price_usd_per_h * entry.tp,
+        num_gpus=entry.tp,
+        engine=entry.engine,
+    )
+
+
+def draw_count(rng: np.random.Generator, count: int | tuple[int, int]) -> int:
+    """Draw a number of replicas from its range."""
+    return count if isinstance(count, int) else int(rng.integers(count[0], count[1] + 1))
+
+
+def draw_speed(rng: np.random.Generator, speed: float | tuple[float, float]) -> float:
+    """Draw a speed factor from its range."""
+    return speed if isinstance(speed, float | int) else float(rng.uniform(*speed))
