@@ -250,10 +250,6 @@ class Problem(ABC, Generic[S, P]):
         """What counts in a scenario."""
 
     @abstractmethod
-    def is_learned(self, policy: P) -> bool:
-        """Whether a policy was learned: then it is compared with the best of the others."""
-
-    @abstractmethod
     def episodes(
         self,
         scenario: S,
@@ -311,6 +307,10 @@ class Problem(ABC, Generic[S, P]):
         """
         made: P = self.rules.make(text)
         return made
+
+    def is_learned(self, policy: P) -> bool:
+        """Whether a policy was learned: then it is compared with the best of the others."""
+        return bool(getattr(policy, "learned", False))
 
     def notes(
         self,
