@@ -106,7 +106,7 @@ def main() -> None:
             f"\n{num_requests} requests\n| policy | {result.judged_name} | ratio |\n|---|---|---|"
         )
         for name, _ in result.ranking(arguments.load):
-            value = result.mean(name, arguments.load, result.judged_by)
+            value = result.mean(name, arguments.load, result.objective.metric)
             ratio = result.ratio(name, "least-outstanding", arguments.load)
             print(
                 f"| {name} | {value:.2f} | {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}] |",
