@@ -10,12 +10,19 @@ import pytest
 from .pages import require_output
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-NAMES = ["01_make_env", "02_roll_out_many", "03_train_with_sb3", "04_decide_live"]
+NAMES = [
+    "01_make_env",
+    "02_roll_out_many",
+    "03_train_with_sb3",
+    "04_decide_live",
+    "05_pose_a_problem",
+]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_example_prints_what_stands_beside_it(name, capsys):
+def test_example_prints_what_stands_beside_it(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # what one writes stays there
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     wanted = (EXAMPLES / f"{name}.out").read_text(encoding="utf-8")
     require_output(capsys.readouterr().out, wanted, f"examples/{name}.py")

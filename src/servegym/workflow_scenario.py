@@ -11,12 +11,20 @@ import numpy as np
 import yaml
 from pydantic import Field, field_validator, model_validator
 
+from servegym.costs.step import StepCost
 from servegym.documents import load_yaml
 from servegym.errors import ConfigError
 from servegym.scenario.config import Config, Count, Factor, ascending
 from servegym.scenario.disturbances import FailSlowConfig, FailStopConfig, draw_faults
 from servegym.scenario.files import bundled_names, load, parse
-from servegym.scenario.fleet import EngineConfig, FleetEntry, draw_count, draw_speed, replica_type
+from servegym.scenario.fleet import (
+    EngineConfig,
+    FleetEntry,
+    draw_count,
+    draw_speed,
+    replica_type,
+    step_cost,
+)
 from servegym.typing import IntArray
 from servegym.workflow.job import Job
 from servegym.workflow.online.spec import DeviceType, Episode, FleetSpec, Links
@@ -131,6 +139,17 @@ class WorkflowScenario(Config):
             move_delay_s=self.move_delay_s,
             move_on=self.move_on,
         )
+
+    def step_costs(self) -> dict[str, StepCost]:
+        """Return what a step costs on each kind of engine, by its GPU.
+
+        Raises:
+            ConfigError: If a calibration file is wrong, or made for others.
+        """
+        return {
+            entry.gpu: step_cost(_fleet_entry(entry), self.model, self.precision)
+            for entry in self.engines
+        }
 
     @property
     def max_devices(self) -> int:
