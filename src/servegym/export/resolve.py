@@ -7,14 +7,38 @@ from pathlib import Path
 
 from servegym.baselines.ordering.registry import ordering_policy
 from servegym.baselines.registry import policy
-from servegym.export.manifest import Manifest, read_manifest
+from servegym.export.manifest import Manifest, policy_name, read_manifest
 from servegym.export.ordering import SUFFIXES, load_ordering
 from servegym.export.weights import read_network
 from servegym.policy.frozen import FrozenPolicy, NumpyPolicy
 from servegym.policy.ordering import OrderingPolicy
 from servegym.policy.policy import Policy
+from servegym.workflow.online.policy import WorkflowPolicy
 
 _ORACLE = "-oracle"
+
+
+def load_policy(
+    path: Path, problem: str, scenario: str = ""
+) -> Policy | OrderingPolicy | WorkflowPolicy:
+    """Load an exported policy, of whatever problem.
+
+    Args:
+        path: Its file.
+        problem: What it must be for.
+        scenario: Of that problem, for the sentence that says so.
+
+    Raises:
+        ExportError: If it is one of another problem, or no valid policy.
+    """
+    if problem == "order":
+        return load_ordering(path, scenario)
+    if problem == "workflow":
+        # compiled when it is imported: not for those who have no jobs
+        from servegym.export.workflow import read_scheduler
+
+        return read_scheduler(path, scenario)
+    return exported_policy(path, read_manifest(path, problem, scenario))
 
 
 def resolve_policy(text: str) -> Policy:
@@ -24,7 +48,7 @@ def resolve_policy(text: str) -> Policy:
         ConfigError: If there is no such rule or parameter.
         ExportError: If the file is not a valid policy.
     """
-    if not text.endswith(".onnx"):
+    if not text.endswith(SUFFIXES):
         return policy(text)
     path = Path(text)
     return exported_policy(path, read_manifest(path))
@@ -53,10 +77,7 @@ def exported_policy(path: Path, manifest: Manifest) -> Policy:
     Raises:
         ExportError: If the files cannot be run.
     """
-    # training writes <run>/policy/policy.onnx: the run's name says more than "policy"
-    folder = path.resolve().parent
-    name = folder.parent.name if folder.name == "policy" else folder.name
-    network = read_network(path.parent, manifest)
+    name, network = policy_name(path), read_network(path.parent, manifest)
     if network is not None:
         return NumpyPolicy(network, information=manifest.information, name=name)
     return FrozenPolicy(

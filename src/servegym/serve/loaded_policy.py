@@ -91,10 +91,10 @@ def _try_out(loaded: LoadedPolicy) -> None:
     for width in _TRIAL_SIZES:
         replicas = np.zeros((NUM_REPLICA_FEATURES, width))
         request = np.ones(NUM_REQUEST_FEATURES)
-        if loaded.manifest and loaded.manifest.replica_ranges:
-            middle = np.mean(loaded.manifest.replica_ranges, axis=1)
+        if loaded.manifest and loaded.manifest.ranges:
+            middle = np.mean(loaded.manifest.ranges["replica"], axis=1)
             replicas[:NUM_OBSERVED_FEATURES] = middle[:, None]
-            request[:] = np.mean(loaded.manifest.request_ranges, axis=1)
+            request[:] = np.mean(loaded.manifest.ranges["request"], axis=1)
         replicas[_UP] = 1.0
         static = replicas[FIRST_NOMINAL : FIRST_NOMINAL + NUM_NOMINAL]
         static[static == 0.0] = 1.0  # rules divide by them
