@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from servegym.baselines.registry import describe, names, policy
+from servegym.baselines.registry import RULES, policy
 from servegym.envs.dispatch import feature_table
 from servegym.policy.contract import (
     NUM_OBSERVED_FEATURES,
@@ -55,9 +55,9 @@ observation.
 def policies_page() -> str:
     """List the dispatch rules."""
     rows = [
-        f"| `{name}` | {policy(name).information} | {describe(name)[0] or '-'} | "
-        f"{describe(name)[1]} | {describe(name)[2] or '-'} |"
-        for name in names()
+        f"| `{name}` | {policy(name).information} | {RULES.describe(name).parameters or '-'} | "
+        f"{RULES.describe(name).text} | {RULES.describe(name).reference or '-'} |"
+        for name in RULES.names()
     ]
     table = "\n".join(
         ["| policy | knows | parameters | rule | source |", "|---|---|---|---|---|", *rows]

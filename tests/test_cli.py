@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from servegym.baselines.registry import names
+from servegym.baselines.registry import RULES
 from servegym.cli import COMMANDS, main
 from servegym.commands.train import Train
 from servegym.scenario import load_scenario, scenario_names
@@ -283,7 +283,9 @@ def test_lists_name_everything(place, capsys, command):
     main([command])
     shown = capsys.readouterr()
     assert shown.err == ""
-    for name in {"policies": names(), "scenarios": scenario_names(), "costs": ["H100"]}[command]:
+    for name in {"policies": RULES.names(), "scenarios": scenario_names(), "costs": ["H100"]}[
+        command
+    ]:
         assert name in shown.out
 
 

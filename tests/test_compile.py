@@ -30,7 +30,7 @@ USE = f"""
 import asyncio
 import gymnasium
 import servegym
-from servegym.baselines.registry import names, policy
+from servegym.baselines.registry import RULES, policy
 from servegym.cluster.simulator import Simulator
 from servegym.policy.run import run
 from servegym.scenario import load_scenario
@@ -39,7 +39,7 @@ from servegym.serve.engine.fleet import Fleet, FleetConfig
 runpy.run_path({str(EXAMPLES / "01_make_env.py")!r}, run_name="__main__")
 runpy.run_path({str(EXAMPLES / "04_decide_live.py")!r}, run_name="__main__")
 scenario = load_scenario("failures")
-for name in names():
+for name in RULES.names():
     run(Simulator(scenario.spec, [scenario.episode(0, num_requests=40)]), policy(name))
 for name in ("Dispatch", "Preemption", "Workflow"):
     name = f"servegym/{{name}}-v0"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from servegym.baselines.registry import names, policy
+from servegym.baselines.registry import RULES, policy
 from servegym.cluster.simulator import Simulator
 from servegym.engines import ENGINES
 from servegym.errors import ConfigError
@@ -69,7 +69,7 @@ def test_an_unknown_engine_is_refused_in_one_sentence():
         parse_scenario(MIXED.replace("num_blocks: 900}", "engine: vlm}"), "mixed.yaml")
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", RULES.names())
 def test_every_dispatch_rule_plays_to_the_end(scenario, name):
     simulator = Simulator(scenario.spec, [scenario.episode(1, num_requests=60)], record=True)
     run(simulator, policy(name))

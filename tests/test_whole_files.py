@@ -82,7 +82,7 @@ def test_a_place_that_cannot_be_a_folder_is_refused_before_any_work(tmp_path, pl
 
 def test_a_figure_is_written_whole_in_the_format_of_its_ending(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    from servegym.evaluate.plots import pyplot, save_figure
+    from servegym.drawing import pyplot, save_figure
 
     path = tmp_path / "chart.svg"
     save_figure(pyplot().figure(), path)

@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from servegym.costs.step import StepCost
 from servegym.documents import load_yaml
 from servegym.errors import ConfigError, unknown_name
 from servegym.scenario import (
@@ -27,6 +28,7 @@ from servegym.scenario import (
     one_sentence,
     read_yaml,
     replica_type,
+    step_cost,
 )
 from servegym.typing import IntArray
 from servegym.workflow.job import Job
@@ -139,6 +141,17 @@ class WorkflowScenario(Config):
             move_delay_s=self.move_delay_s,
             move_on=self.move_on,
         )
+
+    def step_costs(self) -> dict[str, StepCost]:
+        """Return what a step costs on each kind of engine, by its GPU.
+
+        Raises:
+            ConfigError: If a calibration file is wrong, or made for others.
+        """
+        return {
+            entry.gpu: step_cost(_fleet_entry(entry), self.model, self.precision)
+            for entry in self.engines
+        }
 
     @property
     def max_devices(self) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 
-from servegym.baselines.registry import names, policy
+from servegym.baselines.registry import RULES, policy
 from servegym.policy.contract import (
     REPLICA_FEATURES,
     REQUEST_FEATURES,
@@ -216,7 +216,7 @@ MEMORY = {"round-robin", "weighted-round-robin", "sglang", "sglang-older"}
 DRAWS = {"random", "power-of-two", "dynamo", "llm-d"}
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", RULES.names())
 def test_every_rule_has_a_hand_computed_choice_here(name):
     computed = {text.partition(":")[0] for text, _, _ in HAND} | MEMORY | {"random", "power-of-two"}
     assert name.removesuffix("-oracle") in computed
@@ -224,7 +224,7 @@ def test_every_rule_has_a_hand_computed_choice_here(name):
 
 @pytest.mark.parametrize(
     "text",
-    sorted(set(names()) - MEMORY - DRAWS),
+    sorted(set(RULES.names()) - MEMORY - DRAWS),
 )
 @pytest.mark.parametrize("first", [0, 1])
 def test_first_of_equal_replicas_is_taken(text, first):
@@ -245,7 +245,7 @@ def test_ties_are_broken_among_the_best_only():
     assert set(choices("llm-d", rows, 50)) == {0, 2}
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", RULES.names())
 @pytest.mark.parametrize("allowed", range(3))
 def test_the_only_allowed_replica_is_chosen(name, allowed):
     mask = [r == allowed for r in range(3)] + [True, True]
@@ -253,13 +253,13 @@ def test_the_only_allowed_replica_is_chosen(name, allowed):
     assert choices(name, rows, 3, mask) == [allowed] * 3
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", RULES.names())
 def test_without_a_replica_a_rule_holds_or_else_rejects(name):
     assert choose(name, {}, (False, False, False, True, True)) == 3
     assert choose(name, {}, (False, False, False, False, True)) == 4
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", RULES.names())
 def test_a_masked_replica_is_never_chosen(name):
     rng = np.random.default_rng(1)
     rule = ready(name)
@@ -402,7 +402,7 @@ def decisions(name: str, scrambled: set[str], scramble_request: bool = False) ->
 
 
 def of(information: str) -> list[str]:
-    return [name for name in names() if policy(name).information == information]
+    return [name for name in RULES.names() if policy(name).information == information]
 
 
 @pytest.mark.parametrize("name", of("blind"))
@@ -423,7 +423,7 @@ def test_predictive_rules_read_predictions(name):
     assert decisions(name, set()) != decisions(name, PREDICTIONS, scramble_request=True)
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", RULES.names())
 def test_rules_read_only_the_groups_they_say_they_need(name):
     needs = policy(name).needs
     unread = {f.name for f in REPLICA_FEATURES if not f.group & needs}
@@ -434,7 +434,7 @@ def test_rules_read_only_the_groups_they_say_they_need(name):
     ("name", "group"),
     [
         (name, group)
-        for name in names()
+        for name in RULES.names()
         for group in (Group.METRICS, Group.PREFIX, Group.WHAT_IF)
         if policy(name).needs & group
     ],

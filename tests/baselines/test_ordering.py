@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from servegym.baselines.ordering.registry import ordering_names, ordering_policy
+from servegym.baselines.ordering.registry import RULES, ordering_policy
 from servegym.errors import ConfigError
 from servegym.policy.ordering import (
     NO_LIMIT_S,
@@ -198,7 +198,7 @@ def some_features(draw):
     return features
 
 
-@given(features=some_features(), text=st.sampled_from(ordering_names()))
+@given(features=some_features(), text=st.sampled_from(RULES.names()))
 def test_every_order_scores_whatever_an_engine_may_report(features, text):
     policy = ordering_policy(text)
     assert isinstance(policy, OrderingPolicy)
@@ -230,7 +230,7 @@ def test_an_unknown_order_or_parameter_is_refused(text, message):
 
 
 def test_every_order_says_what_it_is():
-    for name in ordering_names():
+    for name in RULES.names():
         policy = ordering_policy(name)
         assert policy.name == name
         assert len(policy.param_names) == len(policy.params)

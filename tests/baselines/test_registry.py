@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from servegym.baselines.registry import RANGES, describe, names, policy
+from servegym.baselines.registry import RULES, policy
 from servegym.cluster.simulator import Simulator
 from servegym.errors import ConfigError
 from servegym.policy.contract import Group
@@ -33,7 +33,7 @@ SCENARIO = parse_scenario(
     "small",
 )
 #: The planner needs `tests/policy/test_what_if.py`'s kinder clusters.
-DIRECT = [name for name in names() if not policy(name).needs & Group.WHAT_IF]
+DIRECT = [name for name in RULES.names() if not policy(name).needs & Group.WHAT_IF]
 
 
 def dispatched(rule: Policy, predicted: float | None = None) -> list[int]:
@@ -54,21 +54,21 @@ class Delegate:
         self.reset, self.act = rule.reset, rule.act
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", RULES.names())
 def test_every_name_makes_a_policy_that_describes_itself(name):
     rule = policy(name)
     assert isinstance(rule, Policy)
     assert rule.name == name
     assert rule.needs & Group.COUNTERS
     assert rule.param_names == tuple(part.partition("=")[0] for part in _shown(name))
-    assert describe(name)[1].endswith(".")
+    assert RULES.describe(name).text.endswith(".")
 
 
 def _shown(name: str) -> list[str]:
-    return [part for part in describe(name)[0].split(", ") if part]
+    return [part for part in RULES.describe(name).parameters.split(", ") if part]
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", RULES.names())
 def test_the_default_parameters_can_be_written_out(name):
     text = f"{name}:{','.join(_shown(name))}"
     assert policy(text).params.tolist() == policy(name).params.tolist()
@@ -140,7 +140,7 @@ def test_a_value_out_of_range_is_refused_in_one_sentence(text, parameter):
 
 
 def test_tuning_ranges_belong_to_parameters_of_rules():
-    for name, ranges in RANGES.items():
+    for name, ranges in RULES.tunable().items():
         assert set(ranges) <= set(policy(name).param_names)
         for key, (low, high, logarithmic) in ranges.items():
             assert low < high
@@ -161,6 +161,6 @@ def test_an_oracle_sees_the_true_lengths_whatever_is_predicted(name):
 
 
 def test_every_oracle_is_a_predictive_rule_that_is_told_the_truth():
-    oracles = [name for name in names() if policy(name).information == "oracle"]
-    assert oracles == [name for name in names() if name.endswith("-oracle")]
+    oracles = [name for name in RULES.names() if policy(name).information == "oracle"]
+    assert oracles == [name for name in RULES.names() if name.endswith("-oracle")]
     assert all(policy(o.removesuffix("-oracle")).information == "predictive" for o in oracles)

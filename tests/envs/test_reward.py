@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from servegym.cluster.outcome import within_slo
 from servegym.envs.dispatch import DispatchEnv, DispatchVectorEnv
-from servegym.evaluate.metrics import within_slo
 
 #: Rewards are differences of an integral: rounding of float64.
 ROUNDING = 1e-10

@@ -126,6 +126,7 @@ def test_document_has_stable_keys(compared):
         "decision_s",
         "loads",
         "notes",
+        "problem",
         "runs",
         "saturation_load",
         "scenario",
@@ -199,7 +200,7 @@ def test_written_document_has_no_nan_even_from_one_seed(make_scenario, tmp_path)
     # one request of one token: no time per output token, no second pair
     one_token = {"medians_tokens": [1.0], "max_tokens": 1}
     workload = {"kind": "generated", "rate_rps": 30.0, "output": one_token}
-    result = evaluate(make_scenario(workload=workload), policies, num_seeds=1, num_requests=1)
+    result = evaluate(make_scenario(workload=workload), policies, num_seeds=1, num_units=1)
     path = tmp_path / "deep" / "er" / "result.json"
     write_json(result, path)
     document = json.loads(path.read_text(), parse_constant=refuse)
@@ -211,9 +212,7 @@ def test_written_document_has_no_nan_even_from_one_seed(make_scenario, tmp_path)
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("num_requests", [1, 2, 7])
 def test_short_episodes_are_measured_without_warnings(make_scenario, num_requests):
-    result = evaluate(
-        make_scenario(), [policy("round-robin")], num_seeds=1, num_requests=num_requests
-    )
+    result = evaluate(make_scenario(), [policy("round-robin")], num_seeds=1, num_units=num_requests)
     evaluation_document(result)
     assert result.mean("round-robin", 1.0, "e2e_mean_s") > 0
 

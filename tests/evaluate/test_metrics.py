@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from servegym.baselines.registry import policy
-from servegym.cluster.outcome import OUTCOME_DTYPE, STEP_DTYPE
+from servegym.cluster.outcome import OUTCOME_DTYPE, STEP_DTYPE, within_slo
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import Episode
 from servegym.cluster.state import ITL_BINS_PER_DECADE, ITL_FIRST_S, NUM_ITL_BINS
-from servegym.evaluate.metrics import itl_percentile, measure, unloaded_s, within_slo
 from servegym.policy.run import run
+from servegym.problems.request_metrics import itl_percentile, measure, unloaded_s
 from servegym.workloads.table import RequestTable
 
 NO_ITL = np.zeros(NUM_ITL_BINS, np.int64)

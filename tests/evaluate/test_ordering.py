@@ -8,8 +8,9 @@ import pytest
 from servegym.cli import main
 from servegym.errors import ConfigError
 from servegym.evaluate.harness import evaluate
-from servegym.evaluate.ordering import order_loss, tuned_order
+from servegym.evaluate.tune import candidates, tune
 from servegym.export.resolve import resolve_order
+from servegym.problems.order import Order
 from servegym.scenario import load_scenario
 
 
@@ -35,12 +36,16 @@ def test_orders_are_compared_on_the_same_requests(small):
 
 
 def test_tuning_finds_what_is_best_on_training_seeds(small):
-    text = tuned_order(small, "trail", [1.5], num_seeds=2, num_values=3)
-    tried = ["trail:young=0.1", "trail:young=0.55", "trail:young=1"]
-    losses = {t: order_loss(small, resolve_order(t), [1.5], 2) for t in tried}
-    assert text == min(losses, key=losses.__getitem__)
+    found = tune(Order(), small, "trail", [1.5], budget=3, num_seeds=2)
+    episodes = Order().episodes(small, [0, 1], load=1.5)
+    losses = {
+        text: episodes.losses(resolve_order(text)).mean()
+        for text in candidates(Order.rules, "trail", 3)
+    }
+    assert found.text == min(losses, key=losses.__getitem__)
+    assert found.loss == pytest.approx(min(losses.values()))
     with pytest.raises(ConfigError, match="unknown tunable order 'srpt'"):
-        tuned_order(small, "srpt", [1.0])
+        tune(Order(), small, "srpt", [1.0])
 
 
 def test_a_dispatch_rule_is_no_order(capsys):

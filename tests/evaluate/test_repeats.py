@@ -17,8 +17,8 @@ from servegym.evaluate.harness import evaluate
 from servegym.evaluate.report import report_page
 from servegym.evaluate.saturation import saturation_load
 from servegym.evaluate.table import comparison_table
-from servegym.evaluate.workflow import evaluate_workflows, tuned_by_replay, workflow_table
-from servegym.evaluate.workflow_report import workflow_page
+from servegym.evaluate.tune import tune
+from servegym.problems.workflow import Workflow
 from servegym.traced_scenario import with_trace
 from servegym.workflow_scenario import parse_workflow_scenario
 
@@ -168,19 +168,16 @@ num_jobs: 3
 def test_jobs_that_are_the_same_for_every_seed_are_played_once(one_record):
     pytest.importorskip("matplotlib")
     rules = [online_rule("fifo"), online_rule("srpt-cp")]
-    result = evaluate_workflows(one_record, rules, loads=(0.5, 1.0), num_seeds=4)
+    result = evaluate(one_record, rules, loads=(0.5, 1.0), num_seeds=4)
     assert (len(result.seeds), result.loads, len(result.runs)) == (1, [1.0], 2)
     assert "the 4 seeds make one episode" in result.notes[0]
-    assert "[" not in text_of(workflow_table(result, 1.0))
-    assert "bootstrap" not in workflow_page(result)
+    assert "[" not in text_of(comparison_table(result, 1.0))
+    assert "bootstrap" not in report_page(result)
 
 
 def test_tuning_is_not_confused_by_loads_that_are_none(one_record):
-    ranges = {"alpha": (-2.0, 2.0, False)}
-    found = tuned_by_replay(
-        one_record, online_rule, "weighted-fair", ranges, loads=(0.5, 1.0), num_values=2
-    )
-    assert found in ("weighted-fair:alpha=-2", "weighted-fair:alpha=2")
+    found = tune(Workflow(), one_record, "weighted-fair", (0.5, 1.0), budget=2)
+    assert found.text in ("weighted-fair", "weighted-fair:alpha=0.4721")
 
 
 def test_the_text_of_a_comparison_has_an_interval_from_two_pairs_on():

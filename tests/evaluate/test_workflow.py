@@ -8,16 +8,14 @@ import numpy as np
 import pytest
 import yaml
 
-from servegym.baselines.workflow.online.registry import ONLINE_RANGES, online_rule
+from servegym.baselines.workflow.online.registry import online_rule
 from servegym.cli import main
 from servegym.errors import ConfigError
-from servegym.evaluate.workflow import (
-    alone_s,
-    evaluate_workflows,
-    measure_jobs,
-    tuned_by_replay,
-    workflow_table,
-)
+from servegym.evaluate.harness import evaluate
+from servegym.evaluate.table import comparison_table
+from servegym.evaluate.tune import tune
+from servegym.problems.job_metrics import alone_s, measure_jobs
+from servegym.problems.workflow import Workflow
 from servegym.workflow.job import JobBuilder
 from servegym.workflow.online.run import run
 from servegym.workflow.online.simulator import Simulator
@@ -72,7 +70,7 @@ def test_metrics_are_what_one_computes_by_hand():
 
 def test_all_policies_play_the_same_jobs_and_the_best_is_first():
     policies = [online_rule(name) for name in ("random", "heft-rt", "mct", "mct-oracle")]
-    result = evaluate_workflows(scenario(), policies, loads=[0.5, 1.0], num_seeds=4)
+    result = evaluate(scenario(), policies, loads=[0.5, 1.0], num_seeds=4)
     assert len(result.runs) == 4 * 2 * 4
     for load in (0.5, 1.0):
         means = [result.mean(name, load, "jct_mean_s") for name, _ in result.ranking(load)]
@@ -87,7 +85,7 @@ def test_all_policies_play_the_same_jobs_and_the_best_is_first():
     np.testing.assert_array_equal(
         result.values("mct", 1.0, "jct_mean_s"), result.values("mct-oracle", 1.0, "jct_mean_s")
     )
-    assert workflow_table(result, 1.0).row_count == 4
+    assert comparison_table(result, 1.0).row_count == 4
 
 
 def test_attainment_is_better_the_more():
@@ -100,7 +98,7 @@ def test_attainment_is_better_the_more():
         deadline_scale=1.0,
         rate_jobs_per_s=1.0,
     )
-    result = evaluate_workflows(
+    result = evaluate(
         strict, [online_rule(name) for name in ("round-robin", "least-slack")], num_seeds=2
     )
     shares = [result.mean(name, 1.0, "deadline_attainment") for name, _ in result.ranking(1.0)]
@@ -109,28 +107,21 @@ def test_attainment_is_better_the_more():
 
 def test_replay_finds_a_value_no_worse_than_the_ends_of_the_range():
     base = scenario(rate_jobs_per_s=0.6)
-    found = tuned_by_replay(
-        base,
-        online_rule,
-        "weighted-fair",
-        ONLINE_RANGES["weighted-fair"],
-        num_seeds=2,
-        num_values=5,
-    )
+    found = tune(Workflow(), base, "weighted-fair", (1.0,), budget=12, num_seeds=2).text
     names = [found, *(f"weighted-fair:alpha={a}" for a in (-2, 2))]
-    result = evaluate_workflows(
+    result = evaluate(
         base, [online_rule(n) for n in dict.fromkeys(names)], num_seeds=2, first_seed=0
     )
     assert result.ranking(1.0)[0][0] == found
 
 
 def test_nothing_to_compare_is_refused():
-    with pytest.raises(ConfigError, match="there must be policies"):
-        evaluate_workflows(scenario(), [])
-    with pytest.raises(ConfigError, match="each with its own name"):
-        evaluate_workflows(scenario(), [online_rule("fifo"), online_rule("fifo")])
+    with pytest.raises(ConfigError, match="there must be at least one policy"):
+        evaluate(scenario(), [])
+    with pytest.raises(ConfigError, match="every policy needs its own name"):
+        evaluate(scenario(), [online_rule("fifo"), online_rule("fifo")])
     with pytest.raises(ConfigError, match="loads must be given"):
-        evaluate_workflows(scenario(), [online_rule("fifo")], loads=[])
+        evaluate(scenario(), [online_rule("fifo")], loads=[])
 
 
 def test_command_compares_and_writes(tmp_path, capsys):
@@ -153,7 +144,7 @@ def test_command_compares_and_writes(tmp_path, capsys):
     ("options", "message"),
     [
         (["--trace", "x.csv"], "--trace is for scenarios of requests"),
-        (["--policies", "fifo:tuned"], "fifo cannot be tuned"),
+        (["--policies", "fifo:tuned"], "unknown tunable policy 'fifo'"),
         (["--policies", "least-outstanding"], "unknown policy"),
     ],
 )

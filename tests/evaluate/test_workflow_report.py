@@ -15,11 +15,10 @@ pytest.importorskip("matplotlib")
 from servegym.baselines.workflow.online.registry import online_rule
 from servegym.cli import main
 from servegym.errors import ConfigError
-from servegym.evaluate.saturation import saturation_load_of_jobs
-from servegym.evaluate.workflow import evaluate_workflows
-from servegym.evaluate.workflow_figures import shown_policies
-from servegym.evaluate.workflow_gantt import charted_schedule, charted_window
-from servegym.evaluate.workflow_report import workflow_page, write_workflow_report
+from servegym.evaluate.harness import evaluate
+from servegym.evaluate.report import report_page, write_report
+from servegym.evaluate.saturation import saturation_load
+from servegym.problems.job_gantt import charted_schedule, charted_window
 from servegym.workflow_scenario import WorkflowScenario
 
 BROWSER = next(
@@ -61,7 +60,7 @@ def scenario(**changes) -> WorkflowScenario:
 @pytest.fixture(scope="module")
 def result():
     policies = [online_rule(name) for name in NAMES]
-    found = evaluate_workflows(scenario(), policies, loads=[0.5, 1.0], num_seeds=3)
+    found = evaluate(scenario(), policies, loads=[0.5, 1.0], num_seeds=3)
     return dataclasses.replace(
         found,
         learned=["least-slack"],
@@ -71,12 +70,12 @@ def result():
 
 @pytest.fixture(scope="module")
 def page(result) -> str:
-    return workflow_page(result)
+    return report_page(result)
 
 
 def bars_of(result, load, name):
     begin_s, span_s = charted_window(result, load, [name])
-    trail = result.job_trails[name, load]
+    trail = result.trails[name, load]
     step_name = result.scenario.workload.step_name
     schedule, job = charted_schedule(trail, step_name, begin_s, span_s)
     return begin_s, span_s, trail, schedule, job
@@ -130,17 +129,17 @@ def test_page_needs_nothing_but_itself_and_tells_names_and_numbers(page, result)
     assert "Only 3 seeds" in page
     assert "99 % jobs in time" in page
     assert "nan" not in re.sub(r"base64,[^\"]+", "", page)
-    assert page.count('class="gantt"') == len(shown_policies(result, 1.0)) == len(NAMES)
+    assert page.count('class="gantt"') == len(result.shown_policies(1.0)) == len(NAMES)
 
 
 def test_page_is_written_into_new_folders(result, tmp_path, page):
     path = tmp_path / "a" / "report.html"
-    write_workflow_report(result, path)
+    write_report(result, path)
     assert path.read_text(encoding="utf-8") == page
 
 
 def test_plots_have_room_for_the_learned_the_best_and_the_worst(result):
-    shown = shown_policies(result, 1.0, limit=3)
+    shown = result.shown_policies(1.0, limit=3)
     ranked = [name for name, _ in result.ranking(1.0)]
     assert shown[0] == "least-slack"
     assert shown[-1] == ranked[-1] == "round-robin"
@@ -173,16 +172,16 @@ def test_saturation_is_the_largest_load_in_time():
         num_jobs=20,
     )
     rule = online_rule("edd")
-    found = saturation_load_of_jobs(strict, rule, 0.9, num_seeds=2, tolerance=0.05)
+    found = saturation_load(strict, rule, 0.9, num_seeds=2, tolerance=0.05)
     assert 0.05 < found < 4.0
 
     def share(load):
-        result = evaluate_workflows(strict, [rule], loads=[load], num_seeds=2)
+        result = evaluate(strict, [rule], loads=[load], num_seeds=2)
         return result.mean("edd", load, "deadline_attainment")
 
     assert share(found) >= 0.9 > share(found * 1.1)
     with pytest.raises(ConfigError, match="have no deadlines"):
-        saturation_load_of_jobs(scenario(workload={"kind": "planner-executor"}), rule, 0.9)
+        saturation_load(scenario(workload={"kind": "planner-executor"}), rule, 0.9)
 
 
 def test_command_writes_page_and_picture_and_refuses_others(tmp_path, capsys):

@@ -301,7 +301,7 @@ def test_frozen_policy_plays_the_same_runs_as_the_network(exported):
     scenario = load_scenario("mixed-chat")
     learned = TorchPolicy(make_network(), "torch")
     frozen = resolve_policy(str(exported))
-    result = evaluate(scenario, [learned, frozen], loads=[0.7, 1.1], num_seeds=2, num_requests=300)
+    result = evaluate(scenario, [learned, frozen], loads=[0.7, 1.1], num_seeds=2, num_units=300)
     for a in (run for run in result.runs if run.policy == "torch"):
         (b,) = (
             run

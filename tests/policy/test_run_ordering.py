@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from servegym.baselines.ordering.registry import ordering_names, ordering_policy
+from servegym.baselines.ordering.registry import RULES, ordering_policy
 from servegym.cluster.reference import ReferenceSimulator
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import ClusterSpec, Episode, ReplicaType, SloClass
@@ -221,7 +221,7 @@ def test_picking_one_at_a_time_by_a_rule_is_to_follow_its_order(text, caching):
     assert total > 200
 
 
-@pytest.mark.parametrize("text", ordering_names())
+@pytest.mark.parametrize("text", RULES.names())
 def test_every_order_serves_everybody_and_does_not_mind_its_neighbours(text):
     cases = [make_case(seed) for seed in range(3)]
     spec = cases[0][0]

@@ -8,9 +8,8 @@ import threading
 import numpy as np
 import pytest
 
-from servegym.cluster.outcome import outcomes_from_events
+from servegym.cluster.outcome import latencies, outcomes_from_events
 from servegym.errors import ConfigError, WorkloadError
-from servegym.evaluate.metrics import latencies
 from servegym.replay.dataset import read_dataset
 from servegym.serve.decision_log import (
     LOGGED_HOLD,

@@ -247,12 +247,12 @@ def test_a_reload_that_fails_keeps_the_old_policy(tmp_path):
 
 
 def test_every_rule_that_can_be_live_decides_as_in_the_simulator():
-    from servegym.baselines.registry import names, policy
+    from servegym.baselines.registry import RULES, policy
 
     seen = observe(
         [3, 1, 2], relative_speed=np.array([1.0, 0.2, 0.5]), num_running=np.array([3.0, 1.0, 2.0])
     )
-    for name in names():
+    for name in RULES.names():
         rule = policy(name)
         if rule.information == "oracle" or rule.needs & Group.WHAT_IF:
             continue

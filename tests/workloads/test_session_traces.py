@@ -11,7 +11,8 @@ import pytest
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import NEVER, Asks
 from servegym.errors import WorkloadError
-from servegym.evaluate.repeats import plan_requests
+from servegym.evaluate.repeats import plan
+from servegym.problems.registry import problem_of
 from servegym.scenario import parse_scenario
 from servegym.traced_scenario import with_trace
 from servegym.workflow.workloads.weka import read_weka
@@ -195,7 +196,7 @@ def test_recorded_sessions_play_closed_and_find_their_contexts(write):
     # the prompt before and its answer of 20 tokens, of which the last has no KV yet
     before = table.prompt_tokens[table.after[waits]]
     assert run["cached_tokens"][waits].tolist() == ((before + 19) // 64 * 64).tolist()
-    assert plan_requests(scenario, [0, 1], [1.0], None).notes == []
+    assert plan(problem_of(scenario), scenario, [0, 1], [1.0]).notes == []
 
 
 def test_a_call_too_long_ends_its_session_or_is_cut(write):

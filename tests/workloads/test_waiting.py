@@ -10,7 +10,8 @@ import pytest
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import NEVER, Asks
 from servegym.errors import WorkloadError
-from servegym.evaluate.repeats import plan_requests
+from servegym.evaluate.repeats import plan
+from servegym.problems.registry import problem_of
 from servegym.scenario import parse_scenario
 from servegym.traced_scenario import with_trace
 from servegym.workloads.config import TraceConfig
@@ -235,9 +236,9 @@ def test_a_window_begins_amid_chains_and_says_how_many_it_cut(write):
     scenario = parse_scenario(FLEET, "tiny.yaml").model_copy(
         update={"workload": config, "num_requests": 50}
     )
-    notes = plan_requests(scenario, [0, 1], [1.0], None).notes
+    notes = plan(problem_of(scenario), scenario, [0, 1], [1.0]).notes
     assert any("requests of a window, on average, wait for one before it" in n for n in notes)
-    whole = plan_requests(scenario, [0], [1.0], 200).notes
+    whole = plan(problem_of(scenario), scenario, [0], [1.0], 200).notes
     assert not any("wait for one before it" in note for note in whole)
 
 

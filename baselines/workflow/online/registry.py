@@ -1,11 +1,8 @@
-"""All online schedulers by name, with their tunable parameters."""
+"""All online schedulers of jobs by name; a new one is a line here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-
-from servegym.baselines.parameters import read_parameters
+from servegym.baselines.rules import Entry, Range, Rules
 from servegym.baselines.workflow.online.due_date import atc, edd, least_slack, mdd
 from servegym.baselines.workflow.online.etf import etf
 from servegym.baselines.workflow.online.fair import fair, weighted_fair
@@ -23,73 +20,46 @@ from servegym.baselines.workflow.online.hexgen import (
 )
 from servegym.baselines.workflow.online.random_start import random_start
 from servegym.baselines.workflow.online.sjf_cp import sjf_cp, srpt_cp
-from servegym.errors import ConfigError, unknown_name
 from servegym.workflow.online.policy import Rule
 
 OnlineRule = Rule | HeftReplan
 
-#: In the order of the comparison table.
-ONLINE_RULES: dict[str, Callable[..., OnlineRule]] = {
-    "random": random_start,
-    "fifo": fifo,
-    "round-robin": round_robin,
-    "round-robin-urgency": round_robin_urgency,
-    "fair": fair,
-    "weighted-fair": weighted_fair,
-    "sjf-cp": sjf_cp,
-    "srpt-cp": srpt_cp,
-    "heft-rt": heft_rt,
-    "heft-replan": heft_replan,
-    "mct": mct,
-    "etf": etf,
-    "edd": edd,
-    "mdd": mdd,
-    "atc": atc,
-    "least-slack": least_slack,
-    "hexgen-fcfs": hexgen_fcfs,
-    "hexgen": hexgen,
-    "hexgen-cumulative-fcfs": hexgen_cumulative_fcfs,
-    "hexgen-cumulative": hexgen_cumulative,
-}
-#: Rules that use no expectations: the truth is of no use to them.
-_WITHOUT_ORACLE = ("random", "round-robin")
+_ALPHA = Range(0.0, 0.9)
+_ANY_ALPHA = {"alpha": (-10.0, 10.0)}
 
-#: `(low, high, logarithmic)` within which a parameter is tuned.
-ONLINE_RANGES: dict[str, dict[str, tuple[float, float, bool]]] = {
-    "weighted-fair": {"alpha": (-2.0, 2.0, False)},
-    "atc": {"k": (0.5, 8.0, True)},
-    "hexgen-fcfs": {"alpha": (0.0, 0.9, False)},
-    "hexgen": {"alpha": (0.0, 0.9, False)},
-    "hexgen-cumulative-fcfs": {"alpha": (0.0, 0.9, False)},
-    "hexgen-cumulative": {"alpha": (0.0, 0.9, False)},
-}
-#: `(low, high)` that a parameter may have.
-_BOUNDS = {"alpha": (-10.0, 10.0), "k": (1e-3, 1e3), "hopeless_last": (0.0, 1.0), "eager": (0, 1)}
+RULES: Rules[OnlineRule] = Rules(
+    "policy",
+    {
+        "random": Entry(random_start),
+        "fifo": Entry(fifo, has_oracle=True),
+        "round-robin": Entry(round_robin),
+        "round-robin-urgency": Entry(round_robin_urgency, has_oracle=True),
+        "fair": Entry(fair, has_oracle=True),
+        "weighted-fair": Entry(
+            weighted_fair, {"alpha": Range(-2.0, 2.0)}, _ANY_ALPHA, has_oracle=True
+        ),
+        "sjf-cp": Entry(sjf_cp, has_oracle=True),
+        "srpt-cp": Entry(srpt_cp, has_oracle=True),
+        "heft-rt": Entry(heft_rt, has_oracle=True),
+        "heft-replan": Entry(heft_replan, bounds={"eager": (0.0, 1.0)}, has_oracle=True),
+        "mct": Entry(mct, has_oracle=True),
+        "etf": Entry(etf, has_oracle=True),
+        "edd": Entry(edd, has_oracle=True),
+        "mdd": Entry(mdd, has_oracle=True),
+        "atc": Entry(
+            atc, {"k": Range(0.5, 8.0, logarithmic=True)}, {"k": (1e-3, 1e3)}, has_oracle=True
+        ),
+        "least-slack": Entry(least_slack, bounds={"hopeless_last": (0.0, 1.0)}, has_oracle=True),
+        "hexgen-fcfs": Entry(hexgen_fcfs, {"alpha": _ALPHA}, _ANY_ALPHA, has_oracle=True),
+        "hexgen": Entry(hexgen, {"alpha": _ALPHA}, _ANY_ALPHA, has_oracle=True),
+        "hexgen-cumulative-fcfs": Entry(
+            hexgen_cumulative_fcfs, {"alpha": _ALPHA}, _ANY_ALPHA, has_oracle=True
+        ),
+        "hexgen-cumulative": Entry(
+            hexgen_cumulative, {"alpha": _ALPHA}, _ANY_ALPHA, has_oracle=True
+        ),
+    },
+)
 
-
-def online_rule_names() -> list[str]:
-    """Names of all online rules, oracles included."""
-    oracles = [f"{name}-oracle" for name in ONLINE_RULES if name not in _WITHOUT_ORACLE]
-    return [*ONLINE_RULES, *oracles]
-
-
-def online_rule(text: str) -> OnlineRule:
-    """Make an online rule from its name and parameters.
-
-    Args:
-        text: A name, optionally with parameters: `"hexgen:alpha=0.3"`. With `-oracle` behind the
-            name the rule is shown true durations and lengths, and hidden stages.
-
-    Raises:
-        ConfigError: If the name or a parameter is unknown, a parameter is given twice, or a value
-            is not allowed.
-    """
-    name, _, given = text.partition(":")
-    if name not in online_rule_names():
-        raise ConfigError(unknown_name("policy", name, online_rule_names()))
-    factory = ONLINE_RULES[name.removesuffix("-oracle")]
-    values = read_parameters(name, factory, given, _BOUNDS)
-    made = factory(**values)
-    if name.endswith("-oracle"):
-        return replace(made, name=text, information="oracle")
-    return replace(made, name=text)
+#: Makes an online scheduler from its name and parameters: `online_rule("hexgen:alpha=0.3")`.
+online_rule = RULES.make

@@ -6,20 +6,25 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from servegym.baselines.registry import describe, names, policy
 from servegym.commands.console import make_console
+from servegym.problems.registry import PROBLEMS, find_problem
 
 
 @dataclass(frozen=True)
 class Policies:
-    """List the dispatch rules; parameters are given as `name:key=value,key=value`."""
+    """List the rules of all problems; parameters are given as `name:key=value,key=value`."""
+
+    problem: str | None = None
+    """Only those of `dispatch`, `order` or `workflow`; see `servegym scenarios`."""
 
     def run(self) -> None:
         """Print the list."""
+        problems = PROBLEMS.values() if self.problem is None else [find_problem(self.problem)]
         table = Table()
-        for heading in ("policy", "information", "parameters", "rule", "source"):
+        for heading in ("problem", "policy", "information", "parameters", "rule", "source"):
             table.add_column(heading)
-        for name in names():
-            params, text, source = describe(name)
-            table.add_row(name, policy(name).information, params, text, source)
+        for problem in problems:
+            for name in problem.rules.names():
+                information = problem.rules.make(name).information
+                table.add_row(problem.name, name, information, *problem.rules.describe(name))
         make_console().print(table)

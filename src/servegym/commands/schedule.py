@@ -17,8 +17,8 @@ from servegym.baselines.workflow.cp_sat import cp_sat
 from servegym.baselines.workflow.registry import EXACT_RULES, WorkflowRule, workflow_rule
 from servegym.commands.console import make_console, print_remarks, require_writable
 from servegym.commands.schedule_benchmark import Benchmark, run_benchmark
+from servegym.drawing import PALETTE, pyplot, save_figure
 from servegym.errors import ConfigError
-from servegym.evaluate.plots import PALETTE, pyplot, save_figure
 from servegym.whole_files import write_whole
 from servegym.workflow.bounds import critical_path_s, lower_bound_s
 from servegym.workflow.gantt_page import gantt_page

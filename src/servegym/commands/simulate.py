@@ -10,47 +10,40 @@ from servegym.commands.console import make_console, print_remarks
 from servegym.commands.workload import Played
 from servegym.costs.explain import costs_table
 from servegym.evaluate.harness import evaluate
-from servegym.export.resolve import resolve_order, resolve_policy
-from servegym.policy.ordering import OrderingPolicy
-from servegym.policy.policy import Policy
-
-DEFAULT_POLICY = "prefix-load"
+from servegym.evaluate.tune import resolve
 
 
 @dataclass(frozen=True)
 class Simulate(Played):
     """Play one policy on a scenario or trace and print all metrics."""
 
-    policy: str = DEFAULT_POLICY
-    """Rule (see `servegym policies`) or exported policy.onnx; for one engine that goes by
-    priorities an order (docs/preemption.md) or ordering.npz, by default fcfs."""
+    policy: str | None = None
+    """Rule (see `servegym policies`) or file of a learned policy; by default prefix-load, inside
+    one engine fcfs, for jobs srpt-cp."""
     load: float = 1.0
     """Factor on the arrival rate, or on the number of clients."""
     seeds: int = 3
     """Episodes."""
     num_requests: int | None = None
-    """Requests per episode, instead of the scenario's own number."""
+    """Requests (or jobs) per episode, instead of the scenario's own number."""
     explain: bool = False
     """Also show what the steps of each replica type cost."""
 
     def run(self) -> None:
         """Simulate and print."""
-        scenario = self.chosen()
+        problem, scenario = self.posed()
         console = make_console()
         if self.explain:
-            for entry in scenario.fleet:
-                console.print(costs_table(entry.gpu, scenario.step_cost(entry)))
-        policy: Policy | OrderingPolicy
-        if scenario.orders_requests:
-            policy = resolve_order("fcfs" if self.policy == DEFAULT_POLICY else self.policy)
-        else:
-            policy = resolve_policy(self.policy)
+            for replica, cost in problem.step_costs(scenario).items():
+                console.print(costs_table(replica, cost))
+        text = problem.default_policy if self.policy is None else self.policy
+        policy = resolve(problem, scenario, text, (self.load,), self.num_requests)
         result = evaluate(
             scenario,
             [policy],
             loads=[self.load],
             num_seeds=self.seeds,
-            num_requests=self.num_requests,
+            num_units=self.num_requests,
         )
         print_remarks(console, result.notes)
         table = Table(title=f"{policy.name} on {scenario.name}, load {self.load:g}")

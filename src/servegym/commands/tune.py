@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from rich.progress import track
 
 from servegym.commands.console import make_console, print_remarks
-from servegym.errors import ConfigError
-from servegym.evaluate.repeats import window_notes
-from servegym.scenario import load_scenario
-from servegym.train.tune import candidates, score
+from servegym.evaluate.tune import NUM_SEEDS, tune
+from servegym.problems.registry import load_problem
 
 
 @dataclass(frozen=True)
@@ -18,31 +16,33 @@ class Tune:
     """Tune a rule's parameters on training seeds (never the held-out ones of `evaluate`)."""
 
     policy: str = "prefix-load"
-    """Rule with tunable parameters."""
+    """Rule with tunable parameters, of the scenario's problem."""
     scenario: str = "mixed-chat"
-    """Bundled scenario name or YAML file."""
+    """Bundled scenario name or YAML file, of any problem."""
     loads: tuple[float, ...] = (0.8, 1.0)
     """Loads over which the scenario's objective is averaged."""
     budget: int = 200
     """Parameter settings to try."""
-    seeds: int = 4
+    seeds: int = NUM_SEEDS
     """Training episodes per load."""
+    num_requests: int | None = None
+    """Requests (or jobs) per episode, instead of the scenario's own number."""
 
     def run(self) -> None:
         """Search and print the best setting."""
-        scenario = load_scenario(self.scenario)
-        for what, value in (("seeds", self.seeds), ("budget", self.budget)):
-            if value < 1:
-                raise ConfigError(f"{what} must be at least 1, got {value}")
-        if not self.loads:
-            raise ConfigError("there must be at least one load, got none")
-        print_remarks(make_console(), window_notes(scenario, 1, None))
-        best, best_score = "", float("inf")
-        for text in track(candidates(self.policy, self.budget), "tuning", transient=True):
-            got = score(scenario, text, self.loads, self.seeds)
-            if got < best_score:
-                best, best_score = text, got
-        what = f"mean E2E {best_score:.3f} s"
-        if scenario.objective == "goodput":
-            what = f"{-best_score:.1%} of requests within their limits"
-        make_console().print(f"{best}  ({what} on training seeds)")
+        problem, scenario = load_problem(self.scenario)
+        print_remarks(
+            make_console(), problem.notes(scenario, [0], self.loads[:1], self.num_requests)
+        )
+        best = tune(
+            problem,
+            scenario,
+            self.policy,
+            self.loads,
+            budget=self.budget,
+            num_seeds=self.seeds,
+            num_units=self.num_requests,
+            track=lambda texts: track(texts, "tuning", transient=True),
+        )
+        what = problem.objective(scenario).loss_text(best.loss)
+        make_console().print(f"{best.text}  ({what} on training seeds)")

@@ -11,6 +11,8 @@ import yaml
 
 from servegym.commands.console import make_console, print_remarks
 from servegym.errors import ConfigError
+from servegym.problems.problem import AnyProblem
+from servegym.problems.registry import load_problem
 from servegym.scenario import Scenario, load_scenario, open_loop
 from servegym.traced_scenario import with_trace
 from servegym.whole_files import write_whole
@@ -56,8 +58,21 @@ class Played:
     rate_rps: float | None = None
     """Rate of the trace at load 1; by default 80 % of what the fleet can bear."""
 
+    def posed(self) -> tuple[AnyProblem, Any]:
+        """Find out what problem is posed, and load what is to be played.
+
+        Raises:
+            ConfigError: If there is none, or an option means nothing for it.
+        """
+        problem, scenario = load_problem(self.scenario)
+        if problem.takes_trace:
+            return problem, self.chosen()
+        why = f"is for scenarios of requests, and {self.scenario} is one of {problem.unit}"
+        self.refuse(("trace", *TRACE_OPTIONS), why)
+        return problem, scenario
+
     def chosen(self) -> Scenario:
-        """Load what is to be played, and say what was done to a trace."""
+        """Load what requests are to be played, and say what was done to a trace."""
         if self.trace is None:
             options = [name for name in TRACE_OPTIONS if name != "wait_for_answers"]
             self.refuse(options, "is for a trace, and none is given with --trace")

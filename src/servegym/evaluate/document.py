@@ -21,9 +21,8 @@ def evaluation_document(result: Evaluation) -> dict[str, Any]:
     aggregates = []
     for load in result.loads:
         best = result.best_heuristic(load)
+        judged = {"metric": result.objective.metric, "reference": best}
         for name, information in result.policies:
-            r = result.ratio(name, best, load)
-            gap = result.difference(name, best, load)
             keys = next(x.metrics for x in result.runs if x.policy == name and x.load == load)
             aggregates.append(
                 {
@@ -31,26 +30,15 @@ def evaluation_document(result: Evaluation) -> dict[str, Any]:
                     "information": information,
                     "load": load,
                     "metrics": {k: result.mean(name, load, k) for k in keys},
-                    "ratio": {
-                        "metric": result.judged_by,
-                        "reference": best,
-                        "value": r.value,
-                        "ci95": _interval(r),
-                        "num_pairs": r.num_pairs,
-                    },
-                    "difference": {
-                        "metric": result.judged_by,
-                        "reference": best,
-                        "value": gap.value,
-                        "ci95": _interval(gap),
-                        "num_pairs": gap.num_pairs,
-                    },
+                    "ratio": {**judged, **_numbers(result.ratio(name, best, load))},
+                    "difference": {**judged, **_numbers(result.difference(name, best, load))},
                 }
             )
     document = {
         "schema": "servegym-evaluation-1",
         "servegym_version": servegym.__version__,
         "command": " ".join(sys.argv[1:]),
+        "problem": result.problem.name,
         "scenario": json.loads(text),
         "scenario_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "loads": result.loads,
@@ -79,9 +67,10 @@ def write_json(result: Evaluation, path: Path) -> None:
     write_whole({path: text.encode()})
 
 
-def _interval(found: Ratio | Difference) -> list[float | None]:
-    """Bounds of the interval, which a single pair does not have."""
-    return [found.low, found.high] if found.num_pairs > 1 else [None, None]
+def _numbers(found: Ratio | Difference) -> dict[str, Any]:
+    """A comparison with the bounds of its interval, which a single pair does not have."""
+    bounds = [found.low, found.high] if found.num_pairs > 1 else [None, None]
+    return {"value": found.value, "ci95": bounds, "num_pairs": found.num_pairs}
 
 
 def _without_nan(value: Any) -> Any:

@@ -1,26 +1,26 @@
-"""Policies x loads x seeds, with the same requests under every policy."""
+"""Policies x loads x seeds, with the same episodes under every policy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from servegym.cluster.simulator import Simulator
-from servegym.cluster.spec import ClusterSpec, Episode
 from servegym.errors import ConfigError
-from servegym.evaluate.compare import Difference, Ratio, paired_difference, paired_ratio
-from servegym.evaluate.metrics import measure
-from servegym.evaluate.repeats import plan_requests
-from servegym.policy.ordering import OrderingPolicy, OrderingRule
-from servegym.policy.policy import Policy
-from servegym.policy.run import run, time_decisions
-from servegym.policy.run_ordering import make_simulator, run_ordering, time_orders
-from servegym.scenario import Scenario
+from servegym.evaluate.compare import (
+    Difference,
+    Ratio,
+    paired_difference,
+    paired_ratio,
+    with_interval,
+)
+from servegym.evaluate.repeats import plan
+from servegym.problems.objective import Objective
+from servegym.problems.problem import AnyProblem, Policy, Scenario
+from servegym.problems.registry import problem_of
 from servegym.typing import FloatArray
-from servegym.workloads.config import TraceConfig
 from servegym.workloads.trace import Trace
 
 #: Held-out seeds start here; training and tuning use smaller ones or none.
@@ -37,39 +37,33 @@ class Run:
     metrics: dict[str, float]
 
 
-@dataclass(frozen=True)
-class Trail:
-    """What plots need of one run."""
-
-    outcomes: NDArray[np.void]
-    steps: NDArray[np.void]
-
-
 @dataclass
 class Evaluation:
     """All runs of a comparison.
 
     Attributes:
+        problem: What is decided.
         scenario: What was played.
         policies: Name and information class, in the order given.
         loads: Load factors.
         seeds: Seeds of the episodes.
         runs: One per policy, load and seed.
         decision_s: Median and 99th percentile of a decision's time by policy, seconds.
-        trails: The first seed's run by (policy, load).
+        trails: What figures need of the first seed's run, by (policy, load).
         learned: Names of learned policies, which are compared with the best of the others.
-        saturation: Largest load by policy and share of requests within their limits, if searched.
+        saturation: Largest load by policy and share of an episode within limits, if searched.
         seeds_asked: How many seeds were asked for; those that play an episode again are left out.
         notes: What that left out, and how far the others are repeats, in sentences.
     """
 
-    scenario: Scenario
+    problem: AnyProblem
+    scenario: Any
     policies: list[tuple[str, str]]
     loads: list[float]
     seeds: list[int]
     runs: list[Run] = field(default_factory=list)
     decision_s: dict[str, tuple[float, float]] = field(default_factory=dict)
-    trails: dict[tuple[str, float], Trail] = field(default_factory=dict)
+    trails: dict[tuple[str, float], Any] = field(default_factory=dict)
     learned: list[str] = field(default_factory=list)
     saturation: dict[str, dict[float, float]] = field(default_factory=dict)
     seeds_asked: int = 0
@@ -93,10 +87,14 @@ class Evaluation:
     @property
     def trace(self) -> Trace | None:
         """The trace that was played, if one was."""
-        workload = self.scenario.played_workload
-        return workload.read() if isinstance(workload, TraceConfig) else None
+        return self.problem.trace(self.scenario)
 
-    def values(self, policy: str, load: float, metric: str) -> NDArray[np.float64]:
+    @property
+    def objective(self) -> Objective:
+        """What policies are judged by."""
+        return self.problem.objective(self.scenario)
+
+    def values(self, policy: str, load: float, metric: str) -> FloatArray:
         """One metric over the seeds, `float64[seeds]`."""
         return np.array(
             [
@@ -112,20 +110,10 @@ class Evaluation:
         known = values[~np.isnan(values)]
         return float(known.mean()) if len(known) else float("nan")
 
-    @property
-    def judged_by(self) -> str:
-        """The metric of the scenario's objective: mean E2E latency or goodput."""
-        return "goodput_rps" if self.scenario.objective == "goodput" else "e2e_mean_s"
-
-    @property
-    def judged_name(self) -> str:
-        """What tables and figures call that metric."""
-        return "goodput" if self.judged_by == "goodput_rps" else "mean E2E"
-
     def ranking(self, load: float) -> list[tuple[str, str]]:
         """Name and information class of all policies, the best by the objective first."""
-        sign = -1 if self.judged_by == "goodput_rps" else 1
-        return sorted(self.policies, key=lambda p: sign * self.mean(p[0], load, self.judged_by))
+        sign, metric = self.objective.sign, self.objective.metric
+        return sorted(self.policies, key=lambda p: sign * self.mean(p[0], load, metric))
 
     def best_heuristic(self, load: float) -> str:
         """Name of the best policy that is neither an oracle nor learned."""
@@ -133,39 +121,57 @@ class Evaluation:
         rules = [n for n, info in ranked if info != "oracle" and n not in self.learned]
         return (rules or [ranked[0][0]])[0]
 
+    def shown_policies(self, load: float, limit: int = 8) -> list[str]:
+        """The learned policies, the best ones and the worst: what figures have room for."""
+        order = [name for name, _ in self.ranking(load)]
+        unique = list(dict.fromkeys([*self.learned, *order]))
+        return [*unique[: limit - 1], order[-1]] if len(unique) > limit else unique
+
     def ratio(self, policy: str, reference: str, load: float, metric: str = "") -> Ratio:
         """Paired ratio of a metric, by default the objective's, policy over reference."""
-        metric = metric or self.judged_by
+        metric = metric or self.objective.metric
         return paired_ratio(self.values(policy, load, metric), self.values(reference, load, metric))
 
     def difference(self, policy: str, reference: str, load: float, metric: str = "") -> Difference:
         """Paired difference of a metric, by default the objective's, policy minus reference."""
-        metric = metric or self.judged_by
+        metric = metric or self.objective.metric
         return paired_difference(
             self.values(policy, load, metric), self.values(reference, load, metric)
         )
 
+    def against(self, policy: str, reference: str, load: float) -> Ratio | Difference:
+        """Compare by the objective as it is compared: shares by differences, others by ratios."""
+        compare = self.difference if self.objective.is_share else self.ratio
+        return compare(policy, reference, load)
+
+    def against_text(self, policy: str, reference: str, load: float) -> str:
+        """Return such a comparison as tables show it."""
+        objective = self.objective
+        found = self.against(policy, reference, load)
+        return with_interval(found, objective.form, objective.factor)
+
 
 def evaluate(
     scenario: Scenario,
-    policies: Sequence[Policy | OrderingPolicy],
+    policies: Sequence[Policy],
     *,
+    problem: AnyProblem | None = None,
     loads: Sequence[float] = (1.0,),
     num_seeds: int = 10,
     first_seed: int = FIRST_SEED,
-    num_requests: int | None = None,
+    num_units: int | None = None,
     progress: Callable[[str, float], None] = lambda text, share: None,
 ) -> Evaluation:
     """Play every policy on the same episodes.
 
     Args:
         scenario: What to play.
-        policies: What to compare; names must differ. Orders if the scenario is one engine that
-            goes by priorities, else policies of dispatch.
-        loads: Factors on the arrival rate.
+        policies: What to compare; names must differ.
+        problem: What is decided; may be left out for a scenario of `problems.registry`.
+        loads: Load factors.
         num_seeds: Episodes per load; those that would be played again are left out.
         first_seed: Their seeds count from here.
-        num_requests: Requests per episode, else the scenario's own.
+        num_units: Requests or jobs per episode, else the scenario's own.
         progress: Called with what is done and the share of the work.
     """
     names = [p.name for p in policies]
@@ -177,36 +183,30 @@ def evaluate(
         raise ConfigError(f"loads must be given, each once, got {list(loads)}")
     if num_seeds < 1:
         raise ConfigError(f"seeds must be at least 1, got {num_seeds}")
+    problem = problem or problem_of(scenario)
     asked = [first_seed + i for i in range(num_seeds)]
-    seeds, loads, notes = plan_requests(scenario, asked, loads, num_requests)
+    seeds, loads, notes = plan(problem, scenario, asked, loads, num_units)
     result = Evaluation(
+        problem,
         scenario,
         [(p.name, p.information) for p in policies],
         loads,
         seeds,
         seeds_asked=num_seeds,
         notes=notes,
-        learned=[
-            p.name for p in policies if not (hasattr(p, "decide") or isinstance(p, OrderingRule))
-        ],
+        learned=[p.name for p in policies if problem.is_learned(p)],
     )
-    spec = scenario.spec
     done = 0
     for load in loads:
-        episodes = [scenario.episode(s, load=load, num_requests=num_requests) for s in seeds]
+        episodes = problem.episodes(scenario, seeds, load=load, num_units=num_units)
         for policy in policies:
             progress(f"{policy.name} at load {load:g}", done / (len(loads) * len(policies)))
-            simulator = _played(spec, episodes, policy, first_seed)
-            for env, seed in enumerate(seeds):
-                outcomes, steps = simulator.outcomes(env), simulator.steps(env)
-                metrics = measure(
-                    outcomes, steps, simulator.itl_histogram(env), spec, episodes[env]
-                )
-                result.runs.append(Run(policy.name, load, seed, metrics))
-                if env == 0:
-                    result.trails[policy.name, load] = Trail(outcomes, steps)
+            metrics, trail = episodes.play(policy, seed=first_seed)
+            result.trails[policy.name, load] = trail
+            for seed, found in zip(seeds, metrics, strict=True):
+                result.runs.append(Run(policy.name, load, seed, found))
             if policy.name not in result.decision_s:
-                taken = _time(policy, spec, episodes[:1])
+                taken = episodes.time_decisions(policy)
                 result.decision_s[policy.name] = (
                     float(np.median(taken)),
                     float(np.percentile(taken, 99)),
@@ -214,23 +214,3 @@ def evaluate(
             done += 1
     progress("done", 1.0)
     return result
-
-
-def _played(
-    spec: ClusterSpec, episodes: list[Episode], policy: Policy | OrderingPolicy, seed: int
-) -> Simulator:
-    if isinstance(policy, OrderingPolicy):
-        simulator = make_simulator(spec, episodes, policy, record=True)
-        run_ordering(simulator, policy)
-    else:
-        simulator = Simulator(spec, episodes, record=True)
-        run(simulator, policy, seed=seed)
-    return simulator
-
-
-def _time(
-    policy: Policy | OrderingPolicy, spec: ClusterSpec, episodes: list[Episode]
-) -> FloatArray:
-    if isinstance(policy, OrderingPolicy):
-        return time_orders(policy, make_simulator(spec, episodes, policy))
-    return time_decisions(policy, Simulator(spec, episodes))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from servegym.baselines.ordering.registry import ordering_policy
@@ -14,8 +13,6 @@ from servegym.policy.frozen import FrozenPolicy, NumpyPolicy
 from servegym.policy.ordering import OrderingPolicy
 from servegym.policy.policy import Policy
 from servegym.workflow.online.policy import WorkflowPolicy
-
-_ORACLE = "-oracle"
 
 
 def load_policy(
@@ -57,17 +54,12 @@ def resolve_policy(text: str) -> Policy:
 def resolve_order(text: str) -> OrderingPolicy:
     """Return an order by name (`"trail:young=0.5"`), or a learned one by the path of its file.
 
-    `NAME-oracle` is the order `NAME`, told the true output lengths.
-
     Raises:
         ConfigError: If there is no such order or parameter.
         ExportError: If the file is not a valid order.
     """
     if text.endswith(SUFFIXES):
         return load_ordering(Path(text))
-    if text.endswith(_ORACLE):
-        rule = ordering_policy(text.removesuffix(_ORACLE))
-        return replace(rule, name=text, information="oracle")
     return ordering_policy(text)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from servegym.evaluate.plots import PALETTE, as_image, pyplot
+from servegym.drawing import PALETTE, as_image, pyplot
 from servegym.replay.drift import ReplicaDrift
 from servegym.replay.result import Replayed
 

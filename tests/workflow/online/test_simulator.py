@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from servegym.baselines.workflow.online.registry import online_rule, online_rule_names
+from servegym.baselines.workflow.online.registry import RULES, online_rule
 from servegym.cluster.spec import Faults
 from servegym.errors import ConfigError, InvalidAction
 from servegym.workflow.graph import WorkflowError
@@ -87,7 +87,7 @@ def test_larger_episode_is_loaded_into_grown_arrays():
 
 
 def test_every_rule_is_a_policy_and_says_what_it_knows():
-    for name in online_rule_names():
+    for name in RULES.names():
         made = online_rule(name)
         assert isinstance(made, WorkflowPolicy)
         assert (made.information == "oracle") == name.endswith("-oracle")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from servegym.evaluate.plots import PALETTE, pyplot
-from servegym.evaluate.workflow import JobTrail, WorkflowEvaluation
+from servegym.drawing import PALETTE, pyplot
+from servegym.problems.problem import Comparison
 from servegym.typing import IntArray
 from servegym.workflow.gantt_page import gantt_svg
 from servegym.workflow.graph import make_workflow
@@ -22,15 +24,32 @@ _MOST_BARS = 400
 _COLOURS = PALETTE[:7]
 
 
-def charted_window(
-    result: WorkflowEvaluation, load: float, names: list[str]
-) -> tuple[float, float]:
+@dataclass(frozen=True)
+class JobTrail:
+    """What plots need of one run.
+
+    Attributes:
+        jobs: `JOB_OUTCOME_DTYPE[num_jobs]`.
+        stages: `STAGE_OUTCOME_DTYPE[num_stages]`.
+        edge: Parent and child of each edge, numbers of stages, `int64[num_edges, 2]`.
+        templates: Name of each job's template.
+        devices: Name of each device's type.
+    """
+
+    jobs: NDArray[np.void]
+    stages: NDArray[np.void]
+    edge: IntArray
+    templates: tuple[str, ...]
+    devices: tuple[str, ...]
+
+
+def charted_window(result: Comparison, load: float, names: list[str]) -> tuple[float, float]:
     """Return the stretch of time to show, the same for all policies: first second and length.
 
     It begins in the middle of the arrivals and is as long as none of the policies has more than
     `_MOST_BARS` stages on devices in it.
     """
-    trails = [result.job_trails[name, load] for name in names]
+    trails = [result.trails[name, load] for name in names]
     begin_s = float(np.median(trails[0].jobs["arrival_s"]))
     span_s = max(float(trail.jobs["finish_s"].max()) for trail in trails) - begin_s
     while max(_shown(trail, begin_s, span_s).sum() for trail in trails) > _MOST_BARS:
@@ -106,7 +125,7 @@ def _slots(start_s: np.ndarray, finish_s: np.ndarray) -> tuple[IntArray, int]:
     return slot, count
 
 
-def gantt_charts(result: WorkflowEvaluation, load: float, names: list[str]) -> dict[str, str]:
+def gantt_charts(result: Comparison, load: float, names: list[str]) -> dict[str, str]:
     """Draw a stretch of the first episode under each policy as SVG, jobs by colour."""
     begin_s, span_s = charted_window(result, load, names)
     charts = {}
@@ -116,7 +135,7 @@ def gantt_charts(result: WorkflowEvaluation, load: float, names: list[str]) -> d
     return charts
 
 
-def draw_episodes(result: WorkflowEvaluation, load: float, names: list[str]) -> Any:
+def draw_episodes(result: Comparison, load: float, names: list[str]) -> Any:
     """Draw the same as one figure, a policy below the other."""
     plt = pyplot()
     begin_s, span_s = charted_window(result, load, names)
@@ -139,7 +158,7 @@ def draw_episodes(result: WorkflowEvaluation, load: float, names: list[str]) -> 
 
 
 def _charted(
-    result: WorkflowEvaluation, name: str, load: float, begin_s: float, span_s: float
+    result: Comparison, name: str, load: float, begin_s: float, span_s: float
 ) -> tuple[Schedule, IntArray]:
     step_name = result.scenario.workload.step_name
-    return charted_schedule(result.job_trails[name, load], step_name, begin_s, span_s)
+    return charted_schedule(result.trails[name, load], step_name, begin_s, span_s)

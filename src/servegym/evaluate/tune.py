@@ -1,0 +1,135 @@
+"""Tuning a rule: the same settings, budget and training seeds for every rival of a learned one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from servegym.baselines.rules import Rules
+from servegym.errors import ConfigError, unknown_name
+from servegym.problems.problem import P, Problem, S
+
+#: What `NAME:tuned` stands for: settings tried, and training episodes per load for each.
+BUDGET = 40
+NUM_SEEDS = 4
+
+_TUNED = ":tuned"
+
+
+class Tuned(NamedTuple):
+    """The best setting.
+
+    Attributes:
+        text: The rule with its parameters.
+        loss: Average of `Episodes.losses`.
+    """
+
+    text: str
+    loss: float
+
+
+def candidates(rules: Rules[Any], name: str, budget: int) -> list[str]:
+    """Spread parameter settings of a rule evenly over their ranges, the defaults first.
+
+    Args:
+        rules: All rules of a problem.
+        name: One with tunable parameters.
+        budget: How many settings.
+
+    Returns:
+        Policies in text form.
+
+    Raises:
+        ConfigError: If the rule has nothing to tune.
+    """
+    if name not in rules.tunable():
+        raise ConfigError(unknown_name(f"tunable {rules.kind}", name, rules.tunable()))
+    ranges = rules.tunable()[name]
+    # Kronecker sequence: low discrepancy in any dimension without a library
+    root = 2.0
+    for _ in range(40):
+        root = (1.0 + root) ** (1.0 / (len(ranges) + 1))
+    texts = [name]
+    for i in range(1, budget):
+        values = []
+        for k, (key, (low, high, logarithmic)) in enumerate(ranges.items()):
+            u = (0.5 + i * root ** -(k + 1)) % 1.0
+            if logarithmic:
+                value = math.exp(math.log(low) + u * math.log(high / low))
+            else:
+                value = low + u * (high - low)
+            values.append(f"{key}={value:.4g}")
+        texts.append(f"{name}:{','.join(values)}")
+    return texts
+
+
+def tune(
+    problem: Problem[S, P],
+    scenario: S,
+    name: str,
+    loads: Sequence[float],
+    *,
+    budget: int = BUDGET,
+    num_seeds: int = NUM_SEEDS,
+    num_units: int | None = None,
+    track: Callable[[list[str]], Iterable[str]] = lambda texts: texts,
+) -> Tuned:
+    """Try settings of a rule's parameters on training episodes and return the best.
+
+    Args:
+        problem: What is decided.
+        scenario: What is played; its objective judges.
+        name: The rule.
+        loads: Load factors over which the objective is averaged.
+        budget: How many settings are tried, the defaults first.
+        num_seeds: Training episodes per load, seeds 0, 1, ...; held-out ones have other seeds.
+        num_units: Requests or jobs per episode, else the scenario's own.
+        track: Passes the settings on one by one, to show progress.
+
+    Raises:
+        ConfigError: If the rule has nothing to tune, or a number is too small.
+    """
+    for what, value in (("seeds", num_seeds), ("budget", budget)):
+        if value < 1:
+            raise ConfigError(f"{what} must be at least 1, got {value}")
+    if not loads:
+        raise ConfigError("there must be at least one load, got none")
+    texts = candidates(problem.rules, name, budget)
+    drawn = [
+        problem.episodes(scenario, range(num_seeds), load=load, num_units=num_units)
+        for load in loads
+    ]
+    best = Tuned("", math.inf)
+    for text in track(texts):
+        policy = problem.rules.make(text)
+        losses = [loss for episodes in drawn for loss in episodes.losses(policy).tolist()]
+        loss = sum(losses) / len(losses)
+        if loss < best.loss:
+            best = Tuned(text, loss)
+    return best
+
+
+def resolve(
+    problem: Problem[S, P],
+    scenario: S,
+    text: str,
+    loads: Sequence[float],
+    num_units: int | None = None,
+) -> P:
+    """Return a policy by its text; `NAME:tuned` is tuned on training episodes of the scenario.
+
+    Args:
+        problem: What is decided.
+        scenario: What is played.
+        text: As `Problem.resolve` takes it, or `NAME:tuned`.
+        loads: Load factors that tuning averages over.
+        num_units: Requests or jobs per episode, else the scenario's own.
+
+    Raises:
+        ConfigError: If there is no such rule or parameter, or it has nothing to tune.
+        ExportError: If the file is not a valid policy.
+    """
+    if text.endswith(_TUNED):
+        text = tune(problem, scenario, text.removesuffix(_TUNED), loads, num_units=num_units).text
+    return problem.resolve(text)

@@ -1,0 +1,61 @@
+"""Order: who is admitted and who is preempted inside one engine."""
+
+from __future__ import annotations
+
+from servegym.baselines.ordering.registry import RULES
+from servegym.cluster.simulator import Simulator
+from servegym.export.resolve import resolve_order
+from servegym.policy.ordering import (
+    ORDERING_FEATURES,
+    ORDERING_SCHEMA_VERSION,
+    OrderingPolicy,
+    OrderingRule,
+)
+from servegym.policy.run_ordering import make_simulator, run_ordering, time_orders
+from servegym.problems.problem import Contract
+from servegym.problems.problem import Scenario as AnyScenario
+from servegym.problems.requests import RequestEpisodes, RequestProblem
+from servegym.scenario import Scenario
+from servegym.typing import FloatArray
+
+
+class OrderEpisodes(RequestEpisodes[OrderingPolicy]):
+    """Episodes of requests that a policy orders inside an engine; nothing in it is random."""
+
+    def run(self, policy: OrderingPolicy, *, seed: int = 0, record: bool = False) -> Simulator:
+        """Play all episodes and return the simulator that did."""
+        simulator = make_simulator(self.scenario.spec, self.episodes, policy, record=record)
+        run_ordering(simulator, policy)
+        return simulator
+
+    def time_decisions(self, policy: OrderingPolicy) -> FloatArray:
+        """Measure single orders in the first episode, seconds, `float64[n]`."""
+        return time_orders(policy, make_simulator(self.scenario.spec, self.episodes[:1], policy))
+
+
+class Order(RequestProblem[OrderingPolicy]):
+    """In which order one engine admits its requests, and in which it preempts them."""
+
+    name = "order"
+    decides = "who is admitted and who is preempted inside one engine"
+    rules = RULES
+    default_policies = (*RULES, "srpt-oracle")
+    default_policy = "fcfs"
+    episodes_class = OrderEpisodes
+
+    def contract(self) -> Contract:
+        """Features of each request of the engine."""
+        names = tuple(f.name for f in ORDERING_FEATURES)
+        return Contract(ORDERING_SCHEMA_VERSION, {"requests": names})
+
+    def owns(self, scenario: AnyScenario) -> bool:
+        """Whether a scenario is of one engine that goes by priorities."""
+        return isinstance(scenario, Scenario) and scenario.orders_requests
+
+    def resolve(self, text: str) -> OrderingPolicy:
+        """Return an order by name and parameters, or a learned one by its file."""
+        return resolve_order(text)
+
+    def is_learned(self, policy: OrderingPolicy) -> bool:
+        """Whether a policy is no rule."""
+        return not isinstance(policy, OrderingRule)

@@ -1,0 +1,200 @@
+"""What problems of requests have in common: scenarios, episodes, metrics, figures."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+
+from servegym.cluster.simulator import Simulator
+from servegym.cluster.spec import Episode
+from servegym.costs.step import StepCost
+from servegym.errors import ConfigError
+from servegym.problems.keys import episode_key
+from servegym.problems.objective import Objective
+from servegym.problems.problem import (
+    Column,
+    Episodes,
+    Played,
+    Plot,
+    Policy,
+    Problem,
+    Saturation,
+)
+from servegym.problems.request_figures import REQUEST_FIGURES, Trail, plot_replicas
+from servegym.problems.request_metrics import measure
+from servegym.problems.trace_windows import cut_off_notes, window_notes
+from servegym.scenario import Scenario, load_scenario, scenario_names
+from servegym.typing import FloatArray
+from servegym.workflow_scenario import is_workflow_scenario
+from servegym.workloads.config import TraceConfig
+from servegym.workloads.trace import Trace
+
+#: By the name in scenario files.
+OBJECTIVES = {
+    "latency": Objective(
+        "latency",
+        "e2e_mean_s",
+        "mean E2E",
+        loss_form="mean E2E {:.3f} s",
+        better="faster than",
+        worse="slower than",
+    ),
+    "goodput": Objective(
+        "goodput",
+        "goodput_rps",
+        "goodput",
+        more_is_better=True,
+        loss_form="{:.1%} of requests within their limits",
+        better="ahead of",
+        worse="behind",
+    ),
+}
+
+P = TypeVar("P", bound=Policy)
+
+
+class RequestEpisodes(Episodes[P]):
+    """Episodes of requests; subclasses say how a policy drives a simulator."""
+
+    def __init__(self, scenario: Scenario, episodes: Sequence[Episode]) -> None:
+        """Keep what is to be played; episodes are of the scenario's fleet."""
+        self.scenario = scenario
+        self.episodes = list(episodes)
+
+    @abstractmethod
+    def run(self, policy: P, *, seed: int = 0, record: bool = False) -> Simulator:
+        """Play all episodes and return the simulator that did, with a log of steps if asked."""
+
+    def play(self, policy: P, seed: int = 0) -> Played:
+        """See `Episodes.play`; the trail is a `Trail`."""
+        simulator = self.run(policy, seed=seed, record=True)
+        spec = self.scenario.spec
+        metrics = [
+            measure(
+                simulator.outcomes(env),
+                simulator.steps(env),
+                simulator.itl_histogram(env),
+                spec,
+                episode,
+            )
+            for env, episode in enumerate(self.episodes)
+        ]
+        replicas = tuple(spec.types[t].name for t in self.episodes[0].type_idx)
+        return Played(metrics, Trail(simulator.outcomes(0), simulator.steps(0), replicas))
+
+    def losses(self, policy: P) -> FloatArray:
+        """See `Episodes.losses`.
+
+        Returns:
+            Per episode the mean E2E latency in seconds, or, under the `goodput` objective, minus
+            the (weighted) share of requests within their limits, `float64[num_episodes]`.
+        """
+        simulator = self.run(policy)
+        losses = np.empty(len(self.episodes))
+        for env, episode in enumerate(self.episodes):
+            if self.scenario.objective == "goodput":
+                losses[env] = -float(simulator.state.env[env]["good"]) / len(episode.table)
+            else:
+                done = simulator.outcomes(env)
+                losses[env] = np.nanmean(done["finish_s"] - done["arrival_s"])
+        return losses
+
+
+class RequestProblem(Problem[Scenario, P]):
+    """A problem on a fleet that serves requests."""
+
+    unit = "requests"
+    load = "the arrival rate, or the number of clients"
+    columns = (
+        Column("TTFT ms", "ttft_mean_s", 1e3, 0),
+        Column("p99", "ttft_p99_s", 1e3, 0, dispensable=6),
+        Column("TPOT ms", "tpot_mean_s", 1e3, 1, dispensable=4),
+        Column("E2E s", "e2e_mean_s", 1, 2),
+        Column("p99", "e2e_p99_s", 1, 1, dispensable=5),
+        Column("SLO %", "slo_attainment", 100, 1),
+        Column("goodput/s", "goodput_rps", 1, 1, dispensable=2),
+        Column("preempted", "preemptions", 1, 0, dispensable=1),
+        Column("hit %", "prefix_hit_rate", 100, 0, dispensable=3),
+    )
+    counted = "the first 20 % of the requests are left out, runs are drained"
+    truth = "the true output lengths"
+    figures = REQUEST_FIGURES
+    plot = Plot(plot_replicas)
+    takes_trace = True
+    saturation = Saturation("slo_attainment", "requests within limits")
+    episodes_class: ClassVar[type[RequestEpisodes[Any]]]
+
+    def scenario_names(self) -> list[str]:
+        """Names of the bundled scenarios."""
+        return [name for name in scenario_names() if self.owns(load_scenario(name))]
+
+    def find(self, name_or_path: str) -> Scenario | None:
+        """Load a bundled scenario or a YAML file; `None` if it is of another problem."""
+        if is_workflow_scenario(name_or_path):
+            return None
+        scenario = load_scenario(name_or_path)
+        return scenario if self.owns(scenario) else None
+
+    def objective(self, scenario: Scenario) -> Objective:
+        """Mean E2E latency or goodput."""
+        return OBJECTIVES[scenario.objective]
+
+    def fleet(self, scenario: Scenario) -> str:
+        """Replicas by GPU."""
+        return ", ".join(f"{entry.count} {entry.gpu}" for entry in scenario.fleet)
+
+    def pace(self, scenario: Scenario) -> str:
+        """Rate of arrivals, or clients."""
+        return scenario.workload.pace
+
+    def episodes(
+        self,
+        scenario: Scenario,
+        seeds: Sequence[int],
+        *,
+        load: float = 1.0,
+        num_units: int | None = None,
+    ) -> Episodes[P]:
+        """Draw the episodes of seeds at a load."""
+        drawn = [scenario.episode(seed, load=load, num_requests=num_units) for seed in seeds]
+        return self.episodes_class(scenario, drawn)
+
+    def key(self, scenario: Scenario, seed: int, load: float, num_units: int | None) -> bytes:
+        """Name an episode: those with equal keys are the same."""
+        episode = scenario.episode(seed, load=load, num_requests=num_units)
+        return episode_key(episode, noisy=scenario.disturbances.step_noise_sigma > 0)
+
+    def notes(
+        self,
+        scenario: Scenario,
+        seeds: Sequence[int],
+        loads: Sequence[float],
+        num_units: int | None,
+    ) -> list[str]:
+        """Say how far the windows of a trace are repeats, and what they cut off."""
+        return [
+            *window_notes(scenario, len(seeds), num_units),
+            *cut_off_notes(scenario, seeds, loads, num_units),
+        ]
+
+    def trace(self, scenario: Scenario) -> Trace | None:
+        """The trace that is played, if one is."""
+        workload = scenario.played_workload
+        return workload.read() if isinstance(workload, TraceConfig) else None
+
+    def require_saturation(self, scenario: Scenario) -> Saturation:
+        """Refuse a trace all of whose requests arrive together."""
+        workload = scenario.played_workload
+        if isinstance(workload, TraceConfig) and workload.is_batch:
+            raise ConfigError(
+                f"all requests of {workload.path} arrive at one time, so that there is no largest"
+                " load: leave --saturation out"
+            )
+        return super().require_saturation(scenario)
+
+    def step_costs(self, scenario: Scenario) -> dict[str, StepCost]:
+        """What a step costs on each kind of replica, by its GPU."""
+        return {entry.gpu: scenario.step_cost(entry) for entry in scenario.fleet}
