@@ -13,13 +13,14 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from servegym.errors import ConfigError
 from servegym.train.budget import Budget
 from servegym.train.run_folder import RunFolder, StoredRun, restoring
 from servegym.train.validation import Validated
@@ -102,6 +103,23 @@ class TrainingRun(ABC, Generic[C, S, Found]):
         self.history: list[dict[str, float]] = []
         self.last: dict[str, float] = {}
         self.finished = self._prepared = False
+
+    @classmethod
+    def stored(cls, folder: Path) -> Self:
+        """Open a run to export what it has found, whatever has changed since.
+
+        Raises:
+            ConfigError: If there is none, or it is broken.
+        """
+        stored = StoredRun.read(folder)
+        run = cls(stored.rebuild(cls.settings), stored)
+        content = run.folder.begin()
+        if content is None:
+            raise ConfigError(f"{folder} has no checkpoint yet: train first")
+        if "first_scores" not in content:
+            run.first_scores = run.validate().scores
+        run._restore(content)
+        return run
 
     @staticmethod
     @abstractmethod

@@ -64,7 +64,7 @@ def export_policy(
         folder / "policy.onnx",
         "dispatch",
         graph,
-        {"replica": replicas[replicas[..., 0] > 0], "request": request},
+        {"replicas": replicas[replicas[..., 0] > 0], "request": request},
         weights=weights_file(shape, _weights(network), _probes(network, samples)),
         num_extra_actions=network.config.num_extra,
         scenario=scenario,

@@ -28,6 +28,8 @@ NAME = "manifest.json"
 WEIGHTS = "weights.npz"
 #: `kind` of manifests that had no `problem`; those of dispatchers had neither.
 _OLDER_KINDS = {"ordering": "order", "workflow": "workflow"}
+#: Their names of groups of features, and today's.
+_OLDER_GROUPS = {"replica": "replicas", "request": "request", "pair": "pairs", "stage": "stages"}
 Ranges = tuple[tuple[float, float], ...]
 
 
@@ -47,19 +49,19 @@ def contract_of(problem: str) -> Contract:
     """
     if problem == "dispatch":
         groups = {
-            "replica": tuple(f.name for f in REPLICA_FEATURES[:NUM_OBSERVED_FEATURES]),
+            "replicas": tuple(f.name for f in REPLICA_FEATURES[:NUM_OBSERVED_FEATURES]),
             "request": tuple(f.name for f in REQUEST_FEATURES),
         }
         return Contract("observation", SCHEMA_VERSION, groups)
     if problem == "order":
         names = tuple(f.name for f in ORDERING_FEATURES)
-        return Contract("ordering", ORDERING_SCHEMA_VERSION, {"request": names})
+        return Contract("ordering", ORDERING_SCHEMA_VERSION, {"requests": names})
     if problem == "workflow":
         # compiled when it is imported: not for those who only dispatch
         from servegym.agents import workflow_features
 
         pairs, stages = workflow_features.PAIR_FEATURES, workflow_features.STAGE_FEATURES
-        groups = {"pair": pairs, "stage": stages}
+        groups = {"pairs": pairs, "stages": stages}
         return Contract("job", workflow_features.SCHEMA_VERSION, groups)
     raise ExportError(f"there are no exported policies of problem {problem}")
 
@@ -115,10 +117,10 @@ class Manifest(BaseModel):
                 data["network"] = parts
         for key in ("features", "ranges"):
             groups = data.get(key, {})
-            groups = {"request": groups} if isinstance(groups, list | tuple) else dict(groups)
-            for group in ("replica", "request", "pair", "stage"):
-                if f"{group}_{key}" in data:
-                    groups[group] = data.pop(f"{group}_{key}")
+            groups = {"requests": groups} if isinstance(groups, list | tuple) else dict(groups)
+            for older, group in _OLDER_GROUPS.items():
+                if f"{older}_{key}" in data:
+                    groups[group] = data.pop(f"{older}_{key}")
             data[key] = groups
         return data
 

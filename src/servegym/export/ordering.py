@@ -53,7 +53,7 @@ def save_ordering(
         path,
         "order",
         file.getvalue(),
-        {"request": samples},
+        {"requests": samples},
         information=information,
         scenario=scenario,
         training=training or {},
@@ -62,7 +62,7 @@ def save_ordering(
 
 def write_ordering_manifest(path: Path, samples: FloatArray, *, information: Information) -> None:
     """Write the manifest of a graph that was exported elsewhere."""
-    write_policy(path, "order", path.read_bytes(), {"request": samples}, information=information)
+    write_policy(path, "order", path.read_bytes(), {"requests": samples}, information=information)
 
 
 def load_ordering(path: Path, scenario: str = "") -> MlpOrdering | OnnxOrdering:

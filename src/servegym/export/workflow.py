@@ -93,7 +93,7 @@ def export_scheduler(
         folder / "policy.onnx",
         "workflow",
         graph,
-        {"pair": np.concatenate([sample.features for sample in samples])},
+        {"pairs": np.concatenate([sample.features for sample in samples])},
         weights=arrays.getvalue(),
         network=LinearShape(base=weights.base, eta=weights.eta, tau_s=weights.tau_s),
         scenario=scenario,

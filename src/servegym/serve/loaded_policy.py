@@ -92,7 +92,7 @@ def _try_out(loaded: LoadedPolicy) -> None:
         replicas = np.zeros((NUM_REPLICA_FEATURES, width))
         request = np.ones(NUM_REQUEST_FEATURES)
         if loaded.manifest and loaded.manifest.ranges:
-            middle = np.mean(loaded.manifest.ranges["replica"], axis=1)
+            middle = np.mean(loaded.manifest.ranges["replicas"], axis=1)
             replicas[:NUM_OBSERVED_FEATURES] = middle[:, None]
             request[:] = np.mean(loaded.manifest.ranges["request"], axis=1)
         replicas[_UP] = 1.0

@@ -71,7 +71,7 @@ class Ranges:
             manifest: Of the policy; its ranges leave out 2 % of the values of training.
             margin: Widths of its range that a feature may be outside of it.
         """
-        known = [manifest.ranges.get(group, ()) for group in ("replica", "request")]
+        known = [manifest.ranges.get(group, ()) for group in ("replicas", "request")]
         if not all(known):
             return None
         ranges = np.array([*known[0], *known[1]], np.float64)
