@@ -95,7 +95,7 @@ def test_a_changed_file_is_refused(saved):
     [
         ({"schema_version": 9}, "speaks ordering schema 9"),
         ({"features": ["a"]}, "speaks ordering schema"),
-        ({"problem": "dispatch"}, "is a policy of problem dispatch, and .* is one of order"),
+        ({"problem": "dispatch"}, "is a policy of problem dispatch, and this is problem order"),
         ({"more": 1}, "is not a policy manifest"),
     ],
 )

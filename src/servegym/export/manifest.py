@@ -209,13 +209,12 @@ def write_policy(
     return path
 
 
-def read_manifest(path: Path, problem: str = "dispatch", scenario: str = "") -> Manifest:
+def read_manifest(path: Path, problem: str = "") -> Manifest:
     """Read and check the manifest beside a policy's file.
 
     Args:
         path: The policy's file.
-        problem: What the policy must be for.
-        scenario: Of that problem, for the sentence that says so.
+        problem: What the policy must be for; anything if it is empty.
 
     Raises:
         ExportError: If one is missing, the file was changed, the policy is one of another problem
@@ -229,10 +228,10 @@ def read_manifest(path: Path, problem: str = "dispatch", scenario: str = "") -> 
     except ValidationError as error:
         why = error.errors()[0]["msg"]
         raise ExportError(f"{beside} is not a policy manifest: {why}") from error
-    if manifest.problem != problem:
+    if problem and manifest.problem != problem:
         raise ExportError(
-            f"{path} is a policy of problem {manifest.problem}, and"
-            f" {scenario or 'what is asked for'} is one of {problem}"
+            f"{path} is a policy of problem {manifest.problem}, and this is problem {problem}:"
+            " choose another policy or scenario"
         )
     if manifest.sha256 != digest(path):
         raise ExportError(f"{path} is not the file its manifest was written for: export again")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from servegym.errors import ExportError
-from servegym.export.manifest import policy_name, read_manifest, write_policy
+from servegym.export.manifest import Manifest, policy_name, read_manifest, write_policy
 from servegym.policy.learned_ordering import MlpOrdering, OnnxOrdering, OrderingWeights
 from servegym.policy.policy import Information
 from servegym.typing import FloatArray
@@ -65,19 +65,23 @@ def write_ordering_manifest(path: Path, samples: FloatArray, *, information: Inf
     write_policy(path, "order", path.read_bytes(), {"requests": samples}, information=information)
 
 
-def load_ordering(path: Path, scenario: str = "") -> MlpOrdering | OnnxOrdering:
+def load_ordering(path: Path) -> MlpOrdering | OnnxOrdering:
     """Load a learned order after checking it against its manifest.
-
-    Args:
-        path: The file.
-        scenario: What it is for; see `read_manifest`.
 
     Raises:
         ExportError: If a file is missing, was changed, speaks another schema or cannot be run.
     """
     if path.suffix not in SUFFIXES:
         raise ExportError(f"a learned order must be a file in .npz or .onnx, got {path}")
-    manifest = read_manifest(path, "order", scenario)
+    return exported_ordering(path, read_manifest(path, "order"))
+
+
+def exported_ordering(path: Path, manifest: Manifest) -> MlpOrdering | OnnxOrdering:
+    """Return the order of a verified manifest.
+
+    Raises:
+        ExportError: If the file cannot be run.
+    """
     name = policy_name(path)
     if path.suffix == ".onnx":
         return OnnxOrdering(path, information=manifest.information, name=name)

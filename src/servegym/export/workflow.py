@@ -17,6 +17,7 @@ from servegym.errors import ConfigError, ExportError
 from servegym.export.manifest import (
     WEIGHTS,
     LinearShape,
+    Manifest,
     digest,
     policy_name,
     read_manifest,
@@ -129,18 +130,25 @@ def _check(network: WorkflowNetwork, graph: bytes, samples: Sequence[DecisionSam
         )
 
 
-def read_scheduler(path: Path, scenario: str = "") -> LearnedRule:
+def read_scheduler(path: Path) -> LearnedRule:
     """Read an exported scheduler of jobs as a compiled rule.
 
     Args:
         path: Of `policy.onnx`; its manifest and weights are beside it.
-        scenario: What it is for; see `read_manifest`.
 
     Raises:
         ExportError: If a file is missing, broken or not what the manifest was written for.
     """
+    return exported_scheduler(path, read_manifest(path, "workflow"))
+
+
+def exported_scheduler(path: Path, manifest: Manifest) -> LearnedRule:
+    """Return the scheduler of a verified manifest.
+
+    Raises:
+        ExportError: If its weights are missing, were changed or cannot be run.
+    """
     weights_path = path.parent / WEIGHTS
-    manifest = read_manifest(path, "workflow", scenario)
     if not weights_path.is_file():
         raise ExportError(f"{path} must exist with {WEIGHTS} beside it: {WEIGHTS} is missing")
     if manifest.weights_sha256 != digest(weights_path):

@@ -70,7 +70,7 @@ def load_policy(text: str, config: RuntimeConfig) -> LoadedPolicy:
     """
     manifest = None
     if text.endswith(".onnx"):
-        manifest = read_manifest(Path(text))
+        manifest = read_manifest(Path(text), "dispatch")
         found: Policy = exported_policy(Path(text), manifest)
     else:
         found = rule(text)
