@@ -6,7 +6,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from servegym.baselines.registry import RULES, policy
 from servegym.envs.dispatch import feature_table
 from servegym.policy.contract import (
     NUM_OBSERVED_FEATURES,
@@ -14,6 +13,8 @@ from servegym.policy.contract import (
     REQUEST_FEATURES,
     SCHEMA_VERSION,
 )
+from servegym.problems.problem import AnyProblem
+from servegym.problems.registry import PROBLEMS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 NOTE = "<!-- Written by scripts/write_docs.py; do not edit. -->\n"
@@ -52,25 +53,32 @@ observation.
 """
 
 
+def rules_table(problem: AnyProblem) -> str:
+    """List the rules of a problem."""
+    rows = ["| policy | knows | parameters | rule | source |", "|---|---|---|---|---|"]
+    for name in problem.rules.names():
+        parameters, text, reference = problem.rules.describe(name)
+        knows = problem.rules.make(name).information
+        rows.append(f"| `{name}` | {knows} | {parameters or '-'} | {text} | {reference or '-'} |")
+    return "\n".join(rows)
+
+
 def policies_page() -> str:
-    """List the dispatch rules."""
-    rows = [
-        f"| `{name}` | {policy(name).information} | {RULES.describe(name).parameters or '-'} | "
-        f"{RULES.describe(name).text} | {RULES.describe(name).reference or '-'} |"
-        for name in RULES.names()
-    ]
-    table = "\n".join(
-        ["| policy | knows | parameters | rule | source |", "|---|---|---|---|---|", *rows]
+    """List the rules of all problems."""
+    sections = "\n\n".join(
+        f"## {problem.name.capitalize()}: {problem.decides}\n{rules_table(problem)}"
+        for problem in PROBLEMS.values()
     )
     return f"""{NOTE}
-# Dispatch policies
+# Policies
 
 Parameters are given after a colon: `--policies prefix-load:weight=0.01,eta=0.5 llm-d:kv=1`.
-`servegym tune` searches them on training seeds. Each rule is one file in `baselines/`.
+`servegym tune` searches them on training seeds ([evaluation](evaluation.md#tuning)). Each rule is
+one file in `baselines/`. `NAME-oracle` is told the truth that others predict: a bound, no rival.
 
-{table}
+{sections}
 
-An exported policy is named by its file: `--policies runs/ppo-mixed-chat/policy/policy.onnx`.
+A learned policy is named by its file: `--policies runs/ppo-mixed-chat/policy/policy.onnx`.
 """
 
 

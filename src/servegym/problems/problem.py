@@ -206,6 +206,9 @@ class Saturation:
 class Problem(ABC, Generic[S, P]):
     """One kind of decision: everything that is particular to it.
 
+    What is not abstract may be left as it is: then there are no bundled scenarios, no files of
+    learned policies, no figures, no search for the largest load.
+
     Attributes:
         name: Its name.
         decides: What is decided, as the end of "it decides".
@@ -243,41 +246,8 @@ class Problem(ABC, Generic[S, P]):
         """What a policy sees at a decision."""
 
     @abstractmethod
-    def scenario_names(self) -> list[str]:
-        """Names of the bundled scenarios."""
-
-    @abstractmethod
-    def find(self, name_or_path: str) -> S | None:
-        """Load a bundled scenario or a YAML file; `None` if it is of another problem.
-
-        Raises:
-            ConfigError: If it cannot be used as it is.
-        """
-
-    @abstractmethod
-    def owns(self, scenario: Scenario) -> bool:
-        """Whether a scenario that was loaded is of this problem."""
-
-    @abstractmethod
     def objective(self, scenario: S) -> Objective:
         """What counts in a scenario."""
-
-    @abstractmethod
-    def fleet(self, scenario: S) -> str:
-        """Who serves, for lists."""
-
-    @abstractmethod
-    def pace(self, scenario: S) -> str:
-        """How much there is to do at load 1, for lists."""
-
-    @abstractmethod
-    def resolve(self, text: str) -> P:
-        """Return a rule by name and parameters, or a learned policy by its file.
-
-        Raises:
-            ConfigError: If there is no such rule or parameter.
-            ExportError: If the file is not a valid policy.
-        """
 
     @abstractmethod
     def is_learned(self, policy: P) -> bool:
@@ -307,6 +277,40 @@ class Problem(ABC, Generic[S, P]):
     @abstractmethod
     def key(self, scenario: S, seed: int, load: float, num_units: int | None) -> bytes:
         """Name an episode: those with equal keys are the same."""
+
+    def scenario_names(self) -> list[str]:
+        """Names of the bundled scenarios."""
+        return []
+
+    def find(self, name_or_path: str) -> S | None:
+        """Load a bundled scenario or a YAML file; `None` if it is of another problem.
+
+        Raises:
+            ConfigError: If it cannot be used as it is.
+        """
+        return None
+
+    def owns(self, scenario: Scenario) -> bool:
+        """Whether a scenario that was loaded is of this problem."""
+        return False
+
+    def fleet(self, scenario: S) -> str:
+        """Who serves, for lists."""
+        return ""
+
+    def pace(self, scenario: S) -> str:
+        """How much there is to do at load 1, for lists."""
+        return ""
+
+    def resolve(self, text: str) -> P:
+        """Return a rule by name and parameters, or a learned policy by its file.
+
+        Raises:
+            ConfigError: If there is no such rule or parameter.
+            ExportError: If the file is not a valid policy.
+        """
+        made: P = self.rules.make(text)
+        return made
 
     def notes(
         self,
