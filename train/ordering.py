@@ -230,8 +230,9 @@ class OrderingTrainer(TrainingRun[OrderingTraining, Scenario, Trained]):
         return self.share_of_updates() < share and has_time
 
     def warm_up(self) -> None:
-        """Compile, which says how long a validation takes, too."""
-        self.validate()
+        """Compile, where no validation has done so yet, and see how long one takes."""
+        if self.validate_s == 0.0:
+            self._validated()
 
     def open_stage(self) -> None:
         """Put hidden units beside the linear score."""
