@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from servegym.cli import _parse, main
 from servegym.errors import ExportError
-from servegym.export.manifest import Manifest, contract_of, read_manifest
+from servegym.export.manifest import Manifest, read_manifest
 from servegym.export.resolve import load_policy
 from servegym.problems.registry import PROBLEMS
 from servegym.train.registry import TRAINERS
@@ -156,13 +156,6 @@ def test_options_reach_the_settings():
     settings = _parse(["train", "--base", "speed-family:eta=2", "--num-steps", "9"]).settings
     assert (settings.network.base, settings.network.base_params) == ("speed-family", (2.0,))
     assert settings.num_steps == 9
-
-
-def test_contracts_of_manifests_are_the_problems():
-    for name, problem in PROBLEMS.items():
-        if name in TRAINERS:
-            contract = contract_of(name)
-            assert tuple(problem.contract()) == (contract.schema_version, contract.features)
 
 
 @pytest.mark.parametrize("problem", TRAINERS)

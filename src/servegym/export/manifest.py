@@ -28,17 +28,23 @@ NAME = "manifest.json"
 WEIGHTS = "weights.npz"
 #: `kind` of manifests that had no `problem`; those of dispatchers had neither.
 _OLDER_KINDS = {"ordering": "order", "workflow": "workflow"}
+#: What problems' schemas are called in sentences.
+_SCHEMAS = {"dispatch": "observation", "order": "ordering", "workflow": "job"}
 #: Their names of groups of features, and today's.
 _OLDER_GROUPS = {"replica": "replicas", "request": "request", "pair": "pairs", "stage": "stages"}
 Ranges = tuple[tuple[float, float], ...]
 
 
 class Contract(NamedTuple):
-    """What a policy of a problem sees."""
+    """What a policy sees at a decision.
 
-    name: str
+    Attributes:
+        schema_version: Raised whenever a feature changes.
+        features: Names of the columns of each table of the observation, by table.
+    """
+
     schema_version: int
-    features: dict[str, tuple[str, ...]]  # names, in order, of each group
+    features: dict[str, tuple[str, ...]]
 
 
 def contract_of(problem: str) -> Contract:
@@ -48,21 +54,18 @@ def contract_of(problem: str) -> Contract:
         ExportError: If no policy of such a problem can be exported.
     """
     if problem == "dispatch":
-        groups = {
-            "replicas": tuple(f.name for f in REPLICA_FEATURES[:NUM_OBSERVED_FEATURES]),
-            "request": tuple(f.name for f in REQUEST_FEATURES),
-        }
-        return Contract("observation", SCHEMA_VERSION, groups)
+        replicas = tuple(f.name for f in REPLICA_FEATURES[:NUM_OBSERVED_FEATURES])
+        request = tuple(f.name for f in REQUEST_FEATURES)
+        return Contract(SCHEMA_VERSION, {"replicas": replicas, "request": request})
     if problem == "order":
         names = tuple(f.name for f in ORDERING_FEATURES)
-        return Contract("ordering", ORDERING_SCHEMA_VERSION, {"requests": names})
+        return Contract(ORDERING_SCHEMA_VERSION, {"requests": names})
     if problem == "workflow":
         # compiled when it is imported: not for those who only dispatch
         from servegym.agents import workflow_features
 
         pairs, stages = workflow_features.PAIR_FEATURES, workflow_features.STAGE_FEATURES
-        groups = {"pairs": pairs, "stages": stages}
-        return Contract("job", workflow_features.SCHEMA_VERSION, groups)
+        return Contract(workflow_features.SCHEMA_VERSION, {"pairs": pairs, "stages": stages})
     raise ExportError(f"there are no exported policies of problem {problem}")
 
 
@@ -132,9 +135,10 @@ class Manifest(BaseModel):
         """
         wanted = contract_of(self.problem)
         if (self.schema_version, self.features) != (wanted.schema_version, wanted.features):
+            schema = f"{_SCHEMAS[self.problem]} schema {self.schema_version}"
             raise ExportError(
-                f"{path} speaks {wanted.name} schema {self.schema_version}, this version of "
-                f"servegym {wanted.schema_version}: train and export the policy again"
+                f"{path} speaks {schema}, this version of servegym {wanted.schema_version}: train"
+                " and export the policy again"
             )
 
 
