@@ -22,17 +22,14 @@ class NamedRule(Protocol):
     @property
     def name(self) -> str:
         """Name in tables."""
-        ...
 
     @property
     def information(self) -> Information:
         """What it may know."""
-        ...
 
     @property
     def reference(self) -> str:
         """Where the rule comes from."""
-        ...
 
 
 R = TypeVar("R", bound=NamedRule)

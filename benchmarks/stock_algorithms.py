@@ -100,13 +100,12 @@ def main() -> None:
             [*rules, *learned],
             loads=[arguments.load],
             num_seeds=arguments.num_seeds,
-            num_requests=num_requests,
+            num_units=num_requests,
         )
-        print(
-            f"\n{num_requests} requests\n| policy | {result.judged_name} | ratio |\n|---|---|---|"
-        )
+        print(f"\n{num_requests} requests\n| policy | {result.objective.label} | ratio |")
+        print("|---|---|---|")
         for name, _ in result.ranking(arguments.load):
-            value = result.mean(name, arguments.load, result.judged_by)
+            value = result.mean(name, arguments.load, result.objective.metric)
             ratio = result.ratio(name, "least-outstanding", arguments.load)
             print(
                 f"| {name} | {value:.2f} | {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}] |",

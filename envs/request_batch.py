@@ -72,7 +72,7 @@ class RequestBatch(Batch):
         return env["num_arrived"], env["num_requests"]
 
     def summary(self, env: int) -> tuple[float, ...]:
-        """Latencies and goodput of an episode that has ended, as `evaluate.metrics` has them.
+        """Latencies and goodput of an ended episode, as `problems.request_metrics` has them.
 
         The first to arrive, in the warm-up, do not count, nor those that had not ended at a
         truncation.

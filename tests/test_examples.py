@@ -18,9 +18,11 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
         ("02_roll_out_many", "decisions/s"),
         ("03_train_with_sb3", "A2C: 2048 steps"),
         ("04_decide_live", "decided by the policy: 12 of 12"),
+        ("05_pose_a_problem", "quiet:gap_s=0.01316"),
     ],
 )
-def test_example_runs(name, says, capsys):
+def test_example_runs(name, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # what one writes stays there
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     assert says in capsys.readouterr().out
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +15,8 @@ from servegym.cli import main
 from servegym.errors import ConfigError
 from servegym.evaluate.document import evaluation_document
 from servegym.evaluate.harness import FIRST_SEED, evaluate
+from servegym.evaluate.report import report_page
+from servegym.evaluate.saturation import saturation_load
 from servegym.evaluate.tune import BUDGET, NUM_SEEDS, candidates, resolve, tune
 from servegym.problems.problem import Problem
 from servegym.problems.registry import (
@@ -22,6 +27,7 @@ from servegym.problems.registry import (
     scenario_names,
 )
 
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 #: A scenario, a pair of rules, one that can be tuned, and how much is played of each problem.
 CASES = {
     "dispatch": ("failures", ("round-robin", "added-delay"), "speed-family", 60),
@@ -204,10 +210,36 @@ def test_explained_costs_are_those_of_each_kind_of_replica(capsys):
     assert all(f"{gpu} — ms per step" in shown for gpu in problem.step_costs(scenario))
 
 
+def test_a_problem_of_ones_own_is_tuned_compared_and_reported():
+    pytest.importorskip("stable_baselines3")
+    pytest.importorskip("matplotlib")
+    example = runpy.run_path(str(EXAMPLES / "05_pose_a_problem.py"), run_name="example")
+    problem, scenario = example["BatchingProblem"](), example["Bursts"](num_bursts=5)
+    with pytest.raises(ConfigError, match="bursts is a scenario of none of dispatch"):
+        problem_of(scenario)
+    rules = [resolve(problem, scenario, text, (1.0,)) for text in problem.default_policies]
+    learned = dataclasses.replace(problem.resolve("quiet:gap_s=0.5"), learned=True)
+    result = evaluate(scenario, [*rules, learned], problem=problem, num_seeds=3)
+    assert result.learned == ["quiet:gap_s=0.5"]
+    assert result.best_heuristic(1.0) == rules[1].name != "quiet"
+    document = evaluation_document(result)
+    assert document["problem"] == "batching"
+    assert document["scenario"]["num_bursts"] == 5
+    page = report_page(result)
+    verdict = (
+        "quiet:gap_s=0.5 is worse than"
+        if result.ratio("quiet:gap_s=0.5", rules[1].name, 1.0).low > 1
+        else "quiet:gap_s=0.5 is not distinguishable from"
+    )
+    assert verdict in page
+    with pytest.raises(ConfigError, match="batching has no largest load"):
+        saturation_load(scenario, rules[0], 0.9, problem=problem)
+
+
 def test_a_problem_without_a_largest_load_says_so():
     class Bare(Problem):
         name = "bare"
-        contract = objective = is_learned = episodes = key = None
+        contract = objective = episodes = key = None
 
     with pytest.raises(ConfigError, match="bare has no largest load to search for: leave"):
         Bare().require_saturation(None)

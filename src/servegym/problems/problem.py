@@ -26,16 +26,13 @@ class Scenario(Protocol):
     @property
     def name(self) -> str:
         """Name in tables."""
-        ...
 
     @property
     def description(self) -> str:
         """What it is, in a sentence or two."""
-        ...
 
     def model_dump_json(self) -> str:
         """All of it as JSON."""
-        ...
 
 
 class Policy(Protocol):
@@ -44,12 +41,10 @@ class Policy(Protocol):
     @property
     def name(self) -> str:
         """Name in tables."""
-        ...
 
     @property
     def information(self) -> str:
         """What it may know: blind, metric, predictive or oracle."""
-        ...
 
 
 class Played(NamedTuple):
@@ -87,43 +82,31 @@ class Column(NamedTuple):
 
 
 class Comparison(Protocol):
-    """What figures see of an evaluation; see `evaluate.harness.Evaluation`."""
+    """What figures see of an evaluation; see `evaluate.harness.Evaluation`.
 
-    @property
-    def scenario(self) -> Any:
-        """What was played."""
-        ...
+    Attributes:
+        scenario: What was played.
+        loads: Load factors.
+        learned: Names of learned policies.
+        trails: `Played.trail` of the first seed, by policy and load.
+    """
 
-    @property
-    def loads(self) -> list[float]:
-        """Load factors."""
-        ...
-
-    @property
-    def learned(self) -> list[str]:
-        """Names of learned policies."""
-        ...
-
-    @property
-    def trails(self) -> dict[tuple[str, float], Any]:
-        """`Played.trail` of the first seed, by policy and load."""
-        ...
+    scenario: Any
+    loads: list[float]
+    learned: list[str]
+    trails: dict[tuple[str, float], Any]
 
     def mean(self, policy: str, load: float, metric: str) -> float:
         """Mean of a metric over the seeds that have it."""
-        ...
 
     def ranking(self, load: float) -> list[tuple[str, str]]:
         """Name and information class of all policies, the best by the objective first."""
-        ...
 
     def best_heuristic(self, load: float) -> str:
         """Name of the best policy that is neither an oracle nor learned."""
-        ...
 
     def shown_policies(self, load: float, limit: int = 8) -> list[str]:
         """The learned policies, the best ones and the worst: what figures have room for."""
-        ...
 
 
 class Figure(NamedTuple):
@@ -239,10 +222,6 @@ class Problem(ABC, Generic[S, P]):
         """What counts in a scenario."""
 
     @abstractmethod
-    def is_learned(self, policy: P) -> bool:
-        """Whether a policy was learned: then it is compared with the best of the others."""
-
-    @abstractmethod
     def episodes(
         self,
         scenario: S,
@@ -300,6 +279,10 @@ class Problem(ABC, Generic[S, P]):
         """
         made: P = self.rules.make(text)
         return made
+
+    def is_learned(self, policy: P) -> bool:
+        """Whether a policy was learned: then it is compared with the best of the others."""
+        return bool(getattr(policy, "learned", False))
 
     def notes(
         self,

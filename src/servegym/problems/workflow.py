@@ -166,10 +166,6 @@ class Workflow(Problem[WorkflowScenario, WorkflowPolicy]):
             return load_policy(Path(text), "workflow")
         return RULES.make(text)
 
-    def is_learned(self, policy: WorkflowPolicy) -> bool:
-        """Whether a policy says that it was learned."""
-        return bool(getattr(policy, "learned", False))
-
     def episodes(
         self,
         scenario: WorkflowScenario,
