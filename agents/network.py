@@ -5,29 +5,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from servegym.agents.features import base_cost, replica_inputs
+from servegym.agents.network_config import NetworkConfig
 from servegym.policy.contract import Group
-from servegym.policy.costs import BASES
 from servegym.policy.numpy_network import NUM_INPUTS
 
 #: Added to the logits of forbidden actions (Huang and Ontañón 2022).
 MASKED = -1e8
-
-
-class NetworkConfig(BaseModel):
-    """Shape of the network and the heuristic it corrects."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    hidden: int = Field(32, ge=4)
-    context: str = Field("mean", pattern="^(mean|attention)$")
-    base: str = Field("added-delay", pattern=f"^({'|'.join(BASES)})$")
-    base_params: tuple[float, ...] = (1.0, 1.0)
-    eta: float = Field(10.0, gt=0)
-    num_extra: int = Field(0, ge=0, le=2)  # hold, reject
 
 
 class Prepared(NamedTuple):

@@ -23,6 +23,8 @@ from servegym.workflow.online.view import (
     prefix_hit_tokens,
 )
 
+#: Goes up with any change of the features below.
+SCHEMA_VERSION = 1
 #: Of a pair of stage and device, in order.
 PAIR_FEATURES = (
     "one",

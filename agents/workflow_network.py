@@ -10,23 +10,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from servegym.agents.workflow_features import NUM_PAIR_FEATURES, NUM_STAGE_FEATURES
-from servegym.agents.workflow_policy import BASES, EMBED, MAX_HIDDEN, WorkflowWeights
-
-
-class WorkflowNetworkConfig(BaseModel):
-    """Shape of the network and the rule it corrects."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    base: str = Field("none", pattern=f"^({'|'.join(BASES)})$")
-    eta: float = Field(5.0, ge=0)
-    hidden: int = Field(32, ge=1, le=MAX_HIDDEN)
-    message_passing: bool = True
-    tau_s: float = Field(1.0, gt=0)
+from servegym.agents.workflow_network_config import WorkflowNetworkConfig
+from servegym.agents.workflow_policy import EMBED, WorkflowWeights
 
 
 class Graph(NamedTuple):

@@ -11,7 +11,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from servegym.agents.workflow_network import WorkflowNetwork, WorkflowNetworkConfig
+from servegym.agents.workflow_network import WorkflowNetwork
+from servegym.agents.workflow_network_config import WorkflowNetworkConfig
 from servegym.agents.workflow_policy import WorkflowWeights, learned_rule
 from servegym.workflow.online.run import begin, run
 from servegym.workflow.online.simulator import Simulator

@@ -1,131 +1,48 @@
-"""Masked PPO over the vector environment: one straight loop."""
+"""Masked PPO over the vector environment: a dispatcher that begins as a rule."""
 
 from __future__ import annotations
 
-import copy
 import logging
-import math
-import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
+from typing_extensions import override
 
-from servegym.agents.network import DispatchNetwork, NetworkConfig, Prepared
+from servegym.agents.network import DispatchNetwork, Prepared
+from servegym.agents.torch_policy import TorchPolicy
 from servegym.baselines.registry import policy
-from servegym.errors import ConfigError
-from servegym.scenario import load_scenario
-from servegym.train.budget import Budget
+from servegym.export.from_torch import export_policy
+from servegym.export.sample import sample_observations
+from servegym.scenario import Scenario, load_scenario
 from servegym.train.imitation import demonstrations, imitate
 from servegym.train.places import Places
+from servegym.train.ppo_settings import PPOConfig
 from servegym.train.returns import RunningScale, chosen, gae, less_group_mean
-from servegym.train.run_folder import RunFolder, restoring
-from servegym.train.validation import Validation
+from servegym.train.run_folder import StoredRun
+from servegym.train.training_run import Stage, TrainingRun, copied
+from servegym.train.validation import Validated, Validation
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class PPOConfig:
-    """Settings of a training run."""
+class Trainer(TrainingRun[PPOConfig, Scenario, DispatchNetwork]):
+    """A run that trains a dispatcher; `found` is its network."""
 
-    scenario: str = "mixed-chat"
-    """Bundled scenario name or YAML file."""
-    total_decisions: int = 2_000_000
-    """Dispatch decisions to train on."""
-    max_minutes: float = math.inf
-    """Stop earlier after this wall-clock time."""
-    num_envs: int = 32
-    """Environments stepped together."""
-    group_size: int = 4
-    """Environments that play the same requests; the group is the baseline of its members."""
-    num_steps: int = 256
-    """Decisions of each environment per update."""
-    num_requests: int = 2048
-    """Requests per episode."""
-    load: tuple[float, float] = (0.6, 1.1)
-    """Range of the load factor, drawn per episode."""
-    learning_rate: float = 1e-3
-    """Adam's, falling linearly to 0."""
-    horizon_s: float = 20.0
-    """Discount: a reward t seconds ahead counts exp(-t / horizon)."""
-    credit_s: float = 5.0
-    """Time constant of generalised advantage estimation: lambda is exp(-dt / credit_s)."""
-    epochs: int = 3
-    """Passes over each batch."""
-    minibatch: int = 1024
-    """Decisions per gradient step."""
-    clip: float = 0.2
-    """PPO's ratio clip."""
-    entropy: float = 0.002
-    """Entropy bonus, falling linearly to a tenth."""
-    value_weight: float = 0.5
-    """Weight of the critic's loss."""
-    max_grad_norm: float = 0.5
-    """Gradient clip."""
-    target_kl: float = 0.03
-    """An update ends early above this divergence."""
-    warmup_updates: int = 5
-    """First updates train the critic alone, so that it cannot spoil the heuristic start."""
-    validate_every: int = 10
-    """Updates between validations; the network that did best there is the one exported."""
-    imitate: str = ""
-    """Policy to imitate first, such as what-if-added; none: start as the base rule."""
-    imitate_decisions: int = 50_000
-    """Decisions of it to learn from."""
-    seed: int = 0
-    """Of everything."""
-    device: str = "cpu"
-    """`cpu` or `cuda`."""
-    torch_threads: int = 1
-    """Of PyTorch on the CPU: the matrices are small, and threads that wait for each other on a
-    busy machine cost more than they bring."""
-    network: NetworkConfig = field(default_factory=lambda: NetworkConfig())
-    """Network and base heuristic."""
+    problem = "dispatch"
+    settings = PPOConfig
+    stages = (Stage("PPO", "updates"),)
+    references = ("added-delay", "prefix-load", "mct")
+    load_scenario = staticmethod(load_scenario)
 
-    def __post_init__(self) -> None:
-        if self.num_envs < 1 or self.group_size < 1:
-            raise ConfigError(
-                f"num_envs and group_size must be at least 1, got {self.num_envs} and "
-                f"{self.group_size}"
-            )
-        if not 0 < self.load[0] <= self.load[1]:
-            raise ConfigError(f"load must be two ascending numbers above 0, got {self.load}")
-        if not self.max_minutes > 0:
-            raise ConfigError(f"minutes must be above 0, got {self.max_minutes:g}")
-        if self.device not in ("cpu", "cuda"):
-            raise ConfigError(f"device must be cpu or cuda, got {self.device!r}")
-        if self.imitate and policy(self.imitate).information == "oracle":
-            raise ConfigError(
-                f"cannot imitate {self.imitate}, an oracle: it decides by what no policy can see"
-            )
-        if self.num_envs % self.group_size:
-            raise ConfigError(
-                f"num_envs ({self.num_envs}) must be a multiple of group_size ({self.group_size})"
-            )
-        if self.total_decisions < self.num_envs * self.num_steps:
-            raise ConfigError(
-                f"total_decisions must be at least num_envs * num_steps = "
-                f"{self.num_envs * self.num_steps}, got {self.total_decisions}"
-            )
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("device cuda was asked for, but PyTorch finds no GPU: use cpu")
-
-
-class Trainer:
-    """A training run in a folder: config, TensorBoard log and checkpoint."""
-
-    def __init__(self, config: PPOConfig, folder: Path) -> None:
-        self._created_s = time.monotonic()
-        self.config = config
-        scenario = load_scenario(config.scenario)
-        self.folder = RunFolder(folder, "dispatcher", config, scenario.model_dump(mode="json"))
+    def __init__(self, config: PPOConfig, folder: Path | StoredRun) -> None:
+        super().__init__(config, folder)
         torch.manual_seed(config.seed)
         torch.set_num_threads(config.torch_threads)
         self.device = torch.device(config.device)
@@ -133,114 +50,81 @@ class Trainer:
         self.optimizer = torch.optim.Adam(
             self.network.parameters(), lr=config.learning_rate, eps=1e-5
         )
-        self.env: Any = gymnasium.make_vec(
-            "servegym/Dispatch-v1",
-            num_envs=config.num_envs,
-            scenario=config.scenario,
-            autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP,
-            num_requests=config.num_requests,
-            load=config.load,
-            group_size=config.group_size,
-        )
-        self.update, self.spent_s, self.finished = 0, 0.0, False
-        self.budget = Budget(config.max_minutes)
         self.scale = RunningScale(config.num_envs, config.horizon_s)
         self.places = Places.at_the_beginning(config.num_envs)
-        self.history: list[dict[str, float]] = []
-        self.last: dict[str, float] = {}
-        low, high = config.load
-        self.validation = Validation(scenario, loads=np.linspace(low, high, 4).tolist())
-        self.best = copy.deepcopy(self.network.state_dict())
-        self.best_scores = self.first_scores = self.validation.scores(self.network.cpu())
-        self.network.to(self.device)
-        self._prepared = False
+        self.episode_returns = np.zeros(config.num_envs)
+        self.steps_per_update = config.num_envs * config.num_steps
+
+    @classmethod
+    @override
+    def stored_scenario(cls, contents: Mapping[str, Any]) -> Scenario:
+        return Scenario.model_validate(contents)
+
+    @staticmethod
+    def completed(config: PPOConfig, scenario: Scenario) -> PPOConfig:
+        """Give the network an action for all that the scenario allows."""
+        num_extra = scenario.actions.hold + scenario.actions.reject
+        network = config.network.model_copy(update={"num_extra": num_extra})
+        return replace(config, network=network)
+
+    @cached_property
+    def validation(self) -> Validation:
+        """Validation episodes, over the range of loads."""
+        return Validation(self.scenario, loads=np.linspace(*self.config.load, 4).tolist())
+
+    @cached_property
+    def env(self) -> Any:
+        """Environments that are stepped together."""
+        return gymnasium.make_vec(
+            "servegym/Dispatch-v1",
+            num_envs=self.config.num_envs,
+            scenario=self.scenario,
+            autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP,
+            num_requests=self.config.num_requests,
+            load=self.config.load,
+            group_size=self.config.group_size,
+        )
+
+    @property
+    def update(self) -> int:
+        """Updates up to now."""
+        return self.updates[0]
 
     @property
     def num_updates(self) -> int:
         """Updates of the whole run."""
-        c = self.config
-        return c.total_decisions // (c.num_envs * c.num_steps)
+        return self.config.total_decisions // self.steps_per_update
 
-    def prepare(self) -> float:
-        """Compile, go on from the checkpoint if there is one, and imitate if that is asked for.
+    @property
+    @override
+    def validate_every(self) -> int:
+        return self.config.validate_every
 
-        Returns:
-            Seconds since the trainer was made; the budget begins to count now.
+    @override
+    def share_of_updates(self) -> float:
+        return self.update / self.num_updates
 
-        Raises:
-            ConfigError: If the checkpoint is broken.
-            OutputError: If the folder cannot be written.
-        """
-        content = self.folder.begin()
-        if content is not None:
-            self._restore(content)
-        if not self.finished:
-            if self.config.imitate and self.update == 0:
-                self._imitate()
-            _, info = self.env.reset(seed=self.config.seed)
-            self.env.step(info["action_mask"].argmax(-1))  # compiles
-            self.env.reset(seed=self.config.seed)
-            self.places.go_to(self.env.batch)
-        self.budget.start(self.spent_s)
-        self._prepared = True
-        return time.monotonic() - self._created_s
+    @override
+    def goes_on(self) -> bool:
+        if self.update == 0:
+            return True
+        has_time = self.budget.fits(self.update_s + self.validate_s)
+        return self.update < self.num_updates and has_time
 
-    def run(self, *, progress: bool = True) -> DispatchNetwork:
-        """Train to the end (or the time limit), resuming from a checkpoint if there is one."""
-        if not self._prepared:
-            self.prepare()
-        if not self.finished:
-            decisions = self.config.num_envs * self.config.num_steps
-            with self.folder.tensorboard(self.update * decisions + 1) as writer:
-                self._train(writer, progress)
-            self._keep_the_better()
-            self._save(finished=True)
-            self.finished = True
-        self.env.close()
-        self.network.load_state_dict(self.best)
-        return self.network
-
-    def _train(self, writer: SummaryWriter, progress: bool) -> None:
-        c = self.config
-        observation = self.env.batch.observation()
-        begin, first_update = time.perf_counter(), self.update
-        columns = (
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[s]}"),
-        )
-        latest = ""
-        with Progress(*columns, TimeRemainingColumn(), disable=not progress) as bar:
-            task = bar.add_task("PPO", total=1.0, s="")
-            while self.update < self.num_updates:
-                done_share = self._share()
-                if done_share >= 1.0:
-                    break
-                observation, batch, rows, episodes = self._rollout(observation)
-                stats = self._learn(batch, rows, done_share)
-                self.update += 1
-                decisions = (self.update - first_update) * c.num_envs * c.num_steps
-                stats["time/fps"] = decisions / (time.perf_counter() - begin)
-                if episodes:
-                    stats["rollout/mean_e2e_s"] = float(np.mean(episodes))
-                step = self.update * c.num_envs * c.num_steps
-                for key, value in stats.items():
-                    writer.add_scalar(key, value, step)
-                self.history.append(stats)
-                self.last |= stats
-                text = f"{stats['time/fps']:,.0f} decisions/s"
-                if "rollout/mean_e2e_s" in stats:  # only when an episode has just ended
-                    latest = f"  mean E2E {stats['rollout/mean_e2e_s']:.2f} s"
-                text += latest
-                bar.update(task, completed=self._share(), s=text)
-                if self.update % c.validate_every == 0:
-                    writer.add_scalar("validation/gain", self._keep_the_better(), step)
-                    self._save()
+    def warm_up(self) -> None:
+        """Compile, imitate if that is asked for, and bring the environments to their places."""
+        if self.config.imitate and self.update == 0:
+            self._imitate()
+        _, info = self.env.reset(seed=self.config.seed)
+        self.env.step(info["action_mask"].argmax(-1))  # compiles
+        self.env.reset(seed=self.config.seed)
+        self.places.go_to(self.env.batch)
+        self._observation = self.env.batch.observation()
 
     def _imitate(self) -> None:
         c = self.config
         data = demonstrations(
-            load_scenario(c.scenario),
+            self.scenario,
             policy(c.imitate),
             c.imitate_decisions,
             num_extra=c.network.num_extra,
@@ -248,22 +132,63 @@ class Trainer:
         )
         agreed = imitate(self.network, data)
         _log.info("imitates %s in %.1f %% of unseen decisions", c.imitate, 100 * agreed)
-        self._keep_the_better()
+        self.keep_the_better()
 
-    def _keep_the_better(self) -> float:
-        """Validate, and return by how much this network is better than the first one.
-
-        Under the `latency` objective 0.05 means a mean E2E latency lower by about 5 %.
-        """
-        scores = self.validation.scores(self.network.cpu())
+    def validate(self) -> Validated:
+        """Play the validation episodes greedily."""
+        found = self.validation.play(TorchPolicy(self.network.cpu()))
         self.network.to(self.device)
-        if scores.mean() < self.best_scores.mean():
-            self.best, self.best_scores = copy.deepcopy(self.network.state_dict()), scores
-        return float((self.first_scores - scores).mean())
+        return found
 
-    def _share(self) -> float:
-        """Share of the run that is over, by decisions or by the clock."""
-        return min(1.0, max(self.update / self.num_updates, self.budget.share()))
+    @override
+    def validate_rule(self, name: str) -> Validated:
+        return self.validation.play(policy(name))
+
+    @override
+    def parameters(self) -> dict[str, Tensor]:
+        return copied(self.network)
+
+    @override
+    def take_best(self) -> None:
+        self.network.load_state_dict(self.best)
+
+    @override
+    def found(self) -> DispatchNetwork:
+        return self.network
+
+    @override
+    def close_stage(self) -> None:
+        self.env.close()
+
+    def export(self, folder: Path | None = None) -> Path:
+        """Export with observations from the training scenario to check against."""
+        self.take_best()
+        self.network.cpu()
+        samples = sample_observations(self.network, self.scenario, load=self.config.load)
+        return export_policy(
+            self.network,
+            folder or self.folder.path / "policy",
+            samples,
+            scenario=self.config.scenario,
+            objective=self.scenario.objective,
+            training={
+                "algorithm": "ppo",
+                "decisions": self.update * self.steps_per_update,
+                "seed": self.config.seed,
+                "base": self.config.network.base,
+                "mean_e2e_s": self.last.get("rollout/mean_e2e_s", 0.0),
+            },
+        )
+
+    def improve(self) -> dict[str, float]:
+        """Step all environments for a while, and learn from that."""
+        done_share = self.share()
+        self._observation, batch, rows, episodes = self._rollout(self._observation)
+        stats = self._learn(batch, rows, done_share)
+        if episodes:  # some have just ended
+            returns, mean_e2e_s = np.mean(episodes, 0).tolist()
+            stats |= {"rollout/return": returns, "rollout/mean_e2e_s": mean_e2e_s}
+        return stats
 
     def _prepare(self, observation: dict[str, Any]) -> Prepared:
         return self.network.prepare(
@@ -278,13 +203,13 @@ class Trainer:
     @torch.no_grad()
     def _rollout(
         self, observation: dict[str, Any]
-    ) -> tuple[dict[str, Any], dict[str, Tensor], Prepared, list[float]]:
+    ) -> tuple[dict[str, Any], dict[str, Tensor], Prepared, list[tuple[float, float]]]:
         c = self.config
         seen: list[Prepared] = []
         logits: list[Tensor] = []
         actions: list[Tensor] = []
         rewards, dts, ends = (np.empty((c.num_steps, c.num_envs)) for _ in range(3))
-        episodes: list[float] = []
+        episodes: list[tuple[float, float]] = []  # return, mean E2E seconds
         for step in range(c.num_steps):
             prepared = self._prepare(observation)
             scores = self.network.logits(prepared)
@@ -295,10 +220,14 @@ class Trainer:
             observation, reward, terminated, _, info = self.env.step(taken)
             self.places.note(taken, terminated)
             dts[step], ends[step] = info["dt_s"], terminated
+            self.episode_returns += reward
             if terminated.any():  # `info` is of the next episode there
                 final = info["final_info"]
                 dts[step, terminated] = final["dt_s"][terminated]
-                episodes += final["episode_metrics"]["mean_e2e_s"][terminated].tolist()
+                mean_e2e_s = final["episode_metrics"]["mean_e2e_s"][terminated]
+                ended = self.episode_returns[terminated].tolist()
+                episodes += zip(ended, mean_e2e_s.tolist(), strict=True)
+                self.episode_returns[terminated] = 0.0
             rewards[step] = self.scale(reward, dts[step], terminated)
             seen.append(prepared)
             logits.append(scores)
@@ -330,7 +259,7 @@ class Trainer:
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
         size = len(advantage)
         warm = self.update < c.warmup_updates
-        kl, clipped, losses = 0.0, 0.0, []
+        kl, clipped, losses, gains = 0.0, 0.0, [], []
         for _ in range(c.epochs):
             for part in torch.randperm(size, device=self.device).split(c.minibatch):
                 prepared = Prepared(*(tensor[part] for tensor in rows))
@@ -353,11 +282,13 @@ class Trainer:
                     kl = float((ratio - 1 - log_ratio).mean())
                     clipped = float(((ratio - 1).abs() > c.clip).float().mean())
                 losses.append(float(value_loss.detach()))
+                gains.append(float(gain.detach()))
             if kl > c.target_kl:
                 break
         variance = float(batch["target"].var())
         residual = float((batch["target"] - batch["value"]).var())
         return {
+            "train/policy_loss": -float(np.mean(gains)),
             "train/value_loss": float(np.mean(losses)),
             "train/approx_kl": kl,
             "train/clip_fraction": clipped,
@@ -366,41 +297,31 @@ class Trainer:
             "train/learning_rate": self.optimizer.param_groups[0]["lr"],
         }
 
-    def _save(self, *, finished: bool = False) -> None:
-        """Write all that the rest of the run depends on."""
+    @override
+    def state(self) -> dict[str, Any]:
         scale, cuda = self.scale, self.device.type == "cuda"
-        self.folder.save(
-            f"{self.update} updates",
-            {
-                "network": self.network.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "best": self.best,
-                "best_scores": torch.from_numpy(self.best_scores),
-                "update": self.update,
-                "spent_s": self.budget.spent_s,
-                "scale": [scale.mean, scale.square, scale.count],
-                "returns": torch.from_numpy(scale.returns.copy()),
-                "rng": torch.get_rng_state(),
-                "device_rng": torch.cuda.get_rng_state() if cuda else torch.empty(0),
-                "episodes": torch.from_numpy(self.places.episodes),
-                "taken": [torch.from_numpy(x) for x in self.places.taken()],
-                "last": self.last,
-                "finished": finished,
-            },
-        )
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scale": [scale.mean, scale.square, scale.count],
+            "returns": torch.from_numpy(scale.returns.copy()),
+            "rng": torch.get_rng_state(),
+            "device_rng": torch.cuda.get_rng_state() if cuda else torch.empty(0),
+            "episodes": torch.from_numpy(self.places.episodes),
+            "taken": [torch.from_numpy(x) for x in self.places.taken()],
+            "episode_returns": torch.from_numpy(self.episode_returns.copy()),
+        }
 
-    def _restore(self, content: dict[str, Any]) -> None:
-        with restoring(self.folder.path):
-            self.network.load_state_dict(content["network"])
-            self.optimizer.load_state_dict(content["optimizer"])
-            self.best, self.best_scores = content["best"], content["best_scores"].numpy()
-            DispatchNetwork(self.config.network).load_state_dict(self.best)
-            self.update, self.spent_s = int(content["update"]), float(content["spent_s"])
-            self.scale.mean, self.scale.square, self.scale.count = content["scale"]
-            self.scale.returns = content["returns"].numpy().copy()
-            taken = [x.numpy() for x in content["taken"]]
-            self.places = Places(content["episodes"].numpy().copy(), taken)
-            self.last, self.finished = dict(content["last"]), bool(content["finished"])
-            torch.set_rng_state(content["rng"])
-            if len(content["device_rng"]):
-                torch.cuda.set_rng_state(content["device_rng"])
+    @override
+    def restore(self, content: Mapping[str, Any]) -> None:
+        self.take_best()
+        self.network.load_state_dict(content["network"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.scale.mean, self.scale.square, self.scale.count = content["scale"]
+        self.scale.returns = content["returns"].numpy().copy()
+        taken = [x.numpy() for x in content["taken"]]
+        self.places = Places(content["episodes"].numpy().copy(), taken)
+        self.episode_returns = content["episode_returns"].numpy().copy()
+        torch.set_rng_state(content["rng"])
+        if len(content["device_rng"]) and self.device.type == "cuda":
+            torch.cuda.set_rng_state(content["device_rng"])

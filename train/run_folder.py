@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Self, TypeVar
 
 import numba
 import numpy as np
@@ -28,13 +28,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 import servegym
 from servegym.errors import ConfigError, OutputError
+from servegym.train import format_2
 from servegym.whole_files import require_writable, unwritable, write_whole
 
-Kind = Literal["dispatcher", "order", "scheduler"]
 _Settings = TypeVar("_Settings")
 
-#: Of `config.json` and `checkpoint.pt`.
-FORMAT = 2
+#: Of `config.json` and `checkpoint.pt`; those of `format_2.FORMAT` are read, too.
+FORMAT = 3
 CONFIG, CHECKPOINT = "config.json", "checkpoint.pt"
 #: Keys of a scenario under which a file is named.
 _FILE_KEYS = ("path", "calibration", "file")
@@ -49,12 +49,12 @@ class StoredRun:
 
     Attributes:
         path: The folder.
-        kind: What is trained.
+        problem: For which problem a policy is trained.
         configuration: As `configuration` made it.
     """
 
     path: Path
-    kind: Kind
+    problem: str
     configuration: dict[str, Any]
 
     @property
@@ -77,7 +77,7 @@ class StoredRun:
             raise ConfigError(f"{path} is no training run: it has no {CONFIG}") from None
         except (OSError, ValueError) as error:
             raise ConfigError(f"{file} is broken: name another folder") from error
-        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        if not isinstance(raw, dict) or raw.get("format") not in (FORMAT, format_2.FORMAT):
             raise ConfigError(
                 f"{file} does not describe a training run of this version of servegym: name another"
                 " folder"
@@ -86,7 +86,9 @@ class StoredRun:
             parts = {
                 name: dict(raw[name]) for name in ("settings", "scenario", "files", "versions")
             }
-            return cls(path, raw["kind"], parts)
+            if raw["format"] == format_2.FORMAT:
+                return cls(path, format_2.PROBLEMS[raw["kind"]], parts)
+            return cls(path, raw["problem"], parts)
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{file} is broken: name another folder") from error
 
@@ -100,8 +102,8 @@ class StoredRun:
             return TypeAdapter(settings).validate_python(self.settings)
         except ValidationError as error:
             raise ConfigError(
-                f"{self.path / CONFIG} does not hold the settings of a {self.kind}: name another"
-                " folder"
+                f"{self.path / CONFIG} does not hold the settings of the trainer of {self.problem}:"
+                " name another folder"
             ) from error
 
 
@@ -110,7 +112,7 @@ class RunFolder:
 
     Args:
         path: The folder; it is made when the run begins.
-        kind: What is trained.
+        problem: For which problem a policy is trained.
         settings: All settings of the trainer, a dataclass.
         scenario: Contents of the scenario.
 
@@ -123,19 +125,29 @@ class RunFolder:
         saved: What the checkpoint holds, in words; empty without one.
     """
 
-    def __init__(self, path: Path, kind: Kind, settings: Any, scenario: Mapping[str, Any]) -> None:
-        self.path, self.kind = path, kind
+    def __init__(
+        self, path: Path, problem: str, settings: Any, scenario: Mapping[str, Any]
+    ) -> None:
+        self.path, self.problem = path, problem
         self.configuration = configuration(settings, scenario)
         self.saved = ""
         if (path / CONFIG).exists() or (path / CHECKPOINT).exists():
             self._require_same(StoredRun.read(path))
         require_writable(path)
 
+    @classmethod
+    def stored(cls, run: StoredRun) -> Self:
+        """Open a run to read what it has found, whatever has changed since."""
+        folder = cls.__new__(cls)
+        folder.path, folder.problem, folder.saved = run.path, run.problem, ""
+        folder.configuration = run.configuration
+        return folder
+
     def _require_same(self, stored: StoredRun) -> None:
-        if stored.kind != self.kind:
+        if stored.problem != self.problem:
             raise ConfigError(
-                f"{self.path} holds the run of a {stored.kind}, and this is one of kind"
-                f" {self.kind}: give another --out"
+                f"{self.path} holds a run of problem {stored.problem}, and this is one of"
+                f" {self.problem}: give another --out"
             )
         found = differences(stored.configuration, self.configuration)
         if found:
@@ -148,7 +160,7 @@ class RunFolder:
         """Write the configuration of a new run, or read the checkpoint of one that was begun.
 
         Returns:
-            What `save` was given last; None for a new run.
+            What `save` was given last, in today's format; None for a new run.
 
         Raises:
             ConfigError: If the checkpoint is broken or another run's.
@@ -157,11 +169,14 @@ class RunFolder:
         if (self.path / CHECKPOINT).exists():
             content = read_checkpoint(self.path, self.configuration)
             self.saved = str(content.get("progress", ""))
+            if content["format"] == format_2.FORMAT:
+                with restoring(self.path):
+                    return format_2.upgraded(self.problem, content)
             return content
         if not (self.path / CONFIG).exists():
             described = {
                 "format": FORMAT,
-                "kind": self.kind,
+                "problem": self.problem,
                 **self.configuration,
                 "started_at_git_revision": _git_revision(),
             }
@@ -287,7 +302,7 @@ def read_checkpoint(path: Path, configuration: Mapping[str, Any]) -> dict[str, A
         raise ConfigError(f"{path} has no {CHECKPOINT} yet: train first") from None
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, ValueError, KeyError) as error:
         raise ConfigError(f"{file} is broken: delete it to start anew") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") not in (FORMAT, format_2.FORMAT):
         raise ConfigError(f"{file} is no checkpoint of this version: delete it to start anew")
     if content.get("configuration") != digest(configuration):
         raise ConfigError(

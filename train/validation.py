@@ -1,15 +1,15 @@
-"""Choosing the network to keep: by episodes that are neither trained nor judged on."""
+"""Choosing the policy to keep: by episodes that are neither trained nor judged on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from servegym.agents.network import DispatchNetwork
-from servegym.agents.torch_policy import TorchPolicy
 from servegym.cluster.outcome import worth_in_time
 from servegym.cluster.simulator import Simulator
+from servegym.policy.policy import Policy
 from servegym.policy.run import run
 from servegym.scenario import Scenario
 from servegym.typing import FloatArray
@@ -18,8 +18,34 @@ from servegym.typing import FloatArray
 FIRST_SEED = 500_000
 
 
+class Validated(NamedTuple):
+    """What validation episodes say of a policy.
+
+    The same episodes again and again, so that two policies are compared pair by pair.
+    """
+
+    scores: FloatArray  # [episodes] lower is better: logarithm of seconds, or minus a share
+    objective: float  # mean over the episodes: seconds, or the share that is in time
+    p99_s: float  # of the latencies of all episodes together
+
+    @classmethod
+    def of(
+        cls, scores: FloatArray, latencies_s: Sequence[FloatArray], *, in_time: bool
+    ) -> Validated:
+        """Sum episodes up.
+
+        Args:
+            scores: Of each episode.
+            latencies_s: Of all that was done in each; NaN for what was not.
+            in_time: Whether scores are minus shares, not logarithms of seconds.
+        """
+        objective = -scores.mean() if in_time else np.exp(scores).mean()
+        p99_s = np.nanpercentile(np.concatenate(latencies_s), 99)
+        return cls(scores, float(objective), float(p99_s))
+
+
 class Validation:
-    """The same episodes again and again, so that two networks are compared pair by pair."""
+    """Validation episodes of requests that are dispatched."""
 
     def __init__(
         self,
@@ -37,20 +63,20 @@ class Validation:
             for i in range(num_episodes)
         ]
 
-    def scores(self, network: DispatchNetwork) -> FloatArray:
-        """Play greedily; lower is better.
+    def play(self, policy: Policy) -> Validated:
+        """Play them.
 
-        Returns:
-            Per episode the logarithm of mean E2E latency in seconds, or minus what counts for
-            goodput, per request, under the `goodput` objective, `float64[num_episodes]`.
+        Scores are logarithms of mean E2E latencies in seconds, or minus what counts for goodput,
+        per request, under the `goodput` objective.
         """
         simulator = Simulator(self._scenario.spec, self._episodes)
-        network.eval()
-        run(simulator, TorchPolicy(network))
-        network.train()
-        played = [simulator.outcomes(env) for env in range(len(self._episodes))]
-        if self._scenario.objective == "goodput":
-            spec = self._scenario.spec
-            pairs = zip(played, self._episodes, strict=True)
-            return np.array([-worth_in_time(x, spec, e.table) for x, e in pairs])
-        return np.log([np.nanmean(x["finish_s"] - x["arrival_s"]) for x in played])
+        run(simulator, policy)
+        ends = [simulator.outcomes(env) for env in range(len(self._episodes))]
+        latencies_s = [x["finish_s"] - x["arrival_s"] for x in ends]
+        in_time = self._scenario.objective == "goodput"
+        if in_time:
+            spec, pairs = self._scenario.spec, zip(ends, self._episodes, strict=True)
+            scores = np.array([-worth_in_time(x, spec, e.table) for x, e in pairs])
+        else:
+            scores = np.log([np.nanmean(x) for x in latencies_s])
+        return Validated.of(scores, latencies_s, in_time=in_time)

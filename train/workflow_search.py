@@ -1,30 +1,25 @@
-"""Search for the linear part of a learned scheduler: cross-entropy over whole episodes.
+"""What the search for the linear part of a learned scheduler of jobs begins with and goes by.
 
 A linear score of the pair features is a policy of some thirty numbers, and an episode of a hundred
-jobs takes some 50 ms in compiled code: few enough and fast enough to search without gradients. All
-candidates of a generation play the same episodes, so what arrivals do cancels.
+jobs takes some 50 ms in compiled code: few enough and fast enough to search without gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 
 from servegym.agents.workflow_features import NUM_PAIR_FEATURES, PAIR_FEATURES
 from servegym.agents.workflow_policy import WorkflowWeights, learned_rule
-from servegym.errors import ConfigError
+from servegym.train.search import Search
+from servegym.train.validation import Validated
 from servegym.typing import FloatArray
 from servegym.workflow.online.policy import WorkflowPolicy
 from servegym.workflow.online.run import run
 from servegym.workflow.online.simulator import Simulator
 from servegym.workflow.online.spec import Episode, FleetSpec
 
-#: What a scheduler may be trained for.
-OBJECTIVES = ("jct", "makespan", "deadline")
 #: Where a search without a base rule begins: short jobs first, on devices that end them early, and
 #: rather not where a prompt holds up others; the last three are 0 on devices that run tasks.
 FIRST_GUESS = {
@@ -39,10 +34,10 @@ FIRST_GUESS = {
 }
 
 
-def losses(
+def validated(
     spec: FleetSpec, episodes: Sequence[Episode], policy: WorkflowPolicy, objective: str
-) -> FloatArray:
-    """Play episodes; lower is better.
+) -> Validated:
+    """Play episodes.
 
     Args:
         spec: The fleet.
@@ -51,17 +46,33 @@ def losses(
         objective: One of `OBJECTIVES`.
 
     Returns:
-        Per episode the logarithm of the mean job completion time or of the makespan in seconds,
-        or minus the (weighted) share of jobs that ended in time, `float64[len(episodes)]`.
+        Scores are logarithms of mean job completion times or of makespans in seconds, or minus
+        (weighted) shares of jobs that ended in time; latencies are job completion times.
     """
     simulator = Simulator(spec, episodes)
     run(simulator, policy)
+    jobs = [simulator.jobs(e) for e in range(len(episodes))]
+    latencies_s = [x["finish_s"] - x["arrival_s"] for x in jobs]
+    scores = _scores(simulator, objective)
+    return Validated.of(scores, latencies_s, in_time=objective == "deadline")
+
+
+def losses(
+    spec: FleetSpec, episodes: Sequence[Episode], policy: WorkflowPolicy, objective: str
+) -> FloatArray:
+    """Play episodes; return the scores alone, see `validated`, `float64[len(episodes)]`."""
+    simulator = Simulator(spec, episodes)
+    run(simulator, policy)
+    return _scores(simulator, objective)
+
+
+def _scores(simulator: Simulator, objective: str) -> FloatArray:
     env = simulator.state.env
     if objective == "jct":
         return np.log(env["area"] / env["num_jobs"])
     if objective == "makespan":
         return np.log(env["makespan_s"])
-    weights = [simulator.jobs(e)["weight"].sum() for e in range(len(episodes))]
+    weights = [simulator.jobs(e)["weight"].sum() for e in range(simulator.num_envs)]
     return -env["good"] / np.array(weights)
 
 
@@ -73,90 +84,15 @@ def time_unit_s(spec: FleetSpec, episodes: Sequence[Episode]) -> float:
     return float(np.concatenate(means).mean())
 
 
-@dataclass
-class Search:
-    """A normal distribution over the weights, narrowed around the best of each generation.
-
-    Attributes:
-        mean: Its means, `float64[weights]`.
-        spread: Its standard deviations, same shape.
-        generation: How many there have been.
-    """
-
-    mean: FloatArray
-    spread: FloatArray
-    generation: int = 0
-
-    @classmethod
-    def begin(cls, base: str) -> Search:
-        """Begin at the base rule, or, without one, at the first guess."""
-        mean = np.zeros(NUM_PAIR_FEATURES)
-        spread = np.full(NUM_PAIR_FEATURES, 0.5)
-        if base == "none":
-            for name, value in FIRST_GUESS.items():
-                mean[PAIR_FEATURES.index(name)] = value
-        spread[PAIR_FEATURES.index("one")] = 2.0
-        return cls(mean, spread)
-
-    def state(self) -> list[Any]:
-        """Return what a checkpoint holds of it."""
-        return [torch.from_numpy(self.mean), torch.from_numpy(self.spread), self.generation]
-
-    @classmethod
-    def of(cls, state: list[Any]) -> Search:
-        """Make it again from `state`."""
-        mean, spread, generation = state
-        return cls(mean.numpy(), spread.numpy(), int(generation))
-
-    def step(
-        self,
-        loss: Callable[[FloatArray], float],
-        rng: np.random.Generator,
-        *,
-        size: int = 24,
-        elite: int = 6,
-    ) -> float:
-        """Try one generation.
-
-        Args:
-            loss: Of weights, lower is better; the same episodes for all of a generation.
-            rng: Randomness.
-            size: Candidates; the mean is one of them.
-            elite: Best ones that make the next distribution.
-
-        Returns:
-            Mean loss of the best.
-        """
-        if not 1 <= elite <= size:
-            raise ConfigError(f"elite must be within 1..{size}, got {elite}")
-        tried = self.draw(rng, size)
-        return self.update(tried, np.array([loss(theta) for theta in tried]), elite)
-
-    def draw(self, rng: np.random.Generator, size: int) -> FloatArray:
-        """Draw the candidates of a generation, the mean first, `float64[size, weights]`."""
-        tried: FloatArray = self.mean + self.spread * rng.normal(size=(size, len(self.mean)))
-        tried[0] = self.mean
-        return tried
-
-    def update(self, tried: FloatArray, found: FloatArray, elite: int) -> float:
-        """Narrow the distribution around the best.
-
-        Args:
-            tried: Candidates, `float64[size, weights]`.
-            found: Their losses, `float64[size]`.
-            elite: Best ones that make the next distribution.
-
-        Returns:
-            Mean loss of the best.
-        """
-        best = np.argsort(found)[:elite]
-        share = np.log(elite + 0.5) - np.log(np.arange(1, elite + 1))
-        share /= share.sum()
-        around = np.sqrt(share @ (tried[best] - self.mean) ** 2)
-        self.mean = 0.4 * self.mean + 0.6 * (share @ tried[best])
-        self.spread = np.maximum(0.7 * self.spread + 0.3 * around, 0.02)
-        self.generation += 1
-        return float(found[best].mean())
+def first_search(base: str) -> Search:
+    """Begin to search at the base rule, or, without one, at the first guess."""
+    mean = np.zeros(NUM_PAIR_FEATURES)
+    spread = np.full(NUM_PAIR_FEATURES, 0.5)
+    if base == "none":
+        for name, value in FIRST_GUESS.items():
+            mean[PAIR_FEATURES.index(name)] = value
+    spread[PAIR_FEATURES.index("one")] = 2.0
+    return Search(mean, spread)
 
 
 def linear_loss(

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
-from servegym.agents.workflow_network import WorkflowNetworkConfig
+from tyro.conf import Fixed, OmitArgPrefixes, Suppress, arg
+
+from servegym.agents.workflow_network_config import WorkflowNetworkConfig
 from servegym.errors import ConfigError
-from servegym.train.workflow_search import OBJECTIVES
+
+#: What a scheduler may be trained for.
+OBJECTIVES = ("jct", "makespan", "deadline")
 
 
 @dataclass(frozen=True)
 class WorkflowTraining:
     """Settings of a training run."""
 
-    scenario: str = "text-to-sql"
+    scenario: Annotated[str, Fixed, Suppress] = "text-to-sql"
     """Bundled scenario name or YAML file, or `job-shop`: small random job shops."""
-    objective: str = ""
-    """`jct`, `makespan` or `deadline`; by default the scenario's."""
+    objective: Literal["", "jct", "makespan", "deadline"] = ""
+    """What counts, instead of the scenario's own."""
     load: tuple[float, float] = (0.6, 1.1)
     """Range of the load factor, drawn per episode."""
     num_jobs: tuple[int, int] = (20, 80)
     """Range of the number of jobs of an episode, drawn anew: no policy can learn when it ends."""
     pool_size: int = 1000
     """Different jobs to train on."""
-    max_minutes: float = 10.0
+    max_minutes: Annotated[float, arg(name="minutes")] = 10.0
     """Wall-clock time of both parts, from when all is compiled."""
     search_share: float = 0.8
     """Share of it for the search, which brings nearly all of the gain."""
@@ -64,7 +69,9 @@ class WorkflowTraining:
     """Which are neither trained nor judged on."""
     seed: int = 0
     """Of everything."""
-    network: WorkflowNetworkConfig = field(default_factory=lambda: WorkflowNetworkConfig())
+    network: OmitArgPrefixes[WorkflowNetworkConfig] = field(
+        default_factory=lambda: WorkflowNetworkConfig()
+    )
     """Network and base rule; the time unit is measured."""
 
     def __post_init__(self) -> None:

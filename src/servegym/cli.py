@@ -26,7 +26,7 @@ from servegym.commands.scenarios import Scenarios
 from servegym.commands.schedule import ScheduleDag
 from servegym.commands.serve import Serve
 from servegym.commands.simulate import Simulate
-from servegym.commands.train import Train
+from servegym.commands.train import Train, train_command
 from servegym.commands.tune import Tune
 from servegym.commands.validate import Validate
 from servegym.errors import ServeGymError, unknown_name
@@ -110,11 +110,14 @@ def _parse(words: list[str]) -> Command:
     if words and not words[0].startswith("-") and words[0] not in COMMANDS:
         raise ServeGymError(unknown_name("command", words[0], COMMANDS))
     _refuse_repeated(words)
+    commands = COMMANDS
+    if words[:1] == ["train"]:
+        commands = {**COMMANDS, "train": train_command(words[1:])}
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             return tyro.extras.subcommand_cli_from_dict(
-                COMMANDS, prog="servegym", description=DESCRIPTION, args=words or ["--help"]
+                commands, prog="servegym", description=DESCRIPTION, args=words or ["--help"]
             )
     except SystemExit as end:
         if not end.code:

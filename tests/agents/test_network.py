@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 
 from servegym.agents.features import replica_inputs
 from servegym.agents.network import DispatchNetwork, NetworkConfig
 from servegym.envs.dispatch import DispatchVectorEnv
+from servegym.errors import ConfigError
 from servegym.export.sample import sample_observations
 from servegym.policy.numpy_network import NUM_INPUTS
 from servegym.scenario import load_scenario
@@ -156,7 +156,7 @@ def test_down_replica_is_not_counted_as_present(draw_observations):
     ],
 )
 def test_wrong_setting_is_refused(settings):
-    with pytest.raises(ValidationError):
+    with pytest.raises(ConfigError):
         NetworkConfig(**settings)
 
 

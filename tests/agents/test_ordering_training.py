@@ -19,9 +19,9 @@ from servegym.policy.play_perceptron import play_perceptrons
 from servegym.policy.run_ordering import make_simulator, run_ordering
 from servegym.scenario import load_scenario
 from servegym.serve.vllm.plugin import load_policy
-from servegym.train import ordering
+from servegym.train import training_run
 from servegym.train.ordering import OrderingTrainer, OrderingTraining
-from servegym.train.workflow_search import Search
+from servegym.train.search import Search
 
 TIGHT = {
     "name": "tight",
@@ -76,7 +76,7 @@ def test_what_is_found_is_no_worse_on_validation_and_runs_in_the_plugin(tight, t
     trainer = OrderingTrainer(config, tmp_path / "run")
     found = trainer.run()
     assert found.loss <= found.base_loss
-    assert found.base_loss == pytest.approx(trainer.base_loss("srpt"))
+    assert found.base_loss == pytest.approx(trainer.validate_rule("srpt").scores.mean())
     assert found.generations == 6
     path = save_ordering(found.weights, tmp_path / "mine", found.samples)
     policy = load_policy(str(path))
@@ -143,14 +143,14 @@ def test_any_other_setting_is_refused_by_name(tight, tmp_path):
 
 def test_budget_counts_from_when_all_is_compiled_and_holds(tight, tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(ordering.time, "monotonic", lambda: now[0])
-    real = OrderingTrainer.loss
+    monkeypatch.setattr(training_run.time, "monotonic", lambda: now[0])
+    real = OrderingTrainer._play
 
-    def loss(self, thetas, episodes):
+    def play(self, thetas, episodes):
         now[0] += 3.0 if len(thetas) > 1 else 1.0  # a generation, a validation
         return real(self, thetas, episodes)
 
-    monkeypatch.setattr(OrderingTrainer, "loss", loss)
+    monkeypatch.setattr(OrderingTrainer, "_play", play)
     trainer = OrderingTrainer(settings(tight, max_minutes=0.5), tmp_path / "run")
     now[0] += 100.0
     assert trainer.prepare() == 101.0
@@ -162,14 +162,14 @@ def test_budget_counts_from_when_all_is_compiled_and_holds(tight, tmp_path, monk
 
 def test_a_budget_shorter_than_a_generation_is_exceeded_by_one_alone(tight, tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(ordering.time, "monotonic", lambda: now[0])
-    real = OrderingTrainer.loss
+    monkeypatch.setattr(training_run.time, "monotonic", lambda: now[0])
+    real = OrderingTrainer._play
 
-    def loss(self, thetas, episodes):
+    def play(self, thetas, episodes):
         now[0] += 46.0 if len(thetas) > 1 else 1.0
         return real(self, thetas, episodes)
 
-    monkeypatch.setattr(OrderingTrainer, "loss", loss)
+    monkeypatch.setattr(OrderingTrainer, "_play", play)
     trainer = OrderingTrainer(settings(tight, max_minutes=0.3), tmp_path / "run")
     found = trainer.run()
     assert found.generations == 1
@@ -208,7 +208,7 @@ def test_command_trains_and_evaluates(tight, tmp_path, capsys):
     [
         (
             ["--scenario", "kv-starved", "--imitate", "srpt"],
-            "--imitate is for scenarios of several",
+            "--imitate is for scenarios of dispatch, and kv-starved is one of order: leave it out",
         ),
         (["--scenario", "kv-starved", "--load", "0", "1"], "load must go from low to high"),
     ],

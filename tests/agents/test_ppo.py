@@ -21,7 +21,7 @@ from servegym.scenario import load_scenario
 from servegym.train import ppo
 from servegym.train.ppo import PPOConfig, Trainer
 from servegym.train.returns import RunningScale, chosen, gae, less_group_mean
-from servegym.train.validation import FIRST_SEED, Validation
+from servegym.train.validation import FIRST_SEED, Validated, Validation
 
 UPDATE = 4 * 16  # decisions of one update of the tiny runs
 
@@ -138,7 +138,7 @@ def test_chosen_picks_each_rows_action():
 def test_equal_seeds_give_equal_weights_and_others_do_not(tiny, tmp_path):
     def trained(name: str, seed: int) -> dict[str, torch.Tensor]:
         trainer = Trainer(tiny(3, seed=seed), tmp_path / name)
-        trainer.run(progress=False)
+        trainer.run()
         return saved(trainer)
 
     first = trained("a", 0)
@@ -149,7 +149,7 @@ def test_equal_seeds_give_equal_weights_and_others_do_not(tiny, tmp_path):
 def test_run_leaves_config_checkpoint_and_log(tiny, tmp_path):
     trainer = Trainer(tiny(2), tmp_path)
     before = weights(trainer)
-    trainer.run(progress=False)
+    trainer.run()
     assert not equal(before, saved(trainer))
     assert len(trainer.history) == 2
     assert trainer.history[0]["train/learning_rate"] == 5e-4
@@ -168,7 +168,7 @@ def test_run_leaves_config_checkpoint_and_log(tiny, tmp_path):
 def test_warmup_trains_the_critic_alone(tiny, tmp_path):
     trainer = Trainer(tiny(2, warmup_updates=2), tmp_path)
     before = weights(trainer)
-    trainer.run(progress=False)
+    trainer.run()
     after = saved(trainer)
     changed = {k.partition(".")[0] for k in after if not torch.equal(after[k], before[k])}
     assert changed == {"critic", "value"}
@@ -177,10 +177,10 @@ def test_warmup_trains_the_critic_alone(tiny, tmp_path):
 def test_finished_run_with_the_same_configuration_trains_no_further(tiny, tmp_path):
     first = Trainer(tiny(2), tmp_path)
     assert not first.finished
-    first.run(progress=False)
+    first.run()
     learned, content = saved(first), (tmp_path / "checkpoint.pt").read_bytes()
     second = Trainer(tiny(2), tmp_path)
-    second.run(progress=False)
+    second.run()
     assert second.finished
     assert second.update == 2
     assert second.history == []
@@ -198,8 +198,10 @@ def test_run_returns_the_network_that_validated_best(tiny, tmp_path, monkeypatch
             assert loads == pytest.approx([0.6, 0.6 + 0.5 / 3, 0.6 + 1.0 / 3, 1.1])
             self.scripted = iter([1.0, 0.9, 0.7, 0.8, 0.95])
 
-        def scores(self, network):
-            return np.full(3, next(self.scripted))
+        def play(self, policy):
+            if not isinstance(policy, TorchPolicy):  # a rule, drawn beside the run
+                return Validated(np.full(3, 9.0), 9.0, 9.0)
+            return Validated(np.full(3, next(self.scripted)), 1.0, 1.0)
 
     monkeypatch.setattr(ppo, "Validation", Scripted)
     seen = []
@@ -212,7 +214,7 @@ def test_run_returns_the_network_that_validated_best(tiny, tmp_path, monkeypatch
 
     monkeypatch.setattr(Trainer, "_learn", learn)
     trainer = Trainer(tiny(3, validate_every=1), tmp_path)
-    trainer.run(progress=False)
+    trainer.run()
     assert len(seen) == 3
     assert equal(weights(trainer), seen[1])
     assert equal(saved(trainer), seen[2])
@@ -222,7 +224,7 @@ def test_validation_scores_are_logarithms_of_mean_latency(write_scenario):
     scenario = load_scenario(write_scenario())
     validation = Validation(scenario, loads=[0.5, 1.0], num_episodes=4, num_requests=40)
     network = DispatchNetwork(NetworkConfig(base="speed-family", base_params=(1.0,)))
-    scores = validation.scores(network)
+    scores = validation.play(TorchPolicy(network)).scores
     episodes = [
         scenario.episode(FIRST_SEED + i, load=(0.5, 1.0)[i % 2], num_requests=40) for i in range(4)
     ]
@@ -231,7 +233,8 @@ def test_validation_scores_are_logarithms_of_mean_latency(write_scenario):
     for i in range(4):
         fate = simulator.outcomes(i)
         assert scores[i] == pytest.approx(np.log((fate["finish_s"] - fate["arrival_s"]).mean()))
-    np.testing.assert_array_equal(validation.scores(network), scores)
+    again = validation.play(TorchPolicy(network))
+    np.testing.assert_array_equal(again.scores, scores)
 
 
 @pytest.mark.parametrize("killed_at", [3, 13])
@@ -245,14 +248,14 @@ def test_interrupted_run_ends_as_an_uninterrupted_one(tiny, tmp_path, monkeypatc
         return real(self, *arguments)
 
     whole = Trainer(tiny(14), tmp_path / "whole")
-    whole.run(progress=False)
+    whole.run()
     real = Trainer._learn
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_learn", learn)
         with pytest.raises(Killed):
-            Trainer(tiny(14), tmp_path / "parts").run(progress=False)
+            Trainer(tiny(14), tmp_path / "parts").run()
     again = Trainer(tiny(14), tmp_path / "parts")
-    again.run(progress=False)
+    again.run()
     assert again.update == 14
     # checkpoints are written every 10 updates; episodes of 40 decisions were left in their middle
     assert len(again.history) == (4 if killed_at == 13 else 14)
@@ -283,7 +286,7 @@ def test_interrupted_run_ends_as_an_uninterrupted_one(tiny, tmp_path, monkeypatc
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
 def test_any_other_setting_is_refused_by_name_and_nothing_is_touched(tiny, tmp_path, other, named):
-    Trainer(tiny(1), tmp_path).run(progress=False)
+    Trainer(tiny(1), tmp_path).run()
     before = {n: (tmp_path / n).read_bytes() for n in ("checkpoint.pt", "config.json")}
     with pytest.raises(ConfigError, match=rf"{named}.*: give another --out"):
         Trainer(tiny(1, **other), tmp_path)
@@ -292,7 +295,7 @@ def test_any_other_setting_is_refused_by_name_and_nothing_is_touched(tiny, tmp_p
 
 def test_scenario_that_has_changed_is_refused_under_the_same_name(tiny, tmp_path):
     config = tiny(1)
-    Trainer(config, tmp_path).run(progress=False)
+    Trainer(config, tmp_path).run()
     path = Path(config.scenario)
     path.write_text(path.read_text().replace("num_requests: 40", "num_requests: 41"))
     with pytest.raises(ConfigError, match=r"scenario\.num_requests is 40 there, 41 here"):
@@ -300,7 +303,7 @@ def test_scenario_that_has_changed_is_refused_under_the_same_name(tiny, tmp_path
 
 
 def test_other_version_is_refused(tiny, tmp_path, monkeypatch):
-    Trainer(tiny(1), tmp_path).run(progress=False)
+    Trainer(tiny(1), tmp_path).run()
     monkeypatch.setattr("servegym.__version__", "9.9.9")
     with pytest.raises(ConfigError, match=r'versions\.servegym is ".*" there, "9.9.9" here'):
         Trainer(tiny(1), tmp_path)
@@ -308,29 +311,29 @@ def test_other_version_is_refused(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("key", ["network", "optimizer", "best", "returns", "taken", "rng", "last"])
 def test_checkpoint_without_a_key_is_refused_in_one_sentence(tiny, tmp_path, key):
-    Trainer(tiny(1), tmp_path).run(progress=False)
+    Trainer(tiny(1), tmp_path).run()
     content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     del content[key]
     torch.save(content, tmp_path / "checkpoint.pt")
     with pytest.raises(ConfigError, match=rf"checkpoint\.pt lacks '{key}': delete it"):
-        Trainer(tiny(1), tmp_path).run(progress=False)
+        Trainer(tiny(1), tmp_path).run()
 
 
 def test_checkpoint_of_another_run_is_refused(tiny, tmp_path):
     for name, seed in (("a", 0), ("b", 1)):
-        Trainer(tiny(1, seed=seed), tmp_path / name).run(progress=False)
+        Trainer(tiny(1, seed=seed), tmp_path / name).run()
     (tmp_path / "a" / "checkpoint.pt").write_bytes((tmp_path / "b" / "checkpoint.pt").read_bytes())
     with pytest.raises(ConfigError, match=r"was not made by the run that config\.json"):
-        Trainer(tiny(1), tmp_path / "a").run(progress=False)
+        Trainer(tiny(1), tmp_path / "a").run()
 
 
 def test_truncated_checkpoint_is_refused_in_one_sentence(tiny, tmp_path):
-    Trainer(tiny(1), tmp_path).run(progress=False)
+    Trainer(tiny(1), tmp_path).run()
     whole = (tmp_path / "checkpoint.pt").read_bytes()
     for size in (10, len(whole) // 2, len(whole) - 10):
         (tmp_path / "checkpoint.pt").write_bytes(whole[:size])
         with pytest.raises(ConfigError, match=r"checkpoint\.pt is broken: delete it"):
-            Trainer(tiny(1), tmp_path).run(progress=False)
+            Trainer(tiny(1), tmp_path).run()
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint"])
@@ -366,7 +369,7 @@ def test_scenario_with_holds_and_rejections_trains(tiny, tmp_path, write_scenari
     path = write_scenario(actions={"hold": True, "reject": True, "hold_s": 0.05})
     config = tiny(2, scenario=path, network=NetworkConfig(num_extra=2))
     trainer = Trainer(config, tmp_path)
-    trainer.run(progress=False)
+    trainer.run()
     assert trainer.update == 2
 
 
@@ -404,7 +407,7 @@ def test_learning_overcomes_a_bad_base(write_scenario, tmp_path: Path):
     )
     trainer = Trainer(config, tmp_path)
     before_s = mean_e2e_s(path, TorchPolicy(trainer.network))
-    after_s = mean_e2e_s(path, TorchPolicy(trainer.run(progress=False)))
+    after_s = mean_e2e_s(path, TorchPolicy(trainer.run()))
     assert before_s == pytest.approx(mean_e2e_s(path, policy("least-outstanding")))
     # sending everything to the fast one halves the mean; a third is the margin asked for
     assert mean_e2e_s(path, policy("speed-family:eta=2")) < 0.5 * before_s

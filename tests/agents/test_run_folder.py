@@ -75,7 +75,7 @@ def test_a_trace_with_another_content_is_another_configuration(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"kind": "scheduler"}, "holds the run of a scheduler, and this is one of kind order"),
+        ({"problem": "workflow"}, "holds a run of problem workflow, and this is one of order"),
         ({"format": 1}, "does not describe a training run of this version"),
         ({"settings": None}, "is broken"),
         ({"settings": {"seed": 0}}, "load is not set there"),

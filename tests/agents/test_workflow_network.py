@@ -27,7 +27,7 @@ from servegym.agents.workflow_policy import (
 )
 from servegym.baselines.workflow.online.registry import online_rule
 from servegym.errors import ConfigError
-from servegym.train.workflow import as_graph, as_pairs
+from servegym.train.workflow_arrays import as_graph, as_pairs
 from servegym.train.workflow_rollout import play
 from servegym.workflow.job import JobBuilder
 from servegym.workflow.online.run import begin, run

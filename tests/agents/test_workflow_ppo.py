@@ -11,18 +11,19 @@ import torch
 import yaml
 
 from servegym.agents.workflow_features import NUM_PAIR_FEATURES, PAIR_FEATURES
-from servegym.agents.workflow_network import WorkflowNetworkConfig
+from servegym.agents.workflow_network_config import WorkflowNetworkConfig
 from servegym.agents.workflow_policy import WorkflowWeights, learned_rule
 from servegym.baselines.workflow.online.registry import online_rule
 from servegym.cli import main
 from servegym.errors import ConfigError, ExportError
 from servegym.export.workflow import export_scheduler, read_scheduler
-from servegym.train import workflow
+from servegym.train import training_run, workflow
 from servegym.train.run_folder import RunFolder
-from servegym.train.workflow import WorkflowTrainer, contents
+from servegym.train.search import Search
+from servegym.train.workflow import WorkflowTrainer
 from servegym.train.workflow_arrays import advantages, choices, discounted
 from servegym.train.workflow_rollout import Played, play
-from servegym.train.workflow_search import Search, losses
+from servegym.train.workflow_search import first_search, losses
 from servegym.train.workflow_settings import WorkflowTraining
 from servegym.workflow.online.run import run
 from servegym.workflow.online.simulator import Simulator
@@ -178,7 +179,7 @@ def test_losses_are_logarithms_of_means(path):
 
 def test_search_finds_the_least_of_a_bowl():
     goal = np.linspace(-1, 1, NUM_PAIR_FEATURES)
-    search, rng = Search.begin("srpt-cp"), np.random.default_rng(0)
+    search, rng = first_search("srpt-cp"), np.random.default_rng(0)
     assert (search.mean == 0).all()
     for _ in range(60):
         search.step(lambda theta: float(((theta - goal) ** 2).sum()), rng)
@@ -211,7 +212,7 @@ def test_ppo_moves_towards_what_is_better(tiny, tmp_path):
     trainer.search.mean = theta
     trainer._set_theta(theta)
     trainer._sharpen = lambda: None
-    trainer.first_scores = trainer.best_scores = trainer._validate()
+    trainer.first_scores = trainer.best_scores = trainer.validate().scores
     trainer.run()
     assert trainer.gain > 0.05
 
@@ -277,20 +278,20 @@ def test_interrupted_run_ends_as_an_uninterrupted_one(tiny, tmp_path, monkeypatc
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
 def test_any_other_setting_is_refused_by_name(tiny, tmp_path, other, named):
-    RunFolder(tmp_path, "scheduler", tiny(max_updates=0), scenario_of(tiny)).begin()
+    RunFolder(tmp_path, "workflow", tiny(max_updates=0), scenario_of(tiny)).begin()
     with pytest.raises(ConfigError, match=rf"{named}.*: give another --out"):
         WorkflowTrainer(tiny(**{"max_updates": 0, **other}), tmp_path)
 
 
 def scenario_of(tiny) -> dict[str, object]:
-    return contents(load_workflow_scenario(tiny().scenario))
+    return WorkflowTrainer.scenario_contents(load_workflow_scenario(tiny().scenario))
 
 
 def test_checkpoint_without_a_key_is_refused_in_one_sentence(tiny, tmp_path):
     config = tiny(max_updates=0)
     WorkflowTrainer(config, tmp_path).run()
     content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    for key in ("search", "best", "searched"):
+    for key in ("search", "best", "stage"):
         torch.save({k: v for k, v in content.items() if k != key}, tmp_path / "checkpoint.pt")
         with pytest.raises(ConfigError, match=rf"checkpoint\.pt lacks '{key}': delete it"):
             WorkflowTrainer(config, tmp_path).run()
@@ -299,8 +300,9 @@ def test_checkpoint_without_a_key_is_refused_in_one_sentence(tiny, tmp_path):
 def test_short_budget_holds_with_what_follows_the_search(tiny, tmp_path, monkeypatch):
     # a clock of our own: 1 s a generation, 0.1 s a validation, 2 s an update
     now = [0.0]
-    monkeypatch.setattr(workflow.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(training_run.time, "monotonic", lambda: now[0])
     real_ppo, real_losses, real_step = WorkflowTrainer._ppo, workflow.losses, Search.step
+    real_validate = WorkflowTrainer.validate
 
     def takes(seconds, real):
         def timed(*arguments, **named):
@@ -310,6 +312,7 @@ def test_short_budget_holds_with_what_follows_the_search(tiny, tmp_path, monkeyp
         return timed
 
     monkeypatch.setattr(workflow, "losses", takes(0.1, real_losses))
+    monkeypatch.setattr(WorkflowTrainer, "validate", takes(0.1, real_validate))
     monkeypatch.setattr(WorkflowTrainer, "_ppo", takes(2.0, real_ppo))
     monkeypatch.setattr(Search, "step", takes(1.0, real_step))
     trainer = WorkflowTrainer(tiny(max_minutes=20 / 60, search_share=0.8), tmp_path)
@@ -353,7 +356,7 @@ def test_an_exported_scheduler_plays_as_the_network(tiny, tmp_path, message_pass
     policy = read_scheduler(path)
     assert policy.name == "run"
     np.testing.assert_array_equal(policy.params, learned_rule(trainer.network.weights()).params)
-    assert json.loads((folder / "manifest.json").read_text())["kind"] == "workflow"
+    assert json.loads((folder / "manifest.json").read_text())["problem"] == "workflow"
     weights = folder / "weights.npz"
     weights.write_bytes(weights.read_bytes() + b"x")
     with pytest.raises(ExportError, match="changed after its manifest"):
@@ -378,4 +381,4 @@ def test_train_export_and_evaluate_by_command(path, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["train", *arguments, "--imitate", "fifo", "--out", str(out)])
     assert stopped.value.code == 2
-    assert "--imitate is for scenarios of requests" in capsys.readouterr().err
+    assert "--imitate is for scenarios of dispatch, and" in capsys.readouterr().err

@@ -136,16 +136,16 @@ def test_manifest_says_what_the_file_is(exported, samples):
     assert manifest.sha256 == hashlib.sha256(exported.read_bytes()).hexdigest() == digest(exported)
     assert manifest.schema_version == SCHEMA_VERSION
     observed = [f.name for f in REPLICA_FEATURES[:NUM_OBSERVED_FEATURES]]
-    assert list(manifest.replica_features) == observed
-    assert list(manifest.request_features) == [f.name for f in REQUEST_FEATURES]
+    assert list(manifest.features["replicas"]) == observed
+    assert list(manifest.features["request"]) == [f.name for f in REQUEST_FEATURES]
     assert manifest.num_extra_actions == 0
     assert manifest.information == "predictive"
     assert manifest.scenario == "mixed-chat"
     assert manifest.training == {"seed": 3}
     assert manifest.servegym_version == servegym.__version__
-    assert len(manifest.replica_ranges) == NUM_OBSERVED_FEATURES
-    assert len(manifest.request_ranges) == NUM_REQUEST_FEATURES
-    low, high = manifest.request_ranges[RequestFeature.PROMPT_TOKENS]
+    assert len(manifest.ranges["replicas"]) == NUM_OBSERVED_FEATURES
+    assert len(manifest.ranges["request"]) == NUM_REQUEST_FEATURES
+    low, high = manifest.ranges["request"][RequestFeature.PROMPT_TOKENS]
     prompts = samples[1][:, RequestFeature.PROMPT_TOKENS]
     one_more = 0.01 + 1 / len(prompts)  # quantiles are interpolated
     assert 0 < (prompts < low).mean() <= one_more

@@ -78,8 +78,8 @@ def test_a_network_gives_what_its_definition_says(tmp_path):
 
 def test_the_manifest_states_the_range_of_each_feature(saved):
     manifest = json.loads((saved.parent / "manifest.json").read_text())
-    assert manifest["features"][REMAINING] == "predicted_remaining_tokens"
-    low, high = manifest["ranges"][RUNNING]
+    assert manifest["features"]["requests"][REMAINING] == "predicted_remaining_tokens"
+    low, high = manifest["ranges"]["requests"][RUNNING]
     assert (low, high) == (0, 1)
 
 
@@ -95,8 +95,8 @@ def test_a_changed_file_is_refused(saved):
     [
         ({"schema_version": 9}, "speaks ordering schema 9"),
         ({"features": ["a"]}, "speaks ordering schema"),
-        ({"kind": "dispatch"}, "is not the manifest of an order"),
-        ({"more": 1}, "is not the manifest of an order"),
+        ({"problem": "dispatch"}, "is a policy of problem dispatch, and this is problem order"),
+        ({"more": 1}, "is not a policy manifest"),
     ],
 )
 def test_another_schema_is_refused(saved, change, message):

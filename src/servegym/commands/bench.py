@@ -118,11 +118,12 @@ class Bench:
         from servegym.commands.train import require_torch
 
         require_torch()
-        from servegym.train.ppo import PPOConfig, Trainer
+        from servegym.train.ppo import Trainer
+        from servegym.train.ppo_settings import PPOConfig
 
         with tempfile.TemporaryDirectory() as folder:
             trainer = Trainer(PPOConfig(total_decisions=6 * 32 * 256), Path(folder))
-            trainer.run(progress=False)
+            trainer.run()
             return trainer.history[-1]["time/fps"]
 
 

@@ -1,30 +1,32 @@
-"""What a sitting of a training run says: how it begins, and where it can go on."""
+"""What a sitting of a training run says: how it begins, how it goes, and where it can go on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from servegym.commands.console import make_console
 
 if TYPE_CHECKING:
-    from servegym.train.run_folder import RunFolder
+    from servegym.train.training_run import TrainingRun
 
 
-class Trainer(Protocol):
-    """What all trainers have in common."""
-
-    finished: bool
-    folder: RunFolder
-
-    def prepare(self) -> float:
-        """Compile and begin; return the seconds that took."""
-        ...
+def trained(trainer: TrainingRun[Any, Any, Any]) -> Path:
+    """Train to the end and export; return the policy's file."""
+    columns = (TextColumn("[bold]{task.description}"), BarColumn())
+    with _sitting(trainer):
+        with Progress(*columns, TimeRemainingColumn()) as bar:
+            task = bar.add_task("training", total=1.0)
+            trainer.run(lambda text, share: bar.update(task, description=text, completed=share))
+        return trainer.export()
 
 
 @contextmanager
-def sitting(trainer: Trainer) -> Iterator[None]:
+def _sitting(trainer: TrainingRun[Any, Any, Any]) -> Iterator[None]:
     """Prepare a trainer, say what took how long, and on Ctrl-C what is saved.
 
     Raises:

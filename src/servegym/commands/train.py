@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Annotated, Any, get_args, get_type_hints
+
+from tyro.conf import OmitArgPrefixes, arg
 
 from servegym.commands.console import make_console
-from servegym.commands.sitting import sitting
-from servegym.commands.train_ordering import train_order
-from servegym.commands.train_workflow import JOB_SHOP, train_scheduler
+from servegym.commands.sitting import trained
 from servegym.commands.workload import TRACE_OPTIONS, Played
 from servegym.errors import ConfigError
-from servegym.scenario import load_scenario
-from servegym.workflow_scenario import is_workflow_scenario
-
-if TYPE_CHECKING:
-    from servegym.agents.network import DispatchNetwork
-    from servegym.train.ppo import PPOConfig
+from servegym.problems.problem import AnyProblem
+from servegym.problems.registry import find_problem, load_problem
+from servegym.train.job_shop import RandomJobShops
+from servegym.train.registry import TRAINERS
 
 
 def require_torch() -> None:
@@ -33,72 +32,33 @@ def require_torch() -> None:
 
 @dataclass(frozen=True)
 class Train(Played):
-    """Train a PPO dispatcher and export it; a killed run goes on where its checkpoint is.
+    """Train a policy and export it; a killed run goes on where its checkpoint is.
 
-    For jobs, a scheduler; for one engine that goes by priorities, the order of its requests.
+    What is trained is what the scenario poses: a dispatcher (PPO), the order inside one engine (a
+    search), a scheduler of jobs (a search, then PPO). The trainer's settings follow; those of
+    another trainer are shown with a scenario of its: `servegym train --scenario text-to-sql
+    --help`, or `kv-starved`.
     """
 
     scenario: str = "mixed-chat"
-    """Bundled scenario name or YAML file, of requests, of one engine or of jobs, or `job-shop`."""
+    """Bundled scenario name or YAML file, of any problem, or `job-shop`: small random job shops."""
     out: Path | None = None
     """Folder of the run: config.json, tensorboard/, checkpoint.pt, policy/. By default
     runs/KIND-SCENARIO, such as runs/ppo-mixed-chat. A folder is gone on with under the same
     configuration only."""
-    decisions: int = 4_000_000
-    """Dispatch decisions to train on."""
-    minutes: float = float("inf")
-    """Stop earlier after this wall-clock time, which counts from when all is compiled."""
-    base: str | None = None
-    """Rule the policy starts from, with its parameters: added-delay (default), prefix-load,
-    speed-family or least-outstanding; for jobs none (default), srpt-cp, sjf-cp, edd or rank."""
-    objective: Literal["", "jct", "makespan", "deadline"] = ""
-    """For jobs, instead of the scenario's own."""
-    num_jobs: tuple[int, int] | None = None
-    """For jobs: range of the number of an episode."""
-    imitate: str = ""
-    """Policy to imitate before PPO begins, such as what-if-added."""
-    context: Literal["mean", "attention"] = "mean"
-    """How replicas see each other: mean or attention."""
-    load: tuple[float, float] = (0.6, 1.1)
-    """Range of the load factor, drawn per episode."""
-    num_envs: int = 32
-    """Environments stepped together."""
-    seed: int = 0
-    """Of everything."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where to learn."""
 
     def run(self) -> None:
         """Train and export."""
         require_torch()
-        if is_workflow_scenario(self.scenario) or self.scenario == JOB_SHOP:
-            self._train_scheduler()
-            return
-        for option in ("objective", "num_jobs"):
-            if getattr(self, option):
-                raise ConfigError(
-                    f"--{option.replace('_', '-')} is for scenarios of jobs, and {self.scenario}"
-                    " is one of requests: leave it out"
-                )
-        orders = load_scenario(self.scenario).orders_requests
-        out = self._folder("order" if orders else "ppo")
-        scenario = self.chosen_file(out)
-        if orders:
-            self._train_order(scenario, out)
-            return
-        path = trained(
-            out,
-            base=self.base or "added-delay",
-            context=self.context,
-            imitate=self.imitate,
-            scenario=scenario,
-            total_decisions=self.decisions,
-            max_minutes=self.minutes,
-            load=self.load,
-            num_envs=self.num_envs,
-            seed=self.seed,
-            device=self.device,
-        )
+        problem = _problem(self.scenario)
+        if not problem.takes_trace:
+            why = f"is for scenarios of requests, and {self.scenario} is one of {problem.unit}"
+            self.refuse(("trace", *TRACE_OPTIONS), why)
+        entry = TRAINERS[problem.name]
+        out = self._folder(entry.folder)
+        scenario = self.chosen_file(out) if problem.takes_trace else self.scenario
+        settings = getattr(self, "settings", None) or entry.settings()
+        path = trained(entry.trainer(replace(settings, scenario=scenario), out))
         make_console().print(f"policy: {path}\ntensorboard --logdir {out}")
 
     def _folder(self, kind: str) -> Path:
@@ -109,78 +69,68 @@ class Train(Played):
         parts += [] if self.wait_for_answers else ["open-loop"]
         return Path("runs") / "-".join(parts)
 
-    def _train_order(self, scenario: str, out: Path) -> None:
-        options = ("decisions", "base", "imitate", "context", "num_envs", "device")
-        why = f"is for scenarios of several replicas, and {self.scenario} has one engine"
-        self.refuse(options, why)
-        path = train_order(
-            out, minutes=self.minutes, scenario=scenario, load=self.load, seed=self.seed
-        )
-        make_console().print(f"order: {path}\ntensorboard --logdir {out}")
 
-    def _train_scheduler(self) -> None:
-        options = (*TRACE_OPTIONS, "decisions", "imitate", "context", "num_envs", "device")
-        why = f"is for scenarios of requests, and {self.scenario} is one of jobs"
-        self.refuse(("trace", *options), why)
-        given = {} if self.num_jobs is None else {"num_jobs": self.num_jobs}
-        out = self._folder("jobs")
-        path = train_scheduler(
-            out,
-            base=self.base or "none",
-            minutes=self.minutes,
-            scenario=self.scenario,
-            objective=self.objective,
-            load=self.load,
-            seed=self.seed,
-            **given,
-        )
-        make_console().print(f"policy: {path}\ntensorboard --logdir {out}")
+def train_command(words: Sequence[str]) -> type[Train]:
+    """Return the command with all settings of the trainer that the words' scenario calls for.
 
-
-def trained(out: Path, *, base: str, context: str = "mean", **settings: Any) -> Path:
-    """Train as `PPOConfig` says and export to `out/policy`; return the ONNX file."""
-    from servegym.baselines.registry import policy
-    from servegym.policy.costs import BASES
-    from servegym.train.ppo import PPOConfig, Trainer
-
-    rule = policy(base)
-    name = base.partition(":")[0]
-    if name not in BASES:
-        raise ConfigError(f"base must be one of {', '.join(BASES)}, got {base!r}")
-    config = PPOConfig(
-        **settings,
-        network=network_config(settings["scenario"], name, tuple(rule.params.tolist()), context),
+    Raises:
+        ConfigError: If there is no such scenario, or an option is for other problems.
+    """
+    scenario = _given(words, "--scenario") or Train.scenario
+    problem = _problem(scenario)
+    settings = TRAINERS[problem.name].settings
+    _refuse_others(words, scenario, problem.name)
+    kind = OmitArgPrefixes[Annotated[settings, arg(help=f"What trains {problem.name}.")]]  # type: ignore[valid-type]
+    made = make_dataclass(
+        "Train", [("settings", kind, field(default_factory=settings))], bases=(Train,), frozen=True
     )
-    trainer = Trainer(config, out)
-    with sitting(trainer):
-        network = trainer.run()
-        return exported(network, config, out / "policy", trainer.update, trainer.last)
+    made.__doc__ = Train.__doc__
+    found: type[Train] = made
+    return found
 
 
-def network_config(scenario: str, base: str, params: tuple[float, ...], context: str) -> Any:
-    """Shape of the network for a scenario's action space."""
-    from servegym.agents.network import NetworkConfig
-
-    actions = load_scenario(scenario).actions
-    return NetworkConfig(
-        base=base, base_params=params, context=context, num_extra=actions.hold + actions.reject
-    )
+def _problem(scenario: str) -> AnyProblem:
+    if scenario == RandomJobShops.name:
+        return find_problem("workflow")
+    problem, _ = load_problem(scenario)
+    return problem
 
 
-def exported(
-    network: DispatchNetwork, config: PPOConfig, folder: Path, update: int, last: dict[str, float]
-) -> Path:
-    """Export with observations from the training scenario to check against."""
-    from servegym.export.from_torch import export_policy
-    from servegym.export.sample import sample_observations
+def _given(words: Sequence[str], option: str) -> str | None:
+    """Return an option's value among the words of a command."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word == option:
+            return following
+        if word.startswith(f"{option}="):
+            return word.partition("=")[2]
+    return None
 
-    samples = sample_observations(network, config.scenario, load=config.load)
-    decisions = update * config.num_envs * config.num_steps
-    training: dict[str, float | int | str] = {
-        "algorithm": "ppo",
-        "decisions": decisions,
-        "seed": config.seed,
-        "base": config.network.base,
-        "mean_e2e_s": last.get("rollout/mean_e2e_s", 0.0),
-    }
-    return export_policy(network, folder, samples, scenario=config.scenario, training=training)
+
+def _refuse_others(words: Sequence[str], scenario: str, name: str) -> None:
+    """Refuse options that only other problems' trainers have."""
+    given = {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
+    unknown = given - _options(Train) - _options(TRAINERS[name].settings)
+    if not unknown:
+        return
+    options = {other: _options(entry.settings) for other, entry in TRAINERS.items()}
+    for option in sorted(unknown):
+        others = [other for other in options if option in options[other]]
+        if others:
+            raise ConfigError(
+                f"{option} is for scenarios of {' and '.join(others)}, and {scenario} is one of"
+                f" {name}: leave it out"
+            )
+
+
+def _options(settings: type[Any]) -> set[str]:
+    """Return the names of the options that a class of settings makes."""
+    found: set[str] = set()
+    for key, hint in get_type_hints(settings, include_extras=True).items():
+        name = key
+        for extra in getattr(hint, "__metadata__", ()):
+            name = getattr(extra, "name", None) or name
+        found.add(f"--{name.replace('_', '-')}")
+        for part in get_args(hint)[:1]:
+            if hasattr(part, "model_fields"):
+                found |= _options(part)
+    return found | {f"--no-{option[2:]}" for option in found}

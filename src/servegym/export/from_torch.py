@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-import servegym
 from servegym.agents.network import DispatchNetwork
 from servegym.errors import ExportError
-from servegym.export.manifest import Manifest, digest_of
-from servegym.export.weights import NAME as WEIGHTS
+from servegym.export.manifest import write_policy
 from servegym.export.weights import NUM_PROBES, weights_file
 from servegym.policy.layout import GRAPH_INPUTS
 from servegym.policy.numpy_network import FAMILY, NetworkShape
 from servegym.typing import Float32Array
-from servegym.whole_files import write_whole
 
 OPSET = 17
 
@@ -28,6 +27,7 @@ def export_policy(
     samples: tuple[Float32Array, Float32Array, Float32Array],
     *,
     scenario: str = "",
+    objective: str = "",
     training: dict[str, float | int | str] | None = None,
 ) -> Path:
     """Write `policy.onnx`, `weights.npz` and `manifest.json`.
@@ -38,6 +38,7 @@ def export_policy(
         samples: Observations from training (replicas, request, mask), to check the file with and
             to state the range of each feature.
         scenario: What it was trained on.
+        objective: What for.
         training: Summary for the manifest.
 
     Returns:
@@ -48,49 +49,60 @@ def export_policy(
         OutputError: If the files cannot be written; those that were there are untouched.
     """
     network = network.cpu().eval()
-    path, graph = folder / "policy.onnx", io.BytesIO()
     few = tuple(torch.from_numpy(a[:2]) for a in samples)
-    # the exporter of torch.export unrolls the variable number of replicas; this one keeps it
+    axes = {
+        "replicas": {0: "batch", 1: "R"},
+        "request": {0: "batch"},
+        "mask": {0: "batch", 1: "A"},
+        "logits": {0: "batch", 1: "A"},
+    }
+    graph = graph_of(network, few, GRAPH_INPUTS, "logits", axes)
+    _check(network, graph, samples)
+    shape = _shape(network)
+    replicas, request, _ = samples
+    return write_policy(
+        folder / "policy.onnx",
+        "dispatch",
+        graph,
+        {"replicas": replicas[replicas[..., 0] > 0], "request": request},
+        weights=weights_file(shape, _weights(network), _probes(network, samples)),
+        num_extra_actions=network.config.num_extra,
+        scenario=scenario,
+        objective=objective,
+        network=shape,
+        training=training or {},
+    )
+
+
+def graph_of(
+    network: nn.Module,
+    example: tuple[Tensor, ...],
+    inputs: Sequence[str],
+    output: str,
+    axes: Mapping[str, Mapping[int, str]],
+) -> bytes:
+    """Return a network as an ONNX graph.
+
+    Args:
+        network: What to export.
+        example: Its arguments.
+        inputs: Their names.
+        output: Name of what it returns.
+        axes: Names of the axes of each that have any length.
+    """
+    graph = io.BytesIO()
+    # the exporter of torch.export unrolls the variable number of rows; this one keeps it
     torch.onnx.export(
         network,
-        few,
+        example,
         graph,  # type: ignore[arg-type]  # this exporter takes files, too
-        input_names=list(GRAPH_INPUTS),
-        output_names=["logits"],
-        dynamic_axes={
-            "replicas": {0: "batch", 1: "R"},
-            "request": {0: "batch"},
-            "mask": {0: "batch", 1: "A"},
-            "logits": {0: "batch", 1: "A"},
-        },
+        input_names=list(inputs),
+        output_names=[output],
+        dynamic_axes=axes,
         opset_version=OPSET,
         dynamo=False,
     )
-    _check(network, graph.getvalue(), samples)
-    shape = _shape(network)
-    weights = weights_file(shape, _weights(network), _probes(network, samples))
-    replicas, request, _ = samples
-    present = replicas[replicas[..., 0] > 0]
-    manifest = Manifest(
-        num_extra_actions=network.config.num_extra,
-        scenario=scenario,
-        sha256=digest_of(graph.getvalue()),
-        weights_sha256=digest_of(weights),
-        network=shape,
-        servegym_version=servegym.__version__,
-        training=training or {},
-        replica_ranges=_ranges(present),
-        request_ranges=_ranges(request),
-    )
-    described = manifest.model_dump_json(indent=2) + "\n"
-    write_whole(
-        {
-            path: graph.getvalue(),
-            folder / WEIGHTS: weights,
-            folder / "manifest.json": described.encode(),
-        }
-    )
-    return path
+    return graph.getvalue()
 
 
 def _shape(network: DispatchNetwork) -> NetworkShape:
@@ -115,11 +127,6 @@ def _probes(
     with torch.inference_mode():
         logits = network(*(torch.from_numpy(a) for a in (replicas, request, mask)))
     return replicas, request, mask, logits.numpy()
-
-
-def _ranges(values: Float32Array) -> tuple[tuple[float, float], ...]:
-    low, high = np.quantile(values, (0.01, 0.99), axis=0)
-    return tuple((float(a), float(b)) for a, b in zip(low, high, strict=True))
 
 
 def _check(

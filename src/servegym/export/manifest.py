@@ -1,12 +1,16 @@
-"""What stands beside an exported policy."""
+"""What stands beside an exported policy, of whatever problem: `manifest.json`."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+import servegym
 from servegym.errors import ExportError
 from servegym.policy.contract import (
     NUM_OBSERVED_FEATURES,
@@ -15,10 +19,65 @@ from servegym.policy.contract import (
     SCHEMA_VERSION,
 )
 from servegym.policy.numpy_network import NetworkShape
+from servegym.policy.ordering import ORDERING_FEATURES, ORDERING_SCHEMA_VERSION
 from servegym.policy.policy import Information
+from servegym.whole_files import write_whole
 
-REPLICA_NAMES = tuple(f.name for f in REPLICA_FEATURES[:NUM_OBSERVED_FEATURES])
-REQUEST_NAMES = tuple(f.name for f in REQUEST_FEATURES)
+NAME = "manifest.json"
+#: Weights of our own networks, beside their graph.
+WEIGHTS = "weights.npz"
+#: `kind` of manifests that had no `problem`; those of dispatchers had neither.
+_OLDER_KINDS = {"ordering": "order", "workflow": "workflow"}
+#: What problems' schemas are called in sentences.
+_SCHEMAS = {"dispatch": "observation", "order": "ordering", "workflow": "job"}
+#: Their names of groups of features, and today's.
+_OLDER_GROUPS = {"replica": "replicas", "request": "request", "pair": "pairs", "stage": "stages"}
+Ranges = tuple[tuple[float, float], ...]
+
+
+class Contract(NamedTuple):
+    """What a policy sees at a decision.
+
+    Attributes:
+        schema_version: Raised whenever a feature changes.
+        features: Names of the columns of each table of the observation, by table.
+    """
+
+    schema_version: int
+    features: dict[str, tuple[str, ...]]
+
+
+def contract_of(problem: str) -> Contract:
+    """Return a problem's contract.
+
+    Raises:
+        ExportError: If no policy of such a problem can be exported.
+    """
+    if problem == "dispatch":
+        replicas = tuple(f.name for f in REPLICA_FEATURES[:NUM_OBSERVED_FEATURES])
+        request = tuple(f.name for f in REQUEST_FEATURES)
+        return Contract(SCHEMA_VERSION, {"replicas": replicas, "request": request})
+    if problem == "order":
+        names = tuple(f.name for f in ORDERING_FEATURES)
+        return Contract(ORDERING_SCHEMA_VERSION, {"requests": names})
+    if problem == "workflow":
+        # compiled when it is imported: not for those who only dispatch
+        from servegym.agents import workflow_features
+
+        pairs, stages = workflow_features.PAIR_FEATURES, workflow_features.STAGE_FEATURES
+        return Contract(workflow_features.SCHEMA_VERSION, {"pairs": pairs, "stages": stages})
+    raise ExportError(f"there are no exported policies of problem {problem}")
+
+
+class LinearShape(BaseModel):
+    """What the scores of a scheduler of jobs are besides its weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: str
+    eta: float = Field(ge=0)
+    #: Mean duration of a stage in training: the unit of all times.
+    tau_s: float = Field(gt=0)
 
 
 class Manifest(BaseModel):
@@ -26,21 +85,61 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    problem: str = "dispatch"
     schema_version: int = SCHEMA_VERSION
-    replica_features: tuple[str, ...] = REPLICA_NAMES
-    request_features: tuple[str, ...] = REQUEST_NAMES
+    #: Names of what the policy sees, in order, of each group.
+    features: dict[str, tuple[str, ...]] = {}
+    #: 1st and 99th percentile of each of them in training.
+    ranges: dict[str, Ranges] = {}
+    #: Of a dispatcher: hold, reject.
     num_extra_actions: int = Field(0, ge=0, le=2)
     information: Information = "predictive"
     scenario: str = ""
+    objective: str = ""
+    #: Of the policy's file.
     sha256: str
-    #: Of `weights.npz`; the network it is for. Absent for graphs of other families.
+    #: Of `weights.npz`; the network it is for. Absent for orders and graphs of other families.
     weights_sha256: str = ""
-    network: NetworkShape | None = None
+    network: NetworkShape | LinearShape | None = None
     servegym_version: str = ""
     training: dict[str, float | int | str] = {}
-    #: 1st and 99th percentile of each feature in training.
-    replica_ranges: tuple[tuple[float, float], ...] = ()
-    request_ranges: tuple[tuple[float, float], ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_older(cls, data: Any) -> Any:
+        """Take what manifests had before they named their problem."""
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        if data.get("kind") in _OLDER_KINDS and "problem" not in data:
+            data["problem"] = _OLDER_KINDS[data.pop("kind")]
+        if data.get("problem") == "workflow":
+            data.setdefault("schema_version", 1)
+            parts = {key: data.pop(key) for key in ("base", "eta", "tau_s") if key in data}
+            if parts:
+                data["network"] = parts
+        for key in ("features", "ranges"):
+            groups = data.get(key, {})
+            groups = {"requests": groups} if isinstance(groups, list | tuple) else dict(groups)
+            for older, group in _OLDER_GROUPS.items():
+                if f"{older}_{key}" in data:
+                    groups[group] = data.pop(f"{older}_{key}")
+            data[key] = groups
+        return data
+
+    def require_contract(self, path: Path) -> None:
+        """Check that the policy sees what this version of servegym shows it.
+
+        Raises:
+            ExportError: If it does not.
+        """
+        wanted = contract_of(self.problem)
+        if (self.schema_version, self.features) != (wanted.schema_version, wanted.features):
+            schema = f"{_SCHEMAS[self.problem]} schema {self.schema_version}"
+            raise ExportError(
+                f"{path} speaks {schema}, this version of servegym {wanted.schema_version}: train"
+                " and export the policy again"
+            )
 
 
 def digest(path: Path) -> str:
@@ -60,40 +159,101 @@ def digest_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def manifest_text(path: Path) -> str:
-    """Read a manifest.
+def ranges_of(samples: Mapping[str, np.ndarray]) -> dict[str, Ranges]:
+    """Return the 1st and 99th percentile of each feature, of rows of each group."""
+    return {group: _ranges(rows) for group, rows in samples.items()}
+
+
+def _ranges(rows: np.ndarray) -> Ranges:
+    low, high = np.quantile(rows, (0.01, 0.99), axis=0)
+    return tuple((float(a), float(b)) for a, b in zip(low, high, strict=True))
+
+
+def write_policy(
+    path: Path,
+    problem: str,
+    content: bytes,
+    samples: Mapping[str, np.ndarray],
+    *,
+    weights: bytes = b"",
+    **described: Any,
+) -> Path:
+    """Write a policy with its manifest and weights, all of them or none.
+
+    Args:
+        path: The policy's file.
+        problem: Its problem.
+        content: What is in it.
+        samples: Rows of features from training, of the groups whose ranges are to be stated.
+        weights: Contents of `weights.npz`; empty for none.
+        described: Other fields of `Manifest`.
+
+    Returns:
+        The path.
 
     Raises:
-        ExportError: If it cannot be read as text.
+        OutputError: If the files cannot be written; those that were there are untouched.
     """
+    contract = contract_of(problem)
+    manifest = Manifest(
+        problem=problem,
+        schema_version=contract.schema_version,
+        features=contract.features,
+        ranges=ranges_of(samples),
+        sha256=digest_of(content),
+        weights_sha256=digest_of(weights) if weights else "",
+        servegym_version=servegym.__version__,
+        **described,
+    )
+    files = {path: content}
+    if weights:
+        files[path.parent / WEIGHTS] = weights
+    text = manifest.model_dump_json(indent=2) + "\n"
+    write_whole({**files, path.parent / NAME: text.encode()})
+    return path
+
+
+def read_manifest(path: Path, problem: str = "") -> Manifest:
+    """Read and check the manifest beside a policy's file.
+
+    Args:
+        path: The policy's file.
+        problem: What the policy must be for; anything if it is empty.
+
+    Raises:
+        ExportError: If one is missing, the file was changed, the policy is one of another problem
+            or the schema is another.
+    """
+    beside = path.parent / NAME
+    if not path.is_file() or not beside.is_file():
+        raise ExportError(f"{path} must exist with a {NAME} beside it")
+    try:
+        manifest = Manifest.model_validate_json(_text(beside))
+    except ValidationError as error:
+        why = error.errors()[0]["msg"]
+        raise ExportError(f"{beside} is not a policy manifest: {why}") from error
+    if problem and manifest.problem != problem:
+        raise ExportError(
+            f"{path} is a policy of problem {manifest.problem}, and this is problem {problem}:"
+            " choose another policy or scenario"
+        )
+    if manifest.sha256 != digest(path):
+        raise ExportError(f"{path} is not the file its manifest was written for: export again")
+    manifest.require_contract(path)
+    return manifest
+
+
+def policy_name(path: Path) -> str:
+    """Return what a policy's file is called in tables: its folder, or its run's."""
+    # training writes <run>/policy/policy.onnx: the run's name says more than "policy"
+    folder = path.resolve().parent
+    return folder.parent.name if folder.name == "policy" else folder.name
+
+
+def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise ExportError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ExportError(f"{path} is not a manifest: it is not text") from error
-
-
-def read_manifest(onnx_path: Path) -> Manifest:
-    """Read and check the manifest beside a policy file.
-
-    Raises:
-        ExportError: If one is missing, the file was changed, or the schema is another.
-    """
-    path = onnx_path.parent / "manifest.json"
-    if not onnx_path.is_file() or not path.is_file():
-        raise ExportError(f"{onnx_path} must exist with a manifest.json beside it")
-    try:
-        manifest = Manifest.model_validate_json(manifest_text(path))
-    except ValidationError as error:
-        why = error.errors()[0]["msg"]
-        raise ExportError(f"{path} is not a policy manifest: {why}") from error
-    if manifest.sha256 != digest(onnx_path):
-        raise ExportError(f"{onnx_path} is not the file its manifest was written for: export again")
-    wanted = (SCHEMA_VERSION, REPLICA_NAMES, REQUEST_NAMES)
-    if (manifest.schema_version, manifest.replica_features, manifest.request_features) != wanted:
-        raise ExportError(
-            f"{onnx_path} speaks observation schema {manifest.schema_version}, this version of "
-            f"servegym {SCHEMA_VERSION}: train and export the policy again"
-        )
-    return manifest

@@ -3,40 +3,66 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal, overload
 
 from servegym.baselines.ordering.registry import ordering_policy
 from servegym.baselines.registry import policy
-from servegym.export.manifest import Manifest, read_manifest
-from servegym.export.ordering import SUFFIXES, load_ordering
+from servegym.export.manifest import Manifest, policy_name, read_manifest
+from servegym.export.ordering import SUFFIXES, exported_ordering
 from servegym.export.weights import read_network
 from servegym.policy.frozen import FrozenPolicy, NumpyPolicy
 from servegym.policy.ordering import OrderingPolicy
 from servegym.policy.policy import Policy
+from servegym.workflow.online.policy import WorkflowPolicy
+
+
+@overload
+def load_policy(path: Path, problem: Literal["dispatch"]) -> Policy: ...
+@overload
+def load_policy(path: Path, problem: Literal["order"]) -> OrderingPolicy: ...
+@overload
+def load_policy(path: Path, problem: Literal["workflow"]) -> WorkflowPolicy: ...
+@overload
+def load_policy(path: Path, problem: str = "") -> Policy | OrderingPolicy | WorkflowPolicy: ...
+def load_policy(path: Path, problem: str = "") -> Policy | OrderingPolicy | WorkflowPolicy:
+    """Load an exported policy, of whatever problem.
+
+    Args:
+        path: Its file.
+        problem: What it must be for; anything if it is empty.
+
+    Raises:
+        ExportError: If it is one of another problem, or no valid policy.
+    """
+    manifest = read_manifest(path, problem)
+    if manifest.problem == "order":
+        return exported_ordering(path, manifest)
+    if manifest.problem == "workflow":
+        # compiled when it is imported: not for those who have no jobs
+        from servegym.export.workflow import exported_scheduler
+
+        return exported_scheduler(path, manifest)
+    return exported_policy(path, manifest)
 
 
 def resolve_policy(text: str) -> Policy:
-    """Return a rule by name (`"speed-family:eta=0.5"`) or an exported policy by its `.onnx` path.
+    """Return a rule by name (`"speed-family:eta=0.5"`) or an exported policy by its file.
 
     Raises:
         ConfigError: If there is no such rule or parameter.
         ExportError: If the file is not a valid policy.
     """
-    if not text.endswith(".onnx"):
-        return policy(text)
-    path = Path(text)
-    return exported_policy(path, read_manifest(path))
+    return load_policy(Path(text), "dispatch") if text.endswith(SUFFIXES) else policy(text)
 
 
 def resolve_order(text: str) -> OrderingPolicy:
-    """Return an order by name (`"trail:young=0.5"`), or a learned one by the path of its file.
+    """Return an order by name (`"trail:young=0.5"`), or a learned one by its file.
 
     Raises:
         ConfigError: If there is no such order or parameter.
         ExportError: If the file is not a valid order.
     """
-    if text.endswith(SUFFIXES):
-        return load_ordering(Path(text))
-    return ordering_policy(text)
+    return load_policy(Path(text), "order") if text.endswith(SUFFIXES) else ordering_policy(text)
 
 
 def exported_policy(path: Path, manifest: Manifest) -> Policy:
@@ -45,10 +71,7 @@ def exported_policy(path: Path, manifest: Manifest) -> Policy:
     Raises:
         ExportError: If the files cannot be run.
     """
-    # training writes <run>/policy/policy.onnx: the run's name says more than "policy"
-    folder = path.resolve().parent
-    name = folder.parent.name if folder.name == "policy" else folder.name
-    network = read_network(path.parent, manifest)
+    name, network = policy_name(path), read_network(path.parent, manifest)
     if network is not None:
         return NumpyPolicy(network, information=manifest.information, name=name)
     return FrozenPolicy(

@@ -8,12 +8,13 @@ import torch
 
 import servegym
 from servegym.agents.network import DispatchNetwork
+from servegym.scenario import Scenario
 from servegym.typing import Float32Array
 
 
 def sample_observations(
     network: DispatchNetwork,
-    scenario: str,
+    scenario: Scenario | str,
     *,
     load: float | tuple[float, float] = 1.0,
     num: int = 4096,
@@ -23,7 +24,7 @@ def sample_observations(
 
     Args:
         network: The policy.
-        scenario: Name or path.
+        scenario: What is played: a scenario, its name or path.
         load: Factor on the rate, or a range.
         num: How many, at least.
         seed: Of episodes and actions.

@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from servegym.errors import ExportError
-from servegym.export.manifest import Manifest, digest
+from servegym.export.manifest import WEIGHTS, Manifest, digest
 from servegym.policy.numpy_network import NetworkShape, NumpyNetwork
 from servegym.typing import Float32Array
 
-NAME = "weights.npz"
 #: Observations kept in the file.
 NUM_PROBES = 16
 #: Largest error of a logit, absolute and as a share of it.
@@ -50,8 +49,8 @@ def read_network(folder: Path, manifest: Manifest) -> NumpyNetwork | None:
     Raises:
         ExportError: If the file is not the manifest's, or does not answer its own probes.
     """
-    path = folder / NAME
-    if manifest.network is None or not path.is_file():
+    path = folder / WEIGHTS
+    if not isinstance(manifest.network, NetworkShape) or not path.is_file():
         return None
     if manifest.weights_sha256 != digest(path):
         raise ExportError(f"{path} is not the file its manifest was written for: export again")

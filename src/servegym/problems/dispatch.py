@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from servegym.baselines.registry import RULES
 from servegym.cluster.simulator import Simulator
+from servegym.export.manifest import Contract, contract_of
 from servegym.export.resolve import resolve_policy
-from servegym.policy.contract import (
-    NUM_OBSERVED_FEATURES,
-    REPLICA_FEATURES,
-    REQUEST_FEATURES,
-    SCHEMA_VERSION,
-)
 from servegym.policy.policy import Heuristic, Policy
 from servegym.policy.run import run, time_decisions
-from servegym.problems.problem import Contract
 from servegym.problems.problem import Scenario as AnyScenario
 from servegym.problems.requests import RequestEpisodes, RequestProblem
 from servegym.scenario import Scenario
@@ -62,9 +56,7 @@ class Dispatch(RequestProblem[Policy]):
 
     def contract(self) -> Contract:
         """Features of the replicas and of the request."""
-        replicas = tuple(f.name for f in REPLICA_FEATURES[:NUM_OBSERVED_FEATURES])
-        request = tuple(f.name for f in REQUEST_FEATURES)
-        return Contract(SCHEMA_VERSION, {"replicas": replicas, "request": request})
+        return contract_of(self.name)
 
     def owns(self, scenario: AnyScenario) -> bool:
         """Whether a scenario is of requests that can go to one replica or another."""

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from servegym.baselines.ordering.registry import RULES
 from servegym.cluster.simulator import Simulator
+from servegym.export.manifest import Contract, contract_of
 from servegym.export.resolve import resolve_order
 from servegym.policy.ordering import (
-    ORDERING_FEATURES,
-    ORDERING_SCHEMA_VERSION,
     OrderingPolicy,
     OrderingRule,
 )
 from servegym.policy.run_ordering import make_simulator, run_ordering, time_orders
-from servegym.problems.problem import Contract
 from servegym.problems.problem import Scenario as AnyScenario
 from servegym.problems.requests import RequestEpisodes, RequestProblem
 from servegym.scenario import Scenario
@@ -45,8 +43,7 @@ class Order(RequestProblem[OrderingPolicy]):
 
     def contract(self) -> Contract:
         """Features of each request of the engine."""
-        names = tuple(f.name for f in ORDERING_FEATURES)
-        return Contract(ORDERING_SCHEMA_VERSION, {"requests": names})
+        return contract_of(self.name)
 
     def owns(self, scenario: AnyScenario) -> bool:
         """Whether a scenario is of one engine that goes by priorities."""

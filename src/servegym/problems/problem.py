@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 from servegym.baselines.rules import Rules
 from servegym.costs.step import StepCost
 from servegym.errors import ConfigError
+from servegym.export.manifest import Contract as Contract
 from servegym.problems.objective import Objective
 from servegym.typing import FloatArray
 from servegym.workloads.trace import Trace
@@ -134,18 +135,6 @@ class Plot(NamedTuple):
     """
 
     draw: Callable[[Comparison, float], Any]
-
-
-class Contract(NamedTuple):
-    """What a policy sees at a decision.
-
-    Attributes:
-        schema_version: Raised whenever a feature changes.
-        features: Names of the columns of each table of the observation, by table.
-    """
-
-    schema_version: int
-    features: dict[str, tuple[str, ...]]
 
 
 S = TypeVar("S", bound=Scenario)

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from servegym.agents.workflow_features import PAIR_FEATURES, STAGE_FEATURES
 from servegym.baselines.workflow.online.registry import RULES
 from servegym.costs.step import StepCost
 from servegym.errors import ConfigError
+from servegym.export.manifest import Contract, contract_of
+from servegym.export.ordering import SUFFIXES
+from servegym.export.resolve import load_policy
 from servegym.problems.job_figures import JOB_FIGURES, plot_devices
 from servegym.problems.job_gantt import JobTrail
 from servegym.problems.job_metrics import alone_s, measure_jobs
@@ -19,7 +21,6 @@ from servegym.problems.keys import jobs_key
 from servegym.problems.objective import Objective
 from servegym.problems.problem import (
     Column,
-    Contract,
     Episodes,
     Played,
     Plot,
@@ -128,7 +129,7 @@ class Workflow(Problem[WorkflowScenario, WorkflowPolicy]):
 
     def contract(self) -> Contract:
         """Features of each pair of a ready stage and a device, and of each stage."""
-        return Contract(1, {"pairs": PAIR_FEATURES, "stages": STAGE_FEATURES})
+        return contract_of(self.name)
 
     def scenario_names(self) -> list[str]:
         """Names of the bundled scenarios."""
@@ -160,12 +161,9 @@ class Workflow(Problem[WorkflowScenario, WorkflowPolicy]):
         return "all at 0" if rate is None else f"{rate:g} jobs/s"
 
     def resolve(self, text: str) -> WorkflowPolicy:
-        """Return a rule by name and parameters, or a learned scheduler by its `.onnx` file."""
-        if text.endswith(".onnx"):
-            # compiled when it is imported: not for those who only compare rules
-            from servegym.export.workflow import read_scheduler
-
-            return read_scheduler(Path(text))
+        """Return a rule by name and parameters, or a learned scheduler by its file."""
+        if text.endswith(SUFFIXES):
+            return load_policy(Path(text), "workflow")
         return RULES.make(text)
 
     def episodes(

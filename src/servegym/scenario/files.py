@@ -64,7 +64,7 @@ def parse(text: str, origin: str, model: type[_M]) -> _M:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(f"{origin}: {_sentence(error, data, model)}") from error
+        raise ConfigError(f"{origin}: {one_sentence(error, data, model)}") from error
 
 
 def _read_yaml(text: str, origin: str) -> Mapping[str, Any]:
@@ -81,7 +81,7 @@ def _read_yaml(text: str, origin: str) -> Mapping[str, Any]:
     return data
 
 
-def _sentence(error: ValidationError, data: Any, root: type[BaseModel]) -> str:
+def one_sentence(error: ValidationError, data: Any, root: type[BaseModel]) -> str:
     """Say what is wrong with the data of a model: where, what was got, and what is allowed."""
     # an unknown key explains a missing one; of the choices of a union, the one that got furthest
     first = max(error.errors(), key=lambda e: (e["type"] == "extra_forbidden", len(e["loc"])))

@@ -69,7 +69,7 @@ def load_policy(text: str, config: RuntimeConfig) -> LoadedPolicy:
     """
     manifest = None
     if text.endswith(".onnx"):
-        manifest = read_manifest(Path(text))
+        manifest = read_manifest(Path(text), "dispatch")
         found: Policy = exported_policy(Path(text), manifest)
     else:
         found = rule(text)
@@ -90,10 +90,10 @@ def _try_out(loaded: LoadedPolicy) -> None:
     for width in _TRIAL_SIZES:
         replicas = np.zeros((NUM_REPLICA_FEATURES, width))
         request = np.ones(NUM_REQUEST_FEATURES)
-        if loaded.manifest and loaded.manifest.replica_ranges:
-            middle = np.mean(loaded.manifest.replica_ranges, axis=1)
+        if loaded.manifest and loaded.manifest.ranges:
+            middle = np.mean(loaded.manifest.ranges["replicas"], axis=1)
             replicas[:NUM_OBSERVED_FEATURES] = middle[:, None]
-            request[:] = np.mean(loaded.manifest.request_ranges, axis=1)
+            request[:] = np.mean(loaded.manifest.ranges["request"], axis=1)
         replicas[UP] = 1.0
         static = replicas[FIRST_NOMINAL : FIRST_NOMINAL + NUM_NOMINAL]
         static[static == 0.0] = 1.0  # rules divide by them

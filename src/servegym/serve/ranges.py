@@ -70,9 +70,10 @@ class Ranges:
             manifest: Of the policy; its ranges leave out 2 % of the values of training.
             margin: Widths of its range that a feature may be outside of it.
         """
-        if not (manifest.replica_ranges and manifest.request_ranges):
+        known = [manifest.ranges.get(group, ()) for group in ("replicas", "request")]
+        if not all(known):
             return None
-        ranges = np.array([*manifest.replica_ranges, *manifest.request_ranges], np.float64)
+        ranges = np.array([*known[0], *known[1]], np.float64)
         low, high = ranges[:, 0], ranges[:, 1]
         least = np.array([_UNIMPORTANT.get(name, 0.0) for name in _NAMES])
         width = np.maximum(high - low, _RELATIVE * np.maximum(np.abs(low), np.abs(high)))

@@ -1,0 +1,55 @@
+"""Shape of a dispatcher's network; without PyTorch, for those who only read settings."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
+from tyro.conf import Fixed, Suppress
+
+from servegym.baselines.registry import policy
+from servegym.errors import ConfigError
+from servegym.policy.costs import BASES
+from servegym.scenario.files import one_sentence
+
+
+class NetworkConfig(BaseModel):
+    """Shape of the network and the heuristic it corrects."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    hidden: int = Field(32, ge=4)
+    """Units of a layer."""
+    context: Literal["mean", "attention"] = "mean"
+    """How replicas see each other."""
+    base: str = "added-delay"
+    """Rule the policy starts from, with its parameters: added-delay, prefix-load, speed-family or
+    least-outstanding."""
+    base_params: Annotated[tuple[float, ...], Fixed, Suppress] = ()
+    """The rule's parameters, where `base` is its name alone; none: its defaults."""
+    eta: float = Field(10.0, gt=0)
+    """Weight of the rule's cost in the logits."""
+    num_extra: Annotated[int, Fixed, Suppress] = Field(0, ge=0, le=2)
+    """Actions besides the replicas, hold and reject; training takes the scenario's."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _read_base(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if isinstance(data, dict):
+            text = str(data.get("base", "added-delay"))
+            rule, name = policy(text), text.partition(":")[0]
+            if name not in BASES:
+                raise ConfigError(f"base must be one of {', '.join(BASES)}, got {text!r}")
+            if ":" in text or not data.get("base_params"):
+                data = {**data, "base": name, "base_params": tuple(rule.params.tolist())}
+        try:
+            return handler(data)
+        except ValidationError as error:
+            raise ConfigError(one_sentence(error, data, cls)) from error
