@@ -196,10 +196,10 @@ def test_a_replica_that_fails_forgets_what_it_retains():
     )
     seen = [
         (retained(sim, 0), expiries(sim), int(sim.state.replica[0, 0]["kept_blocks"]))
-        for sim in state_after(retaining(100.0, num_blocks=8), episode, [0, 0, 0, 0])
+        for sim in state_after(retaining(100.0, num_blocks=8), episode, [0] * 5)
     ]
-    # the first ends at 1.8: the second decision is before the failure, the others behind it
-    assert seen == [([], [], 0), ([0], [0], 2), ([], [], 0), ([], [], 0), ([], [], 0)]
+    # the first ends at 1.8: the decision at 2 is before the failure, the others are behind it
+    assert seen == [([], [], 0), ([0], [0], 2)] + 4 * [([], [], 0)]
 
 
 def test_metrics_count_what_requests_hold():
