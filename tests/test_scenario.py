@@ -12,6 +12,7 @@ from servegym.cluster.state import FAULT_DOWN, FAULT_SLOW, FAULT_UP
 from servegym.documents import load_yaml
 from servegym.errors import ConfigError, ServeGymError
 from servegym.scenario import load_scenario, parse_scenario, scenario_names
+from servegym.scenario.fleet import EngineConfig
 from servegym.traced_scenario import with_trace
 
 BASE = {
@@ -437,3 +438,11 @@ def test_with_trace_refuses_a_missing_file(rate_rps):
 def test_with_trace_refuses_an_impossible_rate(trace, rate_rps):
     with pytest.raises(ServeGymError, match="rate_rps"):
         with_trace(scenario(), trace, rate_rps)
+
+
+def test_a_changed_copy_forgets_what_was_derived_from_the_original():
+    whole = scenario()
+    assert whole.spec.block_size != 32
+    changed = whole.model_copy(update={"engine": EngineConfig(block_size=32)})
+    assert changed.spec.block_size == 32
+    assert whole.spec.block_size != 32
