@@ -30,11 +30,25 @@ class Column(Protocol):
     """One number of an observation, as the contract states it."""
 
     @property
+    def name(self) -> str: ...
+    @property
     def low(self) -> float: ...
     @property
     def high(self) -> float: ...
     @property
     def unit(self) -> str: ...
+    @property
+    def meaning(self) -> str: ...
+
+
+def column_table(columns: Sequence[Column], heading: str) -> str:
+    """Render columns as a Markdown table; `heading` says what one is called."""
+    rows = [f"| Num | {heading} | Min | Max | Unit | Meaning |", "|---|---|---|---|---|---|"]
+    rows += [
+        f"| {i} | `{c.name}` | {c.low:g} | {c.high:g} | {c.unit} | {c.meaning} |"
+        for i, c in enumerate(columns)
+    ]
+    return "\n".join(rows)
 
 
 class Table:

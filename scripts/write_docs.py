@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from servegym.baselines.registry import describe, names, policy
-from servegym.envs.dispatch import feature_table
+from servegym.envs.observation import column_table
 from servegym.policy.contract import (
     NUM_OBSERVED_FEATURES,
     REPLICA_FEATURES,
@@ -31,16 +31,16 @@ lengths and future arrivals are not in it. An *oracle* gets the true output leng
 predicted one.
 
 ## Per replica
-{feature_table(REPLICA_FEATURES[:NUM_OBSERVED_FEATURES])}
+{column_table(REPLICA_FEATURES[:NUM_OBSERVED_FEATURES], "Feature")}
 
 ## Per request
-{feature_table(REQUEST_FEATURES)}
+{column_table(REQUEST_FEATURES, "Feature")}
 
 ## For planners only
 Filled when a policy asks for them, by simulating each choice forward; not in the environment's
 observation.
 
-{feature_table(REPLICA_FEATURES[NUM_OBSERVED_FEATURES:])}
+{column_table(REPLICA_FEATURES[NUM_OBSERVED_FEATURES:], "Feature")}
 
 ## Information classes
 | class | may use |
