@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 from servegym.envs.dispatch_batch import DispatchBatch
+from servegym.envs.observation import column_table
 from servegym.envs.single import BatchEnv
 from servegym.envs.vector import BatchVectorEnv
 from servegym.policy.contract import (
     NUM_OBSERVED_FEATURES,
     REPLICA_FEATURES,
     REQUEST_FEATURES,
-    Feature,
 )
-
-
-def feature_table(features: tuple[Feature, ...]) -> str:
-    """Render features as a Markdown table."""
-    rows = ["| Num | Feature | Min | Max | Unit | Meaning |", "|---|---|---|---|---|---|"]
-    rows += [
-        f"| {i} | `{f.name}` | {f.low:g} | {f.high:g} | {f.unit} | {f.meaning} |"
-        for i, f in enumerate(features)
-    ]
-    return "\n".join(rows)
 
 
 class DispatchEnv(BatchEnv[DispatchBatch]):
@@ -42,11 +32,11 @@ A `Dict` with `replicas` (`float32[R, {NUM_OBSERVED_FEATURES}]`, rows of absent 
 
 Columns of `replicas`:
 
-{feature_table(REPLICA_FEATURES[:NUM_OBSERVED_FEATURES])}
+{column_table(REPLICA_FEATURES[:NUM_OBSERVED_FEATURES], "Feature")}
 
 Entries of `request`:
 
-{feature_table(REQUEST_FEATURES)}
+{column_table(REQUEST_FEATURES, "Feature")}
 
 ## Rewards
 `latency`: minus the integral of the requests in the system since the last decision, so the sum

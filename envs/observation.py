@@ -30,6 +30,11 @@ class Column(Protocol):
     """One number of an observation, as the contract states it."""
 
     @property
+    def name(self) -> str:
+        """Name of the feature."""
+        ...
+
+    @property
     def low(self) -> float:
         """Least value in the unit."""
         ...
@@ -43,6 +48,21 @@ class Column(Protocol):
     def unit(self) -> str:
         """Unit as the tables write it, `-` for none."""
         ...
+
+    @property
+    def meaning(self) -> str:
+        """What it says."""
+        ...
+
+
+def column_table(columns: Sequence[Column], heading: str) -> str:
+    """Render columns as a Markdown table; `heading` says what one is called."""
+    rows = [f"| Num | {heading} | Min | Max | Unit | Meaning |", "|---|---|---|---|---|---|"]
+    rows += [
+        f"| {i} | `{c.name}` | {c.low:g} | {c.high:g} | {c.unit} | {c.meaning} |"
+        for i, c in enumerate(columns)
+    ]
+    return "\n".join(rows)
 
 
 class Table:

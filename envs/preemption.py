@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from servegym.envs.dispatch import feature_table
+from servegym.envs.observation import column_table
 from servegym.envs.preemption_batch import ENGINE_FEATURES, PreemptionBatch
 from servegym.envs.single import BatchEnv
 from servegym.envs.vector import BatchVectorEnv
@@ -34,7 +34,7 @@ and `action_mask` (`int8`, 1 is allowed), in raw units.
 
 Columns of `requests`:
 
-{feature_table(ORDERING_FEATURES)}
+{column_table(ORDERING_FEATURES, "Feature")}
 
 ## Rewards
 `latency`: minus the integral of the requests in the system since the last choice, at first since

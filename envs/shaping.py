@@ -10,12 +10,12 @@ was, but for the potential at its ends, and 0 is the potential of an empty syste
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from servegym.cluster.jit import inlined, kernel
-from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import (
     DECODE,
     PREFILL,
@@ -159,13 +159,13 @@ def potential(p: Params, s: State, e: int, goodput: bool, m: Memory) -> float:
 def shape_range(
     p: Params,
     s: State,
+    goodput: bool,
+    m: Memory,
     first: int,
     stop: int,
     active: BoolArray,
     ended: BoolArray,
-    goodput: bool,
     scale: float,
-    m: Memory,
     value: FloatArray,
     reward: FloatArray,
 ) -> None:
@@ -182,50 +182,36 @@ def memory(most: int) -> Memory:
     return Memory(np.empty(most), np.empty(most), np.empty(most, np.int64))
 
 
-class Potentials(Protocol):
-    """What shapes the rewards of a batch; see `CostToGo`."""
-
-    def begin(self, simulator: Any, env: int) -> None:
-        """Take the potential at the beginning of an episode."""
-        ...
-
-    def add(
-        self,
-        simulator: Any,
-        first: int,
-        stop: int,
-        active: BoolArray,
-        ended: BoolArray,
-        reward: FloatArray,
-    ) -> None:
-        """Add the change of the potential to the rewards of environments `first` to `stop`."""
-        ...
-
-
-class CostToGo:
-    """Potentials of a batch of environments of requests.
+class Potentials(ABC):
+    """Potentials of a batch of environments, and how they shape rewards.
 
     Args:
         num_envs: Environments.
-        goodput: Whether requests within their limits are rewarded, else times in the system are.
         scale: Divides rewards.
 
     Attributes:
         value: Potential of each environment's state, before it is scaled, `float64[num_envs]`.
     """
 
-    def __init__(self, num_envs: int, *, goodput: bool, scale: float) -> None:
+    def __init__(self, num_envs: int, *, scale: float) -> None:
         self.value: FloatArray = np.zeros(num_envs)
-        self._goodput, self._scale = goodput, scale
+        self._scale = scale
 
-    def begin(self, simulator: Simulator, env: int) -> None:
+    @abstractmethod
+    def _of(self, p: Any, s: Any, env: int) -> float:
+        """Estimate what is still earned in one environment."""
+
+    @abstractmethod
+    def _shape(self, p: Any, s: Any, *step: Any) -> None:
+        """Shape a step; `step` is what kernels such as `shape_range` take last."""
+
+    def begin(self, simulator: Any, env: int) -> None:
         """Note the potential of an environment that has begun an episode."""
-        p, s = simulator.params, simulator.state
-        self.value[env] = potential(p, s, env, self._goodput, memory(s.request.shape[1]))
+        self.value[env] = self._of(simulator.params, simulator.state, env)
 
     def add(
         self,
-        simulator: Simulator,
+        simulator: Any,
         first: int,
         stop: int,
         active: BoolArray,
@@ -239,19 +225,28 @@ class CostToGo:
             first: First environment.
             stop: One past the last.
             active: Which took part, `bool[num_envs]`.
-            ended: Where all requests have ended, `bool[num_envs]`; a truncated episode has not.
+            ended: Where everything has ended, `bool[num_envs]`; a truncated episode has not.
             reward: Rewards, changed in place, `float[num_envs]`.
         """
-        shape_range(
-            simulator.params,
-            simulator.state,
-            first,
-            stop,
-            active,
-            ended,
-            self._goodput,
-            self._scale,
-            memory(simulator.state.request.shape[1]),
-            self.value,
-            reward,
-        )
+        step = (first, stop, active, ended, self._scale, self.value, reward)
+        self._shape(simulator.params, simulator.state, *step)
+
+
+class CostToGo(Potentials):
+    """Potentials of a batch of environments of requests; see `Potentials`.
+
+    Args:
+        num_envs: Environments.
+        goodput: Whether requests within their limits are rewarded, else times in the system are.
+        scale: Divides rewards.
+    """
+
+    def __init__(self, num_envs: int, *, goodput: bool, scale: float) -> None:
+        super().__init__(num_envs, scale=scale)
+        self._goodput = goodput
+
+    def _of(self, p: Params, s: State, env: int) -> float:
+        return float(potential(p, s, env, self._goodput, memory(s.request.shape[1])))
+
+    def _shape(self, p: Params, s: State, *step: Any) -> None:
+        shape_range(p, s, self._goodput, memory(s.request.shape[1]), *step)

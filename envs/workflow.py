@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from servegym.envs.observation import column_table
 from servegym.envs.single import BatchEnv
 from servegym.envs.vector import BatchVectorEnv
 from servegym.envs.workflow_batch import WorkflowBatch
@@ -11,18 +12,7 @@ from servegym.envs.workflow_features import (
     NODE_COLUMNS,
     PAIR_COLUMNS,
     STAGE_COLUMNS,
-    Column,
 )
-
-
-def column_table(columns: tuple[Column, ...]) -> str:
-    """Render columns as a Markdown table."""
-    rows = ["| Num | Column | Min | Max | Unit | Meaning |", "|---|---|---|---|---|---|"]
-    rows += [
-        f"| {i} | `{c.name}` | {c.low:g} | {c.high:g} | {c.unit} | {c.meaning} |"
-        for i, c in enumerate(columns)
-    ]
-    return "\n".join(rows)
 
 
 class WorkflowEnv(BatchEnv[WorkflowBatch]):
@@ -49,23 +39,23 @@ known stages of all jobs in the system that have not ended, in order of arrival:
 
 Columns of `stages`:
 
-{column_table(STAGE_COLUMNS)}
+{column_table(STAGE_COLUMNS, "Column")}
 
 Columns of `pairs`:
 
-{column_table(PAIR_COLUMNS)}
+{column_table(PAIR_COLUMNS, "Column")}
 
 Columns of `devices`:
 
-{column_table(DEVICE_COLUMNS)}
+{column_table(DEVICE_COLUMNS, "Column")}
 
 Entries of `global`:
 
-{column_table(GLOBAL_COLUMNS)}
+{column_table(GLOBAL_COLUMNS, "Column")}
 
 Columns of `nodes`:
 
-{column_table(NODE_COLUMNS)}
+{column_table(NODE_COLUMNS, "Column")}
 
 ## Rewards
 `jct`: minus the integral of the weights of the jobs in the system since the last decision, so the sum over an

@@ -5,13 +5,14 @@ The counterpart of `envs.shaping` for `servegym/Workflow-v0`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from servegym.cluster.jit import inlined, kernel
-from servegym.envs.shaping import Memory, chance_below, memory, sort_by_left
+from servegym.envs.shaping import Memory, Potentials, chance_below, memory, sort_by_left
 from servegym.envs.workflow_kernels import DEADLINE, MAKESPAN, least_makespan_s
 from servegym.typing import BoolArray, FloatArray, IntArray
-from servegym.workflow.online.simulator import Simulator
 from servegym.workflow.online.state import Params, State
 from servegym.workflow.online.view import View, view
 
@@ -77,14 +78,14 @@ def job_potential(p: Params, s: State, e: int, objective: int, m: Memory, place:
 def shape_jobs(
     p: Params,
     s: State,
+    objective: int,
+    m: Memory,
+    place: IntArray,
     first: int,
     stop: int,
     active: BoolArray,
     ended: BoolArray,
-    objective: int,
     scale: float,
-    m: Memory,
-    place: IntArray,
     value: FloatArray,
     reward: FloatArray,
 ) -> None:
@@ -96,51 +97,28 @@ def shape_jobs(
             value[e] = new
 
 
-class JobsToGo:
-    """Potentials of a batch of environments of jobs.
+class JobsToGo(Potentials):
+    """Potentials of a batch of environments of jobs; see `Potentials`.
 
     Args:
         num_envs: Environments.
         objective: `JCT`, `MAKESPAN` or `DEADLINE` of `envs.workflow_kernels`.
         scale: Divides rewards.
-
-    Attributes:
-        value: Potential of each environment's state, before it is scaled, `float64[num_envs]`.
     """
 
     def __init__(self, num_envs: int, *, objective: int, scale: float) -> None:
-        self.value: FloatArray = np.zeros(num_envs)
-        self._objective, self._scale = objective, scale
+        super().__init__(num_envs, scale=scale)
+        self._objective = objective
 
-    def begin(self, simulator: Simulator, env: int) -> None:
-        """Note the potential of an environment that has begun an episode."""
-        p, s = simulator.params, simulator.state
-        most = s.job.shape[1]
-        m, place = memory(most), np.empty(most, np.int64)
-        self.value[env] = job_potential(p, s, env, self._objective, m, place)
+    def _of(self, p: Params, s: State, env: int) -> float:
+        return float(job_potential(p, s, env, self._objective, *_memory(s)))
 
-    def add(
-        self,
-        simulator: Simulator,
-        first: int,
-        stop: int,
-        active: BoolArray,
-        ended: BoolArray,
-        reward: FloatArray,
-    ) -> None:
-        """Shape the rewards of a step of the environments `first..stop-1`; see `CostToGo.add`."""
-        most = simulator.state.job.shape[1]
-        shape_jobs(
-            simulator.params,
-            simulator.state,
-            first,
-            stop,
-            active,
-            ended,
-            self._objective,
-            self._scale,
-            memory(most),
-            np.empty(most, np.int64),
-            self.value,
-            reward,
-        )
+    def _shape(self, p: Params, s: State, *step: Any) -> None:
+        m, place = _memory(s)
+        shape_jobs(p, s, self._objective, m, place, *step)
+
+
+def _memory(s: State) -> tuple[Memory, IntArray]:
+    """Make working memory for one thread."""
+    most = s.job.shape[1]
+    return memory(most), np.empty(most, np.int64)

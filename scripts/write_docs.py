@@ -10,7 +10,8 @@ from pathlib import Path
 
 import gymnasium
 
-from servegym.envs.dispatch import DispatchEnv, feature_table
+from servegym.envs.dispatch import DispatchEnv
+from servegym.envs.observation import column_table
 from servegym.envs.preemption import PreemptionEnv
 from servegym.envs.workflow import WorkflowEnv
 from servegym.policy.contract import (
@@ -38,16 +39,16 @@ lengths and future arrivals are not in it. An *oracle* gets the true output leng
 predicted one.
 
 ## Per replica
-{feature_table(REPLICA_FEATURES[:NUM_OBSERVED_FEATURES])}
+{column_table(REPLICA_FEATURES[:NUM_OBSERVED_FEATURES], "Feature")}
 
 ## Per request
-{feature_table(REQUEST_FEATURES)}
+{column_table(REQUEST_FEATURES, "Feature")}
 
 ## For planners only
 Filled when a policy asks for them, by simulating each choice forward; not in the environment's
 observation.
 
-{feature_table(REPLICA_FEATURES[NUM_OBSERVED_FEATURES:])}
+{column_table(REPLICA_FEATURES[NUM_OBSERVED_FEATURES:], "Feature")}
 
 ## Information classes
 | class | may use |
