@@ -13,6 +13,7 @@ from pathlib import Path
 
 import gymnasium
 import numpy as np
+import torch
 from pydantic import BaseModel
 from rich.console import Console
 from stable_baselines3 import PPO
@@ -148,6 +149,7 @@ class BatchingProblem(Problem):
 def main():
     """Train on single bursts of seeds below the held-out ones, tune, and compare."""
     problem, scenario = BatchingProblem(), Bursts()
+    torch.set_num_threads(1)  # more only wait for each other on a network this small
     env = Batching(lambda seed: scenario.arrivals_s(seed, num_bursts=1))
     model = PPO("MlpPolicy", env, 1e-3, n_steps=256, gamma=1.0, seed=0, device="cpu").learn(5000)
     ppo = BatchingPolicy("ppo", lambda seen: model.predict(seen, deterministic=True)[0])
