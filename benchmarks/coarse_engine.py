@@ -31,6 +31,7 @@ def errors(name: str, load: float, seed: int) -> tuple[float, float, float]:
     scenario = load_scenario(name)
     fine = replace(scenario.spec, prefix_caching=False, metrics_interval_s=0.0, noise_sigma=0.0)
     drawn = replace(scenario.episode(seed, load=load, num_requests=2000), faults=Faults())
+    drawn = replace(drawn, table=drawn.table.open_loop())
     engines = EngineSimulator(fine, [drawn])
     run_engines(engines, policy("round-robin"))
     want = engines.outcomes()["finish_s"] - drawn.table.arrival_s

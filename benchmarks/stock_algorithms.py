@@ -1,10 +1,11 @@
 """Stock algorithms with stock settings on a dispatch environment, judged by the harness.
 
 `python benchmarks/stock_algorithms.py`: MaskablePPO and A2C of Stable-Baselines3 with their default
-settings learn for five minutes each on `servegym/DispatchShaped-v1`, then play held-out episodes
-beside `random`, `least-outstanding` and `added-delay`: once the most probable action each time,
-once one drawn. Ratios are to least outstanding, over paired seeds. With `--id servegym/Dispatch-v1`
-it shows what the shaped rewards and the other observation are worth.
+settings learn for five minutes each, or on so many `--decisions`, on `servegym/DispatchShaped-v1`.
+Then they play held-out episodes beside `random`, `least-outstanding` and `added-delay`: once the
+most probable action each time, once one drawn. Ratios are to least outstanding, over paired seeds.
+With `--id servegym/Dispatch-v1` it shows what the shaped rewards and the other observation are
+worth.
 """
 
 from __future__ import annotations

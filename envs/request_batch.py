@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from servegym.cluster.nominal import REFERENCE_BATCH, nominal_facts
-from servegym.cluster.outcome import latencies, within_slo
+from servegym.cluster.outcome import goodput_rps, latencies, within_slo
 from servegym.cluster.spec import Episode
 from servegym.envs.batch import Batch
 from servegym.envs.shaping import CostToGo, Potentials
@@ -85,11 +85,11 @@ class RequestBatch(Batch):
         ttft_s, _, e2e_s = latencies(done)
         served = ~done["rejected"]
         good = within_slo(done, self.scenario.spec)
-        span_s = float(done["arrival_s"].max() - done["arrival_s"].min())
+        table = self.simulator.episodes[env].table
         return (
             float(e2e_s[served].mean()) if served.any() else 0.0,
             float(ttft_s[served].mean()) if served.any() else 0.0,
             float(good.mean()),
-            float(good.sum() / span_s) if span_s > 0 else 0.0,
+            float(np.nan_to_num(goodput_rps(done, good, table, self.warmup))),
             float((~served).sum()),
         )

@@ -19,6 +19,16 @@ COLUMNS = (
     ("SLO %", "slo_attainment", 100, 1),
     ("hit %", "prefix_hit_rate", 100, 0),
 )
+ORDER_COLUMNS = (
+    ("TTFT mean s", "ttft_mean_s", 1, 2),
+    ("p99", "ttft_p99_s", 1, 0),
+    ("mean E2E s", "e2e_mean_s", 1, 2),
+    ("p99", "e2e_p99_s", 1, 0),
+    ("within limits %", "slo_attainment", 100, 1),
+    ("preempted", "preemptions", 1, 0),
+)
+#: Scenarios of one engine, whose tables are on a page of their own.
+ORDER_SCENARIOS = ("kv-starved", "slo-tiers", "long-tailed")
 
 
 def comparison(document: dict[str, Any], load: float) -> str:
@@ -37,6 +47,29 @@ def comparison(document: dict[str, Any], load: float) -> str:
         lines.append(
             "| " + " | ".join([f"`{a['policy']}`", a["information"], *cells, spread]) + " |"
         )
+    return "\n".join(lines)
+
+
+def orders(document: dict[str, Any]) -> str:
+    """Tabulate orders inside one engine at load 1, with the ratios of all loads."""
+    rows = {(a["policy"], a["load"]): a for a in document["aggregates"]}
+    at_one = [a for a in document["aggregates"] if a["load"] == 1.0]
+    judged = at_one[0]["ratio"]["metric"]
+    at_one.sort(key=lambda a: a["metrics"][judged], reverse=judged == "goodput_rps")
+    name = "goodput" if judged == "goodput_rps" else "E2E"
+    loads = document["loads"]
+    heads = ["order", "knows", *(h for h, *_ in ORDER_COLUMNS)]
+    heads += [f"{name} ratio at {load:g}" for load in loads]
+    lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
+    for a in at_one:
+        learned = a["policy"].startswith("learned-")
+        cells = ["**learned**" if learned else f"`{a['policy']}`", a["information"]]
+        cells += [f"{k * a['metrics'][m]:,.{d}f}" for _, m, k, d in ORDER_COLUMNS]
+        for load in loads:
+            ratio = rows[a["policy"], load]["ratio"]
+            low, high = ratio["ci95"]
+            cells.append(f"{ratio['value']:.3f} [{low:.3f}, {high:.3f}]")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -76,10 +109,14 @@ def main() -> None:
         if path.stem == "bench":
             insert(results, "bench", speeds(document))
             continue
+        if path.stem in ORDER_SCENARIOS:
+            insert(ROOT / "docs" / "preemption.md", path.stem, orders(document))
+            print(f"{path.stem}: {len(document['seeds'])} seeds, loads {document['loads']}")
+            continue
         for load in document["loads"]:
             insert(results, f"{path.stem} {load:g}", comparison(document, load))
         if path.stem == "mixed":
-            table = comparison(document, document["loads"][-1])
+            table = comparison(document, 1.0)
             insert(
                 ROOT / "README.md", "results", re.sub(r"`([\w-]+):[^`]*`", r"`\1`, tuned", table)
             )

@@ -217,6 +217,11 @@ WRONG = {
         text(engine={"max_num_seqs": 4096}),
         ["max_num_batched_tokens", "2048", "4096"],
     ),
+    "blocks kept in no cache": (
+        text(engine={"prefix_caching": False, "retain_kv_s": 5.0}),
+        ["retain_kv_s is 5.0", "prefix_caching"],
+    ),
+    "negative retention": (text(engine={"retain_kv_s": -5.0}), ["retain_kv_s", "-5.0"]),
     "request beyond all memory": (
         text(
             **fleet(num_blocks=10), **workload(prompt={"medians_tokens": [5000.0], "sigmas": [0.0]})

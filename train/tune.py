@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from servegym.baselines.registry import RANGES, policy
+from servegym.cluster.outcome import worth_in_time
 from servegym.cluster.simulator import Simulator
 from servegym.errors import ConfigError, unknown_name
 from servegym.policy.run import run
@@ -59,7 +60,7 @@ def score(scenario: Scenario, text: str, loads: Sequence[float], num_seeds: int)
 
     Returns:
         Mean E2E latency in seconds, or, under the `goodput` objective, minus the (weighted) share
-        of requests within their limits.
+        of requests within their limits while requests arrive.
     """
     total = 0.0
     for load in loads:
@@ -67,9 +68,9 @@ def score(scenario: Scenario, text: str, loads: Sequence[float], num_seeds: int)
         simulator = Simulator(scenario.spec, episodes)
         run(simulator, policy(text))
         for env, episode in enumerate(episodes):
+            done = simulator.outcomes(env)
             if scenario.objective == "goodput":
-                total -= float(simulator.state.env[env]["good"]) / len(episode.table)
+                total -= worth_in_time(done, scenario.spec, episode.table)
             else:
-                done = simulator.outcomes(env)
                 total += float(np.nanmean(done["finish_s"] - done["arrival_s"]))
     return total / (num_seeds * len(loads))

@@ -8,6 +8,7 @@ import numpy as np
 
 from servegym.agents.network import DispatchNetwork
 from servegym.agents.torch_policy import TorchPolicy
+from servegym.cluster.outcome import worth_in_time
 from servegym.cluster.simulator import Simulator
 from servegym.policy.run import run
 from servegym.scenario import Scenario
@@ -40,14 +41,16 @@ class Validation:
         """Play greedily; lower is better.
 
         Returns:
-            Per episode the logarithm of mean E2E latency in seconds, or minus the goodput of a
-            request under the `goodput` objective, `float64[num_episodes]`.
+            Per episode the logarithm of mean E2E latency in seconds, or minus what counts for
+            goodput, per request, under the `goodput` objective, `float64[num_episodes]`.
         """
         simulator = Simulator(self._scenario.spec, self._episodes)
         network.eval()
         run(simulator, TorchPolicy(network))
         network.train()
+        played = [simulator.outcomes(env) for env in range(len(self._episodes))]
         if self._scenario.objective == "goodput":
-            return -simulator.state.env["good"] / [len(e.table) for e in self._episodes]
-        latencies = [simulator.outcomes(env) for env in range(len(self._episodes))]
-        return np.log([np.nanmean(x["finish_s"] - x["arrival_s"]) for x in latencies])
+            spec = self._scenario.spec
+            pairs = zip(played, self._episodes, strict=True)
+            return np.array([-worth_in_time(x, spec, e.table) for x, e in pairs])
+        return np.log([np.nanmean(x["finish_s"] - x["arrival_s"]) for x in played])

@@ -53,6 +53,8 @@ class EngineConfig(Config):
     """Engine settings, with vLLM's names; the defaults are vLLM's for a server.
 
     `max_num_batched_tokens` is each engine's own where it is not given, 2,048 for vLLM.
+    `retain_kv_s` is not a setting of vLLM: for how long the KV blocks of a request that another
+    waits for are kept for that one, seconds (0: not at all); docs/simulator.md.
     """
 
     block_size: int = Field(16, ge=1)
@@ -61,6 +63,7 @@ class EngineConfig(Config):
     prefix_caching: bool = True
     chunked_prefill: bool = True
     kv_memory_fraction: float = Field(0.9, gt=0, le=1)
+    retain_kv_s: float = Field(0.0, ge=0)
 
 
 class FleetEntry(Config):
@@ -165,6 +168,7 @@ class Scenario(Config):
             block_size=engine.block_size,
             prefix_caching=engine.prefix_caching,
             chunked_prefill=engine.chunked_prefill,
+            retain_kv_s=engine.retain_kv_s,
             allow_hold=self.actions.hold,
             allow_reject=self.actions.reject,
             hold_s=self.actions.hold_s,

@@ -106,6 +106,11 @@ class WorkflowScenario(Config):
     def _check_fleet(self) -> Self:
         if not self.engines and not self.devices:
             raise ValueError("engines and devices are both missing: name at least one")
+        if self.engine.retain_kv_s > 0:
+            raise ValueError(
+                f"retain_kv_s is {self.engine.retain_kv_s}, but engines of jobs do not follow "
+                "single KV blocks: leave it out"
+            )
         names = [entry.name for entry in self.devices]
         known = getattr(self.workload, "device_types", None)
         if len(set(names)) < len(names):

@@ -17,6 +17,7 @@ from servegym.costs.grid import (
     NUM_KV_KNOTS,
     CostGrid,
 )
+from servegym.costs.shared import NUM_SHARED_KNOTS, SharedCost
 from servegym.engines import EngineName
 from servegym.workloads.table import ANY_END, BY_ITSELF, RequestTable
 
@@ -186,3 +187,79 @@ def with_followers(spec: ClusterSpec, episode: Episode, seed: int) -> tuple[Clus
     after[0] = BY_ITSELF
     delay_s = rng.choice([0.0, 0.01, 0.1], n) * np.where(rng.random(n) < 0.5, 1, rng.random(n))
     return spec, replace(episode, table=replace(episode.table, after=after, delay_s=delay_s))
+
+
+def with_ranks(spec: ClusterSpec, episode: Episode, seed: int) -> tuple[ClusterSpec, Episode]:
+    """Let replicas of some types step together; these slow down, but do not fail."""
+    rng = np.random.default_rng((seed, 4))
+    types, sizes = [], []
+    for i, kind in enumerate(spec.types):
+        if kind.engine != "vllm-priority" and (i == 0 or rng.random() < 0.5):
+            kind = replace(kind, shared=random_shared(rng, int(rng.integers(1, 4))))
+        types.append(kind)
+        sizes.append(max(1, kind.num_ranks))
+    drawn = rng.integers(0, len(types), rng.integers(1, 4)).tolist()
+    type_idx = np.array([t for t in drawn for _ in range(sizes[t])], np.int16)
+    num_ranks = np.array([kind.num_ranks for kind in types])[type_idx]
+    faults = episode.faults
+    keep = faults.replica < len(type_idx)
+    keep &= (faults.kind == FAULT_SLOW) | (num_ranks[faults.replica % len(type_idx)] == 0)
+    episode = replace(
+        episode,
+        type_idx=type_idx,
+        speed=rng.uniform(0.5, 2.0, len(type_idx)),
+        faults=Faults(
+            faults.time_s[keep], faults.replica[keep], faults.kind[keep], faults.value[keep]
+        ),
+    )
+    return replace(spec, types=tuple(types)), episode
+
+
+def random_shared(rng: np.random.Generator, num_ranks: int) -> SharedCost:
+    """Draw what ranks do together: knots within what a step of small requests has."""
+
+    def times_s(most_s: float) -> np.ndarray:
+        return np.cumsum(rng.uniform(0, most_s, NUM_SHARED_KNOTS))
+
+    return SharedCost(
+        num_ranks,
+        tokens=1.0 + np.cumsum(rng.uniform(0.2, 4.0, NUM_SHARED_KNOTS)),
+        experts_s=1e-3 + times_s(1e-3),
+        skewed_experts_s=1e-3 + times_s(2e-3),
+        exchange_s=5e-3 + times_s(1e-3),
+        largest_graph=int(rng.choice([0, 3, 16, 400])),
+    )
+
+
+def with_conversations(
+    spec: ClusterSpec, episode: Episode, seed: int
+) -> tuple[ClusterSpec, Episode]:
+    """Let those who wait for one request go on from its text, and its blocks be retained."""
+    spec, episode = with_followers(spec, episode, seed)
+    rng = np.random.default_rng((seed, 5))
+    table = episode.table
+    n = len(table)
+    prompt = table.prompt_tokens.copy()
+    texts: list[list[tuple[int, int]]] = []
+    for i, turn in enumerate(table.after.tolist()):
+        said = list(texts[turn]) if turn >= 0 else []
+        if said and rng.random() < 0.3:  # the context is rewritten behind one of its parts
+            said = said[: int(rng.integers(len(said)))]
+        begin = said[-1][1] if said else 0
+        prompt[i] = min(69, begin + int(rng.integers(1, 12))) if turn >= 0 else prompt[i]
+        end = int(prompt[i] + table.output_tokens[i])
+        texts.append(said + ([(1000 + i, end)] if end > begin else []))
+    table = replace(
+        table,
+        prompt_tokens=prompt,
+        prefix_offsets=np.concatenate(([0], np.cumsum([len(text) for text in texts]))).astype(
+            table.prefix_offsets.dtype
+        ),
+        prefix_keys=np.array([key for text in texts for key, _ in text], np.int64),
+        prefix_ends=np.array([end for text in texts for _, end in text], np.int32),
+    )
+    assert len(texts) == n
+    spec = replace(
+        spec, prefix_caching=True, retain_kv_s=float(rng.choice([0.02, 0.1, 0.5, 5.0, 1e9]))
+    )
+    return spec, replace(episode, table=table)

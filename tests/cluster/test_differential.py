@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from servegym.engines import ENGINES, EngineName
 from servegym.policy.contract import Group, ReplicaFeature
 from servegym.policy.observe import observe_batch
 
-from .strategies import choose, long_answers, random_case, with_followers
+from .strategies import choose, long_answers, random_case, with_followers, with_ranks
 
 
 def play_reference(spec, episode):
@@ -120,6 +121,28 @@ def test_they_agree_on_dispatches_that_nobody_asks_for():
         fast = Simulator(spec, [episode], record=True, asks=Asks(dispatch=NEVER))
         assert fast.advance()[0] == DONE
         assert_same_log(slow.events(), fast.events())
+
+
+@pytest.mark.parametrize("engine", [e for e in ENGINES if e != "vllm-priority"])
+@pytest.mark.parametrize("block", range(2))
+def test_they_agree_on_ranks_in_lockstep(block, engine):
+    for seed in range(4000 + 40 * block, 4040 + 40 * block):
+        assert_same_events(*with_ranks(*random_case(seed, [engine]), seed))
+
+
+def test_they_agree_on_ranks_beside_replicas_that_step_by_themselves():
+    for seed in range(5000, 5060):
+        spec, episode = with_ranks(*random_case(seed, ENGINES), seed)
+        assert_same_events(*with_followers(spec, episode, seed))
+
+
+def test_they_agree_on_ranks_whose_requests_outgrow_their_blocks():
+    preempted = 0
+    for seed in range(12):
+        spec, episode = with_ranks(*long_answers(seed, "vllm"), seed)
+        slow = assert_same_events(replace(spec, chunked_prefill=True), episode)
+        preempted += int((slow.events()["kind"] == EV_PREEMPT).sum())
+    assert preempted > 10
 
 
 def test_they_agree_where_sglang_retracts():

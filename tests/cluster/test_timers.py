@@ -15,22 +15,26 @@ from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import (
     ADMIT,
     ALWAYS,
+    ARRIVAL,
     DECISION,
     DONE,
     DOWN,
+    FAULT,
     NEVER,
     NOBODY,
     PREEMPT,
+    SCRAPE,
     WHERE_IT_MATTERS,
     Asks,
 )
-from servegym.cluster.timers import drop_first_timer, set_timer
+from servegym.cluster.timers import remove_timer, set_timer
 from servegym.errors import InvalidAction
 
 from .strategies import choose, random_case
 from .test_toys import replica_type, toy_cluster, toy_episode
 
 CAPACITY = 40
+FIELDS = ("time_s", "kind", "order", "subject")
 
 
 @kernel
@@ -39,8 +43,8 @@ def set_one(s, time_s, kind, order, subject):
 
 
 @kernel
-def drop_one(s):
-    drop_first_timer(s, 0)
+def remove_one(s, place):
+    remove_timer(s, 0, place)
 
 
 @pytest.fixture(scope="module")
@@ -48,28 +52,43 @@ def state():
     return Simulator(toy_cluster(), [toy_episode([(1.0, 1, 1)] * (CAPACITY - 2))]).state
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    st.lists(
-        st.none() | st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 4)),
-        max_size=CAPACITY,
-    )
+#: A timer to set, by time and kind; or which of those that are set to remove, None: the first due.
+actions = st.lists(
+    st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.integers(FAULT, ARRIVAL))
+    | st.none()
+    | st.integers(0, CAPACITY),
+    max_size=3 * CAPACITY,
 )
-def test_timers_come_out_by_time_then_kind_then_order(state, steps):
+
+
+@settings(max_examples=300, deadline=None)
+@given(actions)
+def test_timers_come_out_by_time_then_kind_then_order_whichever_are_removed(state, steps):
     state.env["num_timers"] = 0
+    state.request["timer_pos"] = -1
     inside: list[tuple[float, int, int, int]] = []
+    unused = list(range(CAPACITY - 2))  # requests without a timer
     for order, step in enumerate(steps):
-        if step is not None:
-            inside.append((*step, order, 1000 + order))
+        if isinstance(step, tuple) and unused:
+            inside.append((*step, order, unused.pop()))
             set_one(state, *inside[-1])
-        elif inside:
-            first = state.timer[0, 0]
-            assert min(inside) == tuple(
-                first[name].item() for name in ("time_s", "kind", "order", "subject")
-            )
-            inside.remove(min(inside))
-            drop_one(state)
-        assert state.env[0]["num_timers"] == len(inside)
+        elif inside and not isinstance(step, tuple):
+            inside.sort()
+            of_requests = [one for one in inside if one[1] > SCRAPE]
+            gone = inside[0]
+            if step is not None and of_requests:
+                gone = of_requests[step % len(of_requests)]
+            place = 0 if gone == inside[0] else int(state.request[0, gone[3]]["timer_pos"])
+            remove_one(state, place)
+            inside.remove(gone)
+            unused.append(gone[3])
+        timers = state.timer[0, : state.env[0]["num_timers"]]
+        listed = [tuple(one[name].item() for name in FIELDS) for one in timers]
+        assert sorted(listed) == sorted(inside)
+        assert not listed or listed[0] == min(inside)
+        places = {one[3]: i for i, one in enumerate(listed) if one[1] > SCRAPE}
+        for request in range(CAPACITY - 2):
+            assert state.request[0, request]["timer_pos"] == places.get(request, -1)
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -15,6 +15,7 @@ import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import TimeLimit
 
+from servegym.cluster.outcome import within_slo
 from servegym.errors import ConfigError, EnvironmentClosed, InvalidAction, ResetNeeded
 
 
@@ -119,11 +120,13 @@ def test_goodput_is_reported():
         _, reward, done, _, info = env.step(env.action_space.sample())
         total += reward
     metrics = info["episode_metrics"]
-    arrival_s = env.unwrapped.batch.simulator.outcomes(0)["arrival_s"]
-    assert 0 < metrics["slo_attainment"] <= 1
-    assert metrics["goodput_rps"] == pytest.approx(
-        metrics["slo_attainment"] * 40 / np.ptp(arrival_s)
-    )
+    simulator = env.unwrapped.batch.simulator
+    outcomes, due_s = simulator.outcomes(0), simulator.episodes[0].table.arrival_s
+    good = within_slo(outcomes, simulator.spec)
+    assert metrics["slo_attainment"] == good.mean() > 0
+    by_then = outcomes["arrival_s"] <= due_s[-1]  # who waited longer for an answer is not counted
+    assert metrics["goodput_rps"] == pytest.approx(good[by_then].sum() / (due_s[-1] - due_s[0]))
+    assert not by_then.all()
     assert total > 0
 
 

@@ -32,7 +32,9 @@ def spec(make_scenario):
 
 @pytest.fixture(scope="module")
 def episode(make_scenario):
-    return make_scenario().episode(0)  # one H100, two L40S
+    arrival_s = np.array([0.0, 10.0, 11.0, 12.0, 16.0, 18.0])
+    table = RequestTable.build(arrival_s, np.full(6, 100), np.full(6, 5))
+    return dataclasses.replace(make_scenario().episode(0), table=table)  # one H100, two L40S
 
 
 def fates(*rows: tuple[float, ...]) -> np.ndarray:
@@ -93,6 +95,27 @@ def test_goodput_of_six_requests(six, spec, episode):
     usd_per_s = sum(spec.types[t].price_usd_per_h for t in (0, 1, 1)) / 3600
     assert usd_per_s > 0
     assert got["goodput_per_usd"] == pytest.approx(2 / 8 / usd_per_s)
+
+
+def test_late_followers_do_not_stretch_the_time_that_goodput_is_counted_over(six, spec, episode):
+    # request 3 would have come at 12 s, but waited for a slow answer until 100 s
+    after = np.array([-1, -1, -1, 1, -1, -1])
+    delay_s = np.array([0.0, 0.0, 0.0, 2.0, 0.0, 0.0])
+    closed = dataclasses.replace(episode.table, after=after, delay_s=delay_s)
+    late = six.copy()
+    for name in ("arrival_s", "scheduled_s", "first_token_s", "finish_s"):
+        late[name][3] += 88.0
+    assert within_slo(late, spec).tolist() == [False, True, False, True, False, False]
+    waiting = dataclasses.replace(episode, table=closed)
+    got = measure(late, NO_STEPS, NO_ITL, spec, waiting)
+    assert got["goodput_rps"] == pytest.approx(1 / 8)  # from 10 to 18 s, by then one was in time
+    assert got["slo_attainment"] == pytest.approx(2 / 5)
+    # the same requests are judged, whenever they come: without the first of the table
+    assert got["e2e_mean_s"] == pytest.approx((3 + 2 + 8 + 10) / 4)
+    # clients take the next request when they are free: theirs end with the last arrival
+    anyone = dataclasses.replace(closed, after=np.array([-1, -1, -1, -2, -1, -1]))
+    got = measure(late, NO_STEPS, NO_ITL, spec, dataclasses.replace(episode, table=anyone))
+    assert got["goodput_rps"] == pytest.approx(2 / 90)
 
 
 def test_counts_of_six_requests(six, spec, episode):

@@ -100,6 +100,10 @@ def test_kind_says_which_file_is_which(tmp_path):
         ({"rate_jobs_per_s": 0.0}, "rate_jobs_per_s: input should be greater than 0"),
         ({"workload": {"kind": "random-dags"}}, "unknown kind 'random-dags'"),
         ({"objective": "latency"}, "objective"),
+        (
+            {"engine": {"retain_kv_s": 5.0}},
+            "retain_kv_s is 5.0, but engines of jobs .* leave it out",
+        ),
     ],
 )
 def test_wrong_value_is_refused_in_one_sentence(changes, message):

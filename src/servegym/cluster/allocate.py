@@ -11,7 +11,7 @@ from servegym.cluster.entry import NUM_ENTRIES
 from servegym.cluster.kernels import reset_env
 from servegym.cluster.nominal import nominal_facts
 from servegym.cluster.outcome import EVENT_DTYPE, STEP_DTYPE
-from servegym.cluster.spec import ClusterSpec, Episode, ReplicaType
+from servegym.cluster.spec import ClusterSpec, Episode, ReplicaType, first_ranks
 from servegym.cluster.state import (
     BLOCK_DTYPE,
     DISPATCH_ONLY,
@@ -23,6 +23,7 @@ from servegym.cluster.state import (
     KNOWN_DTYPE,
     NUM_ITL_BINS,
     NUM_SCRAPED,
+    NUM_SHARED,
     NUM_VIEW_ROWS,
     ORDER_DTYPE,
     REPLICA_DTYPE,
@@ -33,7 +34,9 @@ from servegym.cluster.state import (
     Params,
     State,
 )
+from servegym.costs.shared import NUM_SHARED_KNOTS, SharedCost
 from servegym.engines import ENGINES
+from servegym.typing import FloatArray
 
 
 class Capacity(NamedTuple):
@@ -83,6 +86,12 @@ def _longest_request(kind: ReplicaType, spec: ClusterSpec) -> int:
     return tokens
 
 
+def _shared_table(shared: SharedCost | None) -> FloatArray:
+    if shared is None:
+        return np.zeros((NUM_SHARED, NUM_SHARED_KNOTS))
+    return np.stack((shared.tokens, shared.experts_s, shared.skewed_experts_s, shared.exchange_s))
+
+
 def make_params(spec: ClusterSpec, *, record: bool, asks: Asks = DISPATCH_ONLY) -> Params:
     """Stack the replica types and rules of a cluster into arrays."""
     grids = [t.grid for t in spec.types]
@@ -110,6 +119,9 @@ def make_params(spec: ClusterSpec, *, record: bool, asks: Asks = DISPATCH_ONLY) 
         longest_tokens=np.array([_longest_request(t, spec) for t in spec.types], np.int64),
         max_num_batched_tokens=column("max_num_batched_tokens"),
         max_num_seqs=column("max_num_seqs"),
+        num_ranks=column("num_ranks"),
+        largest_graph=np.array([t.shared.largest_graph if t.shared else 0 for t in spec.types]),
+        shared_s=np.stack([_shared_table(t.shared) for t in spec.types]),
         nominal=np.ascontiguousarray(nominal_facts(spec), np.float64),
         slo_s=np.array([[c.ttft_s, c.tpot_s] for c in spec.slo_classes], np.float64),
         slo_weight=np.array([c.weight for c in spec.slo_classes], np.float64),
@@ -119,6 +131,7 @@ def make_params(spec: ClusterSpec, *, record: bool, asks: Asks = DISPATCH_ONLY) 
         allow_hold=bool(spec.allow_hold),
         allow_reject=bool(spec.allow_reject),
         hold_s=float(spec.hold_s),
+        retain_kv_s=float(spec.retain_kv_s),
         metrics_interval_s=float(spec.metrics_interval_s),
         noise_sigma=float(spec.noise_sigma),
         noise_period_steps=int(spec.noise_period_steps),
@@ -189,6 +202,8 @@ def load_episode(params: Params, state: State, env: int, episode: Episode) -> No
     replica = state.replica[env, :r]
     replica["type_idx"] = episode.type_idx
     replica["noise_stream"] = np.arange(r)
+    replica["num_ranks"] = params.num_ranks[episode.type_idx]
+    replica["first_rank"] = first_ranks(replica["num_ranks"])
     replica["base_speed"] = episode.speed
     for column in ("time_s", "replica", "kind", "value"):
         state.fault[column][env, :f] = getattr(faults, column)

@@ -1,12 +1,12 @@
-"""KV blocks with identities: the prefix cache of a replica."""
+"""KV blocks with identities: the prefix cache of a replica, and what requests hold of it."""
 
 from __future__ import annotations
 
-import numpy as np
-
 from servegym.cluster.jit import helper, inlined
-from servegym.cluster.rng import block_identity, mix64, private_key
-from servegym.cluster.state import Params, Records, State
+from servegym.cluster.pool import find_block, insert, set_free, take, unlink
+from servegym.cluster.retention import make_room
+from servegym.cluster.rng import block_identity, private_key
+from servegym.cluster.state import Params, State
 
 
 @helper
@@ -15,6 +15,7 @@ def reset_blocks(p: Params, s: State, e: int, r: int) -> None:
     v = s.replica[e, r]
     num_blocks = p.num_blocks[v.type_idx]
     v.free_blocks = num_blocks
+    v.kept_blocks = 0
     if not p.prefix_caching:
         return
     blocks = s.block[e, r]
@@ -22,6 +23,7 @@ def reset_blocks(p: Params, s: State, e: int, r: int) -> None:
     for b in range(num_blocks):
         blocks[b].identity = 0
         blocks[b].holders = 0
+        blocks[b].keepers = 0
         blocks[b].after = b + 1
         blocks[b].before = b - 1
     blocks[num_blocks - 1].after = end
@@ -39,83 +41,17 @@ def reset_blocks(p: Params, s: State, e: int, r: int) -> None:
 
 
 @inlined
-def _slot_of(identity: int, mask: int) -> int:
-    return np.int64(mix64(np.uint64(identity)) & np.uint64(mask))  # type: ignore[return-value]
-
-
-@inlined
-def find_block(known: Records, identity: int) -> int:
-    """Return the block with this identity, or -1.
-
-    Args:
-        known: `State.known[e, r]`; callers look it up before their loops.
-        identity: See `rng.block_identity`.
-    """
-    mask = known.shape[0] - 1
-    i = _slot_of(identity, mask)
-    while known[i].identity != 0:
-        if known[i].identity == identity:
-            return known[i].block
-        i = (i + 1) & mask
-    return -1
-
-
-@inlined
-def _insert(known: Records, identity: int, block: int) -> None:
-    """Note which block has an identity; of several, `find_block` returns the first noted."""
-    mask = known.shape[0] - 1
-    i = _slot_of(identity, mask)
-    while known[i].identity != 0:
-        i = (i + 1) & mask
-    known[i].identity = identity
-    known[i].block = block
-
-
-@inlined
-def _forget(known: Records, identity: int, block: int) -> None:
-    """Delete a block's entry; later ones of its probe run move back in order, leaving no marks."""
-    mask = known.shape[0] - 1
-    i = _slot_of(identity, mask)
-    while known[i].identity != identity or known[i].block != block:
-        i = (i + 1) & mask
-    j = i
-    while True:
-        j = (j + 1) & mask
-        if known[j].identity == 0:
-            break
-        home = _slot_of(known[j].identity, mask)
-        if ((j - home) & mask) >= ((j - i) & mask):
-            known[i].identity = known[j].identity
-            known[i].block = known[j].block
-            i = j
-    known[i].identity = 0
-
-
-@inlined
-def _take(blocks: Records, known: Records) -> int:
-    """Take the least recently used free block; it loses its identity."""
-    end = blocks.shape[0] - 1
-    block = blocks[end].after
-    blocks[end].after = blocks[block].after
-    blocks[blocks[block].after].before = end
-    if blocks[block].identity != 0:
-        _forget(known, blocks[block].identity, block)
-        blocks[block].identity = 0
-    blocks[block].holders = 1
-    return block
-
-
-@inlined
 def take_for_decodes(p: Params, s: State, e: int, r: int, count: int) -> None:
     """Take blocks for decoding requests; which block is whose is settled when one leaves."""
     v = s.replica[e, r]
     if not p.prefix_caching:
         v.free_blocks -= count
         return
+    make_room(p, s, e, r, count)
     blocks, known, reserve = s.block[e, r], s.known[e, r], s.reserve[e, r]
     place = v.num_reserve
     for i in range(place, place + count):
-        reserve[i] = _take(blocks, known)
+        reserve[i] = take(blocks, known)
     v.num_reserve = place + count
     v.free_blocks -= count
 
@@ -151,9 +87,10 @@ def take_for_chunk(
     if not p.prefix_caching:
         s.replica[e, r].free_blocks -= need - have
         return
+    make_room(p, s, e, r, need - have)
     row, blocks, known = s.table[e, r, q.seq_slot], s.block[e, r], s.known[e, r]
     for j in range(have, need):
-        row[j] = _take(blocks, known)
+        row[j] = take(blocks, known)
     s.replica[e, r].free_blocks -= need - have
     _name(
         p,
@@ -179,7 +116,7 @@ def _name(p: Params, s: State, e: int, r: int, request: int, first: int, end: in
             seg += 1
         key = segment[seg].key if seg < seg_stop else own
         identity = block_identity(key, j)
-        _insert(known, identity, row[j])
+        insert(known, identity, row[j])
         blocks[row[j]].identity = identity
 
 
@@ -241,9 +178,11 @@ def hold_matched(p: Params, s: State, e: int, r: int, request: int, hits: int) -
     for j in range(hits):
         block = row[j]
         if blocks[block].holders == 0:
-            blocks[blocks[block].before].after = blocks[block].after
-            blocks[blocks[block].after].before = blocks[block].before
             v.free_blocks -= 1
+            if blocks[block].keepers == 0:
+                unlink(blocks, block)
+            else:
+                v.kept_blocks -= 1
         blocks[block].holders += 1
 
 
@@ -276,18 +215,14 @@ def release(p: Params, s: State, e: int, r: int, request: int, computed: int, jo
     if joined >= 0:
         _name(p, s, e, r, request, joined // p.block_size, computed // p.block_size)
     blocks = s.block[e, r]
-    end = blocks.shape[0] - 1
-    for j in range(held - 1, -1, -1):
+    for j in range(held - 1, -1, -1):  # at most the last one has no identity
         block = row[j]
         blocks[block].holders -= 1
         if blocks[block].holders == 0:
-            # of the blocks released at once at most one, the last, has no identity: it goes first
-            before = blocks[end].before if blocks[block].identity != 0 else end
-            after = blocks[before].after
-            blocks[before].after = block
-            blocks[block].before = before
-            blocks[block].after = after
-            blocks[after].before = block
             v.free_blocks += 1
+            if blocks[block].keepers == 0:
+                set_free(blocks, block)
+            else:
+                v.kept_blocks += 1
     s.free_slots[e, r, v.num_free_slots] = slot
     v.num_free_slots += 1

@@ -7,6 +7,7 @@ import math
 from servegym.cluster.engine import leave_system, prefix_hit_tokens, wake
 from servegym.cluster.jit import helper, inlined
 from servegym.cluster.log import log_event
+from servegym.cluster.retention import expect
 from servegym.cluster.state import (
     DISPATCH,
     EV_DISPATCH,
@@ -147,4 +148,6 @@ def send(p: Params, s: State, e: int, request: int, r: int) -> None:
         v.wait_head = request
     v.wait_tail = request
     v.num_waiting += 1
+    if p.retain_kv_s > 0.0:
+        expect(p, s, e, r, request)
     wake(p, s, e, r, now_s)

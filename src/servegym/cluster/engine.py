@@ -13,12 +13,13 @@ from servegym.cluster.blocks import (
     take_for_chunk,
     take_for_decodes,
 )
-from servegym.cluster.entry import END_STEP, FORM_STEP, PREFIX_HIT_TOKENS, entry
+from servegym.cluster.entry import CATCH_UP, END_STEP, FORM_STEP, PREFIX_HIT_TOKENS, entry
 from servegym.cluster.heap import push_end, set_event
 from servegym.cluster.jit import helper, inlined
 from servegym.cluster.log import count_itl, log_event, log_steps
 from servegym.cluster.phased import forget_pressure, form_phase
 from servegym.cluster.priority import form_by_priority, hold_back, note_durations, reset_forming
+from servegym.cluster.retention import let_all_go, retain
 from servegym.cluster.running import (
     admit_head,
     at_hand,
@@ -300,6 +301,8 @@ def _finish(p: Params, s: State, e: int, r: int, request: int, now_s: float) -> 
     """A request has all its tokens."""
     q = s.request[e, request]
     leave_running(p, s, e, r, request)
+    if p.retain_kv_s > 0.0 and q.first_after >= 0:
+        retain(p, s, e, r, request, now_s)
     q.status = FINISHED
     q.finish_s = now_s
     s.replica[e, r].emitted -= q.generated
@@ -390,13 +393,14 @@ def wake(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     t = v.type_idx
     if v.mode == IDLE:
         v.mode = WAKING
-        set_event(s, e, r, np.nextafter(now_s, math.inf))
+        if s.due[e, v.event_pos].time_s == math.inf:  # else other ranks are in a step
+            set_event(s, e, r, np.nextafter(now_s, math.inf))
     elif v.num_running < p.max_num_seqs[t] and (v.num_waiting == 1 or p.engine[t] == VLLM_PRIORITY):
         # an engine that could not admit the head of its queue cannot admit what comes behind it
         cut_stretch(p, s, e, r, now_s)
 
 
-@inlined
+@entry(CATCH_UP, types.void, types.int64, types.int64, types.float64)
 def catch_up(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     """Book the ended steps of a decode stretch, so that the prefix cache shows what they evicted.
 
@@ -460,6 +464,7 @@ def stop_replica(p: Params, s: State, e: int, r: int, now_s: float) -> None:
         following = q.next_request
         _return(p, s, e, r, request, now_s)
         request = following
+    let_all_go(p, s, e, r)
     clear_replica(p, s, e, r)
     v.mode = DOWN
     set_event(s, e, r, math.inf)
@@ -496,6 +501,8 @@ def clear_replica(p: Params, s: State, e: int, r: int) -> None:
     v.run_head = -1
     v.run_tail = -1
     v.num_running = 0
+    v.first_retained = -1
+    v.last_expiring = -1
     v.first_prefill = -1
     v.num_decodes = 0
     v.kv_tokens = 0

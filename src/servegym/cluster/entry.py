@@ -25,8 +25,19 @@ from servegym.typing import IntArray
 _F = TypeVar("_F", bound=Callable[..., object])
 
 #: Places in `Params.entries`. Compiled code on disk holds them: a new entry point goes to the end.
-ADVANCE, APPLY, FORM_STEP, END_STEP, FORM_BY_PRIORITY, PREFIX_HIT_TOKENS, FORM_PHASE = range(7)
-NUM_ENTRIES = 7
+(
+    ADVANCE,
+    APPLY,
+    FORM_STEP,
+    END_STEP,
+    FORM_BY_PRIORITY,
+    PREFIX_HIT_TOKENS,
+    FORM_PHASE,
+    STEP_TOGETHER,
+    CATCH_UP,
+    LET_GO,
+) = range(10)
+NUM_ENTRIES = 10
 
 _compiled: dict[int, tuple[Any, types.Type, tuple[types.Type, ...]]] = {}
 

@@ -9,6 +9,7 @@ from numba import types
 
 from servegym.cluster.dispatch import hold, reject, route, send, set_up
 from servegym.cluster.engine import (
+    catch_up,
     clear_replica,
     cut_stretch,
     end_step,
@@ -19,8 +20,10 @@ from servegym.cluster.engine import (
 )
 from servegym.cluster.entry import ADVANCE, APPLY, entry
 from servegym.cluster.jit import helper, inlined, kernel
+from servegym.cluster.lockstep import step_together
 from servegym.cluster.log import log_event
 from servegym.cluster.priority import form_by_priority
+from servegym.cluster.retention import is_retained, let_all_go, let_go
 from servegym.cluster.running import blocks_for_steps
 from servegym.cluster.state import (
     ADMIT,
@@ -32,6 +35,7 @@ from servegym.cluster.state import (
     DONE,
     DOWN,
     EV_ARRIVE,
+    EXPIRY,
     FAULT,
     FAULT_DOWN,
     FAULT_SLOW,
@@ -59,7 +63,7 @@ from servegym.cluster.state import (
     Params,
     State,
 )
-from servegym.cluster.timers import drop_first_timer, set_timer
+from servegym.cluster.timers import remove_timer, set_timer
 from servegym.workloads.table import ANY_END, BY_ITSELF
 
 
@@ -98,14 +102,20 @@ def advance(p: Params, s: State, e: int) -> int:
         elif engine_s <= arrival_s:
             env.now_s = engine_s
             r = s.due[e, 0].replica
-            if s.replica[e, r].mode != WAKING:
-                end_step(p, s, e, r, engine_s)
-            form_step(p, s, e, r, engine_s)
+            if s.replica[e, r].num_ranks > 0:
+                step_together(p, s, e, s.replica[e, r].first_rank, engine_s)
+            else:
+                if s.replica[e, r].mode != WAKING:
+                    end_step(p, s, e, r, engine_s)
+                form_step(p, s, e, r, engine_s)
         else:
             env.now_s = arrival_s
             arrive_next(p, s, e)
         if env.decision != NO_DECISION:
             return DECISION
+    if p.retain_kv_s > 0.0:
+        for r in range(env.num_replicas):
+            let_all_go(p, s, e, r)
     return DONE
 
 
@@ -114,7 +124,7 @@ def go_off(p: Params, s: State, e: int) -> None:
     """Do what the first timer was set for."""
     env = s.env[e]
     kind, subject = s.timer[e, 0].kind, s.timer[e, 0].subject
-    drop_first_timer(s, e)
+    remove_timer(s, e, 0)
     if kind == FAULT:
         _set_fault(s, e, subject + 1)
         _fault(p, s, e, subject)
@@ -123,6 +133,11 @@ def go_off(p: Params, s: State, e: int) -> None:
             measure(p, s, e, r, env.now_s, s.scraped)
         env.last_scrape_s = env.now_s
         set_timer(s, e, env.now_s + p.metrics_interval_s, SCRAPE, 0, 0)
+    elif kind == EXPIRY:
+        r = s.request[e, subject].replica
+        catch_up(p, s, e, r, env.now_s)  # blocks taken by now may have been this turn's already
+        if is_retained(s, e, r, subject):
+            let_go(p, s, e, r, subject)
     elif kind == ARRIVAL:
         s.request[e, subject].arrival_s = env.now_s
         arrive(p, s, e, subject)
@@ -291,6 +306,7 @@ def reset_request(s: State, e: int, i: int) -> None:
     q.next_request = -1
     q.prev_request = -1
     q.heap_pos = -1
+    q.timer_pos = -1
     q.table_len = 0
     s.order[e, i].key = q.slo_class
     s.order[e, i].idle_since_s = q.arrival_s

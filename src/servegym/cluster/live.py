@@ -13,6 +13,7 @@ from servegym.cluster.kernels import arrive, change_speed, reset_request
 from servegym.cluster.running import blocks_for_steps
 from servegym.cluster.state import ABORTED, DECODE, IDLE, WAKING, Params, State
 from servegym.cluster.steptime import decode_span_s
+from servegym.cluster.timers import remove_timer
 from servegym.typing import FloatArray, IntArray
 from servegym.workloads.table import BY_ITSELF
 
@@ -169,10 +170,10 @@ def fail(p: Params, s: State, now_s: float) -> None:
     env = s.env[0]
     env.now_s = now_s
     stop_replica(p, s, 0, 0, now_s)
-    for i in range(env.num_timers):
-        request = s.timer[0, i].subject  # it waits for another replica, but there is none
+    while env.num_timers > 0:
+        request = s.timer[0, 0].subject  # it waits for another replica, but there is none
+        remove_timer(s, 0, 0)
         s.request[0, request].status = ABORTED
         leave_system(s, 0, request, now_s)
-    env.num_timers = 0
     s.replica[0, 0].mode = IDLE
     _forget_logs(s)

@@ -31,13 +31,13 @@ def nominal_facts(spec: ClusterSpec) -> FloatArray:
 
 
 def _facts(replica: ReplicaType, block_size: int) -> list[float]:
-    grid, budget = replica.grid, replica.max_num_batched_tokens
-    one = grid.step_s([], 1, _SEQ_TOKENS)
+    budget = replica.max_num_batched_tokens
+    one = replica.step_s([], 1, _SEQ_TOKENS)
     many = min(64, replica.max_num_seqs)
-    per_seq = (grid.step_s([], many, many * _SEQ_TOKENS) - one) / max(1, many - 1)
+    per_seq = (replica.step_s([], many, many * _SEQ_TOKENS) - one) / max(1, many - 1)
     return [
         1.0 / reference_request_s(replica),
-        budget / grid.step_s([(budget, 0)]),
+        budget / replica.step_s([(budget, 0)]),
         one,
         max(0.0, per_seq),
         float(replica.capacity_tokens(block_size)),
@@ -48,9 +48,9 @@ def _facts(replica: ReplicaType, block_size: int) -> list[float]:
 
 def request_alone_s(replica: ReplicaType, prompt_tokens: float, output_tokens: float) -> float:
     """Seconds that a request takes about, alone and with nothing cached."""
-    budget, grid = replica.max_num_batched_tokens, replica.grid
-    prefill_s = prompt_tokens / budget * grid.step_s([(budget, int(prompt_tokens / 2))])
-    decode_s = grid.step_s([], 1, int(prompt_tokens + output_tokens / 2))
+    budget = replica.max_num_batched_tokens
+    prefill_s = prompt_tokens / budget * replica.step_s([(budget, int(prompt_tokens / 2))])
+    decode_s = replica.step_s([], 1, int(prompt_tokens + output_tokens / 2))
     return prefill_s + output_tokens * decode_s
 
 
@@ -58,6 +58,6 @@ def reference_request_s(replica: ReplicaType) -> float:
     """Engine seconds that the reference request costs in a steady batch of its like."""
     batch = min(REFERENCE_BATCH, replica.max_num_seqs)
     context = REFERENCE_PROMPT_TOKENS + REFERENCE_OUTPUT_TOKENS // 2
-    decode_s = replica.grid.step_s([], batch, batch * context)
-    prefill_s = replica.grid.step_s([(REFERENCE_PROMPT_TOKENS, 0)])
+    decode_s = replica.step_s([], batch, batch * context)
+    prefill_s = replica.step_s([(REFERENCE_PROMPT_TOKENS, 0)])
     return prefill_s + REFERENCE_OUTPUT_TOKENS * decode_s / batch

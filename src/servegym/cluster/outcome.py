@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from servegym.cluster import state as s
 from servegym.cluster.spec import ClusterSpec
 from servegym.typing import BoolArray, FloatArray
-from servegym.workloads.table import RequestTable
+from servegym.workloads.table import ANY_END, RequestTable
 
 #: One event: `kind` is one of `state.EV_*`; `value` is cached tokens for `EV_ADMIT`, else 0.
 EVENT_DTYPE = np.dtype(
@@ -119,6 +119,51 @@ def within_slo(outcomes: NDArray[np.void], spec: ClusterSpec) -> BoolArray:
     limits = np.array([(c.ttft_s, c.tpot_s) for c in spec.slo_classes])[outcomes["slo_class"]]
     ok = (ttft <= limits[:, 0]) & (np.nan_to_num(tpot, nan=0.0) <= limits[:, 1])
     return np.asarray(ok & ~outcomes["rejected"])
+
+
+def arrivals_end_s(outcomes: NDArray[np.void], table: RequestTable) -> float:
+    """Return until when requests count for goodput: the last arrival if answers took no time.
+
+    That is the same under every policy. What comes later, since it waited for slow answers, does
+    not count: else the last turn of the longest session would rule the rate. Requests of clients
+    have no times of their own; there it is the last arrival.
+    """
+    last_s = float(outcomes["arrival_s"].max())
+    anyone = bool((table.after == ANY_END).any())
+    return last_s if anyone else min(last_s, float(table.arrival_s[-1]))
+
+
+def goodput_rps(
+    outcomes: NDArray[np.void], good: BoolArray, table: RequestTable, first: int = 0
+) -> float:
+    """Return requests within their limits per second of the time in which requests arrive.
+
+    Args:
+        outcomes: Those that are judged, `OUTCOME_DTYPE[m]`.
+        good: Which of them met their limits, `bool[m]`.
+        table: What was played.
+        first: The first request of the table that is judged.
+
+    Returns:
+        Requests per second until `arrivals_end_s`; of a batch, until its last finish; NaN if no
+        time passes.
+    """
+    arrival_s, end_s = outcomes["arrival_s"], arrivals_end_s(outcomes, table)
+    begin_s = float(arrival_s.min())
+    if not (table.after == ANY_END).any():
+        begin_s = float(table.arrival_s[first])
+    if end_s <= begin_s:
+        end_s = float(np.nan_to_num(outcomes["finish_s"]).max())
+    span_s = end_s - begin_s
+    return float(good[arrival_s <= end_s].sum() / span_s) if span_s > 0 else float("nan")
+
+
+def worth_in_time(outcomes: NDArray[np.void], spec: ClusterSpec, table: RequestTable) -> float:
+    """Return the weight of what counts for goodput, per request of the table."""
+    counts = within_slo(outcomes, spec)
+    counts &= outcomes["arrival_s"] <= arrivals_end_s(outcomes, table)
+    weight = np.array([c.weight for c in spec.slo_classes])[outcomes["slo_class"]]
+    return float(weight[counts].sum()) / len(table)
 
 
 def latencies(outcomes: NDArray[np.void]) -> tuple[FloatArray, FloatArray, FloatArray]:

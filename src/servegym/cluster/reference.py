@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from servegym.cluster import state as st
 from servegym.cluster.outcome import EVENT_DTYPE
-from servegym.cluster.reference_engines import RULES, Request, VllmPriority
-from servegym.cluster.spec import ClusterSpec, Episode
+from servegym.cluster.reference_engines import RULES, Engine, Request, VllmPriority
+from servegym.cluster.spec import ClusterSpec, Episode, first_ranks
 from servegym.workloads.table import ANY_END, BY_ITSELF
 
 
@@ -60,6 +60,8 @@ class ReferenceSimulator:
         ]
         types = [spec.types[t] for t in episode.type_idx.tolist()]
         self.replicas = [RULES[kind.engine](self, r) for r, kind in enumerate(types)]
+        first = first_ranks(np.array([kind.num_ranks for kind in types])).tolist()
+        self.groups = [[e for e in self.replicas if first[e.r] == i] for i in first]
         self.unsent = [q for q in self.requests if q.after == ANY_END]
         self.now_s = 0.0
         self.in_system = 0
@@ -84,10 +86,20 @@ class ReferenceSimulator:
         self.log(kind, q.idx, replica)
         self.in_system -= 1
         self.ended += 1
-        released = [other for other in self.requests if other.after == q.idx] + self.unsent[:1]
+        released = self.followers(q) + self.unsent[:1]
         del self.unsent[:1]
         for other in released:
             self._set_arrival(other, self.now_s + other.delay_s)
+
+    def followers(self, q: Request) -> list[Request]:
+        """Those that wait for the end of this one."""
+        return [other for other in self.requests if other.after == q.idx]
+
+    def expiry_s(self, q: Request) -> float:
+        """Set and return when a turn that ends now has been retained for its time."""
+        until_s = self.now_s + self.spec.retain_kv_s
+        self._set_timer(until_s, st.EXPIRY, q.idx)
+        return until_s
 
     def allowed(self, request: int) -> list[bool]:
         """Which actions may be taken: replicas, then hold, then reject."""
@@ -125,9 +137,26 @@ class ReferenceSimulator:
             if timer_s == now_s and (kind == st.FAULT or engine.due_s > now_s):
                 self._go_off(*heapq.heappop(self.timers))
             else:
-                if engine.stepping:
-                    engine.end_step()
-                engine.begin_step()
+                self._step(self.groups[engine.r])
+        for engine in self.replicas:
+            engine.pool.let_all_go()
+
+    def _step(self, ranks: list[Engine]) -> None:
+        """Let replicas that step together, most often one alone, end a step and begin another."""
+        for engine in ranks:
+            if engine.stepping:
+                engine.end_step()
+        for engine in ranks:
+            engine.begin_step()
+        shared = ranks[0].type.shared
+        if shared is None or not any(engine.stepping for engine in ranks):
+            return
+        slowest_s = max(engine.own_step_s() for engine in ranks)
+        tokens = [max(1, engine.step_tokens()) for engine in ranks]  # the idle have a dummy token
+        prefills = any(q.prefilling for engine in ranks for q in engine.running if q.scheduled)
+        end_s = self.now_s + slowest_s + shared.step_s(tokens, prefills=prefills)
+        for engine in ranks:
+            engine.due_s = end_s
 
     def _set_timer(self, time_s: float, kind: int, subject: int) -> None:
         """Let something happen; of equal times and kinds, what was set first goes first."""
@@ -150,6 +179,9 @@ class ReferenceSimulator:
         elif kind == st.SCRAPE:
             self.scraped = [e.metrics() for e in self.replicas]
             self._set_timer(time_s + self.spec.metrics_interval_s, st.SCRAPE, 0)
+        elif kind == st.EXPIRY:
+            for engine in self.replicas:
+                engine.pool.expire(subject)
         else:
             q = self.requests[subject]
             if kind == st.ARRIVAL:
@@ -167,6 +199,7 @@ class ReferenceSimulator:
             self.log(st.EV_DISPATCH, q.idx, action)
             chosen = self.replicas[action]
             chosen.waiting.append(q)
+            chosen.pool.expect(q.after)
             chosen.wake()
         elif action == hold:
             self._set_timer(self.now_s + self.spec.hold_s, st.HOLD_OVER, q.idx)

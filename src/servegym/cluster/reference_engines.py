@@ -17,6 +17,7 @@ from servegym.cluster.phased import (
     RETRACT_DECODE_STEPS,
 )
 from servegym.cluster.priority import STEP_WEIGHT
+from servegym.cluster.reference_blocks import BlockPool
 from servegym.cluster.rng import block_identity, private_key, step_noise_z
 from servegym.cluster.spec import WATERMARK_BLOCKS
 from servegym.engines import EngineName
@@ -53,46 +54,6 @@ class Request:
     def total(self) -> int:
         """Prompt and output tokens so far."""
         return self.prompt + self.generated
-
-
-class BlockPool:
-    """KV blocks of a replica: holders, identities, and a free list by last use."""
-
-    def __init__(self, num_blocks: int, caching: bool) -> None:
-        self.caching = caching
-        self.free = list(range(num_blocks))
-        self.holders = dict.fromkeys(range(num_blocks), 0)
-        self.identity: dict[int, int] = {}
-        self.where: dict[int, list[int]] = {}
-
-    def take(self) -> int:
-        """Take the least recently used free block."""
-        block = self.free.pop(0)
-        if block in self.identity:
-            self.where[self.identity.pop(block)].remove(block)
-        self.holders[block] = 1
-        return block
-
-    def hold(self, block: int) -> None:
-        """Add a holder to a cached block."""
-        if self.holders[block] == 0:
-            self.free.remove(block)
-        self.holders[block] += 1
-
-    def name(self, block: int, identity: int) -> None:
-        """Give a filled block its identity; others may have the same."""
-        if self.caching:
-            self.where.setdefault(identity, []).append(block)
-            self.identity[block] = identity
-
-    def release(self, blocks: list[int]) -> None:
-        """Take one holder off each block, last block first; those without identity go first."""
-        nameless: list[int] = []
-        for block in reversed(blocks):
-            self.holders[block] -= 1
-            if self.holders[block] == 0:
-                (self.free if block in self.identity else nameless).append(block)
-        self.free[:0] = nameless
 
 
 class Engine:
@@ -133,6 +94,13 @@ class Engine:
         self.pool.release(q.blocks)
         q.blocks, q.named = [], 0
 
+    def retain(self, q: Request) -> None:
+        """Keep what a turn that has ended has in the cache, if another request waits for it."""
+        if self.sim.spec.retain_kv_s > 0 and self.sim.followers(q):
+            blocks = self.hits(q, q.computed // self.sim.spec.block_size)
+            if blocks:
+                self.pool.retain(q.idx, blocks, self.sim.expiry_s(q))
+
     def preempt(self, q: Request, *, to_front: bool = True) -> None:
         """Preempt by recompute; the request waits at the front or the end of the queue."""
         self.running.remove(q)
@@ -166,6 +134,16 @@ class Engine:
         self.stepping = True
         self.due_s = sim.now_s + self.type.grid.step_s(chunks, len(decodes), kv) * factor
 
+    def own_step_s(self) -> float:
+        """Seconds that the step just begun takes by itself; of an idle rank, with a dummy token."""
+        if self.stepping:
+            return self.due_s - self.sim.now_s
+        return (self.type.grid.cpu_s + self.type.grid.dense(1)) / self.speed
+
+    def step_tokens(self) -> int:
+        """Tokens of the step in progress."""
+        return sum(q.scheduled for q in self.running)
+
     def blocks(self, tokens: int) -> int:
         """Blocks that hold so many tokens."""
         return -(-tokens // self.sim.spec.block_size)
@@ -181,6 +159,7 @@ class Engine:
         self.running.append(q)
         for block in hit:
             self.pool.hold(block)
+        self.pool.let_go_of(q.after)
         computed = len(hit) * self.sim.spec.block_size
         q.blocks, q.named, q.computed = list(hit), len(hit), computed
         q.prefilling, q.target = True, q.total
@@ -222,6 +201,7 @@ class Engine:
                 ended += 1
                 self.running.remove(q)
                 self.release(q)
+                self.retain(q)
                 self.sim.end(q, st.EV_FINISH, self.r)
         self.stepped(bool(decoding), ended)
 
@@ -260,7 +240,7 @@ class Engine:
         if not self.up:
             return 0, 0, 0.0, 0
         mine = self.running + self.waiting
-        held = 1.0 - len(self.pool.free) / self.type.num_blocks
+        held = 1.0 - self.pool.num_free / self.type.num_blocks
         return len(self.running), len(self.waiting), held, sum(q.generated for q in mine)
 
 
@@ -280,7 +260,7 @@ class Vllm(Engine):
                     continue
                 tokens = min(q.target - q.computed, budget) if q.prefilling else 1
                 need = self.blocks(q.computed + tokens) - len(q.blocks)
-                while need > len(self.pool.free) and q in self.running:
+                while need > self.pool.num_free and q in self.running:
                     victim = self.victim()
                     self.preempt(victim)
                     preempted = True
@@ -330,7 +310,7 @@ class Vllm(Engine):
 
     def has_room(self, q: Request, hit: list[int], unheld: int) -> bool:
         """Whether a waiting request's blocks may be had."""
-        return self.blocks(q.total) - len(hit) + unheld <= len(self.pool.free)
+        return self.blocks(q.total) - len(hit) + unheld <= self.pool.num_free
 
 
 class VllmPriority(Vllm):
@@ -367,7 +347,7 @@ class VllmPriority(Vllm):
     def may_choose(self) -> bool:
         """Whether it matters in the step to come who goes first."""
         decoding = [q for q in self.running if not q.prefilling]
-        free = len(self.pool.free)
+        free = self.pool.num_free
         free -= sum(self.blocks(q.computed + 1) - len(q.blocks) for q in decoding)
         budget = self.type.max_num_batched_tokens - len(decoding)
         prefilling = [q for q in self.running if q.prefilling]
@@ -417,7 +397,7 @@ class TrtLlm(Vllm):
     def has_room(self, q: Request, hit: list[int], unheld: int) -> bool:
         """See `Vllm.has_room`."""
         promised = sum(self.to_end(r) - len(r.blocks) for r in self.running)
-        return self.to_end(q) <= len(self.pool.free) - promised
+        return self.to_end(q) <= self.pool.num_free - promised
 
     def to_end(self, q: Request) -> int:
         """Blocks a request holds when its last token comes out."""
@@ -437,7 +417,7 @@ class VllmV0(Engine):
                 q = self.waiting[0]
                 hit, _ = self.cached(q)
                 tokens = q.total - len(hit) * self.sim.spec.block_size
-                if tokens > budget or len(self.pool.free) - self.blocks(q.total) < watermark:
+                if tokens > budget or self.pool.num_free - self.blocks(q.total) < watermark:
                     break
                 chunks.append(self.admit(hit, tokens))
                 budget -= tokens
@@ -446,7 +426,7 @@ class VllmV0(Engine):
             decodes: list[Request] = []
             preempted = False
             for q in list(self.running):
-                while not self.pool.free and q in self.running:
+                while not self.pool.num_free and q in self.running:
                     self.preempt(self.running[-1])
                     preempted = True
                 if q in self.running:
@@ -480,7 +460,7 @@ class Sglang(Engine):
                 if again and self.waiting:
                     continue
                 return [], []
-            if self.need() > len(self.pool.free):
+            if self.need() > self.pool.num_free:
                 self.retract()
                 self.full = False
             if lagging:
@@ -520,7 +500,7 @@ class Sglang(Engine):
             hit, unheld = self.cached(q)
             rest = q.total - len(hit) * size
             new = min(q.output - q.generated, CLIP_MAX_NEW_TOKENS)
-            left = (len(self.pool.free) - unheld) * size - reserved - ahead
+            left = (self.pool.num_free - unheld) * size - reserved - ahead
             if rest + new + size >= left:
                 self.full = True
                 break
@@ -537,7 +517,7 @@ class Sglang(Engine):
             if tokens == rest:
                 reserved += min(q.output, CLIP_MAX_NEW_TOKENS)
             reserved += size
-            if len(self.pool.free) * size - reserved - ahead <= 0:
+            if self.pool.num_free * size - reserved - ahead <= 0:
                 self.full = True
                 break
             if room <= 0:
@@ -555,7 +535,7 @@ class Sglang(Engine):
 
     def retract(self) -> None:
         """Retract those with the fewest output tokens, the longest prompt, the last place."""
-        while self.need() > len(self.pool.free) and len(self.running) > 1:
+        while self.need() > self.pool.num_free and len(self.running) > 1:
             order = sorted(self.running, key=lambda q: (q.generated, -q.prompt), reverse=True)
             self.preempt(order[-1], to_front=False)
         generated = sum(q.generated for q in self.running)

@@ -6,6 +6,7 @@ from servegym.cluster.blocks import hold_matched, match, release, take_for_chunk
 from servegym.cluster.heap import remove_end, set_event
 from servegym.cluster.jit import helper, inlined
 from servegym.cluster.log import log_event
+from servegym.cluster.retention import is_retained, let_go
 from servegym.cluster.state import (
     DECODE,
     EV_ADMIT,
@@ -66,6 +67,8 @@ def admit_head(
         v.wait_tail = -1
     v.num_waiting -= 1
     hold_matched(p, s, e, r, request, hits)
+    if p.retain_kv_s > 0.0 and is_retained(s, e, r, q.after):
+        let_go(p, s, e, r, q.after)
     tail = v.run_tail
     q.next_request = -1
     q.prev_request = tail

@@ -8,9 +8,10 @@ import numpy as np
 
 from servegym.cluster.state import FAULT_DOWN, FAULT_SLOW, FAULT_UP
 from servegym.costs.grid import CostGrid
+from servegym.costs.shared import SharedCost
 from servegym.engines import ENGINES, EngineName
 from servegym.errors import ConfigError, unknown_name
-from servegym.typing import FloatArray, Int8Array, Int16Array
+from servegym.typing import FloatArray, Int8Array, Int16Array, IntArray
 from servegym.workloads.table import RequestTable
 
 #: vLLM V0 admits no request that would leave less than one in so many blocks free.
@@ -30,6 +31,8 @@ class ReplicaType:
         price_usd_per_h: Rent of the whole replica, dollars an hour.
         num_gpus: GPUs it occupies.
         engine: Whose rules form its steps.
+        shared: What it does together with the other ranks of its group, whose steps begin and end
+            when its own do; the grid holds the rest. None: it steps by itself.
     """
 
     name: str
@@ -40,6 +43,7 @@ class ReplicaType:
     price_usd_per_h: float = 0.0
     num_gpus: int = 1
     engine: EngineName = "vllm"
+    shared: SharedCost | None = None
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
@@ -55,6 +59,33 @@ class ReplicaType:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
                 f"max_num_seqs ({self.max_num_seqs}), or a decode could lack budget"
             )
+
+        if self.shared is not None and self.engine == "vllm-priority":
+            raise ConfigError(
+                f"engine of {self.name} must not be vllm-priority: ranks in lockstep form their "
+                'steps without asking; take "vllm"'
+            )
+
+    @property
+    def num_ranks(self) -> int:
+        """Replicas in a group of its like, 0 if it steps by itself."""
+        return 0 if self.shared is None else self.shared.num_ranks
+
+    def step_s(
+        self, chunks: list[tuple[int, int]], num_decodes: int = 0, kv_tokens: int = 0
+    ) -> float:
+        """Return the seconds of one step, as `CostGrid.step_s`; all ranks of a group do the same.
+
+        Args:
+            chunks: `(chunk, context)` in tokens of every prefilling request in the step.
+            num_decodes: Sequences that decode one token.
+            kv_tokens: Tokens these attend to in all, their new ones included.
+        """
+        own_s = self.grid.step_s(chunks, num_decodes, kv_tokens)
+        if self.shared is None:
+            return own_s
+        tokens = num_decodes + sum(chunk for chunk, _ in chunks)
+        return own_s + self.shared.step_s([tokens] * self.num_ranks, prefills=bool(chunks))
 
     def capacity_tokens(self, block_size: int) -> int:
         """KV tokens that one request can come to have: less than all if the engine keeps some."""
@@ -96,6 +127,8 @@ class ClusterSpec:
         allow_hold: Whether a router may hold a request for `hold_s`.
         allow_reject: Whether a router may reject a request.
         hold_s: How long a hold lasts, seconds.
+        retain_kv_s: How long the KV blocks of a request that another waits for are kept for that
+            one, seconds; 0 means not at all.
         metrics_interval_s: Time between scrapes of engine metrics; 0 means always fresh.
         noise_sigma: Standard deviation of the logarithm of step times; 0 means none.
         noise_period_steps: Steps that share one draw of that noise.
@@ -109,6 +142,7 @@ class ClusterSpec:
     allow_hold: bool = False
     allow_reject: bool = False
     hold_s: float = 0.05
+    retain_kv_s: float = 0.0
     metrics_interval_s: float = 0.0
     noise_sigma: float = 0.0
     noise_period_steps: int = 8
@@ -119,11 +153,16 @@ class ClusterSpec:
         for name in ("block_size", "noise_period_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("metrics_interval_s", "noise_sigma"):
+        for name in ("metrics_interval_s", "noise_sigma", "retain_kv_s"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not self.hold_s > 0:
             raise ConfigError(f"hold_s must be above 0, got {self.hold_s}")
+        if self.retain_kv_s > 0 and not self.prefix_caching:
+            raise ConfigError(
+                f"retain_kv_s is {self.retain_kv_s}, but the prefix cache, where blocks are kept, "
+                "is off: set prefix_caching, or retain_kv_s to 0"
+            )
         for kind in self.types:
             if kind.engine == "sglang" and kind.max_num_batched_tokens < self.block_size:
                 raise ConfigError(
@@ -178,7 +217,8 @@ class Episode:
 
     Attributes:
         table: The requests.
-        type_idx: Replica type of each replica, `int16[num_replicas]`.
+        type_idx: Replica type of each replica, `int16[num_replicas]`. Ranks in lockstep stand side
+            by side: the first `num_ranks` in a row of such a type are one group, and so on.
         speed: Speed factor of each replica, 1 is nominal, `float64[num_replicas]`.
         faults: Slow-downs, failures and recoveries.
         noise_seed: Seed of the step-time noise.
@@ -212,6 +252,7 @@ class Episode:
             and not ((self.faults.replica >= 0) & (self.faults.replica < self.num_replicas)).all()
         ):
             raise ConfigError(f"faults must name replicas 0..{self.num_replicas - 1}")
+        self._check_ranks(spec)
         if (self.table.slo_class >= len(spec.slo_classes)).any():
             raise ConfigError(
                 f"the workload uses SLO class {int(self.table.slo_class.max())}, but only "
@@ -235,3 +276,40 @@ class Episode:
                     f"({least.max_num_batched_tokens}) must cover the longest request "
                     f"({int(need.max())} tokens); raise it, or cut the longest requests"
                 )
+
+    def _check_ranks(self, spec: ClusterSpec) -> None:
+        num_ranks = np.array([t.num_ranks for t in spec.types])[self.type_idx]
+        for first in np.unique(first_ranks(num_ranks)).tolist():
+            size = max(1, int(num_ranks[first]))
+            group = self.type_idx[first : first + size]
+            if len(group) < size or (group != group[0]).any():
+                raise ConfigError(
+                    f"replica {first} is the first of {size} ranks in lockstep, so that as many "
+                    f"replicas of {spec.types[group[0]].name} must stand side by side"
+                )
+        stopping = self.faults.replica[self.faults.kind != FAULT_SLOW]
+        stopping = stopping[num_ranks[stopping] > 0]
+        if len(stopping):
+            raise ConfigError(
+                f"replica {stopping[0]} is one of several ranks in lockstep, which do not fail one "
+                "by one: take only FAULT_SLOW for them"
+            )
+
+
+def first_ranks(num_ranks: IntArray) -> IntArray:
+    """Return the first replica of each one's group.
+
+    Args:
+        num_ranks: Ranks in its group, 0 for a replica that steps by itself,
+            `int64[num_replicas]`.
+
+    Returns:
+        A replica that steps by itself is its own first, `int64[num_replicas]`.
+    """
+    first = np.arange(len(num_ranks))
+    i = 0
+    while i < len(num_ranks):
+        stop = i + max(1, int(num_ranks[i]))
+        first[i:stop] = i
+        i = stop
+    return first

@@ -38,8 +38,8 @@ NO_DECISION, DISPATCH, ORDER, ADMIT, PREEMPT = range(5)
 # is a choice, or always
 NEVER, WHERE_IT_MATTERS, ALWAYS = range(3)
 # Kinds of timers, in the order in which those of one instant are due; engines have their turn after
-# the faults
-FAULT, SCRAPE, RETURN, HOLD_OVER, ARRIVAL = range(5)
+# the faults. All behind SCRAPE are about a request, which has one at a time
+FAULT, SCRAPE, EXPIRY, RETURN, HOLD_OVER, ARRIVAL = range(6)
 # Picks that are not a request: none yet, nobody
 NOT_PICKED, NOBODY = -1, -2
 # How far such an engine is with its next step
@@ -92,6 +92,9 @@ class Params(NamedTuple):
     longest_tokens: IntArray  # [T] KV tokens that one request can come to have
     max_num_batched_tokens: IntArray  # [T] token budget of a step
     max_num_seqs: IntArray  # [T]
+    num_ranks: IntArray  # [T] replicas that step together, 0: each by itself
+    largest_graph: IntArray  # [T] most tokens of such a rank for which there is a CUDA graph
+    shared_s: FloatArray  # [T, NUM_SHARED, NUM_SHARED_KNOTS] of `costs.shared`, see SHARED_*
     nominal: FloatArray  # [T, NUM_NOMINAL] static facts for the observation, see policy.contract
     slo_s: FloatArray  # [num_classes, 2] TTFT and TPOT limits, seconds
     slo_weight: FloatArray  # [num_classes]
@@ -101,6 +104,7 @@ class Params(NamedTuple):
     allow_hold: bool
     allow_reject: bool
     hold_s: float
+    retain_kv_s: float  # how long an ended turn keeps its blocks for the next one; 0: not at all
     metrics_interval_s: float  # 0: metrics are always fresh
     noise_sigma: float
     noise_period_steps: int
@@ -151,11 +155,12 @@ REQUEST_DTYPE = np.dtype(
             "landed_tokens",
             "i8",
         ),  # tokens that need not be computed after admission, without prefix caching
-        ("next_request", "i8"),  # links of waiting queues and running lists
+        ("next_request", "i8"),  # links of waiting queues, running lists and retained turns
         ("prev_request", "i8"),
         ("heap_pos", "i8"),  # place in the replica's end heap, -1: not in it
+        ("timer_pos", "i8"),  # place of its timer, -1: it has none
         ("seq_slot", "i8"),  # row of the block table
-        ("table_len", "i8"),  # blocks in that row
+        ("table_len", "i8"),  # blocks in that row; of a retained turn, those it keeps
     ],
     align=True,
 )
@@ -166,16 +171,21 @@ REPLICA_DTYPE = np.dtype(
         ("base_speed", "f8"),
         ("type_idx", "i8"),
         ("noise_stream", "i8"),  # its place in the scenario, for `rng.step_noise_z`
+        ("num_ranks", "i8"),  # replicas whose steps begin and end with its own, 0: none do
+        ("first_rank", "i8"),  # the first of them; they stand side by side
         # engine
         ("mode", "i8"),
         ("speed", "f8"),  # base_speed times the multiplier of a SLOW fault
-        ("free_blocks", "i8"),  # settled
+        ("free_blocks", "i8"),  # that no request holds, settled
+        ("kept_blocks", "i8"),  # those of them that retained turns keep
         ("wait_head", "i8"),
         ("wait_tail", "i8"),
         ("num_waiting", "i8"),
         ("run_head", "i8"),
         ("run_tail", "i8"),
         ("num_running", "i8"),
+        ("first_retained", "i8"),  # retained turn that lets go first, -1: there is none
+        ("last_expiring", "i8"),  # last of those whose time runs, -1: of none does
         ("first_prefill", "i8"),  # first running request that is not decoding, -1: none
         ("num_decodes", "i8"),
         ("kv_tokens", "i8"),  # sum of computed over decoding requests, settled
@@ -265,12 +275,18 @@ FORMING_DTYPE = np.dtype(
 SEGMENT_DTYPE = np.dtype([("key", "i8"), ("end", "i8")], align=True)
 END_DTYPE = np.dtype([("key", "i8"), ("request", "i8")], align=True)
 DUE_DTYPE = np.dtype([("time_s", "f8"), ("replica", "i8")], align=True)
-#: Something that happens at a time: a fault, a scrape, or a request's turn.
+#: Something that happens at a time: a fault, a scrape, or what a request waits for.
 TIMER_DTYPE = np.dtype(
     [("time_s", "f8"), ("kind", "i8"), ("order", "i8"), ("subject", "i8")], align=True
 )
 BLOCK_DTYPE = np.dtype(
-    [("identity", "i8"), ("holders", "i4"), ("after", "i4"), ("before", "i4")],
+    [
+        ("identity", "i8"),
+        ("holders", "i4"),  # requests
+        ("keepers", "i4"),  # retained turns
+        ("after", "i4"),
+        ("before", "i4"),
+    ],
     align=True,
 )
 KNOWN_DTYPE = np.dtype([("identity", "i8"), ("block", "i4")], align=True)
@@ -293,7 +309,7 @@ class State(NamedTuple):
     phase: Int32Array  # [E, R, block_size] decodes that need a block at step count = index
     ends: Records  # END_DTYPE[E, R, max_num_seqs] heap; key: last step << 32 | order of joining
     due: Records  # DUE_DTYPE[E, R] heap of replicas by their next event
-    block: Records  # BLOCK_DTYPE[E, R, B + 1]; holders, free list with its end at index B
+    block: Records  # BLOCK_DTYPE[E, R, B + 1]; who has them, free list with its end at index B
     known: Records  # KNOWN_DTYPE[E, R, H] hash map from identity to block; 0: empty
     reserve: Int32Array  # [E, R, B] blocks taken by decodes, not yet given to one
     table: Int32Array  # [E, R, max_num_seqs, W] block table
@@ -309,6 +325,10 @@ class State(NamedTuple):
     log: Records  # outcome.EVENT_DTYPE[E, L]
     steps: Records  # outcome.STEP_DTYPE[E, L]
 
+
+#: Rows of `Params.shared_s`; the first has the knots.
+SHARED_TOKENS, SHARED_EXPERTS, SHARED_SKEWED_EXPERTS, SHARED_EXCHANGE = range(4)
+NUM_SHARED = 4
 
 #: Rows of `State.scraped`.
 SCRAPED_RUNNING, SCRAPED_WAITING, SCRAPED_KV_USAGE, SCRAPED_EMITTED = range(4)

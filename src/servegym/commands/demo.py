@@ -64,14 +64,14 @@ class Demo(Played):
             scenario=self.scenario,
             total_decisions=20_000_000,
             max_minutes=self.minutes,
-            load=(0.7, 1.3),
+            load=(0.8, 1.6),
         )
         console.rule("2. export and reload")
         policies = [resolve_policy(name) for name in RULES] + [resolve_policy(str(path))]
         console.print(f"exported to {path}, verified against PyTorch, reloaded with ONNX Runtime")
         console.rule("3. evaluate on held-out seeds")
         scenario = chosen_scenario(self.scenario)
-        result = evaluated(scenario, policies, (0.8, 1.0, 1.2), self.seeds)
+        result = evaluated(scenario, policies, (1.0, 1.3, 1.6), self.seeds)
         publish(result, self.out / "results.json", self.out / "report.html")
         console.rule("4. evaluate on " + (self.trace or "the bundled synthetic trace"))
         on_trace = evaluated(traced, policies, (1.0,), self.seeds)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servegym.cluster.nominal import reference_request_s
-from servegym.cluster.outcome import latencies, within_slo
+from servegym.cluster.outcome import goodput_rps, latencies, within_slo
 from servegym.cluster.spec import ClusterSpec, Episode, ReplicaType
 from servegym.cluster.state import ITL_BINS_PER_DECADE, ITL_FIRST_S
 from servegym.typing import FloatArray, IntArray
@@ -57,18 +57,19 @@ def measure(
     """Reduce a drained run to numbers.
 
     Args:
-        outcomes: `OUTCOME_DTYPE[n]`.
+        outcomes: `OUTCOME_DTYPE[n]`, in the order of the table.
         steps: `STEP_DTYPE[m]`.
         histogram: Inter-token times.
         spec: The cluster.
         episode: What was played.
-        warmup: Share of the requests, by arrival, that is left out of latencies.
+        warmup: Share of the requests, the first of the table, that is left out of latencies: the
+            same ones under every policy, also where requests wait for others' answers.
 
     Returns:
         Metrics by name; see `docs/evaluation.md`.
     """
-    by_arrival = outcomes[np.argsort(outcomes["arrival_s"], kind="stable")]
-    kept = by_arrival[int(warmup * len(outcomes)) :]
+    num_warmup = int(warmup * len(outcomes))
+    kept = outcomes[num_warmup:]
     ttft, tpot, e2e = latencies(kept)
     out: dict[str, float] = {}
     for name, values in (("ttft", ttft), ("tpot", tpot), ("e2e", e2e)):
@@ -81,10 +82,6 @@ def measure(
     queue = kept["scheduled_s"] - kept["arrival_s"]
     out["queue_mean_s"] = float(np.nanmean(queue)) if len(queue) else float("nan")
     good = within_slo(kept, spec)
-    # over the arrivals, not the drain: one long last answer would else rule the rate
-    span = float(kept["arrival_s"][-1] - kept["arrival_s"][0])
-    if span == 0.0:  # a batch has no window of arrivals: its rate is over the time it takes
-        span = float(np.nan_to_num(kept["finish_s"]).max() - kept["arrival_s"][0])
     types = [spec.types[t] for t in episode.type_idx]
     gpus, usd_per_s = sum(t.num_gpus for t in types), sum(t.price_usd_per_h for t in types) / 3600
     out["slo_attainment"] = float(good.mean())
@@ -92,7 +89,7 @@ def measure(
         mine = kept["slo_class"] == c
         if mine.any():
             out[f"slo_attainment_{level.name}"] = float(good[mine].mean())
-    out["goodput_rps"] = float(good.sum() / span) if span > 0 else float("nan")
+    out["goodput_rps"] = goodput_rps(kept, good, episode.table, num_warmup)
     out["goodput_rps_per_gpu"] = out["goodput_rps"] / gpus
     out["goodput_per_usd"] = out["goodput_rps"] / usd_per_s if usd_per_s else float("nan")
     out["normalised_latency_s"] = float(np.nanmean(e2e / kept["output_tokens"]))

@@ -131,6 +131,9 @@ def _step_left_s(p: Params, s: State, e: int, r: int) -> float:
     """Time until the step in progress ends, 0 if there is none."""
     v = s.replica[e, r]
     now_s = s.env[e].now_s
+    if v.num_ranks > 0:  # it waits for the step of all, even if it is idle
+        due_s = s.due[e, v.event_pos].time_s
+        return due_s - now_s if due_s < np.inf else 0.0
     if v.mode == STEP or v.mode == PREFILL:
         return s.due[e, v.event_pos].time_s - now_s
     if v.mode == DECODE:
@@ -163,7 +166,7 @@ class _Scratch:
     """A one-replica state without prefix cache, large enough for any engine of a simulator."""
 
     def __init__(self, simulator: Simulator) -> None:
-        spec = replace(simulator.spec, prefix_caching=False)
+        spec = replace(simulator.spec, prefix_caching=False, retain_kv_s=0.0)
         capacity = Capacity(
             num_envs=1,
             requests=simulator.state.request.shape[1] + 1,
@@ -175,7 +178,11 @@ class _Scratch:
         )
         self.state = make_state(spec, capacity)
         self.quiet = simulator.params._replace(
-            prefix_caching=False, record=False, noise_sigma=0.0, metrics_interval_s=0.0
+            prefix_caching=False,
+            retain_kv_s=0.0,
+            record=False,
+            noise_sigma=0.0,
+            metrics_interval_s=0.0,
         )
 
 

@@ -12,10 +12,10 @@ from servegym.assets.specs import gpu, model
 from servegym.cluster.spec import ReplicaType
 from servegym.costs.formats import number_format
 from servegym.costs.grid import CostGrid
+from servegym.costs.shared import SharedCost
 from servegym.costs.source import Routing
 from servegym.costs.step import StepCost
 from servegym.engines import EngineName
-from servegym.validate.ranks import SharedCost
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class EngineSetup:
     host_sequence_s: float = 0.0
 
     def replica(self, constants: EngineConstants) -> ReplicaType:
-        """Return the replica type to simulate; with shared experts one rank's own work.
+        """Return the replica type to simulate; with shared experts a rank in lockstep.
 
         Raises:
             ConfigError: If the GPU, the model or the degree is not allowed, or the weights do
@@ -105,6 +105,7 @@ class EngineSetup:
             max_num_seqs=self.max_num_seqs,
             num_gpus=self.tp,
             engine=self.rules,
+            shared=self.shared(),
         )
 
     @property

@@ -27,8 +27,7 @@ def play(plan: Experiment, constants: EngineConstants) -> tuple[dict[str, float]
     Raises:
         ConfigError: If the model does not fit the GPUs, or a request the KV cache.
     """
-    replica, shared = plan.setup.replica(constants), plan.setup.shared()
-    num_ranks = plan.setup.expert_ranks
+    replica, num_replicas = plan.setup.replica(constants), plan.setup.expert_ranks
     # the same requests for the same experiment, whatever else is in the table
     seed = zlib.crc32(repr((plan.prompt_tokens, plan.output_tokens, plan.num_requests)).encode())
     rng = np.random.default_rng(seed)
@@ -47,17 +46,13 @@ def play(plan: Experiment, constants: EngineConstants) -> tuple[dict[str, float]
         budget = max(replica.max_num_batched_tokens, int((prompt + output).max()))
         replica = replace(replica, max_num_batched_tokens=budget)
     if plan.loop == "closed":
-        replay = replay_closed(
-            replica, plan.concurrency, prompt, output, num_ranks=num_ranks, shared=shared
-        )
+        replay = replay_closed(replica, plan.concurrency, prompt, output, num_replicas=num_replicas)
     else:
         arrival = np.zeros(plan.num_requests)
         if plan.loop == "open":
             arrival = np.cumsum(rng.exponential(1.0 / plan.rate_rps, plan.num_requests))
             arrival -= arrival[0]
-        replay = replay_open(
-            replica, arrival, prompt, output, num_replicas=num_ranks, shared=shared
-        )
+        replay = replay_open(replica, arrival, prompt, output, num_replicas=num_replicas)
     tpot = replay.tpot_s[~np.isnan(replay.tpot_s)]
     # benchmarks of batches and of maximum throughput call the engine, without a server between
     way_s = constants.request_s if plan.loop in ("closed", "open") else 0.0

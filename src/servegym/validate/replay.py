@@ -11,7 +11,6 @@ from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import ClusterSpec, Episode, ReplicaType
 from servegym.cluster.state import NEVER, Asks
 from servegym.typing import FloatArray, IntArray
-from servegym.validate.ranks import SharedCost, play_ranks
 from servegym.validate.runs import tpot
 from servegym.workloads.table import ANY_END, BY_ITSELF, RequestTable
 
@@ -78,7 +77,6 @@ def replay_open(
     block_size: int = 16,
     prefix_caching: bool = False,
     num_replicas: int = 1,
-    shared: SharedCost | None = None,
     record: bool = False,
 ) -> Replay:
     """Replay requests that arrive at given times; all at 0 is a static batch.
@@ -94,16 +92,12 @@ def replay_open(
         block_size: Tokens in a KV block.
         prefix_caching: Requests share no text; it lets a preempted one find its own blocks.
         num_replicas: Equal engines that share the requests.
-        shared: What these do together in steps of equal length; None: each steps by itself.
         record: Keep the steps, which `Replay.series` needs.
     """
     spec = ClusterSpec((replica,), block_size=block_size, prefix_caching=prefix_caching)
     table = RequestTable.build(arrival_s, prompt_tokens, output_tokens)
     simulator = _simulator(spec, table, num_replicas, record)
-    if shared is not None:
-        play_ranks(simulator, shared)
-    else:
-        simulator.advance()
+    simulator.advance()
     return _replay(simulator, replica)
 
 
@@ -114,8 +108,7 @@ def replay_closed(
     output_tokens: IntArray,
     *,
     block_size: int = 16,
-    num_ranks: int = 1,
-    shared: SharedCost | None = None,
+    num_replicas: int = 1,
 ) -> Replay:
     """Replay clients that each send a request, wait for its end and send the next.
 
@@ -128,18 +121,14 @@ def replay_closed(
         prompt_tokens: Of each request, in the order they are sent, `int64[n]`.
         output_tokens: Likewise.
         block_size: Tokens in a KV block.
-        num_ranks: Data-parallel ranks that share the requests.
-        shared: What these do together; needed for several.
+        num_replicas: Equal engines that share the requests, as in `replay_open`.
     """
     spec = ClusterSpec((replica,), block_size=block_size)
     n = len(prompt_tokens)
     after = np.where(np.arange(n) < concurrency, BY_ITSELF, ANY_END)
     table = RequestTable.build(np.zeros(n), prompt_tokens, output_tokens, after=after)
-    simulator = _simulator(spec, table, num_ranks, record=False)
-    if shared is None:
-        simulator.advance()
-    else:
-        play_ranks(simulator, shared)
+    simulator = _simulator(spec, table, num_replicas, record=False)
+    simulator.advance()
     return _replay(simulator, replica)
 
 

@@ -143,7 +143,6 @@ def score_run(run: RealRun, constants: EngineConstants) -> RunScore:
         block_size=run.block_size,
         prefix_caching=run.prefix_caching,
         num_replicas=run.dp,
-        shared=setup.shared(),
         record=True,
     )
     added = {"ttft_s": constants.request_s, "e2e_s": constants.request_s}

@@ -1,4 +1,4 @@
-"""SLO classes of requests that say none."""
+"""SLO classes and tenants of requests that say none, drawn by conversation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from servegym.typing import Int16Array
+from servegym.typing import Int16Array, Int32Array
 from servegym.workloads.table import RequestTable
 
 
@@ -17,3 +17,8 @@ def draw_classes(
     below = np.cumsum(shares) / np.sum(shares)
     draw = rng.random(len(table))[table.conversation]
     return np.searchsorted(below[:-1], draw, side="right").astype(np.int16)
+
+
+def draw_tenants(rng: np.random.Generator, table: RequestTable, num_tenants: int) -> Int32Array:
+    """Draw a tenant for each conversation, all alike, `int32[n]`."""
+    return rng.integers(0, num_tenants, len(table))[table.conversation].astype(np.int32)

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
 from servegym.typing import FloatArray
-from servegym.workloads.classes import draw_classes
-from servegym.workloads.mixtures import LengthConfig, WorkloadPart
+from servegym.workloads.mixtures import LengthConfig
 from servegym.workloads.table import ANY_END, BY_ITSELF, RequestTable
+from servegym.workloads.workload import Workload
 
 
-class ClientsConfig(WorkloadPart):
+class ClientsConfig(Workload):
     """`count` clients, each with one request at a time.
 
     A client sends its next request `think_s` after its last answer: seconds with a gamma
     distribution of that mean and the coefficient of variation `think_cv`, 0 for a constant, 1 for
     an exponential one. They share one list of requests, so that all of them have work until it is
     empty. A client begins at random within its first thinking. There is no rate: with R seconds
-    an answer, they make `count / (R + think_s)` requests a second.
+    an answer, they make `count / (R + think_s)` requests a second. Load multiplies the clients, to
+    the nearest whole number; the requests are the same at every load.
     """
 
     kind: Literal["clients"] = "clients"
@@ -42,22 +41,9 @@ class ClientsConfig(WorkloadPart):
         """Return the number of clients at a load, at least 1."""
         return max(1, round(self.count * load))
 
-    def table(
-        self,
-        rng: np.random.Generator,
-        *,
-        num_requests: int,
-        load: float = 1.0,
-        class_shares: Sequence[float] = (1.0,),
-    ) -> RequestTable:
-        """Draw the list of requests; it is the same at every load.
-
-        Args:
-            rng: Randomness.
-            num_requests: Requests of all clients together.
-            load: Multiplies the clients, to the nearest whole number.
-            class_shares: Shares of the SLO classes.
-        """
+    def _draw(
+        self, rng: np.random.Generator, num_requests: int, load: float
+    ) -> tuple[RequestTable, None]:
         prompt, output = (part.draw(rng, num_requests) for part in (self.prompt, self.output))
         think_s = self._think(rng, num_requests)
         begun = rng.random(num_requests)
@@ -67,15 +53,14 @@ class ClientsConfig(WorkloadPart):
         later = np.arange(1, num_requests - num + 1) * (self.think_s / num)
         first = np.sort(begun[:num] * think_s[:num])
         waits = np.arange(num_requests) >= num
-        table = RequestTable.build(
+        return RequestTable.build(
             np.concatenate((first, first[-1] + later)),
             prompt,
             output,
             after=np.where(waits, ANY_END, BY_ITSELF),
             delay_s=np.where(waits, think_s, 0.0),
             tenant=tenant,
-        )
-        return replace(table, slo_class=draw_classes(rng, table, class_shares))
+        ), None
 
     def _think(self, rng: np.random.Generator, num: int) -> FloatArray:
         """Draw times of thinking in seconds, `float64[num]`."""

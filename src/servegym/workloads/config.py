@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -12,10 +11,10 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from servegym.errors import WorkloadError
-from servegym.typing import FloatArray, IntArray
+from servegym.typing import BoolArray, FloatArray, Int32Array, IntArray
 from servegym.workloads import arrivals
 from servegym.workloads.agents import AgentsConfig
-from servegym.workloads.classes import draw_classes
+from servegym.workloads.classes import draw_tenants
 from servegym.workloads.clients import ClientsConfig
 from servegym.workloads.dialect import TimeUnit
 from servegym.workloads.mixtures import LengthConfig, WorkloadPart
@@ -23,6 +22,7 @@ from servegym.workloads.readers import OnBadRow, read_trace
 from servegym.workloads.shortening import TooLong
 from servegym.workloads.table import BY_ITSELF, RequestTable
 from servegym.workloads.trace import Trace
+from servegym.workloads.workload import Workload
 
 #: Longest prompt and output of a trace together, unless another is given: contexts that costs are
 #: known for.
@@ -82,7 +82,7 @@ class SessionConfig(WorkloadPart):
         return self
 
 
-class GeneratedConfig(WorkloadPart):
+class GeneratedConfig(Workload):
     """A synthetic stream."""
 
     kind: Literal["generated"] = "generated"
@@ -98,34 +98,20 @@ class GeneratedConfig(WorkloadPart):
         """What load 1 means."""
         return f"{self.rate_rps:g}/s"
 
-    def table(
-        self,
-        rng: np.random.Generator,
-        *,
-        num_requests: int,
-        load: float = 1.0,
-        class_shares: Sequence[float] = (1.0,),
-    ) -> RequestTable:
-        """Draw a stream.
-
-        Args:
-            rng: Randomness.
-            num_requests: Requests.
-            load: Multiplies the rate.
-            class_shares: Shares of the SLO classes.
-        """
+    def _draw(
+        self, rng: np.random.Generator, num_requests: int, load: float
+    ) -> tuple[RequestTable, None]:
         rate = self.rate_rps * load
-        if self.sessions is None:
-            table = RequestTable.build(
-                self.arrivals.draw(rng, num_requests, rate),
-                self.prompt.draw(rng, num_requests),
-                self.output.draw(rng, num_requests),
-            )
-        else:
-            table = self._conversations(rng, num_requests, rate, self.sessions)
-        slo_class = draw_classes(rng, table, class_shares)
-        tenant = rng.integers(0, self.num_tenants, num_requests)[table.conversation]
-        return replace(table, slo_class=slo_class, tenant=tenant.astype(np.int32))
+        if self.sessions is not None:
+            return self._conversations(rng, num_requests, rate, self.sessions), None
+        return RequestTable.build(
+            self.arrivals.draw(rng, num_requests, rate),
+            self.prompt.draw(rng, num_requests),
+            self.output.draw(rng, num_requests),
+        ), None
+
+    def _tenants(self, rng: np.random.Generator, stream: RequestTable) -> Int32Array:
+        return draw_tenants(rng, stream, self.num_tenants)
 
     def _conversations(
         self, rng: np.random.Generator, num: int, rate: float, c: SessionConfig, spare: float = 1.4
@@ -191,8 +177,8 @@ def _turn_before(session: IntArray) -> IntArray:
     return before
 
 
-class TraceConfig(WorkloadPart):
-    """A replayed trace; each seed plays another window of it.
+class TraceConfig(Workload):
+    """A replayed trace; each seed plays another window of it, `num_requests` in a row.
 
     `rate_rps` is the rate at load 1; without it the trace keeps its own. `time_unit` and
     `hash_block_tokens` say what the numbers count where the file's columns do not. Requests beyond
@@ -232,18 +218,9 @@ class TraceConfig(WorkloadPart):
         """Whether all requests arrive at one time, so that there is no rate."""
         return self.read().sessions is None and not np.isfinite(self.whole().rate_rps)
 
-    def table(
-        self,
-        rng: np.random.Generator,
-        *,
-        num_requests: int,
-        load: float = 1.0,
-        class_shares: Sequence[float] = (1.0,),
-    ) -> RequestTable:
-        """Take `num_requests` successive requests from a random place, at `load` times the rate.
-
-        SLO classes are drawn for the requests that have none in the file.
-        """
+    def _draw(
+        self, rng: np.random.Generator, num_requests: int, load: float
+    ) -> tuple[RequestTable, BoolArray | None]:
         sessions = self.read().sessions
         if sessions is not None:
             if self.rate_rps is None:
@@ -251,14 +228,9 @@ class TraceConfig(WorkloadPart):
                     f"{self.path} holds sessions without a common time: say with rate_rps how many"
                     " calls there are per second"
                 )
-            part = sessions.stream(rng, num_requests, self.rate_rps * load)
-            return replace(part, slo_class=draw_classes(rng, part, class_shares))
+            return sessions.stream(rng, num_requests, self.rate_rps * load), None
         part, rows, _ = self._window(rng, num_requests, load)
-        given = self.read().class_given[rows]
-        if len(class_shares) > 1 and not given.all():
-            drawn = draw_classes(rng, part, class_shares)
-            part = replace(part, slo_class=np.where(given, part.slo_class, drawn))
-        return part
+        return part, self.read().class_given[rows]
 
     def num_cut_off(self, rng: np.random.Generator, *, num_requests: int, load: float = 1.0) -> int:
         """Count the requests of a window that wait for one before it, and so come by themselves.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from servegym.workloads.table import BY_ITSELF, RequestTable
 _MAX = int(np.iinfo(np.int32).max)
 #: Key of the text that all sessions begin with.
 _SYSTEM_KEY = 1
+#: In place of the row that a text is named by: that of all, and that of a user.
+_OF_ALL, _OF_USER = -1, -2
 _MOST_DRAWS = 12
 
 
@@ -23,15 +26,20 @@ _MOST_DRAWS = 12
 class Sessions:
     """A pool of sessions, a row a call; a call comes after those it waits for.
 
+    A user's sessions come together: whoever draws from the pool draws users.
+
     Attributes:
         session: Number of the session, `int64[n]`; the rows of one follow each other.
         prompt_tokens: `int64[n]`.
         output_tokens: `int64[n]`.
-        after: Row whose answer it waits for, -1 for the first call of a session, `int64[n]`.
-        delay_s: From that answer to the call, `float64[n]`.
+        after: Row whose answer it waits for, -1 for none, `int64[n]`.
+        delay_s: From that answer to the call, or from the coming of the user, `float64[n]`.
         continues: Row whose text it goes on from, -1 for none, `int64[n]`.
         shared_tokens: How far its prompt is that row's prompt and answer, `int64[n]`.
         system_tokens: With how many tokens of one text all prompts begin.
+        user: Number of the user, `int64[n]`; the rows of one follow each other. None: every
+            session is that of another.
+        user_tokens: With how many tokens of a text of their own the prompts of a user go on.
     """
 
     session: IntArray
@@ -42,39 +50,50 @@ class Sessions:
     continues: IntArray
     shared_tokens: IntArray
     system_tokens: int = 0
+    user: IntArray | None = None
+    user_tokens: int = 0
 
     def __len__(self) -> int:
         return int(self.session[-1]) + 1
+
+    @property
+    def _drawn_by(self) -> IntArray:
+        """Number of what is drawn together, `int64[n]`."""
+        return self.session if self.user is None else self.user
 
     def cut(self, prompt_tokens: IntArray, output_tokens: IntArray, rows: BoolArray) -> Sessions:
         """Return the given rows with other lengths; who waits for one left out is left out, too."""
         place = np.full(len(rows), -1)
         place[rows] = np.arange(rows.sum())
-        columns = {
-            f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "system_tokens"
+        columns: dict[str, Any] = {
+            f.name: values[rows]
+            for f in fields(self)
+            if isinstance(values := getattr(self, f.name), np.ndarray)
         }
         columns.update(prompt_tokens=prompt_tokens, output_tokens=output_tokens)
-        columns["session"] = np.unique(columns["session"], return_inverse=True)[1]
+        for name in columns.keys() & {"session", "user"}:
+            columns[name] = np.unique(columns[name], return_inverse=True)[1]
         for name in ("after", "continues"):
             columns[name] = np.where(columns[name] < 0, -1, place[columns[name]])
-        return Sessions(**columns, system_tokens=self.system_tokens)
+        return replace(self, **columns)
 
     @cached_property
     def first(self) -> IntArray:
-        """First row of each session and the end of the last, `int64[s+1]`."""
-        return np.searchsorted(self.session, np.arange(len(self) + 1))
+        """First row of each user and the end of the last, `int64[u+1]`."""
+        drawn_by = self._drawn_by
+        return np.searchsorted(drawn_by, np.arange(drawn_by[-1] + 2))
 
     @cached_property
     def begin_s(self) -> FloatArray:
-        """When each call comes in its session if answers take no time, `float64[n]`."""
-        begin = np.zeros(len(self.session))
+        """When each call comes, from its user on, if answers take no time, `float64[n]`."""
+        begin = np.where(self.after < 0, self.delay_s, 0.0)
         for i in np.flatnonzero(self.after >= 0).tolist():
             begin[i] = begin[self.after[i]] + self.delay_s[i]
         return begin
 
     @cached_property
     def length_s(self) -> FloatArray:
-        """How long each session is if answers take no time, `float64[s]`."""
+        """How long each user stays if answers take no time, `float64[u]`."""
         return np.maximum.reduceat(self.begin_s, self.first[:-1])
 
     @cached_property
@@ -86,7 +105,8 @@ class Sessions:
 
         Returns:
             Text of each row as its first row, `int64[n]`; and of texts, by that row, the segments:
-            offsets `int64[n+1]`, which text each is a beginning of (-1: that of all) and its end.
+            offsets `int64[n+1]`, which text each is a beginning of (`_OF_ALL`, `_OF_USER`: not one
+            of a row) and its end.
         """
         n = len(self.session)
         before = np.maximum(self.continues, 0)
@@ -101,7 +121,9 @@ class Sessions:
                 break
             text = further
         segments: dict[int, list[tuple[int, int]]] = {}
-        begins = [(-1, self.system_tokens)] if self.system_tokens else []
+        begins = [(_OF_ALL, self.system_tokens)] if self.system_tokens else []
+        if self.user_tokens:
+            begins.append((_OF_USER, self.system_tokens + self.user_tokens))
         for i in np.flatnonzero(~whole).tolist():
             start = begins
             if self.continues[i] >= 0:
@@ -122,28 +144,34 @@ class Sessions:
         return text, offsets, flat[:, 0], flat[:, 1]
 
     def at_once(self) -> RequestTable:
-        """Return all calls, with every session from time 0 on."""
+        """Return all calls, with every user from time 0 on."""
         order = np.argsort(self.begin_s, kind="stable")
         place = np.argsort(order)
         after = self.after[order]
-        offsets, keys, ends = self._prefixes(order, np.full(len(order), _SYSTEM_KEY + 1))
+        offsets, keys, ends = self._prefixes(
+            order,
+            np.full(len(order), _SYSTEM_KEY + 1),
+            _SYSTEM_KEY + 1 + len(order) + self._drawn_by[order],
+        )
         return RequestTable.build(
             self.begin_s[order],
             self.prompt_tokens[order],
             self.output_tokens[order],
             session=self.session[order],
+            tenant=None if self.user is None else self.user[order],
             after=np.where(after < 0, BY_ITSELF, place[after]),
-            delay_s=self.delay_s[order],
+            delay_s=np.where(after < 0, 0.0, self.delay_s[order]),
             prefix_offsets=offsets,
             prefix_keys=keys,
             prefix_ends=ends,
         )
 
     def stream(self, rng: np.random.Generator, num_requests: int, rate_rps: float) -> RequestTable:
-        """Draw a stream in which sessions begin at random, as if it had always been going on.
+        """Draw a stream in which users come at random, as if it had always been going on.
 
-        Sessions of the pool are drawn with replacement, and begin in a Poisson process. Of those
-        that are under way at time 0 the next call comes by itself.
+        Users of the pool (without users: sessions) are drawn with replacement, and come in a
+        Poisson process. Of what is under way at time 0 the next call comes by itself. Tenants are
+        users, as many as were drawn.
 
         Args:
             rng: Randomness.
@@ -153,13 +181,14 @@ class Sessions:
         Raises:
             WorkloadError: If the sessions are too short or too few to go on so fast.
         """
-        per_session = len(self.session) / len(self)
+        num_users = len(self.first) - 1
+        per_user = len(self.session) / num_users
         window_s = 1.2 * num_requests / rate_rps
         for _ in range(_MOST_DRAWS):
             # those that are under way at some time between 0 and window_s
             within_s = self.length_s + window_s
-            number = int(rng.poisson(rate_rps / per_session * within_s.mean()))
-            drawn = rng.choice(len(self), number, p=within_s / within_s.sum())
+            number = int(rng.poisson(rate_rps / per_user * within_s.mean()))
+            drawn = rng.choice(num_users, number, p=within_s / within_s.sum())
             start_s = rng.random(number) * within_s[drawn] - self.length_s[drawn]
             counts = np.diff(self.first)[drawn]
             offset = np.cumsum(counts) - counts
@@ -181,14 +210,17 @@ class Sessions:
         place = np.full(len(row) + 1, BY_ITSELF)
         place[heard] = np.arange(num_requests)
         after = place[np.where(self.after[row] < 0, -1, self.after[row] + moved)][heard]
+        num_rows = len(row)
         row, instance, moved = row[heard], instance[heard], moved[heard]
-        salt = int(rng.integers(1, 1 << 31))
-        offsets, keys, ends = self._prefixes(row, (salt << 31) + moved)
+        salt = int(rng.integers(1, 1 << 31)) << 31
+        offsets, keys, ends = self._prefixes(row, salt + moved, salt + num_rows + instance)
+        user = np.unique(instance, return_inverse=True)[1]
         return RequestTable.build(
             arrival_s[heard],
             self.prompt_tokens[row],
             self.output_tokens[row],
-            session=np.unique(instance, return_inverse=True)[1],
+            session=np.unique(user * len(self) + self.session[row], return_inverse=True)[1],
+            tenant=None if self.user is None else user,
             after=after,
             delay_s=np.where(after == BY_ITSELF, 0.0, self.delay_s[row]),
             prefix_offsets=offsets,
@@ -196,15 +228,24 @@ class Sessions:
             prefix_ends=ends,
         )
 
-    def _prefixes(self, row: IntArray, number: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-        """Segments of rows: offsets, keys and ends; `number` is added to keys of texts."""
+    def _prefixes(
+        self, row: IntArray, number: IntArray, user_key: IntArray
+    ) -> tuple[IntArray, IntArray, IntArray]:
+        """Segments of rows: offsets, keys and ends.
+
+        Args:
+            row: Rows of the pool, `int64[m]`.
+            number: What is added to a row that names a text to make a key, `int64[m]`.
+            user_key: Key of the user's text, `int64[m]`.
+        """
         text, offsets, of_text, ends = self._text
         start = offsets[text[row]]
         counts = offsets[text[row] + 1] - start
         out = np.concatenate((np.zeros(1, np.int64), np.cumsum(counts)))
         at = np.repeat(start - out[:-1], counts) + np.arange(out[-1])
-        keys = np.where(of_text[at] < 0, _SYSTEM_KEY, of_text[at] + np.repeat(number, counts))
-        return out, keys, ends[at]
+        of = of_text[at]
+        keys = np.where(of == _OF_ALL, _SYSTEM_KEY, of + np.repeat(number, counts))
+        return out, np.where(of == _OF_USER, np.repeat(user_key, counts), keys), ends[at]
 
 
 def recorded_sessions(recorded: Sequence[RecordedSession]) -> tuple[Sessions, list[str]]:

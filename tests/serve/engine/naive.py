@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from servegym.cluster.reference_engines import BlockPool
+from servegym.cluster.reference_blocks import BlockPool
 
 
 @dataclass(eq=False)

@@ -588,6 +588,13 @@ def test_impossible_fleet_is_refused(settings, said):
         Fleet(FleetConfig(scenario, **settings))
 
 
+def test_a_fleet_that_is_to_retain_turns_is_refused():
+    scenario = parse_scenario(SCENARIO.format(seqs=8, blocks=100), "test")
+    engine = scenario.engine.model_copy(update={"retain_kv_s": 5.0, "prefix_caching": True})
+    with pytest.raises(ConfigError, match="an emulated engine is not told which answers"):
+        Fleet(FleetConfig(scenario.model_copy(update={"engine": engine})))
+
+
 def test_stamped_events_tell_when_the_request_came_and_when_they_were_sent():
     async def test():
         async with serving(stamped=True, speed=2.0) as (fleet, session):

@@ -133,6 +133,7 @@ def test_coarse_engine_agrees_with_the_one_that_goes_step_by_step(name, load, me
     scenario = load_scenario(name)
     fine = replace(scenario.spec, prefix_caching=False, metrics_interval_s=0.0, noise_sigma=0.0)
     drawn = scenario.episode(3, load=load, num_requests=1500)
+    drawn = replace(drawn, table=drawn.table.open_loop())
     engines = EngineSimulator(fine, [drawn])
     run_engines(engines, policy("round-robin"))
     want = engines.outcomes()["finish_s"] - drawn.table.arrival_s

@@ -70,6 +70,12 @@ class Fleet:
     def __init__(self, config: FleetConfig) -> None:
         if not 0 < config.speed < math.inf:
             raise ConfigError(f"speed must be above 0 and finite, got {config.speed}")
+        retain_kv_s = config.scenario.spec.retain_kv_s
+        if retain_kv_s > 0:
+            raise ConfigError(
+                f"retain_kv_s is {retain_kv_s}, but an emulated engine is not told which answers "
+                "others wait for: leave it out of the scenario"
+            )
         self._config = config
         self._episode = config.scenario.episode(config.seed, num_requests=_NUM_LENGTHS)
         there = range(self._episode.num_replicas)

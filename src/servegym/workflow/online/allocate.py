@@ -18,7 +18,7 @@ from servegym.costs.grid import (
     NUM_KV_KNOTS,
     CostGrid,
 )
-from servegym.workflow.online.kernels import load_jobs
+from servegym.workflow.online.loading import load_jobs
 from servegym.workflow.online.pool import Pool
 from servegym.workflow.online.spec import DeviceType, Episode, FleetSpec
 from servegym.workflow.online.state import (

@@ -7,9 +7,7 @@ import math
 import numpy as np
 
 from servegym.cluster.jit import inlined, kernel
-from servegym.cluster.rng import mix64, uniform
 from servegym.cluster.state import FAULT_DOWN, FAULT_SLOW
-from servegym.cluster.steptime import decode_span_s, dense_s, prefill_s
 from servegym.workflow.online.engine import (
     clear_device,
     end_prefill,
@@ -25,19 +23,16 @@ from servegym.workflow.online.engine import (
     take_end,
 )
 from servegym.workflow.online.heap import drop_first, push
-from servegym.workflow.online.pool import Pool
 from servegym.workflow.online.state import (
     BLOCKED,
     DECISION,
     DONE,
     ENDED,
-    FUTURE,
     LLM,
     NOWHERE,
     READY,
     STARTED,
     STUCK,
-    TASK,
     TOOL,
     WAIT,
     Params,
@@ -357,254 +352,3 @@ def _arrive(p: Params, s: State, e: int) -> None:
     for v in range(job.first_stage, job.first_stage + job.num_stages):
         if s.stage[e, v].parents_left == 0:
             become_ready(s, e, v)
-
-
-@inlined
-def _normal(noise_seed: np.uint64, stage: int) -> float:
-    base = mix64(noise_seed ^ mix64(np.uint64(stage) + np.uint64(0x9E3779B97F4A7C15)))
-    u, w = uniform(base), uniform(base + np.uint64(0x9E3779B97F4A7C15))
-    return math.sqrt(-2.0 * math.log(u)) * math.cos(2.0 * math.pi * w)
-
-
-@inlined
-def llm_time_s(p: Params, t: int, prompt: int, output: float) -> float:
-    """Expected duration of an LLM stage on an engine type, beside a typical batch of its like."""
-    k = p.engine_idx[t]
-    budget = p.engine.max_num_batched_tokens[k]
-    total_s, done = 0.0, 0
-    while done < prompt:
-        chunk = min(budget, prompt - done)
-        total_s += dense_s(p.engine, k, chunk) + prefill_s(p.engine, k, chunk, done)
-        done += chunk
-    return total_s + (output - 1.0) * llm_step_s(p, t, prompt, output)
-
-
-@inlined
-def typical_batch(p: Params, t: int, prompt: int, output: float) -> int:
-    """Sequences of this size that an engine type is expected to run together."""
-    return max(1, min(p.typical_batch[t], int(p.kv_tokens[t] / (prompt + output))))
-
-
-@inlined
-def llm_step_s(p: Params, t: int, prompt: int, output: float) -> float:
-    """Expected decode step of an engine type, in a typical batch of such sequences."""
-    k = p.engine_idx[t]
-    batch = typical_batch(p, t, prompt, output)
-    kv_tokens = int(batch * (prompt + 0.5 * output))
-    return decode_span_s(p.engine, k, batch, kv_tokens, 1)
-
-
-@kernel
-def load_jobs(p: Params, pool: Pool, s: State, e: int, job_idx: np.ndarray) -> None:
-    """Copy jobs into an environment whose devices, links and arrivals are set; then reset it."""
-    env = s.env[e]
-    env.num_types = p.slots.shape[0]
-    stage, edge = 0, 0
-    for j in range(env.num_jobs):
-        kind = pool.job[job_idx[j]]
-        job = s.job[e, j]
-        job.first_stage = stage
-        job.num_stages = kind.num_stages
-        job.template = kind.template
-        job.deadline_s = kind.deadline_s * env.deadline_scale
-        job.weight = kind.weight
-        for i in range(kind.num_edges):
-            link = pool.edge[kind.first_edge + i]
-            s.edge[e, edge + i].parent = stage + link.parent
-            s.edge[e, edge + i].child = stage + link.child
-            s.edge[e, edge + i].data_bytes = link.data_bytes
-            s.edge[e, edge + i].shared = link.shared
-            s.pred[e, edge + i] = edge + pool.pred[kind.first_edge + i]
-        for i in range(kind.num_stages):
-            given = pool.stage[kind.first_stage + i]
-            q = s.stage[e, stage + i]
-            q.job = j
-            q.kind = given.kind
-            q.label = given.label
-            q.hidden = given.hidden
-            q.prompt = given.prompt
-            q.expected_output = given.expected_output
-            q.mean_s = given.expected_tool_s
-            q.succ_first = edge + given.succ_first
-            q.succ_stop = edge + given.succ_stop
-            q.pred_first = edge + given.pred_first
-            q.pred_stop = edge + given.pred_stop
-            _draw_truth(p, pool, s, e, stage + i, kind.first_stage + i)
-        stage += kind.num_stages
-        edge += kind.num_edges
-    env.num_stages = stage
-    env.num_edges = edge
-    reset_env(p, s, e)
-
-
-@inlined
-def _draw_truth(p: Params, pool: Pool, s: State, e: int, stage: int, row: int) -> None:
-    """Set what is true of a stage and what is expected of it."""
-    env, q, truth = s.env[e], s.stage[e, stage], s.truth[e, stage]
-    given = pool.stage[row]
-    sigma = env.noise_sigma
-    factor = 1.0
-    if sigma > 0.0:
-        factor = math.exp(sigma * _normal(env.noise_seed, stage) - 0.5 * sigma * sigma)
-    truth.noise = factor
-    truth.tool_s = given.tool_s * factor
-    truth.output = 0
-    q.kv = 0
-    if q.kind == LLM:
-        most = 0
-        for d in range(env.num_devices):
-            most = max(most, p.kv_tokens[s.device[e, d].type_idx])
-        truth.output = max(1, min(int(given.output * factor + 0.5), most - q.prompt))
-        q.kv = q.prompt + truth.output
-    if env.oracle != 0:
-        q.hidden = 0
-        q.expected_output = truth.output
-        q.mean_s = truth.tool_s
-    q.types = 0
-    for t in range(env.num_types):
-        expected_s = math.inf
-        if q.kind == TASK and p.column[t] >= 0:
-            expected_s = pool.duration_s[row, p.column[t]]
-            if env.oracle != 0:
-                expected_s *= factor
-        elif q.kind == LLM and q.kv <= p.kv_tokens[t]:
-            expected_s = llm_time_s(p, t, q.prompt, q.expected_output)
-        s.expected_s[e, stage, t] = expected_s
-        if expected_s < math.inf:
-            q.types |= 1 << t
-
-
-@kernel
-def reset_env(p: Params, s: State, e: int) -> None:
-    """Derive ranks and put everything but the inputs of one environment into its first state."""
-    env = s.env[e]
-    env.now_s = 0.0
-    env.next_job = 0
-    env.next_fault = 0
-    env.deciding = 0
-    env.changed = 0
-    env.num_ready = 0
-    env.num_fresh = 0
-    env.num_tools = 0
-    env.num_started = 0
-    env.tool_order = 0
-    env.least_kv = 1 << 62
-    env.num_ended = 0
-    env.num_decisions = 0
-    env.in_system = 0
-    env.weight_in_system = 0.0
-    env.area = 0.0
-    env.weighted_area = 0.0
-    env.area_until_s = 0.0
-    env.good = 0.0
-    env.makespan_s = 0.0
-    for t in range(s.ready_on.shape[1]):
-        s.ready_on[e, t] = 0
-    for d in range(env.num_devices):
-        v = s.device[e, d]
-        v.up = 1
-        v.speed = v.base_speed
-        v.slots = p.slots[v.type_idx]
-        v.kv_capacity = p.kv_tokens[v.type_idx]
-        v.busy_s = 0.0
-        v.slot_s = 0.0
-        v.since_s = 0.0
-        v.clock = 0.0
-        v.prefill_clock = 0.0
-        v.order = 0
-        v.released = 0
-        clear_device(s, e, d)
-    for i in range(env.num_stages):
-        q = s.stage[e, i]
-        q.status = FUTURE
-        q.parents_left = q.pred_stop - q.pred_first
-        q.ready_s = math.nan
-        q.start_s = math.nan
-        q.begin_s = math.nan
-        q.due_s = math.nan
-        q.finish_s = math.nan
-        q.device = NOWHERE
-        q.hit = 0
-        q.num_restarts = 0
-        q.cached_at = -1
-    derive_ranks(p, s, e)
-
-
-@inlined
-def derive_ranks(p: Params, s: State, e: int) -> None:
-    """Fill means and ranks from expected durations, speeds and links.
-
-    A hidden stage counts in no rank but its own: nobody knows of it before its parents end.
-    """
-    env = s.env[e]
-    n = env.num_devices
-    latency_s, s_per_byte = 0.0, 0.0
-    for a in range(n):
-        for b in range(n):
-            if a != b:
-                latency_s += s.latency_s[e, a, b]
-                s_per_byte += s.s_per_byte[e, a, b]
-    pairs = max(1, n * (n - 1))
-    latency_s /= pairs
-    s_per_byte /= pairs
-    for i in range(env.num_stages - 1, -1, -1):
-        q = s.stage[e, i]
-        if q.kind == TOOL:
-            q.least_s = q.mean_s
-            q.work_s = 0.0
-        else:
-            _mean_over_devices(p, s, e, i)
-        ahead_s, tail_s = 0.0, 0.0
-        q.num_children = 0
-        for k in range(q.succ_first, q.succ_stop):
-            child = s.stage[e, s.edge[e, k].child]
-            if child.hidden != 0:
-                continue
-            q.num_children += 1
-            moving_s = 0.0
-            size = s.edge[e, k].data_bytes
-            if size > 0.0 and q.kind != TOOL and child.kind != TOOL:
-                moving_s = latency_s + size * s_per_byte
-            ahead_s = max(ahead_s, moving_s + child.rank_s)
-            tail_s = max(tail_s, child.tail_s)
-        q.rank_s = q.mean_s + ahead_s
-        q.tail_s = q.least_s + tail_s
-    for j in range(env.num_jobs):
-        job = s.job[e, j]
-        job.num_left = job.num_stages
-        job.num_ready = 0
-        job.num_running = 0
-        job.finish_s = math.nan
-        rank_s, work_s = 0.0, 0.0
-        for i in range(job.first_stage, job.first_stage + job.num_stages):
-            if s.stage[e, i].hidden == 0:
-                rank_s = max(rank_s, s.stage[e, i].rank_s)
-                work_s += s.stage[e, i].work_s
-        job.rank_s = rank_s
-        job.work_s = work_s
-        job.work_left_s = work_s
-
-
-@inlined
-def _mean_over_devices(p: Params, s: State, e: int, i: int) -> None:
-    """Set a stage's mean and least duration and its mean device time."""
-    env, q = s.env[e], s.stage[e, i]
-    total_s, work_s, least_s, count = 0.0, 0.0, math.inf, 0
-    for d in range(env.num_devices):
-        t = s.device[e, d].type_idx
-        if (q.types >> t) & 1 == 0:
-            continue
-        speed = s.device[e, d].base_speed
-        own_s = s.expected_s[e, i, t] / speed
-        total_s += own_s
-        least_s = min(least_s, own_s)
-        count += 1
-        if q.kind == LLM:
-            batch = typical_batch(p, t, q.prompt, q.expected_output)
-            shared_s = (q.expected_output - 1.0) * llm_step_s(p, t, q.prompt, q.expected_output)
-            work_s += own_s - shared_s * (1.0 - 1.0 / batch) / speed
-        else:
-            work_s += own_s
-    q.mean_s = total_s / count
-    q.least_s = least_s
-    q.work_s = work_s / count

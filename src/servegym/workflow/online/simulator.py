@@ -13,7 +13,8 @@ from servegym.errors import InvalidAction
 from servegym.typing import IntArray
 from servegym.workflow.job import Job
 from servegym.workflow.online.allocate import Capacity, load_episode, make_params, make_state
-from servegym.workflow.online.kernels import advance, apply, is_allowed, load_jobs
+from servegym.workflow.online.kernels import advance, apply, is_allowed
+from servegym.workflow.online.loading import load_jobs
 from servegym.workflow.online.outcome import (
     DEVICE_OUTCOME_DTYPE,
     JOB_OUTCOME_DTYPE,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from servegym.cluster.by_reference import pass_by_reference
 from servegym.cluster.state import Params as EngineParams
 from servegym.typing import FloatArray, IntArray
 
@@ -216,3 +217,7 @@ class State(NamedTuple):
     fetches: Records  # ENTRY_DTYPE[E, D, S] heap; key: when the data is there
     tools: Records  # ENTRY_DTYPE[E, N] heap; key: when the call ends
     fault: Records  # cluster.state.FAULT_DTYPE[E, F]; `replica` is the device
+
+
+pass_by_reference(Params)
+pass_by_reference(State)

@@ -15,7 +15,7 @@ from servegym.workloads.mixtures import LengthConfig, Seconds
 CALL, TOOL, PAUSE, SUB_CALL, SUB_TOOL = range(5)
 
 
-class CodingAgent(Family):
+class CodingAgent(fitted.AgentSession, Family):
     """One session: calls of a model, with tools or a person's answer between them.
 
     Each prompt is the one before and what came since, so that a call shares all of the prompt of
@@ -23,21 +23,13 @@ class CodingAgent(Family):
     sessions hand work to sub-agents, with a context of their own, and wait for them. No call but
     the first is known beforehand.
 
-    The numbers are fitted to recorded sessions (`workloads.fitted_sessions`). What a
+    The numbers are fitted to recorded sessions; `AgentSession` has those of the main agent. What a
     session starts with and how long it lasts, answers and growth are drawn independently; in the
     trace sessions that start with a long context have fewer calls (rank correlation -0.40), and a
     call's growth depends a little on the answer before it (0.32).
 
     Attributes:
-        calls: Of the main agent.
-        first_prompt: With which a session starts: fresh ones, and ones that were taken up again.
         growth: What a prompt has more than the one before.
-        output: Length of answers.
-        tool: Time between an answer that asks for a tool and the next call.
-        pause: Time between an answer that ends a turn and the next call.
-        pause_probability: That an answer does.
-        rewrite_probability: That a prompt is rewritten.
-        rewrite_shrinks: That a rewritten prompt is shorter than the one before.
         spawn_probability: That a session uses sub-agents.
         spawn_rate: That a call of such a session starts some.
         spawn_weights: How likely it starts one, two, ... of them at once.
@@ -47,7 +39,6 @@ class CodingAgent(Family):
         sub_tool: Time between its calls.
         max_context_tokens: A prompt and answer beyond it make the agent rewrite its context, and a
             sub-agent stop.
-        max_pause_s: Longer pauses are cut to it: who comes back next day is no load until then.
     """
 
     labels: ClassVar[tuple[str, ...]] = (
@@ -59,15 +50,7 @@ class CodingAgent(Family):
     )
 
     kind: Literal["coding-agent"] = "coding-agent"
-    calls: LengthConfig = fitted.CALLS
-    first_prompt: LengthConfig = fitted.FIRST_PROMPT
     growth: LengthConfig = fitted.GROWTH
-    output: LengthConfig = fitted.OUTPUT
-    tool: Seconds = fitted.TOOL
-    pause: Seconds = fitted.PAUSE
-    pause_probability: float = Field(fitted.PAUSE_PROBABILITY, ge=0, le=1)
-    rewrite_probability: float = Field(fitted.REWRITE_PROBABILITY, ge=0, le=1)
-    rewrite_shrinks: float = Field(fitted.REWRITE_SHRINKS, ge=0, le=1)
     spawn_probability: float = Field(0.048, ge=0, le=1)
     spawn_rate: float = Field(0.0123, ge=0, le=1)
     spawn_weights: tuple[float, ...] = (0.55, 0.24, 0.21)
@@ -82,7 +65,6 @@ class CodingAgent(Family):
         medians_s=(3.64, 35.1), sigmas=(0.428, 0.572), weights=(0.841, 0.159), max_s=600.0
     )
     max_context_tokens: int = Field(200000, ge=2000)
-    max_pause_s: float = Field(3600.0, ge=0)
 
     def job(self, rng: np.random.Generator) -> Job:
         """Draw one session."""

@@ -6,19 +6,13 @@ from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from servegym.workflow.job import Job
-from servegym.workloads.mixtures import LengthConfig
+from servegym.workloads.mixtures import LengthConfig, WorkloadPart
 
 
-class Config(BaseModel):
-    """Parameters that are checked and cannot be changed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Family(Config, ABC):
+class Family(WorkloadPart, ABC):
     """A kind of job.
 
     What is known of output lengths beforehand is the mean of their step, which a scheduler could

@@ -8,11 +8,12 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from servegym.workflow.job import Job
-from servegym.workflow.workloads.family import Config, Family
+from servegym.workflow.workloads.family import Family
 from servegym.workflow.workloads.registry import WorkloadConfig
+from servegym.workloads.mixtures import WorkloadPart
 
 
-class Part(Config):
+class Part(WorkloadPart):
     """One family and how often its jobs come, against the other shares."""
 
     share: float = Field(gt=0)

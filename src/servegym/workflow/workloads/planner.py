@@ -9,16 +9,15 @@ from pydantic import Field
 
 from servegym.workflow.job import Job, JobBuilder
 from servegym.workflow.workloads.family import (
-    Config,
     Family,
     draw_tokens,
 )
-from servegym.workloads.mixtures import LengthConfig, Seconds
+from servegym.workloads.mixtures import LengthConfig, Seconds, WorkloadPart
 
 _PLAN, _JOIN, _ANSWER, _FIRST_TOOL = 0, 1, 2, 3
 
 
-class Tool(Config):
+class Tool(WorkloadPart):
     """A function: how often it is called, how long it takes, how much it returns."""
 
     share: float = Field(ge=0)

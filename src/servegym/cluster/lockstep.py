@@ -1,0 +1,101 @@
+"""Replicas whose steps begin and end together: data-parallel ranks, see `costs.shared`."""
+
+from __future__ import annotations
+
+from numba import types
+
+from servegym.cluster.engine import end_step, form_step
+from servegym.cluster.entry import STEP_TOGETHER, entry
+from servegym.cluster.heap import set_event
+from servegym.cluster.jit import inlined
+from servegym.cluster.state import (
+    DECODE,
+    IDLE,
+    PREFILL,
+    SHARED_EXCHANGE,
+    SHARED_EXPERTS,
+    SHARED_SKEWED_EXPERTS,
+    SHARED_TOKENS,
+    WAKING,
+    Params,
+    State,
+)
+from servegym.cluster.steptime import decode_span_s, dense_s, locate
+
+
+# not inlined: the main loop would be 2 % slower where no replicas step together
+@entry(STEP_TOGETHER, types.void, types.int64, types.int64, types.float64)
+def step_together(p: Params, s: State, e: int, first: int, now_s: float) -> None:
+    """End the step of a group of ranks, and begin the next one.
+
+    Args:
+        p: Constants.
+        s: State.
+        e: Environment.
+        first: First replica of the group.
+        now_s: Time, seconds.
+    """
+    stop = first + s.replica[e, first].num_ranks
+    for r in range(first, stop):
+        if s.replica[e, r].mode != IDLE and s.replica[e, r].mode != WAKING:
+            end_step(p, s, e, r, now_s)
+    slowest_s, fullest, tokens, busy, prefills = 0.0, 1, 0, False, False
+    for r in range(first, stop):
+        form_step(p, s, e, r, now_s)
+        v = s.replica[e, r]
+        if v.mode == IDLE:  # it takes part with one dummy token
+            own_s, mine = dense_s(p, v.type_idx, 1) / v.speed, 1
+        elif v.mode == DECODE:
+            v.seg_steps = 1  # the others may have other work in the next step
+            mine = v.num_decodes
+            own_s = v.seg_factor * decode_span_s(p, v.type_idx, mine, v.kv_tokens + mine, 1)
+        else:
+            own_s = s.due[e, v.event_pos].time_s - now_s
+            mine = _chunk_tokens(s, e, r)
+            if v.mode != PREFILL:
+                mine += v.num_decodes
+            prefills = True
+        busy = busy or v.mode != IDLE
+        slowest_s = max(slowest_s, own_s)
+        fullest = max(fullest, mine)
+        tokens += mine
+    if not busy:
+        return
+    t = s.replica[e, first].type_idx
+    if fullest <= p.largest_graph[t]:
+        fullest = graph_tokens(fullest)
+        tokens = (stop - first) * fullest
+    together_s = _shared_s(p, t, SHARED_EXCHANGE, fullest)
+    together_s += _shared_s(p, t, SHARED_SKEWED_EXPERTS if prefills else SHARED_EXPERTS, tokens)
+    end_s = now_s + slowest_s + together_s
+    for r in range(first, stop):
+        set_event(s, e, r, end_s)
+
+
+@inlined
+def _chunk_tokens(s: State, e: int, r: int) -> int:
+    tokens = 0
+    request = s.replica[e, r].first_prefill
+    while request >= 0:
+        tokens += s.request[e, request].chunk
+        request = s.request[e, request].next_request
+    return tokens
+
+
+@inlined
+def graph_tokens(tokens: int) -> int:
+    """Tokens of the smallest CUDA graph that holds so many, of the sizes that vLLM records."""
+    if tokens <= 2:
+        return tokens
+    if tokens <= 4:
+        return 4
+    between = 8 if tokens <= 256 else 16
+    return -(-tokens // between) * between
+
+
+@inlined
+def _shared_s(p: Params, t: int, row: int, tokens: int) -> float:
+    knots, values_s = p.shared_s[t, SHARED_TOKENS], p.shared_s[t, row]
+    i = locate(knots, tokens)
+    share = (tokens - knots[i]) / (knots[i + 1] - knots[i])
+    return values_s[i] + share * (values_s[i + 1] - values_s[i])

@@ -1,0 +1,144 @@
+"""Turns that have ended and whose KV blocks are kept for the next turn: docs/simulator.md.
+
+A retained turn keeps, of the full blocks of its text, those that a hit would find. As long as it
+keeps them nobody takes them, so its identities lead to them again: they need no list. The retained
+turns of a replica are linked in the order in which they let go when a request needs their blocks:
+first those whose time runs, by its end, then those whose next turn waits, the latest first.
+"""
+
+from __future__ import annotations
+
+from numba import types
+
+from servegym.cluster.entry import LET_GO, entry
+from servegym.cluster.jit import helper, inlined
+from servegym.cluster.pool import find_block, set_free, unlink
+from servegym.cluster.rng import block_identity, private_key
+from servegym.cluster.state import EXPIRY, Params, State
+from servegym.cluster.timers import remove_timer, set_turn
+
+
+@helper
+def retain(p: Params, s: State, e: int, r: int, request: int, now_s: float) -> None:
+    """Keep what a turn that has just released its blocks has in the cache, for the next one."""
+    q = s.request[e, request]
+    v = s.replica[e, r]
+    kept = q.computed // p.block_size
+    if kept == 0:
+        return
+    q.table_len = kept
+    blocks, known, segment = s.block[e, r], s.known[e, r], s.segment[e]
+    own = private_key(request)
+    seg = q.seg_first
+    for j in range(kept):
+        last_token = (j + 1) * p.block_size - 1
+        while seg < q.seg_stop and segment[seg].end <= last_token:
+            seg += 1
+        key = segment[seg].key if seg < q.seg_stop else own
+        block = find_block(known, block_identity(key, j))
+        if blocks[block].holders == 0 and blocks[block].keepers == 0:
+            unlink(blocks, block)
+            v.kept_blocks += 1
+        blocks[block].keepers += 1
+    _stand_behind_expiring(s, e, r, request)
+    v.last_expiring = request
+    set_turn(s, e, now_s + p.retain_kv_s, EXPIRY, request)
+
+
+@entry(LET_GO, types.void, types.int64, types.int64, types.int64)
+def let_go(p: Params, s: State, e: int, r: int, request: int) -> None:
+    """Give back what a retained turn keeps, its last block first."""
+    q = s.request[e, request]
+    v = s.replica[e, r]
+    if q.timer_pos >= 0:
+        remove_timer(s, e, q.timer_pos)
+    _leave(s, e, r, request)
+    blocks, known, segment = s.block[e, r], s.known[e, r], s.segment[e]
+    own = private_key(request)
+    seg = q.seg_stop
+    for j in range(q.table_len - 1, -1, -1):
+        last_token = (j + 1) * p.block_size - 1
+        while seg > q.seg_first and segment[seg - 1].end > last_token:
+            seg -= 1
+        key = segment[seg].key if seg < q.seg_stop else own
+        block = find_block(known, block_identity(key, j))
+        blocks[block].keepers -= 1
+        if blocks[block].holders == 0 and blocks[block].keepers == 0:
+            set_free(blocks, block)
+            v.kept_blocks -= 1
+    q.table_len = 0
+
+
+@helper
+def let_all_go(p: Params, s: State, e: int, r: int) -> None:
+    """Give back what all retained turns of a replica keep."""
+    while s.replica[e, r].first_retained >= 0:
+        let_go(p, s, e, r, s.replica[e, r].first_retained)
+
+
+@inlined
+def make_room(p: Params, s: State, e: int, r: int, count: int) -> None:
+    """See to it that so many free blocks can be taken: retained turns let go if they must."""
+    v = s.replica[e, r]
+    if v.free_blocks - v.kept_blocks < count:
+        _give_way(p, s, e, r, count)
+
+
+@helper
+def _give_way(p: Params, s: State, e: int, r: int, count: int) -> None:
+    v = s.replica[e, r]
+    while v.free_blocks - v.kept_blocks < count:
+        let_go(p, s, e, r, v.first_retained)
+
+
+@helper
+def expect(p: Params, s: State, e: int, r: int, request: int) -> None:
+    """A request waits at a replica: the turn it follows, if retained there, stays until it runs."""
+    turn = s.request[e, request].after
+    if is_retained(s, e, r, turn) and s.request[e, turn].timer_pos >= 0:
+        remove_timer(s, e, s.request[e, turn].timer_pos)
+        _leave(s, e, r, turn)
+        _stand_behind_expiring(s, e, r, turn)
+
+
+@inlined
+def is_retained(s: State, e: int, r: int, request: int) -> bool:
+    """Whether an ended request, or -1 for none, keeps blocks of this replica."""
+    return (
+        request >= 0 and s.request[e, request].table_len > 0 and s.request[e, request].replica == r
+    )
+
+
+@inlined
+def _stand_behind_expiring(s: State, e: int, r: int, request: int) -> None:
+    """Link a retained turn in, behind all whose time runs and before all others."""
+    v = s.replica[e, r]
+    q = s.request[e, request]
+    before = v.last_expiring
+    after = s.request[e, before].next_request if before >= 0 else v.first_retained
+    q.prev_request = before
+    q.next_request = after
+    if before >= 0:
+        s.request[e, before].next_request = request
+    else:
+        v.first_retained = request
+    if after >= 0:
+        s.request[e, after].prev_request = request
+
+
+@inlined
+def _leave(s: State, e: int, r: int, request: int) -> None:
+    """Take a retained turn out of the list."""
+    v = s.replica[e, r]
+    q = s.request[e, request]
+    before, after = q.prev_request, q.next_request
+    if before >= 0:
+        s.request[e, before].next_request = after
+    else:
+        v.first_retained = after
+    if after >= 0:
+        s.request[e, after].prev_request = before
+    if v.last_expiring == request:
+        v.last_expiring = before
+    q.next_request = -1
+    q.prev_request = -1
