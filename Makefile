@@ -12,7 +12,7 @@ test: setup  ## the whole test suite
 test-nojit: setup  ## the tests that can do without the compiler, without it
 	scripts/test-nojit
 
-coverage: setup  ## the whole suite with line coverage, and its floor
+coverage: setup  ## the whole suite with line coverage
 	scripts/coverage
 
 test-vllm: setup  ## compare with vLLM's real scheduler, in an environment of its own

@@ -169,7 +169,8 @@ def test_ranks_play_on_after_a_reset_as_before():
     once = sim.outcomes(0)
     sim.load(0, episode)
     sim.advance()
-    for column in once.dtype.names or ():
+    assert once.dtype.names
+    for column in once.dtype.names:
         np.testing.assert_array_equal(sim.outcomes(0)[column], once[column])
         np.testing.assert_array_equal(sim.outcomes(1)[column], once[column])
 

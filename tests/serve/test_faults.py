@@ -335,7 +335,7 @@ def test_slow_clients_hold_up_nobody_and_are_not_waited_for_for_ever():
         limits = {"body_timeout_s": 0.3, "client_timeout_s": 0.5}
         async with serving(request=limits) as service:
             host, port = "127.0.0.1", service.router.port
-            silent, _ = await asyncio.open_connection(host, port)
+            silent, mute = await asyncio.open_connection(host, port)
             half, writer = await asyncio.open_connection(host, port)
             writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
             deaf = socket.socket()
@@ -359,7 +359,8 @@ def test_slow_clients_hold_up_nobody_and_are_not_waited_for_for_ever():
             await service.served_by("beside", 12)
             async with asyncio.timeout(3):
                 assert b" 408 " in await half.readline()
-            deaf.close()
+            for open_one in (deaf, writer, mute):
+                open_one.close()
             await until(service.idle)
             del silent
 
