@@ -60,7 +60,7 @@ see `docs/env-dispatch.md` and `docs/environments.md`.
 `reset(options={{"episode": Episode(...)}})` plays a given episode.
 
 ## Version History
-v0: first version.
+v1: users of scenarios with sessions wait for their answers before they go on. v0: sessions went on without (`docs/evaluation.md` has results of both).
 
 `servegym/DispatchShaped-v1` is the same with `shaping="cost-to-go"`, `reward_scale="auto"`, `features="costs"`, `num_requests=1024`, `normalise`,
 `flat`, `invalid_action="resample"`: what stock algorithms learn from.

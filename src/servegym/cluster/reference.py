@@ -61,7 +61,7 @@ class ReferenceSimulator:
         types = [spec.types[t] for t in episode.type_idx.tolist()]
         self.replicas = [RULES[kind.engine](self, r) for r, kind in enumerate(types)]
         first = first_ranks(np.array([kind.num_ranks for kind in types])).tolist()
-        self.groups = [[e for e in self.replicas if first[e.r] == i] for i in first]
+        self.groups = [[r for r, own in enumerate(first) if own == i] for i in first]
         self.unsent = [q for q in self.requests if q.after == ANY_END]
         self.now_s = 0.0
         self.in_system = 0
@@ -137,7 +137,7 @@ class ReferenceSimulator:
             if timer_s == now_s and (kind == st.FAULT or engine.due_s > now_s):
                 self._go_off(*heapq.heappop(self.timers))
             else:
-                self._step(self.groups[engine.r])
+                self._step([self.replicas[r] for r in self.groups[engine.r]])
         for engine in self.replicas:
             engine.pool.let_all_go()
 
