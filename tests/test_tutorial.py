@@ -17,7 +17,7 @@ def test_the_tutorial_does_what_it_says(tmp_path, monkeypatch):
     changes |= {str(8080 + i): str(port) for i, port in enumerate(routers)}
     pages = [DOCS / "tutorial" / f"{step}.md" for step in STEPS]
     done = follow(pages, tmp_path, changes)
-    assert done == {"file": 4, "command": 10, "server": 2, "program": 0}
+    assert done == {"file": 4, "command": 11, "server": 2, "program": 0}
 
 
 def test_every_page_of_the_tutorial_is_followed():

@@ -64,8 +64,8 @@ def test_vector_forms_are_made_by_id(problem, shaped_id):
     vector = gymnasium.make_vec(shaped_id, num_envs=2, **problem.settings)
     envs = make_vec(shaped_id, 2, **problem.settings)
     assert envs.observation_space == vector.unwrapped.single_observation_space
-    for algorithm in (sb3.A2C, sb3.PPO):
-        model = algorithm("MlpPolicy", envs, n_steps=8, seed=0, device="cpu")
+    for algorithm, settings in ((sb3.A2C, {}), (sb3.PPO, {"batch_size": 16})):
+        model = algorithm("MlpPolicy", envs, n_steps=8, seed=0, device="cpu", **settings)
         model.learn(32)
         assert model.num_timesteps == 32
     with pytest.raises(ConfigError, match=r"unknown environment 'servegym/Dispatch-v7'"):

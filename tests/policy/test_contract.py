@@ -55,9 +55,10 @@ FEATURES = [*REPLICA_FEATURES, *REQUEST_FEATURES]
     ],
 )
 def test_plain_constants_number_the_features(module, features, by_name):
-    for i, feature in enumerate(features):
-        name = feature.name.upper()
-        assert getattr(module, name) == by_name[name] == i
+    names = [feature.name.upper() for feature in features]
+    numbers = list(range(len(features)))
+    assert [getattr(module, name) for name in names] == numbers
+    assert [by_name[name] for name in names] == numbers
 
 
 def test_rows_of_the_state_are_the_features_in_order():

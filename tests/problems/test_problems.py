@@ -160,6 +160,7 @@ def test_a_tuned_rule_is_the_tuners_answer_with_the_stated_budget(name, monkeypa
 @EVERY
 def test_candidates_fill_their_ranges(name):
     problem = PROBLEMS[name]
+    assert problem.rules.tunable()
     for rule, ranges in problem.rules.tunable().items():
         texts = candidates(problem.rules, rule, 64)[1:]
         values = [
