@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from servegym.cluster.jit import fixed
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import Episode
 from servegym.envs.costs import COST_FEATURES, cost_features
@@ -72,7 +73,7 @@ class DispatchBatch(RequestBatch):
         self._kernel_settings = KernelSettings(
             needs=int(Group.COUNTERS | Group.METRICS | Group.PREFIX),
             goodput=self.objective == "goodput",
-            scale=self.reward_scale,
+            scale=float(self.reward_scale),
         )
         self._output = Output(
             self.replicas, self.request, self.mask, self.reward, self.done, self.dt_s
@@ -92,7 +93,8 @@ class DispatchBatch(RequestBatch):
     def _step_range(self, first: int, stop: int, actions: IntArray, active: BoolArray) -> None:
         p, s = self.simulator.params, self.simulator.state
         c, o = self._kernel_settings, self._output
-        step_range(p, s, c, o, first, stop, actions, active, _memory())
+        arguments = (p, s, c, o, first, stop, actions, active, _memory())
+        fixed(step_range, *arguments)(*arguments)
 
     def _parts(self) -> dict[str, NDArray[Any]]:
         return self._parts_of(self.replicas, self.request, self.mask)

@@ -8,6 +8,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from servegym.cluster.jit import fixed
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import Episode
 from servegym.cluster.state import ALWAYS, NEVER, WHERE_IT_MATTERS, Asks
@@ -73,7 +74,7 @@ class PreemptionBatch(RequestBatch):
         self._kernel_settings = KernelSettings(
             by_arrival=settings.queue_order == "arrival",
             goodput=self.objective == "goodput",
-            scale=self.reward_scale,
+            scale=float(self.reward_scale),
             width=self.max_waiting,
         )
         self.requests: Float32Array = np.zeros((num_envs, *rows), np.float32)
@@ -114,7 +115,8 @@ class PreemptionBatch(RequestBatch):
     def _step_range(self, first: int, stop: int, actions: IntArray, active: BoolArray) -> None:
         p, s = self.simulator.params, self.simulator.state
         c, o = self._kernel_settings, self._output
-        step_range(p, s, c, o, first, stop, actions, active, *self._memory())
+        arguments = (p, s, c, o, first, stop, actions, active, *self._memory())
+        fixed(step_range, *arguments)(*arguments)
 
     def _parts(self) -> dict[str, NDArray[Any]]:
         return {

@@ -8,6 +8,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from servegym.cluster.jit import fixed
 from servegym.envs.batch import Batch
 from servegym.envs.observation import Table
 from servegym.envs.scene import Scene
@@ -82,7 +83,7 @@ class WorkflowBatch(Batch):
             shortlist=_SHORTLISTS[settings.shortlist],
             eft=settings.placement == "eft",
             graph=bool(settings.graph),
-            scale=self.reward_scale,
+            scale=float(self.reward_scale),
         )
         devices = self.scenario.max_devices
         max_stages = settings.max_stages
@@ -167,7 +168,7 @@ class WorkflowBatch(Batch):
 
     def _potentials(self) -> Potentials:
         return JobsToGo(
-            self.num_envs, objective=_OBJECTIVES[self.objective], scale=self.reward_scale
+            self.num_envs, objective=_OBJECTIVES[self.objective], scale=float(self.reward_scale)
         )
 
     def _arrivals(self) -> tuple[IntArray, IntArray]:
@@ -196,7 +197,8 @@ class WorkflowBatch(Batch):
 
     def _step_range(self, first: int, stop: int, actions: IntArray, active: BoolArray) -> None:
         p, s = self.simulator.params, self.simulator.state
-        step_range(p, s, self._kernel_settings, self.output, first, stop, actions, active)
+        arguments = (p, s, self._kernel_settings, self.output, first, stop, actions, active)
+        fixed(step_range, *arguments)(*arguments)
 
     def rule_actions(self, policy: WorkflowPolicy) -> IntArray:
         """Say what a policy of `workflow.online` would do, in the terms of the action space.

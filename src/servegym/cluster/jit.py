@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from numba import njit
+from numba import njit, typeof
 from numba.core.registry import CPUDispatcher
 from numba.core.typeinfer import register_dispatcher
 
@@ -84,3 +84,29 @@ def helper(function: _F) -> _F:
 def inlined(function: _F) -> _F:
     """Compile a small or hot function, which only kernels call, into each of its callers."""
     return _internal(function, forceinline=True)
+
+
+_fixed: dict[Any, Callable[..., Any]] = {}
+
+
+def fixed(function: _F, *arguments: object) -> _F:
+    """Return a kernel's compiled form for arguments of these types, which must always be theirs.
+
+    Numba looks at the types of all arguments at every call, which takes 6 us with a simulator's
+    arrays among them. What this returns looks at nothing: other types, or arrays that are not
+    contiguous, would be read as what they are not.
+
+    Args:
+        function: Made by `kernel`.
+        arguments: What it will be called with.
+    """
+    made = _fixed.get(function)
+    if made is None:
+        made = function
+        if isinstance(function, CPUDispatcher):
+            types = tuple(typeof(argument) for argument in arguments)
+            function.compile(types)
+            result: Any = function.overloads[types]
+            made = result.entry_point
+        _fixed[function] = made
+    return cast("_F", made)
