@@ -434,11 +434,11 @@ def test_failed_replica_drops_its_streams_takes_no_connection_and_comes_back_on_
         async with serving(speed=1.0) as (fleet, session):
             server, other = fleet.servers.values()
             body = {"prompt": "x", "max_tokens": 500, "ignore_eos": True, "stream": True}
-            response = await session.post(f"{server.url}/v1/completions", json=body)
-            await response.content.readline()
-            await fleet.apply(Fault(0, "fail"))
-            with pytest.raises(aiohttp.ClientError):
-                await response.content.read()
+            async with session.post(f"{server.url}/v1/completions", json=body) as response:
+                await response.content.readline()
+                await fleet.apply(Fault(0, "fail"))
+                with pytest.raises(aiohttp.ClientError):
+                    await response.content.read()
             with pytest.raises(aiohttp.ClientConnectorError):
                 await session.get(f"{server.url}/health")
             assert (await ask(session, other, prompt="x"))[0] == 200
