@@ -65,10 +65,10 @@ def _share_over(s: State, e: int, r: int) -> float:
     v = s.replica[e, r]
     if v.mode != DECODE and v.mode != STEP and v.mode != PREFILL:
         return 0.0
-    length_s = s.due[e, v.event_pos].time_s - v.seg_begin_s
+    length_s = s.due[e, v.event_pos].time_s - v.stretch_begin_s
     if not length_s > 0.0:
         return 0.0
-    return min(1.0, max(0.0, (s.env[e].now_s - v.seg_begin_s) / length_s))
+    return min(1.0, max(0.0, (s.env[e].now_s - v.stretch_begin_s) / length_s))
 
 
 @inlined
@@ -106,7 +106,7 @@ def _to_come(p: Params, s: State, e: int, r: int, goodput: bool, m: Memory) -> f
     """
     v = s.replica[e, r]
     share = _share_over(s, e, r)
-    ended = 0.0 if v.mode == PREFILL else share * v.seg_steps
+    ended = 0.0 if v.mode == PREFILL else share * v.stretch_steps
     rate = s.shown[e, VIEW_PREFILL_RATE, r]
     count = 0
     prefill_s, context = 0.0, 0.0

@@ -135,7 +135,7 @@ def test_the_prefix_index_names_exactly_the_blocks_with_an_identity(seed):
         assert len(episode.type_idx)
         for r, type_idx in enumerate(episode.type_idx):
             blocks = sim.state.block[0, r][: spec.types[type_idx].num_blocks]
-            known = sim.state.known[0, r]
+            known = sim.state.prefix_cache[0, r]
             index = {(int(k["identity"]), int(k["block"])) for k in known[known["identity"] != 0]}
             named = np.flatnonzero(blocks["identity"])
             assert index == {(int(blocks[b]["identity"]), int(b)) for b in named}

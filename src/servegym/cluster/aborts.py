@@ -62,11 +62,11 @@ def _stop_stretch(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     """
     v = s.replica[e, r]
     catch_up(p, s, e, r, now_s)
-    if v.mode == DECODE and v.seg_steps > 1:
-        v.seg_steps = 1
+    if v.mode == DECODE and v.stretch_steps > 1:
+        v.stretch_steps = 1
         batch = v.num_decodes
         span = decode_span_s(p, v.type_idx, batch, v.kv_tokens + batch, 1)
-        set_event(s, e, r, v.seg_begin_s + v.seg_factor * span)
+        set_event(s, e, r, v.stretch_begin_s + v.stretch_factor * span)
 
 
 @inlined

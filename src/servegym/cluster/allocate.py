@@ -20,12 +20,12 @@ from servegym.cluster.state import (
     ENV_DTYPE,
     FAULT_DTYPE,
     FORMING_DTYPE,
-    KNOWN_DTYPE,
     NUM_ITL_BINS,
     NUM_SCRAPED,
     NUM_SHARED,
     NUM_VIEW_ROWS,
     ORDER_DTYPE,
+    PREFIX_CACHE_DTYPE,
     REPLICA_DTYPE,
     REQUEST_DTYPE,
     SEGMENT_DTYPE,
@@ -160,7 +160,7 @@ def make_state(spec: ClusterSpec, capacity: Capacity) -> State:
         ends=np.zeros((e, r, seqs), END_DTYPE),
         due=np.zeros((e, r), DUE_DTYPE),
         block=np.zeros((e, r, blocks + 1), BLOCK_DTYPE),
-        known=np.zeros((e, r, slots), KNOWN_DTYPE),
+        prefix_cache=np.zeros((e, r, slots), PREFIX_CACHE_DTYPE),
         reserve=np.zeros((e, r, blocks), np.int32),
         table=np.zeros((e, r, rows, width), np.int32),
         free_slots=np.zeros((e, r, rows), np.int32),
@@ -195,8 +195,8 @@ def load_episode(params: Params, state: State, env: int, episode: Episode) -> No
         first = request["first_after"]
         request["next_after"][i] = first[table.after[i]]
         first[table.after[i]] = i
-    request["seg_first"] = table.prefix_offsets[:-1]
-    request["seg_stop"] = table.prefix_offsets[1:]
+    request["segment_first"] = table.prefix_offsets[:-1]
+    request["segment_stop"] = table.prefix_offsets[1:]
     state.segment["key"][env, :m] = table.prefix_keys
     state.segment["end"][env, :m] = table.prefix_ends
     replica = state.replica[env, :r]

@@ -30,9 +30,9 @@ def reset_blocks(p: Params, s: State, e: int, r: int) -> None:
     blocks[0].before = end
     blocks[end].after = 0
     blocks[end].before = num_blocks - 1
-    known = s.known[e, r]
-    for i in range(known.shape[0]):
-        known[i].identity = 0
+    prefix_cache = s.prefix_cache[e, r]
+    for i in range(prefix_cache.shape[0]):
+        prefix_cache[i].identity = 0
     v.num_reserve = 0
     rows = s.free_slots.shape[2]
     for i in range(rows):
@@ -48,10 +48,10 @@ def take_for_decodes(p: Params, s: State, e: int, r: int, count: int) -> None:
         v.free_blocks -= count
         return
     make_room(p, s, e, r, count)
-    blocks, known, reserve = s.block[e, r], s.known[e, r], s.reserve[e, r]
+    blocks, prefix_cache, reserve = s.block[e, r], s.prefix_cache[e, r], s.reserve[e, r]
     place = v.num_reserve
     for i in range(place, place + count):
-        reserve[i] = take(blocks, known)
+        reserve[i] = take(blocks, prefix_cache)
     v.num_reserve = place + count
     v.free_blocks -= count
 
@@ -88,9 +88,9 @@ def take_for_chunk(
         s.replica[e, r].free_blocks -= need - have
         return
     make_room(p, s, e, r, need - have)
-    row, blocks, known = s.table[e, r, q.seq_slot], s.block[e, r], s.known[e, r]
+    row, blocks, prefix_cache = s.table[e, r, q.seq_slot], s.block[e, r], s.prefix_cache[e, r]
     for j in range(have, need):
-        row[j] = take(blocks, known)
+        row[j] = take(blocks, prefix_cache)
     s.replica[e, r].free_blocks -= need - have
     _name(
         p,
@@ -107,31 +107,31 @@ def take_for_chunk(
 def _name(p: Params, s: State, e: int, r: int, request: int, first: int, end: int) -> None:
     """Give blocks `first..end-1` of a request their identities."""
     row, blocks = s.table[e, r, s.request[e, request].seq_slot], s.block[e, r]
-    segment, known = s.segment[e], s.known[e, r]
+    segment, prefix_cache = s.segment[e], s.prefix_cache[e, r]
     own = private_key(request)
-    seg, seg_stop = s.request[e, request].seg_first, s.request[e, request].seg_stop
+    seg, segment_stop = s.request[e, request].segment_first, s.request[e, request].segment_stop
     for j in range(first, end):
         last_token = (j + 1) * p.block_size - 1
-        while seg < seg_stop and segment[seg].end <= last_token:
+        while seg < segment_stop and segment[seg].end <= last_token:
             seg += 1
-        key = segment[seg].key if seg < seg_stop else own
+        key = segment[seg].key if seg < segment_stop else own
         identity = block_identity(key, j)
-        insert(known, identity, row[j])
+        insert(prefix_cache, identity, row[j])
         blocks[row[j]].identity = identity
 
 
 @helper
 def count_hits(p: Params, s: State, e: int, r: int, request: int, max_blocks: int) -> int:
     """Count the leading blocks of a request that are in the cache, at most `max_blocks`."""
-    segment, known = s.segment[e], s.known[e, r]
+    segment, prefix_cache = s.segment[e], s.prefix_cache[e, r]
     own = private_key(request)
-    seg, seg_stop = s.request[e, request].seg_first, s.request[e, request].seg_stop
+    seg, segment_stop = s.request[e, request].segment_first, s.request[e, request].segment_stop
     for j in range(max_blocks):
         last_token = (j + 1) * p.block_size - 1
-        while seg < seg_stop and segment[seg].end <= last_token:
+        while seg < segment_stop and segment[seg].end <= last_token:
             seg += 1
-        key = segment[seg].key if seg < seg_stop else own
-        if find_block(known, block_identity(key, j)) < 0:
+        key = segment[seg].key if seg < segment_stop else own
+        if find_block(prefix_cache, block_identity(key, j)) < 0:
             return j
     return max_blocks
 
@@ -144,16 +144,16 @@ def match(p: Params, s: State, e: int, r: int, request: int, max_blocks: int) ->
         How many there are, and how many of them nobody holds.
     """
     row = s.table[e, r, s.free_slots[e, r, s.replica[e, r].num_free_slots - 1]]
-    segment, known, blocks = s.segment[e], s.known[e, r], s.block[e, r]
+    segment, prefix_cache, blocks = s.segment[e], s.prefix_cache[e, r], s.block[e, r]
     own = private_key(request)
-    seg, seg_stop = s.request[e, request].seg_first, s.request[e, request].seg_stop
+    seg, segment_stop = s.request[e, request].segment_first, s.request[e, request].segment_stop
     unheld = 0
     for j in range(max_blocks):
         last_token = (j + 1) * p.block_size - 1
-        while seg < seg_stop and segment[seg].end <= last_token:
+        while seg < segment_stop and segment[seg].end <= last_token:
             seg += 1
-        key = segment[seg].key if seg < seg_stop else own
-        block = find_block(known, block_identity(key, j))
+        key = segment[seg].key if seg < segment_stop else own
+        block = find_block(prefix_cache, block_identity(key, j))
         if block < 0:
             return j, unheld
         row[j] = block

@@ -219,11 +219,11 @@ def end_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     v = s.replica[e, r]
     left_out = 0
     if p.engine[v.type_idx] == VLLM_PRIORITY:
-        note_durations(p, s, e, r, v.seg_steps, now_s)
+        note_durations(p, s, e, r, v.stretch_steps, now_s)
         left_out = hold_back(p, s, e, r)
     if v.mode == DECODE:
-        log_steps(p, s, e, r, now_s, v.seg_steps, 0)
-        settle_decodes(p, s, e, r, v.seg_steps)
+        log_steps(p, s, e, r, now_s, v.stretch_steps, 0)
+        settle_decodes(p, s, e, r, v.stretch_steps)
         running = v.num_running
         _end_decodes(p, s, e, r, now_s)
         v.num_lagging = running - v.num_running
@@ -366,24 +366,24 @@ def steps_ended_by(p: Params, s: State, e: int, r: int, time_s: float) -> int:
     batch = v.num_decodes
     if batch == 0:  # all that took part were aborted: the step in progress goes on without them
         return 0
-    target = (time_s - v.seg_begin_s) / v.seg_factor
+    target = (time_s - v.stretch_begin_s) / v.stretch_factor
     kv = v.kv_tokens + batch
-    return decode_steps_past(p, v.type_idx, batch, kv, target, v.seg_steps) - 1
+    return decode_steps_past(p, v.type_idx, batch, kv, target, v.stretch_steps) - 1
 
 
 @inlined
 def cut_stretch(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     """Let the decode stretch in progress stop at the end of the step that is running now."""
     v = s.replica[e, r]
-    if v.mode != DECODE or v.seg_steps == 1:
+    if v.mode != DECODE or v.stretch_steps == 1:
         return
     steps = steps_ended_by(p, s, e, r, now_s) + 1
-    if steps < v.seg_steps:
-        v.seg_steps = steps
+    if steps < v.stretch_steps:
+        v.stretch_steps = steps
         batch = v.num_decodes
         kv = v.kv_tokens + batch
         span = decode_span_s(p, v.type_idx, batch, kv, steps)
-        set_event(s, e, r, v.seg_begin_s + v.seg_factor * span)
+        set_event(s, e, r, v.stretch_begin_s + v.stretch_factor * span)
 
 
 @inlined
@@ -407,21 +407,21 @@ def catch_up(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     The stretch goes on from the step in progress, and ends when it would have ended.
     """
     v = s.replica[e, r]
-    if v.mode != DECODE or v.seg_steps == 1:
+    if v.mode != DECODE or v.stretch_steps == 1:
         return
     steps = steps_ended_by(p, s, e, r, now_s)
     if steps == 0:
         return
     kv = v.kv_tokens + v.num_decodes
     span = decode_span_s(p, v.type_idx, v.num_decodes, kv, steps)
-    end_s = v.seg_begin_s + v.seg_factor * span
+    end_s = v.stretch_begin_s + v.stretch_factor * span
     log_steps(p, s, e, r, end_s, steps, 0)
     if p.engine[v.type_idx] == VLLM_PRIORITY:
         note_durations(p, s, e, r, steps, end_s)
     settle_decodes(p, s, e, r, steps)
     take_for_decodes(p, s, e, r, s.phase[e, r, v.iteration % p.block_size])
-    v.seg_begin_s = end_s
-    v.seg_steps -= steps
+    v.stretch_begin_s = end_s
+    v.stretch_steps -= steps
 
 
 @helper
@@ -435,12 +435,12 @@ def stop_replica(p: Params, s: State, e: int, r: int, now_s: float) -> None:
             batch = v.num_decodes
             kv = v.kv_tokens + batch
             span = decode_span_s(p, v.type_idx, batch, kv, steps)
-        last_s = v.seg_begin_s + v.seg_factor * span
+        last_s = v.stretch_begin_s + v.stretch_factor * span
         log_steps(p, s, e, r, last_s, steps, 0)
         settle_decodes(p, s, e, r, steps)
         v.iteration += 1
     elif v.mode == STEP:
-        last_s = v.seg_begin_s
+        last_s = v.stretch_begin_s
         v.iteration += 1
     else:
         last_s = now_s

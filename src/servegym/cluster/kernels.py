@@ -276,7 +276,7 @@ def measure(p: Params, s: State, e: int, r: int, time_s: float, out: np.ndarray)
     blocks = p.num_blocks[v.type_idx]
     used = blocks - v.free_blocks
     emitted = v.emitted
-    if v.mode == DECODE and v.seg_steps > 1:
+    if v.mode == DECODE and v.stretch_steps > 1:
         ended = steps_ended_by(p, s, e, r, time_s)
         used += blocks_for_steps(p, s, e, r, v.iteration + 1, ended)
         emitted += ended * v.num_decodes

@@ -55,8 +55,8 @@ def come(
     q.output = tokens[1]
     q.predicted = tokens[1]
     q.slo_class = 0
-    q.seg_first = segments[0]
-    q.seg_stop = segments[1]
+    q.segment_first = segments[0]
+    q.segment_stop = segments[1]
     reset_request(s, 0, request)
     q.generated = tokens[2]
     q.cached = tokens[3]
@@ -124,17 +124,17 @@ def foresee(p: Params, s: State, told: int, times_s: FloatArray) -> int:
     if v.mode != DECODE:
         times_s[0] = due_s
         return 0 if v.mode == IDLE else 1
-    last = v.iteration + v.seg_steps
+    last = v.iteration + v.stretch_steps
     batch = v.num_decodes
     for i in range(min(last - told, times_s.shape[0])):
         steps = told + i + 1 - v.iteration
-        if steps == v.seg_steps:
+        if steps == v.stretch_steps:
             times_s[i] = due_s
         elif steps <= 0:
-            times_s[i] = v.seg_begin_s
+            times_s[i] = v.stretch_begin_s
         else:
             span = decode_span_s(p, v.type_idx, batch, v.kv_tokens + batch, steps)
-            times_s[i] = v.seg_begin_s + v.seg_factor * span
+            times_s[i] = v.stretch_begin_s + v.stretch_factor * span
     return last - told
 
 
@@ -160,7 +160,7 @@ def postpone(p: Params, s: State, next_s: float, until_s: float) -> None:
     """Let the step that would end at `next_s` end at `until_s`; those behind it, as much later."""
     by_s = until_s - next_s
     due_s = s.due[0, 0].time_s
-    s.replica[0, 0].seg_begin_s += by_s
+    s.replica[0, 0].stretch_begin_s += by_s
     set_event(s, 0, 0, until_s if due_s == next_s else due_s + by_s)
 
 

@@ -46,9 +46,9 @@ def step_together(p: Params, s: State, e: int, first: int, now_s: float) -> None
         if v.mode == IDLE:  # it takes part with one dummy token
             own_s, mine = dense_s(p, v.type_idx, 1) / v.speed, 1
         elif v.mode == DECODE:
-            v.seg_steps = 1  # the others may have other work in the next step
+            v.stretch_steps = 1  # the others may have other work in the next step
             mine = v.num_decodes
-            own_s = v.seg_factor * decode_span_s(p, v.type_idx, mine, v.kv_tokens + mine, 1)
+            own_s = v.stretch_factor * decode_span_s(p, v.type_idx, mine, v.kv_tokens + mine, 1)
         else:
             own_s = s.due[e, v.event_pos].time_s - now_s
             mine = _chunk_tokens(s, e, r)

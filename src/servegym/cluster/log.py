@@ -45,7 +45,7 @@ def log_steps(
     if not p.record or num_steps == 0:
         return
     i = env.step_len
-    s.steps[e, i].begin_s = v.seg_begin_s
+    s.steps[e, i].begin_s = v.stretch_begin_s
     s.steps[e, i].end_s = end_s
     s.steps[e, i].replica = r
     s.steps[e, i].num_steps = num_steps
@@ -56,7 +56,7 @@ def log_steps(
     s.steps[e, i].used_blocks = p.num_blocks[v.type_idx] - v.free_blocks
     env.step_len = i + 1
     if batch > 0:
-        mean_s = (end_s - v.seg_begin_s) / num_steps
+        mean_s = (end_s - v.stretch_begin_s) / num_steps
         if v.stalled > 0:
             _count_after_stall(p, s, e, r, mean_s)
             num_steps -= 1
@@ -71,7 +71,7 @@ def _count_after_stall(p: Params, s: State, e: int, r: int, step_s: float) -> No
     while request >= 0:
         q = s.request[e, request]
         if q.join_iter >= 0:
-            count_itl(p, s, e, v.seg_begin_s - q.last_token_s + step_s, 1)
+            count_itl(p, s, e, v.stretch_begin_s - q.last_token_s + step_s, 1)
         request = q.next_request
     v.stalled = 0
 

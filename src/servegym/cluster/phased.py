@@ -75,10 +75,10 @@ def _begin_prefill(
                 s.request[e, request].last_token_s = now_s
             request = s.request[e, request].next_request
     v.mode = PREFILL
-    v.seg_steps = 1
-    v.seg_begin_s = now_s
-    v.seg_factor = step_factor(p, s, e, r)
-    set_event(s, e, r, now_s + (dense_s(p, v.type_idx, tokens) + attention_s) * v.seg_factor)
+    v.stretch_steps = 1
+    v.stretch_begin_s = now_s
+    v.stretch_factor = step_factor(p, s, e, r)
+    set_event(s, e, r, now_s + (dense_s(p, v.type_idx, tokens) + attention_s) * v.stretch_factor)
 
 
 @inlined

@@ -15,62 +15,62 @@ def _slot_of(identity: int, mask: int) -> int:
 
 
 @inlined
-def find_block(known: Records, identity: int) -> int:
+def find_block(prefix_cache: Records, identity: int) -> int:
     """Return the block with this identity, or -1.
 
     Args:
-        known: `State.known[e, r]`; callers look it up before their loops.
+        prefix_cache: `State.prefix_cache[e, r]`; callers look it up before their loops.
         identity: See `rng.block_identity`.
     """
-    mask = known.shape[0] - 1
+    mask = prefix_cache.shape[0] - 1
     i = _slot_of(identity, mask)
-    while known[i].identity != 0:
-        if known[i].identity == identity:
-            return known[i].block
+    while prefix_cache[i].identity != 0:
+        if prefix_cache[i].identity == identity:
+            return prefix_cache[i].block
         i = (i + 1) & mask
     return -1
 
 
 @inlined
-def insert(known: Records, identity: int, block: int) -> None:
+def insert(prefix_cache: Records, identity: int, block: int) -> None:
     """Note which block has an identity; of several, `find_block` returns the first noted."""
-    mask = known.shape[0] - 1
+    mask = prefix_cache.shape[0] - 1
     i = _slot_of(identity, mask)
-    while known[i].identity != 0:
+    while prefix_cache[i].identity != 0:
         i = (i + 1) & mask
-    known[i].identity = identity
-    known[i].block = block
+    prefix_cache[i].identity = identity
+    prefix_cache[i].block = block
 
 
 @inlined
-def forget(known: Records, identity: int, block: int) -> None:
+def forget(prefix_cache: Records, identity: int, block: int) -> None:
     """Delete a block's entry; later ones of its probe run move back in order, leaving no marks."""
-    mask = known.shape[0] - 1
+    mask = prefix_cache.shape[0] - 1
     i = _slot_of(identity, mask)
-    while known[i].identity != identity or known[i].block != block:
+    while prefix_cache[i].identity != identity or prefix_cache[i].block != block:
         i = (i + 1) & mask
     j = i
     while True:
         j = (j + 1) & mask
-        if known[j].identity == 0:
+        if prefix_cache[j].identity == 0:
             break
-        home = _slot_of(known[j].identity, mask)
+        home = _slot_of(prefix_cache[j].identity, mask)
         if ((j - home) & mask) >= ((j - i) & mask):
-            known[i].identity = known[j].identity
-            known[i].block = known[j].block
+            prefix_cache[i].identity = prefix_cache[j].identity
+            prefix_cache[i].block = prefix_cache[j].block
             i = j
-    known[i].identity = 0
+    prefix_cache[i].identity = 0
 
 
 @inlined
-def take(blocks: Records, known: Records) -> int:
+def take(blocks: Records, prefix_cache: Records) -> int:
     """Take the least recently used free block; it loses its identity."""
     end = blocks.shape[0] - 1
     block = blocks[end].after
     blocks[end].after = blocks[block].after
     blocks[blocks[block].after].before = end
     if blocks[block].identity != 0:
-        forget(known, blocks[block].identity, block)
+        forget(prefix_cache, blocks[block].identity, block)
         blocks[block].identity = 0
     blocks[block].holders = 1
     return block

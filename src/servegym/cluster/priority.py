@@ -275,10 +275,10 @@ def _begin_without_skipped(p: Params, s: State, e: int, r: int, now_s: float) ->
     f = s.forming[e, r]
     batch = v.num_decodes - f.num_skipped
     factor = step_factor(p, s, e, r)
-    v.seg_begin_s = now_s
-    v.seg_factor = factor
+    v.stretch_begin_s = now_s
+    v.stretch_factor = factor
     v.mode = DECODE
-    v.seg_steps = 1
+    v.stretch_steps = 1
     kv_tokens = v.kv_tokens - f.skipped_kv_tokens + batch
     span = decode_span_s(p, v.type_idx, batch, kv_tokens, 1)
     set_event(s, e, r, now_s + factor * span)
@@ -317,10 +317,12 @@ def note_durations(p: Params, s: State, e: int, r: int, steps: int, end_s: float
     f = s.forming[e, r]
     before_s = 0.0
     for i in range(steps):
-        duration_s = end_s - v.seg_begin_s
+        duration_s = end_s - v.stretch_begin_s
         if steps > 1:
             kv_tokens = v.kv_tokens + v.num_decodes
-            after_s = decode_span_s(p, v.type_idx, v.num_decodes, kv_tokens, i + 1) * v.seg_factor
+            after_s = (
+                decode_span_s(p, v.type_idx, v.num_decodes, kv_tokens, i + 1) * v.stretch_factor
+            )
             duration_s = after_s - before_s
             before_s = after_s
         if f.step_s == 0.0:

@@ -27,15 +27,15 @@ def retain(p: Params, s: State, e: int, r: int, request: int, now_s: float) -> N
     if kept == 0:
         return
     q.table_len = kept
-    blocks, known, segment = s.block[e, r], s.known[e, r], s.segment[e]
+    blocks, prefix_cache, segment = s.block[e, r], s.prefix_cache[e, r], s.segment[e]
     own = private_key(request)
-    seg = q.seg_first
+    seg = q.segment_first
     for j in range(kept):
         last_token = (j + 1) * p.block_size - 1
-        while seg < q.seg_stop and segment[seg].end <= last_token:
+        while seg < q.segment_stop and segment[seg].end <= last_token:
             seg += 1
-        key = segment[seg].key if seg < q.seg_stop else own
-        block = find_block(known, block_identity(key, j))
+        key = segment[seg].key if seg < q.segment_stop else own
+        block = find_block(prefix_cache, block_identity(key, j))
         if blocks[block].holders == 0 and blocks[block].keepers == 0:
             unlink(blocks, block)
             v.kept_blocks += 1
@@ -53,15 +53,15 @@ def let_go(p: Params, s: State, e: int, r: int, request: int) -> None:
     if q.timer_pos >= 0:
         remove_timer(s, e, q.timer_pos)
     _leave(s, e, r, request)
-    blocks, known, segment = s.block[e, r], s.known[e, r], s.segment[e]
+    blocks, prefix_cache, segment = s.block[e, r], s.prefix_cache[e, r], s.segment[e]
     own = private_key(request)
-    seg = q.seg_stop
+    seg = q.segment_stop
     for j in range(q.table_len - 1, -1, -1):
         last_token = (j + 1) * p.block_size - 1
-        while seg > q.seg_first and segment[seg - 1].end > last_token:
+        while seg > q.segment_first and segment[seg - 1].end > last_token:
             seg -= 1
-        key = segment[seg].key if seg < q.seg_stop else own
-        block = find_block(known, block_identity(key, j))
+        key = segment[seg].key if seg < q.segment_stop else own
+        block = find_block(prefix_cache, block_identity(key, j))
         blocks[block].keepers -= 1
         if blocks[block].holders == 0 and blocks[block].keepers == 0:
             set_free(blocks, block)

@@ -230,8 +230,8 @@ def begin_decodes(
     t = v.type_idx
     batch = v.num_decodes
     factor = step_factor(p, s, e, r)
-    v.seg_begin_s = now_s
-    v.seg_factor = factor
+    v.stretch_begin_s = now_s
+    v.stretch_factor = factor
     v.mode = DECODE
     steps = (s.ends[e, r, 0].key >> 32) - v.iteration
     if p.noise_sigma > 0.0:
@@ -240,7 +240,7 @@ def begin_decodes(
     if single:
         steps = 1
     steps = _steps_with_blocks(p, s, e, r, steps, spare)
-    v.seg_steps = steps
+    v.stretch_steps = steps
     span = decode_span_s(p, t, batch, v.kv_tokens + batch, steps)
     set_event(s, e, r, now_s + factor * span)
 
@@ -271,10 +271,10 @@ def begin_mixed(
     v = s.replica[e, r]
     t = v.type_idx
     factor = step_factor(p, s, e, r)
-    v.seg_begin_s = now_s
-    v.seg_factor = factor
+    v.stretch_begin_s = now_s
+    v.stretch_factor = factor
     v.mode = STEP
-    v.seg_steps = 1
+    v.stretch_steps = 1
     if batch > 0:
         attention_s += mixed_s(p, t, batch, v.kv_tokens + batch)
         attention_s += p.empty_tiles_s[t] * batch * _longest_chunk(s, e, r)

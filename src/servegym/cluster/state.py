@@ -125,8 +125,8 @@ REQUEST_DTYPE = np.dtype(
         ("predicted", "f8"),  # output tokens
         ("prompt", "i8"),  # tokens
         ("output", "i8"),  # tokens
-        ("seg_first", "i8"),  # prefix segments, rows seg_first..seg_stop-1 of `segment`
-        ("seg_stop", "i8"),
+        ("segment_first", "i8"),  # prefix segments, rows segment_first..segment_stop-1 of `segment`
+        ("segment_stop", "i8"),
         ("slo_class", "i8"),
         # progress
         ("status", "i8"),
@@ -193,9 +193,9 @@ REPLICA_DTYPE = np.dtype(
         ("iteration", "i8"),  # steps ended in which its decoding requests took part, settled
         ("prefill_steps", "i8"),  # steps ended in which they paused
         ("num_joined", "i8"),  # requests that began to decode there; orders equal ends
-        ("seg_begin_s", "f8"),  # start of the step or decode stretch in progress
-        ("seg_steps", "i8"),  # steps in it
-        ("seg_factor", "f8"),  # noise / speed in it
+        ("stretch_begin_s", "f8"),  # start of the step or decode stretch in progress
+        ("stretch_steps", "i8"),  # steps in it
+        ("stretch_factor", "f8"),  # noise / speed in it
         ("num_ends", "i8"),  # size of the end heap
         ("event_pos", "i8"),  # place in `due`
         ("num_reserve", "i8"),  # blocks taken by decodes and not yet given to one
@@ -289,7 +289,7 @@ BLOCK_DTYPE = np.dtype(
     ],
     align=True,
 )
-KNOWN_DTYPE = np.dtype([("identity", "i8"), ("block", "i4")], align=True)
+PREFIX_CACHE_DTYPE = np.dtype([("identity", "i8"), ("block", "i4")], align=True)
 FAULT_DTYPE = np.dtype(
     [("time_s", "f8"), ("value", "f8"), ("replica", "i8"), ("kind", "i8")], align=True
 )
@@ -310,7 +310,7 @@ class State(NamedTuple):
     ends: Records  # END_DTYPE[E, R, max_num_seqs] heap; key: last step << 32 | order of joining
     due: Records  # DUE_DTYPE[E, R] heap of replicas by their next event
     block: Records  # BLOCK_DTYPE[E, R, B + 1]; who has them, free list with its end at index B
-    known: Records  # KNOWN_DTYPE[E, R, H] hash map from identity to block; 0: empty
+    prefix_cache: Records  # PREFIX_CACHE_DTYPE[E, R, H] hash map from identity to block; 0: empty
     reserve: Int32Array  # [E, R, B] blocks taken by decodes, not yet given to one
     table: Int32Array  # [E, R, max_num_seqs, W] block table
     free_slots: Int32Array  # [E, R, max_num_seqs] unused rows of it

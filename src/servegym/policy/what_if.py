@@ -140,7 +140,7 @@ def _step_left_s(p: Params, s: State, e: int, r: int) -> float:
         steps = steps_ended_by(p, s, e, r, now_s) + 1
         kv = v.kv_tokens + v.num_decodes
         span = decode_span_s(p, v.type_idx, v.num_decodes, kv, steps)
-        return v.seg_begin_s + v.seg_factor * span - now_s
+        return v.stretch_begin_s + v.stretch_factor * span - now_s
     return 0.0
 
 

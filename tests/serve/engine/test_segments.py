@@ -21,7 +21,7 @@ def core() -> EngineCore:
 
 def rows_of(core: EngineCore, place: int) -> list[tuple[int, int]]:
     request = core._state.request[0, place]
-    return core._state.segment[0, request["seg_first"] : request["seg_stop"]].tolist()
+    return core._state.segment[0, request["segment_first"] : request["segment_stop"]].tolist()
 
 
 def test_each_request_keeps_its_names_while_others_come_and_go(core):

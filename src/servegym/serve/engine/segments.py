@@ -53,6 +53,8 @@ class Segments:
         for place, (first, stop) in self._rows.items():
             moved = self._end, self._end + stop - first
             segment[0, slice(*moved)] = state.segment[0, first:stop]
-            state.request["seg_first"][0, place], state.request["seg_stop"][0, place] = moved
+            state.request["segment_first"][0, place], state.request["segment_stop"][0, place] = (
+                moved
+            )
             self._rows[place], self._end = moved, moved[1]
         return state._replace(segment=segment)
