@@ -20,7 +20,7 @@ class Masked(Protocol):
 
 
 def as_integers(actions: Any, num_envs: int) -> IntArray:
-    """Return actions as `int64[num_envs]`; whole numbers may come as floats.
+    """Return actions as `int64[num_envs]`, contiguous; whole numbers may come as floats.
 
     Raises:
         InvalidAction: If there is not one whole number for each environment.

@@ -275,7 +275,7 @@ class Batch(ABC):
             InvalidAction: If one is not allowed and is to be refused; then nothing has happened.
         """
         self.check_open()
-        chosen = np.ascontiguousarray(as_integers(actions, self.num_envs))
+        chosen = as_integers(actions, self.num_envs)
         active = np.ascontiguousarray(active)
         bad = first_invalid(self.mask, chosen, active)
         if self.settings.invalid_action == "raise":

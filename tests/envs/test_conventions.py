@@ -425,3 +425,24 @@ def test_a_closed_environment_says_so(problem, num_threads):
             env.step(action)
         with pytest.raises(EnvironmentClosed, match="was closed: make a new one"):
             env.reset()
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint8, np.float64])
+def test_actions_may_lie_apart_in_memory_and_be_of_any_integral_type(problem, dtype):
+    results = []
+    for apart in (False, True):
+        envs = problem.vector(3, **problem.settings)
+        _, infos = envs.reset(seed=4)
+        rewards = []
+        for _ in range(6):
+            actions = infos["action_mask"].argmax(1)
+            if apart:
+                wide = np.full((3, 2), 99, dtype)
+                wide[:, 0] = actions
+                actions = wide[:, 0]
+                assert not actions.flags.c_contiguous
+            _, reward, *_, infos = envs.step(actions)
+            rewards.append(reward.copy())
+        results.append(np.array(rewards))
+    np.testing.assert_array_equal(*results)
+    assert results[0].any()
