@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from servegym.baselines.registry import RULES
+from servegym.clairvoyant.dispatch import best_choices, replay
 from servegym.cluster.simulator import Simulator
 from servegym.export.manifest import Contract, contract_of
 from servegym.export.resolve import resolve_policy
 from servegym.policy.policy import Heuristic, Policy
 from servegym.policy.run import run, time_decisions
+from servegym.problems.problem import Played
 from servegym.problems.problem import Scenario as AnyScenario
-from servegym.problems.requests import RequestEpisodes, RequestProblem
+from servegym.problems.requests import OBJECTIVES, RequestEpisodes, RequestProblem
 from servegym.scenario import Scenario
 from servegym.typing import FloatArray
 
@@ -22,6 +26,18 @@ class DispatchEpisodes(RequestEpisodes[Policy]):
         simulator = Simulator(self.scenario.spec, self.episodes, record=record)
         run(simulator, policy, seed=seed)
         return simulator
+
+    def clairvoyant(self, starts: Sequence[Policy], *, budget: float, seed: int = 0) -> Played:
+        """See `Episodes.clairvoyant`: a search through assignments of requests to replicas."""
+        choices = best_choices(
+            self.scenario.spec,
+            self.episodes,
+            [self.run(policy, seed=seed, record=True) for policy in starts],
+            OBJECTIVES[self.scenario.objective].metric,
+            budget=budget,
+            seed=seed,
+        )
+        return self._played(replay(self.scenario.spec, self.episodes, choices))
 
     def time_decisions(self, policy: Policy) -> FloatArray:
         """Measure single decisions in the first episode, seconds, `float64[n]`."""

@@ -71,7 +71,10 @@ class RequestEpisodes(Episodes[P]):
 
     def play(self, policy: P, seed: int = 0) -> Played:
         """See `Episodes.play`; the trail is a `Trail`."""
-        simulator = self.run(policy, seed=seed, record=True)
+        return self._played(self.run(policy, seed=seed, record=True))
+
+    def _played(self, simulator: Simulator) -> Played:
+        """Measure what a simulator with a record has played."""
         spec = self.scenario.spec
         metrics = [
             measure(
