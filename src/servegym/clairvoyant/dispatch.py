@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from numba import typeof
 
 from servegym.clairvoyant.copies import words_of
 from servegym.clairvoyant.fleet import UNKNOWN, play_assigned, sweep_fleet
-from servegym.clairvoyant.goal import NUM_FATES, Goal, judged, make_goal
+from servegym.clairvoyant.goal import NUM_FATES, Goal, is_better, judged, loss, make_goal
 from servegym.clairvoyant.replicas import REJECT, Effort, Fleet, new_tried, play_all, sweep
 from servegym.cluster.allocate import Capacity, load_episode, make_params, make_state
 from servegym.cluster.entry import addresses
@@ -29,12 +30,14 @@ from servegym.cluster.state import (
     State,
 )
 from servegym.errors import ConfigError
-from servegym.typing import IntArray
+from servegym.typing import BoolArray, IntArray
 from servegym.workloads.table import BY_ITSELF
 
 #: Exchanges tried with each request once moving alone no longer helps, and with how many of the
 #: next ones.
 _SWAPS, _WINDOW = 4, 32
+#: One in so many requests is sent anywhere when that does not help either.
+_KICK = 50
 #: Other choices tried at each decision where the whole fleet has to be played.
 _TRIES = 1.0
 
@@ -46,11 +49,13 @@ class Found:
     Attributes:
         choice: Replica of each request or `REJECT`, at its first dispatch and at those after
             crashes, `int64[N, K]`; `UNKNOWN` where it was not sent so often.
+        loss: Of the whole episode under it, see `goal.loss`.
         num_changes: Changes that were kept.
         episodes_played: Simulation it took, in whole episodes.
     """
 
     choice: IntArray
+    loss: tuple[float, float]
     num_changes: int
     episodes_played: float
 
@@ -125,10 +130,10 @@ def search(
     rng = np.random.SeedSequence(seed).generate_state(1, np.uint64)
     spent = np.array([0, int(budget * len(episode.table)), 0], np.int64)
     if plays_alone(spec, episode):
-        choice = _search_replicas(quiet, episode, start, goal, may_reject, rng, spent)
+        choice, least = _search_replicas(quiet, episode, start, goal, may_reject, rng, spent)
     else:
-        choice = _search_fleet(quiet, episode, start, goal, may_reject, rng, spent)
-    return Found(choice, int(spent[2]), spent[0] / len(episode.table))
+        choice, least = _search_fleet(quiet, episode, start, goal, may_reject, rng, spent)
+    return Found(choice, least, int(spent[2]), spent[0] / len(episode.table))
 
 
 def best_choices(
@@ -195,7 +200,7 @@ def _search_replicas(
     may_reject: bool,
     rng: np.ndarray,
     spent: IntArray,
-) -> IntArray:
+) -> tuple[IntArray, tuple[float, float]]:
     num_replicas = episode.num_replicas
     alone = [_alone(episode, r) for r in range(num_replicas)]
     capacity = Capacity.of(alone, record=False)._replace(num_envs=num_replicas + 2)
@@ -213,15 +218,31 @@ def _search_replicas(
     tried = new_tried(len(assignment), NUM_FATES)
     oldest = np.zeros(num_replicas, np.int64)
     play_all(fleet, state, words, assignment, tried, Effort(0, _WINDOW, rng, spent))
+    rest = np.random.default_rng(rng)
+    best, least = assignment.copy(), loss(goal, tried.now, tried.room)
     num_swaps = 0
     while spent[0] < spent[1]:
         before = int(spent[2])
         effort = Effort(num_swaps, _WINDOW, rng, spent)
         sweep(goal, fleet, state, words, assignment, oldest, tried, effort)
-        if num_swaps and spent[2] == before:
-            break
+        found = loss(goal, tried.now, tried.room)
+        if is_better(found, least):
+            best, least = assignment.copy(), found
+        if num_swaps and spent[2] == before:  # nothing helps any more: begin elsewhere
+            assignment[:] = best
+            _kick(assignment, goal.first, fleet.fits, rest)
+            effort = Effort(0, _WINDOW, rng, spent)
+            play_all(fleet, state, words, assignment, tried, effort)
         num_swaps = _SWAPS
-    return assignment[:, None]
+    return best[:, None], least
+
+
+def _kick(assignment: IntArray, first: int, fits: BoolArray, rng: np.random.Generator) -> None:
+    """Send some requests anywhere."""
+    judged_ones = np.arange(first, len(assignment))
+    count = min(len(judged_ones), max(2, len(judged_ones) // _KICK))
+    for i in rng.choice(judged_ones, count, replace=False):
+        assignment[i] = rng.choice(np.flatnonzero(fits[i]))
 
 
 def _alone(episode: Episode, r: int) -> Episode:
@@ -249,19 +270,28 @@ def _search_fleet(
     may_reject: bool,
     rng: np.ndarray,
     spent: IntArray,
-) -> IntArray:
+) -> tuple[IntArray, tuple[float, float]]:
     state = make_state(spec, Capacity.of([episode, episode], record=False))
     params = _with_entries(make_params(spec, record=False), state)
     words = words_of(state)
     choice = start.copy()
     fates, room = np.zeros((NUM_FATES, len(choice))), np.zeros(len(choice))
     load_episode(params, state, 1, episode)
-    while spent[0] < spent[1]:
+    every = np.ones((len(choice), episode.num_replicas), np.bool_)  # what cannot be is put right
+    rest = np.random.default_rng(rng)
+    best, least = choice.copy(), (math.inf, math.inf)
+    tries = 0.0
+    while True:
         before = int(spent[2])
         load_episode(params, state, 0, episode)
-        came_to_end = sweep_fleet(
+        found = sweep_fleet(
             goal, params, state, words, choice, fates, room, _TRIES, may_reject, rng, spent
         )
-        if came_to_end and spent[2] == before and episode.num_replicas <= _TRIES:
-            break
-    return choice
+        if is_better(found, least):
+            best, least = choice.copy(), found
+        if spent[0] >= spent[1]:
+            return best, least
+        tries = tries + _TRIES if spent[2] == before else 0.0
+        if tries > 2 * episode.num_replicas:  # nothing helps any more: begin elsewhere
+            choice, tries = best.copy(), 0.0
+            _kick(choice[:, 0], goal.first, every, rest)

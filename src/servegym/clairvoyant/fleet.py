@@ -74,7 +74,7 @@ def sweep_fleet(
     may_reject: bool,
     rng: UInt64Array,
     spent: IntArray,
-) -> bool:
+) -> tuple[float, float]:
     """Try other choices at every decision of an episode, and keep what is better.
 
     Args:
@@ -91,7 +91,7 @@ def sweep_fleet(
         spent: Requests played so far, the most that may be, changes made, `int64[3]`.
 
     Returns:
-        Whether it came to the end; else what may be spent is spent.
+        Loss of the whole episode under the assignment.
     """
     width = s.env[0].num_replicas
     num_requests = choice.shape[0]
@@ -108,7 +108,7 @@ def sweep_fleet(
             num_tries = int(tries + next_uniform(rng))
             for _ in range(num_tries):
                 if spent[0] >= spent[1]:
-                    return False
+                    return best
                 place = int(next_uniform(rng) * (width + may_reject))
                 place = REJECT if place == width else place
                 old = choice[i, k]
@@ -128,4 +128,4 @@ def sweep_fleet(
                 else:
                     choice[i, k] = old
         apply(p, s, 0, own)
-    return True
+    return best

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from servegym.cluster.jit import helper, inlined
+from servegym.cluster.jit import helper, inlined, kernel
 from servegym.cluster.spec import ClusterSpec, Episode
 from servegym.cluster.state import REJECTED, Records, State
 from servegym.errors import ConfigError, unknown_name
@@ -78,7 +78,7 @@ def read_fates(s: State, e: int, fates: FloatArray) -> None:
         fates[SERVED, i] = 0.0 if q.status == REJECTED else 1.0
 
 
-@helper
+@kernel
 def loss(goal: Goal, fates: FloatArray, room: FloatArray) -> tuple[float, float]:
     """Judge fates: lower is better.
 

@@ -264,7 +264,7 @@ def sweep(
     oldest: IntArray,
     tried: Tried,
     effort: Effort,
-) -> bool:
+) -> None:
     """Try every request everywhere, one after the other, and keep what is better.
 
     Args:
@@ -276,16 +276,13 @@ def sweep(
         oldest: Working memory, `int64[R]`.
         tried: `now` holds the fates under the assignment, before and after.
         effort: What may be done.
-
-    Returns:
-        Whether it came to the end; else what may be spent is spent.
     """
     _halt_all(fleet, s, assignment)
     oldest[:] = 0
     for i in range(assignment.shape[0]):
         if i >= goal.first:
             if effort.spent[0] >= effort.spent[1]:
-                return False
+                return
             for r in range(fleet.fits.shape[1]):
                 oldest[r] = _oldest(s, r, i, oldest[r])
             best = loss(goal, tried.now, tried.room)
@@ -302,7 +299,6 @@ def sweep(
         if assignment[i] >= 0:
             advance(fleet.ask, s, assignment[i])
             apply(fleet.ask, s, assignment[i], 0)
-    return True
 
 
 def new_tried(num_requests: int, num_fates: int) -> Tried:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from servegym.cluster.outcome import worth_in_time
+from servegym.cluster.outcome import latencies, worth_in_time
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import Episode
 from servegym.costs.step import StepCost
@@ -40,6 +40,14 @@ OBJECTIVES = {
         "e2e_mean_s",
         "mean E2E",
         loss_form="mean E2E {:.3f} s",
+        better="faster than",
+        worse="slower than",
+    ),
+    "tail": Objective(
+        "tail",
+        "ttft_p99_s",
+        "p99 TTFT",
+        loss_form="p99 TTFT {:.3f} s",
         better="faster than",
         worse="slower than",
     ),
@@ -93,9 +101,9 @@ class RequestEpisodes(Episodes[P]):
         """See `Episodes.losses`.
 
         Returns:
-            Per episode the mean E2E latency in seconds, or, under the `goodput` objective, minus
-            the (weighted) share of requests within their limits while requests arrive,
-            `float64[num_episodes]`.
+            Per episode the mean E2E latency in seconds; under `tail` the 99th percentile of TTFT;
+            under `goodput` minus the (weighted) share of requests within their limits while
+            requests arrive, `float64[num_episodes]`.
         """
         simulator = self.run(policy)
         losses = np.empty(len(self.episodes))
@@ -103,6 +111,8 @@ class RequestEpisodes(Episodes[P]):
             done = simulator.outcomes(env)
             if self.scenario.objective == "goodput":
                 losses[env] = -worth_in_time(done, self.scenario.spec, episode.table)
+            elif self.scenario.objective == "tail":
+                losses[env] = np.nanpercentile(latencies(done)[0], 99)
             else:
                 losses[env] = np.nanmean(done["finish_s"] - done["arrival_s"])
         return losses
@@ -144,7 +154,7 @@ class RequestProblem(Problem[Scenario, P]):
         return scenario if self.owns(scenario) else None
 
     def objective(self, scenario: Scenario) -> Objective:
-        """Mean E2E latency or goodput."""
+        """Mean E2E latency, p99 TTFT or goodput."""
         return OBJECTIVES[scenario.objective]
 
     def fleet(self, scenario: Scenario) -> str:
