@@ -39,7 +39,7 @@ class Evaluate(Played):
     policies: tuple[str, ...] | None = None
     """Rules (see `servegym policies`) and files of learned policies; by default the usual rules of
     the scenario's problem. `NAME:tuned` is tuned on training episodes first, `NAME-oracle` knows
-    the truth."""
+    the truth; `DISPATCH+ORDER` also orders requests in a fleet of engines that go by priorities."""
     loads: tuple[float, ...] = (0.6, 0.8, 1.0)
     """Factors on the arrival rate, or on the number of clients."""
     seeds: int = 10

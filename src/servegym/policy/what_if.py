@@ -20,6 +20,7 @@ from servegym.cluster.kernels import advance, reset_env
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import (
     DECODE,
+    DISPATCH_ONLY,
     PREFILL,
     QUEUED,
     STEP,
@@ -183,6 +184,7 @@ class _Scratch:
             record=False,
             noise_sigma=0.0,
             metrics_interval_s=0.0,
+            asks=DISPATCH_ONLY,
         )
 
 

@@ -42,14 +42,7 @@ class OrderEpisodes(RequestEpisodes[OrderingPolicy]):
         keys = best_keys(spec, self.episodes, metric, budget=budget, seed=seed)
         runs = [play_keys(spec, self.episodes, keys)]
         runs += [self.run(policy, seed=seed, record=True) for policy in starts]
-        measured = [self._played(simulator) for simulator in runs]
-        sign = OBJECTIVES[self.scenario.objective].sign
-        best = [
-            min(range(len(runs)), key=lambda k: sign * measured[k].metrics[env][metric])
-            for env in range(len(self.episodes))
-        ]
-        metrics = [measured[k].metrics[env] for env, k in enumerate(best)]
-        return Played(metrics, measured[best[0]].trail)
+        return self._best_played(runs)
 
     def time_decisions(self, policy: OrderingPolicy) -> FloatArray:
         """Measure single orders in the first episode, seconds, `float64[n]`."""

@@ -293,6 +293,10 @@ class Problem(ABC, Generic[S, P]):
         made: P = self.rules.make(text)
         return made
 
+    def parts(self, text: str) -> list[tuple[Rules[Any], str]]:
+        """Of which rules a policy is put together, with the text of each; most are of one."""
+        return [(self.rules, text)]
+
     def is_learned(self, policy: P) -> bool:
         """Whether a policy was learned: then it is compared with the best of the others."""
         return bool(getattr(policy, "learned", False))

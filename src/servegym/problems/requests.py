@@ -97,6 +97,16 @@ class RequestEpisodes(Episodes[P]):
         replicas = tuple(spec.types[t].name for t in self.episodes[0].type_idx)
         return Played(metrics, Trail(simulator.outcomes(0), simulator.steps(0), replicas))
 
+    def _best_played(self, simulators: Sequence[Simulator]) -> Played:
+        """Measure, of each episode, the best of several runs by the objective."""
+        measured = [self._played(simulator) for simulator in simulators]
+        objective = OBJECTIVES[self.scenario.objective]
+        best = [
+            min(measured, key=lambda m: objective.sign * m.metrics[env][objective.metric])
+            for env in range(len(self.episodes))
+        ]
+        return Played([m.metrics[env] for env, m in enumerate(best)], best[0].trail)
+
     def losses(self, policy: P) -> FloatArray:
         """See `Episodes.losses`.
 
