@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from servegym.baselines.ordering.registry import RULES as ORDERS
 from servegym.baselines.registry import RULES
 from servegym.baselines.rules import Rules
+from servegym.clairvoyant.dispatch import best_choices, replay
 from servegym.cluster.simulator import Simulator
 from servegym.export.manifest import Contract, contract_of
 from servegym.export.resolve import dispatch_parts, resolve_dispatch
@@ -15,8 +17,9 @@ from servegym.policy.pair import Pair
 from servegym.policy.policy import Heuristic, Policy
 from servegym.policy.run import run, time_decisions
 from servegym.policy.run_pair import make_simulator, run_pair, time_pair
+from servegym.problems.problem import Played
 from servegym.problems.problem import Scenario as AnyScenario
-from servegym.problems.requests import RequestEpisodes, RequestProblem
+from servegym.problems.requests import OBJECTIVES, RequestEpisodes, RequestProblem
 from servegym.scenario import Scenario
 from servegym.typing import FloatArray
 
@@ -33,6 +36,20 @@ class DispatchEpisodes(RequestEpisodes[Policy | Pair]):
         simulator = Simulator(self.scenario.spec, self.episodes, record=record)
         run(simulator, policy, seed=seed)
         return simulator
+
+    def clairvoyant(
+        self, starts: Sequence[Policy | Pair], *, budget: float, seed: int = 0
+    ) -> Played:
+        """See `Episodes.clairvoyant`: a search through assignments of requests to replicas.
+
+        No assignment tells whom a router held back, or in which order engines took requests: where
+        the best of `starts` is better than what was found, it is that.
+        """
+        spec = self.scenario.spec
+        metric = OBJECTIVES[self.scenario.objective].metric
+        runs = [self.run(policy, seed=seed, record=True) for policy in starts]
+        choices = best_choices(spec, self.episodes, runs, metric, budget=budget, seed=seed)
+        return self._best_played([replay(spec, self.episodes, choices), *runs])
 
     def time_decisions(self, policy: Policy | Pair) -> FloatArray:
         """Measure single decisions in the first episode, seconds, `float64[n]`."""

@@ -161,6 +161,19 @@ class Episodes(ABC, Generic[P]):
     def time_decisions(self, policy: P) -> FloatArray:
         """Measure single decisions in the first episode, seconds, `float64[n]`."""
 
+    def clairvoyant(self, starts: Sequence[P], *, budget: float, seed: int = 0) -> Played:
+        """Play all of them as an offline search finds best that knows their whole future.
+
+        Args:
+            starts: Policies; the search begins, episode by episode, with what the best did.
+            budget: Simulation it may take for an episode, in whole episodes.
+            seed: Of the policies' own randomness, and of the search.
+
+        Raises:
+            ConfigError: If there is no such search.
+        """
+        raise ConfigError("there is no clairvoyant search for these episodes: leave --bound out")
+
 
 @dataclass(frozen=True)
 class Saturation:
