@@ -189,7 +189,7 @@ def _place(error: ErrorDetails, data: Any, by_name: bool) -> str:
     """Join the keys to an error's place, without pydantic's names for the choices of a union."""
     keys: list[str] = []
     for key in error["loc"]:
-        listed = isinstance(data, list) and isinstance(key, int) and key < len(data)
+        listed = isinstance(data, list | tuple) and isinstance(key, int) and key < len(data)
         known = listed or (isinstance(data, Mapping) and key in data)
         if known:
             data = data[key]

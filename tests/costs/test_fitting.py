@@ -21,6 +21,7 @@ from servegym.costs.fitting import (
 from servegym.costs.forms import collective_s
 from servegym.costs.measurements import Measurements
 from servegym.costs.roofline import RooflineSource
+from servegym.costs.source import Heads
 from servegym.errors import ConfigError
 
 KERNELS = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "kernels"
@@ -175,7 +176,7 @@ def test_decode_attention_of_an_engine_is_met_for_either_group_of_heads(model, t
         shapes = zip(at["batch"], at["context"], strict=True)
         return np.array(
             [
-                source.decode_attention_s(b, b * c, heads, kv_heads, 128) + spec.decode.c0_s
+                source.decode_attention_s(b, b * c, Heads(heads, kv_heads, 128)) + spec.decode.c0_s
                 for b, c in shapes
             ]
         )
