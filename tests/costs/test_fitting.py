@@ -8,18 +8,11 @@ import numpy as np
 import pytest
 
 from kernel_tables import profiles as data
+from kernel_tables.fitting import fit_collective, fit_mixed, fit_operator, held_out_error
 from servegym.assets.specs import GpuSpec, calibrated, gpu, gpu_names
 from servegym.costs import forms
-from servegym.costs.fitting import (
-    error,
-    fit_collective,
-    fit_mixed,
-    fit_operator,
-    held_out_error,
-    refuse_impossible,
-)
 from servegym.costs.forms import collective_s
-from servegym.costs.measurements import Measurements
+from servegym.costs.measurements import Measurements, error, refuse_impossible
 from servegym.costs.roofline import RooflineSource
 from servegym.costs.source import Heads
 from servegym.errors import ConfigError

@@ -17,8 +17,8 @@ from servegym.calibrate.datasheet import measured_gpus, prior_spec
 from servegym.calibrate.plan import shapes_of
 from servegym.calibrate.steps import Steps
 from servegym.costs import forms
-from servegym.costs.fitting import error
 from servegym.costs.forms import Operator
+from servegym.costs.measurements import error
 from servegym.costs.roofline import RooflineSource
 from servegym.costs.source import CostSource, Evidence, Experts, Heads
 from servegym.costs.step import StepCost

@@ -13,9 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from servegym.assets.specs import GpuSpec, ModelSpec
 from servegym.calibrate.plan import shapes_of
 from servegym.calibrate.steps import Steps
-from servegym.costs.fitting import refuse_impossible
 from servegym.costs.forms import Operator
-from servegym.costs.measurements import Measurements
+from servegym.costs.measurements import Measurements, refuse_impossible
 from servegym.costs.source import CostSource, Evidence, Experts, Heads, LatentHeads
 from servegym.costs.step import StepCost
 from servegym.costs.steplog import fit_step_log

@@ -14,9 +14,8 @@ from servegym.calibrate.datasheet import DataSheet
 from servegym.calibrate.plan import GridSize, Kernel, KernelName, Shapes, plan, shapes_of
 from servegym.costs import forms
 from servegym.costs.curve import Surface
-from servegym.costs.fitting import refuse_impossible
 from servegym.costs.forms import Operator
-from servegym.costs.measurements import Measurements
+from servegym.costs.measurements import Measurements, refuse_impossible
 from servegym.costs.roofline import RooflineSource
 from servegym.costs.source import Evidence, Heads
 from servegym.errors import ConfigError

@@ -14,9 +14,8 @@ import numpy as np
 
 from servegym.assets.specs import GpuSpec, KernelFit
 from servegym.costs import forms
-from servegym.costs.fitting import refuse_impossible
 from servegym.costs.forms import WEIGHT_BYTES, LogTable, Operator
-from servegym.costs.measurements import Measurements
+from servegym.costs.measurements import Measurements, refuse_impossible
 from servegym.costs.package import Rows, expert_rows, newest_table, tables_installed, where
 from servegym.costs.roofline import RooflineSource
 from servegym.costs.source import Evidence, Experts, Heads, Precision, Routing
