@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from servegym.baselines.registry import RULES
 from servegym.cluster.simulator import Simulator
-from servegym.export.manifest import Contract, contract_of
 from servegym.export.resolve import resolve_policy
 from servegym.policy.policy import Heuristic, Policy
 from servegym.policy.run import run, time_decisions
@@ -53,10 +52,6 @@ class Dispatch(RequestProblem[Policy]):
     )
     default_policy = "prefix-load"
     episodes_class = DispatchEpisodes
-
-    def contract(self) -> Contract:
-        """Features of the replicas and of the request."""
-        return contract_of(self.name)
 
     def owns(self, scenario: AnyScenario) -> bool:
         """Whether a scenario is of requests that can go to one replica or another."""

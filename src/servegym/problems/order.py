@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from servegym.baselines.ordering.registry import RULES
 from servegym.cluster.simulator import Simulator
-from servegym.export.manifest import Contract, contract_of
 from servegym.export.resolve import resolve_order
 from servegym.policy.ordering import (
     OrderingPolicy,
@@ -40,10 +39,6 @@ class Order(RequestProblem[OrderingPolicy]):
     default_policies = (*RULES, "srpt-oracle")
     default_policy = "fcfs"
     episodes_class = OrderEpisodes
-
-    def contract(self) -> Contract:
-        """Features of each request of the engine."""
-        return contract_of(self.name)
 
     def owns(self, scenario: AnyScenario) -> bool:
         """Whether a scenario is of one engine that goes by priorities."""
