@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from servegym.agents.network import Prepared
-from servegym.policy.counterfactual import Teacher, Worth, due
+from servegym.policy.counterfactual import WORTHS, Teacher, due
 from servegym.policy.layout import scenario_actions
 from servegym.policy.lengths import learn_lengths
 from servegym.train.counterfactual_settings import CounterfactualTraining
@@ -28,6 +28,9 @@ from servegym.train.dispatcher_run import DispatcherRun, episode_stats
 from servegym.train.run_folder import StoredRun
 from servegym.train.training_run import Stage
 from servegym.train.validation import Validation
+
+#: First logit of holds and rejections; that of the rule's choice is 0.
+FIRST_EXTRA = -4.0
 
 
 class CounterfactualTrainer(DispatcherRun[CounterfactualTraining]):
@@ -39,6 +42,9 @@ class CounterfactualTrainer(DispatcherRun[CounterfactualTraining]):
 
     def __init__(self, config: CounterfactualTraining, folder: Path | StoredRun) -> None:
         super().__init__(config, folder)
+        # what is not tried does not show in the gradient, so that holds and rejections begin rare,
+        # but not so rare as PPO, which tries what it does, can afford
+        nn.init.constant_(self.network.extra.bias, FIRST_EXTRA)
         self.memory = Memory(config.memory)
 
     @cached_property
@@ -60,15 +66,11 @@ class CounterfactualTrainer(DispatcherRun[CounterfactualTraining]):
     def teacher(self) -> Teacher:
         """Who says what choices are worth."""
         c = self.config
-        goodput = self.scenario.objective == "goodput"
-        worth = Worth(
-            num_samples=c.num_samples,
-            second=c.second_price if goodput else 1.0,
-            in_time=1.0 if goodput else 0.0,
-            stretch=c.stretch,
-            softness=c.softness,
-            prefix_price=c.prefix_price,
+        worth = WORTHS[self.scenario.objective]._replace(
+            num_samples=c.num_samples, prefix_price=c.prefix_price
         )
+        if self.scenario.objective == "goodput":
+            worth = worth._replace(second=c.second_price, stretch=c.stretch, softness=c.softness)
         return Teacher(learn_lengths(self.scenario), worth, num_threads=c.label_threads)
 
     def warm_up(self) -> None:

@@ -10,6 +10,7 @@ from tyro.conf import Fixed, OmitArgPrefixes, Suppress, arg
 
 from servegym.agents.network_config import NetworkConfig
 from servegym.errors import ConfigError
+from servegym.policy.counterfactual import WORTHS
 
 
 @dataclass(frozen=True)
@@ -32,20 +33,20 @@ class CounterfactualTraining:
     """Decisions of each environment per update."""
     label_every: int = 4
     """Of the decisions of an environment one in so many is labelled."""
-    num_samples: int = 4
+    num_samples: int = WORTHS["latency"].num_samples
     """Futures over which a choice is tried."""
     num_requests: int = 2048
     """Requests per episode."""
     load: tuple[float, float] = (0.6, 1.1)
     """Range of the load factor, drawn per episode."""
-    prefix_price: float = 1.0
+    prefix_price: float = WORTHS["latency"].prefix_price
     """What a second of uncached prefill costs for each request there besides the time that it adds,
     in seconds; of requests with a prefix that others may share."""
-    second_price: float = 0.02
+    second_price: float = WORTHS["goodput"].second
     """Under the goodput objective: share of a request in time that a second of added time costs."""
-    stretch: float = 1.7
+    stretch: float = WORTHS["goodput"].stretch
     """Under the goodput objective: how much longer than foreseen things take, as others arrive."""
-    softness: float = 0.15
+    softness: float = WORTHS["goodput"].softness
     """Under the goodput objective: share of a limit by which one must stay below it to be rather
     sure of it."""
     learning_rate: float = 2e-3

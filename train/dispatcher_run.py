@@ -133,7 +133,7 @@ class DispatcherRun(TrainingRun[D, Scenario, DispatchNetwork]):
         torch.manual_seed(config.seed)
         torch.set_num_threads(config.torch_threads)
         self.device = torch.device(config.device)
-        self.network = DispatchNetwork(config.network).to(self.device)
+        self.network = DispatchNetwork(self.config.network).to(self.device)
         self.optimizer = torch.optim.Adam(
             self.network.parameters(), lr=config.learning_rate, eps=1e-5
         )

@@ -10,9 +10,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from servegym.agents.network import DispatchNetwork, NetworkConfig, Prepared
+from servegym.agents.torch_policy import TorchPolicy
 from servegym.cli import _parse, main
+from servegym.cluster.simulator import Simulator
 from servegym.errors import ConfigError, ServeGymError
 from servegym.export.manifest import read_manifest
+from servegym.policy.run import run
 from servegym.train.counterfactual import CounterfactualTrainer, Memory, advantages
 from servegym.train.counterfactual_settings import CounterfactualTraining
 from servegym.train.registry import LEARNERS, TRAINERS, find_trainer, trainer_of
@@ -230,3 +233,33 @@ def test_without_a_name_a_problem_has_its_first_learner():
         assert find_trainer(problem) is entry
     assert list(LEARNERS["dispatch"]) == ["ppo", "counterfactual"]
     assert np.isinf(TRAINERS["dispatch"].settings().max_minutes)
+
+
+def test_it_learns_to_reject_where_limits_are_judged(write_scenario, tmp_path):
+    # at four times the load few are in time under a rule that takes everybody
+    config = CounterfactualTraining(
+        scenario=write_scenario(
+            objective="goodput",
+            actions={"reject": True},
+            slo_classes=[{"name": "only", "ttft_s": 0.2, "tpot_s": 0.05}],
+        ),
+        total_labels=6 * 512,
+        num_envs=16,
+        num_steps=64,
+        label_every=2,
+        num_samples=2,
+        num_requests=400,
+        load=(3.0, 5.0),
+        validate_every=3,
+        validation_episodes=4,
+        validation_requests=400,
+        network=NetworkConfig(eta=1.0),
+    )
+    trainer = CounterfactualTrainer(config, tmp_path)
+    network = trainer.run()
+    assert network.config.num_extra == 1
+    assert trainer.gain > 0.05  # of all requests
+    simulator = Simulator(trainer.scenario.spec, [trainer.scenario.episode(1, load=4.0)])
+    run(simulator, TorchPolicy(network))
+    rejected = simulator.outcomes()["rejected"]
+    assert 0 < rejected.mean() < 0.9

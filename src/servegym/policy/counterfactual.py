@@ -39,6 +39,17 @@ class Worth(NamedTuple):
     prefix_price: float  # of uncached prefill, per second and request there; if it has a prefix
 
 
+#: By the objective's name. Seconds are what counts, or what is within limits.
+WORTHS = {
+    "latency": Worth(
+        num_samples=4, second=1.0, in_time=0.0, stretch=1.0, softness=0.1, prefix_price=1.0
+    ),
+    "goodput": Worth(
+        num_samples=4, second=0.005, in_time=1.0, stretch=1.5, softness=0.2, prefix_price=1.0
+    ),
+}
+
+
 @inlined
 def _sure(time_s: float, limit_s: float, softness: float) -> float:
     """How sure it is that a time stays within its limit, 0 to 1."""

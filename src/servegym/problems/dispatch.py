@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing_extensions import override
+
 from servegym.baselines.registry import RULES
 from servegym.cluster.simulator import Simulator
 from servegym.export.manifest import Contract, contract_of
 from servegym.export.resolve import resolve_policy
 from servegym.policy.policy import Heuristic, Policy
 from servegym.policy.run import run, time_decisions
+from servegym.problems.partings import find_partings, partings_section
 from servegym.problems.problem import Scenario as AnyScenario
+from servegym.problems.problem import Section
 from servegym.problems.requests import RequestEpisodes, RequestProblem
 from servegym.scenario import Scenario
 from servegym.typing import FloatArray
@@ -69,3 +73,17 @@ class Dispatch(RequestProblem[Policy]):
     def is_learned(self, policy: Policy) -> bool:
         """Whether a policy is no rule."""
         return not isinstance(policy, Heuristic)
+
+    @override
+    def differences(
+        self,
+        scenario: Scenario,
+        learned: Policy,
+        rule: Policy,
+        *,
+        seed: int,
+        load: float,
+        num_units: int | None,
+    ) -> Section:
+        episode = scenario.episode(seed, load=load, num_requests=num_units)
+        return partings_section(find_partings(scenario, learned, rule, episode))
