@@ -142,9 +142,10 @@ def test_best_recorded_rule_scores_nothing_and_playing_it_again_gives_the_same(s
 
 
 def test_entry_plays_what_its_policies_can(suite, recorded):
-    entry = make_entry(suite, recorded, "mine", ["mct", "srpt-cp"])
+    entry = make_entry(suite, recorded, "mine", ["sglang", "mct"])
     assert set(entry["scenarios"]) == {"crowd", "jobs", "equal"}
-    assert entry["scenarios"]["jobs"]["1"]["policy"] == "mct"  # both problems have a rule so named
+    assert entry["scenarios"]["crowd"]["1"]["policy"] == "sglang"
+    assert entry["scenarios"]["jobs"]["1"]["policy"] == "mct"
     one = make_entry(suite, recorded, "mine", ["added-delay"])
     assert set(one["scenarios"]) == {"crowd", "equal"}
     crowd = one["scenarios"]["crowd"]
@@ -184,11 +185,25 @@ def test_bounds_are_kept_when_rules_are_recorded_again(folder, recorded):
     before = json.loads((folder / "recorded.json").read_text())
     record(folder, "--only", "jobs", "--keep-bounds")
     after = json.loads((folder / "recorded.json").read_text())
-    jobs = (x["scenarios"]["jobs"]["1"] for x in (before, after))
-    old, new = jobs
+    old, new = (x["scenarios"]["jobs"]["1"] for x in (before, after))
     assert new["bound"] == old["bound"]
     assert new["recorded_by"]["command"] != old["recorded_by"]["command"]
     assert after["scenarios"]["crowd"] == before["scenarios"]["crowd"]
+
+
+def test_a_rule_is_added_to_what_was_recorded(tmp_path, folder, recorded):
+    for name in ("suite.yaml", "crowded.yaml", "recorded.json"):
+        (tmp_path / name).write_text((folder / name).read_text())
+    record(tmp_path, "--only", "equal", "--rules", "least-outstanding")
+    old, new = (
+        json.loads((place / "recorded.json").read_text())["scenarios"]["equal"]["1"]
+        for place in (folder, tmp_path)
+    )
+    assert list(new["rules"]) == sorted([*old["rules"], "least-outstanding"])
+    assert {text: new["rules"][text] for text in old["rules"]} == old["rules"]
+    assert new["bound"] == old["bound"]
+    means = {text: np.mean(row["values"]) for text, row in new["rules"].items()}
+    assert new["best_rule"] == min(means, key=lambda text: means[text])
 
 
 def test_command_writes_entries_and_the_page(tmp_path, folder, capsys):

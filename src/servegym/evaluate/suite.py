@@ -273,7 +273,7 @@ def record_scenario(
     rules: Sequence[str],
     oracles: Sequence[str],
     *,
-    bound: dict[str, Any] | None = None,
+    kept: dict[str, Any] | None = None,
     progress: Progress = lambda text: None,
 ) -> dict[str, Any]:
     """Find out what rules and the clairvoyant search reach on the test split of a scenario.
@@ -284,28 +284,31 @@ def record_scenario(
         load: The load factor.
         rules: Those that may be the reference, tuned where they can be.
         oracles: Further starts of the search.
-        bound: What was recorded of the search, if it is still right; else it is made.
+        kept: What was recorded before, whose search and other rules stay; else all is made.
         progress: Called with what is done.
     """
-    rows = play(
-        suite,
-        entry,
-        load,
-        [*rules, *oracles],
-        bound_budget=0.0 if bound else suite.bound_budget,
-        progress=progress,
-    )
+    if kept is not None and kept["episode"] != episode_name(suite, entry, load):
+        raise ConfigError(
+            f"scenario {entry.name} of {suite.name} at load {load:g} is not what was recorded:"
+            " nothing of it can be kept"
+        )
     problem, scenario = suite.pose(entry)
+    budget = 0.0 if kept else suite.bound_budget
+    starts = [] if kept else oracles
+    rows = play(suite, entry, load, [*rules, *starts], bound_budget=budget, progress=progress)
+    if kept is None:
+        bound = {"budget_episodes": budget, "values": rows[CLAIRVOYANT]["values"]}
+    else:
+        bound = kept["bound"]
+    found = {**(kept["rules"] if kept else {}), **{text: rows[text] for text in rules}}
     objective = problem.objective(scenario)
-    found = rows.pop(CLAIRVOYANT, None)
-    best = min(rules, key=lambda text: objective.sign * float(np.mean(rows[text]["values"])))
-    if found is not None:
-        bound = {"budget_episodes": suite.bound_budget, "values": found["values"]}
     return {
         "episode": episode_name(suite, entry, load),
         "metric": objective.metric,
         "seeds": suite.seeds,
-        "best_rule": best,
-        "rules": {text: rows[text] for text in rules},
+        "best_rule": min(
+            found, key=lambda text: objective.sign * float(np.mean(found[text]["values"]))
+        ),
+        "rules": found,
         "bound": bound,
     }
