@@ -103,7 +103,7 @@ def recorded_entries(suite: Suite, record: dict[str, Any]) -> list[dict[str, Any
                     continue
                 there = reference(suite, record, scenario, load)
                 scenarios.setdefault(scenario.name, {})[f"{load:g}"] = {
-                    **row,
+                    **{key: value for key, value in row.items() if key != "recorded_by"},
                     **_score_numbers(there.score(np.array(row["values"]))),
                     "metric": there.objective.metric,
                     "reference": there.best,

@@ -273,6 +273,7 @@ def record_scenario(
     rules: Sequence[str],
     oracles: Sequence[str],
     *,
+    recorded_by: dict[str, str],
     kept: dict[str, Any] | None = None,
     progress: Progress = lambda text: None,
 ) -> dict[str, Any]:
@@ -284,6 +285,7 @@ def record_scenario(
         load: The load factor.
         rules: Those that may be the reference, tuned where they can be.
         oracles: Further starts of the search.
+        recorded_by: Command and revision, noted beside all that is made.
         kept: What was recorded before, whose search and other rules stay; else all is made.
         progress: Called with what is done.
     """
@@ -297,10 +299,12 @@ def record_scenario(
     starts = [] if kept else oracles
     rows = play(suite, entry, load, [*rules, *starts], bound_budget=budget, progress=progress)
     if kept is None:
-        bound = {"budget_episodes": budget, "values": rows[CLAIRVOYANT]["values"]}
+        found_bound = rows[CLAIRVOYANT]["values"]
+        bound = {"budget_episodes": budget, "values": found_bound, "recorded_by": recorded_by}
     else:
         bound = kept["bound"]
-    found = {**(kept["rules"] if kept else {}), **{text: rows[text] for text in rules}}
+    made = {text: {**rows[text], "recorded_by": recorded_by} for text in rules}
+    found = {**(kept["rules"] if kept else {}), **made}
     objective = problem.objective(scenario)
     return {
         "episode": episode_name(suite, entry, load),
