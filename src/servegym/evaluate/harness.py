@@ -142,9 +142,9 @@ class Evaluation:
         metric = metric or self.objective.metric
         return paired_ratio(self.values(policy, load, metric), self.values(reference, load, metric))
 
-    def difference(self, policy: str, reference: str, load: float, metric: str = "") -> Difference:
-        """Paired difference of a metric, by default the objective's, policy minus reference."""
-        metric = metric or self.objective.metric
+    def difference(self, policy: str, reference: str, load: float) -> Difference:
+        """Paired difference of the objective's metric, policy minus reference."""
+        metric = self.objective.metric
         return paired_difference(
             self.values(policy, load, metric), self.values(reference, load, metric)
         )

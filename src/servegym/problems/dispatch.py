@@ -10,7 +10,6 @@ from servegym.baselines.registry import RULES
 from servegym.baselines.rules import Rules
 from servegym.clairvoyant.dispatch import best_choices, replay
 from servegym.cluster.simulator import Simulator
-from servegym.export.manifest import Contract, contract_of
 from servegym.export.resolve import dispatch_parts, resolve_dispatch
 from servegym.policy.ordering import OrderingRule
 from servegym.policy.pair import Pair
@@ -86,10 +85,6 @@ class Dispatch(RequestProblem[Policy | Pair]):
     )
     default_policy = "prefix-load"
     episodes_class = DispatchEpisodes
-
-    def contract(self) -> Contract:
-        """Features of the replicas and of the request."""
-        return contract_of(self.name)
 
     def owns(self, scenario: AnyScenario) -> bool:
         """Whether a scenario is of requests that can go to one replica or another."""

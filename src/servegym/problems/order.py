@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from servegym.baselines.ordering.registry import RULES
 from servegym.clairvoyant.order import best_keys, play_keys
 from servegym.cluster.simulator import Simulator
-from servegym.export.manifest import Contract, contract_of
 from servegym.export.resolve import resolve_order
 from servegym.policy.ordering import (
     OrderingPolicy,
@@ -58,10 +57,6 @@ class Order(RequestProblem[OrderingPolicy]):
     default_policies = (*RULES, "srpt-oracle")
     default_policy = "fcfs"
     episodes_class = OrderEpisodes
-
-    def contract(self) -> Contract:
-        """Features of each request of the engine."""
-        return contract_of(self.name)
 
     def owns(self, scenario: AnyScenario) -> bool:
         """Whether a scenario is of one engine that goes by priorities."""

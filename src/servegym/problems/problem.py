@@ -15,6 +15,7 @@ from servegym.baselines.rules import Rules
 from servegym.costs.step import StepCost
 from servegym.errors import ConfigError
 from servegym.export.manifest import Contract as Contract
+from servegym.export.manifest import contract_of
 from servegym.problems.objective import Objective
 from servegym.typing import FloatArray
 from servegym.workloads.trace import Trace
@@ -226,9 +227,9 @@ class Problem(ABC, Generic[S, P]):
     takes_trace: ClassVar[bool] = False
     saturation: ClassVar[Saturation | None] = None
 
-    @abstractmethod
     def contract(self) -> Contract:
-        """What a policy sees at a decision."""
+        """What a policy sees at a decision; by default what files of its policies say."""
+        return contract_of(self.name)
 
     @abstractmethod
     def objective(self, scenario: S) -> Objective:

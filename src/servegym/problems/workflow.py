@@ -12,7 +12,6 @@ from servegym.baselines.workflow.online.registry import RULES
 from servegym.clairvoyant.jobs import best_starts
 from servegym.costs.step import StepCost
 from servegym.errors import ConfigError
-from servegym.export.manifest import Contract, contract_of
 from servegym.export.ordering import SUFFIXES
 from servegym.export.resolve import load_policy
 from servegym.problems.job_figures import JOB_FIGURES, plot_devices
@@ -148,10 +147,6 @@ class Workflow(Problem[WorkflowScenario, WorkflowPolicy]):
     figures = JOB_FIGURES
     plot = Plot(plot_devices)
     saturation = Saturation("deadline_attainment", "jobs in time")
-
-    def contract(self) -> Contract:
-        """Features of each pair of a ready stage and a device, and of each stage."""
-        return contract_of(self.name)
 
     def scenario_names(self) -> list[str]:
         """Names of the bundled scenarios."""
