@@ -82,6 +82,8 @@ def policies_page() -> str:
 Parameters are given after a colon: `--policies prefix-load:weight=0.01,eta=0.5 llm-d:kv=1`.
 `servegym tune` searches them on training seeds ([evaluation](evaluation.md#tuning)). Each rule is
 one file in `baselines/`. `NAME-oracle` is told the truth that others predict: a bound, no rival.
+In a fleet of engines that go by priorities, `DISPATCH+ORDER` names a policy of the first table and
+one of the second ([order](preemption.md#in-a-fleet)).
 
 {sections}
 

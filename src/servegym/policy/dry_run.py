@@ -17,7 +17,7 @@ from servegym.cluster.engine import form_step, prefix_hit_tokens, steps_ended_by
 from servegym.cluster.jit import inlined, kernel
 from servegym.cluster.kernels import advance, reset_env
 from servegym.cluster.simulator import Simulator
-from servegym.cluster.state import DECODE, PREFILL, QUEUED, STEP, Params, State
+from servegym.cluster.state import DECODE, DISPATCH_ONLY, PREFILL, QUEUED, STEP, Params, State
 from servegym.cluster.steptime import decode_span_s
 from servegym.typing import IntArray
 from servegym.workloads.table import BY_ITSELF
@@ -203,6 +203,7 @@ class Scratch:
             record=False,
             noise_sigma=0.0,
             metrics_interval_s=0.0,
+            asks=DISPATCH_ONLY,
         )
         self.copied = Copied(*(np.zeros(self._size + 1, np.int64) for _ in Copied._fields))
 
