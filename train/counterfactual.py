@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from servegym.agents.network import Prepared
-from servegym.policy.counterfactual import WORTHS, Teacher, due
+from servegym.policy.counterfactual import Teacher, due, worth_of
 from servegym.policy.layout import scenario_actions
 from servegym.policy.lengths import learn_lengths
 from servegym.train.counterfactual_settings import CounterfactualTraining
@@ -66,7 +66,7 @@ class CounterfactualTrainer(DispatcherRun[CounterfactualTraining]):
     def teacher(self) -> Teacher:
         """Who says what choices are worth."""
         c = self.config
-        worth = WORTHS[self.scenario.objective]._replace(
+        worth = worth_of(self.scenario.objective)._replace(
             num_samples=c.num_samples, prefix_price=c.prefix_price
         )
         if self.scenario.objective == "goodput":

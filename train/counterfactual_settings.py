@@ -10,7 +10,7 @@ from tyro.conf import Fixed, OmitArgPrefixes, Suppress, arg
 
 from servegym.agents.network_config import NetworkConfig
 from servegym.errors import ConfigError
-from servegym.policy.counterfactual import WORTHS
+from servegym.policy.counterfactual import LIMITS, SECONDS
 
 
 @dataclass(frozen=True)
@@ -33,20 +33,20 @@ class CounterfactualTraining:
     """Decisions of each environment per update."""
     label_every: int = 4
     """Of the decisions of an environment one in so many is labelled."""
-    num_samples: int = WORTHS["latency"].num_samples
+    num_samples: int = SECONDS.num_samples
     """Futures over which a choice is tried."""
     num_requests: int = 2048
     """Requests per episode."""
     load: tuple[float, float] = (0.6, 1.1)
     """Range of the load factor, drawn per episode."""
-    prefix_price: float = WORTHS["latency"].prefix_price
+    prefix_price: float = SECONDS.prefix_price
     """What a second of uncached prefill costs for each request there besides the time that it adds,
     in seconds; of requests with a prefix that others may share."""
-    second_price: float = WORTHS["goodput"].second
+    second_price: float = LIMITS.second
     """Under the goodput objective: share of a request in time that a second of added time costs."""
-    stretch: float = WORTHS["goodput"].stretch
+    stretch: float = LIMITS.stretch
     """Under the goodput objective: how much longer than foreseen things take, as others arrive."""
-    softness: float = WORTHS["goodput"].softness
+    softness: float = LIMITS.softness
     """Under the goodput objective: share of a limit by which one must stay below it to be rather
     sure of it."""
     learning_rate: float = 2e-3

@@ -39,15 +39,17 @@ class Worth(NamedTuple):
     prefix_price: float  # of uncached prefill, per second and request there; if it has a prefix
 
 
-#: By the objective's name. Seconds are what counts, or what is within limits.
-WORTHS = {
-    "latency": Worth(
-        num_samples=4, second=1.0, in_time=0.0, stretch=1.0, softness=0.1, prefix_price=1.0
-    ),
-    "goodput": Worth(
-        num_samples=4, second=0.005, in_time=1.0, stretch=1.5, softness=0.2, prefix_price=1.0
-    ),
-}
+#: Where seconds are what counts.
+SECONDS = Worth(num_samples=4, second=1.0, in_time=0.0, stretch=1.0, softness=0.1, prefix_price=1.0)
+#: Where being within limits is.
+LIMITS = Worth(
+    num_samples=4, second=0.005, in_time=1.0, stretch=1.5, softness=0.2, prefix_price=1.0
+)
+
+
+def worth_of(objective: str) -> Worth:
+    """Return how choices are valued under a scenario's objective."""
+    return LIMITS if objective == "goodput" else SECONDS
 
 
 @inlined

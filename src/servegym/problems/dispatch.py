@@ -13,7 +13,6 @@ from servegym.baselines.rules import Rules
 from servegym.clairvoyant.dispatch import best_choices, replay
 from servegym.cluster.simulator import Simulator
 from servegym.export.resolve import dispatch_parts, resolve_dispatch
-from servegym.policy.counterfactual import WORTHS
 from servegym.policy.ordering import OrderingRule
 from servegym.policy.pair import Pair
 from servegym.policy.policy import Heuristic, Policy
@@ -119,7 +118,7 @@ class Dispatch(RequestProblem[Policy | Pair]):
         load: float,
         num_units: int | None,
     ) -> Section | None:
-        if isinstance(learned, Pair) or isinstance(rule, Pair) or scenario.objective not in WORTHS:
+        if isinstance(learned, Pair) or isinstance(rule, Pair):
             return None
         episode = scenario.episode(seed, load=load, num_requests=num_units)
         return partings_section(find_partings(scenario, learned, rule, episode))

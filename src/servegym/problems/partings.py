@@ -16,7 +16,7 @@ from servegym.cluster.spec import Episode
 from servegym.cluster.state import DONE
 from servegym.drawing import PALETTE, as_image, pyplot
 from servegym.policy.contract import OUTSTANDING_REQUESTS, PREDICTED_OUTPUT_TOKENS, PROMPT_TOKENS
-from servegym.policy.counterfactual import WORTHS, Teacher
+from servegym.policy.counterfactual import Teacher, worth_of
 from servegym.policy.lengths import learn_lengths
 from servegym.policy.observe import observe_batch
 from servegym.policy.policy import Policy
@@ -73,7 +73,7 @@ def find_partings(
         seed: Of the policies' own randomness.
     """
     simulator = Simulator(scenario.spec, [episode])
-    worth = WORTHS[scenario.objective]._replace(num_samples=_NUM_SAMPLES)
+    worth = worth_of(scenario.objective)._replace(num_samples=_NUM_SAMPLES)
     teacher = Teacher(learn_lengths(scenario), worth)
     for policy in (learned, rule):
         policy.reset(1, seed)
