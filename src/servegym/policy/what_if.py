@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from servegym.cluster.allocate import Capacity, make_state
-from servegym.cluster.engine import form_step, prefix_hit_tokens, steps_ended_by
+from servegym.cluster.engine import form_step, prefix_hit_tokens
 from servegym.cluster.jit import kernel
 from servegym.cluster.kernels import advance, reset_env
 from servegym.cluster.simulator import Simulator
@@ -29,6 +29,7 @@ from servegym.cluster.state import (
     State,
 )
 from servegym.cluster.steptime import decode_span_s
+from servegym.cluster.stretches import steps_ended_by
 from servegym.workloads.table import BY_ITSELF
 
 
