@@ -307,5 +307,6 @@ def with_roles(spec: ClusterSpec, episode: Episode, seed: int) -> tuple[ClusterS
         reservation="source" if rng.random() < 0.5 else "destination",
         lease_s=float(rng.choice([0.05, 0.3, 5.0, 480.0])),
         ahead_tokens=int(rng.choice([0, 5, 512])),
+        max_num_held=int(rng.choice([1, 4, 256])),
     )
     return replace(spec, types=types, transfers=rules), episode

@@ -144,6 +144,7 @@ def make_params(spec: ClusterSpec, *, record: bool, asks: Asks = DISPATCH_ONLY) 
         kv_block_pieces=int(spec.transfers.kv_block_pieces),
         lease_s=float(spec.transfers.lease_s),
         ahead_tokens=int(spec.transfers.ahead_tokens),
+        max_num_held=int(spec.transfers.max_num_held),
         metrics_interval_s=float(spec.metrics_interval_s),
         noise_sigma=float(spec.noise_sigma),
         noise_period_steps=int(spec.noise_period_steps),
@@ -162,7 +163,7 @@ def make_state(spec: ClusterSpec, capacity: Capacity) -> State:
         blocks = max(t.num_blocks for t in spec.types)
         slots = 1 << (2 * blocks - 1).bit_length()
         width = -(-capacity.longest_tokens // spec.block_size)
-        rows = spec.most_holders(seqs)
+        rows = seqs + (spec.transfers.max_num_held if spec.disaggregated else 0)
     return State(
         request=np.zeros((e, n), REQUEST_DTYPE),
         replica=np.zeros((e, r), REPLICA_DTYPE),

@@ -162,7 +162,8 @@ def _admit(
         request = v.wait_head
         q = s.request[e, request]
         if p.disaggregated:
-            if v.num_running + s.link[e, r].num_holding >= 2 * p.max_num_seqs[t]:
+            holding = v.num_running + s.link[e, r].num_holding
+            if holding >= p.max_num_seqs[t] + p.max_num_held:
                 break
             if is_prefilled_elsewhere(s, e, request):
                 if set_aside(p, s, e, r, now_s) == 0:

@@ -49,7 +49,7 @@ class Transfers:
         """Whether as many requests hold blocks of a replica as can."""
         if not self.sim.spec.disaggregated:
             return False
-        most = 2 * engine.type.max_num_seqs
+        most = engine.type.max_num_seqs + self.rules.max_num_held
         return len(engine.running) + self.holders(engine) >= most
 
     def awaits(self, q: Request) -> bool:

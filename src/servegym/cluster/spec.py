@@ -63,6 +63,8 @@ class TransferRules:
         lease_s: For how long prefilled KV is held until it is fetched, seconds.
         ahead_tokens: Tokens that stay free for each active request of a replica which sets
             memory aside before the prefill.
+        max_num_held: Requests beside its running ones that can hold blocks of a replica at once.
+            Engines have no such limit; here it bounds the block tables.
     """
 
     kv_token_bytes: float = 0.0
@@ -70,6 +72,7 @@ class TransferRules:
     reservation: Reservation = "source"
     lease_s: float = 480.0
     ahead_tokens: int = 512
+    max_num_held: int = 256
 
     def __post_init__(self) -> None:
         if self.reservation not in get_args(Reservation):
@@ -81,6 +84,8 @@ class TransferRules:
         for name in ("kv_token_bytes", "kv_block_pieces", "ahead_tokens"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.max_num_held < 1:
+            raise ConfigError(f"max_num_held must be at least 1, got {self.max_num_held}")
 
 
 @dataclass(frozen=True)
@@ -223,10 +228,6 @@ class ClusterSpec:
     def disaggregated(self) -> bool:
         """Whether some requests are prefilled on one replica and decode on another."""
         return any(t.role != "mixed" for t in self.types)
-
-    def most_holders(self, max_num_seqs: int) -> int:
-        """Requests that can hold blocks of a replica at once, running or not."""
-        return max_num_seqs * (2 if self.disaggregated else 1)
 
     def __post_init__(self) -> None:
         if not self.types:

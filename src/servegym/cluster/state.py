@@ -130,6 +130,7 @@ class Params(NamedTuple):
     kv_block_pieces: int  # pieces of memory that the KV of a block lies in
     lease_s: float  # how long prefilled KV is held for a replica to fetch it
     ahead_tokens: int  # kept free for each active request when blocks are set aside first
+    max_num_held: int  # requests beside the running ones that can hold blocks of a replica
     metrics_interval_s: float  # 0: metrics are always fresh
     noise_sigma: float
     noise_period_steps: int
@@ -373,7 +374,9 @@ class State(NamedTuple):
     block: Records  # BLOCK_DTYPE[E, R, B + 1]; who has them, free list with its end at index B
     prefix_cache: Records  # PREFIX_CACHE_DTYPE[E, R, H] hash map from identity to block; 0: empty
     reserve: Int32Array  # [E, R, B] blocks taken by decodes, not yet given to one
-    table: Int32Array  # [E, R, max_num_seqs, W] block table; twice the rows if disaggregated
+    table: (
+        Int32Array  # [E, R, max_num_seqs, W] block table; `max_num_held` more rows if disaggregated
+    )
     free_slots: Int32Array  # [E, R, max_num_seqs] unused rows of it; as many as that has
     scraped: FloatArray  # [E, NUM_SCRAPED, R]
     shown: FloatArray  # [E, NUM_VIEW_ROWS, R] replica part of the observation; see VIEW_* below
