@@ -25,7 +25,8 @@ class Settings:
     Attributes:
         scenario: What episodes are drawn from: a name, a path or a scenario.
         load: Factor on the arrival rate, or a range from which each episode draws one.
-        objective: What is rewarded; the scenario's if not given.
+        objective: What is rewarded; the scenario's if not given (of `tail`, which is no sum of
+            rewards, `latency`).
         reward_scale: Divides rewards; `auto`: by about what one decision is worth.
         shaping: `cost-to-go` charges each decision what it adds to the cost of what is in the
             system; see `envs.shaping`.

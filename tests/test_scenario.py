@@ -293,7 +293,7 @@ def test_a_trace_of_unknown_extension_is_refused(tmp_path):
     ("name", "words"),
     [
         ("mixed-cht", ["'mixed-cht'", "did you mean mixed-chat? Or give a .yaml file", "bench"]),
-        ("zzz", ["'zzz'", "slo-tiers, or give a .yaml file"]),
+        ("zzz", ["'zzz'", "slo-tiers-fleet, or give a .yaml file"]),
         ("nowhere.yaml", ["nowhere.yaml"]),
         ("nowhere.yml", ["nowhere.yml"]),
     ],

@@ -40,7 +40,7 @@ def test_tuning_finds_what_is_best_on_training_seeds(small):
     episodes = Order().episodes(small, [0, 1], load=1.5)
     losses = {
         text: episodes.losses(resolve_order(text)).mean()
-        for text in candidates(Order.rules, "trail", 3)
+        for text in candidates([(Order.rules, "trail")], 3)
     }
     assert found.text == min(losses, key=losses.__getitem__)
     assert found.loss == pytest.approx(min(losses.values()))

@@ -125,7 +125,7 @@ def test_tuning_takes_the_best_of_its_candidates_on_training_seeds(name, monkeyp
     options = {"budget": 4, "num_seeds": 2, "num_units": num_units}
     found = tune(problem, scenario, tunable, loads, **options)
     assert drawn == [(0, 0.8), (1, 0.8), (0, 1.2), (1, 1.2)]
-    texts = candidates(problem.rules, tunable, 4)
+    texts = candidates(problem.parts(tunable), 4)
     assert texts[0] == tunable
     assert len(set(texts)) == 4
     losses = {
@@ -146,11 +146,11 @@ def test_tuning_takes_the_best_of_its_candidates_on_training_seeds(name, monkeyp
 def test_a_tuned_rule_is_the_tuners_answer_with_the_stated_budget(name, monkeypatch):
     problem, scenario, rules, tunable, num_units = posed(name)
     tried = []
-    make = problem.rules.make
-    monkeypatch.setattr(problem.rules, "make", lambda text: tried.append(text) or make(text))
+    made = problem.resolve
+    monkeypatch.setattr(problem, "resolve", lambda text: tried.append(text) or made(text))
     policy = resolve(problem, scenario, f"{tunable}:tuned", (1.0,), num_units)
     monkeypatch.undo()
-    assert tried[:BUDGET] == candidates(problem.rules, tunable, BUDGET)
+    assert tried[:BUDGET] == candidates(problem.parts(tunable), BUDGET)
     assert policy.name == tune(problem, scenario, tunable, (1.0,), num_units=num_units).text
     assert NUM_SEEDS == 4
     with pytest.raises(ConfigError, match=f"unknown tunable .* '{rules[0]}': choose one of"):
@@ -162,7 +162,7 @@ def test_candidates_fill_their_ranges(name):
     problem = PROBLEMS[name]
     assert problem.rules.tunable()
     for rule, ranges in problem.rules.tunable().items():
-        texts = candidates(problem.rules, rule, 64)[1:]
+        texts = candidates(problem.parts(rule), 64)[1:]
         values = [
             dict(part.split("=") for part in text.partition(":")[2].split(",")) for text in texts
         ]

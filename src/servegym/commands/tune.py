@@ -16,7 +16,7 @@ class Tune:
     """Tune a rule's parameters on training seeds (never the held-out ones of `evaluate`)."""
 
     policy: str = "prefix-load"
-    """Rule with tunable parameters, of the scenario's problem."""
+    """Rule with tunable parameters, of the scenario's problem; or a pair, `DISPATCH+ORDER`."""
     scenario: str = "mixed-chat"
     """Bundled scenario name or YAML file, of any problem."""
     loads: tuple[float, ...] = (0.8, 1.0)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from servegym.baselines.parts import join_parts
 from servegym.baselines.rules import Rules
 from servegym.errors import ConfigError, unknown_name
 from servegym.problems.problem import P, Problem, S
@@ -29,38 +30,46 @@ class Tuned(NamedTuple):
     loss: float
 
 
-def candidates(rules: Rules[Any], name: str, budget: int) -> list[str]:
-    """Spread parameter settings of a rule evenly over their ranges, the defaults first.
+def candidates(parts: Sequence[tuple[Rules[Any], str]], budget: int) -> list[str]:
+    """Spread parameter settings of a policy evenly over their ranges, the defaults first.
 
     Args:
-        rules: All rules of a problem.
-        name: One with tunable parameters.
+        parts: The rules it is put together of, as `Problem.parts` says, and the name of each; at
+            least one has tunable parameters.
         budget: How many settings.
 
     Returns:
         Policies in text form.
 
     Raises:
-        ConfigError: If the rule has nothing to tune.
+        ConfigError: If there is no such rule, or none has anything to tune.
     """
-    if name not in rules.tunable():
+    ranges = [rules.tunable().get(name, {}) for rules, name in parts]
+    if not any(ranges):
+        rules, name = parts[0]
         raise ConfigError(unknown_name(f"tunable {rules.kind}", name, rules.tunable()))
-    ranges = rules.tunable()[name]
+    for (rules, name), own in zip(parts, ranges, strict=True):
+        if not own:
+            rules.make(name)  # refuses an unknown one
     # Kronecker sequence: low discrepancy in any dimension without a library
     root = 2.0
     for _ in range(40):
-        root = (1.0 + root) ** (1.0 / (len(ranges) + 1))
-    texts = [name]
+        root = (1.0 + root) ** (1.0 / (sum(map(len, ranges)) + 1))
+    texts = [join_parts(name for _, name in parts)]
     for i in range(1, budget):
-        values = []
-        for k, (key, (low, high, logarithmic)) in enumerate(ranges.items()):
-            u = (0.5 + i * root ** -(k + 1)) % 1.0
-            if logarithmic:
-                value = math.exp(math.log(low) + u * math.log(high / low))
-            else:
-                value = low + u * (high - low)
-            values.append(f"{key}={value:.4g}")
-        texts.append(f"{name}:{','.join(values)}")
+        made, k = [], 0
+        for (_, name), own in zip(parts, ranges, strict=True):
+            values = []
+            for key, (low, high, logarithmic) in own.items():
+                k += 1
+                u = (0.5 + i * root**-k) % 1.0
+                if logarithmic:
+                    value = math.exp(math.log(low) + u * math.log(high / low))
+                else:
+                    value = low + u * (high - low)
+                values.append(f"{key}={value:.4g}")
+            made.append(f"{name}:{','.join(values)}" if values else name)
+        texts.append(join_parts(made))
     return texts
 
 
@@ -95,14 +104,14 @@ def tune(
             raise ConfigError(f"{what} must be at least 1, got {value}")
     if not loads:
         raise ConfigError("there must be at least one load, got none")
-    texts = candidates(problem.rules, name, budget)
+    texts = candidates(problem.parts(name), budget)
     drawn = [
         problem.episodes(scenario, range(num_seeds), load=load, num_units=num_units)
         for load in loads
     ]
     best = Tuned("", math.inf)
     for text in track(texts):
-        policy = problem.rules.make(text)
+        policy = problem.resolve(text)
         losses = [loss for episodes in drawn for loss in episodes.losses(policy).tolist()]
         loss = sum(losses) / len(losses)
         if loss < best.loss:

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Literal, overload
 
 from servegym.baselines.ordering.registry import ordering_policy
+from servegym.baselines.parts import join_parts, split_parts
 from servegym.baselines.registry import policy
+from servegym.errors import ConfigError
 from servegym.export.manifest import Manifest, policy_name, read_manifest
 from servegym.export.ordering import SUFFIXES, exported_ordering
 from servegym.export.weights import read_network
 from servegym.policy.frozen import FrozenPolicy, NumpyPolicy
 from servegym.policy.ordering import OrderingPolicy
+from servegym.policy.pair import Pair
 from servegym.policy.policy import Policy
 from servegym.workflow.online.policy import WorkflowPolicy
 
@@ -53,6 +56,38 @@ def resolve_policy(text: str) -> Policy:
         ExportError: If the file is not a valid policy.
     """
     return load_policy(Path(text), "dispatch") if text.endswith(SUFFIXES) else policy(text)
+
+
+def resolve_dispatch(text: str) -> Policy | Pair:
+    """Return a dispatch policy, or with an order behind a plus a `Pair` of both.
+
+    Args:
+        text: As `resolve_policy` takes it, or `"DISPATCH+ORDER"`, the second part as
+            `resolve_order` takes it.
+
+    Raises:
+        ConfigError: If there is no such rule, order or parameter, or there are more parts.
+        ExportError: If a file is not a valid policy.
+    """
+    dispatch, *orders = dispatch_parts(text)
+    if not orders:
+        return resolve_policy(dispatch)
+    parts = resolve_policy(dispatch), resolve_order(orders[0])
+    return Pair(*parts, name=join_parts(part.name for part in parts))
+
+
+def dispatch_parts(text: str) -> tuple[str, ...]:
+    """Split the text of a dispatch policy: one part, or two with an order.
+
+    Raises:
+        ConfigError: If there are more.
+    """
+    parts = split_parts(text)
+    if len(parts) > 2:
+        raise ConfigError(
+            f"a policy of a fleet must have one part or two, DISPATCH+ORDER, got {text!r}"
+        )
+    return parts
 
 
 def resolve_order(text: str) -> OrderingPolicy:

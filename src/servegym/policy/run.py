@@ -9,10 +9,10 @@ import numpy as np
 
 from servegym.cluster.kernels import advance, apply
 from servegym.cluster.simulator import Simulator
-from servegym.cluster.state import DECISION, DONE, LOG_FULL, Params, State
+from servegym.cluster.state import DECISION, DISPATCH, DONE, LOG_FULL, Params, State
 from servegym.policy.contract import NUM_REQUEST_FEATURES, Group
 from servegym.policy.observe import observe, observe_batch
-from servegym.policy.policy import Decide, Heuristic, Policy
+from servegym.policy.policy import Decide, Heuristic, Information, Policy
 from servegym.policy.rule import compile_for_rules
 from servegym.typing import FloatArray, UInt64Array
 
@@ -28,10 +28,10 @@ def _play(
     rng: UInt64Array,
     request: FloatArray,
 ) -> int:
-    """Run one environment to its end under a compiled rule; stop early if a log is full."""
+    """Dispatch by a compiled rule to the end, a full log, or a decision of another kind."""
     while True:
         reason = advance(p, s, e)
-        if reason != DECISION:
+        if reason != DECISION or s.env[e].decision != DISPATCH:
             return reason
         observe(p, s, e, needs, request)
         apply(p, s, e, decide(s.shown[e], request, s.allowed[e], params, memory, rng))
@@ -57,11 +57,9 @@ def run(simulator: Simulator, policy: Policy, seed: int = 0) -> None:
         seed: Of the policy's own randomness.
     """
     policy.reset(simulator.num_envs, seed)
-    if policy.information == "oracle":
-        request = simulator.state.request
-        request["predicted"] = request["output"]
+    tell_truth(simulator, policy.information)
     if isinstance(policy, Heuristic) and not policy.needs & Group.WHAT_IF:
-        _run_compiled(simulator, policy)
+        run_compiled(simulator, policy)
         return
     while (simulator.advance() != DONE).any():
         observations, envs = observe_batch(simulator, policy.needs)
@@ -70,7 +68,15 @@ def run(simulator: Simulator, policy: Policy, seed: int = 0) -> None:
         simulator.apply(actions)
 
 
-def _run_compiled(simulator: Simulator, policy: Heuristic) -> None:
+def tell_truth(simulator: Simulator, information: Information) -> None:
+    """Show an oracle the true output lengths where others see predictions."""
+    if information == "oracle":
+        request = simulator.state.request
+        request["predicted"] = request["output"]
+
+
+def run_compiled(simulator: Simulator, policy: Heuristic) -> None:
+    """Dispatch by a compiled rule until episodes have ended or another kind of decision is due."""
     request = np.zeros(NUM_REQUEST_FEATURES)
     for env in range(simulator.num_envs):
         while True:

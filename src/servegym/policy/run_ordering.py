@@ -26,6 +26,7 @@ from servegym.cluster.state import (
 from servegym.errors import ConfigError, PolicyError
 from servegym.policy.ordering import NUM_ORDERING_FEATURES, OrderingPolicy
 from servegym.policy.ordering_rows import write_rows
+from servegym.policy.run import tell_truth
 from servegym.typing import FloatArray, IntArray
 
 
@@ -55,7 +56,9 @@ def read_asked(
 
 
 @kernel
-def _answer(p: Params, s: State, scores: FloatArray, requests: IntArray, envs: IntArray) -> None:
+def answer_asked(
+    p: Params, s: State, scores: FloatArray, requests: IntArray, envs: IntArray
+) -> None:
     """Write keys, and let the engines go on."""
     for i in range(scores.shape[0]):
         s.order[envs[i], requests[i]].key = scores[i]
@@ -75,13 +78,31 @@ def make_simulator(
     return Simulator(spec, episodes, record=record, asks=asks)
 
 
+def _engines(simulator: Simulator) -> set[str]:
+    return {simulator.spec.types[t].engine for x in simulator.episodes for t in x.type_idx}
+
+
+def require_priorities(simulator: Simulator) -> None:
+    """Check that all engines go by priorities.
+
+    Raises:
+        ConfigError: If not.
+    """
+    engines = _engines(simulator)
+    if engines != {"vllm-priority"}:
+        raise ConfigError(
+            "orders are for a fleet whose entries all have engine: vllm-priority, got "
+            f"{', '.join(sorted(engines))}"
+        )
+
+
 def require_one_engine(simulator: Simulator) -> None:
     """Check that there is one engine, and that it goes by priorities.
 
     Raises:
         ConfigError: If not.
     """
-    engines = {simulator.spec.types[t].engine for x in simulator.episodes for t in x.type_idx}
+    engines = _engines(simulator)
     if engines != {"vllm-priority"} or any(x.num_replicas > 1 for x in simulator.episodes):
         raise ConfigError(
             "orders are for a fleet of one replica with engine: vllm-priority, got "
@@ -106,25 +127,20 @@ def run_ordering(simulator: Simulator, policy: OrderingPolicy) -> IntArray:
         PolicyError: If the policy gives another number of scores, or one is not finite.
     """
     require_one_engine(simulator)
-    _tell_truth(simulator, policy)
+    tell_truth(simulator, policy.information)
     num_requests = simulator.state.request.shape[1]
     memory = np.zeros((simulator.num_envs * num_requests, policy.memory_size))
     asked = np.zeros(simulator.num_envs, np.int64)
     while True:
-        rows, requests, envs = _next_asks(simulator)
+        rows, requests, envs = next_asks(simulator)
         if not len(rows):
             return asked
-        scores = _scores(policy, rows, memory, envs * num_requests + requests)
+        scores = scores_of(policy, rows, memory, envs * num_requests + requests)
         asked[np.unique(envs)] += 1
-        _answer(simulator.params, simulator.state, scores, requests, envs)
+        answer_asked(simulator.params, simulator.state, scores, requests, envs)
 
 
-def _tell_truth(simulator: Simulator, policy: OrderingPolicy) -> None:
-    if policy.information == "oracle":
-        simulator.state.request["predicted"] = simulator.state.request["output"]
-
-
-def _next_asks(simulator: Simulator) -> tuple[FloatArray, IntArray, IntArray]:
+def next_asks(simulator: Simulator) -> tuple[FloatArray, IntArray, IntArray]:
     """Run to the next asks; return rows, requests and environments, empty at the end."""
     while True:
         num_rows = _advance_to_asks(simulator.params, simulator.state, simulator.reasons)
@@ -137,9 +153,23 @@ def _next_asks(simulator: Simulator) -> tuple[FloatArray, IntArray, IntArray]:
     return rows, requests, envs
 
 
-def _scores(
+def scores_of(
     policy: OrderingPolicy, rows: FloatArray, memory: FloatArray, slots: IntArray
 ) -> FloatArray:
+    """Score requests that are asked about, and keep what the policy remembers of them.
+
+    Args:
+        policy: Orders them.
+        rows: `float64[n, NUM_ORDERING_FEATURES]`.
+        memory: Of all requests of all environments, `float64[num_envs * N, memory_size]`.
+        slots: Their rows there, `int64[n]`.
+
+    Returns:
+        `float64[n]`.
+
+    Raises:
+        PolicyError: If there is another number of scores, or one is not finite.
+    """
     kept = memory[slots]
     scores = np.ascontiguousarray(policy.score(rows, kept), np.float64)
     if policy.memory_size:
@@ -163,15 +193,15 @@ def time_orders(policy: OrderingPolicy, simulator: Simulator, num_asks: int = 20
     Returns:
         Seconds per order, the rows not counted, `float64[<= num_asks]`.
     """
-    _tell_truth(simulator, policy)
+    tell_truth(simulator, policy.information)
     memory = np.zeros((simulator.state.request.shape[1], policy.memory_size))
     taken: list[float] = []
     while len(taken) < num_asks:
-        rows, requests, envs = _next_asks(simulator)
+        rows, requests, envs = next_asks(simulator)
         if not len(rows):
             break
         begin = time.perf_counter()
-        scores = _scores(policy, rows, memory, requests)
+        scores = scores_of(policy, rows, memory, requests)
         taken.append(time.perf_counter() - begin)
-        _answer(simulator.params, simulator.state, scores, requests, envs)
+        answer_asked(simulator.params, simulator.state, scores, requests, envs)
     return np.array(taken)

@@ -2,34 +2,69 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+from typing_extensions import override
+
+from servegym.baselines.ordering.registry import RULES as ORDERS
 from servegym.baselines.registry import RULES
+from servegym.baselines.rules import Rules
+from servegym.clairvoyant.dispatch import best_choices, replay
 from servegym.cluster.simulator import Simulator
-from servegym.export.manifest import Contract, contract_of
-from servegym.export.resolve import resolve_policy
+from servegym.export.resolve import dispatch_parts, resolve_dispatch
+from servegym.policy.ordering import OrderingRule
+from servegym.policy.pair import Pair
 from servegym.policy.policy import Heuristic, Policy
 from servegym.policy.run import run, time_decisions
+from servegym.policy.run_pair import make_simulator, run_pair, time_pair
+from servegym.problems.partings import find_partings, partings_section
+from servegym.problems.problem import Played, Section
 from servegym.problems.problem import Scenario as AnyScenario
-from servegym.problems.requests import RequestEpisodes, RequestProblem
+from servegym.problems.requests import OBJECTIVES, RequestEpisodes, RequestProblem
 from servegym.scenario import Scenario
 from servegym.typing import FloatArray
 
 
-class DispatchEpisodes(RequestEpisodes[Policy]):
-    """Episodes of requests that a policy sends to replicas."""
+class DispatchEpisodes(RequestEpisodes[Policy | Pair]):
+    """Episodes of requests that a policy sends to replicas; a pair also orders them there."""
 
-    def run(self, policy: Policy, *, seed: int = 0, record: bool = False) -> Simulator:
+    def run(self, policy: Policy | Pair, *, seed: int = 0, record: bool = False) -> Simulator:
         """Play all episodes and return the simulator that did."""
+        if isinstance(policy, Pair):
+            simulator = make_simulator(self.scenario.spec, self.episodes, policy, record=record)
+            run_pair(simulator, policy, seed=seed)
+            return simulator
         simulator = Simulator(self.scenario.spec, self.episodes, record=record)
         run(simulator, policy, seed=seed)
         return simulator
 
-    def time_decisions(self, policy: Policy) -> FloatArray:
+    def clairvoyant(
+        self, starts: Sequence[Policy | Pair], *, budget: float, seed: int = 0
+    ) -> Played:
+        """See `Episodes.clairvoyant`: a search through assignments of requests to replicas.
+
+        No assignment tells whom a router held back, or in which order engines took requests: where
+        the best of `starts` is better than what was found, it is that.
+        """
+        spec = self.scenario.spec
+        metric = OBJECTIVES[self.scenario.objective].metric
+        runs = [self.run(policy, seed=seed, record=True) for policy in starts]
+        choices = best_choices(spec, self.episodes, runs, metric, budget=budget, seed=seed)
+        return self._best_played([replay(spec, self.episodes, choices), *runs])
+
+    def time_decisions(self, policy: Policy | Pair) -> FloatArray:
         """Measure single decisions in the first episode, seconds, `float64[n]`."""
+        if isinstance(policy, Pair):
+            return time_pair(policy, make_simulator(self.scenario.spec, self.episodes[:1], policy))
         return time_decisions(policy, Simulator(self.scenario.spec, self.episodes[:1]))
 
 
-class Dispatch(RequestProblem[Policy]):
-    """Which replica gets a request, or whether it is held or rejected."""
+class Dispatch(RequestProblem[Policy | Pair]):
+    """Which replica gets a request, or whether it is held or rejected.
+
+    Where all engines go by priorities, a policy may have an order for them: `DISPATCH+ORDER`.
+    """
 
     name = "dispatch"
     decides = "which replica gets a request"
@@ -54,18 +89,36 @@ class Dispatch(RequestProblem[Policy]):
     default_policy = "prefix-load"
     episodes_class = DispatchEpisodes
 
-    def contract(self) -> Contract:
-        """Features of the replicas and of the request."""
-        return contract_of(self.name)
-
     def owns(self, scenario: AnyScenario) -> bool:
         """Whether a scenario is of requests that can go to one replica or another."""
         return isinstance(scenario, Scenario) and not scenario.orders_requests
 
-    def resolve(self, text: str) -> Policy:
-        """Return a rule by name and parameters, or a learned policy by its `.onnx` file."""
-        return resolve_policy(text)
+    def resolve(self, text: str) -> Policy | Pair:
+        """Return a rule by name and parameters, a learned policy by its `.onnx` file, or a pair."""
+        return resolve_dispatch(text)
 
-    def is_learned(self, policy: Policy) -> bool:
-        """Whether a policy is no rule."""
+    def parts(self, text: str) -> list[tuple[Rules[Any], str]]:
+        """Of which rules a policy is put together, with the text of each."""
+        return list(zip((RULES, ORDERS), dispatch_parts(text), strict=False))
+
+    def is_learned(self, policy: Policy | Pair) -> bool:
+        """Whether a policy is no rule, nor made of rules alone."""
+        if isinstance(policy, Pair):
+            return self.is_learned(policy.dispatch) or not isinstance(policy.order, OrderingRule)
         return not isinstance(policy, Heuristic)
+
+    @override
+    def differences(
+        self,
+        scenario: Scenario,
+        learned: Policy | Pair,
+        rule: Policy | Pair,
+        *,
+        seed: int,
+        load: float,
+        num_units: int | None,
+    ) -> Section | None:
+        if isinstance(learned, Pair) or isinstance(rule, Pair):
+            return None
+        episode = scenario.episode(seed, load=load, num_requests=num_units)
+        return partings_section(find_partings(scenario, learned, rule, episode))

@@ -10,6 +10,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -84,6 +85,7 @@ class DispatchConfig(BaseModel):
     seed: int | None = Field(None, ge=0)
 
 
+@dataclass(slots=True, eq=False)
 class Job:
     """A request from its arrival to its end.
 
@@ -101,40 +103,20 @@ class Job:
         ended: Whether its books are closed.
     """
 
-    __slots__ = (
-        "cached_tokens",
-        "decisions",
-        "ended",
-        "first_dispatch_s",
-        "follows",
-        "held_s",
-        "mark",
-        "model",
-        "num_retries",
-        "prompt",
-        "reported_prompt_tokens",
-        "request",
-        "tenant",
-        "wall_s",
-    )
-
-    def __init__(
-        self, request: LiveRequest, prompt: Prompt, tenant: str, model: str, wall_s: float
-    ) -> None:
-        self.request = request
-        self.prompt = prompt
-        self.tenant = tenant
-        self.model = model
-        self.wall_s = wall_s
-        self.decisions: list[dict[str, Any]] = []
-        self.num_retries = 0
-        self.first_dispatch_s = math.nan
-        self.cached_tokens: int | None = None
-        self.reported_prompt_tokens: int | None = None
-        self.follows: Followed | None = None
-        self.mark: Mark | None = None
-        self.held_s = 0.0
-        self.ended = False
+    request: LiveRequest
+    prompt: Prompt
+    tenant: str
+    model: str
+    wall_s: float
+    decisions: list[dict[str, Any]] = field(default_factory=list)
+    num_retries: int = 0
+    first_dispatch_s: float = math.nan
+    cached_tokens: int | None = None
+    reported_prompt_tokens: int | None = None
+    follows: Followed | None = None
+    mark: Mark | None = None
+    held_s: float = 0.0
+    ended: bool = False
 
     @property
     def replica(self) -> int:

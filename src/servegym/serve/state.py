@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -75,6 +76,7 @@ class EngineMetrics(NamedTuple):
     age_s: float = 0.0
 
 
+@dataclass(slots=True, eq=False)
 class LiveRequest:
     """One request on its way.
 
@@ -91,41 +93,18 @@ class LiveRequest:
         held: Whether it is on hold.
     """
 
-    __slots__ = (
-        "arrival_s",
-        "believed_cached",
-        "dispatch_s",
-        "first_token_s",
-        "generated_tokens",
-        "held",
-        "key",
-        "predicted_output_tokens",
-        "prefill_is_pending",
-        "prompt_tokens",
-        "replica",
-        "slo_class",
-    )
-
-    def __init__(
-        self,
-        key: str,
-        arrival_s: float,
-        prompt_tokens: float,
-        predicted_output_tokens: float,
-        slo_class: int,
-    ) -> None:
-        self.key = key
-        self.arrival_s = arrival_s
-        self.prompt_tokens = prompt_tokens
-        self.predicted_output_tokens = predicted_output_tokens
-        self.slo_class = slo_class
-        self.replica = -1
-        self.dispatch_s = math.nan
-        self.first_token_s = math.nan
-        self.generated_tokens = 0
-        self.held = False
-        self.believed_cached = 0.0  # prompt tokens, at dispatch
-        self.prefill_is_pending = False
+    key: str
+    arrival_s: float
+    prompt_tokens: float
+    predicted_output_tokens: float
+    slo_class: int
+    replica: int = -1
+    dispatch_s: float = math.nan
+    first_token_s: float = math.nan
+    generated_tokens: int = 0
+    held: bool = False
+    believed_cached: float = 0.0  # prompt tokens, at dispatch
+    prefill_is_pending: bool = False
 
 
 class LiveState:
