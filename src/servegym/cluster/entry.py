@@ -36,10 +36,19 @@ _F = TypeVar("_F", bound=Callable[..., object])
     STEP_TOGETHER,
     CATCH_UP,
     LET_GO,
-) = range(10)
-NUM_ENTRIES = 10
+    HAND_OVER,
+    FIND_PLACE,
+    PLACE_ON,
+    SET_ASIDE,
+    ADMIT_LANDED,
+    GO_OFF_TRANSFER,
+    STOP_TRANSFERS,
+) = range(17)
+NUM_ENTRIES = 17
 
 _compiled: dict[int, tuple[Any, types.Type, tuple[types.Type, ...]]] = {}
+#: Those that only disaggregated clusters call, and only they compile.
+_optional: set[int] = set()
 
 
 def entry(place: int, result: types.Type, *arguments: types.Type) -> Callable[[_F], _F]:
@@ -86,18 +95,28 @@ def entry(place: int, result: types.Type, *arguments: types.Type) -> Callable[[_
     return make
 
 
+def optional_entry(place: int, result: types.Type, *arguments: types.Type) -> Callable[[_F], _F]:
+    """Make an entry point that only disaggregated clusters call; see `entry`."""
+    _optional.add(place)
+    return entry(place, result, *arguments)
+
+
 @functools.cache
-def addresses(params: types.Type, state: types.Type) -> IntArray:
+def addresses(params: types.Type, state: types.Type, disaggregated: bool) -> IntArray:
     """Compile all entry points, or load them from disk; return their addresses.
 
     Args:
         params: Numba's type of the constants.
         state: And of the state.
+        disaggregated: Whether requests are prefilled on one replica and decode on another; else
+            there are no addresses of what only that needs.
     """
     found = np.zeros(NUM_ENTRIES, np.int64)
     if config.DISABLE_JIT:  # type: ignore[attr-defined]
         return found
     for place, (compiled, result, arguments) in _compiled.items():
+        if place in _optional and not disaggregated:
+            continue
         wanted = signature(result, params, state, *arguments)
         compiled.compile(wanted)
         made = compiled.get_compile_result(wanted)

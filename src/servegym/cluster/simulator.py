@@ -100,7 +100,9 @@ class Simulator:
             load_episode(self.params, self.state, env, episode)
 
     def _find_entries(self) -> None:
-        self.params.entries[:] = addresses(typeof(self.params), typeof(self.state))
+        self.params.entries[:] = addresses(
+            typeof(self.params), typeof(self.state), self.spec.disaggregated
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -211,6 +213,14 @@ class Simulator:
         ):
             out[column] = request[column]
         out["tenant"] = self.episodes[env].table.tenant
+        out["prefill_replica"] = -1
+        for column in ("prefilled_s", "transfer_s", "landed_s"):
+            out[column] = np.nan
+        if self.spec.disaggregated:
+            way = self.state.transfer[env, : len(request)]
+            out["transfer_s"] = way["begin_s"]
+            for column in ("prefill_replica", "prefilled_s", "landed_s", "moved_bytes"):
+                out[column] = way[column]
         return out
 
     def events(self, env: int = 0) -> NDArray[np.void]:

@@ -10,6 +10,7 @@ from servegym.cluster.kernels import measure
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import (
     DISPATCH,
+    PLACE,
     SCRAPED_EMITTED,
     SCRAPED_KV_USAGE,
     SCRAPED_RUNNING,
@@ -37,7 +38,7 @@ _FAR_S = 1e6
 
 @kernel
 def observe(p: Params, s: State, e: int, needs: int, request_out: FloatArray) -> None:
-    """Bring `s.shown[e]` up to date for the dispatch that is due, and describe its request.
+    """Bring `s.shown[e]` up to date for the dispatch or placing that is due, and its request.
 
     Args:
         p: Constants.
@@ -84,7 +85,7 @@ def observe(p: Params, s: State, e: int, needs: int, request_out: FloatArray) ->
 
 
 def observe_batch(simulator: Simulator, needs: Group) -> tuple[Observations, IntArray]:
-    """Observe every dispatch that is due.
+    """Observe every dispatch or placing that is due.
 
     Args:
         simulator: After `advance`.
@@ -93,7 +94,7 @@ def observe_batch(simulator: Simulator, needs: Group) -> tuple[Observations, Int
     Returns:
         The observations and the environment of each row, `int64[batch]`.
     """
-    envs = np.flatnonzero(simulator.state.env["decision"] == DISPATCH)
+    envs = np.flatnonzero(np.isin(simulator.state.env["decision"], (DISPATCH, PLACE)))
     width = simulator.max_replicas
     replicas = np.empty((len(envs), NUM_REPLICA_FEATURES, width))
     request = np.empty((len(envs), NUM_REQUEST_FEATURES))
