@@ -14,6 +14,8 @@ from servegym.envs.dispatch import DispatchEnv
 from servegym.envs.observation import column_table
 from servegym.envs.preemption import PreemptionEnv
 from servegym.envs.workflow import WorkflowEnv
+from servegym.evaluate.compare import with_interval
+from servegym.evaluate.suite import load_record, load_suite, reference
 from servegym.policy.contract import (
     NUM_OBSERVED_FEATURES,
     REPLICA_FEATURES,
@@ -122,11 +124,44 @@ def environment_page(env_class: type[gymnasium.Env]) -> str:
 """
 
 
+def suite_table() -> str:
+    """List the scenarios of the suite with what was recorded of them."""
+    suite = load_suite("servegym-bench-v1")
+    record = load_record(suite)
+    rows = [
+        "| scenario | stands for | played | load | episodes | judged by | best tuned rule |"
+        " clairvoyant over it |",
+        "|---|---|---|---|---|---|---|---:|",
+    ]
+    for scenario in suite.scenarios:
+        problem, _ = suite.pose(scenario)
+        for load in scenario.loads:
+            there = reference(suite, record, scenario, load)
+            rule = record["scenarios"][scenario.name][f"{load:g}"]["rules"][there.best]["policy"]
+            bound = with_interval(there.score(there.bound_values).ratio)
+            rows.append(
+                f"| `{scenario.name}` | {scenario.regime} | `{scenario.scenario}` | {load:g} |"
+                f" {suite.num_test_seeds} of {scenario.num_units:,} {problem.unit} |"
+                f" {there.objective.label} | `{rule}`, {there.rule_values.mean():.3g} | {bound} |"
+            )
+    return "\n".join(rows)
+
+
+def leaderboard_page() -> str:
+    """Put the table of scenarios into the page about the leaderboard."""
+    text = (DOCS / "leaderboard.md").read_text()
+    begin, end = "<!-- scenarios: scripts/write_docs.py -->\n", "<!-- end of scenarios -->"
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}{suite_table()}\n\n{end}{after}"
+
+
 def pages() -> dict[str, str]:
     """Make all generated pages, by name."""
     return {
         "observation.md": observation_page(),
         "policies.md": policies_page(),
+        "leaderboard.md": leaderboard_page(),
         "environments/dispatch.md": environment_page(DispatchEnv),
         "environments/preemption.md": environment_page(PreemptionEnv),
         "environments/workflow.md": environment_page(WorkflowEnv),

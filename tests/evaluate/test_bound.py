@@ -9,11 +9,13 @@ import pytest
 
 from servegym.baselines.registry import policy
 from servegym.cli import main
+from servegym.cluster.outcome import latencies
 from servegym.errors import ConfigError
 from servegym.evaluate.compare import headroom_share
 from servegym.evaluate.document import evaluation_document
 from servegym.evaluate.harness import CLAIRVOYANT, evaluate
 from servegym.evaluate.table import comparison_table
+from servegym.problems.registry import problem_of
 
 CROWDED = {
     "kind": "generated",
@@ -44,6 +46,15 @@ def test_share_of_headroom_is_what_one_computes_by_hand():
 def test_there_is_no_share_without_headroom():
     found = headroom_share(np.array([9.0]), np.array([10.0]), np.array([10.0]))
     assert np.isnan(found.value)
+
+
+def test_tail_is_judged_and_tuned_by_the_99th_percentile_of_ttft(make_scenario):
+    scenario = make_scenario(workload=CROWDED, objective="tail")
+    problem = problem_of(scenario)
+    assert problem.objective(scenario).metric == "ttft_p99_s"
+    episodes = problem.episodes(scenario, [3], num_units=50)
+    ttft_s, _, _ = latencies(episodes.run(policy("round-robin")).outcomes(0))
+    assert episodes.losses(policy("round-robin"))[0] == np.percentile(ttft_s, 99)
 
 
 def test_no_seed_has_a_policy_better_than_the_bound(bounded):

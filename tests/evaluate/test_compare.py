@@ -123,6 +123,7 @@ def test_decisions_are_timed(compared):
 def test_document_has_stable_keys(compared):
     document = evaluation_document(compared)
     assert set(document) == {
+        "bound",
         "aggregates",
         "command",
         "decision_s",
