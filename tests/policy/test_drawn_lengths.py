@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from servegym.policy.lengths import Lengths, draw_output, learn_lengths, lengths_of
+from servegym.policy.drawn_lengths import Lengths, draw_output, learn_lengths, lengths_of
 from servegym.scenario import Scenario, load_scenario
 from servegym.workloads.prediction import PredictorConfig
 
