@@ -29,8 +29,8 @@ class KernelSettings(NamedTuple):
 class Output(NamedTuple):
     """What environments give; axes: E environments, R replica rows, A actions."""
 
-    replicas: Float32Array  # [E, R, NUM_OBSERVED_FEATURES]
-    request: Float32Array  # [E, NUM_REQUEST_FEATURES]
+    replicas: Float32Array  # [E, R, F], see contract.observed
+    request: Float32Array  # [E, G]
     mask: Int8Array  # [E, A]
     reward: FloatArray  # [E]
     done: BoolArray  # [E]
@@ -53,7 +53,7 @@ def _write_observation(
     for f in range(o.replicas.shape[2]):
         for r in range(width):
             o.replicas[e, r, f] = s.shown[e, f, r]
-    for g in range(request.shape[0]):
+    for g in range(o.request.shape[1]):
         o.request[e, g] = request[g]
     for a in range(o.mask.shape[1]):
         o.mask[e, a] = s.allowed[e, _core_action(p, width, a)]
