@@ -284,8 +284,10 @@ class Batch(ABC):
                     f"action {int(chosen[bad])} is not allowed in environment {bad}: "
                     f"choose one of {np.flatnonzero(self.mask[bad]).tolist()} (see action_mask)"
                 )
-        else:
+        elif bad >= 0:
             chosen = self._replaced(chosen, active)
+        else:
+            self.invalid.fill(False)
         if self.settings.num_threads == 1:
             self._step_part(0, self.num_envs, chosen, active)
         else:

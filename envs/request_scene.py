@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from servegym.cluster.simulator import Simulator
-from servegym.cluster.state import QUEUED, RUNNING
+from servegym.cluster.state import ADMIT, QUEUED, RUNNING
 from servegym.envs.scene import Row, Scene, progress
 from servegym.policy.contract import KV_CACHE_USAGE, OUTSTANDING_PROMPT_TOKENS, UP
 from servegym.scenario import Scenario
@@ -112,3 +112,21 @@ def engine_scene(scenario: Scenario, simulator: Simulator, env: int, asked: str)
         tuple(rows),
         1 + _MOST_REQUESTS,
     )
+
+
+def cluster_scene(scenario: Scenario, simulator: Simulator, env: int) -> Scene:
+    """Show each replica as `dispatch_scene` does; where an engine asks, it is the one that is lit.
+
+    Args:
+        scenario: What is played.
+        simulator: Plays it.
+        env: Environment.
+    """
+    scene = dispatch_scene(scenario, simulator, env)
+    due = simulator.state.env[env]
+    r = int(due["asking"])
+    if r < 0:
+        return scene
+    what = "admit" if due["decision"] == ADMIT else "preempt"
+    rows = [row._replace(lit=i == r) for i, row in enumerate(scene.rows)]
+    return scene._replace(question=f"replica {r}: whom to {what}", rows=tuple(rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 import gymnasium
@@ -20,12 +21,11 @@ RENDER_MODES = ("rgb_array", "ansi")
 _OF_WRAPPERS = ("minari_autoseed",)
 
 
-def check_render_mode(render_mode: str | None) -> str | None:
+def check_render_mode(render_mode: str | None, modes: Sequence[str] = RENDER_MODES) -> str | None:
     """Refuse what cannot be drawn."""
-    if render_mode is not None and render_mode not in RENDER_MODES:
-        raise ConfigError(
-            f"render_mode must be None, {' or '.join(RENDER_MODES)}, got {render_mode!r}"
-        )
+    if render_mode is not None and render_mode not in modes:
+        allowed = " or ".join((", ".join(["None", *modes[:-1]]), modes[-1]))
+        raise ConfigError(f"render_mode must be {allowed}, got {render_mode!r}")
     return render_mode
 
 
