@@ -14,7 +14,6 @@ from servegym.envs.cluster_batch import ClusterBatch
 from servegym.envs.cluster_kernels import KIND_DISPATCH, KIND_PREEMPT
 from servegym.envs.observation import Table
 from servegym.envs.preemption_batch import ENGINE_FEATURES
-from servegym.envs.scene import as_text
 from servegym.envs.settings import ClusterSettings, make_settings, one_of
 from servegym.envs.single import RENDER_MODES, check_options, check_render_mode, draw
 from servegym.errors import ConfigError, InvalidAction, ResetNeeded
@@ -95,6 +94,7 @@ class ClusterAgents:
         self.render_mode = check_render_mode(render_mode, METADATA["render_modes"])
         self.max_cycles = max_cycles
         self.batch = ClusterBatch(1, given, by_replica=by_class)
+        self.batch.narrates = self.render_mode is not None
         self._rewards = rewards
         width = self.batch.num_replicas
         self.possible_agents = [DISPATCHER, *(f"scheduler_{r}" for r in range(width))]
@@ -143,7 +143,7 @@ class ClusterAgents:
         """Draw what is to be seen now, as `render_mode` says."""
         if self.render_mode != "human":
             return draw(self.batch, 0, self.render_mode)
-        sys.stdout.write(as_text(self.batch.scene(0)))
+        sys.stdout.write(draw(self.batch, 0, "ansi"))
         return None
 
     def state(self) -> Float32Array:

@@ -28,7 +28,7 @@ from servegym.envs.cluster_kernels import (
 from servegym.envs.observation import Table
 from servegym.envs.preemption_batch import ENGINE_FEATURES
 from servegym.envs.request_batch import RequestBatch
-from servegym.envs.request_scene import cluster_scene
+from servegym.envs.request_scene import cluster_scene, dispatch_deed, pick_deed
 from servegym.envs.scene import Scene
 from servegym.envs.settings import ClusterSettings
 from servegym.errors import ConfigError
@@ -237,6 +237,13 @@ class ClusterBatch(RequestBatch):
         """Latencies, goodput and preemptions of an episode that has ended."""
         victims = self.simulator.state.request["num_preemptions"][env]
         return (*super().summary(env), float(victims.sum()))
+
+    @override
+    def _deed(self, env: int, action: int) -> str:
+        if self.kind[env] == KIND_DISPATCH:
+            return dispatch_deed(self.simulator, env, action, self.num_replicas)
+        deed = pick_deed(self.simulator, env, self._output.ids[env], action - self.num_dispatch)
+        return f"replica {self.agent[env] - 1} {deed}"
 
     @override
     def scene(self, env: int) -> Scene:
