@@ -15,9 +15,9 @@ from pydantic import (
 from tyro.conf import Fixed, Suppress
 
 from servegym.baselines.registry import policy
+from servegym.documents import one_sentence
 from servegym.errors import ConfigError
 from servegym.policy.costs import BASES
-from servegym.scenario.files import one_sentence
 
 
 class NetworkConfig(BaseModel):

@@ -15,8 +15,8 @@ from pydantic import (
 from tyro.conf import Fixed, Suppress
 
 from servegym.agents.workflow_policy import BASES, MAX_HIDDEN
+from servegym.documents import one_sentence
 from servegym.errors import ConfigError
-from servegym.scenario.files import one_sentence
 
 
 class WorkflowNetworkConfig(BaseModel):

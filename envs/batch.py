@@ -7,6 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -59,6 +60,8 @@ class Batch(ABC):
     episode_type: ClassVar[type]
     settings_type: ClassVar[type[Settings]]
     objectives: ClassVar[tuple[str, ...]]
+    #: What is rewarded where that by which a scenario is judged is no sum of rewards.
+    rewarded: ClassVar[Mapping[str, str]] = MappingProxyType({})
     metric_names: ClassVar[tuple[str, ...]]
     #: Episodes that are drawn in place of one without a decision, at most.
     max_redraws: ClassVar[int] = 0
@@ -72,7 +75,8 @@ class Batch(ABC):
         given = settings.scenario
         self.settings, self.num_envs = settings, num_envs
         self.scenario = self._load_scenario(given) if isinstance(given, str) else given
-        self.objective: str = settings.objective or self.scenario.objective
+        judged: str = self.scenario.objective
+        self.objective: str = settings.objective or self.rewarded.get(judged, judged)
         one_of(objective=(self.objective, self.objectives))
         scale = settings.reward_scale
         self.reward_scale = self._typical_reward() if scale == "auto" else float(scale)

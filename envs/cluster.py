@@ -9,7 +9,7 @@ from servegym.envs.single import BatchEnv
 from servegym.envs.vector import BatchVectorEnv
 from servegym.policy.contract import (
     NUM_OBSERVED_FEATURES,
-    NUM_REQUEST_FEATURES,
+    NUM_OBSERVED_REQUEST_FEATURES,
     REPLICA_FEATURES,
     REQUEST_FEATURES,
 )
@@ -36,7 +36,7 @@ inside.
 
 ## Observation Space
 A `Dict`. Of the dispatcher: `replicas` (`float32[R, {NUM_OBSERVED_FEATURES}]`) and `request`
-(`float32[{NUM_REQUEST_FEATURES}]`). Of a scheduler: `requests` (`float32[max_waiting + max_num_seqs,
+(`float32[{NUM_OBSERVED_REQUEST_FEATURES}]`). Of a scheduler: `requests` (`float32[max_waiting + max_num_seqs,
 {NUM_ORDERING_FEATURES}]`, the waiting ones, of a longer queue the first `max_waiting` by
 `queue_order`, then from row `max_waiting` on the running ones) and `engine`
 (`float32[{len(ENGINE_FEATURES)}]`, the last columns of each row). What the agent that is asked does
@@ -50,7 +50,7 @@ Columns of `replicas`:
 
 Of `request`:
 
-{column_table(REQUEST_FEATURES, "Feature")}
+{column_table(REQUEST_FEATURES[:NUM_OBSERVED_REQUEST_FEATURES], "Feature")}
 
 Of `requests`:
 

@@ -19,6 +19,7 @@ from servegym.envs.single import RENDER_MODES, check_options, check_render_mode,
 from servegym.errors import ConfigError, InvalidAction, ResetNeeded
 from servegym.policy.contract import (
     NUM_OBSERVED_FEATURES,
+    NUM_OBSERVED_REQUEST_FEATURES,
     REPLICA_FEATURES,
     REQUEST_FEATURES,
     Feature,
@@ -115,7 +116,7 @@ class ClusterAgents:
         """Make what agents and the state are made of, and their spaces."""
         width, rows = self.batch.num_replicas, self.batch.requests.shape[1]
         replicas = REPLICA_FEATURES[:NUM_OBSERVED_FEATURES] * width
-        columns = [*replicas, *REQUEST_FEATURES]
+        columns = [*replicas, *REQUEST_FEATURES[:NUM_OBSERVED_REQUEST_FEATURES]]
         of_engine = [*ORDERING_FEATURES * rows, *ENGINE_FEATURES, _IS_PREEMPTION]
         of_fleet = [*columns, *ENGINE_FEATURES * width, *[_IS_ASKED] * (1 + width)]
         self._tables = tuple(Table(part, (len(part),)) for part in (columns, of_engine))

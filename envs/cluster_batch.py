@@ -34,6 +34,7 @@ from servegym.envs.settings import ClusterSettings
 from servegym.errors import ConfigError
 from servegym.policy.contract import (
     NUM_OBSERVED_FEATURES,
+    NUM_OBSERVED_REQUEST_FEATURES,
     NUM_REQUEST_FEATURES,
     OUTSTANDING_REQUESTS,
     REPLICA_FEATURES,
@@ -63,7 +64,7 @@ class ClusterBatch(RequestBatch):
         max_waiting: Rows for waiting requests.
         max_running: Rows for running requests: the largest `max_num_seqs`.
         replicas: Observation, `float32[num_envs, R, NUM_OBSERVED_FEATURES]`.
-        request: Observation, `float32[num_envs, NUM_REQUEST_FEATURES]`.
+        request: Observation, `float32[num_envs, NUM_OBSERVED_REQUEST_FEATURES]`.
         requests: Observation, `float32[num_envs, max_waiting + max_running, 17]`.
         engine: Observation, `float32[num_envs, 5]`.
         kind: What is asked, 0 to dispatch, 1 to admit, 2 to preempt, `int8[num_envs]`; observed
@@ -100,7 +101,10 @@ class ClusterBatch(RequestBatch):
             self.num_dispatch + self.num_picks,
             {
                 "replicas": Table(shown, (width, len(shown))),
-                "request": Table(REQUEST_FEATURES, (NUM_REQUEST_FEATURES,)),
+                "request": Table(
+                    REQUEST_FEATURES[:NUM_OBSERVED_REQUEST_FEATURES],
+                    (NUM_OBSERVED_REQUEST_FEATURES,),
+                ),
                 "requests": Table(ORDERING_FEATURES, rows),
                 "engine": Table(ENGINE_FEATURES, (len(ENGINE_FEATURES),)),
             },
@@ -118,7 +122,7 @@ class ClusterBatch(RequestBatch):
             width=self.max_waiting,
         )
         self.replicas: Float32Array = np.zeros((num_envs, width, len(shown)), np.float32)
-        self.request: Float32Array = np.zeros((num_envs, NUM_REQUEST_FEATURES), np.float32)
+        self.request: Float32Array = np.zeros((num_envs, NUM_OBSERVED_REQUEST_FEATURES), np.float32)
         self.requests: Float32Array = np.zeros((num_envs, *rows), np.float32)
         self.engine: Float32Array = np.zeros((num_envs, len(ENGINE_FEATURES)), np.float32)
         self.kind: Int8Array = np.zeros(num_envs, np.int8)
@@ -220,7 +224,7 @@ class ClusterBatch(RequestBatch):
         width, (rows, columns) = self.num_replicas, self.requests.shape[1:]
         return Views(
             np.zeros(self.replicas.shape[1:], np.float32),
-            np.zeros(NUM_REQUEST_FEATURES, np.float32),
+            np.zeros(NUM_OBSERVED_REQUEST_FEATURES, np.float32),
             np.zeros((width, rows, columns), np.float32),
             np.zeros((width, len(ENGINE_FEATURES)), np.float32),
             np.zeros(rows, np.int64),

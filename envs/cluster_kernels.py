@@ -59,7 +59,7 @@ class Output(NamedTuple):
     """
 
     replicas: Float32Array  # [E, R, NUM_OBSERVED_FEATURES]
-    request: Float32Array  # [E, NUM_REQUEST_FEATURES]
+    request: Float32Array  # [E, NUM_OBSERVED_REQUEST_FEATURES]
     requests: Float32Array  # [E, M, NUM_ORDERING_FEATURES]
     engine: Float32Array  # [E, number of the engine's features]
     kind: Int8Array  # [E] KIND_*
@@ -89,7 +89,7 @@ class Views(NamedTuple):
     """What every agent of one environment sees, whoever is asked."""
 
     replicas: Float32Array  # [R, NUM_OBSERVED_FEATURES]
-    request: Float32Array  # [NUM_REQUEST_FEATURES], 0 where no dispatch is due
+    request: Float32Array  # [NUM_OBSERVED_REQUEST_FEATURES], 0 where no dispatch is due
     requests: Float32Array  # [R, M, NUM_ORDERING_FEATURES]
     engine: Float32Array  # [R, number of the engine's features]
     ids: IntArray  # [M], working memory

@@ -29,8 +29,8 @@ class KernelSettings(NamedTuple):
 class Output(NamedTuple):
     """What environments give; axes: E environments, R replica rows, A actions."""
 
-    replicas: Float32Array  # [E, R, NUM_OBSERVED_FEATURES]
-    request: Float32Array  # [E, NUM_REQUEST_FEATURES]
+    replicas: Float32Array  # [E, R, F], see contract.observed
+    request: Float32Array  # [E, G]
     mask: Int8Array  # [E, A]
     reward: FloatArray  # [E]
     done: BoolArray  # [E]
@@ -71,7 +71,7 @@ def write_observation(
     for f in range(replicas.shape[2]):
         for r in range(width):
             replicas[e, r, f] = s.shown[e, f, r]
-    for g in range(memory.shape[0]):
+    for g in range(request.shape[1]):
         request[e, g] = memory[g]
     for a in range(mask.shape[1]):
         mask[e, a] = s.allowed[e, core_action(p, width, a)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import ClassVar
 
 import numpy as np
@@ -26,6 +27,7 @@ class RequestBatch(Batch):
 
     episode_type = Episode
     objectives = ("latency", "goodput")
+    rewarded = MappingProxyType({"tail": "latency"})
     metric_names: ClassVar[tuple[str, ...]] = (
         "mean_e2e_s",
         "mean_ttft_s",

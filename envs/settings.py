@@ -12,7 +12,7 @@ from servegym.errors import ConfigError, UnknownSetting, unknown_name
 InvalidActions = Literal["raise", "resample", "penalise"]
 Shaping = Literal["none", "cost-to-go"]
 EpisodeEnd = Literal["drained", "last-arrival"]
-Features = Literal["contract", "costs"]
+Features = Literal["contract", "extended", "costs"]
 QueueOrder = Literal["shortest", "arrival"]
 Placement = Literal["agent", "eft"]
 Shortlist = Literal["work-left", "arrival", "rank", "slack"]
@@ -25,7 +25,8 @@ class Settings:
     Attributes:
         scenario: What episodes are drawn from: a name, a path or a scenario.
         load: Factor on the arrival rate, or a range from which each episode draws one.
-        objective: What is rewarded; the scenario's if not given.
+        objective: What is rewarded; the scenario's if not given (of `tail`, which is no sum of
+            rewards, `latency`).
         reward_scale: Divides rewards; `auto`: by about what one decision is worth.
         shaping: `cost-to-go` charges each decision what it adds to the cost of what is in the
             system; see `envs.shaping`.
@@ -92,8 +93,9 @@ class DispatchSettings(RequestSettings):
     Attributes:
         scenario: A name, a path or a `Scenario`.
         r_max: Replica rows, if there are to be more than the scenario's largest fleet has.
-        features: What is observed of replicas: the `contract`'s features, or the `costs` of
-            choosing them, all within 0 to 1; see `envs.costs`.
+        features: What is observed: the `contract`'s features, with what a router infers if
+            `extended`, or in place of those of replicas the `costs` of choosing them, all within 0
+            to 1; see `envs.costs`.
     """
 
     scenario: Any = "mixed-chat"

@@ -20,6 +20,7 @@ from servegym.commands.demo import Demo
 from servegym.commands.evaluate import Evaluate
 from servegym.commands.export import Export
 from servegym.commands.fit import Fit
+from servegym.commands.leaderboard import Leaderboard
 from servegym.commands.policies import Policies
 from servegym.commands.replay import Replay
 from servegym.commands.scenarios import Scenarios
@@ -45,6 +46,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "evaluate": Evaluate,
     "train": Train,
     "tune": Tune,
+    "leaderboard": Leaderboard,
     "export": Export,
     "fit": Fit,
     "scenarios": Scenarios,

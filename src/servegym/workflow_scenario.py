@@ -16,7 +16,7 @@ from servegym.documents import load_yaml
 from servegym.errors import ConfigError
 from servegym.scenario.config import Config, Count, Factor, ascending
 from servegym.scenario.disturbances import FailSlowConfig, FailStopConfig, draw_faults
-from servegym.scenario.files import bundled_names, load, parse
+from servegym.scenario.files import bundled_names, load
 from servegym.scenario.fleet import (
     EngineConfig,
     FleetEntry,
@@ -262,12 +262,3 @@ def load_workflow_scenario(name_or_path: str | Path) -> WorkflowScenario:
         ConfigError: If there is none, or a key or value in it is not allowed.
     """
     return load(name_or_path, _FOLDER, "workflow scenario", WorkflowScenario)
-
-
-def parse_workflow_scenario(text: str, origin: str) -> WorkflowScenario:
-    """Check a workflow scenario's YAML text; `origin` names it in errors.
-
-    Raises:
-        ConfigError: If a key or value in it is not allowed.
-    """
-    return parse(text, origin, WorkflowScenario)

@@ -78,7 +78,7 @@ def test_another_precision_is_refused(path):
     [
         ({"format": "other"}, "is no calibration file"),
         ({"version": 2}, "has format version 2, this servegym reads 1"),
-        ({"colour": 1}, "colour: extra inputs"),
+        ({"colour": 1}, "unknown key colour: choose one of content, "),
         ({"content": {**FIT.model_dump(), "overhead_s": -1}}, r"overhead_s: .* got -1"),
         ({"gpu": "H1000"}, "unknown GPU 'H1000'"),
         ({"model": "Llama-9"}, "unknown model 'Llama-9'"),

@@ -7,6 +7,7 @@ import pytest
 from servegym.assets.specs import gpu, model
 from servegym.calibrate.kernels import KernelTime, KernelTimes, reached_peaks
 from servegym.calibrate.plan import GridSize, plan, shapes_of, token_counts
+from servegym.costs.source import Heads
 from servegym.costs.step import StepCost
 from servegym.errors import ConfigError
 
@@ -87,8 +88,8 @@ def test_beyond_the_measured_sizes_times_grow_as_the_roofline():
     assert op.gemm_s(16384, 6144, 4096, 2.0) == pytest.approx(
         2 * op.gemm_s(8192, 6144, 4096, 2.0), rel=0.01
     )
-    assert op.decode_attention_s(4, 2**23, 32, 8, 128) == pytest.approx(
-        2 * op.decode_attention_s(4, 2**22, 32, 8, 128), rel=0.01
+    assert op.decode_attention_s(4, 2**23, Heads(32, 8, 128)) == pytest.approx(
+        2 * op.decode_attention_s(4, 2**22, Heads(32, 8, 128)), rel=0.01
     )
 
 

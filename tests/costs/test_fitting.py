@@ -8,19 +8,13 @@ import numpy as np
 import pytest
 
 from kernel_tables import profiles as data
+from kernel_tables.fitting import fit_collective, fit_mixed, fit_operator, held_out_error
 from servegym.assets.specs import GpuSpec, calibrated, gpu, gpu_names
 from servegym.costs import forms
-from servegym.costs.fitting import (
-    error,
-    fit_collective,
-    fit_mixed,
-    fit_operator,
-    held_out_error,
-    refuse_impossible,
-)
 from servegym.costs.forms import collective_s
-from servegym.costs.measurements import Measurements
+from servegym.costs.measurements import Measurements, error, refuse_impossible
 from servegym.costs.roofline import RooflineSource
+from servegym.costs.source import Heads
 from servegym.errors import ConfigError
 
 KERNELS = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "kernels"
@@ -175,7 +169,7 @@ def test_decode_attention_of_an_engine_is_met_for_either_group_of_heads(model, t
         shapes = zip(at["batch"], at["context"], strict=True)
         return np.array(
             [
-                source.decode_attention_s(b, b * c, heads, kv_heads, 128) + spec.decode.c0_s
+                source.decode_attention_s(b, b * c, Heads(heads, kv_heads, 128)) + spec.decode.c0_s
                 for b, c in shapes
             ]
         )

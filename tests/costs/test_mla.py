@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from kernel_tables.fitting import held_out_error
 from servegym.assets.specs import gpu, model
 from servegym.costs import mla
-from servegym.costs.fitting import held_out_error
 from servegym.costs.package import tables_installed
 from servegym.costs.roofline import RooflineSource
 from servegym.costs.source import LatentHeads

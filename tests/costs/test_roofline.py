@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from servegym.assets.specs import AllReduceFit, GpuSpec, KernelFit, gpu, gpu_names
 from servegym.costs.roofline import RooflineSource
+from servegym.costs.source import Experts, Heads
 from servegym.errors import ConfigError
 
 # 1 TFLOP/s, 1 GB/s; every operator reaches half of both
@@ -59,12 +60,12 @@ def test_prefill_attention_counts_the_pairs_under_the_diagonal():
     # bytes: 2 * 8 * (Q and O 2 * 10 * 4 + K and V 2 * 30 * 2) = 3200 / 0.5e9 = 6.4 us
     pairs = sum(20 + i for i in range(1, 11))
     expected = 4 * 4 * 8 * pairs / 0.5e12 + 6.4e-6
-    assert SOURCE.prefill_attention_s(10, 20, 4, 2, 8) == pytest.approx(expected)
+    assert SOURCE.prefill_attention_s(10, 20, Heads(4, 2, 8)) == pytest.approx(expected)
 
 
 def test_decode_attention_reads_the_cache_once():
     # K and V: 2 * 2 bytes * 2 heads * 8 * 1000 = 64,000 / 0.5e9 = 128 us, and 4 * 2 us
-    assert SOURCE.decode_attention_s(4, 1000, 8, 2, 8) == pytest.approx(136e-6)
+    assert SOURCE.decode_attention_s(4, 1000, Heads(8, 2, 8)) == pytest.approx(136e-6)
 
 
 def test_an_all_reduce_moves_twice_all_but_ones_own_share():
@@ -100,7 +101,7 @@ def test_no_gemm_beats_the_data_sheet(name, m, n, k):
 @given(chunk=st.integers(1, 8192), context=st.integers(0, 131_072))
 def test_no_prefill_attention_beats_the_data_sheet(name, chunk, context):
     spec = gpu(name)
-    time_s = RooflineSource(spec).prefill_attention_s(chunk, context, 32, 8, 128)
+    time_s = RooflineSource(spec).prefill_attention_s(chunk, context, Heads(32, 8, 128))
     pairs = chunk * context + chunk * (chunk + 1) / 2
     assert time_s >= 4 * 32 * 128 * pairs / spec.bf16_flops
     assert time_s >= 2 * 2 * 8 * 128 * (chunk + context) / spec.memory_bytes_per_s
@@ -110,7 +111,7 @@ def test_no_prefill_attention_beats_the_data_sheet(name, chunk, context):
 @pytest.mark.parametrize(("batch", "kv_tokens"), [(1, 131_072), (8, 8 * 8192), (256, 256 * 64)])
 def test_no_decode_attention_beats_the_data_sheet(name, batch, kv_tokens):
     spec = gpu(name)
-    time_s = RooflineSource(spec).decode_attention_s(batch, kv_tokens, 32, 8, 128)
+    time_s = RooflineSource(spec).decode_attention_s(batch, kv_tokens, Heads(32, 8, 128))
     assert time_s >= 2 * 2 * 8 * 128 * kv_tokens / spec.memory_bytes_per_s
 
 
@@ -124,7 +125,8 @@ def test_an_all_gather_moves_half_of_an_all_reduce_unless_it_was_measured():
 
 def test_a_mixture_measured_under_one_routing_stands_in_for_the_other():
     source = RooflineSource(gpu("A100-SXM-80GB"))
-    shape = (64, 4096, 14336, 8, 2, 3, 2.0)
-    assert source.experts_s(*shape, "uniform") == source.experts_s(*shape, "skewed")
-    evidence = source.experts_evidence(4096, 14336, 8, 2, "uniform")
+    uniform = Experts(4096, 14336, 8, 2, 3, 2.0, "uniform")
+    skewed = uniform._replace(routing="skewed")
+    assert source.experts_s(64, uniform) == source.experts_s(64, skewed)
+    evidence = source.experts_evidence(uniform)
     assert (evidence.kind, evidence.note) == ("prior", "only skewed routing was measured")

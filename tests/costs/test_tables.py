@@ -8,6 +8,7 @@ import pytest
 from servegym.assets.specs import gpu, model
 from servegym.costs import package, tables
 from servegym.costs.package import expert_rows
+from servegym.costs.source import Heads
 from servegym.costs.step import StepCost
 from servegym.costs.tables import TableSource, source_of, tables_installed
 from servegym.errors import ConfigError
@@ -69,7 +70,7 @@ def test_each_shape_says_whether_it_was_measured(small_tables):
 
 def test_what_the_tables_lack_comes_from_the_fits(small_tables):
     source, fits = TableSource(H100), source_of(H100, "fits")[0]
-    shape = (8, 8 * 1024, 32, 8, 128)
+    shape = (8, 8 * 1024, Heads(32, 8, 128))
     assert source.decode_attention_s(*shape) == fits.decode_attention_s(*shape)
     fp8 = TableSource(H100, fp8=True)
     assert fp8.gemm_s(64, 4096, 4096, 1.0) == source_of(H100, "fits", fp8=True)[0].gemm_s(
@@ -126,8 +127,8 @@ def test_tables_and_fits_agree_on_steps_of_an_8b_model_within_10_percent(name):
 @needs_tables
 def test_a_measured_head_count_is_found_and_another_takes_the_nearest():
     source = TableSource(H100)
-    assert {e.kind for e in source.attention_evidence(32, 8, 128)} == {"measured"}
-    prefill, _ = source.attention_evidence(28, 4, 128)
+    assert {e.kind for e in source.attention_evidence(Heads(32, 8, 128))} == {"measured"}
+    prefill, _ = source.attention_evidence(Heads(28, 4, 128))
     assert prefill.kind == "interpolated"
     assert prefill.note == "ratio to the roofline of the nearest, 32 x 4 x 128"
 

@@ -120,6 +120,17 @@ def test_goodput_rewards_sum_to_the_weight_of_what_met_its_limits(make_scenario,
     assert 0.0 < np.mean(shares) < 1.0  # some met them and some did not
 
 
+def test_scenario_judged_by_the_tail_rewards_latency(make_scenario):
+    plain, tail = (
+        DispatchVectorEnv(2, make_scenario(objective=objective))
+        for objective in ("latency", "tail")
+    )
+    assert tail.batch.objective == "latency"
+    rewards = [play(env, first_action)[0] for env in (plain, tail)]
+    np.testing.assert_array_equal(rewards[0], rewards[1])
+    assert (rewards[0] < 0.0).all()
+
+
 def test_goodput_reward_comes_when_a_request_ends(make_scenario, make_episode):
     limits = [{"name": "all", "ttft_s": 10.0, "tpot_s": 1.0, "weight": 2.0}]
     env = DispatchEnv(make_scenario(slo_classes=limits), objective="goodput")

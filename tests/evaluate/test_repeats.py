@@ -19,8 +19,9 @@ from servegym.evaluate.saturation import saturation_load
 from servegym.evaluate.table import comparison_table
 from servegym.evaluate.tune import tune
 from servegym.problems.workflow import Workflow
+from servegym.scenario.files import parse
 from servegym.traced_scenario import with_trace
-from servegym.workflow_scenario import parse_workflow_scenario
+from servegym.workflow_scenario import WorkflowScenario
 
 HEADER = "arrival_s,prompt_tokens,output_tokens\n"
 RULES = [policy("round-robin"), policy("least-outstanding")]
@@ -153,7 +154,7 @@ def one_record(tmp_path):
         },
     }
     (tmp_path / "pair.json").write_text(json.dumps(record))
-    return parse_workflow_scenario(
+    return parse(
         f"""
 kind: workflow
 name: pairs
@@ -162,6 +163,7 @@ workload: {{kind: wfcommons, path: {tmp_path}}}
 num_jobs: 3
 """,
         "pairs",
+        WorkflowScenario,
     )
 
 

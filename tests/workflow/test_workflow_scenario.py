@@ -8,11 +8,12 @@ import yaml
 
 from servegym.errors import ConfigError
 from servegym.scenario import scenario_names
+from servegym.scenario.files import parse
 from servegym.workflow.online.simulator import Simulator
 from servegym.workflow_scenario import (
+    WorkflowScenario,
     is_workflow_scenario,
     load_workflow_scenario,
-    parse_workflow_scenario,
     workflow_scenario_names,
 )
 
@@ -28,7 +29,7 @@ BASE = {
 
 def scenario(*without: str, **changes):
     data = {key: value for key, value in {**BASE, **changes}.items() if key not in without}
-    return parse_workflow_scenario(yaml.safe_dump(data), "tiny.yaml")
+    return parse(yaml.safe_dump(data), "tiny.yaml", WorkflowScenario)
 
 
 @pytest.mark.parametrize("name", workflow_scenario_names())

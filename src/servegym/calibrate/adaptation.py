@@ -17,10 +17,10 @@ from servegym.calibrate.datasheet import measured_gpus, prior_spec
 from servegym.calibrate.plan import shapes_of
 from servegym.calibrate.steps import Steps
 from servegym.costs import forms
-from servegym.costs.fitting import error
 from servegym.costs.forms import Operator
+from servegym.costs.measurements import error
 from servegym.costs.roofline import RooflineSource
-from servegym.costs.source import CostSource, Evidence, Routing
+from servegym.costs.source import CostSource, Evidence, Experts, Heads
 from servegym.costs.step import StepCost
 from servegym.errors import ConfigError
 from servegym.typing import FloatArray, IntArray
@@ -123,43 +123,25 @@ class AdaptedSource(RooflineSource):
         factor = self._dense_factor(forms.gemm(m, n, k, weight_bytes))
         return work_s * factor + launch_s * self.factors.overhead
 
-    def experts_s(
-        self,
-        tokens: float,
-        hidden: int,
-        width: int,
-        num_experts: int,
-        active: int,
-        matrices: int,
-        weight_bytes: float,
-        routing: Routing,
-    ) -> float:
+    def experts_s(self, tokens: float, shape: Experts) -> float:
         """Seconds of the experts of a layer, as GEMMs of the experts touched."""
-        base = RooflineSource(self.gpu)
-        shape = (tokens, hidden, width, num_experts, active, matrices, weight_bytes)
-        return base.experts_s(*shape, routing) * self._dense_factor(forms.experts(*shape))
+        base_s = RooflineSource(self.gpu).experts_s(tokens, shape)
+        return base_s * self._dense_factor(forms.experts(tokens, *shape[:6]))
 
-    def prefill_attention_s(
-        self, chunk: float, context: float, heads: int, kv_heads: int, head_dim: int
-    ) -> float:
+    def prefill_attention_s(self, chunk: float, context: float, shape: Heads) -> float:
         """Seconds of causal attention of a chunk over what is cached, without the launch."""
-        shape = (chunk, context, heads, kv_heads, head_dim)
-        return self.factors.prefill * RooflineSource.prefill_attention_s(self, *shape)
+        base_s = RooflineSource.prefill_attention_s(self, chunk, context, shape)
+        return self.factors.prefill * base_s
 
-    def decode_attention_s(
-        self, batch: float, kv_tokens: float, heads: int, kv_heads: int, head_dim: int
-    ) -> float:
+    def decode_attention_s(self, batch: float, kv_tokens: float, shape: Heads) -> float:
         """Seconds of one token each of `batch` sequences over `kv_tokens` in all, no launch."""
-        shape = (batch, kv_tokens, heads, kv_heads, head_dim)
-        return self.factors.decode * RooflineSource.decode_attention_s(self, *shape)
+        base_s = RooflineSource.decode_attention_s(self, batch, kv_tokens, shape)
+        return self.factors.decode * base_s
 
-    def mixed_attention_s(
-        self, batch: float, kv_tokens: float, heads: int, kv_heads: int, head_dim: int
-    ) -> float:
+    def mixed_attention_s(self, batch: float, kv_tokens: float, shape: Heads) -> float:
         """Seconds of such decodes in a step that also prefills: tiles as of a prefill."""
-        shape = (batch, kv_tokens, heads, kv_heads, head_dim)
         factor = self.factors.prefill if self.gpu.mixed else 1.0  # without, decode has its own
-        return factor * RooflineSource.mixed_attention_s(self, *shape)
+        return factor * RooflineSource.mixed_attention_s(self, batch, kv_tokens, shape)
 
     def attention_launch_s(self) -> float:
         """Constant part of one attention kernel."""
@@ -184,13 +166,11 @@ class AdaptedSource(RooflineSource):
         """The prior and its steps."""
         return Evidence(f"GEMM {n} x {k} bf16", "prior", self.note)
 
-    def experts_evidence(
-        self, hidden: int, width: int, num_experts: int, active: int, routing: Routing
-    ) -> Evidence:
+    def experts_evidence(self, shape: Experts) -> Evidence:
         """The prior and its steps."""
-        return Evidence(f"{num_experts} experts {hidden} x {width} bf16", "prior", self.note)
+        return Evidence(f"{shape} bf16", "prior", self.note)
 
-    def attention_evidence(self, heads: int, kv_heads: int, head_dim: int) -> list[Evidence]:
+    def attention_evidence(self, shape: Heads) -> list[Evidence]:
         """The prior and its steps."""
         names = ("prefill attention", "decode attention")
         return [Evidence(name, "prior", self.note) for name in names]

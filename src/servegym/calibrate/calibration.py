@@ -6,18 +6,19 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from servegym.assets.specs import GpuSpec, gpu
 from servegym.assets.specs import model as model_of
 from servegym.calibrate.adaptation import Adaptation
 from servegym.calibrate.correction import Correction
-from servegym.calibrate.datasheet import DataSheet, one_sentence, prior_spec
+from servegym.calibrate.datasheet import DataSheet, prior_spec
 from servegym.calibrate.engine import EngineFit
 from servegym.calibrate.kernels import KernelTimes
 from servegym.calibrate.machine import Machine
 from servegym.costs.source import CostSource
 from servegym.costs.step import StepCost
+from servegym.documents import checked
 from servegym.errors import ConfigError
 from servegym.whole_files import write_whole
 
@@ -113,10 +114,7 @@ def read_calibration(path: Path) -> Calibration:
             f"{path} has format version {data.get('version')}, this servegym reads {VERSION}: "
             "calibrate again"
         )
-    try:
-        return Calibration.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {one_sentence(error)}") from None
+    return checked(data, str(path), Calibration)
 
 
 def cost_from(path: Path) -> StepCost:

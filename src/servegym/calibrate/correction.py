@@ -13,7 +13,7 @@ from servegym.calibrate.adaptation import Adaptation
 from servegym.calibrate.engine import EngineFit
 from servegym.calibrate.kernels import KernelTimes
 from servegym.costs.roofline import RooflineSource
-from servegym.costs.source import CostSource, Evidence, LatentHeads, Routing
+from servegym.costs.source import CostSource, Evidence, Experts, Heads, LatentHeads
 from servegym.costs.tables import TableSource
 
 
@@ -84,20 +84,9 @@ class CorrectedSource(CostSource):
         one_s = self.base.gemm_s(1.0, n, k, weight_bytes)
         return self._dense(one_s, self.base.gemm_s(m, n, k, weight_bytes))
 
-    def experts_s(
-        self,
-        tokens: float,
-        hidden: int,
-        width: int,
-        num_experts: int,
-        active: int,
-        matrices: int,
-        weight_bytes: float,
-        routing: Routing,
-    ) -> float:
+    def experts_s(self, tokens: float, shape: Experts) -> float:
         """Seconds of the experts of a layer."""
-        shape = (hidden, width, num_experts, active, matrices, weight_bytes, routing)
-        return self._dense(self.base.experts_s(1.0, *shape), self.base.experts_s(tokens, *shape))
+        return self._dense(self.base.experts_s(1.0, shape), self.base.experts_s(tokens, shape))
 
     def elementwise_s(self, tokens: float, hidden: int, qk_width: int, ffn_width: int) -> float:
         """Seconds of a layer's norms, rotary embedding and activation."""
@@ -123,26 +112,17 @@ class CorrectedSource(CostSource):
         """Time of an engine iteration outside the device."""
         return self.factors.step * self.base.cpu_s()
 
-    def prefill_attention_s(
-        self, chunk: float, context: float, heads: int, kv_heads: int, head_dim: int
-    ) -> float:
+    def prefill_attention_s(self, chunk: float, context: float, shape: Heads) -> float:
         """Seconds of causal attention of a chunk over what is cached."""
-        shape = (chunk, context, heads, kv_heads, head_dim)
-        return self.factors.prefill * self.base.prefill_attention_s(*shape)
+        return self.factors.prefill * self.base.prefill_attention_s(chunk, context, shape)
 
-    def decode_attention_s(
-        self, batch: float, kv_tokens: float, heads: int, kv_heads: int, head_dim: int
-    ) -> float:
+    def decode_attention_s(self, batch: float, kv_tokens: float, shape: Heads) -> float:
         """Seconds of one token each of `batch` sequences."""
-        shape = (batch, kv_tokens, heads, kv_heads, head_dim)
-        return self.factors.kv * self.base.decode_attention_s(*shape)
+        return self.factors.kv * self.base.decode_attention_s(batch, kv_tokens, shape)
 
-    def mixed_attention_s(
-        self, batch: float, kv_tokens: float, heads: int, kv_heads: int, head_dim: int
-    ) -> float:
+    def mixed_attention_s(self, batch: float, kv_tokens: float, shape: Heads) -> float:
         """Seconds of such decodes in a step that also prefills."""
-        shape = (batch, kv_tokens, heads, kv_heads, head_dim)
-        return self.factors.kv * self.base.mixed_attention_s(*shape)
+        return self.factors.kv * self.base.mixed_attention_s(batch, kv_tokens, shape)
 
     def mixed_bends(self, heads: int, kv_heads: int) -> tuple[float, ...]:
         """Batches at which `mixed_attention_s` bends."""
@@ -170,17 +150,13 @@ class CorrectedSource(CostSource):
         """That of the base, and the log."""
         return self._corrected(self.base.gemm_evidence(n, k))
 
-    def experts_evidence(
-        self, hidden: int, width: int, num_experts: int, active: int, routing: Routing
-    ) -> Evidence:
+    def experts_evidence(self, shape: Experts) -> Evidence:
         """That of the base, and the log."""
-        found = self.base.experts_evidence(hidden, width, num_experts, active, routing)
-        return self._corrected(found)
+        return self._corrected(self.base.experts_evidence(shape))
 
-    def attention_evidence(self, heads: int, kv_heads: int, head_dim: int) -> Sequence[Evidence]:
+    def attention_evidence(self, shape: Heads) -> Sequence[Evidence]:
         """That of the base, and the log."""
-        found = self.base.attention_evidence(heads, kv_heads, head_dim)
-        return [self._corrected(one) for one in found]
+        return [self._corrected(one) for one in self.base.attention_evidence(shape)]
 
     def latent_evidence(self, shape: LatentHeads) -> Sequence[Evidence]:
         """That of the base, and the log."""

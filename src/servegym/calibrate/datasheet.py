@@ -7,10 +7,10 @@ from pathlib import Path
 from statistics import median
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from servegym.assets.specs import AllReduceFit, GpuSpec, KernelFit, gpu, gpu_names
-from servegym.documents import load_yaml
+from servegym.documents import checked, load_yaml
 from servegym.errors import ConfigError
 
 
@@ -49,22 +49,10 @@ def read_datasheet(path: Path) -> DataSheet:
         data = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         raise ConfigError(f"{path} is not a readable YAML file with a data sheet") from None
-    try:
-        sheet = DataSheet.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {one_sentence(error)}") from None
+    sheet = checked(data, str(path), DataSheet)
     if sheet.name in gpu_names():
         raise ConfigError(f"{path}: {sheet.name} is known: give --gpu {sheet.name} instead")
     return sheet
-
-
-def one_sentence(error: ValidationError) -> str:
-    """Say the first thing that is wrong: place, rule, and what was got."""
-    first = error.errors()[0]
-    place = ".".join(str(key) for key in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    got = "" if isinstance(first["input"], dict | list) else f", got {first['input']!r}"
-    return f"{place}: {message[0].lower()}{message[1:]}{got}" if place else message
 
 
 def measured_gpus() -> list[str]:

@@ -13,10 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from servegym.assets.specs import GpuSpec, ModelSpec
 from servegym.calibrate.plan import shapes_of
 from servegym.calibrate.steps import Steps
-from servegym.costs.fitting import refuse_impossible
 from servegym.costs.forms import Operator
-from servegym.costs.measurements import Measurements
-from servegym.costs.source import CostSource, Evidence, LatentHeads, Routing
+from servegym.costs.measurements import Measurements, refuse_impossible
+from servegym.costs.source import CostSource, Evidence, Experts, Heads, LatentHeads
 from servegym.costs.step import StepCost
 from servegym.costs.steplog import fit_step_log
 from servegym.errors import ConfigError
@@ -181,48 +180,36 @@ class EngineSource(CostSource):
         """Share of the tokens' time."""
         return 0.0 if (n, k) == self.head else self.s_per_weight * m * n * k
 
-    def experts_s(
-        self,
-        tokens: float,
-        hidden: int,
-        width: int,
-        num_experts: int,
-        active: int,
-        matrices: int,
-        weight_bytes: float,
-        routing: Routing,
-    ) -> float:
+    def experts_s(self, tokens: float, shape: Experts) -> float:
         """Share of the tokens' time."""
-        return self.s_per_weight * tokens * active * matrices * hidden * width
+        return (
+            self.s_per_weight * tokens * shape.active * shape.matrices * shape.hidden * shape.width
+        )
 
-    def prefill_attention_s(
-        self, chunk: float, context: float, heads: int, kv_heads: int, head_dim: int
-    ) -> float:
+    def prefill_attention_s(self, chunk: float, context: float, shape: Heads) -> float:
         """What prompt tokens cost beyond decoded ones, and their pairs; one layer of all."""
         extra_s = (self.fit.s_per_prefill_token - self.s_per_token) * chunk
         pairs = chunk * (context + 0.5 * (chunk + 1.0))
         return (extra_s + self.fit.s_per_prefill_pair * pairs) / self.layers
 
-    def decode_attention_s(
-        self, batch: float, kv_tokens: float, heads: int, kv_heads: int, head_dim: int
-    ) -> float:
+    def decode_attention_s(self, batch: float, kv_tokens: float, shape: Heads) -> float:
         """What sequences cost beyond prompt tokens, and their KV; one layer of all."""
         extra_s = (self.fit.s_per_sequence - self.s_per_token) * batch
         return (extra_s + self.fit.s_per_kv_token * kv_tokens) / self.layers
 
-    def mixed_attention_s(
-        self, batch: float, kv_tokens: float, heads: int, kv_heads: int, head_dim: int
-    ) -> float:
+    def mixed_attention_s(self, batch: float, kv_tokens: float, shape: Heads) -> float:
         """The same: a log does not tell them apart."""
-        return self.decode_attention_s(batch, kv_tokens, heads, kv_heads, head_dim)
+        return self.decode_attention_s(batch, kv_tokens, shape)
 
     def latent_prefill_s(self, chunk: float, context: float, shape: LatentHeads) -> float:
         """As any other attention."""
-        return self.prefill_attention_s(chunk, context, shape.heads, shape.heads, shape.head_dim)
+        heads = Heads(shape.heads, shape.heads, shape.head_dim)
+        return self.prefill_attention_s(chunk, context, heads)
 
     def latent_decode_s(self, batch: float, kv_tokens: float, shape: LatentHeads) -> float:
         """As any other attention."""
-        return self.decode_attention_s(batch, kv_tokens, shape.heads, 1, shape.latent_dim)
+        heads = Heads(shape.heads, 1, shape.latent_dim)
+        return self.decode_attention_s(batch, kv_tokens, heads)
 
     def attention_launch_s(self) -> float:
         """Return 0: launches are in the fitted overhead."""
@@ -255,13 +242,11 @@ class EngineSource(CostSource):
         """Name the log of steps that the fit was made from."""
         return self._evidence(f"GEMM {n} x {k}")
 
-    def experts_evidence(
-        self, hidden: int, width: int, num_experts: int, active: int, routing: Routing
-    ) -> Evidence:
+    def experts_evidence(self, shape: Experts) -> Evidence:
         """Name the log of steps that the fit was made from."""
-        return self._evidence(f"{num_experts} experts {hidden} x {width}")
+        return self._evidence(str(shape))
 
-    def attention_evidence(self, heads: int, kv_heads: int, head_dim: int) -> Sequence[Evidence]:
+    def attention_evidence(self, shape: Heads) -> Sequence[Evidence]:
         """Name the log of steps, with how far it reached in prefill and decode."""
         prompt, kv = self.fit.max_prefill_tokens, self.fit.max_kv_tokens
         return [
@@ -271,7 +256,7 @@ class EngineSource(CostSource):
 
     def latent_evidence(self, shape: LatentHeads) -> Sequence[Evidence]:
         """Name the log of steps, with how far it reached in prefill and decode."""
-        return self.attention_evidence(shape.heads, 1, shape.latent_dim)
+        return self.attention_evidence(Heads(shape.heads, 1, shape.latent_dim))
 
     def all_reduce_evidence(self, num_gpus: int) -> Evidence:
         """Name the log of steps that the fit was made from."""

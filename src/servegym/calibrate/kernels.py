@@ -14,11 +14,10 @@ from servegym.calibrate.datasheet import DataSheet
 from servegym.calibrate.plan import GridSize, Kernel, KernelName, Shapes, plan, shapes_of
 from servegym.costs import forms
 from servegym.costs.curve import Surface
-from servegym.costs.fitting import refuse_impossible
 from servegym.costs.forms import Operator
-from servegym.costs.measurements import Measurements
+from servegym.costs.measurements import Measurements, refuse_impossible
 from servegym.costs.roofline import RooflineSource
-from servegym.costs.source import Evidence
+from servegym.costs.source import Evidence, Heads
 from servegym.errors import ConfigError
 from servegym.typing import FloatArray
 
@@ -144,16 +143,12 @@ class MeasuredSource(RooflineSource):
             return RooflineSource.gemm_s(self, m, n, k, weight_bytes)
         return curve(m, 1.0)
 
-    def prefill_attention_s(
-        self, chunk: float, context: float, heads: int, kv_heads: int, head_dim: int
-    ) -> float:
+    def prefill_attention_s(self, chunk: float, context: float, shape: Heads) -> float:
         """Seconds of causal attention of a chunk over what is cached, without the launch."""
         whole_s = self.curves[("prefill",)](chunk, context + _CONTEXT_SHIFT)
         return max(whole_s - self.attention_launch_s(), 0.0)
 
-    def decode_attention_s(
-        self, batch: float, kv_tokens: float, heads: int, kv_heads: int, head_dim: int
-    ) -> float:
+    def decode_attention_s(self, batch: float, kv_tokens: float, shape: Heads) -> float:
         """Seconds of one token each of `batch` sequences over `kv_tokens` in all, no launch."""
         return max(self.curves[("decode",)](batch, kv_tokens) - self.attention_launch_s(), 0.0)
 
@@ -178,9 +173,8 @@ class MeasuredSource(RooflineSource):
         note = f"own benchmark, to {self.grid.max_tokens} tokens"
         return Evidence(f"GEMM {n} x {k} bf16", "measured", note)
 
-    def attention_evidence(self, heads: int, kv_heads: int, head_dim: int) -> list[Evidence]:
+    def attention_evidence(self, shape: Heads) -> list[Evidence]:
         """Say to what sizes prefill, then decode, was benchmarked."""
-        shape = f"{heads} heads, {kv_heads} KV, size {head_dim}"
         size = self.grid
         notes = {
             "prefill": f"chunks to {size.max_tokens} tokens over {size.max_context}",
@@ -190,7 +184,7 @@ class MeasuredSource(RooflineSource):
             Evidence(f"{name} attention, {shape}", "measured", f"own benchmark, {note}")
             for name, note in notes.items()
         ]
-        return found + self._mixed_evidence(heads, kv_heads, head_dim)
+        return found + self._mixed_evidence(shape)
 
     def all_reduce_evidence(self, num_gpus: int) -> Evidence:
         """Measured, if there was more than one device."""

@@ -16,7 +16,7 @@ from servegym.calibrate.adaptation import (
     typical_steps,
 )
 from servegym.calibrate.datasheet import measured_gpus, prior_spec
-from servegym.costs.fitting import error
+from servegym.costs.measurements import error
 from servegym.costs.tables import TableSource
 from servegym.typing import FloatArray
 

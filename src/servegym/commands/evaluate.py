@@ -18,7 +18,7 @@ from servegym.evaluate.harness import Evaluation, evaluate
 from servegym.evaluate.saturation import saturation_load
 from servegym.evaluate.table import comparison_table, saturation_table
 from servegym.evaluate.tune import resolve
-from servegym.problems.problem import Policy, Scenario
+from servegym.problems.problem import Policy, Scenario, Section
 
 #: Instead of a scenario: Taillard's first 50, as `servegym schedule --benchmark` has them.
 _JOB_SHOPS = "taillard"
@@ -52,6 +52,11 @@ class Evaluate(Played):
     """Write a self-contained HTML page here."""
     plot: Path | None = None
     """Draw what replicas or devices do in a stretch of the first episode (png, pdf or svg)."""
+    bound: bool = False
+    """Also search offline for what is best, knowing the future: the row `clairvoyant`, and the
+    share of the way from the best rule to it that each policy goes."""
+    bound_budget: float = 3000.0
+    """Simulation that the search may take for an episode, in whole episodes."""
     saturation: bool = False
     """Also find the largest load at which 90 % and 99 % of requests meet their limits (of jobs,
     their deadlines)."""
@@ -73,14 +78,22 @@ class Evaluate(Played):
         policies = [
             resolve(problem, scenario, text, self.loads, self.num_requests) for text in texts
         ]
-        result = evaluated(scenario, policies, self.loads, self.seeds, num_units=self.num_requests)
+        result = evaluated(
+            scenario,
+            policies,
+            self.loads,
+            self.seeds,
+            num_units=self.num_requests,
+            bound_budget=self.bound_budget if self.bound else 0.0,
+        )
         if self.saturation:
             for policy in track(policies, "saturation", transient=True):
                 result.saturation[policy.name] = {
                     share: saturation_load(scenario, policy, share, num_units=self.num_requests)
                     for share in _SHARES
                 }
-        publish(result, self.json, self.report)
+        said = differences(result, policies, self.num_requests) if self.report else []
+        publish(result, self.json, self.report, said)
         if self.plot and problem.plot:
             save_figure(problem.plot.draw(result, result.loads[-1]), self.plot)
             make_console().print(f"chart: {self.plot}")
@@ -88,7 +101,8 @@ class Evaluate(Played):
     def _run_job_shops(self) -> None:
         """Nothing is drawn there: no loads, no seeds, and the answer is a gap to the best known."""
         others = ("trace", "num_requests", "report", "plot", "saturation", "loads", "seeds")
-        self.refuse((*others, *TRACE_OPTIONS), "has no meaning for job shops")
+        bound = ("bound", "bound_budget")
+        self.refuse((*others, *bound, *TRACE_OPTIONS), "has no meaning for job shops")
         policies = _JOB_SHOP_RULES if self.policies is None else self.policies
         ScheduleDag(benchmark="taillard", policies=policies, json=self.json).run()
 
@@ -100,6 +114,7 @@ def evaluated(
     seeds: int,
     *,
     num_units: int | None = None,
+    bound_budget: float = 0.0,
 ) -> Evaluation:
     """Evaluate with a progress bar."""
     with Progress(transient=True) as bar:
@@ -110,11 +125,38 @@ def evaluated(
             loads=loads,
             num_seeds=seeds,
             num_units=num_units,
+            bound_budget=bound_budget,
             progress=lambda text, share: bar.update(task, description=text, completed=share),
         )
 
 
-def publish(result: Evaluation, json: Path | None, report: Path | None) -> None:
+def differences(
+    result: Evaluation, policies: Sequence[Policy], num_units: int | None = None
+) -> list[Section]:
+    """Say of each learned policy what it does otherwise than the best rule, at the largest load."""
+    load, named = result.loads[-1], {policy.name: policy for policy in policies}
+    rule = result.best_heuristic(load)
+    found = [
+        result.problem.differences(
+            result.scenario,
+            named[name],
+            named[rule],
+            seed=result.seeds[0],
+            load=load,
+            num_units=num_units,
+        )
+        for name in result.learned
+        if rule != name
+    ]
+    return [section for section in found if section]
+
+
+def publish(
+    result: Evaluation,
+    json: Path | None,
+    report: Path | None,
+    sections: Sequence[Section] = (),
+) -> None:
     """Print the tables and write the files asked for."""
     console = make_console()
     print_remarks(console, result.notes)
@@ -128,5 +170,5 @@ def publish(result: Evaluation, json: Path | None, report: Path | None) -> None:
     if report:
         from servegym.evaluate.report import write_report
 
-        write_report(result, report)
+        write_report(result, report, sections)
         console.print(f"report: {report}")

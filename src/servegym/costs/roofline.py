@@ -11,7 +11,7 @@ from servegym.assets.specs import GpuSpec, KernelFit
 from servegym.costs import forms, mla
 from servegym.costs.curve import Surface
 from servegym.costs.forms import ELEMENT_BYTES, WEIGHT_BYTES, LogTable, Operator, table_of
-from servegym.costs.source import Evidence, LatentHeads, Precision, Routing, Scales
+from servegym.costs.source import Evidence, Experts, Heads, LatentHeads, Precision, Routing, Scales
 from servegym.engines import EngineName
 from servegym.errors import ConfigError
 from servegym.typing import FloatArray
@@ -135,20 +135,14 @@ class RooflineSource:
     def _kv_bytes(self) -> float:
         return 1.0 if self.fp8_kv else ELEMENT_BYTES
 
-    def _prefill_fit(
-        self, heads: int, kv_heads: int, head_dim: int
-    ) -> tuple[KernelFit, LogTable | None]:
+    def _prefill_fit(self, shape: Heads) -> tuple[KernelFit, LogTable | None]:
         return self._with_table("prefill", self._prefill())
 
-    def _decode_fit(
-        self, heads: int, kv_heads: int, head_dim: int
-    ) -> tuple[KernelFit, LogTable | None]:
+    def _decode_fit(self, shape: Heads) -> tuple[KernelFit, LogTable | None]:
         return self._with_table("decode", self._decode())
 
-    def _experts_fit(
-        self, hidden: int, width: int, num_experts: int, active: int, routing: Routing
-    ) -> tuple[KernelFit, LogTable | None] | None:
-        measured = self._measured_routing(routing)
+    def _experts_fit(self, shape: Experts) -> tuple[KernelFit, LogTable | None] | None:
+        measured = self._measured_routing(shape.routing)
         if measured is None:
             return None
         return self._with_table(f"experts {measured}", self.gpu.moe[f"{self.precision} {measured}"])
@@ -180,42 +174,20 @@ class RooflineSource:
             self._surfaces[key] = _curve(_TOKENS, seconds)
         return self._surfaces[key](m, 1.0)
 
-    def experts_s(
-        self,
-        tokens: float,
-        hidden: int,
-        width: int,
-        num_experts: int,
-        active: int,
-        matrices: int,
-        weight_bytes: float,
-        routing: Routing,
-    ) -> float:
+    def experts_s(self, tokens: float, shape: Experts) -> float:
         """Seconds of the experts of a layer; without a fit GEMMs of the experts touched."""
-        found = self._experts_fit(hidden, width, num_experts, active, routing)
+        found = self._experts_fit(shape)
         if found is None:
-            return self._experts_as_gemms(
-                tokens, hidden, width, num_experts, active, matrices, weight_bytes
-            )
+            return self._experts_as_gemms(tokens, shape)
         fit, table = found
-        key = ("experts", hidden, width, num_experts, active, matrices, weight_bytes, routing)
+        key = ("experts", *shape)
         if key not in self._surfaces:
-            operator = forms.experts(
-                _TOKENS, hidden, width, num_experts, active, matrices, weight_bytes
-            )
+            operator = forms.experts(_TOKENS, *shape[:6])
             self._surfaces[key] = _curve(_TOKENS, self._cold(operator, fit, table))
         return self._surfaces[key](tokens, 1.0)
 
-    def _experts_as_gemms(
-        self,
-        tokens: float,
-        hidden: int,
-        width: int,
-        num_experts: int,
-        active: int,
-        matrices: int,
-        weight_bytes: float,
-    ) -> float:
+    def _experts_as_gemms(self, tokens: float, shape: Experts) -> float:
+        hidden, width, num_experts, active, matrices, weight_bytes, _ = shape
         # uniform routing: expected number of distinct experts that `tokens` tokens touch
         touched = num_experts * (1.0 - (1.0 - active / num_experts) ** tokens)
         rows = tokens * active / touched
@@ -226,12 +198,9 @@ class RooflineSource:
         weights = weight_bytes * matrices * width * hidden
         return touched * max(one - launch, weights / self.gpu.memory_bytes_per_s) + launch
 
-    def prefill_attention_s(
-        self, chunk: float, context: float, heads: int, kv_heads: int, head_dim: int
-    ) -> float:
+    def prefill_attention_s(self, chunk: float, context: float, shape: Heads) -> float:
         """Seconds of causal attention of a chunk over what is cached, without the launch."""
-        shape = (heads, kv_heads, head_dim)
-        fit, table = self._prefill_fit(*shape)
+        fit, table = self._prefill_fit(shape)
         if table is None:
             operator = forms.prefill(chunk, context, *shape, kv_bytes=self._kv_bytes)
             return self._form_s(operator, fit)
@@ -243,7 +212,9 @@ class RooflineSource:
             )
             seconds = self._cold(operator, fit, table, *attention)
             if table.axes["heads"][0] >= 1:
-                chain = self._chain_s(_CHUNKS[:, None] + _CONTEXTS[None, :], head_dim, fit, table)
+                chain = self._chain_s(
+                    _CHUNKS[:, None] + _CONTEXTS[None, :], shape.head_dim, fit, table
+                )
                 seconds = np.maximum(seconds, chain)
             self._surfaces[key] = Surface.through(_CHUNKS, _CONTEXTS, seconds)
         whole_s = self._surfaces[key](chunk, max(context, _CONTEXTS[0]))
@@ -267,12 +238,9 @@ class RooflineSource:
         one_s = operator.measured_s(fit, table, self.gpu.bf16_flops, self.gpu.memory_bytes_per_s)
         return one_s * np.maximum(kv_tokens / longest, 1.0)
 
-    def decode_attention_s(
-        self, batch: float, kv_tokens: float, heads: int, kv_heads: int, head_dim: int
-    ) -> float:
+    def decode_attention_s(self, batch: float, kv_tokens: float, shape: Heads) -> float:
         """Seconds of one token each of `batch` sequences over `kv_tokens` in all, no launch."""
-        shape = (heads, kv_heads, head_dim)
-        fit, table = self._decode_fit(*shape)
+        fit, table = self._decode_fit(shape)
         if table is None:
             return self._form_s(
                 forms.decode(batch, kv_tokens, *shape, kv_bytes=self._kv_bytes), fit
@@ -286,7 +254,7 @@ class RooflineSource:
             seconds = self._cold(operator, fit, table, *attention)
             streamed = self.gpu.decode_streamed
             # fitted on groups; a measurement of one's own takes the place of both
-            if streamed and heads > kv_heads and fit is self.gpu.decode:
+            if streamed and shape.heads > shape.kv_heads and fit is self.gpu.decode:
                 peaks = (self.gpu.bf16_flops, self.gpu.memory_bytes_per_s)
                 profiled = operator.measured_s(streamed, table_of(streamed), *peaks)
                 seconds = np.maximum(seconds, profiled)
@@ -304,19 +272,17 @@ class RooflineSource:
         """
         return self.gpu.engine == "vllm" and not self.fp8_kv
 
-    def mixed_attention_s(
-        self, batch: float, kv_tokens: float, heads: int, kv_heads: int, head_dim: int
-    ) -> float:
+    def mixed_attention_s(self, batch: float, kv_tokens: float, shape: Heads) -> float:
         """Seconds of such decodes in a step that also prefills, no launch.
 
         Kernels that read an 8-bit cache pack the heads of a group beside prefills as well.
         """
-        alone_s = self.decode_attention_s(batch, kv_tokens, heads, kv_heads, head_dim)
+        alone_s = self.decode_attention_s(batch, kv_tokens, shape)
         fit = self.gpu.mixed
         if fit is None or self.fp8_kv:
             return alone_s
         operator = forms.unpacked_decode(
-            batch, kv_tokens, heads, kv_heads, head_dim, self.gpu.l2_bytes, self.gpu.num_sms
+            batch, kv_tokens, *shape, self.gpu.l2_bytes, self.gpu.num_sms
         )
         return float(operator.form_s(fit, self.gpu.bf16_flops, self.gpu.memory_bytes_per_s))
 
@@ -444,25 +410,21 @@ class RooflineSource:
         coordinates = forms.gemm(1, n, k, 2.0).coordinates
         return _fit_evidence(operator, fit, {x: coordinates[x] for x in coordinates if x != "m"})
 
-    def experts_evidence(
-        self, hidden: int, width: int, num_experts: int, active: int, routing: Routing
-    ) -> Evidence:
+    def experts_evidence(self, shape: Experts) -> Evidence:
         """Between the fitted mixtures or beyond them."""
-        operator = f"{num_experts} experts {hidden} x {width} {self.precision}, {routing} routing"
-        found = self._experts_fit(hidden, width, num_experts, active, routing)
+        operator = f"{shape} {self.precision}, {shape.routing} routing"
+        found = self._experts_fit(shape)
         if found is None:
             note = "not measured: GEMMs of the experts that uniform routing touches"
             return Evidence(operator, "prior", note)
-        measured = self._measured_routing(routing)
-        if measured != routing:
+        measured = self._measured_routing(shape.routing)
+        if measured != shape.routing:
             return Evidence(operator, "prior", f"only {measured} routing was measured")
-        at = forms.experts(1, hidden, width, num_experts, active, 3, 2.0).coordinates
-        shape = {name: at[name] for name in ("matrix", "experts")}
-        return _fit_evidence(operator, found[0], shape)
+        at = forms.experts(1, *shape[:6]).coordinates
+        return _fit_evidence(operator, found[0], {name: at[name] for name in ("matrix", "experts")})
 
-    def attention_evidence(self, heads: int, kv_heads: int, head_dim: int) -> list[Evidence]:
+    def attention_evidence(self, shape: Heads) -> list[Evidence]:
         """Between the fitted shapes or beyond them: prefill, then decode."""
-        shape = f"{heads} heads, {kv_heads} KV, size {head_dim}"
         found = []
         for operator, fit in (("prefill", self._prefill()), ("decode", self._decode())):
             evidence = _fit_evidence(f"{operator} attention, {shape}", fit, {})
@@ -472,11 +434,11 @@ class RooflineSource:
                 evidence = Evidence(evidence.operator, "prior", note)
             if evidence.kind == "interpolated" and self._borrowed:
                 evidence = Evidence(evidence.operator, "prior", self._borrowed)
-            if head_dim != 128 and evidence.kind == "interpolated":
+            if shape.head_dim != 128 and evidence.kind == "interpolated":
                 note = "fitted on heads of 128 elements"
                 evidence = Evidence(evidence.operator, "extrapolated", note)
             found.append(evidence)
-        return found + self._mixed_evidence(heads, kv_heads, head_dim)
+        return found + self._mixed_evidence(shape)
 
     @property
     def _borrowed(self) -> str:
@@ -486,11 +448,11 @@ class RooflineSource:
         own = engine in ("vllm", "vllm-v0") or (fits is not None and fits.decode is not None)
         return "" if own else f"vLLM's kernels stand in for those of {engine}"
 
-    def _mixed_evidence(self, heads: int, kv_heads: int, head_dim: int) -> list[Evidence]:
+    def _mixed_evidence(self, shape: Heads) -> list[Evidence]:
         fit = self.gpu.mixed
         if fit is None or self.fp8_kv:
             return []
-        operator = f"decodes beside a prefill, {heads} heads, {kv_heads} KV, size {head_dim}"
+        operator = f"decodes beside a prefill, {shape}"
         note = "tiles of FlashAttention 2; FLOP share of long prefills, not measured in mixed steps"
         return [
             Evidence(operator, "prior", note)

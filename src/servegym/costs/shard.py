@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from servegym.assets.specs import ModelSpec
 from servegym.costs.engines import FUSION
 from servegym.costs.forms import WEIGHT_BYTES
-from servegym.costs.source import LatentHeads, Scales
+from servegym.costs.source import Heads, LatentHeads, Scales
 from servegym.engines import EngineName
 from servegym.errors import ConfigError, unknown_name
 
@@ -86,6 +86,11 @@ class Shard:
     def qk_width(self) -> int:
         """Elements of the queries and keys of a token."""
         return (self.heads + self.kv_heads) * self.model.head_dim
+
+    @property
+    def attention_heads(self) -> Heads:
+        """Heads that attend to keys and values of their own."""
+        return Heads(self.heads, self.kv_heads, self.model.head_dim)
 
     @property
     def latent_heads(self) -> LatentHeads:

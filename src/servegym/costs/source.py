@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from servegym.engines import EngineName
 
@@ -33,6 +33,53 @@ class Evidence:
     operator: str
     kind: Literal["measured", "interpolated", "extrapolated", "prior"]
     note: str = ""
+
+
+class Heads(NamedTuple):
+    """Heads of one GPU that attend to keys and values of their own.
+
+    Attributes:
+        heads: Query heads on this GPU.
+        kv_heads: KV heads on this GPU.
+        head_dim: Elements of a head.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    def __str__(self) -> str:
+        return f"{self.heads} heads, {self.kv_heads} KV, size {self.head_dim}"
+
+
+class Experts(NamedTuple):
+    """The experts of a layer, as one GPU holds them.
+
+    Attributes:
+        hidden: Elements of a token.
+        width: Of each expert on this GPU.
+        num_experts: On this GPU.
+        active: Experts that a token goes to.
+        matrices: Of an expert.
+        weight_bytes: Bytes of a weight.
+        routing: How they are hit.
+    """
+
+    hidden: int
+    width: int
+    num_experts: int
+    active: int
+    matrices: int
+    weight_bytes: float
+    routing: Routing
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Hidden size, width, number and active ones, by which measured ones are found."""
+        return self[:4]
+
+    def __str__(self) -> str:
+        return f"{self.num_experts} experts {self.hidden} x {self.width}"
 
 
 @dataclass(frozen=True)
@@ -105,35 +152,19 @@ class CostSource(Protocol):
         """Seconds of `[m, k] x [k, n]` with weights of `weight_bytes` bytes an element."""
         ...
 
-    def experts_s(
-        self,
-        tokens: float,
-        hidden: int,
-        width: int,
-        num_experts: int,
-        active: int,
-        matrices: int,
-        weight_bytes: float,
-        routing: Routing,
-    ) -> float:
-        """Seconds of the experts of a layer, `width` of each on this GPU."""
+    def experts_s(self, tokens: float, shape: Experts) -> float:
+        """Seconds of the experts of a layer."""
         ...
 
-    def prefill_attention_s(
-        self, chunk: float, context: float, heads: int, kv_heads: int, head_dim: int
-    ) -> float:
+    def prefill_attention_s(self, chunk: float, context: float, shape: Heads) -> float:
         """Seconds of causal attention of `chunk` new tokens over `context` cached, no launch."""
         ...
 
-    def decode_attention_s(
-        self, batch: float, kv_tokens: float, heads: int, kv_heads: int, head_dim: int
-    ) -> float:
+    def decode_attention_s(self, batch: float, kv_tokens: float, shape: Heads) -> float:
         """Seconds of `batch` sequences, one token each, over `kv_tokens` in all, no launch."""
         ...
 
-    def mixed_attention_s(
-        self, batch: float, kv_tokens: float, heads: int, kv_heads: int, head_dim: int
-    ) -> float:
+    def mixed_attention_s(self, batch: float, kv_tokens: float, shape: Heads) -> float:
         """Seconds of such decodes in a step that also prefills, no launch."""
         ...
 
@@ -194,13 +225,11 @@ class CostSource(Protocol):
         """What stands behind `gemm_s` of that shape."""
         ...
 
-    def experts_evidence(
-        self, hidden: int, width: int, num_experts: int, active: int, routing: Routing
-    ) -> Evidence:
+    def experts_evidence(self, shape: Experts) -> Evidence:
         """What stands behind `experts_s` of that shape."""
         ...
 
-    def attention_evidence(self, heads: int, kv_heads: int, head_dim: int) -> Sequence[Evidence]:
+    def attention_evidence(self, shape: Heads) -> Sequence[Evidence]:
         """What stands behind prefill and decode attention of that shape."""
         ...
 

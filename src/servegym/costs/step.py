@@ -12,7 +12,7 @@ from servegym.costs.roofline import RooflineSource
 from servegym.costs.routing import fullest_share
 from servegym.costs.sampling import sample
 from servegym.costs.shard import Gemm, Part, Shard
-from servegym.costs.source import CostSource, Evidence, Routing, Scales
+from servegym.costs.source import CostSource, Evidence, Experts, Routing, Scales
 from servegym.engines import EngineName
 from servegym.errors import ConfigError
 
@@ -90,6 +90,12 @@ class StepCost:
         return self.operators.in_16bit()
 
     @property
+    def _experts(self) -> Experts:
+        m, shard = self.model, self.shard
+        sizes = (m.hidden, *shard.experts, m.ffn_matrices, shard.weight_bytes)
+        return Experts(*sizes, routing=self.routing)
+
+    @property
     def weight_bytes(self) -> float:
         """Bytes of a weight; of an expert's where only experts have four bits."""
         return self.shard.weight_bytes
@@ -106,11 +112,11 @@ class StepCost:
         gemms = {(shard.is_16bit(one.part), one.n, one.k): one for one in shard.gemms}
         found = [self._source_of(one.part).gemm_evidence(one.n, one.k) for one in gemms.values()]
         if m.num_experts:
-            found.append(op.experts_evidence(m.hidden, *shard.experts, self.routing))
+            found.append(op.experts_evidence(self._experts))
         if m.latent_dim:
             found += op.latent_evidence(shard.latent_heads)
         else:
-            found += op.attention_evidence(shard.heads, shard.kv_heads, m.head_dim)
+            found += op.attention_evidence(shard.attention_heads)
         if m.window_layers:
             note = "a window computes as that many tokens without one"
             found.append(Evidence("sliding window", "extrapolated", note))
@@ -219,22 +225,13 @@ class StepCost:
 
     def _experts_s(self, tokens: float) -> float:
         m, op, groups = self.model, self.operators, self.expert_groups
-        width, number, active = self.shard.experts
+        shape = self._experts
         if groups > 1:
             # as many rows as the fullest group has; a token has no more than whole experts there
             rows = tokens * m.active_experts / groups
             rows *= fullest_share(tokens, m.num_experts, m.active_experts, groups)
-            tokens = max(rows / active, 1.0)
-        return op.experts_s(
-            tokens,
-            m.hidden,
-            width,
-            number,
-            active,
-            m.ffn_matrices,
-            self.shard.weight_bytes,
-            self.routing,
-        )
+            tokens = max(rows / shape.active, 1.0)
+        return op.experts_s(tokens, shape)
 
     def prefill_s(self, chunk: float, context: float) -> float:
         """Seconds of a chunk's attention in all layers; see `terms`."""
@@ -242,8 +239,8 @@ class StepCost:
         if m.latent_dim:
             latent = self._source_of("projections")
             return m.layers * latent.latent_prefill_s(chunk, context, self.shard.latent_heads)
-        shape = (self.shard.heads, self.shard.kv_heads, m.head_dim)
-        total = (m.layers - m.window_layers) * op.prefill_attention_s(chunk, context, *shape)
+        shape = self.shard.attention_heads
+        total = (m.layers - m.window_layers) * op.prefill_attention_s(chunk, context, shape)
         if m.window_layers:
             # each query sees a window: as blocks of one window over half of one, which has the
             # same number of pairs
@@ -251,7 +248,7 @@ class StepCost:
             before = max(min(context, m.window_tokens - 0.5 * block), 0.0)
             if chunk > block:
                 before = 0.5 * block
-            one = op.prefill_attention_s(block, before, *shape)
+            one = op.prefill_attention_s(block, before, shape)
             total += m.window_layers * chunk / block * one
         return total
 
@@ -260,12 +257,12 @@ class StepCost:
         m, op = self.model, self.operators
         if m.latent_dim:
             return m.layers * op.latent_decode_s(batch, kv_tokens, self.shard.latent_heads)
-        shape = (self.shard.heads, self.shard.kv_heads, m.head_dim)
+        shape = self.shard.attention_heads
         attention_s = op.mixed_attention_s if mixed else op.decode_attention_s
-        total = (m.layers - m.window_layers) * attention_s(batch, kv_tokens, *shape)
+        total = (m.layers - m.window_layers) * attention_s(batch, kv_tokens, shape)
         if m.window_layers:
             seen = min(kv_tokens, batch * m.window_tokens)
-            total += m.window_layers * attention_s(batch, seen, *shape)
+            total += m.window_layers * attention_s(batch, seen, shape)
         return total
 
     def _beside_s(self, chunk: float, batch: float, kv_tokens: float) -> float:

@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 import numpy.typing as npt
 
-from servegym.costs.fitting import error
+from servegym.costs.measurements import error
 from servegym.errors import ConfigError
 from servegym.typing import FloatArray
 

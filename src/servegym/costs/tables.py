@@ -14,12 +14,11 @@ import numpy as np
 
 from servegym.assets.specs import GpuSpec, KernelFit
 from servegym.costs import forms
-from servegym.costs.fitting import refuse_impossible
 from servegym.costs.forms import WEIGHT_BYTES, LogTable, Operator
-from servegym.costs.measurements import Measurements
+from servegym.costs.measurements import Measurements, refuse_impossible
 from servegym.costs.package import Rows, expert_rows, newest_table, tables_installed, where
 from servegym.costs.roofline import RooflineSource
-from servegym.costs.source import Evidence, Precision, Routing
+from servegym.costs.source import Evidence, Experts, Heads, Precision, Routing
 from servegym.errors import ConfigError, unknown_name
 from servegym.typing import FloatArray
 
@@ -63,33 +62,29 @@ class TableSource(RooflineSource):
             return RooflineSource._gemm_fit(self, n, k)
         return _plain(table.source), table.log_table
 
-    def _prefill_fit(
-        self, heads: int, kv_heads: int, head_dim: int
-    ) -> tuple[KernelFit, LogTable | None]:
-        found = self._attention("prefill", heads, kv_heads, head_dim)
+    def _prefill_fit(self, shape: Heads) -> tuple[KernelFit, LogTable | None]:
+        found = self._attention("prefill", shape)
         if found is None:
-            return RooflineSource._prefill_fit(self, heads, kv_heads, head_dim)
+            return RooflineSource._prefill_fit(self, shape)
         return _plain(found.source), found.log_table
 
-    def _decode_fit(
-        self, heads: int, kv_heads: int, head_dim: int
-    ) -> tuple[KernelFit, LogTable | None]:
-        found = self._attention("decode", heads, kv_heads, head_dim)
+    def _decode_fit(self, shape: Heads) -> tuple[KernelFit, LogTable | None]:
+        found = self._attention("decode", shape)
         if found is None:
-            return RooflineSource._decode_fit(self, heads, kv_heads, head_dim)
+            return RooflineSource._decode_fit(self, shape)
         return _plain(found.source), found.log_table
 
-    def _attention(self, name: str, heads: int, kv_heads: int, head_dim: int) -> _Family | None:
+    def _attention(self, name: str, shape: Heads) -> _Family | None:
         kv = "fp8" if self.fp8_kv else "bfloat16"
-        return _attention_table(_Device.of(self.gpu), name, kv, heads, kv_heads, head_dim)
+        return _attention_table(_Device.of(self.gpu), name, kv, shape)
 
-    def _experts_fit(
-        self, hidden: int, width: int, num_experts: int, active: int, routing: Routing
-    ) -> tuple[KernelFit, LogTable | None] | None:
-        shape = (hidden, width, num_experts, active)
-        found = _experts_table(_Device.of(self.gpu), self.precision, routing, shape)
+    def _experts(self, shape: Experts) -> _Family | None:
+        return _experts_table(_Device.of(self.gpu), self.precision, shape.routing, shape.sizes)
+
+    def _experts_fit(self, shape: Experts) -> tuple[KernelFit, LogTable | None] | None:
+        found = self._experts(shape)
         if found is None:
-            return RooflineSource._experts_fit(self, hidden, width, num_experts, active, routing)
+            return RooflineSource._experts_fit(self, shape)
         return _plain(found.source), found.log_table
 
     # ---- what stands behind them ----
@@ -109,26 +104,20 @@ class TableSource(RooflineSource):
             return Evidence(operator, "interpolated", note)
         return Evidence(operator, "extrapolated", "larger or smaller than every measured matrix")
 
-    def experts_evidence(
-        self, hidden: int, width: int, num_experts: int, active: int, routing: Routing
-    ) -> Evidence:
+    def experts_evidence(self, shape: Experts) -> Evidence:
         """Measured, or scaled from the nearest measured mixture."""
-        shape = (hidden, width, num_experts, active)
-        found = _experts_table(_Device.of(self.gpu), self.precision, routing, shape)
+        found = self._experts(shape)
         if found is None:
-            return RooflineSource.experts_evidence(
-                self, hidden, width, num_experts, active, routing
-            )
-        operator = f"{num_experts} experts {hidden} x {width} {self.precision}, {routing} routing"
-        return _family_evidence(operator, found, shape)
+            return RooflineSource.experts_evidence(self, shape)
+        operator = f"{shape} {self.precision}, {shape.routing} routing"
+        return _family_evidence(operator, found, shape.sizes)
 
-    def attention_evidence(self, heads: int, kv_heads: int, head_dim: int) -> list[Evidence]:
+    def attention_evidence(self, shape: Heads) -> list[Evidence]:
         """Measured, or scaled from the nearest heads measured: prefill, then decode."""
-        evidence = RooflineSource.attention_evidence(self, heads, kv_heads, head_dim)
+        evidence = RooflineSource.attention_evidence(self, shape)
         for i, name in enumerate(("prefill", "decode")):
-            found = self._attention(name, heads, kv_heads, head_dim)
+            found = self._attention(name, shape)
             if found is not None:
-                shape = (heads, kv_heads, head_dim)
                 evidence[i] = _family_evidence(evidence[i].operator, found, shape)
         return evidence
 
@@ -214,9 +203,8 @@ def _gemm_table(gpu: _Device, precision: Precision, block: bool) -> _Family | No
 
 
 @lru_cache(maxsize=256)
-def _attention_table(
-    gpu: _Device, name: str, kv: str, heads: int, kv_heads: int, head_dim: int
-) -> _Family | None:
+def _attention_table(gpu: _Device, name: str, kv: str, wanted: Heads) -> _Family | None:
+    heads, kv_heads, head_dim = wanted
     file = {"prefill": "context", "decode": "generation"}[name] + "_attention_perf.parquet"
     read = newest_table(gpu.system, "attention", file, gpu.backends)
     if read is None:

@@ -29,6 +29,15 @@ class Difference(NamedTuple):
     num_pairs: int
 
 
+class Share(NamedTuple):
+    """Share of the way from a reference to a bound, with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+    num_pairs: int
+
+
 def paired_ratio(metric: FloatArray, reference: FloatArray) -> Ratio:
     """Compare a metric seed by seed.
 
@@ -59,7 +68,37 @@ def paired_difference(metric: FloatArray, reference: FloatArray) -> Difference:
     return Difference(*_mean_with_interval(gaps[~np.isnan(gaps)]))
 
 
-def with_interval(found: Ratio | Difference, form: str = ".3f", factor: float = 1.0) -> str:
+def headroom_share(
+    metric: FloatArray, reference: FloatArray, bound: FloatArray, sign: int = 1
+) -> Share:
+    """Say how much of the way from a reference to a bound a policy has gone.
+
+    Args:
+        metric: Of the policy, `float64[seeds]`.
+        reference: Of the reference policy on the same seeds, `float64[seeds]`.
+        bound: Of the bound on the same seeds, `float64[seeds]`.
+        sign: 1 if lower is better, -1 if higher is.
+
+    Returns:
+        Mean of `reference - metric` over that of `reference - bound`: 0 is the reference, 1 the
+        bound. NaN if the bound is not better than the reference.
+    """
+    gained, there = sign * (reference - metric), sign * (reference - bound)
+    known = ~np.isnan(gained) & ~np.isnan(there)
+    gained, there = gained[known], there[known]
+    n = len(gained)
+    if n == 0 or there.sum() <= 0:
+        return Share(np.nan, np.nan, np.nan, n)
+    value = float(gained.sum() / there.sum())
+    if n == 1:
+        return Share(value, -np.inf, np.inf, 1)
+    rows = np.random.default_rng(0).integers(0, n, (RESAMPLES, n))
+    ways, shares = there[rows].sum(1), gained[rows].sum(1)
+    low, high = np.percentile(shares[ways > 0] / ways[ways > 0], (2.5, 97.5))
+    return Share(value, float(low), float(high), n)
+
+
+def with_interval(found: Ratio | Difference | Share, form: str = ".3f", factor: float = 1.0) -> str:
     """Return a comparison as text; a single pair has no interval.
 
     Args:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import servegym
-from servegym.evaluate.compare import Difference, Ratio
-from servegym.evaluate.harness import Evaluation
+from servegym.evaluate.compare import Difference, Ratio, Share
+from servegym.evaluate.harness import CLAIRVOYANT, Evaluation
 from servegym.whole_files import write_whole
 
 
@@ -31,6 +31,7 @@ def evaluation_document(result: Evaluation) -> dict[str, Any]:
                     "load": load,
                     "metrics": {k: result.mean(name, load, k) for k in keys},
                     "ratio": {**judged, **_numbers(result.ratio(name, best, load))},
+                    "headroom": _headroom(result, name, load),
                     "difference": {**judged, **_numbers(result.difference(name, best, load))},
                 }
             )
@@ -45,6 +46,7 @@ def evaluation_document(result: Evaluation) -> dict[str, Any]:
         "seeds": result.seeds,
         "seeds_asked": result.seeds_asked,
         "notes": result.notes,
+        "bound": _bound(result),
         "trace": result.trace.counts() if result.trace else None,
         "decision_s": {k: {"p50": a, "p99": b} for k, (a, b) in result.decision_s.items()},
         "aggregates": aggregates,
@@ -67,7 +69,20 @@ def write_json(result: Evaluation, path: Path) -> None:
     write_whole({path: text.encode()})
 
 
-def _numbers(found: Ratio | Difference) -> dict[str, Any]:
+def _bound(result: Evaluation) -> dict[str, Any] | None:
+    if result.bound_budget <= 0:
+        return None
+    return {"policy": CLAIRVOYANT, "budget_episodes": result.bound_budget}
+
+
+def _headroom(result: Evaluation, name: str, load: float) -> dict[str, Any] | None:
+    if result.bound_budget <= 0:
+        return None
+    judged = {"metric": result.objective.metric, "reference": result.best_heuristic(load)}
+    return {**judged, "bound": CLAIRVOYANT, **_numbers(result.headroom(name, load))}
+
+
+def _numbers(found: Ratio | Difference | Share) -> dict[str, Any]:
     """A comparison with the bounds of its interval, which a single pair does not have."""
     bounds = [found.low, found.high] if found.num_pairs > 1 else [None, None]
     return {"value": found.value, "ci95": bounds, "num_pairs": found.num_pairs}

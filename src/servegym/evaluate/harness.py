@@ -12,19 +12,26 @@ from servegym.errors import ConfigError
 from servegym.evaluate.compare import (
     Difference,
     Ratio,
+    Share,
+    headroom_share,
     paired_difference,
     paired_ratio,
     with_interval,
 )
 from servegym.evaluate.repeats import plan
 from servegym.problems.objective import Objective
-from servegym.problems.problem import AnyProblem, Policy, Scenario
+from servegym.problems.problem import AnyProblem, Episodes, Policy, Scenario
 from servegym.problems.registry import problem_of
 from servegym.typing import FloatArray
 from servegym.workloads.trace import Trace
 
 #: Held-out seeds start here; training and tuning use smaller ones or none.
 FIRST_SEED = 1_000_000
+
+#: Row of what an offline search reaches that knows the future, and with how many of the best
+#: policies it may begin.
+CLAIRVOYANT = "clairvoyant"
+NUM_STARTS = 3
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,8 @@ class Evaluation:
         saturation: Largest load by policy and share of an episode within limits, if searched.
         seeds_asked: How many seeds were asked for; those that play an episode again are left out.
         notes: What that left out, and how far the others are repeats, in sentences.
+        bound_budget: Simulation that `CLAIRVOYANT` took for an episode at most, in whole episodes;
+            0 if there is no such row.
     """
 
     problem: AnyProblem
@@ -68,6 +77,7 @@ class Evaluation:
     saturation: dict[str, dict[float, float]] = field(default_factory=dict)
     seeds_asked: int = 0
     notes: list[str] = field(default_factory=list)
+    bound_budget: float = 0.0
 
     @property
     def averaged(self) -> str:
@@ -132,9 +142,9 @@ class Evaluation:
         metric = metric or self.objective.metric
         return paired_ratio(self.values(policy, load, metric), self.values(reference, load, metric))
 
-    def difference(self, policy: str, reference: str, load: float, metric: str = "") -> Difference:
-        """Paired difference of a metric, by default the objective's, policy minus reference."""
-        metric = metric or self.objective.metric
+    def difference(self, policy: str, reference: str, load: float) -> Difference:
+        """Paired difference of the objective's metric, policy minus reference."""
+        metric = self.objective.metric
         return paired_difference(
             self.values(policy, load, metric), self.values(reference, load, metric)
         )
@@ -143,6 +153,20 @@ class Evaluation:
         """Compare by the objective as it is compared: shares by differences, others by ratios."""
         compare = self.difference if self.objective.is_share else self.ratio
         return compare(policy, reference, load)
+
+    def headroom(self, policy: str, load: float, metric: str = "") -> Share:
+        """Share of the way from the best rule to `CLAIRVOYANT` that a policy has gone."""
+        metric = metric or self.objective.metric
+        best = self.best_heuristic(load)
+        mine, reference, bound = (
+            self.values(name, load, metric) for name in (policy, best, CLAIRVOYANT)
+        )
+        return headroom_share(mine, reference, bound, self.objective.sign)
+
+    def headroom_text(self, policy: str, load: float) -> str:
+        """Return that share as tables show it, in per cent."""
+        found = self.headroom(policy, load)
+        return "-" if np.isnan(found.value) else with_interval(found, ".0f", 100.0)
 
     def against_text(self, policy: str, reference: str, load: float) -> str:
         """Return such a comparison as tables show it."""
@@ -160,6 +184,7 @@ def evaluate(
     num_seeds: int = 10,
     first_seed: int = FIRST_SEED,
     num_units: int | None = None,
+    bound_budget: float = 0.0,
     progress: Callable[[str, float], None] = lambda text, share: None,
 ) -> Evaluation:
     """Play every policy on the same episodes.
@@ -172,9 +197,11 @@ def evaluate(
         num_seeds: Episodes per load; those that would be played again are left out.
         first_seed: Their seeds count from here.
         num_units: Requests or jobs per episode, else the scenario's own.
+        bound_budget: Simulation that an offline search which knows the future may take for an
+            episode, in whole episodes; 0: there is none.
         progress: Called with what is done and the share of the work.
     """
-    names = [p.name for p in policies]
+    names = [p.name for p in policies] + [CLAIRVOYANT] * (bound_budget > 0)
     if len(set(names)) < len(names):
         raise ConfigError(f"every policy needs its own name, got {', '.join(names)}")
     if not policies:
@@ -195,6 +222,7 @@ def evaluate(
         seeds_asked=num_seeds,
         notes=notes,
         learned=[p.name for p in policies if problem.is_learned(p)],
+        bound_budget=bound_budget,
     )
     done = 0
     for load in loads:
@@ -212,5 +240,26 @@ def evaluate(
                     float(np.percentile(taken, 99)),
                 )
             done += 1
+        if bound_budget > 0:
+            progress(f"{CLAIRVOYANT} at load {load:g}", done / (len(loads) * len(policies)))
+            _add_bound(result, load, episodes, policies, first_seed)
+    if bound_budget > 0:
+        result.policies.append((CLAIRVOYANT, "oracle"))
     progress("done", 1.0)
     return result
+
+
+def _add_bound(
+    result: Evaluation,
+    load: float,
+    episodes: Episodes[Policy],
+    policies: Sequence[Policy],
+    seed: int,
+) -> None:
+    """Search, from what the best policies did at a load, and note what was found."""
+    order = [name for name, _ in result.ranking(load)]
+    ranked = sorted(policies, key=lambda policy: order.index(policy.name))
+    found, trail = episodes.clairvoyant(ranked[:NUM_STARTS], budget=result.bound_budget, seed=seed)
+    result.trails[CLAIRVOYANT, load] = trail
+    for of_seed, metrics in zip(result.seeds, found, strict=True):
+        result.runs.append(Run(CLAIRVOYANT, load, of_seed, metrics))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 import servegym
 from servegym.drawing import PALETTE, as_image, pyplot
-from servegym.evaluate.harness import Evaluation
+from servegym.evaluate.harness import CLAIRVOYANT, Evaluation
 from servegym.evaluate.table import saturation_cells
+from servegym.problems.problem import Section
 from servegym.whole_files import write_whole
 
 #: Of pages with results.
@@ -31,12 +33,18 @@ p.note { color: #777; font-size: .9rem; }
 """
 
 
-def write_report(result: Evaluation, path: Path) -> None:
-    """Write the page; it needs nothing but itself."""
-    write_whole({path: report_page(result).encode()})
+def write_report(result: Evaluation, path: Path, sections: Sequence[Section] = ()) -> None:
+    """Write the page; it needs nothing but itself.
+
+    Args:
+        result: What is shown.
+        path: Where to.
+        sections: What else is to be said.
+    """
+    write_whole({path: report_page(result, sections).encode()})
 
 
-def report_page(result: Evaluation) -> str:
+def report_page(result: Evaluation, sections: Sequence[Section] = ()) -> str:
     """Return the page's HTML."""
     top = result.loads[-1]
     scenario, problem = result.scenario, result.problem
@@ -58,13 +66,23 @@ def report_page(result: Evaluation) -> str:
 {verdicts}{_remarks(result)}
 <h2>Results</h2>{tables}
 <p class="note">{_episodes(result)}, the same for every policy; {problem.counted}.
-{_comparison(result)}. Oracles know {problem.truth}.</p>
+{_comparison(result)}. Oracles know {problem.truth}.{_bound(result)}</p>
 <h2>How far from the best rule (load {top:g})</h2>{_against_figure(result, top)}
 <p class="note">The line is the best rule. Learned policies are orange.</p>
-{_saturation(result)}{figures}
+{_sections(sections)}{_saturation(result)}{figures}
 <p class="note">servegym {servegym.__version__}</p>
 {script}</body></html>
 """
+
+
+def _sections(sections: Sequence[Section]) -> str:
+    """Show what is said beside the comparison."""
+    shown = ""
+    for section in sections:
+        said = "".join(f"<p>{html.escape(text)}</p>" for text in section.sentences)
+        shown += f"<h2>{html.escape(section.title)}</h2>{said}{section.figure}"
+        shown += f'<p class="note">{html.escape(section.note)}</p>'
+    return shown
 
 
 def _verdict(result: Evaluation, load: float) -> str:
@@ -110,6 +128,18 @@ def _comparison(result: Evaluation) -> str:
     return f"{said}, paired by episode, with its 95 % bootstrap interval"
 
 
+def _bound(result: Evaluation) -> str:
+    """Say what the bound and the share of the headroom are."""
+    if result.bound_budget <= 0:
+        return ""
+    return (
+        f" {CLAIRVOYANT}: an offline search that knows the future, {result.bound_budget:g} episodes"
+        " of simulation each; knowing it brings at least so much. Headroom: 0 is the best rule,"
+        " 100 is what the search found"
+        f"{result.interval_suffix}."
+    )
+
+
 def _saturation(result: Evaluation) -> str:
     """Tabulate the largest loads, if they were searched."""
     if not result.saturation:
@@ -124,9 +154,14 @@ def _table(result: Evaluation, load: float) -> str:
     for name, information in result.ranking(load):
         kinds.append("learned" if name in result.learned else information)
         cells = [column.cell(result.mean(name, load, column.metric)) for column in columns]
-        p50_us = f"{1e6 * result.decision_s[name][0]:,.0f}"
+        if result.bound_budget > 0:
+            cells.append(result.headroom_text(name, load))
+        taken = result.decision_s.get(name)
+        p50_us = f"{1e6 * taken[0]:,.0f}" if taken else "-"
         rows.append([name, information, *cells, result.against_text(name, best, load), p50_us])
     named = [column.heading for column in columns]
+    if result.bound_budget > 0:
+        named.append("headroom %")
     heads = ["policy", "knows", *named, result.objective.heading, "µs/decision"]
     return f"<h3>Load {load:g}</h3><div class='scroll'>{_html_table(heads, rows, kinds)}</div>"
 

@@ -10,6 +10,9 @@ from servegym.evaluate.harness import evaluate
 from servegym.problems.problem import AnyProblem, Policy, Scenario
 from servegym.problems.registry import problem_of
 
+#: Smallest and largest load tried.
+_RANGE = (0.05, 4.0)
+
 
 def saturation_load(
     scenario: Scenario,
@@ -19,8 +22,6 @@ def saturation_load(
     problem: AnyProblem | None = None,
     num_seeds: int = 3,
     num_units: int | None = None,
-    low: float = 0.05,
-    high: float = 4.0,
     tolerance: float = 0.02,
 ) -> float:
     """Bisect for the largest load at which a share of an episode is as it should be.
@@ -32,12 +33,10 @@ def saturation_load(
         problem: What is decided; may be left out for a scenario of `problems.registry`.
         num_seeds: Held-out episodes per load; the same for every load.
         num_units: Requests or jobs per episode, else the scenario's own.
-        low: Smallest load tried.
-        high: Largest load tried.
         tolerance: Relative precision of the answer.
 
     Returns:
-        The load, 0 if even `low` is too much, `high` if nothing is.
+        The load, 0 if even the smallest is too much, the largest if nothing is.
 
     Raises:
         ConfigError: If there is none, see `Problem.require_saturation`.
@@ -56,7 +55,7 @@ def saturation_load(
         )
         return result.mean(policy.name, load, metric) >= attainment
 
-    return _largest(met, low, high, tolerance)
+    return _largest(met, *_RANGE, tolerance)
 
 
 def _largest(met: Callable[[float], bool], low: float, high: float, tolerance: float) -> float:

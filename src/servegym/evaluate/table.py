@@ -42,12 +42,22 @@ def _comparison(result: Evaluation, load: float, columns: Sequence[Column]) -> T
     )
     table.add_column("policy", overflow="fold", max_width=36)  # parameters make names long
     table.add_column("knows", no_wrap=True)
-    for heading in (*(column.heading for column in columns), objective.heading):
+    bounded = result.bound_budget > 0
+    for heading in (
+        *(column.heading for column in columns),
+        objective.heading,
+        *["headroom %"] * bounded,
+    ):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, information in result.ranking(load):
         cells = [column.cell(result.mean(name, load, column.metric)) for column in columns]
+        against = result.against_text(name, best, load)
         style = "bold" if name in result.learned else ("dim" if information == "oracle" else "")
-        table.add_row(name, information, *cells, result.against_text(name, best, load), style=style)
+        if bounded:
+            gained = result.headroom_text(name, load)
+            table.add_row(name, information, *cells, against, gained, style=style)
+        else:
+            table.add_row(name, information, *cells, against, style=style)
     return table
 
 

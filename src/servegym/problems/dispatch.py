@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+from typing_extensions import override
 
 from servegym.baselines.ordering.registry import RULES as ORDERS
 from servegym.baselines.registry import RULES
 from servegym.baselines.rules import Rules
+from servegym.clairvoyant.dispatch import best_choices, replay
 from servegym.cluster.simulator import Simulator
-from servegym.export.manifest import Contract, contract_of
 from servegym.export.resolve import dispatch_parts, resolve_dispatch
 from servegym.policy.ordering import OrderingRule
 from servegym.policy.pair import Pair
 from servegym.policy.policy import Heuristic, Policy
 from servegym.policy.run import run, time_decisions
 from servegym.policy.run_pair import make_simulator, run_pair, time_pair
+from servegym.problems.partings import find_partings, partings_section
+from servegym.problems.problem import Played, Section
 from servegym.problems.problem import Scenario as AnyScenario
-from servegym.problems.requests import RequestEpisodes, RequestProblem
+from servegym.problems.requests import OBJECTIVES, RequestEpisodes, RequestProblem
 from servegym.scenario import Scenario
 from servegym.typing import FloatArray
 
@@ -33,6 +38,20 @@ class DispatchEpisodes(RequestEpisodes[Policy | Pair]):
         simulator = Simulator(self.scenario.spec, self.episodes, record=record)
         run(simulator, policy, seed=seed)
         return simulator
+
+    def clairvoyant(
+        self, starts: Sequence[Policy | Pair], *, budget: float, seed: int = 0
+    ) -> Played:
+        """See `Episodes.clairvoyant`: a search through assignments of requests to replicas.
+
+        No assignment tells whom a router held back, or in which order engines took requests: where
+        the best of `starts` is better than what was found, it is that.
+        """
+        spec = self.scenario.spec
+        metric = OBJECTIVES[self.scenario.objective].metric
+        runs = [self.run(policy, seed=seed, record=True) for policy in starts]
+        choices = best_choices(spec, self.episodes, runs, metric, budget=budget, seed=seed)
+        return self._best_played([replay(spec, self.episodes, choices), *runs])
 
     def time_decisions(self, policy: Policy | Pair) -> FloatArray:
         """Measure single decisions in the first episode, seconds, `float64[n]`."""
@@ -70,10 +89,6 @@ class Dispatch(RequestProblem[Policy | Pair]):
     default_policy = "prefix-load"
     episodes_class = DispatchEpisodes
 
-    def contract(self) -> Contract:
-        """Features of the replicas and of the request."""
-        return contract_of(self.name)
-
     def owns(self, scenario: AnyScenario) -> bool:
         """Whether a scenario is of requests that can go to one replica or another."""
         return isinstance(scenario, Scenario) and not scenario.orders_requests
@@ -91,3 +106,19 @@ class Dispatch(RequestProblem[Policy | Pair]):
         if isinstance(policy, Pair):
             return self.is_learned(policy.dispatch) or not isinstance(policy.order, OrderingRule)
         return not isinstance(policy, Heuristic)
+
+    @override
+    def differences(
+        self,
+        scenario: Scenario,
+        learned: Policy | Pair,
+        rule: Policy | Pair,
+        *,
+        seed: int,
+        load: float,
+        num_units: int | None,
+    ) -> Section | None:
+        if isinstance(learned, Pair) or isinstance(rule, Pair):
+            return None
+        episode = scenario.episode(seed, load=load, num_requests=num_units)
+        return partings_section(find_partings(scenario, learned, rule, episode))

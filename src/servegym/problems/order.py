@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from servegym.baselines.ordering.registry import RULES
+from servegym.clairvoyant.order import best_keys, play_keys
 from servegym.cluster.simulator import Simulator
-from servegym.export.manifest import Contract, contract_of
 from servegym.export.resolve import resolve_order
 from servegym.policy.ordering import (
     OrderingPolicy,
     OrderingRule,
 )
 from servegym.policy.run_ordering import make_simulator, run_ordering, time_orders
+from servegym.problems.problem import Played
 from servegym.problems.problem import Scenario as AnyScenario
-from servegym.problems.requests import RequestEpisodes, RequestProblem
+from servegym.problems.requests import OBJECTIVES, RequestEpisodes, RequestProblem
 from servegym.scenario import Scenario
 from servegym.typing import FloatArray
 
@@ -25,6 +28,20 @@ class OrderEpisodes(RequestEpisodes[OrderingPolicy]):
         simulator = make_simulator(self.scenario.spec, self.episodes, policy, record=record)
         run_ordering(simulator, policy)
         return simulator
+
+    def clairvoyant(
+        self, starts: Sequence[OrderingPolicy], *, budget: float, seed: int = 0
+    ) -> Played:
+        """See `Episodes.clairvoyant`: a search through fixed priorities of the requests.
+
+        An order that looks again before each step has no such priorities: where the best of
+        `starts` is better than what was found, it is that.
+        """
+        spec, metric = self.scenario.spec, OBJECTIVES[self.scenario.objective].metric
+        keys = best_keys(spec, self.episodes, metric, budget=budget, seed=seed)
+        runs = [play_keys(spec, self.episodes, keys)]
+        runs += [self.run(policy, seed=seed, record=True) for policy in starts]
+        return self._best_played(runs)
 
     def time_decisions(self, policy: OrderingPolicy) -> FloatArray:
         """Measure single orders in the first episode, seconds, `float64[n]`."""
@@ -40,10 +57,6 @@ class Order(RequestProblem[OrderingPolicy]):
     default_policies = (*RULES, "srpt-oracle")
     default_policy = "fcfs"
     episodes_class = OrderEpisodes
-
-    def contract(self) -> Contract:
-        """Features of each request of the engine."""
-        return contract_of(self.name)
 
     def owns(self, scenario: AnyScenario) -> bool:
         """Whether a scenario is of one engine that goes by priorities."""

@@ -15,6 +15,7 @@ from servegym.baselines.rules import Rules
 from servegym.costs.step import StepCost
 from servegym.errors import ConfigError
 from servegym.export.manifest import Contract as Contract
+from servegym.export.manifest import contract_of
 from servegym.problems.objective import Objective
 from servegym.typing import FloatArray
 from servegym.workloads.trace import Trace
@@ -127,6 +128,22 @@ class Figure(NamedTuple):
     script: str = ""
 
 
+class Section(NamedTuple):
+    """A part of the report that needs more than the comparison.
+
+    Attributes:
+        title: Its heading.
+        sentences: What it says.
+        figure: HTML of its figure, if there is one.
+        note: What a reader has to know.
+    """
+
+    title: str
+    sentences: list[str]
+    figure: str
+    note: str
+
+
 class Plot(NamedTuple):
     """The picture that `servegym evaluate --plot` writes.
 
@@ -160,6 +177,19 @@ class Episodes(ABC, Generic[P]):
     @abstractmethod
     def time_decisions(self, policy: P) -> FloatArray:
         """Measure single decisions in the first episode, seconds, `float64[n]`."""
+
+    def clairvoyant(self, starts: Sequence[P], *, budget: float, seed: int = 0) -> Played:
+        """Play all of them as an offline search finds best that knows their whole future.
+
+        Args:
+            starts: Policies; the search begins, episode by episode, with what the best did.
+            budget: Simulation it may take for an episode, in whole episodes.
+            seed: Of the policies' own randomness, and of the search.
+
+        Raises:
+            ConfigError: If there is no such search.
+        """
+        raise ConfigError("there is no clairvoyant search for these episodes: leave --bound out")
 
 
 @dataclass(frozen=True)
@@ -213,9 +243,9 @@ class Problem(ABC, Generic[S, P]):
     takes_trace: ClassVar[bool] = False
     saturation: ClassVar[Saturation | None] = None
 
-    @abstractmethod
     def contract(self) -> Contract:
-        """What a policy sees at a decision."""
+        """What a policy sees at a decision; by default what files of its policies say."""
+        return contract_of(self.name)
 
     @abstractmethod
     def objective(self, scenario: S) -> Objective:
@@ -287,6 +317,21 @@ class Problem(ABC, Generic[S, P]):
     def is_learned(self, policy: P) -> bool:
         """Whether a policy was learned: then it is compared with the best of the others."""
         return bool(getattr(policy, "learned", False))
+
+    def differences(
+        self, scenario: S, learned: P, rule: P, *, seed: int, load: float, num_units: int | None
+    ) -> Section | None:
+        """Say what a learned policy does otherwise than a rule, if anything can be said.
+
+        Args:
+            scenario: What is played.
+            learned: The policy.
+            rule: The rule.
+            seed: Of the episode that is looked at.
+            load: Its load.
+            num_units: Its requests or jobs, else the scenario's own.
+        """
+        return None
 
     def notes(
         self,

@@ -38,6 +38,8 @@ _CURVES = (
     Curve("goodput_rps", "goodput, requests/s", "linear"),
     Curve("slo_attainment", "within limits", "linear"),
 )
+#: Length of the stretch that is drawn, seconds.
+_SPAN_S = 6.0
 _LOG = {"value": "log"}
 _DISTRIBUTIONS = (
     Distribution("TTFT, s", "requests", lambda trail: latencies(trail.outcomes)[0], _LOG),
@@ -45,7 +47,7 @@ _DISTRIBUTIONS = (
 )
 
 
-def draw_replicas(result: Comparison, load: float, names: list[str], span_s: float = 6.0) -> Any:
+def draw_replicas(result: Comparison, load: float, names: list[str]) -> Any:
     """Draw what each replica does in a stretch of the run: prefill, decode or nothing."""
     plt = pyplot()
     figure, axes = plt.subplots(len(names), 1, figsize=(12, 2.6 * len(names)), squeeze=False)
@@ -53,7 +55,7 @@ def draw_replicas(result: Comparison, load: float, names: list[str], span_s: flo
     for axis, name in zip(axes[:, 0], names, strict=True):
         steps = result.trails[name, load].steps
         begin = float(np.median(steps["begin_s"]))
-        part = steps[(steps["end_s"] > begin) & (steps["begin_s"] < begin + span_s)]
+        part = steps[(steps["end_s"] > begin) & (steps["begin_s"] < begin + _SPAN_S)]
         for prefill, color, label in ((False, "#56B4E9", "decode"), (True, "#D55E00", "prefill")):
             rows = part[(part["prefill_tokens"] > 0) == prefill]
             axis.barh(
@@ -65,7 +67,7 @@ def draw_replicas(result: Comparison, load: float, names: list[str], span_s: flo
                 label=label,
                 linewidth=0,
             )
-        axis.set(title=name, xlim=(0, span_s), yticks=range(len(gpus)), yticklabels=gpus)
+        axis.set(title=name, xlim=(0, _SPAN_S), yticks=range(len(gpus)), yticklabels=gpus)
         axis.grid(visible=False)
         axis.invert_yaxis()
     axes[-1, 0].set_xlabel("s")

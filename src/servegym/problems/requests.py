@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from servegym.cluster.outcome import worth_in_time
+from servegym.cluster.outcome import latencies, worth_in_time
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import Episode
 from servegym.costs.step import StepCost
@@ -43,6 +43,14 @@ OBJECTIVES = {
         better="faster than",
         worse="slower than",
     ),
+    "tail": Objective(
+        "tail",
+        "ttft_p99_s",
+        "p99 TTFT",
+        loss_form="p99 TTFT {:.3f} s",
+        better="faster than",
+        worse="slower than",
+    ),
     "goodput": Objective(
         "goodput",
         "goodput_rps",
@@ -71,7 +79,10 @@ class RequestEpisodes(Episodes[P]):
 
     def play(self, policy: P, seed: int = 0) -> Played:
         """See `Episodes.play`; the trail is a `Trail`."""
-        simulator = self.run(policy, seed=seed, record=True)
+        return self._played(self.run(policy, seed=seed, record=True))
+
+    def _played(self, simulator: Simulator) -> Played:
+        """Measure what a simulator with a record has played."""
         spec = self.scenario.spec
         metrics = [
             measure(
@@ -86,13 +97,23 @@ class RequestEpisodes(Episodes[P]):
         replicas = tuple(spec.types[t].name for t in self.episodes[0].type_idx)
         return Played(metrics, Trail(simulator.outcomes(0), simulator.steps(0), replicas))
 
+    def _best_played(self, simulators: Sequence[Simulator]) -> Played:
+        """Measure, of each episode, the best of several runs by the objective."""
+        measured = [self._played(simulator) for simulator in simulators]
+        objective = OBJECTIVES[self.scenario.objective]
+        best = [
+            min(measured, key=lambda m: objective.sign * m.metrics[env][objective.metric])
+            for env in range(len(self.episodes))
+        ]
+        return Played([m.metrics[env] for env, m in enumerate(best)], best[0].trail)
+
     def losses(self, policy: P) -> FloatArray:
         """See `Episodes.losses`.
 
         Returns:
-            Per episode the mean E2E latency in seconds, or, under the `goodput` objective, minus
-            the (weighted) share of requests within their limits while requests arrive,
-            `float64[num_episodes]`.
+            Per episode the mean E2E latency in seconds; under `tail` the 99th percentile of TTFT;
+            under `goodput` minus the (weighted) share of requests within their limits while
+            requests arrive, `float64[num_episodes]`.
         """
         simulator = self.run(policy)
         losses = np.empty(len(self.episodes))
@@ -100,6 +121,8 @@ class RequestEpisodes(Episodes[P]):
             done = simulator.outcomes(env)
             if self.scenario.objective == "goodput":
                 losses[env] = -worth_in_time(done, self.scenario.spec, episode.table)
+            elif self.scenario.objective == "tail":
+                losses[env] = np.nanpercentile(latencies(done)[0], 99)
             else:
                 losses[env] = np.nanmean(done["finish_s"] - done["arrival_s"])
         return losses
@@ -141,7 +164,7 @@ class RequestProblem(Problem[Scenario, P]):
         return scenario if self.owns(scenario) else None
 
     def objective(self, scenario: Scenario) -> Objective:
-        """Mean E2E latency or goodput."""
+        """Mean E2E latency, p99 TTFT or goodput."""
         return OBJECTIVES[scenario.objective]
 
     def fleet(self, scenario: Scenario) -> str:

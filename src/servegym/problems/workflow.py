@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from servegym.baselines.workflow.online.registry import RULES
+from servegym.clairvoyant.jobs import best_starts
 from servegym.costs.step import StepCost
 from servegym.errors import ConfigError
-from servegym.export.manifest import Contract, contract_of
 from servegym.export.ordering import SUFFIXES
 from servegym.export.resolve import load_policy
 from servegym.problems.job_figures import JOB_FIGURES, plot_devices
@@ -80,16 +80,37 @@ class JobEpisodes(Episodes[WorkflowPolicy]):
     def play(self, policy: WorkflowPolicy, seed: int = 0) -> Played:
         """See `Episodes.play`; the trail is a `JobTrail`."""
         simulator = self.run(policy, seed=seed)
+        return Played(self._metrics(simulator), self._trail(simulator))
+
+    def clairvoyant(
+        self, starts: Sequence[WorkflowPolicy], *, budget: float, seed: int = 0
+    ) -> Played:
+        """See `Episodes.clairvoyant`: a search through the starts of stages."""
+        played = best_starts(
+            self.scenario.spec,
+            self.episodes,
+            [(policy, self.run(policy, seed=seed)) for policy in starts],
+            OBJECTIVES[self.scenario.objective].metric,
+            budget=budget,
+            seed=seed,
+        )
+        metrics = [
+            measure_jobs(simulator, 0, alone)
+            for simulator, alone in zip(played, self._alone_s, strict=True)
+        ]
+        return Played(metrics, self._trail(played[0]))
+
+    def _trail(self, simulator: Simulator) -> JobTrail:
+        """What figures need of the first episode, from a simulator that has played it."""
         episode, spec = self.episodes[0], self.scenario.spec
         edge = simulator.state.edge[0, : int(simulator.state.env[0]["num_edges"])]
-        trail = JobTrail(
+        return JobTrail(
             simulator.jobs(0),
             simulator.stages(0),
             np.stack([edge["parent"], edge["child"]], axis=1),
             tuple(episode.jobs[i].template for i in episode.order.tolist()),
             tuple(spec.types[t].name for t in episode.type_idx.tolist()),
         )
-        return Played(self._metrics(simulator), trail)
 
     def losses(self, policy: WorkflowPolicy) -> FloatArray:
         """See `Episodes.losses`: the objective's own metric, a share negated."""
@@ -126,10 +147,6 @@ class Workflow(Problem[WorkflowScenario, WorkflowPolicy]):
     figures = JOB_FIGURES
     plot = Plot(plot_devices)
     saturation = Saturation("deadline_attainment", "jobs in time")
-
-    def contract(self) -> Contract:
-        """Features of each pair of a ready stage and a device, and of each stage."""
-        return contract_of(self.name)
 
     def scenario_names(self) -> list[str]:
         """Names of the bundled scenarios."""

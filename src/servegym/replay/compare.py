@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -146,11 +145,3 @@ def _figures(
 
 def _statistics(values: FloatArray) -> FloatArray:
     return np.array([values.mean(), *np.percentile(values, (50, 90, 99))])
-
-
-def figure(figures: Sequence[Figure], metric: str, statistic: str, name: str = "") -> Figure | None:
-    """Return one figure, if there is such a one."""
-    return next(
-        (f for f in figures if (f.metric, f.statistic, f.name) == (metric, statistic, name)),
-        None,
-    )

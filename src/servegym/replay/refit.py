@@ -224,13 +224,3 @@ def _rates(replica: ReplicaConfig, stretch: Stretch) -> dict[str, Any]:
         "decode_step_s": _rounded(new_step_s + seq_s),
         "decode_seq_s": _rounded(seq_s),
     }
-
-
-def improvement(result: HeldOut) -> list[tuple[Figure, Figure]]:
-    """Pair the figures before and after."""
-    after = {(f.scope, f.name, f.metric, f.statistic): f for f in result.after}
-    return [
-        (f, after[f.scope, f.name, f.metric, f.statistic])
-        for f in result.before
-        if (f.scope, f.name, f.metric, f.statistic) in after
-    ]

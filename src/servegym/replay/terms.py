@@ -12,12 +12,6 @@ from servegym.typing import FloatArray, IntArray
 
 #: Terms with a factor, in the order of the factors' arrays.
 TERMS = ("step", "kv", "prefill")
-MEANINGS = {
-    "step": "what every step costs: scheduler, launches, reading the weights",
-    "kv": "attention of decoding sequences: reading the KV cache",
-    "prefill": "the tokens of a step beyond the first: prompt tokens and their attention",
-    "request": "seconds of every request outside the engine: network, tokenizer, router",
-}
 
 
 class StepParts(NamedTuple):

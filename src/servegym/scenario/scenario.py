@@ -65,7 +65,7 @@ class Scenario(Config):
         (SloConfig(name="default", ttft_s=2.0, tpot_s=0.1),), min_length=1
     )
     disturbances: DisturbanceConfig = DisturbanceConfig()
-    objective: Literal["latency", "goodput"] = "latency"
+    objective: Literal["latency", "tail", "goodput"] = "latency"
     actions: ActionConfig = ActionConfig()
     num_requests: int = Field(512, ge=1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -165,6 +166,7 @@ class Silence:
         self._next = self._after
 
 
+@dataclass
 class Counters:
     """Decisions by reason, and who made them.
 
@@ -178,14 +180,13 @@ class Counters:
         num_refused: Policies that failed their checks when they should have been.
     """
 
-    def __init__(self) -> None:
-        self.by_reason: dict[Reason, int] = dict.fromkeys(Reason, 0)
-        self.num_policy = 0
-        self.num_fallback = 0
-        self.num_agreed = 0
-        self.num_differed = 0
-        self.num_reloads = 0
-        self.num_refused = 0
+    by_reason: dict[Reason, int] = field(default_factory=lambda: dict.fromkeys(Reason, 0))
+    num_policy: int = 0
+    num_fallback: int = 0
+    num_agreed: int = 0
+    num_differed: int = 0
+    num_reloads: int = 0
+    num_refused: int = 0
 
     def snapshot(self) -> dict[str, int]:
         """Return all counts by name."""

@@ -216,9 +216,7 @@ class PolicyStrategy:
             job = self._jobs[key] = self.dispatcher.arrive(
                 prompt,
                 key=key,
-                tenant=str(
-                    metadata.get("user_api_key_user_id") or request.get("user") or "default"
-                ),
+                tenant=str(metadata.get(_USER) or request.get("user") or "default"),
                 slo_class=self.dispatcher.slo_class(metadata.get(self._config.slo_key)),
                 max_tokens=limit,
                 model=model,

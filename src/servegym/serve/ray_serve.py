@@ -22,9 +22,9 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from servegym.calibrate.datasheet import one_sentence
+from servegym.documents import checked
 from servegym.errors import ConfigError
 from servegym.policy.contract import FIRST_NOMINAL, NUM_NOMINAL
 from servegym.serve.dispatcher import DispatchConfig, Dispatcher, Job
@@ -74,10 +74,7 @@ def read_ray_config(given: Mapping[str, Any]) -> RayServeConfig:
     Raises:
         ConfigError: If a key or value is not allowed.
     """
-    try:
-        config = RayServeConfig.model_validate(dict(given))
-    except ValidationError as error:
-        raise ConfigError(f"request_router_kwargs, {one_sentence(error)}") from error
+    config = checked(dict(given), "request_router_kwargs", RayServeConfig)
     if config.dispatch.allow_reject:
         raise ConfigError("Ray Serve's routers cannot reject a request: leave allow_reject off")
     return config

@@ -116,6 +116,8 @@ class PolicyRuntime:
         config: As given.
         mode: `live` or `shadow`; may be changed.
         canary_fraction: May be changed.
+        loaded: The policy in place, if there is one.
+        fallback: The rule that decides when the policy may not.
         counters: Decisions by reason.
         breaker: The circuit breaker.
         latency: Seconds per decision.
@@ -138,32 +140,22 @@ class PolicyRuntime:
         self.latency = Histogram(LATENCY_BOUNDS_S)
         self.features_out: dict[str, int] = {}
         self.silence = Silence(config.silent_after_decisions)
-        self._clock = clock
+        self.clock = clock
         self._turn = 0
         self._fleet: FloatArray | None = None
-        self._loaded: LoadedPolicy | None = None
+        self.loaded: LoadedPolicy | None = None
         if config.fallback.endswith(".onnx"):
             raise ConfigError(f"the fallback must be a rule by name, got {config.fallback!r}")
-        self._fallback = load_policy(config.fallback, config).policy
-        if _reads_metrics(self._fallback):
+        self.fallback = load_policy(config.fallback, config).policy
+        if _reads_metrics(self.fallback):
             _log.warning("the fallback %s reads engine metrics itself", config.fallback)
         try:
-            self._loaded = self.prepare(config.policy)
+            self.loaded = self.prepare(config.policy)
         except ServeGymError as error:
             if config.require_policy:
                 raise
             self.counters.num_refused += 1
             _log.error("%s; %s decides", error, config.fallback)
-
-    @property
-    def loaded(self) -> LoadedPolicy | None:
-        """The policy in place, if there is one."""
-        return self._loaded
-
-    @property
-    def fallback(self) -> Policy:
-        """The rule that decides when the policy may not."""
-        return self._fallback
 
     def prepare(self, text: str) -> LoadedPolicy:
         """Load and try a policy without putting it in place; takes up to seconds."""
@@ -171,9 +163,9 @@ class PolicyRuntime:
 
     def install(self, loaded: LoadedPolicy) -> None:
         """Put a policy in place, between two decisions; the breaker starts afresh."""
-        if self._loaded is not None:
+        if self.loaded is not None:
             self.counters.num_reloads += 1
-        self._loaded = loaded
+        self.loaded = loaded
         self.breaker.reset()
         self.silence.reset()
         self._announce_strangers()
@@ -190,7 +182,7 @@ class PolicyRuntime:
 
     def never_decides(self) -> str | None:
         """Say why the policy can never decide for this fleet, if so: what stays is too far off."""
-        loaded = self._loaded
+        loaded = self.loaded
         if loaded is None or loaded.ranges is None or self._fleet is None:
             return None
         far = loaded.ranges.far_facts(self._fleet)
@@ -212,7 +204,7 @@ class PolicyRuntime:
         Raises:
             ServeGymError: If it fails its checks; then the old one stays.
         """
-        current = self._loaded.text if self._loaded else self.config.policy
+        current = self.loaded.text if self.loaded else self.config.policy
         try:
             loaded = self.prepare(text or current)
         except ServeGymError:
@@ -228,7 +220,7 @@ class PolicyRuntime:
             observations: A batch of one. Metrics that were never seen have an age of `NO_BOUND`.
             key: Of the request; the same key is always inside or outside of the canary's share.
         """
-        begin_s = self._clock()
+        begin_s = self.clock()
         proposed: int | None = None
         reason = self._forbidden(observations) or self._choose_side(key, begin_s)
         if self._is_asked(reason, begin_s):
@@ -249,16 +241,16 @@ class PolicyRuntime:
         else:
             assert reason is not None
             action, reason = self._fall_back(observations, reason)
-        duration_s = self._clock() - begin_s
+        duration_s = self.clock() - begin_s
         self._count(by, action, proposed, reason, duration_s)
         return Decision(action, by, reason, duration_s, proposed)
 
     def _announce_silence(self, doubt: Reason) -> None:
-        assert self._loaded is not None
+        assert self.loaded is not None
         out = sorted(self.features_out, key=lambda name: -self.features_out[name])
         _log.error(
             "%s has not been asked in %d decisions in a row: %s%s; %s decides",
-            self._loaded.text,
+            self.loaded.text,
             self.silence.num_in_row,
             doubt.value,
             f" ({', '.join(out[:8])})" if doubt is Reason.OUT_OF_RANGE else "",
@@ -277,7 +269,7 @@ class PolicyRuntime:
             return Reason.SCHEMA
         if not mask[0, :-2].any():
             return Reason.FORCED
-        return Reason.NO_POLICY if self._loaded is None else None
+        return Reason.NO_POLICY if self.loaded is None else None
 
     def _is_asked(self, reason: Reason | None, now_s: float) -> bool:
         """Whether the policy is asked, be it to act or to be watched."""
@@ -301,7 +293,7 @@ class PolicyRuntime:
 
     def _doubt(self, observations: Observations) -> Reason | None:
         """Say why the policy should not judge by what is seen, if so."""
-        loaded = self._loaded
+        loaded = self.loaded
         assert loaded is not None
         replicas, request = observations.replicas[0], observations.request[0]
         if _reads_metrics(loaded.policy):
@@ -325,15 +317,15 @@ class PolicyRuntime:
 
     def _ask(self, observations: Observations, begin_s: float) -> tuple[int | None, Reason | None]:
         """Ask the policy; return its answer, if it is one, and its fault, if any."""
-        assert self._loaded is not None
+        assert self.loaded is not None
         fault: Reason | None = None
         action: int | None = None
         try:
-            action = int(self._loaded.policy.act(observations, _ENV)[0])
+            action = int(self.loaded.policy.act(observations, _ENV)[0])
         except Exception:
-            _log.exception("%s failed", self._loaded.text)
+            _log.exception("%s failed", self.loaded.text)
             fault = Reason.ERROR
-        now_s = self._clock()
+        now_s = self.clock()
         if action is not None and not is_allowed(action, observations.mask[0]):
             action, fault = None, Reason.INVALID
         if fault is None and now_s - begin_s > self.config.timeout_s:
@@ -341,7 +333,7 @@ class PolicyRuntime:
         num_opened = self.breaker.num_opened
         self.breaker.record(fault in FAULTS, now_s)
         if self.breaker.num_opened > num_opened:
-            text, fallback = self._loaded.text, self.config.fallback
+            text, fallback = self.loaded.text, self.config.fallback
             _log.error("%s is out of service after faults (%s): %s decides", text, fault, fallback)
         return action, fault
 
@@ -354,7 +346,7 @@ class PolicyRuntime:
                 finite = np.nan_to_num(observations.replicas, nan=0.0, posinf=1e9, neginf=0.0)
                 request = np.nan_to_num(observations.request, nan=0.0, posinf=1e9, neginf=0.0)
                 observations = Observations(finite, request, observations.mask)
-            action = int(self._fallback.act(observations, _ENV)[0])
+            action = int(self.fallback.act(observations, _ENV)[0])
             if is_allowed(action, mask):
                 return action, reason
         except Exception:
@@ -384,16 +376,12 @@ class PolicyRuntime:
                 counters.num_differed += proposed != action
         self.latency.observe(duration_s)
 
-    def now_s(self) -> float:
-        """Time on the runtime's clock."""
-        return self._clock()
-
     def status(self) -> dict[str, object]:
         """Return what an operator wants to know, as plain values."""
-        now_s = self._clock()
+        now_s = self.clock()
         return {
-            "policy": self._loaded.text if self._loaded else None,
-            "version": self._loaded.version if self._loaded else None,
+            "policy": self.loaded.text if self.loaded else None,
+            "version": self.loaded.version if self.loaded else None,
             "fallback": self.config.fallback,
             "mode": self.mode,
             "canary_fraction": self.canary_fraction,

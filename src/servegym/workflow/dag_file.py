@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from servegym.documents import one_sentence
 from servegym.errors import unknown_name
 from servegym.typing import FloatArray
 from servegym.whole_files import write_whole
@@ -100,7 +101,8 @@ def dag_from_document(document: Any, origin: str) -> Workflow:
     try:
         dag = DagFile.model_validate(document)
     except ValidationError as error:
-        raise WorkflowError(f"{origin}: {_one_sentence(error, document)}") from error
+        said = one_sentence(error, document, DagFile, by_name=True)
+        raise WorkflowError(f"{origin}: {said}") from error
     tasks = [task.name for task in dag.tasks]
     devices = [device.name for device in dag.devices]
     require_names("task", tasks)
@@ -237,28 +239,3 @@ def _position(kind: str, name: str, known: dict[str, int], origin: str) -> int:
             raise WorkflowError(f"{origin}: unknown {kind} {name!r}{hint}")
         raise WorkflowError(f"{origin}: {unknown_name(kind, name, known)}")
     return known[name]
-
-
-def _one_sentence(error: ValidationError, document: Any) -> str:
-    # an unknown key explains a missing one
-    first = max(error.errors(), key=lambda e: e["type"] == "extra_forbidden")
-    place = _place(first["loc"], document)
-    if first["type"] == "extra_forbidden":
-        return f"unknown key {place}"
-    message = str(first.get("ctx", {}).get("error", first["msg"]))
-    got = first["input"]
-    shown = f", got {got!r}" if isinstance(got, (str, int, float)) else ""
-    return f"{place}: {message[0].lower()}{message[1:]}{shown}".removeprefix(": ")
-
-
-def _place(keys: tuple[int | str, ...], document: Any) -> str:
-    """Join the keys to an error's place; entries with a name are called by it."""
-    words = []
-    for key in keys:
-        try:
-            document = document[key]
-        except (KeyError, IndexError, TypeError):
-            document = None
-        named = isinstance(key, int) and isinstance(document, dict)
-        words.append(str(document.get("name", key) if named else key))
-    return ".".join(words)

@@ -13,6 +13,8 @@ from servegym.workloads.mixtures import LengthConfig
 from servegym.workloads.table import RequestTable
 
 QUANTILES = (5, 25, 50, 75, 95, 99)
+#: Of expectation maximisation.
+_STEPS = 200
 _MIN_CV = 0.01  # a clock's arrivals have none, a gamma process needs some
 
 
@@ -51,13 +53,13 @@ def fit_workload(table: RequestTable) -> GeneratedConfig:
     )
 
 
-def _mixture(lengths: Int32Array, steps: int = 200) -> LengthConfig:
+def _mixture(lengths: Int32Array) -> LengthConfig:
     """Fit two lognormals by expectation maximisation."""
     x = np.log(lengths.astype(np.float64))
     mean = np.quantile(x, (0.3, 0.8))
     sigma = np.full(2, x.std() + 1e-3)
     weight = np.full(2, 0.5)
-    for _ in range(steps):
+    for _ in range(_STEPS):
         density = weight / sigma * np.exp(-0.5 * ((x[:, None] - mean) / sigma) ** 2) + 1e-300
         share = density / density.sum(1, keepdims=True)
         total = share.sum(0) + 1e-12
@@ -73,18 +75,17 @@ def _mixture(lengths: Int32Array, steps: int = 200) -> LengthConfig:
     )
 
 
-def fit_quality(table: RequestTable, config: GeneratedConfig, seed: int = 0) -> list[FitRow]:
+def fit_quality(table: RequestTable, config: GeneratedConfig) -> list[FitRow]:
     """Compare a trace with a stream drawn from its fit.
 
     Args:
         table: The trace.
         config: Its fit.
-        seed: Of the draw.
 
     Returns:
         Quantiles and Kolmogorov distance of gaps, prompts and outputs.
     """
-    drawn = config.table(np.random.default_rng(seed), num_requests=len(table))
+    drawn = config.table(np.random.default_rng(0), num_requests=len(table))
     pairs = (
         ("gap_s", np.diff(table.arrival_s), np.diff(drawn.arrival_s)),
         ("prompt_tokens", table.prompt_tokens, drawn.prompt_tokens),

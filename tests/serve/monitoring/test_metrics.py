@@ -218,8 +218,11 @@ def test_a_mapping_file_names_the_metrics_of_any_engine(tmp_path):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("num_running: a\nnum_waiting: b\n", "kv_cache_usage: Field required"),
-        ("num_running: a\nnum_waiting: b\nkv_cache_usage: c\ncolour: d", "colour: Extra"),
+        ("num_running: a\nnum_waiting: b\n", "kv_cache_usage: field required"),
+        (
+            "num_running: a\nnum_waiting: b\nkv_cache_usage: c\ncolour: d",
+            "unknown key colour: choose one of",
+        ),
         ("[1, 2", "is no readable YAML mapping"),
         ("7", "is no readable YAML mapping"),
     ],

@@ -48,7 +48,6 @@ def test_counts_leading_blocks_only():
     index.add(0, long)
     index.add(1, long[:3])
     assert index.leading_blocks(long).tolist() == [10, 3, 0]
-    assert index.leading_blocks(long, limit=2).tolist() == [2, 2, 0]
     other = token_keys([*range(8), *range(100, 132)], 4)
     assert index.leading_blocks(other).tolist() == [2, 2, 0]
     assert index.leading_blocks(long[:0]).tolist() == [0, 0, 0]

@@ -28,10 +28,10 @@ def test_settings_come_from_the_environment_if_there_are_none():
         ({"servegym": "srpt"}, {}, "tell servegym's scheduler which policy"),
         ({}, {VARIABLE: "{"}, "SERVEGYM_VLLM must be a JSON object"),
         ({}, {VARIABLE: "[]"}, "tell servegym's scheduler which policy"),
-        ({"servegym": {"polcy": "srpt"}}, {}, "servegym.polcy: Extra inputs are not permitted"),
-        ({"servegym": {"fallback": "sjf"}}, {}, "servegym.fallback: .*'fcfs' or 'priority'"),
-        ({"servegym": {"breaker": {"cooldown_s": 0}}}, {}, r"servegym\.breaker\.cooldown_s"),
-        ({"servegym": {"ttft_slo_s": -1}}, {}, "servegym.ttft_slo_s: .*greater than 0, got -1"),
+        ({"servegym": {"polcy": "srpt"}}, {}, "servegym: unknown key polcy; did you mean policy"),
+        ({"servegym": {"fallback": "sjf"}}, {}, "servegym: fallback: .*'fcfs' or 'priority'"),
+        ({"servegym": {"breaker": {"cooldown_s": 0}}}, {}, r"servegym: breaker\.cooldown_s"),
+        ({"servegym": {"ttft_slo_s": -1}}, {}, "servegym: ttft_slo_s: .*greater than 0, got -1"),
     ],
 )
 def test_wrong_settings_get_one_sentence(additional, environment, message):

@@ -130,8 +130,8 @@ def test_a_file_that_is_no_grid_is_refused(tmp_path):
     ("additional", "message"),
     [
         ({}, "tell the paced executor what a step costs"),
-        ({"servegym_paced": {}}, "servegym_paced.grid: Field required"),
-        ({"servegym_paced": {"grid": "g", "time_scale": 0}}, "servegym_paced.time_scale"),
+        ({"servegym_paced": {}}, "servegym_paced: grid: field required"),
+        ({"servegym_paced": {"grid": "g", "time_scale": 0}}, "servegym_paced: time_scale"),
     ],
 )
 def test_wrong_settings_get_one_sentence(additional, message):

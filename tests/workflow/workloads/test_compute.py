@@ -7,6 +7,7 @@ import pytest
 
 from servegym.assets.specs import gpu, model
 from servegym.costs.roofline import RooflineSource
+from servegym.costs.source import Heads
 from servegym.costs.step import StepCost
 from servegym.errors import ConfigError
 from servegym.workflow.graph import WorkflowError
@@ -124,8 +125,8 @@ def test_kernels_take_what_the_costs_say(layer):
     half_s = op.elementwise_s(tokens, m.hidden, 20 * 128, m.ffn_dim // 2) / 2
     expected = [
         op.gemm_s(tokens, (16 + 8) * 128, m.hidden, 2.0) + half_s,
-        op.attention_launch_s() + op.prefill_attention_s(1000, 0, 16, 4, 128),
-        op.attention_launch_s() + op.decode_attention_s(8, 4000, 16, 4, 128),
+        op.attention_launch_s() + op.prefill_attention_s(1000, 0, Heads(16, 4, 128)),
+        op.attention_launch_s() + op.decode_attention_s(8, 4000, Heads(16, 4, 128)),
         op.gemm_s(tokens, m.hidden, 16 * 128, 2.0),
     ]
     assert layer.duration_s[:4, 0] == pytest.approx(expected)

@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from servegym.errors import ConfigError
+from servegym.scenario.files import parse
 from servegym.workflow.workloads.mixture import Mixture
-from servegym.workflow_scenario import parse_workflow_scenario
+from servegym.workflow_scenario import WorkflowScenario
 
 PARTS = [
     {"share": 3.0, "workload": {"kind": "map-reduce"}},
@@ -55,5 +56,5 @@ def test_wrong_parts_are_refused_in_one_sentence(parts, message):
         }
     )
     with pytest.raises(ConfigError, match=message) as error:
-        parse_workflow_scenario(text, "mine.yaml")
+        parse(text, "mine.yaml", WorkflowScenario)
     assert "\n" not in str(error.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
 
@@ -14,6 +15,7 @@ class Status(IntEnum):
     NEW, WAITING, RUNNING, FINISHED, ABORTED = range(5)
 
 
+@dataclass(slots=True, eq=False)
 class EngineRequest:
     """One request inside a replica; `output_tokens` is how many it will have.
 
@@ -32,50 +34,22 @@ class EngineRequest:
         num_preemptions: How often it was preempted.
     """
 
-    __slots__ = (
-        "_generated",
-        "_joined",
-        "_place",
-        "arrival_s",
-        "cached_tokens",
-        "finish_reason",
-        "first_scheduled_s",
-        "first_token_s",
-        "identity",
-        "last_token_s",
-        "num_preemptions",
-        "output_tokens",
-        "priority",
-        "prompt_tokens",
-        "request_id",
-        "status",
-    )
-
-    def __init__(
-        self,
-        request_id: str,
-        prompt_tokens: int,
-        output_tokens: int,
-        identity: Callable[[int], int],
-        priority: int = 0,
-        finish_reason: str = "length",
-    ) -> None:
-        self.request_id = request_id
-        self.prompt_tokens = prompt_tokens
-        self.output_tokens = output_tokens
-        self.identity = identity
-        self.priority = priority
-        self.finish_reason = finish_reason
-        self.status = Status.NEW
-        self.arrival_s = math.nan
-        self.first_scheduled_s = math.nan
-        self.first_token_s = math.nan
-        self.last_token_s = math.nan
-        self.cached_tokens = -1
-        self.num_preemptions = 0
-        self._place = -1  # in the replica's core
-        self._generated = 0  # while decoding: as of step `_joined`
-        self._joined = -1  # steps the replica had ended when decoding began, -1: does not decode
+    request_id: str
+    prompt_tokens: int
+    output_tokens: int
+    identity: Callable[[int], int]
+    priority: int = 0
+    finish_reason: str = "length"
+    status: Status = Status.NEW
+    arrival_s: float = math.nan
+    first_scheduled_s: float = math.nan
+    first_token_s: float = math.nan
+    last_token_s: float = math.nan
+    cached_tokens: int = -1
+    num_preemptions: int = 0
+    _place: int = -1  # in the replica's core
+    _generated: int = 0  # while decoding: as of step `_joined`
+    _joined: int = -1  # steps the replica had ended when decoding began, -1: does not decode
 
 
 class Observer(Protocol):

@@ -61,7 +61,7 @@ def add_dispatcher(page: Exposition, dispatcher: Dispatcher) -> None:
     page.gauge(
         "servegym_breaker_state",
         "0 closed, 1 open, 2 on trial",
-        float(runtime.breaker.state(runtime.now_s())),
+        float(runtime.breaker.state(runtime.clock())),
     )
     page.counter("servegym_breaker_opened", "Times it opened", [({}, runtime.breaker.num_opened)])
     page.histogram("servegym_decision_seconds", "Time to decide", runtime.latency)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from servegym.documents import load_yaml
+from servegym.documents import checked, load_yaml
 from servegym.errors import ConfigError, ServeGymError, unknown_name
 from servegym.serve.state import EngineMetrics
 
@@ -200,15 +200,10 @@ def metric_names(text: str) -> MetricNames | None:
         raise ConfigError(f"{message}; or give the path of a .yaml file with a mapping")
     try:
         data = load_yaml(Path(text).read_text(encoding="utf-8"))
-        return MetricNames.model_validate(
-            {key: (names,) if isinstance(names, str) else names for key, names in data.items()}
-        )
+        listed = {k: (names,) if isinstance(names, str) else names for k, names in data.items()}
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
         raise ConfigError(f"{text} is no readable YAML mapping of metric names") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{text}, {place}: {first['msg']}") from error
+    return checked(listed, text, MetricNames)
 
 
 def read_metrics(text: str, names: MetricNames | None, wall_s: float = math.nan) -> EngineMetrics:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -36,15 +37,13 @@ class LengthPrediction(BaseModel):
     max_groups: int = Field(10_000, ge=1)
 
 
+@dataclass(slots=True)
 class _Group:
     """Answers of one group."""
 
-    __slots__ = ("count", "mean", "quantile")
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean = 0.0
-        self.quantile = 0.0
+    count: int = 0
+    mean: float = 0.0
+    quantile: float = 0.0
 
 
 class LengthPredictor:

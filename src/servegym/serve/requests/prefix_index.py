@@ -74,17 +74,16 @@ class PrefixIndex:
         self._capacity = [max(0, int(size)) for size in capacity_blocks]
         self._known: list[OrderedDict[int, None]] = [OrderedDict() for _ in self._capacity]
 
-    def leading_blocks(self, keys: UInt64Array, limit: int | None = None) -> FloatArray:
+    def leading_blocks(self, keys: UInt64Array) -> FloatArray:
         """Count the leading blocks of a prompt that each replica knows.
 
         Args:
             keys: Of the prompt.
-            limit: Count at most so many.
 
         Returns:
             `float64[R]`.
         """
-        names = keys.tolist() if limit is None else keys[:limit].tolist()
+        names = keys.tolist()
         counts = np.zeros(len(self._known))
         if not names:
             return counts

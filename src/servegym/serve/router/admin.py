@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from servegym.calibrate.datasheet import one_sentence
+from servegym.documents import one_sentence
 from servegym.errors import ServeGymError, unknown_name
 from servegym.serve.dispatcher import Dispatcher
 from servegym.serve.router.errors import RequestError
@@ -191,8 +191,11 @@ def _told(request: web.Request, what: str) -> None:
 
 async def _read(request: web.Request, model: type[_B]) -> _B:
     try:
-        return model.model_validate(json.loads(await request.read() or b"{}"))
-    except ValidationError as error:
-        raise RequestError(400, one_sentence(error), "invalid_request") from error
+        data = json.loads(await request.read() or b"{}")
     except ValueError as error:
         raise RequestError(400, f"the body is not JSON: {error}", "invalid_json") from error
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        message = one_sentence(error, data, model)
+        raise RequestError(400, message, "invalid_request") from error

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from servegym.calibrate.datasheet import one_sentence
-from servegym.documents import load_yaml
+from servegym.documents import checked, read_mapping
 from servegym.errors import ConfigError, unknown_name
 from servegym.serve.dispatcher import DispatchConfig
 from servegym.serve.facts import Hardware, Rates
@@ -332,19 +330,12 @@ def read_config(path: Path) -> RouterConfig:
         ConfigError: If it is not there, not YAML, or a key or value is not allowed.
     """
     try:
-        data = load_yaml(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"no configuration at {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{path}{line}: not YAML ({error.problem})") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{path} must hold keys and values, such as replicas and dispatch")
-    return parse_config(data, str(path))
+    return parse_config(read_mapping(text, str(path), "replicas and dispatch"), str(path))
 
 
 def parse_config(data: Mapping[str, object], origin: str) -> RouterConfig:
@@ -353,34 +344,4 @@ def parse_config(data: Mapping[str, object], origin: str) -> RouterConfig:
     Raises:
         ConfigError: If a key or value is not allowed.
     """
-    try:
-        return RouterConfig.model_validate(data)
-    except ValidationError as error:
-        # an unknown key explains a missing one
-        first = max(error.errors(), key=lambda e: e["type"] == "extra_forbidden")
-        if first["type"] == "extra_forbidden":
-            keys = _keys_at(first["loc"][:-1])
-            place = ".".join(map(str, first["loc"]))
-            unknown = unknown_name("key", str(first["loc"][-1]), keys)
-            raise ConfigError(f"{origin}, {place}: {unknown}") from error
-        raise ConfigError(f"{origin}, {one_sentence(error)}") from error
-
-
-def _keys_at(loc: tuple[int | str, ...]) -> list[str]:
-    """Keys that the mapping at a place may have."""
-    model: type[BaseModel] = RouterConfig
-    for key in loc:
-        field = model.model_fields.get(str(key))
-        if field is not None:
-            model = _model_in(field.annotation) or model
-    return sorted(model.model_fields)
-
-
-def _model_in(annotation: object) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for part in getattr(annotation, "__args__", ()):
-        found = _model_in(part)
-        if found is not None:
-            return found
-    return None
+    return checked(data, origin, RouterConfig)

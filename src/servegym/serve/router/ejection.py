@@ -14,6 +14,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from servegym.serve.router.config import HealthConfig
 
@@ -23,10 +24,12 @@ _log = logging.getLogger(__name__)
 _BUSY_S = 1.0
 
 
+@dataclass(slots=True, eq=False)
 class Standing:
     """What requests have shown of one replica.
 
     Attributes:
+        outcomes: Of its latest requests.
         ejected_until_s: None are sent there before.
         num_ejections: How often it was ejected.
         silent: Whether it owes tokens and sends none.
@@ -35,42 +38,22 @@ class Standing:
             writes it.
     """
 
-    __slots__ = (
-        "begun",
-        "busy_until_s",
-        "eject_s",
-        "ejected_until_s",
-        "hung",
-        "last_token_s",
-        "num_ejections",
-        "on_trial",
-        "outcomes",
-        "owed_since_s",
-        "owing",
-        "silent",
-        "since_s",
-        "streams",
-        "trial",
-        "wholes",
-    )
-
-    def __init__(self, window: int) -> None:
-        self.outcomes: deque[tuple[float, bool]] = deque(maxlen=window)  # when; whether it failed
-        self.ejected_until_s = -math.inf
-        self.eject_s = 0.0  # of the last ejection; 0 once a whole answer has come since
-        self.num_ejections = 0
-        self.busy_until_s = -math.inf
-        self.silent = False
-        self.on_trial = False
-        self.hung = False  # what it was ejected for: not saying anything
-        self.trial: Attempt | None = None
-        self.since_s = -math.inf  # failures of requests sent before are old news
-        self.last_token_s = -math.inf
-        self.owed_since_s = math.inf
-        self.streams = 0  # in progress
-        self.owing = 0  # of them, those that wait for the replica and not for their client
-        self.begun = 0  # of them, with a token
-        self.wholes = 0  # answers not streamed, in progress
+    outcomes: deque[tuple[float, bool]]  # when; whether it failed
+    ejected_until_s: float = -math.inf
+    eject_s: float = 0.0  # of the last ejection; 0 once a whole answer has come since
+    num_ejections: int = 0
+    busy_until_s: float = -math.inf
+    silent: bool = False
+    on_trial: bool = False
+    hung: bool = False  # what it was ejected for: not saying anything
+    trial: Attempt | None = None
+    since_s: float = -math.inf  # failures of requests sent before are old news
+    last_token_s: float = -math.inf
+    owed_since_s: float = math.inf
+    streams: int = 0  # in progress
+    owing: int = 0  # of them, those that wait for the replica and not for their client
+    begun: int = 0  # of them, with a token
+    wholes: int = 0  # answers not streamed, in progress
 
     def rate(self, oldest_s: float) -> float | None:
         """Share of its latest requests that failed; `None` if there was none."""
@@ -86,6 +69,7 @@ class Standing:
         return sum(failed for _, failed in self.outcomes)
 
 
+@dataclass(slots=True, eq=False)
 class Attempt:
     """One request at one replica, from its dispatch to its end.
 
@@ -97,26 +81,14 @@ class Attempt:
         is_trial: Whether the replica is to prove itself with it.
     """
 
-    __slots__ = (
-        "begun",
-        "dispatch_s",
-        "ended",
-        "is_trial",
-        "owed",
-        "replica",
-        "standing",
-        "stream",
-    )
-
-    def __init__(self, replica: int, standing: Standing, stream: bool, now_s: float) -> None:
-        self.replica = replica
-        self.standing = standing
-        self.stream = stream
-        self.dispatch_s = now_s
-        self.is_trial = False
-        self.begun = False
-        self.owed = False
-        self.ended = False
+    replica: int
+    standing: Standing
+    stream: bool
+    dispatch_s: float
+    is_trial: bool = False
+    begun: bool = False
+    owed: bool = False
+    ended: bool = False
 
     def waits(self, now_s: float) -> None:
         """It waits for the replica from now on."""
@@ -162,7 +134,8 @@ class Ejection:
         changed: Callable[[], None],
     ) -> None:
         self.config = config
-        self.standings = [Standing(max(config.window_requests, config.eject_after)) for _ in names]
+        window = max(config.window_requests, config.eject_after)
+        self.standings = [Standing(deque(maxlen=window)) for _ in names]
         self._names = names
         self._clock = clock
         self._peers = peers

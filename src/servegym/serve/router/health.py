@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import aiohttp
 
@@ -19,6 +20,7 @@ _MODELS_S = 30.0
 _MAX_MODELS_BYTES = 1_000_000
 
 
+@dataclass
 class ReplicaHealth:
     """What is known of one replica's health.
 
@@ -28,11 +30,10 @@ class ReplicaHealth:
         models: Names it serves; empty while unknown.
     """
 
-    def __init__(self) -> None:
-        self.up = False
-        self.draining = False
-        self.models: dict[str, dict[str, object]] = {}
-        self.checks_in_row = 0  # equal results
+    up: bool = False
+    draining: bool = False
+    models: dict[str, dict[str, object]] = field(default_factory=dict)
+    checks_in_row: int = 0  # equal results
 
 
 class Health:

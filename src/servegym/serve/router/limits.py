@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from servegym.serve.router.config import LimitConfig
 from servegym.serve.router.errors import RequestError
 
 
+@dataclass(slots=True)
 class _Account:
     """What a tenant has used."""
 
-    __slots__ = ("concurrent", "tokens", "updated_s")
-
-    def __init__(self, tokens: float) -> None:
-        self.concurrent = 0
-        self.tokens = tokens
-        self.updated_s = -math.inf
+    tokens: float
+    concurrent: int = 0
+    updated_s: float = -math.inf
 
 
 class Limits:

@@ -13,6 +13,7 @@ the pieces they come in. What an event means follows what engines send (vLLM, SG
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
 from typing import Any
 
 from servegym.serve.router.json_body import parse_json
@@ -36,73 +37,45 @@ _TELLING = re.compile(rb'"(?:error|usage|role|tool_calls)"')
 _MAX_SHAPES = 16
 
 
+@dataclass(slots=True, eq=False)
 class Reader:
     """Follows one answer, piece by piece, in time linear in its length.
 
-    Args:
-        is_stream: Whether it is a stream of server-sent events.
-
     Attributes:
+        is_stream: Whether it is a stream of server-sent events.
         begun: Whether there has been output, or its end without any.
         done: Whether the stream has said that it is complete.
         failed: Whether the engine has reported an error in an answer that began as a good one.
         error: That error as it came, if it was an object.
         error_status: The HTTP status that it names, 500 if none.
-        is_stream: As given.
         num_tokens: Events with output so far.
     """
 
-    __slots__ = (
-        "_at_start",
-        "_cached_tokens",
-        "_completion_tokens",
-        "_data",
-        "_finished",
-        "_head",
-        "_kept",
-        "_kind",
-        "_line",
-        "_line_bytes",
-        "_num_bytes",
-        "_num_shapes",
-        "_prompt_tokens",
-        "_seen",
-        "_skip_lf",
-        "_tail",
-        "begun",
-        "done",
-        "error",
-        "error_status",
-        "failed",
-        "is_stream",
-        "num_tokens",
-    )
-
-    def __init__(self, *, is_stream: bool) -> None:
-        self.is_stream = is_stream
-        self.begun = False
-        self.done = False
-        self.failed = False
-        self.error: dict[str, Any] | None = None
-        self.error_status = 500
-        self.num_tokens = 0
-        self._prompt_tokens: int | None = None
-        self._completion_tokens: int | None = None
-        self._cached_tokens: int | None = None
-        # of a stream: the line and the event that are not complete, and its choices
-        self._line: list[bytes] = []
-        self._line_bytes = 0
-        self._data: list[bytes] = []
-        self._num_bytes = 0  # of the event; of an answer in one piece
-        self._kind = b""
-        self._at_start = True
-        self._skip_lf = False
-        self._head = self._tail = b""
-        self._num_shapes = 0
-        self._seen: set[int] = set()
-        self._finished: set[int] = set()
-        # of an answer in one piece: all of it, or its end
-        self._kept = bytearray()
+    is_stream: bool
+    begun: bool = False
+    done: bool = False
+    failed: bool = False
+    error: dict[str, Any] | None = None
+    error_status: int = 500
+    num_tokens: int = 0
+    _prompt_tokens: int | None = None
+    _completion_tokens: int | None = None
+    _cached_tokens: int | None = None
+    # of a stream: the line and the event that are not complete, and its choices
+    _line: list[bytes] = field(default_factory=list)
+    _line_bytes: int = 0
+    _data: list[bytes] = field(default_factory=list)
+    _num_bytes: int = 0  # of the event; of an answer in one piece
+    _kind: bytes = b""
+    _at_start: bool = True
+    _skip_lf: bool = False
+    _head: bytes = b""
+    _tail: bytes = b""
+    _num_shapes: int = 0
+    _seen: set[int] = field(default_factory=set)
+    _finished: set[int] = field(default_factory=set)
+    # of an answer in one piece: all of it, or its end
+    _kept: bytearray = field(default_factory=bytearray)
 
     @property
     def whole(self) -> bool:

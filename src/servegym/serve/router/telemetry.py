@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass, field
 
 from servegym.serve.monitoring.prometheus import Exposition, Histogram
 
@@ -11,6 +12,7 @@ _LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0
 _OVERHEAD_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
 
 
+@dataclass
 class Telemetry:
     """Counters and histograms of the router.
 
@@ -27,16 +29,15 @@ class Telemetry:
         overhead: From the end of the request's body to its first dispatch, holds not counted.
     """
 
-    def __init__(self) -> None:
-        self.requests: Counter[tuple[str, int]] = Counter()
-        self.outcomes: Counter[str] = Counter()
-        self.upstream_failures: Counter[tuple[str, str]] = Counter()
-        self.retries: Counter[str] = Counter()
-        self.retries_denied: Counter[str] = Counter()
-        self.in_flight = 0
-        self.ttft = Histogram(_LATENCY_S)
-        self.e2e = Histogram(_LATENCY_S)
-        self.overhead = Histogram(_OVERHEAD_S)
+    requests: Counter[tuple[str, int]] = field(default_factory=Counter)
+    outcomes: Counter[str] = field(default_factory=Counter)
+    upstream_failures: Counter[tuple[str, str]] = field(default_factory=Counter)
+    retries: Counter[str] = field(default_factory=Counter)
+    retries_denied: Counter[str] = field(default_factory=Counter)
+    in_flight: int = 0
+    ttft: Histogram = field(default_factory=lambda: Histogram(_LATENCY_S))
+    e2e: Histogram = field(default_factory=lambda: Histogram(_LATENCY_S))
+    overhead: Histogram = field(default_factory=lambda: Histogram(_OVERHEAD_S))
 
     def write(self, page: Exposition) -> None:
         """Write everything onto a page."""

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from servegym.documents import checked
 from servegym.errors import ConfigError
 from servegym.policy.ordering import NO_LIMIT_S
 from servegym.serve.guards import BreakerConfig
@@ -73,9 +74,4 @@ def read_config(additional: object, environment: Mapping[str, str] = os.environ)
             "tell servegym's scheduler which policy to follow: "
             """--additional-config '{"servegym": {"policy": "srpt"}}'"""
         )
-    try:
-        return PluginConfig.model_validate(dict(given))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in (KEY, *first["loc"]))
-        raise ConfigError(f"{where}: {key}: {first['msg']}, got {first['input']!r}") from error
+    return checked(dict(given), f"{where}, {KEY}", PluginConfig)

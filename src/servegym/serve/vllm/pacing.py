@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from servegym.costs.grid import CostGrid
+from servegym.documents import checked
 from servegym.errors import ConfigError
 
 #: Key in vLLM's `--additional-config`.
@@ -49,12 +50,7 @@ def read_paced_config(additional: object) -> PacedConfig:
             "tell the paced executor what a step costs: "
             """--additional-config '{"servegym_paced": {"grid": "grid.npz"}}'"""
         )
-    try:
-        return PacedConfig.model_validate(given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in (KEY, *first["loc"]))
-        raise ConfigError(f"{key}: {first['msg']}, got {first['input']!r}") from error
+    return checked(given, KEY, PacedConfig)
 
 
 class Step(NamedTuple):

@@ -18,6 +18,8 @@ from servegym.workflow.online.state import DECISION, STUCK, Params, State
 from servegym.workflow.online.view import view
 
 _BAD_ACTION = STUCK + 1
+#: Decisions that are timed at most.
+_TIMED = 200
 
 
 def _play(
@@ -101,23 +103,20 @@ def begin(simulator: Simulator, policy: WorkflowPolicy, seed: int = 0) -> None:
     policy.reset(simulator, seed)
 
 
-def time_decisions(
-    policy: WorkflowPolicy, simulator: Simulator, num_decisions: int = 200
-) -> FloatArray:
+def time_decisions(policy: WorkflowPolicy, simulator: Simulator) -> FloatArray:
     """Measure single decisions, called from Python, on the states an episode passes through.
 
     Args:
         policy: Decides for one environment at a time.
         simulator: Freshly loaded, with one environment.
-        num_decisions: How many to time at most.
 
     Returns:
-        Seconds per decision, `float64[<= num_decisions]`.
+        Seconds per decision, `float64[n]`, at most `_TIMED` of them.
     """
     begin(simulator, policy)
     taken: list[float] = []
     first = np.zeros(1, np.int64)
-    while len(taken) < num_decisions and simulator.advance()[0] == DECISION:
+    while len(taken) < _TIMED and simulator.advance()[0] == DECISION:
         start_s = time.perf_counter()
         chosen = policy.act(simulator, first)
         taken.append(time.perf_counter() - start_s)

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from servegym.assets.specs import ModelSpec, gpu, model
 from servegym.costs.roofline import RooflineSource
-from servegym.costs.source import CostSource
+from servegym.costs.source import CostSource, Heads
 from servegym.errors import ConfigError
 from servegym.typing import IntArray
 from servegym.workflow.job import Job, JobBuilder
@@ -126,7 +126,7 @@ class _Kernels:
     ) -> list[tuple[int, float]]:
         """Add the kernels for prompts and for decoding sequences; returns them and their tokens."""
         m = self.spec
-        shape = (self.heads, self.kv_heads, m.head_dim)
+        shape = Heads(self.heads, self.kv_heads, m.head_dim)
         width = (self.heads + 2 * self.kv_heads) * m.head_dim
         added = []
         if len(prompts):
@@ -168,11 +168,11 @@ def _source(gpu_name: str) -> CostSource:
     return RooflineSource(gpu(gpu_name))
 
 
-def _decode_s(op: CostSource, contexts: IntArray, shape: tuple[int, int, int]) -> float:
-    attend_s = op.decode_attention_s(float(len(contexts)), float(contexts.sum()), *shape)
+def _decode_s(op: CostSource, contexts: IntArray, shape: Heads) -> float:
+    attend_s = op.decode_attention_s(float(len(contexts)), float(contexts.sum()), shape)
     return op.attention_launch_s() + attend_s
 
 
-def _prefill_s(op: CostSource, prompts: IntArray, shape: tuple[int, int, int]) -> float:
-    attend_s = sum(op.prefill_attention_s(float(length), 0.0, *shape) for length in prompts)
+def _prefill_s(op: CostSource, prompts: IntArray, shape: Heads) -> float:
+    attend_s = sum(op.prefill_attention_s(float(length), 0.0, shape) for length in prompts)
     return op.attention_launch_s() + attend_s

@@ -8,8 +8,7 @@ import numpy as np
 
 from servegym.assets.specs import AllReduceFit, Correction, GpuSpec, KernelFit
 from servegym.costs.forms import collective_s, corners, table_of
-from servegym.costs.measurements import Measurements
-from servegym.errors import ConfigError
+from servegym.costs.measurements import Measurements, error, refuse_impossible
 from servegym.typing import BoolArray, FloatArray
 
 Kind = Literal["gemm", "prefill", "decode", "experts", "elementwise"]
@@ -45,12 +44,6 @@ AXES: dict[Kind, dict[str, tuple[float, ...]]] = {
 }
 _SMOOTHNESS = 0.01
 _SMALL_RESIDUAL = 0.03
-
-
-def error(predicted_s: FloatArray, measured_s: FloatArray) -> tuple[float, float]:
-    """Median and 95th percentile of the relative error in percent."""
-    off = 100.0 * np.abs(predicted_s / measured_s - 1.0)
-    return round(float(np.median(off)), 1), round(float(np.percentile(off, 95)), 1)
 
 
 def held_out_error(
@@ -185,27 +178,6 @@ def fit_collective(volume: FloatArray, seconds: FloatArray) -> AllReduceFit:
         for p in np.round(np.arange(0.4, 1.6, 0.05), 2).tolist()
     ]
     return min(tried, key=off)
-
-
-def refuse_impossible(
-    data: Measurements, peak_flops: float, bytes_per_s: float, cache_bytes: float
-) -> None:
-    """Refuse a table that is faster than the data sheet where no cache can explain it.
-
-    Raises:
-        ConfigError: If more than 1 % of the times beat the FLOP rate by over 10 %, or the
-            bandwidth on over twice the last cache.
-    """
-    compute = data.operator.flops / peak_flops
-    uncached = data.operator.cold_bytes > 2.0 * cache_bytes
-    memory = np.where(uncached, data.operator.cold_bytes / bytes_per_s, 0.0)
-    impossible = data.seconds < np.maximum(compute, memory) / 1.1
-    if impossible.mean() > 0.01:
-        worst = np.max(np.maximum(compute, memory) / data.seconds)
-        raise ConfigError(
-            f"{data.source}: {impossible.mean():.0%} of the times are faster than the data sheet "
-            f"allows, up to {worst:.1f} times; check the units and the GPU's peaks"
-        )
 
 
 def _form(

@@ -1,0 +1,1 @@
+"""What knowing the future would bring: offline search through whole episodes, at least so much."""
