@@ -102,7 +102,7 @@ def optional_entry(place: int, result: types.Type, *arguments: types.Type) -> Ca
 
 
 @functools.cache
-def addresses(params: types.Type, state: types.Type, disaggregated: bool) -> IntArray:
+def addresses(params: types.Type, state: types.Type, *, disaggregated: bool = False) -> IntArray:
     """Compile all entry points, or load them from disk; return their addresses.
 
     Args:

@@ -101,7 +101,7 @@ class Simulator:
 
     def _find_entries(self) -> None:
         self.params.entries[:] = addresses(
-            typeof(self.params), typeof(self.state), self.spec.disaggregated
+            typeof(self.params), typeof(self.state), disaggregated=self.spec.disaggregated
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -132,7 +132,7 @@ class EngineCore:
             log=12 * (_FIRST_PLACES + kind.max_num_seqs) + 64,
         )
         self._state = make_state(spec, sizes)
-        self._params.entries[:] = addresses(typeof(self._params), typeof(self._state), False)
+        self._params.entries[:] = addresses(typeof(self._params), typeof(self._state))
         nobody = RequestTable.build(np.zeros(1), np.ones(1, np.int32), np.ones(1, np.int32))
         episode = Episode(nobody, np.zeros(1, np.int16), np.array([speed]), noise_seed=noise.seed)
         load_episode(self._params, self._state, 0, episode)
