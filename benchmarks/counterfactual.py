@@ -18,7 +18,7 @@ from servegym.baselines.registry import policy
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import VIEW_OUTSTANDING
 from servegym.policy.counterfactual import Teacher, Worth, due
-from servegym.policy.lengths import learn_lengths
+from servegym.policy.drawn_lengths import learn_lengths
 from servegym.policy.observe import observe_batch
 from servegym.scenario import load_scenario
 

@@ -21,8 +21,8 @@ from typing_extensions import override
 
 from servegym.agents.network import Prepared
 from servegym.policy.counterfactual import Teacher, due, worth_of
+from servegym.policy.drawn_lengths import learn_lengths
 from servegym.policy.layout import scenario_actions
-from servegym.policy.lengths import learn_lengths
 from servegym.train.counterfactual_settings import CounterfactualTraining
 from servegym.train.dispatcher_run import DispatcherRun, episode_stats
 from servegym.train.run_folder import StoredRun

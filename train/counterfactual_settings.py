@@ -49,11 +49,11 @@ class CounterfactualTraining:
     softness: float = LIMITS.softness
     """Under the goodput objective: share of a limit by which one must stay below it to be rather
     sure of it."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-3
     """Adam's, falling linearly to 0."""
     memory: int = 65_536
     """Labelled decisions that are learned from, the latest."""
-    num_batches: int = 64
+    num_batches: int = 128
     """Gradient steps per update."""
     batch: int = 512
     """Labelled decisions per gradient step, drawn from the memory."""

@@ -13,7 +13,7 @@ from servegym.cluster.spec import ClusterSpec, Episode, Faults, ReplicaType, Slo
 from servegym.cluster.state import DECISION, FAULT_SLOW, VIEW_WHAT_IF_ADDED
 from servegym.policy.contract import Group
 from servegym.policy.counterfactual import Teacher, Worth, due
-from servegym.policy.lengths import Lengths, lengths_of
+from servegym.policy.drawn_lengths import Lengths, lengths_of
 from servegym.policy.observe import observe_batch
 from servegym.workloads.table import RequestTable
 

@@ -1,74 +1,85 @@
-"""Lengths given predictions: what is drawn is what came true for such predictions."""
+"""What is learnt of output lengths, against what the lengths were drawn from."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import pytest
 
-from servegym.policy.lengths import Lengths, draw_output, learn_lengths, lengths_of
-from servegym.scenario import Scenario, load_scenario
-from servegym.workloads.prediction import PredictorConfig
+from servegym.cluster.state import NUM_LENGTH_SUMS
+from servegym.policy.lengths import (
+    error_of,
+    expected_length,
+    learn_length,
+    spread_of,
+    tokens_left,
+)
 
 
-def drawn(lengths: Lengths, predicted: float, generated: int = 0, num: int = 400) -> np.ndarray:
-    shares = (np.arange(num) + 0.5) / num
-    return np.array([draw_output(lengths, predicted, generated, u) for u in shares])
+def learnt(predicted, output):
+    sums = np.zeros(NUM_LENGTH_SUMS)
+    for x, y in zip(predicted, output, strict=True):
+        learn_length(sums, x, y)
+    return sums
 
 
-def test_a_perfect_prediction_is_the_length():
-    truth = np.random.default_rng(0).integers(1, 900, 2000).astype(float)
-    lengths = lengths_of(truth, truth)
-    for predicted in (1, 37, 899):
-        assert set(drawn(lengths, float(predicted))) == {predicted}
+def test_before_the_first_end_a_prediction_stands():
+    error = error_of(np.zeros(NUM_LENGTH_SUMS))
+    assert expected_length(123.0, error) == pytest.approx(123.0)
+    assert spread_of(error[3]) == 0.0
 
 
-def test_a_length_is_drawn_from_those_of_like_predictions():
-    # of predictions of 10 half came true as 5 and half as 20, of those of 100 all as 100
-    predicted = np.repeat([10.0, 100.0], 64)
-    output = np.concatenate([np.tile([5.0, 20.0], 32), np.full(64, 100.0)])
-    lengths = lengths_of(predicted, output)
-    got, count = np.unique(drawn(lengths, 10.0), return_counts=True)
-    assert got.tolist() == [5, 20]
-    assert count.tolist() == [200, 200]
-    assert set(drawn(lengths, 100.0)) == {100}
+def test_predictions_that_are_right_stay():
+    lengths = np.geomspace(10, 1000, 50)
+    error = error_of(learnt(lengths, lengths))
+    assert expected_length(77.0, error) == pytest.approx(77.0)
+    assert spread_of(error[3]) == pytest.approx(0.0, abs=1e-6)
 
 
-def test_what_is_out_is_shorter_than_what_is_drawn():
-    lengths = lengths_of(np.full(64, 10.0), np.tile([5.0, 20.0], 32))
-    assert set(drawn(lengths, 10.0, generated=4)) == {5, 20}
-    assert set(drawn(lengths, 10.0, generated=5)) == {20}
-    assert set(drawn(lengths, 10.0, generated=20)) == {21}  # longer than any that was seen
+def test_one_answer_of_twice_its_prediction_counts_against_twenty_that_were_right():
+    error = error_of(learnt([100.0], [200.0]))
+    assert expected_length(100.0, error) == pytest.approx(100.0 * 2 ** (1 / 21))
 
 
-@pytest.mark.parametrize("generated", [0, 150])
-def test_lengths_are_distributed_as_bayes_says_where_there_is_a_formula(generated):
-    # log T ~ N(5, 0.8^2), predicted T exp(0.5 z): log T given p is N(5 + k (log p - 5), k 0.5^2)
-    # with k = 0.64 / (0.64 + 0.25); given that more than `generated` are out, cut off there
+def test_the_mean_is_that_of_lengths_so_predicted():
+    # ln L ~ N(5, 0.6^2), prediction L e^(0.5 z): the posterior of ln L has weight
+    # 0.36 / (0.36 + 0.25) on the prediction and variance 0.36 * 0.25 / 0.61
     rng = np.random.default_rng(1)
-    output = np.exp(5.0 + 0.8 * rng.standard_normal(100_000))
-    lengths = lengths_of(output * np.exp(0.5 * rng.standard_normal(100_000)), output)
-    k = 0.64 / 0.89
-    for predicted in (60.0, 148.4, 400.0):
-        center = 5.0 + k * (np.log(predicted) - 5.0)
-        exact = np.exp(center + np.sqrt(k) * 0.5 * rng.standard_normal(100_000))
-        exact = exact[exact > generated]
-        got = drawn(lengths, predicted, generated)
-        for share in (0.1, 0.5, 0.9):
-            want = np.quantile(exact, share)
-            assert np.quantile(got, share) == pytest.approx(want, rel=0.06, abs=2.0)
+    length = np.exp(5.0 + 0.6 * rng.standard_normal(40_000))
+    predicted = length * np.exp(0.5 * rng.standard_normal(40_000))
+    error = error_of(learnt(predicted, length))
+    weight, variance = 0.36 / 0.61, 0.36 * 0.25 / 0.61
+    assert error[3] == pytest.approx(variance, rel=0.1)
+    for x in (50.0, 150.0, 600.0):
+        want = math.exp(5.0 + weight * (math.log(x) - 5.0) + variance / 2)
+        assert expected_length(x, error) == pytest.approx(want, rel=0.05)
 
 
-def test_a_scenario_says_what_its_predictions_are_worth():
-    scenario = load_scenario("azure-conv-fit")
+def test_what_changes_is_forgotten():
+    sums = learnt([100.0] * 3000, [200.0] * 3000)
+    for _ in range(20_000):
+        learn_length(sums, 100.0, 50.0)
+    assert expected_length(100.0, error_of(sums)) == pytest.approx(50.0, rel=0.05)
 
-    def under(kind: str) -> Scenario:
-        predictor = PredictorConfig(kind=kind)
-        trouble = scenario.disturbances.model_copy(update={"predictor": predictor})
-        return scenario.model_copy(update={"disturbances": trouble})
 
-    assert set(drawn(learn_lengths(under("perfect")), 40.0)) == {40}
-    table = under("mean").episode(1).table
-    got = drawn(learn_lengths(under("mean")), float(table.predicted_output_tokens[0]))
-    for share in (0.2, 0.5, 0.8):
-        want = np.quantile(table.output_tokens, share)
-        assert np.quantile(got, share) == pytest.approx(want, rel=0.15)
+def test_of_a_known_length_the_rest_is_left():
+    assert tokens_left(100.0, 0.0, 30.0) == 70.0
+    assert tokens_left(100.0, 0.0, 130.0) == 1.0
+
+
+@pytest.mark.parametrize("tokens", [0, 20, 100, 400, 1000])
+def test_what_is_left_is_the_mean_of_those_that_got_so_far(tokens):
+    variance = 0.3
+    rng = np.random.default_rng(2)
+    length = 200.0 * np.exp(math.sqrt(variance) * rng.standard_normal(4_000_000) - variance / 2)
+    longer = length[length > tokens]
+    assert len(longer) > 20
+    assert tokens_left(200.0, variance, tokens) == pytest.approx(
+        (longer - tokens).mean(), rel=0.01 if tokens < 1000 else 0.1
+    )
+
+
+def test_what_is_left_is_finite_however_far_an_answer_has_come():
+    left = [tokens_left(10.0, 0.1, tokens) for tokens in (1e2, 1e3, 1e4, 1e6)]
+    assert all(1.0 <= x < 1e6 for x in left)

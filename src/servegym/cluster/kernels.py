@@ -66,6 +66,7 @@ from servegym.cluster.state import (
 from servegym.cluster.stretches import catch_up, cut_stretch, steps_ended_by
 from servegym.cluster.timers import remove_timer, set_timer
 from servegym.cluster.transfers import go_off_transfer, place, reset_transfers
+from servegym.cluster.watch import forget_streams
 from servegym.workloads.table import ANY_END, BY_ITSELF
 
 
@@ -317,6 +318,8 @@ def reset_request(s: State, e: int, i: int) -> None:
     q.heap_pos = -1
     q.timer_pos = -1
     q.table_len = 0
+    q.next_ended = -1
+    q.expected = 0.0
     s.order[e, i].key = q.slo_class
     s.order[e, i].idle_since_s = q.arrival_s
 
@@ -337,6 +340,7 @@ def reset_env(p: Params, s: State, e: int) -> None:
         v.num_joined = 0
         v.event_pos = r
         v.last_dispatch_s = -math.inf
+        forget_streams(s, e, r)
         s.due[e, r].replica = r
         s.due[e, r].time_s = math.inf
         s.shown[e, VIEW_UP, r] = 1.0
@@ -379,6 +383,12 @@ def reset_env(p: Params, s: State, e: int) -> None:
     env.good = 0.0
     env.arrival_gap_s = 0.0
     env.last_arrival_s = 0.0
+    env.first_ended = -1
+    env.last_ended = -1
+    env.last_learnt = -1
+    env.looked_s = 0.0
+    env.expected_spread = 0.0
+    s.length_sums[e] = 0.0
     env.engine_steps = 0
     env.log_len = 0
     env.step_len = 0

@@ -266,6 +266,7 @@ def begin_decodes(
     v.stretch_begin_s = now_s
     v.stretch_factor = factor
     v.mode = DECODE
+    v.is_pure = v.num_waiting == 0
     steps = (s.ends[e, r, 0].key >> 32) - v.iteration
     if p.noise_sigma > 0.0:
         past = (v.iteration + v.prefill_steps) % p.noise_period_steps

@@ -187,6 +187,8 @@ REQUEST_DTYPE = np.dtype(
         ("timer_pos", "i8"),  # place of its timer, -1: it has none
         ("seq_slot", "i8"),  # row of the block table
         ("table_len", "i8"),  # blocks in that row; of a retained turn, those it keeps
+        ("next_ended", "i8"),  # the request that finished next, -1: none has
+        ("expected", "f8"),  # output tokens that the router expects, 0: nobody has asked
     ],
     align=True,
 )
@@ -227,6 +229,18 @@ REPLICA_DTYPE = np.dtype(
         ("num_reserve", "i8"),  # blocks taken by decodes and not yet given to one
         ("num_free_slots", "i8"),
         ("last_dispatch_s", "f8"),  # -inf before the first
+        # what its token streams have shown since the router last looked, see cluster.watch
+        ("seen_s", "f8"),
+        ("seen_steps", "i8"),
+        ("pure_s", "f8"),
+        ("pure_steps", "i8"),
+        ("pure_others", "i8"),
+        ("is_pure", "i8"),  # whether all that are there decode in the stretch in progress
+        # and before, less what has been forgotten since
+        ("itl_s", "f8"),
+        ("itl_steps", "f8"),
+        ("observed_s", "f8"),
+        ("expected_s", "f8"),
         ("stalled", "i8"),  # its decoding requests wait since their `last_token_s`; if recorded
         # SGLang
         ("batch_full", "i8"),  # no prefill is tried before a request ends
@@ -265,6 +279,11 @@ ENV_DTYPE = np.dtype(
         ("good", "f8"),  # weight of requests that ended within their SLOs
         ("arrival_gap_s", "f8"),  # moving average of inter-arrival times
         ("last_arrival_s", "f8"),
+        ("first_ended", "i8"),  # request that finished first, see `next_ended`
+        ("last_ended", "i8"),  # and last, -1: none has
+        ("last_learnt", "i8"),  # up to which the router has learnt lengths, -1: none
+        ("looked_s", "f8"),  # when it last looked at the streams
+        ("expected_spread", "f8"),  # of the output tokens it expects, over their mean
         ("engine_steps", "i8"),  # steps ended
         ("log_len", "i8"),
         ("step_len", "i8"),
@@ -382,6 +401,7 @@ class State(NamedTuple):
     shown: FloatArray  # [E, NUM_VIEW_ROWS, R] replica part of the observation; see VIEW_* below
     transfer: Records  # TRANSFER_DTYPE[E, N]; [E, 1] if all replicas are MIXED
     link: Records  # LINK_DTYPE[E, R]
+    length_sums: FloatArray  # [E, NUM_LENGTH_SUMS] what the router has learnt, see policy.lengths
     order: Records  # ORDER_DTYPE[E, N]
     forming: Records  # FORMING_DTYPE[E, R]
     timer: Records  # TIMER_DTYPE[E, N + 2] heap: one a request, the next fault and scrape
@@ -399,6 +419,9 @@ NUM_SHARED = 4
 #: Rows of `State.scraped`.
 SCRAPED_RUNNING, SCRAPED_WAITING, SCRAPED_KV_USAGE, SCRAPED_EMITTED = range(4)
 NUM_SCRAPED = 4
+
+#: Sums over ended requests from which output lengths are predicted.
+NUM_LENGTH_SUMS = 6
 
 #: Rows of `State.shown`, in the order of `policy.contract.REPLICA_FEATURES`. The simulator keeps
 #: the router's rows up to date event by event; `policy.observe` fills the others when asked for.
@@ -424,7 +447,16 @@ NUM_SCRAPED = 4
     VIEW_GENERATED,
     VIEW_METRICS_AGE,
     VIEW_PREFIX_HIT,
+    VIEW_STEP_TIME_RATIO,
+    VIEW_RECENT_ITL,
+    VIEW_EXPECTED_LEFT,
+    VIEW_AS_TIGHT,
+    VIEW_PUSHED_OVER_40,
+    VIEW_PUSHED_OVER_50,
+    VIEW_PUSHED_OVER_60,
+    VIEW_PUSHED_OVER_80,
+    VIEW_PUSHED_OVER_100,
     VIEW_WHAT_IF_E2E,
     VIEW_WHAT_IF_ADDED,
-) = range(23)
-NUM_VIEW_ROWS = 23
+) = range(32)
+NUM_VIEW_ROWS = 32

@@ -16,6 +16,7 @@ from servegym.cluster.priority import note_durations
 from servegym.cluster.running import blocks_for_steps
 from servegym.cluster.state import DECODE, IDLE, WAKING, Params, State
 from servegym.cluster.steptime import decode_span_s, decode_steps_past
+from servegym.cluster.watch import see_steps
 from servegym.engines import VLLM_PRIORITY
 
 
@@ -92,6 +93,7 @@ def catch_up(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     span = decode_span_s(p, v.type_idx, v.num_decodes, kv, steps)
     end_s = v.stretch_begin_s + v.stretch_factor * span
     log_steps(p, s, e, r, end_s, steps, 0)
+    see_steps(s, e, r, end_s, steps)
     if p.engine[v.type_idx] == VLLM_PRIORITY:
         note_durations(p, s, e, r, steps, end_s)
     settle_decodes(p, s, e, r, steps)

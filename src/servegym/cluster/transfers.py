@@ -27,7 +27,7 @@ from servegym.cluster.entry import (
     PLACE_ON,
     SET_ASIDE,
     STOP_TRANSFERS,
-    optional_entry,
+    entry,
 )
 from servegym.cluster.heap import set_event
 from servegym.cluster.jit import helper, inlined
@@ -82,7 +82,7 @@ def is_prefilled_elsewhere(s: State, e: int, request: int) -> bool:
     return t.source >= 0 or t.prefill_on >= 0
 
 
-@optional_entry(HAND_OVER, types.void, types.int64, types.int64, types.int64, types.float64)
+@entry(HAND_OVER, types.void, types.int64, types.int64, types.int64, types.float64)
 def hand_over(p: Params, s: State, e: int, r: int, request: int, now_s: float) -> None:
     """A replica that only prefills has done so: the request leaves it, its blocks stay."""
     q, t = s.request[e, request], s.transfer[e, request]
@@ -117,7 +117,7 @@ def _unplace(s: State, e: int, request: int, now_s: float) -> None:
     set_turn(s, e, now_s, PLACING, request)
 
 
-@optional_entry(FIND_PLACE, types.void, types.int64, types.int64)
+@entry(FIND_PLACE, types.void, types.int64, types.int64)
 def find_place(p: Params, s: State, e: int, request: int) -> None:
     """Choose where a request decodes, ask, or try again later if no replica is up."""
     env, t = s.env[e], s.transfer[e, request]
@@ -159,7 +159,7 @@ def find_place(p: Params, s: State, e: int, request: int) -> None:
     s.allowed[e, width + 1] = p.allow_reject
 
 
-@optional_entry(PLACE_ON, types.void, types.int64, types.int64, types.int64)
+@entry(PLACE_ON, types.void, types.int64, types.int64, types.int64)
 def place(p: Params, s: State, e: int, request: int, r: int) -> None:
     """Put a request at the end of the queue of where it will decode."""
     env, q, t = s.env[e], s.request[e, request], s.transfer[e, request]
@@ -176,7 +176,7 @@ def place(p: Params, s: State, e: int, request: int, r: int) -> None:
     enqueue(p, s, e, r, request)
 
 
-@optional_entry(SET_ASIDE, types.int64, types.int64, types.int64, types.float64)
+@entry(SET_ASIDE, types.int64, types.int64, types.int64, types.float64)
 def set_aside(p: Params, s: State, e: int, r: int, now_s: float) -> int:
     """Set blocks aside for the whole text of the head of the queue, whose KV will come.
 
@@ -330,7 +330,7 @@ def _look_again(p: Params, s: State, e: int, r: int, now_s: float, ended_by_s: f
         cut_stretch(p, s, e, r, ended_by_s)
 
 
-@optional_entry(ADMIT_LANDED, types.float64, types.int64, types.int64, types.int64, types.float64)
+@entry(ADMIT_LANDED, types.float64, types.int64, types.int64, types.int64, types.float64)
 def admit_landed(p: Params, s: State, e: int, r: int, budget: int, attention_s: float) -> float:
     """Admit requests whose KV has landed: each computes its last token, and emits one.
 
@@ -368,7 +368,7 @@ def admit_landed(p: Params, s: State, e: int, r: int, budget: int, attention_s: 
     return attention_s
 
 
-@optional_entry(GO_OFF_TRANSFER, types.void, types.int64, types.int64, types.int64)
+@entry(GO_OFF_TRANSFER, types.void, types.int64, types.int64, types.int64)
 def go_off_transfer(p: Params, s: State, e: int, kind: int, request: int) -> None:
     """Do what a timer of a request on its way was set for."""
     now_s = s.env[e].now_s
@@ -446,7 +446,7 @@ def _give_up_target(
         _look_again(p, s, e, target, now_s, ended_by_s)
 
 
-@optional_entry(STOP_TRANSFERS, types.void, types.int64, types.int64, types.float64)
+@entry(STOP_TRANSFERS, types.void, types.int64, types.int64, types.float64)
 def stop_transfers(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     """A replica fails: what was prefilled there is lost, what was to decode there is placed anew.
 

@@ -25,7 +25,15 @@ from servegym.train.registry import Entry, find_trainer
 #: Rules tuned for the bundled scenario of the demonstration (EXPERIMENTS.md has the command), the
 #: best first: the network starts from it.
 _TUNED = {
-    "azure-conv-fit": ("added-delay:prefill=1.263,decode=0.07108",),
+    "azure-conv-fit": (
+        "added-delay:prefill=1.263,decode=0.07108",
+        "speed-family:eta=1.069",
+        "hexgen:alpha=0.2685",
+        "prefix-load:weight=0.2615,eta=0.9778",
+        "dynamo:overlap=0.6338,prefill_scale=6.539,per_request=8.667",
+        "llm-d:queue=0.711,kv=6.539,prefix=4.896",
+        "sglang:cache_threshold=0.3213,balance_abs=2.198,balance_rel=1.071",
+    ),
 }
 
 

@@ -18,8 +18,8 @@ from servegym.cluster.jit import inlined, kernel
 from servegym.cluster.rng import mix64, uniform
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import DISPATCH, VIEW_OUTSTANDING, VIEW_PREFILL_RATE, Params, State
+from servegym.policy.drawn_lengths import Lengths, draw_output
 from servegym.policy.dry_run import Copied, Scratch, list_requests, run_dry, step_left_s
-from servegym.policy.lengths import Lengths, draw_output
 from servegym.typing import FloatArray, IntArray
 
 

@@ -1,88 +1,100 @@
-"""What a prediction says about an output's length, when the predictor's errors are known.
+"""How long an answer becomes, given its prediction: learnt from the answers that have ended.
 
-From pairs of a prediction and the length that came true, whatever predictor made them: pairs with
-predictions of about the same size are kept together, as ratios of the length to the prediction. The
-length of another request is then as likely one as another of its prediction's ratios says, among
-those that are longer than what it has already put out.
+The logarithm of the true length over the predicted one is regressed on that of the prediction, by
+ridge regression whose prior is that predictions are right: the mean error and the slope are zero
+after `_PRIOR` requests of exactly that. What is left over is taken as normal. Older answers are
+forgotten at a rate of one in `_MEMORY`.
+
+Plain arithmetic, so that one text serves compiled kernels and the live router. All of it is what a
+router can do: an answer is learnt when it has ended.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import numpy as np
+import math
 
 from servegym.cluster.jit import inlined
-from servegym.scenario import Scenario
 from servegym.typing import FloatArray
 
-#: Seeds of the episodes that lengths are learned from: those of nobody else.
-FIRST_SEED = 200_000
-_NUM_BINS = 32
-_NUM_PAIRS = 32_768
-
-
-class Lengths(NamedTuple):
-    """Lengths given predictions; B bins of predictions, N equally likely ratios in each."""
-
-    edges: FloatArray  # [B - 1] predictions, tokens, at which the next bin begins; ascending
-    ratios: FloatArray  # [B, N] length over prediction, ascending
-
-
-def lengths_of(predicted_tokens: FloatArray, output_tokens: FloatArray) -> Lengths:
-    """Learn from requests that have ended.
-
-    Args:
-        predicted_tokens: `float64[n]`, at least 1.
-        output_tokens: What came true, `float64[n]`.
-    """
-    num_bins = max(1, min(_NUM_BINS, len(predicted_tokens) // 64))
-    each = len(predicted_tokens) // num_bins
-    order = np.argsort(predicted_tokens, kind="stable")[: num_bins * each]
-    predicted = predicted_tokens[order].reshape(num_bins, each)
-    ratios = np.sort(output_tokens[order].reshape(num_bins, each) / predicted, axis=1)
-    return Lengths(np.ascontiguousarray(predicted[1:, 0]), ratios)
-
-
-def learn_lengths(scenario: Scenario) -> Lengths:
-    """Learn from episodes of a scenario that nobody trains or is judged on."""
-    predicted: list[FloatArray] = []
-    output: list[FloatArray] = []
-    seed = FIRST_SEED
-    while sum(map(len, predicted)) < _NUM_PAIRS:
-        table = scenario.episode(seed).table
-        predicted.append(table.predicted_output_tokens)
-        output.append(table.output_tokens.astype(np.float64))
-        seed += 1
-    return lengths_of(np.concatenate(predicted), np.concatenate(output))
+_MEMORY = 2000.0
+_PRIOR = 20.0
+#: Places in the sums: requests, x, d, x^2, x d and d^2, where x is the logarithm of the predicted
+#: length and d that of the true over the predicted one.
+_N, _X, _D, _XX, _XD, _DD = range(6)
+#: Variance of x in the prior.
+_PRIOR_XX = 1.0
+_ROOT_HALF = math.sqrt(0.5)
 
 
 @inlined
-def draw_output(lengths: Lengths, predicted: float, generated: int, u: float) -> int:
-    """Draw an output's length in tokens.
+def learn_length(sums: FloatArray, predicted_tokens: float, output_tokens: float) -> None:
+    """Learn from a request that has ended.
 
     Args:
-        lengths: What is known of predictions.
-        predicted: What was predicted, tokens.
-        generated: Tokens that are out; the answer is above it.
-        u: Which of the possible lengths, from the shortest at 0 to the longest at 1.
+        sums: `float64[NUM_LENGTH_SUMS]`.
+        predicted_tokens: What was predicted.
+        output_tokens: What came.
     """
-    low, high = 0, lengths.edges.shape[0]
-    while low < high:
-        middle = (low + high) // 2
-        if lengths.edges[middle] <= predicted:
-            low = middle + 1
-        else:
-            high = middle
-    ratios = lengths.ratios[low]
-    first, high = 0, ratios.shape[0]
-    while first < high:
-        middle = (first + high) // 2
-        if ratios[middle] * predicted < generated + 0.5:
-            first = middle + 1
-        else:
-            high = middle
-    if first == ratios.shape[0]:  # longer than any that was seen
-        return generated + 1
-    place = first + int(u * (ratios.shape[0] - first))
-    return max(generated + 1, int(np.round(ratios[place] * predicted)))
+    x = math.log(max(predicted_tokens, 1.0))
+    d = math.log(max(output_tokens, 1.0)) - x
+    keep = 1.0 - 1.0 / _MEMORY
+    sums[_N] = keep * sums[_N] + 1.0
+    sums[_X] = keep * sums[_X] + x
+    sums[_D] = keep * sums[_D] + d
+    sums[_XX] = keep * sums[_XX] + x * x
+    sums[_XD] = keep * sums[_XD] + x * d
+    sums[_DD] = keep * sums[_DD] + d * d
+
+
+@inlined
+def error_of(sums: FloatArray) -> tuple[float, float, float, float]:
+    """Return the regression of d: mean of x, mean of d, slope, and variance of what is left."""
+    n = sums[_N]
+    if n <= 0.0:
+        return 0.0, 0.0, 0.0, 0.0
+    mean_x, mean_d = sums[_X] / n, sums[_D] / n
+    xx = max(0.0, sums[_XX] - n * mean_x * mean_x)
+    xd = sums[_XD] - n * mean_x * mean_d
+    dd = max(0.0, sums[_DD] - n * mean_d * mean_d)
+    slope = xd / (xx + _PRIOR * _PRIOR_XX)
+    rest = max(0.0, dd - slope * (2.0 * xd - slope * xx))
+    return mean_x, sums[_D] / (n + _PRIOR), slope, rest / (n + _PRIOR)
+
+
+@inlined
+def expected_length(predicted_tokens: float, error: tuple[float, float, float, float]) -> float:
+    """Mean output length of a request so predicted, at least 1.
+
+    Args:
+        predicted_tokens: The prediction.
+        error: From `error_of`.
+    """
+    mean_x, mean_d, slope, variance = error
+    x = math.log(max(predicted_tokens, 1.0))
+    return max(1.0, math.exp(x + mean_d + slope * (x - mean_x) + 0.5 * variance))
+
+
+@inlined
+def spread_of(variance: float) -> float:
+    """Standard deviation of a length over its mean, whose logarithm has such a variance."""
+    return math.sqrt(math.expm1(variance))
+
+
+@inlined
+def tokens_left(mean_tokens: float, variance: float, tokens: float) -> float:
+    """Mean of what is still to come of an answer that has not ended, at least 1.
+
+    Args:
+        mean_tokens: Of the whole length, whose logarithm is normal,
+        variance: and has this variance.
+        tokens: What has come.
+    """
+    if variance < 1e-6 or tokens < 1.0:
+        return max(1.0, mean_tokens - tokens)
+    sigma = math.sqrt(variance)
+    z = (math.log(tokens / mean_tokens) + 0.5 * variance) / sigma  # how far it has come
+    if z < -3.0:
+        return max(1.0, mean_tokens - tokens)
+    z = min(z, 6.0)  # so far out both tails would vanish
+    longer = math.erfc(_ROOT_HALF * z)
+    return max(1.0, mean_tokens * math.erfc(_ROOT_HALF * (z - sigma)) / longer - tokens)

@@ -21,7 +21,7 @@ from servegym.cluster.state import (
 )
 from servegym.errors import ConfigError
 from servegym.policy.contract import NUM_REQUEST_FEATURES
-from servegym.policy.observe import observe, observe_batch
+from servegym.policy.observe import observe, observe_batch, prepare
 from servegym.policy.placed import Placed
 from servegym.policy.policy import Decide, Heuristic, Observations
 from servegym.policy.rule import compile_for_rules
@@ -58,6 +58,7 @@ def run_placed(simulator: Simulator, policy: Placed, seed: int = 0) -> None:
     """
     require_whole_requests(simulator, policy)
     policy.reset(simulator.num_envs, seed)
+    prepare(simulator, policy.needs)
     tell_truth(simulator, policy.information)
     if isinstance(policy.dispatch, Heuristic):
         _run_compiled(simulator, policy, policy.dispatch)

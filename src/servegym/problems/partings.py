@@ -17,7 +17,7 @@ from servegym.cluster.state import DONE
 from servegym.drawing import PALETTE, as_image, pyplot
 from servegym.policy.contract import OUTSTANDING_REQUESTS, PREDICTED_OUTPUT_TOKENS, PROMPT_TOKENS
 from servegym.policy.counterfactual import Teacher, worth_of
-from servegym.policy.lengths import learn_lengths
+from servegym.policy.drawn_lengths import learn_lengths
 from servegym.policy.observe import observe_batch
 from servegym.policy.policy import Policy
 from servegym.problems.problem import Section
