@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from servegym.baselines.added_delay import added_delay
+from servegym.baselines.conductor import conductor
 from servegym.baselines.dynamo import dynamo
 from servegym.baselines.hexgen import hexgen
 from servegym.baselines.least_outstanding import least_outstanding
+from servegym.baselines.least_tpot import least_tpot
 from servegym.baselines.least_work_left import least_work_left
 from servegym.baselines.llm_d import llm_d
 from servegym.baselines.llumnix import llumnix
@@ -36,6 +38,7 @@ RULES: Rules[Heuristic] = Rules(
         "token-least-load": Entry(token_least_load),
         "least-work-left": Entry(least_work_left, has_oracle=True),
         "min-kv": Entry(min_kv),
+        "least-tpot": Entry(least_tpot),
         "sglang": Entry(
             sglang,
             {
@@ -66,6 +69,7 @@ RULES: Rules[Heuristic] = Rules(
             dict.fromkeys(("prefill", "decode"), Range(0.05, 20.0, logarithmic=True)),
             has_oracle=True,
         ),
+        "conductor": Entry(conductor, {"slack": Range(0.2, 5.0, logarithmic=True)}),
         "hexgen": Entry(hexgen, {"alpha": Range(0.0, 0.9)}, bounds={"alpha": (0.0, 1.0)}),
         "llumnix": Entry(llumnix),
         "mct": Entry(mct, has_oracle=True),

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 
 from servegym.assets.specs import gpu, model
 from servegym.calibrate.calibration import calibrated_cost
-from servegym.cluster.spec import ReplicaType
+from servegym.cluster.spec import Link, ReplicaType, Reservation, Role
 from servegym.costs.formats import ScenarioFormat, number_format
 from servegym.costs.step import StepCost
 from servegym.costs.tables import TableSource
@@ -49,6 +49,32 @@ class Drawn(Protocol):
         """Factor on their speed."""
 
 
+class LinkConfig(Config):
+    """How KV gets from a replica and to it: each replica has one link in either direction.
+
+    A transfer takes `latency_s`, `piece_s` for each piece of memory (K and V of every layer and
+    block are one each), and its bytes over the lower `gb_per_s` of both ends.
+    """
+
+    gb_per_s: Factor
+    latency_s: float = Field(0.0, ge=0)
+    piece_s: float = Field(0.0, ge=0)
+
+
+class TransferConfig(Config):
+    """How prefilled KV gets to where a request decodes; docs/disaggregation.md.
+
+    `reservation` says who holds memory first, the replica that prefills (`source`, vLLM) or the one
+    where the request will decode (`destination`, SGLang, which keeps `ahead_tokens` free for each
+    active request). Prefilled KV is held for `lease_s` until it is fetched.
+    """
+
+    reservation: Reservation = "source"
+    lease_s: float = Field(480.0, gt=0)
+    ahead_tokens: int = Field(512, ge=0)
+    max_num_held: int = Field(256, ge=1)
+
+
 class FleetEntry(Config):
     """Equal replicas; a pair of numbers is a range, drawn anew for every episode.
 
@@ -56,7 +82,9 @@ class FleetEntry(Config):
     the package aiconfigurator-core, which must be installed. `calibration` names a file of
     `servegym calibrate` instead, made for this GPU, model and tp. `engine` says whose rules form
     the steps; `max_num_batched_tokens` and `max_num_seqs` are those of the scenario's `engine`
-    section unless given, and where that names no budget, the engine's own.
+    section unless given, and where that names no budget, the engine's own. `role` says whether the
+    replicas do all of a request, or only prefill or only decode; where some do, each entry needs
+    a `link`.
     """
 
     gpu: str
@@ -69,6 +97,8 @@ class FleetEntry(Config):
     engine: EngineName = "vllm"
     max_num_batched_tokens: int | None = Field(None, ge=1)
     max_num_seqs: int | None = Field(None, ge=1)
+    role: Role = "mixed"
+    link: LinkConfig | None = None
 
     _check_ranges = field_validator("count", "speed")(ascending)
 
@@ -113,7 +143,7 @@ def replica_type(
     budget = entry.max_num_batched_tokens or engine.max_num_batched_tokens
     budget = budget or MAX_NUM_BATCHED_TOKENS[entry.engine]
     return ReplicaType(
-        name=f"{entry.gpu} x{entry.tp}" + ("" if entry.engine == "vllm" else f" {entry.engine}"),
+        name=_name(entry),
         grid=cost.compile(max_tokens=max(budget, 64)),
         num_blocks=blocks,
         max_num_batched_tokens=budget,
@@ -121,6 +151,8 @@ def replica_type(
         price_usd_per_h=cost.gpu.price_usd_per_h * entry.tp,
         num_gpus=entry.tp,
         engine=entry.engine,
+        role=entry.role,
+        link=_link(entry.link),
     )
 
 
@@ -140,6 +172,17 @@ def draw_fleet(
             types.append(index)
             speeds.append(_speed(rng, entry.speed))
     return types, speeds
+
+
+def _name(entry: FleetEntry) -> str:
+    parts = [f"{entry.gpu} x{entry.tp}"]
+    parts += [entry.engine] if entry.engine != "vllm" else []
+    parts += [entry.role] if entry.role != "mixed" else []
+    return " ".join(parts)
+
+
+def _link(link: LinkConfig | None) -> Link:
+    return Link(1e9 * link.gb_per_s, link.latency_s, link.piece_s) if link else Link()
 
 
 def _count(rng: np.random.Generator, count: int | tuple[int, int]) -> int:
