@@ -30,7 +30,7 @@ def replica_inputs(replicas: Tensor, request: Tensor) -> Tensor:
 
     Args:
         replicas: Raw features, `float32[batch, R, >= NUM_OBSERVED_FEATURES]`.
-        request: Raw features, `float32[batch, NUM_REQUEST_FEATURES]`.
+        request: Raw features, `float32[batch, >= NUM_OBSERVED_REQUEST_FEATURES]`.
 
     Returns:
         `float32[batch, R, NUM_INPUTS]`; rows of absent replicas are meaningless but finite.

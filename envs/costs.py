@@ -47,7 +47,7 @@ def cost_features(replicas: Float32Array, request: Float32Array) -> Float32Array
 
     Args:
         replicas: Raw features, `float32[num_envs, R, NUM_OBSERVED_FEATURES]`.
-        request: Raw features, `float32[num_envs, NUM_REQUEST_FEATURES]`.
+        request: Raw features, `float32[num_envs, NUM_OBSERVED_REQUEST_FEATURES]`.
 
     Returns:
         `float32[num_envs, R, len(COST_FEATURES)]`; rows of absent replicas are 0.

@@ -7,7 +7,9 @@ from servegym.envs.observation import column_table
 from servegym.envs.single import BatchEnv
 from servegym.envs.vector import BatchVectorEnv
 from servegym.policy.contract import (
+    NUM_EXTENDED_FEATURES,
     NUM_OBSERVED_FEATURES,
+    NUM_OBSERVED_REQUEST_FEATURES,
     REPLICA_FEATURES,
     REQUEST_FEATURES,
 )
@@ -28,7 +30,7 @@ draws from those inside.
 
 ## Observation Space
 A `Dict` with `replicas` (`float32[R, {NUM_OBSERVED_FEATURES}]`, rows of absent replicas are 0),
-`request` (`float32[{len(REQUEST_FEATURES)}]`) and `action_mask` (`int8`, 1 is allowed), in raw units.
+`request` (`float32[{NUM_OBSERVED_REQUEST_FEATURES}]`) and `action_mask` (`int8`, 1 is allowed), in raw units.
 
 Columns of `replicas`:
 
@@ -36,7 +38,15 @@ Columns of `replicas`:
 
 Entries of `request`:
 
-{column_table(REQUEST_FEATURES, "Feature")}
+{column_table(REQUEST_FEATURES[:NUM_OBSERVED_REQUEST_FEATURES], "Feature")}
+
+With `features="extended"`, which takes longer, these columns of `replicas` follow:
+
+{column_table(REPLICA_FEATURES[NUM_OBSERVED_FEATURES:NUM_EXTENDED_FEATURES], "Feature")}
+
+and these entries of `request`:
+
+{column_table(REQUEST_FEATURES[NUM_OBSERVED_REQUEST_FEATURES:], "Feature")}
 
 ## Rewards
 `latency`: minus the integral of the requests in the system since the last decision, so the sum
@@ -53,7 +63,7 @@ happens then is rewarded in the last step. With
 
 ## Arguments
 `scenario` (name, path or `Scenario`), `num_requests`, `r_max` (rows of `replicas`), `features`
-(`contract`, or `costs` of choosing each replica);
+(`contract`, `extended`, or `costs` of choosing each replica);
 `load` (factor on the arrival rate, or a range drawn per episode), `objective`, `reward_scale`,
 `shaping`, `warmup`, `episode_end`, `invalid_action` and `invalid_penalty`, `normalise`, `flat`;
 see `docs/env-dispatch.md` and `docs/environments.md`.

@@ -14,19 +14,20 @@ from servegym.envs.costs import COST_FEATURES, cost_features
 from servegym.envs.dispatch_kernels import KernelSettings, Output, begin, step_range
 from servegym.envs.observation import Table
 from servegym.envs.request_batch import RequestBatch
-from servegym.envs.request_scene import dispatch_scene
+from servegym.envs.request_scene import dispatch_deed, dispatch_scene
 from servegym.envs.scene import Scene
 from servegym.envs.settings import DispatchSettings
 from servegym.errors import ConfigError
 from servegym.policy.contract import (
-    NUM_OBSERVED_FEATURES,
     NUM_REQUEST_FEATURES,
     OUTSTANDING_REQUESTS,
     REPLICA_FEATURES,
     REQUEST_FEATURES,
-    Group,
+    observed,
+    observed_groups,
 )
 from servegym.policy.layout import scenario_actions
+from servegym.policy.observe import prepare
 from servegym.typing import BoolArray, Float32Array, FloatArray, Int8Array, IntArray
 
 
@@ -40,8 +41,8 @@ class DispatchBatch(RequestBatch):
     Attributes:
         width: Replica rows; fleets may be smaller.
         num_actions: Replicas, then hold and reject where the scenario allows them.
-        replicas: Features of the contract, `float32[num_envs, width, NUM_OBSERVED_FEATURES]`.
-        request: Observation, `float32[num_envs, NUM_REQUEST_FEATURES]`.
+        replicas: Features of the contract, `float32[num_envs, width, F]`; see `contract.observed`.
+        request: Observation, `float32[num_envs, G]`.
     """
 
     settings_type = DispatchSettings
@@ -50,6 +51,8 @@ class DispatchBatch(RequestBatch):
     def __init__(self, num_envs: int, settings: DispatchSettings) -> None:
         super().__init__(num_envs, settings)
         self._shows_costs = settings.features == "costs"
+        extended = settings.features == "extended"
+        self._groups = observed_groups(extended=extended)
         self.width = settings.r_max or self.scenario.max_replicas
         if self.width < self.scenario.max_replicas:
             raise ConfigError(
@@ -58,20 +61,20 @@ class DispatchBatch(RequestBatch):
             )
         actions = self.scenario.actions
         own = scenario_actions(self.width, hold=actions.hold, reject=actions.reject)
-        replicas = (self.width, NUM_OBSERVED_FEATURES)
-        shown = COST_FEATURES if self._shows_costs else REPLICA_FEATURES[:NUM_OBSERVED_FEATURES]
+        shape = observed(extended=extended)
+        shown = COST_FEATURES if self._shows_costs else REPLICA_FEATURES[: shape.replicas]
         self._allocate(
             len(own),
             {
                 "replicas": Table(shown, (self.width, len(shown))),
-                "request": Table(REQUEST_FEATURES, (NUM_REQUEST_FEATURES,)),
+                "request": Table(REQUEST_FEATURES[: shape.request], (shape.request,)),
             },
             {},
         )
-        self.replicas: Float32Array = np.zeros((num_envs, *replicas), np.float32)
-        self.request: Float32Array = np.zeros((num_envs, NUM_REQUEST_FEATURES), np.float32)
+        self.replicas: Float32Array = np.zeros((num_envs, self.width, shape.replicas), np.float32)
+        self.request: Float32Array = np.zeros((num_envs, shape.request), np.float32)
         self._kernel_settings = KernelSettings(
-            needs=int(Group.COUNTERS | Group.METRICS | Group.PREFIX),
+            needs=int(self._groups),
             goodput=self.objective == "goodput",
             scale=float(self.reward_scale),
         )
@@ -80,7 +83,9 @@ class DispatchBatch(RequestBatch):
         )
 
     def _make_simulator(self, episodes: list[Episode]) -> Simulator:
-        return Simulator(self.scenario.spec, episodes, max_replicas=self.width)
+        simulator = Simulator(self.scenario.spec, episodes, max_replicas=self.width)
+        prepare(simulator, self._groups)
+        return simulator
 
     def _begin(self, env: int, episode: Episode) -> bool:
         self.simulator.load(env, episode)
@@ -110,8 +115,8 @@ class DispatchBatch(RequestBatch):
         """Return how this batch's agents see decisions from elsewhere.
 
         Args:
-            replicas: Features of the contract, `float32[n, width, NUM_OBSERVED_FEATURES]`.
-            request: Features of the contract, `float32[n, NUM_REQUEST_FEATURES]`.
+            replicas: Features of the contract, `float32[n, width, F]`.
+            request: Features of the contract, `float32[n, G]`.
             mask: Allowed actions, `int8[n, num_actions]`.
         """
         return self.observer(self._parts_of(replicas, request, mask))
@@ -122,6 +127,9 @@ class DispatchBatch(RequestBatch):
         load = np.where(self.mask[env, : self.width] == 1, outstanding, np.inf)
         best = int(load.argmin())
         return best if load[best] < np.inf else int(self.mask[env].argmax())
+
+    def _deed(self, env: int, action: int) -> str:
+        return dispatch_deed(self.simulator, env, action, self.width)
 
     def scene(self, env: int) -> Scene:
         """Show the replicas, what they run and what waits for them."""

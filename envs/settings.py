@@ -12,7 +12,7 @@ from servegym.errors import ConfigError, UnknownSetting, unknown_name
 InvalidActions = Literal["raise", "resample", "penalise"]
 Shaping = Literal["none", "cost-to-go"]
 EpisodeEnd = Literal["drained", "last-arrival"]
-Features = Literal["contract", "costs"]
+Features = Literal["contract", "extended", "costs"]
 QueueOrder = Literal["shortest", "arrival"]
 Placement = Literal["agent", "eft"]
 Shortlist = Literal["work-left", "arrival", "rank", "slack"]
@@ -93,8 +93,9 @@ class DispatchSettings(RequestSettings):
     Attributes:
         scenario: A name, a path or a `Scenario`.
         r_max: Replica rows, if there are to be more than the scenario's largest fleet has.
-        features: What is observed of replicas: the `contract`'s features, or the `costs` of
-            choosing them, all within 0 to 1; see `envs.costs`.
+        features: What is observed: the `contract`'s features, with what a router infers if
+            `extended`, or in place of those of replicas the `costs` of choosing them, all within 0
+            to 1; see `envs.costs`.
     """
 
     scenario: Any = "mixed-chat"
@@ -127,6 +128,18 @@ class PreemptionSettings(RequestSettings):
         if self.max_waiting < 2:
             raise ConfigError(f"max_waiting must be at least 2, got {self.max_waiting}")
         one_of(queue_order=(self.queue_order, get_args(QueueOrder)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterSettings(PreemptionSettings):
+    """What environments of a fleet of engines with orders may be told; see `PreemptionSettings`.
+
+    Attributes:
+        scenario: A name, a path or a `Scenario`, whose fleet has two replicas or more and
+            `engine: vllm-priority` in every entry.
+    """
+
+    scenario: Any = "kv-starved-fleet"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import gymnasium
 
+from servegym.envs.cluster import ClusterEnv
 from servegym.envs.dispatch import DispatchEnv
 from servegym.envs.observation import column_table
 from servegym.envs.preemption import PreemptionEnv
@@ -17,7 +18,9 @@ from servegym.envs.workflow import WorkflowEnv
 from servegym.evaluate.compare import with_interval
 from servegym.evaluate.suite import load_record, load_suite, reference
 from servegym.policy.contract import (
+    NUM_EXTENDED_FEATURES,
     NUM_OBSERVED_FEATURES,
+    NUM_OBSERVED_REQUEST_FEATURES,
     REPLICA_FEATURES,
     REQUEST_FEATURES,
     SCHEMA_VERSION,
@@ -44,13 +47,52 @@ predicted one.
 {column_table(REPLICA_FEATURES[:NUM_OBSERVED_FEATURES], "Feature")}
 
 ## Per request
-{column_table(REQUEST_FEATURES, "Feature")}
+{column_table(REQUEST_FEATURES[:NUM_OBSERVED_REQUEST_FEATURES], "Feature")}
+
+## What is inferred
+A router can work these out from its own book-keeping: when tokens came, how long answers became,
+and what it was told of the requests that are there. That takes a microsecond or two for each
+request that is outstanding, so they are filled for policies that ask for them, and shown by
+environments with `features="extended"`. Of a replica:
+
+{column_table(REPLICA_FEATURES[NUM_OBSERVED_FEATURES:NUM_EXTENDED_FEATURES], "Feature")}
+
+Of the request:
+
+{column_table(REQUEST_FEATURES[NUM_OBSERVED_REQUEST_FEATURES:], "Feature")}
+
+How they are inferred:
+
+- *Step times.* As long as a stream decodes on a replica, the time from token to token is observed;
+  `recent_itl_s` is its mean. Where every request that is there decodes, it is the time of a step
+  that does nothing else, and expected are `decode_step_s` and `decode_seq_s` for each further
+  stream: `step_time_ratio` is the quotient of the sums of both. From one decision to the next, what
+  is older is forgotten: times between tokens with a time constant of 2 s, steps with one of 0.5 s
+  of newer ones observed and 10 s of any time, so that the ratio of a replica without streams goes
+  back to 1. 0.1 s in which all was as expected are added before quotients are formed.
+- *Lengths.* The logarithm of true over predicted length of ended requests is regressed on the
+  logarithm of the prediction, with a prior of 20 requests whose predictions were right and a memory
+  of 2,000 requests. What that leaves over is taken as normal, so the mean is that of a log-normal
+  length; given the tokens that have come, that of the lengths above them. A request is expected
+  to be as long as at its dispatch until it ends. Requests that end early are learnt early:
+  expectations are a little low until about as many have ended as are outstanding.
+- *Limits.* A request's TPOT is taken as the time since its first token, and a step for each token
+  still expected, over all its tokens. A step takes what is known, times `step_time_ratio`; with
+  the new request, there is one stream more and a pause for its prefill.
+
+`policy.lengths` and `policy.inferred` have the formulas.
 
 ## For planners only
 Filled when a policy asks for them, by simulating each choice forward; not in the environment's
 observation.
 
-{column_table(REPLICA_FEATURES[NUM_OBSERVED_FEATURES:], "Feature")}
+{column_table(REPLICA_FEATURES[NUM_EXTENDED_FEATURES:], "Feature")}
+
+## Versions
+| schema | changed |
+|---|---|
+| 2 | what is inferred; exported policies of schema 1 are read and decide as before |
+| 1 | the first |
 
 ## Information classes
 | class | may use |
@@ -165,6 +207,7 @@ def pages() -> dict[str, str]:
         "environments/dispatch.md": environment_page(DispatchEnv),
         "environments/preemption.md": environment_page(PreemptionEnv),
         "environments/workflow.md": environment_page(WorkflowEnv),
+        "environments/cluster.md": environment_page(ClusterEnv),
     }
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from servegym.errors import ConfigError
+
 if TYPE_CHECKING:
+    from servegym.train.run_folder import StoredRun
     from servegym.train.training_run import TrainingRun
 
 
@@ -29,16 +32,52 @@ class Entry(NamedTuple):
         return found
 
 
-TRAINERS = {
-    "dispatch": Entry("ppo", "servegym.train.ppo_settings:PPOConfig", "servegym.train.ppo:Trainer"),
-    "order": Entry(
-        "order",
-        "servegym.train.ordering_settings:OrderingTraining",
-        "servegym.train.ordering:OrderingTrainer",
-    ),
-    "workflow": Entry(
-        "jobs",
-        "servegym.train.workflow_settings:WorkflowTraining",
-        "servegym.train.workflow:WorkflowTrainer",
-    ),
+#: All trainers of a problem by what `--learner` calls them; the first is used unless one is named.
+LEARNERS = {
+    "dispatch": {
+        "ppo": Entry("ppo", "servegym.train.ppo_settings:PPOConfig", "servegym.train.ppo:Trainer"),
+        "counterfactual": Entry(
+            "counterfactual",
+            "servegym.train.counterfactual_settings:CounterfactualTraining",
+            "servegym.train.counterfactual:CounterfactualTrainer",
+        ),
+    },
+    "order": {
+        "search": Entry(
+            "order",
+            "servegym.train.ordering_settings:OrderingTraining",
+            "servegym.train.ordering:OrderingTrainer",
+        ),
+    },
+    "workflow": {
+        "search-ppo": Entry(
+            "jobs",
+            "servegym.train.workflow_settings:WorkflowTraining",
+            "servegym.train.workflow:WorkflowTrainer",
+        ),
+    },
 }
+
+#: The first trainer of each problem.
+TRAINERS = {problem: next(iter(entries.values())) for problem, entries in LEARNERS.items()}
+
+
+def find_trainer(problem: str, learner: str | None = None) -> Entry:
+    """Return a problem's trainer, the first unless a learner is named.
+
+    Raises:
+        ConfigError: If the problem has no such learner.
+    """
+    entries = LEARNERS[problem]
+    if learner is None:
+        return TRAINERS[problem]
+    if learner not in entries:
+        raise ConfigError(
+            f"problem {problem} has no learner {learner}: choose {' or '.join(entries)}"
+        )
+    return entries[learner]
+
+
+def trainer_of(run: StoredRun) -> Entry:
+    """Return the trainer that made a run; those that do not name their learner are the first's."""
+    return find_trainer(run.problem, run.settings.get("learner"))

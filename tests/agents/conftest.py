@@ -9,7 +9,7 @@ import yaml
 
 from servegym.policy.contract import (
     NUM_OBSERVED_FEATURES,
-    NUM_REQUEST_FEATURES,
+    NUM_OBSERVED_REQUEST_FEATURES,
     ReplicaFeature,
     RequestFeature,
 )
@@ -39,7 +39,7 @@ def draw_observations() -> Callable[..., Arrays]:
         column["KV_CAPACITY_TOKENS"][:] = rng.uniform(1e4, 5e5, (batch, num_replicas))
         column["MAX_NUM_SEQS"][:] = 128.0
         column["PENDING_PREFILL_TOKENS"][:] = rng.uniform(0, 5e3, (batch, num_replicas))
-        request = rng.uniform(0, 1, (batch, NUM_REQUEST_FEATURES))
+        request = rng.uniform(0, 1, (batch, NUM_OBSERVED_REQUEST_FEATURES))
         request[:, RequestFeature.PROMPT_TOKENS] = rng.integers(1, 4000, batch)
         request[:, RequestFeature.PREDICTED_OUTPUT_TOKENS] = rng.integers(1, 1000, batch)
         mask = rng.random((batch, num_replicas + num_extra)) < 0.7

@@ -12,7 +12,7 @@ from gymnasium.wrappers import FlattenObservation, RecordEpisodeStatistics, Time
 
 from servegym.envs.dispatch import DispatchEnv
 from servegym.errors import ConfigError, InvalidAction, ResetNeeded
-from servegym.policy.contract import ReplicaFeature, RequestFeature
+from servegym.policy.contract import ReplicaFeature, RequestFeature, observed
 from servegym.policy.layout import scenario_actions
 from servegym.scenario import scenario_names
 
@@ -69,6 +69,27 @@ def test_make_knows_the_environment(env_id):
         assert not truncated
         steps += 1
     assert steps == 5  # one decision a request
+
+
+def test_extended_features_follow_the_others_and_change_nothing_else():
+    plain = gymnasium.make(ENV_ID, num_requests=120)
+    env = gymnasium.make(ENV_ID, num_requests=120, features="extended")
+    check_env(gymnasium.make(ENV_ID, num_requests=30, features="extended").unwrapped)
+    want, _ = plain.reset(seed=3)
+    got, _ = env.reset(seed=3)
+    rows, entries = observed(extended=False)
+    ratios, lengths = [], []
+    for step in range(120):
+        assert got in env.observation_space
+        np.testing.assert_array_equal(got["replicas"][:, :rows], want["replicas"])
+        np.testing.assert_array_equal(got["request"][:entries], want["request"])
+        ratios += got["replicas"][:, ReplicaFeature.STEP_TIME_RATIO].tolist()
+        lengths.append(got["request"][RequestFeature.EXPECTED_TOKENS])
+        want, *_ = plain.step(step % 8)
+        got, *_ = env.step(step % 8)
+    assert min(ratios) < max(ratios)
+    assert min(ratios) > 0.3
+    assert min(lengths) > 1
 
 
 def test_spec_can_be_written_as_json():

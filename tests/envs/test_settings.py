@@ -30,7 +30,11 @@ def test_a_setting_of_another_problem_is_unknown():
     ("settings_type", "given", "sentence"),
     [
         (DispatchSettings, {"group_size": 0}, "group_size must be at least 1, got 0"),
-        (DispatchSettings, {"features": "raw"}, "features must be one of contract, costs"),
+        (
+            DispatchSettings,
+            {"features": "raw"},
+            "features must be one of contract, extended, costs",
+        ),
         (WorkflowSettings, {"max_edges": 0}, "max_edges must be at least 1, got 0"),
         (WorkflowSettings, {"episode_end": "never"}, "episode_end must be one of drained"),
     ],

@@ -9,28 +9,37 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 import servegym
 from servegym.agents.network import DispatchNetwork, NetworkConfig
 from servegym.agents.torch_policy import TorchPolicy
+from servegym.cluster.simulator import Simulator
+from servegym.cluster.state import DECISION
 from servegym.errors import ExportError
 from servegym.evaluate.harness import evaluate
 from servegym.export import from_torch
-from servegym.export.from_torch import export_policy
-from servegym.export.manifest import digest, read_manifest
+from servegym.export.from_torch import export_policy, graph_of
+from servegym.export.manifest import NAME, WEIGHTS, digest, read_manifest, write_policy
 from servegym.export.resolve import resolve_policy
 from servegym.export.sample import sample_observations
 from servegym.policy.contract import (
     NUM_OBSERVED_FEATURES,
+    NUM_OBSERVED_REQUEST_FEATURES,
     NUM_REPLICA_FEATURES,
     NUM_REQUEST_FEATURES,
     REPLICA_FEATURES,
     REQUEST_FEATURES,
     SCHEMA_VERSION,
+    Group,
     ReplicaFeature,
     RequestFeature,
+    observed,
+    observed_groups,
 )
 from servegym.policy.frozen import FrozenPolicy, NumpyPolicy
+from servegym.policy.layout import GRAPH_INPUTS
+from servegym.policy.observe import observe_batch
 from servegym.policy.policy import Observations
 from servegym.scenario import load_scenario
 from servegym.serve.guards import Reason
@@ -65,7 +74,7 @@ def draw(batch: int, size: int, num_extra: int, seed: int):
     replicas[..., ReplicaFeature.DECODE_STEP_S] = rng.uniform(0.005, 0.03, (batch, size))
     replicas[..., ReplicaFeature.DECODE_SEQ_S] = rng.uniform(1e-5, 1e-3, (batch, size))
     replicas[..., ReplicaFeature.KV_CAPACITY_TOKENS] = 1e5
-    request = rng.uniform(0, 1, (batch, NUM_REQUEST_FEATURES)).astype(np.float32)
+    request = rng.uniform(0, 1, (batch, NUM_OBSERVED_REQUEST_FEATURES)).astype(np.float32)
     request[:, RequestFeature.PROMPT_TOKENS] = rng.integers(1, 4000, batch)
     request[:, RequestFeature.PREDICTED_OUTPUT_TOKENS] = rng.integers(1, 500, batch)
     mask = (rng.random((batch, size + num_extra)) < 0.7).astype(np.float32)
@@ -137,14 +146,16 @@ def test_manifest_says_what_the_file_is(exported, samples):
     assert manifest.schema_version == SCHEMA_VERSION
     observed = [f.name for f in REPLICA_FEATURES[:NUM_OBSERVED_FEATURES]]
     assert list(manifest.features["replicas"]) == observed
-    assert list(manifest.features["request"]) == [f.name for f in REQUEST_FEATURES]
+    asked = [f.name for f in REQUEST_FEATURES[:NUM_OBSERVED_REQUEST_FEATURES]]
+    assert list(manifest.features["request"]) == asked
+    assert not manifest.extended
     assert manifest.num_extra_actions == 0
     assert manifest.information == "predictive"
     assert manifest.scenario == "mixed-chat"
     assert manifest.training == {"seed": 3}
     assert manifest.servegym_version == servegym.__version__
     assert len(manifest.ranges["replicas"]) == NUM_OBSERVED_FEATURES
-    assert len(manifest.ranges["request"]) == NUM_REQUEST_FEATURES
+    assert len(manifest.ranges["request"]) == NUM_OBSERVED_REQUEST_FEATURES
     low, high = manifest.ranges["request"][RequestFeature.PROMPT_TOKENS]
     prompts = samples[1][:, RequestFeature.PROMPT_TOKENS]
     one_more = 0.01 + 1 / len(prompts)  # quantiles are interpolated
@@ -271,18 +282,99 @@ def test_spoilt_weights_are_refused_in_one_sentence(with_weights, spoil, sentenc
     assert "\n" not in str(refused.value)
 
 
+def test_a_policy_of_the_first_schema_decides_as_before(with_weights, samples, tmp_path):
+    # its manifest as the first version wrote it: the same rows, and no others
+    for file in (with_weights, *(with_weights.parent / name for name in (NAME, WEIGHTS))):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    beside = tmp_path / NAME
+    stated = json.loads(beside.read_text())
+    assert stated["schema_version"] == 2
+    beside.write_text(json.dumps(stated | {"schema_version": 1}))
+    older, newer = (
+        resolve_policy(str(tmp_path / with_weights.name)),
+        resolve_policy(str(with_weights)),
+    )
+    assert older.needs == newer.needs == observed_groups(extended=False)
+    replicas, request, mask = samples
+    wide = np.zeros((len(replicas), NUM_REPLICA_FEATURES, replicas.shape[1]))
+    wide[:, :NUM_OBSERVED_FEATURES] = replicas.transpose(0, 2, 1)
+    both = np.concatenate((mask > 0, np.zeros((len(mask), 2), np.bool_)), 1)
+    asked = np.full((len(request), NUM_REQUEST_FEATURES), np.nan)  # what is new, it must not read
+    asked[:, :NUM_OBSERVED_REQUEST_FEATURES] = request
+    wide[:, NUM_OBSERVED_FEATURES:] = np.nan
+    envs = np.arange(len(replicas))
+    want = TorchPolicy(make_network()).act(Observations(wide, asked, both), envs)
+    np.testing.assert_array_equal(older.act(Observations(wide, asked, both), envs), want)
+    assert len(want) >= 500
+    for change in ({"schema_version": 3}, {"schema_version": 0}):
+        beside.write_text(json.dumps(stated | change))
+        with pytest.raises(ExportError, match=r"speaks observation schema [03], this .* 2: train"):
+            resolve_policy(str(tmp_path / with_weights.name))
+
+
+class Shortest(nn.Module):
+    """Sends a request where the fewest tokens are expected to be left."""
+
+    def forward(self, replicas: Tensor, request: Tensor, mask: Tensor) -> Tensor:
+        left = replicas[..., ReplicaFeature.EXPECTED_TOKENS_LEFT]
+        left = left + 0.0 * request[..., RequestFeature.EXPECTED_TOKENS :].sum(-1, keepdim=True)
+        return -left + (mask - 1.0) * 1e9
+
+
+def test_a_policy_may_see_what_is_inferred(tmp_path):
+    shape = observed(extended=True)
+    rng = np.random.default_rng(0)
+    samples = {
+        "replicas": rng.random((64, shape.replicas)).astype(np.float32),
+        "request": rng.random((64, shape.request)).astype(np.float32),
+    }
+    few = tuple(
+        torch.from_numpy(rng.random(size).astype(np.float32))
+        for size in ((2, 3, shape.replicas), (2, shape.request), (2, 3))
+    )
+    axes = {"replicas": {0: "batch", 1: "R"}, "request": {0: "batch"}, "mask": {0: "batch", 1: "R"}}
+    graph = graph_of(Shortest(), few, GRAPH_INPUTS, "logits", axes)
+    path = write_policy(tmp_path / "policy.onnx", "dispatch", graph, samples, extended=True)
+    manifest = read_manifest(path)
+    assert manifest.extended
+    assert manifest.features["replicas"][-1] == "pushed_over_100"
+    assert manifest.features["request"][-1] == "expected_tokens_spread"
+    frozen = resolve_policy(str(path))
+    assert frozen.needs & Group.LENGTHS
+    episodes = load_scenario("mixed-chat").episode(0, num_requests=200)
+    simulator = Simulator(load_scenario("mixed-chat").spec, [episodes])
+    checked = 0
+    while simulator.advance()[0] == DECISION:
+        seen, envs = observe_batch(simulator, frozen.needs)
+        action = frozen.act(seen, envs)
+        left = np.where(
+            seen.mask[0, :-2], seen.replicas[0, ReplicaFeature.EXPECTED_TOKENS_LEFT], np.inf
+        )
+        assert left[action[0]] == left.min()
+        checked += left.min() > 0
+        simulator.apply(action)
+    assert checked > 50
+    (tmp_path / NAME).write_text(
+        (tmp_path / NAME).read_text().replace('"schema_version": 2', '"schema_version": 1')
+    )
+    with pytest.raises(ExportError, match="speaks observation schema 1"):
+        read_manifest(path)
+
+
 def test_the_runtime_takes_an_exported_policy_and_knows_its_ranges(with_weights, samples):
     replicas, request, mask = samples
     runtime = PolicyRuntime(
         RuntimeConfig(policy=str(with_weights), max_metrics_age_s=1e6, timeout_s=60.0)
     )
     wide = np.zeros((1, NUM_REPLICA_FEATURES, replicas.shape[1]))
+    asks = np.zeros((1, NUM_REQUEST_FEATURES))
     network = TorchPolicy(make_network())
     asked = 0
     for row in range(0, len(replicas), 7):
         wide[0, :NUM_OBSERVED_FEATURES] = replicas[row].T
         both = np.concatenate((mask[row] > 0, [False, False]))
-        seen = Observations(wide, request[row : row + 1].astype(float), both[None])
+        asks[0, :NUM_OBSERVED_REQUEST_FEATURES] = request[row]
+        seen = Observations(wide, asks, both[None])
         decision = runtime.decide(seen, str(row))
         if decision.by == "policy":
             asked += 1

@@ -39,8 +39,48 @@ ROW_NAMES = {
     "GENERATED": "GENERATED_TOKENS",
     "METRICS_AGE": "METRICS_AGE_S",
     "PREFIX_HIT": "PREFIX_HIT_TOKENS",
+    "RECENT_ITL": "RECENT_ITL_S",
+    "EXPECTED_LEFT": "EXPECTED_TOKENS_LEFT",
+    "AS_TIGHT": "OUTSTANDING_AS_TIGHT",
     "WHAT_IF_E2E": "WHAT_IF_E2E_S",
     "WHAT_IF_ADDED": "WHAT_IF_ADDED_S",
+}
+#: What policies saw that were exported with schema 1.
+FIRST_SCHEMA = {
+    "replicas": [
+        "up",
+        "outstanding_requests",
+        "outstanding_prompt_tokens",
+        "pending_prefill_tokens",
+        "outstanding_predicted_tokens",
+        "recent_ttft_s",
+        "recent_tpot_s",
+        "since_dispatch_s",
+        "relative_speed",
+        "prefill_tokens_per_s",
+        "decode_step_s",
+        "decode_seq_s",
+        "kv_capacity_tokens",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "num_running",
+        "num_waiting",
+        "kv_cache_usage",
+        "generated_tokens",
+        "metrics_age_s",
+        "prefix_hit_tokens",
+    ],
+    "request": [
+        "prompt_tokens",
+        "predicted_output_tokens",
+        "ttft_slo_s",
+        "tpot_slo_s",
+        "slo_weight",
+        "waited_s",
+        "arrival_rate_rps",
+        "num_up",
+        "num_held",
+    ],
 }
 UNITS = {"-", "s", "requests", "tokens", "tokens/s", "requests/s", "replicas"}
 FEATURES = [*REPLICA_FEATURES, *REQUEST_FEATURES]
@@ -88,11 +128,29 @@ def test_feature_names_and_meanings_are_unique(features):
     assert len({f.meaning for f in features}) == len(features)
 
 
-def test_what_environments_show_is_everything_but_the_planners_rows():
-    shown = REPLICA_FEATURES[: contract.NUM_OBSERVED_FEATURES]
-    hidden = REPLICA_FEATURES[contract.NUM_OBSERVED_FEATURES :]
-    assert all(f.group != Group.WHAT_IF for f in shown)
-    assert [f.name for f in hidden] == ["what_if_e2e_s", "what_if_added_s"]
+@pytest.mark.parametrize("extended", [False, True])
+def test_what_environments_show_are_the_first_features_and_all_of_its_groups(extended):
+    shape = contract.observed(extended=extended)
+    groups = contract.observed_groups(extended=extended)
+    for features, count in zip((REPLICA_FEATURES, REQUEST_FEATURES), shape, strict=True):
+        assert 0 < count <= len(features)
+        assert [f for f in features if f.group & groups] == list(features[:count])
+    hidden = [f.name for f in REPLICA_FEATURES if f.group == Group.WHAT_IF]
+    assert hidden == ["what_if_e2e_s", "what_if_added_s"]
+    assert [f.name for f in REPLICA_FEATURES[shape.replicas :]][-2:] == hidden
+    assert bool(groups & Group.LIMITS) == extended
+
+
+def test_rows_of_the_first_schema_are_what_they_were():
+    shape = contract.observed(extended=False)
+    assert [f.name for f in REPLICA_FEATURES[: shape.replicas]] == FIRST_SCHEMA["replicas"]
+    assert [f.name for f in REQUEST_FEATURES[: shape.request]] == FIRST_SCHEMA["request"]
+
+
+def test_each_margin_has_its_row():
+    rows = [f.name for f in REPLICA_FEATURES if f.name.startswith("pushed_over_")]
+    assert rows == [f"pushed_over_{round(100 * margin)}" for margin in contract.MARGINS]
+    assert list(contract.MARGINS) == sorted(contract.MARGINS)
 
 
 def test_predicted_lengths_are_there_for_the_request_and_for_each_replica():
@@ -147,7 +205,7 @@ def test_observations_stay_within_the_ranges_of_the_contract(name):
     low_q, high_q = (np.array([getattr(f, x) for f in REQUEST_FEATURES]) for x in ("low", "high"))
     rng = np.random.default_rng(2)
     while simulator.advance()[0] == DECISION:
-        seen, _ = observe_batch(simulator, Group.COUNTERS | Group.METRICS | Group.PREFIX)
+        seen, _ = observe_batch(simulator, contract.observed_groups(extended=True))
         assert (seen.replicas[0] >= low).all()
         assert (seen.replicas[0] <= high).all()
         assert (seen.request[0] >= low_q).all()

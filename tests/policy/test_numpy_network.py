@@ -9,8 +9,8 @@ import torch
 from servegym.agents.network import DispatchNetwork, NetworkConfig
 from servegym.policy.contract import (
     NUM_OBSERVED_FEATURES,
+    NUM_OBSERVED_REQUEST_FEATURES,
     NUM_REPLICA_FEATURES,
-    NUM_REQUEST_FEATURES,
     ReplicaFeature,
 )
 from servegym.policy.costs import BASES
@@ -51,7 +51,7 @@ def draw(batch: int, size: int, num_extra: int):
         ("OUTSTANDING_PREDICTED_TOKENS", 0, 1e4),
     ):
         replicas[..., ReplicaFeature[name]] = rng.uniform(low, high, (batch, size))
-    request = rng.uniform(0, 1, (batch, NUM_REQUEST_FEATURES)).astype(np.float32)
+    request = rng.uniform(0, 1, (batch, NUM_OBSERVED_REQUEST_FEATURES)).astype(np.float32)
     request[:, 0] = rng.integers(1, 4000, batch)
     request[:, 1] = rng.integers(1, 500, batch)
     mask = (rng.random((batch, size + num_extra)) < 0.7).astype(np.float32)

@@ -23,7 +23,12 @@ from servegym.cluster.state import (
     QUEUED,
     RUNNING,
 )
-from servegym.policy.contract import Group, ReplicaFeature, RequestFeature
+from servegym.policy.contract import (
+    NUM_OBSERVED_REQUEST_FEATURES,
+    Group,
+    ReplicaFeature,
+    RequestFeature,
+)
 from servegym.policy.observe import observe_batch
 from servegym.policy.policy import Observations
 from servegym.scenario import load_scenario
@@ -153,7 +158,7 @@ def test_observations_equal_what_log_and_table_say(name, seed):
                 "num_up": rows["up"].sum(),
                 "num_held": held,
             }
-            for f in RequestFeature:
+            for f in list(RequestFeature)[:NUM_OBSERVED_REQUEST_FEATURES]:
                 assert seen.request[0, f] == pytest.approx(wanted[f.name.lower()], rel=1e-9)
             need = table.prompt_tokens[deciding] + table.output_tokens[deciding] - 1
             allowed = (rows["up"] > 0) & (need <= got["kv_capacity_tokens"])

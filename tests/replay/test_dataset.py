@@ -10,7 +10,7 @@ import pytest
 from servegym.errors import WorkloadError
 from servegym.policy.contract import (
     NUM_OBSERVED_FEATURES,
-    NUM_REQUEST_FEATURES,
+    NUM_OBSERVED_REQUEST_FEATURES,
     ReplicaFeature,
     RequestFeature,
 )
@@ -23,7 +23,7 @@ def test_what_was_seen_done_and_came_of_it(exact, tmp_path):
     data = read_dataset([exact])
     log = load(exact)[0]
     assert data.replicas.shape == (400, NUM_OBSERVED_FEATURES, 3)
-    assert data.request.shape == (400, NUM_REQUEST_FEATURES)
+    assert data.request.shape == (400, NUM_OBSERVED_REQUEST_FEATURES)
     assert data.mask.shape == (400, 5)
     assert (np.diff(data.time_s) >= 0).all()
     np.testing.assert_array_equal(data.action, log.replica[data.request_id])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from servegym.cluster.engine import catch_up as book_ended_steps
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import SloClass
 from servegym.cluster.state import (
@@ -21,7 +22,9 @@ from servegym.cluster.state import (
 )
 from servegym.policy.contract import (
     FIRST_NOMINAL,
+    INFERRED,
     NO_BOUND,
+    NUM_EXTENDED_FEATURES,
     NUM_NOMINAL,
     NUM_OBSERVED_FEATURES,
     REPLICA_FEATURES,
@@ -38,6 +41,7 @@ from servegym.serve.facts import Hardware, Rates, fleet_facts
 from servegym.serve.state import EngineMetrics, LiveState
 
 ALL = Group.COUNTERS | Group.METRICS | Group.PREFIX
+INFERRED_ROWS = range(NUM_OBSERVED_FEATURES, NUM_EXTENDED_FEATURES)
 
 
 class Follower:
@@ -51,16 +55,31 @@ class Follower:
         self.requests = {}
         self.hits = {}
         self.seen = 0
+        self.seen_steps = 0
         self.faults = 0
 
     def catch_up(self) -> None:
         """Take in what has happened since the last call, in order of time."""
-        events = self.simulator.events()
-        for event in events[self.seen :]:
-            self.fail_until(event["time_s"])
-            self.take(event)
-        self.seen = len(events)
-        self.fail_until(self.simulator.state.env[0]["now_s"])
+        p, s = self.simulator.params, self.simulator.state
+        now_s = float(s.env[0]["now_s"])
+        for r in range(self.state.num_replicas):
+            book_ended_steps(p, s, 0, r, now_s)  # so that the log has all that have ended
+        events, steps = self.simulator.events(), self.simulator.steps()
+        new = [(event["time_s"], 1, event) for event in events[self.seen :]]
+        new += [(step["end_s"], 0, step) for step in steps[self.seen_steps :]]
+        for time_s, is_event, what in sorted(new, key=lambda entry: entry[:2]):
+            self.fail_until(time_s)
+            (self.take if is_event else self.stream)(what)
+        self.seen, self.seen_steps = len(events), len(steps)
+        self.fail_until(now_s)
+
+    def stream(self, step) -> None:
+        """Pass on the tokens of a stretch of steps, all of them when it ends."""
+        r = int(step["replica"])
+        there = [q for q in self.requests.values() if q.replica == r and q.generated_tokens]
+        if len(there) == step["num_decodes"]:  # else one computes anew what another began
+            for request in there:
+                self.state.tokens(request, int(step["num_steps"]), float(step["end_s"]))
 
     def fail_until(self, now_s: float) -> None:
         faults = self.simulator.episodes[0].faults
@@ -86,6 +105,7 @@ class Follower:
             state.dispatch(self.requests[i], r, now_s)
         elif kind == EV_FIRST_TOKEN:
             state.first_token(self.requests[i], now_s)
+            state.tokens(self.requests[i], 1, now_s)
         elif kind == EV_FINISH:
             state.finish(self.requests[i], now_s, int(table.output_tokens[i]))
         elif kind == EV_HOLD:
@@ -109,7 +129,9 @@ class Follower:
             scraped_s = env["last_scrape_s"] if self.simulator.params.metrics_interval_s else now_s
             self.state.update_metrics(r, given, float(scraped_s))
         self.hits[i] = metrics[ReplicaFeature["PREFIX_HIT_TOKENS"]].copy()
-        return self.state.observe(self.requests[i], now_s, hit_tokens=self.hits[i])
+        return self.state.observe(
+            self.requests[i], now_s, hit_tokens=self.hits[i], needs=ALL | INFERRED
+        )
 
 
 @pytest.mark.parametrize("name", ["mixed-chat", "hetero-prefix", "failures", "slo-chat"])
@@ -129,9 +151,9 @@ def test_live_state_shows_what_the_simulator_shows(name, metrics_interval_s, hol
     episode = scenario.episode(3, num_requests=250, load=1.3)
     simulator = Simulator(scenario.spec, [episode], record=True)
     rng = np.random.default_rng(7)
-    follower, checked = None, 0
+    follower, checked, num_pushed = None, 0, 0
     while simulator.advance()[0] == DECISION:
-        want, _ = observe_batch(simulator, ALL)
+        want, _ = observe_batch(simulator, ALL | INFERRED)
         if follower is None:
             facts = want.replicas[0, FIRST_NOMINAL : FIRST_NOMINAL + NUM_NOMINAL].copy()
             follower = Follower(simulator, facts, hold)
@@ -144,9 +166,19 @@ def test_live_state_shows_what_the_simulator_shows(name, metrics_interval_s, hol
                 atol=1e-9,
                 err_msg=REPLICA_FEATURES[f].name,
             )
+        for f in INFERRED_ROWS if name != "failures" else ():
+            np.testing.assert_allclose(
+                got.replicas[0, f],
+                want.replicas[0, f],
+                rtol=1e-6,
+                atol=1e-9,
+                err_msg=REPLICA_FEATURES[f].name,
+            )
         for f, feature in enumerate(REQUEST_FEATURES):
             assert got.request[0, f] == pytest.approx(want.request[0, f], rel=1e-9), feature.name
         np.testing.assert_array_equal(got.mask, want.mask)
+        pushed = got.replicas[0, ReplicaFeature["PUSHED_OVER_50"]]
+        num_pushed += int(pushed.sum())
         checked += 1
         allowed = np.flatnonzero(want.mask[0, :-2])
         draw = rng.random()
@@ -154,6 +186,7 @@ def test_live_state_shows_what_the_simulator_shows(name, metrics_interval_s, hol
         action = width if draw < 0.1 else width + 1 if draw < 0.15 else int(rng.choice(allowed))
         simulator.apply(np.array([action if hold or action < width else int(rng.choice(allowed))]))
     assert checked >= 250
+    assert num_pushed > 20
     follower.catch_up()
     seen = follower.state.replicas
     for name in ("outstanding_requests", "pending_prefill_tokens", "outstanding_prompt_tokens"):
@@ -191,8 +224,8 @@ def test_the_routers_own_count_of_tokens_stands_where_the_engine_says_nothing():
         state.observe(request, 0.0)
         state.dispatch(request, 1, 0.0)
     state.first_token(first, 0.5)
-    state.tokens(first, 3)
-    state.tokens(second, 4)
+    state.tokens(first, 3, 0.6)
+    state.tokens(second, 4, 0.6)
     assert value(state.observe(first, 1.0), "generated_tokens", 1) == 7
     state.finish(second, 1.0, 4)
     assert value(state.observe(first, 1.0), "generated_tokens", 1) == 3

@@ -36,8 +36,22 @@ _F = TypeVar("_F", bound=Callable[..., object])
     STEP_TOGETHER,
     CATCH_UP,
     LET_GO,
-) = range(10)
-NUM_ENTRIES = 10
+    HAND_OVER,
+    FIND_PLACE,
+    PLACE_ON,
+    SET_ASIDE,
+    ADMIT_LANDED,
+    GO_OFF_TRANSFER,
+    STOP_TRANSFERS,
+    INFER,
+) = range(18)
+NUM_ENTRIES = 18
+#: What only clusters call in which requests are prefilled on one replica and decode on another.
+DISAGGREGATION = frozenset(
+    {HAND_OVER, FIND_PLACE, PLACE_ON, SET_ASIDE, ADMIT_LANDED, GO_OFF_TRANSFER, STOP_TRANSFERS}
+)
+#: Those that are compiled only for who asks for them: the others' first start is not to wait.
+ON_DEMAND = frozenset({INFER}) | DISAGGREGATION
 
 _compiled: dict[int, tuple[Any, types.Type, tuple[types.Type, ...]]] = {}
 
@@ -87,17 +101,23 @@ def entry(place: int, result: types.Type, *arguments: types.Type) -> Callable[[_
 
 
 @functools.cache
-def addresses(params: types.Type, state: types.Type) -> IntArray:
-    """Compile all entry points, or load them from disk; return their addresses.
+def addresses(
+    params: types.Type, state: types.Type, on_demand: frozenset[int] = frozenset()
+) -> IntArray:
+    """Compile entry points, or load them from disk; return their addresses.
 
     Args:
         params: Numba's type of the constants.
         state: And of the state.
+        on_demand: Those of `ON_DEMAND` that are wanted; the address of others is 0.
     """
     found = np.zeros(NUM_ENTRIES, np.int64)
     if config.DISABLE_JIT:  # type: ignore[attr-defined]
+        found[list(on_demand)] = 1  # nobody calls it, but it is there
         return found
     for place, (compiled, result, arguments) in _compiled.items():
+        if place in ON_DEMAND and place not in on_demand:
+            continue
         wanted = signature(result, params, state, *arguments)
         compiled.compile(wanted)
         made = compiled.get_compile_result(wanted)

@@ -18,7 +18,7 @@ from servegym.evaluate.harness import Evaluation, evaluate
 from servegym.evaluate.saturation import saturation_load
 from servegym.evaluate.table import comparison_table, saturation_table
 from servegym.evaluate.tune import resolve
-from servegym.problems.problem import Policy, Scenario
+from servegym.problems.problem import Policy, Scenario, Section
 
 #: Instead of a scenario: Taillard's first 50, as `servegym schedule --benchmark` has them.
 _JOB_SHOPS = "taillard"
@@ -92,7 +92,8 @@ class Evaluate(Played):
                     share: saturation_load(scenario, policy, share, num_units=self.num_requests)
                     for share in _SHARES
                 }
-        publish(result, self.json, self.report)
+        said = differences(result, policies, self.num_requests) if self.report else []
+        publish(result, self.json, self.report, said)
         if self.plot and problem.plot:
             save_figure(problem.plot.draw(result, result.loads[-1]), self.plot)
             make_console().print(f"chart: {self.plot}")
@@ -129,7 +130,33 @@ def evaluated(
         )
 
 
-def publish(result: Evaluation, json: Path | None, report: Path | None) -> None:
+def differences(
+    result: Evaluation, policies: Sequence[Policy], num_units: int | None = None
+) -> list[Section]:
+    """Say of each learned policy what it does otherwise than the best rule, at the largest load."""
+    load, named = result.loads[-1], {policy.name: policy for policy in policies}
+    rule = result.best_heuristic(load)
+    found = [
+        result.problem.differences(
+            result.scenario,
+            named[name],
+            named[rule],
+            seed=result.seeds[0],
+            load=load,
+            num_units=num_units,
+        )
+        for name in result.learned
+        if rule != name
+    ]
+    return [section for section in found if section]
+
+
+def publish(
+    result: Evaluation,
+    json: Path | None,
+    report: Path | None,
+    sections: Sequence[Section] = (),
+) -> None:
     """Print the tables and write the files asked for."""
     console = make_console()
     print_remarks(console, result.notes)
@@ -143,5 +170,5 @@ def publish(result: Evaluation, json: Path | None, report: Path | None) -> None:
     if report:
         from servegym.evaluate.report import write_report
 
-        write_report(result, report)
+        write_report(result, report, sections)
         console.print(f"report: {report}")

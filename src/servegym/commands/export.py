@@ -8,7 +8,7 @@ from pathlib import Path
 from servegym.commands.console import make_console
 from servegym.commands.train import require_torch
 from servegym.errors import ExportError
-from servegym.train.registry import TRAINERS
+from servegym.train.registry import trainer_of
 
 
 @dataclass(frozen=True)
@@ -29,5 +29,5 @@ class Export:
             raise ExportError(
                 f"{self.run_folder} is no training run: it needs {CHECKPOINT} and {CONFIG}"
             )
-        trainer = TRAINERS[StoredRun.read(self.run_folder).problem].trainer.stored(self.run_folder)
+        trainer = trainer_of(StoredRun.read(self.run_folder)).trainer.stored(self.run_folder)
         make_console().print(f"policy: {trainer.export(self.out)}")

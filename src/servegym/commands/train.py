@@ -16,7 +16,7 @@ from servegym.errors import ConfigError
 from servegym.problems.problem import AnyProblem
 from servegym.problems.registry import find_problem, load_problem
 from servegym.train.job_shop import RandomJobShops
-from servegym.train.registry import TRAINERS
+from servegym.train.registry import LEARNERS, find_trainer
 
 
 def require_torch() -> None:
@@ -34,14 +34,18 @@ def require_torch() -> None:
 class Train(Played):
     """Train a policy and export it; a killed run goes on where its checkpoint is.
 
-    What is trained is what the scenario poses: a dispatcher (PPO), the order inside one engine (a
-    search), a scheduler of jobs (a search, then PPO). The trainer's settings follow; those of
-    another trainer are shown with a scenario of its: `servegym train --scenario text-to-sql
-    --help`, or `kv-starved`.
+    What is trained is what the scenario poses: a dispatcher (PPO, or policy iteration on
+    counterfactuals), the order inside one engine (a search), a scheduler of jobs (a search, then
+    PPO). The trainer's settings follow; those of another trainer are shown with a scenario of its:
+    `servegym train --scenario text-to-sql --help`, or `kv-starved`, or with `--learner
+    counterfactual --help`.
     """
 
     scenario: str = "mixed-chat"
     """Bundled scenario name or YAML file, of any problem, or `job-shop`: small random job shops."""
+    learner: str | None = None
+    """What trains it: of a dispatcher ppo (else taken) or counterfactual, which tries every choice
+    of a decision on the state as it is."""
     out: Path | None = None
     """Folder of the run: config.json, tensorboard/, checkpoint.pt, policy/. By default
     runs/KIND-SCENARIO, such as runs/ppo-mixed-chat. A folder is gone on with under the same
@@ -54,7 +58,7 @@ class Train(Played):
         if not problem.takes_trace:
             why = f"is for scenarios of requests, and {self.scenario} is one of {problem.unit}"
             self.refuse(("trace", *TRACE_OPTIONS), why)
-        entry = TRAINERS[problem.name]
+        entry = find_trainer(problem.name, self.learner)
         out = self._folder(entry.folder)
         scenario = self.chosen_file(out) if problem.takes_trace else self.scenario
         settings = getattr(self, "settings", None) or entry.settings()
@@ -78,8 +82,9 @@ def train_command(words: Sequence[str]) -> type[Train]:
     """
     scenario = _given(words, "--scenario") or Train.scenario
     problem = _problem(scenario)
-    settings = TRAINERS[problem.name].settings
-    _refuse_others(words, scenario, problem.name)
+    learner = _given(words, "--learner")
+    settings = find_trainer(problem.name, learner).settings
+    _refuse_others(words, scenario, problem.name, settings)
     kind = OmitArgPrefixes[Annotated[settings, arg(help=f"What trains {problem.name}.")]]  # type: ignore[valid-type]
     made = make_dataclass(
         "Train", [("settings", kind, field(default_factory=settings))], bases=(Train,), frozen=True
@@ -106,19 +111,25 @@ def _given(words: Sequence[str], option: str) -> str | None:
     return None
 
 
-def _refuse_others(words: Sequence[str], scenario: str, name: str) -> None:
-    """Refuse options that only other problems' trainers have."""
+def _refuse_others(words: Sequence[str], scenario: str, problem: str, settings: type[Any]) -> None:
+    """Refuse options that only other trainers have, of other problems or of this one."""
     given = {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
-    unknown = given - _options(Train) - _options(TRAINERS[name].settings)
-    if not unknown:
-        return
-    options = {other: _options(entry.settings) for other, entry in TRAINERS.items()}
+    unknown = given - _options(Train) - _options(settings)
     for option in sorted(unknown):
-        others = [other for other in options if option in options[other]]
+        owners = {
+            name: [x for x, entry in entries.items() if option in _options(entry.settings)]
+            for name, entries in LEARNERS.items()
+        }
+        if owners[problem]:
+            raise ConfigError(
+                f"{option} is an option of --learner {' and '.join(owners[problem])}: name that"
+                " learner, or leave it out"
+            )
+        others = [name for name, learners in owners.items() if learners]
         if others:
             raise ConfigError(
                 f"{option} is for scenarios of {' and '.join(others)}, and {scenario} is one of"
-                f" {name}: leave it out"
+                f" {problem}: leave it out"
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import servegym
 from servegym.drawing import PALETTE, as_image, pyplot
 from servegym.evaluate.harness import CLAIRVOYANT, Evaluation
 from servegym.evaluate.table import saturation_cells
+from servegym.problems.problem import Section
 from servegym.whole_files import write_whole
 
 #: Of pages with results.
@@ -31,12 +33,18 @@ p.note { color: #777; font-size: .9rem; }
 """
 
 
-def write_report(result: Evaluation, path: Path) -> None:
-    """Write the page; it needs nothing but itself."""
-    write_whole({path: report_page(result).encode()})
+def write_report(result: Evaluation, path: Path, sections: Sequence[Section] = ()) -> None:
+    """Write the page; it needs nothing but itself.
+
+    Args:
+        result: What is shown.
+        path: Where to.
+        sections: What else is to be said.
+    """
+    write_whole({path: report_page(result, sections).encode()})
 
 
-def report_page(result: Evaluation) -> str:
+def report_page(result: Evaluation, sections: Sequence[Section] = ()) -> str:
     """Return the page's HTML."""
     top = result.loads[-1]
     scenario, problem = result.scenario, result.problem
@@ -61,10 +69,20 @@ def report_page(result: Evaluation) -> str:
 {_comparison(result)}. Oracles know {problem.truth}.{_bound(result)}</p>
 <h2>How far from the best rule (load {top:g})</h2>{_against_figure(result, top)}
 <p class="note">The line is the best rule. Learned policies are orange.</p>
-{_saturation(result)}{figures}
+{_sections(sections)}{_saturation(result)}{figures}
 <p class="note">servegym {servegym.__version__}</p>
 {script}</body></html>
 """
+
+
+def _sections(sections: Sequence[Section]) -> str:
+    """Show what is said beside the comparison."""
+    shown = ""
+    for section in sections:
+        said = "".join(f"<p>{html.escape(text)}</p>" for text in section.sentences)
+        shown += f"<h2>{html.escape(section.title)}</h2>{said}{section.figure}"
+        shown += f'<p class="note">{html.escape(section.note)}</p>'
+    return shown
 
 
 def _verdict(result: Evaluation, load: float) -> str:

@@ -14,6 +14,7 @@ from servegym.agents.network import DispatchNetwork
 from servegym.errors import ExportError
 from servegym.export.manifest import write_policy
 from servegym.export.weights import NUM_PROBES, weights_file
+from servegym.policy.contract import NUM_EXTENDED_FEATURES
 from servegym.policy.layout import GRAPH_INPUTS
 from servegym.policy.numpy_network import FAMILY, NetworkShape
 from servegym.typing import Float32Array
@@ -66,6 +67,7 @@ def export_policy(
         graph,
         {"replicas": replicas[replicas[..., 0] > 0], "request": request},
         weights=weights_file(shape, _weights(network), _probes(network, samples)),
+        extended=replicas.shape[-1] == NUM_EXTENDED_FEATURES,
         num_extra_actions=network.config.num_extra,
         scenario=scenario,
         objective=objective,

@@ -12,12 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 import servegym
 from servegym.errors import ExportError
-from servegym.policy.contract import (
-    NUM_OBSERVED_FEATURES,
-    REPLICA_FEATURES,
-    REQUEST_FEATURES,
-    SCHEMA_VERSION,
-)
+from servegym.policy.contract import REPLICA_FEATURES, REQUEST_FEATURES, SCHEMA_VERSION, observed
 from servegym.policy.numpy_network import NetworkShape
 from servegym.policy.ordering import ORDERING_FEATURES, ORDERING_SCHEMA_VERSION
 from servegym.policy.policy import Information
@@ -47,15 +42,20 @@ class Contract(NamedTuple):
     features: dict[str, tuple[str, ...]]
 
 
-def contract_of(problem: str) -> Contract:
+def contract_of(problem: str, *, extended: bool = False) -> Contract:
     """Return a problem's contract.
+
+    Args:
+        problem: Its name.
+        extended: Of a dispatcher: whether it sees what is inferred, too.
 
     Raises:
         ExportError: If no policy of such a problem can be exported.
     """
     if problem == "dispatch":
-        replicas = tuple(f.name for f in REPLICA_FEATURES[:NUM_OBSERVED_FEATURES])
-        request = tuple(f.name for f in REQUEST_FEATURES)
+        shape = observed(extended=extended)
+        replicas = tuple(f.name for f in REPLICA_FEATURES[: shape.replicas])
+        request = tuple(f.name for f in REQUEST_FEATURES[: shape.request])
         return Contract(SCHEMA_VERSION, {"replicas": replicas, "request": request})
     if problem == "order":
         names = tuple(f.name for f in ORDERING_FEATURES)
@@ -127,14 +127,29 @@ class Manifest(BaseModel):
             data[key] = groups
         return data
 
+    @property
+    def extended(self) -> bool:
+        """Whether a dispatcher sees what is inferred, too."""
+        return (
+            self.features.get("replicas")
+            == contract_of("dispatch", extended=True).features["replicas"]
+        )
+
     def require_contract(self, path: Path) -> None:
         """Check that the policy sees what this version of servegym shows it.
 
         Raises:
             ExportError: If it does not.
         """
-        wanted = contract_of(self.problem)
-        if (self.schema_version, self.features) != (wanted.schema_version, wanted.features):
+        if self.problem == "dispatch":
+            wanted = contract_of(self.problem, extended=self.extended)
+            # the rows of older schemas are still there, and first
+            first = 2 if self.extended else 1
+            known = range(first, wanted.schema_version + 1)
+        else:
+            wanted = contract_of(self.problem)
+            known = range(wanted.schema_version, wanted.schema_version + 1)
+        if self.schema_version not in known or self.features != wanted.features:
             schema = f"{_SCHEMAS[self.problem]} schema {self.schema_version}"
             raise ExportError(
                 f"{path} speaks {schema}, this version of servegym {wanted.schema_version}: train"
@@ -176,6 +191,7 @@ def write_policy(
     samples: Mapping[str, np.ndarray],
     *,
     weights: bytes = b"",
+    extended: bool = False,
     **described: Any,
 ) -> Path:
     """Write a policy with its manifest and weights, all of them or none.
@@ -186,6 +202,7 @@ def write_policy(
         content: What is in it.
         samples: Rows of features from training, of the groups whose ranges are to be stated.
         weights: Contents of `weights.npz`; empty for none.
+        extended: Whether a dispatcher sees what is inferred, too.
         described: Other fields of `Manifest`.
 
     Returns:
@@ -194,7 +211,7 @@ def write_policy(
     Raises:
         OutputError: If the files cannot be written; those that were there are untouched.
     """
-    contract = contract_of(problem)
+    contract = contract_of(problem, extended=extended)
     manifest = Manifest(
         problem=problem,
         schema_version=contract.schema_version,

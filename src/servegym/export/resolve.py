@@ -108,7 +108,13 @@ def exported_policy(path: Path, manifest: Manifest) -> Policy:
     """
     name, network = policy_name(path), read_network(path.parent, manifest)
     if network is not None:
-        return NumpyPolicy(network, information=manifest.information, name=name)
+        return NumpyPolicy(
+            network, information=manifest.information, name=name, extended=manifest.extended
+        )
     return FrozenPolicy(
-        path, num_extra=manifest.num_extra_actions, information=manifest.information, name=name
+        path,
+        num_extra=manifest.num_extra_actions,
+        information=manifest.information,
+        name=name,
+        extended=manifest.extended,
     )

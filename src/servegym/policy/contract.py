@@ -10,7 +10,8 @@ from __future__ import annotations
 from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
-SCHEMA_VERSION = 1
+#: 2 has added rows behind those of 1, which are what they were.
+SCHEMA_VERSION = 2
 
 
 class Group(IntFlag):
@@ -20,6 +21,13 @@ class Group(IntFlag):
     METRICS = 2  # engine metrics, as old as `metrics_age_s` says
     PREFIX = 4  # prefix index
     WHAT_IF = 8  # forward simulation of each choice; not part of the environment's observation
+    STEP_TIMES = 16  # what the router infers: from when tokens come,
+    LENGTHS = 32  # from how long answers have become,
+    LIMITS = 64  # and from both, about every request that is there
+
+
+#: What a router works out from its own book-keeping, if a policy asks for it.
+INFERRED = Group.STEP_TIMES | Group.LENGTHS | Group.LIMITS
 
 
 class Feature(NamedTuple):
@@ -35,6 +43,22 @@ class Feature(NamedTuple):
 
 #: Stands for "no bound": spaces must be finite.
 NO_BOUND = 1e9
+
+#: Shares of TPOT limits for which requests are counted that a choice would push over them.
+MARGINS = (0.4, 0.5, 0.6, 0.8, 1.0)
+
+
+def _pushed_over(margin: float) -> Feature:
+    return Feature(
+        f"pushed_over_{100 * margin:.0f}",
+        0,
+        NO_BOUND,
+        "requests",
+        Group.LIMITS,
+        f"requests there whose TPOT would stay within {100 * margin:.0f} % of its limit without "
+        "this one, and would not with it",
+    )
+
 
 REPLICA_FEATURES: tuple[Feature, ...] = (
     Feature("up", 0, 1, "-", Group.COUNTERS, "1 if the replica takes requests"),
@@ -147,6 +171,40 @@ REPLICA_FEATURES: tuple[Feature, ...] = (
         "leading prompt tokens of this request in its prefix cache",
     ),
     Feature(
+        "step_time_ratio",
+        0,
+        NO_BOUND,
+        "-",
+        Group.STEP_TIMES,
+        "observed over expected time of its recent steps, 1 if there are none",
+    ),
+    Feature(
+        "recent_itl_s",
+        0,
+        NO_BOUND,
+        "s",
+        Group.STEP_TIMES,
+        "recent time from token to token there, with the prefills in between; `decode_step_s` if "
+        "there is none",
+    ),
+    Feature(
+        "expected_tokens_left",
+        0,
+        NO_BOUND,
+        "tokens",
+        Group.LENGTHS,
+        "output tokens still expected of the outstanding requests, given what has come",
+    ),
+    Feature(
+        "outstanding_as_tight",
+        0,
+        NO_BOUND,
+        "requests",
+        Group.LIMITS,
+        "outstanding requests whose TPOT limit is not above this one's",
+    ),
+    *map(_pushed_over, MARGINS),
+    Feature(
         "what_if_e2e_s",
         0,
         NO_BOUND,
@@ -188,6 +246,22 @@ REQUEST_FEATURES: tuple[Feature, ...] = (
     ),
     Feature("num_up", 0, NO_BOUND, "replicas", Group.COUNTERS, "replicas that take requests"),
     Feature("num_held", 0, NO_BOUND, "requests", Group.COUNTERS, "requests on hold"),
+    Feature(
+        "expected_tokens",
+        0,
+        NO_BOUND,
+        "tokens",
+        Group.LENGTHS,
+        "mean output length of requests so predicted, as learnt from those that have ended",
+    ),
+    Feature(
+        "expected_tokens_spread",
+        0,
+        NO_BOUND,
+        "-",
+        Group.LENGTHS,
+        "standard deviation of that length over its mean",
+    ),
 )
 
 NUM_REPLICA_FEATURES = len(REPLICA_FEATURES)
@@ -216,6 +290,15 @@ NUM_REQUEST_FEATURES = len(REQUEST_FEATURES)
     GENERATED_TOKENS,
     METRICS_AGE_S,
     PREFIX_HIT_TOKENS,
+    STEP_TIME_RATIO,
+    RECENT_ITL_S,
+    EXPECTED_TOKENS_LEFT,
+    OUTSTANDING_AS_TIGHT,
+    PUSHED_OVER_40,
+    PUSHED_OVER_50,
+    PUSHED_OVER_60,
+    PUSHED_OVER_80,
+    PUSHED_OVER_100,
     WHAT_IF_E2E_S,
     WHAT_IF_ADDED_S,
 ) = range(NUM_REPLICA_FEATURES)
@@ -230,6 +313,8 @@ NUM_REQUEST_FEATURES = len(REQUEST_FEATURES)
     ARRIVAL_RATE_RPS,
     NUM_UP,
     NUM_HELD,
+    EXPECTED_TOKENS,
+    EXPECTED_TOKENS_SPREAD,
 ) = range(NUM_REQUEST_FEATURES)
 
 #: The same by name, e.g. `ReplicaFeature["OUTSTANDING_REQUESTS"]`.
@@ -240,8 +325,36 @@ RequestFeature = IntEnum(  # type: ignore[misc]
     "RequestFeature", [(f.name.upper(), i) for i, f in enumerate(REQUEST_FEATURES)]
 )
 
-#: Rows an environment shows: all but the planner's.
-NUM_OBSERVED_FEATURES = sum(f.group != Group.WHAT_IF for f in REPLICA_FEATURES)
+#: Rows an environment shows of a replica, and of the request: what costs next to nothing.
+NUM_OBSERVED_FEATURES = sum(f.group < Group.WHAT_IF for f in REPLICA_FEATURES)
+NUM_OBSERVED_REQUEST_FEATURES = sum(f.group < Group.WHAT_IF for f in REQUEST_FEATURES)
+#: Rows of the extended observation: with what is inferred, so all but the planner's.
+NUM_EXTENDED_FEATURES = sum(f.group != Group.WHAT_IF for f in REPLICA_FEATURES)
 #: Static rows, filled from `Params.nominal` (same order), from this one on.
 FIRST_NOMINAL = RELATIVE_SPEED
 NUM_NOMINAL = MAX_NUM_BATCHED_TOKENS - FIRST_NOMINAL + 1
+
+
+class Shape(NamedTuple):
+    """How many features an observation has.
+
+    Attributes:
+        replicas: Of each replica: the first so many rows.
+        request: Of the request.
+    """
+
+    replicas: int
+    request: int
+
+
+def observed(*, extended: bool) -> Shape:
+    """Return the shape of what environments show and networks take, plain or extended."""
+    if extended:
+        return Shape(NUM_EXTENDED_FEATURES, NUM_REQUEST_FEATURES)
+    return Shape(NUM_OBSERVED_FEATURES, NUM_OBSERVED_REQUEST_FEATURES)
+
+
+def observed_groups(*, extended: bool) -> Group:
+    """Return the groups of features in such an observation."""
+    plain = Group.COUNTERS | Group.METRICS | Group.PREFIX
+    return plain | INFERRED if extended else plain

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from servegym.errors import ExportError
-from servegym.policy.contract import NUM_OBSERVED_FEATURES, NUM_REQUEST_FEATURES, Group
+from servegym.policy.contract import observed, observed_groups
 from servegym.policy.layout import GRAPH_INPUTS, agent_actions, agent_arrays
 from servegym.policy.numpy_network import NumpyNetwork
 from servegym.policy.policy import Information, Observations
@@ -16,16 +16,21 @@ from servegym.typing import IntArray
 
 #: Is no action, and so refused by whoever checks it.
 _NO_CHOICE = -1
-_NEEDS = Group.COUNTERS | Group.METRICS | Group.PREFIX
 
 
 class NumpyPolicy:
     """`weights.npz` as a `Policy`; needs nothing but NumPy."""
 
-    needs = _NEEDS
-
-    def __init__(self, network: NumpyNetwork, *, information: Information, name: str) -> None:
+    def __init__(
+        self,
+        network: NumpyNetwork,
+        *,
+        information: Information,
+        name: str,
+        extended: bool = False,
+    ) -> None:
         self._network = network
+        self.needs = observed_groups(extended=extended)
         self.information: Information = information
         self.name = name
 
@@ -49,9 +54,17 @@ class NumpyPolicy:
 class FrozenPolicy:
     """`policy.onnx` as a `Policy`."""
 
-    needs = _NEEDS
-
-    def __init__(self, path: Path, *, num_extra: int, information: Information, name: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        num_extra: int,
+        information: Information,
+        name: str,
+        extended: bool = False,
+    ) -> None:
+        self.needs = observed_groups(extended=extended)
+        self._extended = extended
         try:
             import onnxruntime
         except ImportError as error:
@@ -74,9 +87,10 @@ class FrozenPolicy:
 
     def _check_actions(self, num_extra: int) -> None:
         """Decide about two replicas, to see whether the graph has the actions it should."""
+        shape = observed(extended=self._extended)
         arrays = (
-            np.zeros((1, 2, NUM_OBSERVED_FEATURES), np.float32),
-            np.zeros((1, NUM_REQUEST_FEATURES), np.float32),
+            np.zeros((1, 2, shape.replicas), np.float32),
+            np.zeros((1, shape.request), np.float32),
             np.ones((1, 2 + num_extra), np.float32),
         )
         shape = self._session.run(None, dict(zip(GRAPH_INPUTS, arrays, strict=True)))[0].shape
@@ -89,7 +103,7 @@ class FrozenPolicy:
     def act(self, observations: Observations, env_ids: IntArray) -> IntArray:
         """Decide; see `Policy.act`."""
         actions = agent_actions(observations.mask, self._num_extra)
-        arrays = agent_arrays(observations, actions)
+        arrays = agent_arrays(observations, actions, extended=self._extended)
         logits = self._session.run(None, dict(zip(GRAPH_INPUTS, arrays, strict=True)))[0]
         finite = np.isfinite(logits).all(-1)
         return np.where(finite, actions[logits.argmax(-1)], _NO_CHOICE)

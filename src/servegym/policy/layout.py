@@ -13,7 +13,7 @@ from functools import cache
 
 import numpy as np
 
-from servegym.policy.contract import NUM_OBSERVED_FEATURES
+from servegym.policy.contract import observed
 from servegym.policy.policy import Observations
 from servegym.typing import BoolArray, Float32Array, IntArray
 
@@ -56,21 +56,23 @@ def agent_actions(mask: BoolArray, num_extra: int) -> IntArray:
 
 
 def agent_arrays(
-    observations: Observations, actions: IntArray
+    observations: Observations, actions: IntArray, *, extended: bool = False
 ) -> tuple[Float32Array, Float32Array, Float32Array]:
     """Bring observations into the layout of environments and exported graphs.
 
     Args:
         observations: Of a batch of decisions.
         actions: Of the agent; see `agent_actions`.
+        extended: Whether it sees what is inferred, too.
 
     Returns:
-        `replicas float32[batch, R, NUM_OBSERVED_FEATURES]`, `request float32[batch, G]` and `mask
-        float32[batch, len(actions)]`, 1 where allowed.
+        `replicas float32[batch, R, F]`, `request float32[batch, G]` with F and G of
+        `contract.observed`, and `mask float32[batch, len(actions)]`, 1 where allowed.
     """
-    replicas = observations.replicas[:, :NUM_OBSERVED_FEATURES].transpose(0, 2, 1)
+    shape = observed(extended=extended)
+    replicas = observations.replicas[:, : shape.replicas].transpose(0, 2, 1)
     return (
         np.ascontiguousarray(replicas, np.float32),
-        observations.request.astype(np.float32),
+        observations.request[:, : shape.request].astype(np.float32),
         observations.mask[:, actions].astype(np.float32),
     )

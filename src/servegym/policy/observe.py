@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from servegym.cluster.engine import prefix_hit_tokens
+from servegym.cluster.entry import INFER
 from servegym.cluster.jit import kernel
 from servegym.cluster.kernels import measure
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import (
     DISPATCH,
+    PLACE,
     SCRAPED_EMITTED,
     SCRAPED_KV_USAGE,
     SCRAPED_RUNNING,
@@ -25,25 +27,34 @@ from servegym.cluster.state import (
     Params,
     State,
 )
-from servegym.policy.contract import NUM_REPLICA_FEATURES, NUM_REQUEST_FEATURES, Group
+from servegym.policy.contract import (
+    EXPECTED_TOKENS,
+    EXPECTED_TOKENS_SPREAD,
+    INFERRED,
+    NUM_REPLICA_FEATURES,
+    NUM_REQUEST_FEATURES,
+    Group,
+)
+from servegym.policy.inferred import infer
 from servegym.policy.policy import Observations
 from servegym.policy.what_if import fill_what_if
 from servegym.typing import FloatArray, IntArray
 
 _METRICS = int(Group.METRICS)
-_PREFIX = int(Group.PREFIX)
+_PREFIX = int(Group.PREFIX | Group.LIMITS)  # whom a prefill delays depends on how long it is
+_INFERRED = int(INFERRED)
 _FAR_S = 1e6
 
 
 @kernel
 def observe(p: Params, s: State, e: int, needs: int, request_out: FloatArray) -> None:
-    """Bring `s.shown[e]` up to date for the dispatch that is due, and describe its request.
+    """Bring `s.shown[e]` up to date for the dispatch or placing that is due, and its request.
 
     Args:
         p: Constants.
         s: State; rows of `s.shown[e]` outside `needs` keep old values.
         e: Environment.
-        needs: Feature groups to fill, bits of `Group`.
+        needs: Feature groups to fill, bits of `Group`; the simulator has been `prepare`d for them.
         request_out: `float64[NUM_REQUEST_FEATURES]`.
     """
     env = s.env[e]
@@ -81,10 +92,23 @@ def observe(p: Params, s: State, e: int, needs: int, request_out: FloatArray) ->
             view[VIEW_PREFIX_HIT, r] = (
                 prefix_hit_tokens(p, s, e, r, i, now_s) if view[VIEW_UP, r] > 0.0 else 0
             )
+    if needs & _INFERRED:
+        if p.entries[INFER] == 0:  # nobody has prepared for it: say so as far as a kernel can
+            request_out[EXPECTED_TOKENS] = np.nan
+        else:
+            infer(p, s, e, needs)
+            request_out[EXPECTED_TOKENS] = request.expected
+        request_out[EXPECTED_TOKENS_SPREAD] = env.expected_spread
+
+
+def prepare(simulator: Simulator, needs: Group) -> None:
+    """Compile what `observe` calls only where some groups of features are needed."""
+    if needs & INFERRED:
+        simulator.require(INFER)
 
 
 def observe_batch(simulator: Simulator, needs: Group) -> tuple[Observations, IntArray]:
-    """Observe every dispatch that is due.
+    """Observe every dispatch or placing that is due.
 
     Args:
         simulator: After `advance`.
@@ -93,10 +117,11 @@ def observe_batch(simulator: Simulator, needs: Group) -> tuple[Observations, Int
     Returns:
         The observations and the environment of each row, `int64[batch]`.
     """
-    envs = np.flatnonzero(simulator.state.env["decision"] == DISPATCH)
+    prepare(simulator, needs)
+    envs = np.flatnonzero(np.isin(simulator.state.env["decision"], (DISPATCH, PLACE)))
     width = simulator.max_replicas
     replicas = np.empty((len(envs), NUM_REPLICA_FEATURES, width))
-    request = np.empty((len(envs), NUM_REQUEST_FEATURES))
+    request = np.zeros((len(envs), NUM_REQUEST_FEATURES))
     for row, env in enumerate(envs.tolist()):
         if needs & Group.WHAT_IF:
             fill_what_if(simulator, env)

@@ -11,7 +11,7 @@ from servegym.cluster.kernels import advance, apply
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import DECISION, DISPATCH, DONE, LOG_FULL, Params, State
 from servegym.policy.contract import NUM_REQUEST_FEATURES, Group
-from servegym.policy.observe import observe, observe_batch
+from servegym.policy.observe import observe, observe_batch, prepare
 from servegym.policy.policy import Decide, Heuristic, Information, Policy
 from servegym.policy.rule import compile_for_rules
 from servegym.typing import FloatArray, UInt64Array
@@ -57,6 +57,7 @@ def run(simulator: Simulator, policy: Policy, seed: int = 0) -> None:
         seed: Of the policy's own randomness.
     """
     policy.reset(simulator.num_envs, seed)
+    prepare(simulator, policy.needs)
     tell_truth(simulator, policy.information)
     if isinstance(policy, Heuristic) and not policy.needs & Group.WHAT_IF:
         run_compiled(simulator, policy)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from typing_extensions import override
+
 from servegym.baselines.ordering.registry import RULES as ORDERS
 from servegym.baselines.registry import RULES
 from servegym.baselines.rules import Rules
@@ -16,7 +18,8 @@ from servegym.policy.pair import Pair
 from servegym.policy.policy import Heuristic, Policy
 from servegym.policy.run import run, time_decisions
 from servegym.policy.run_pair import make_simulator, run_pair, time_pair
-from servegym.problems.problem import Played
+from servegym.problems.partings import find_partings, partings_section
+from servegym.problems.problem import Played, Section
 from servegym.problems.problem import Scenario as AnyScenario
 from servegym.problems.requests import OBJECTIVES, RequestEpisodes, RequestProblem
 from servegym.scenario import Scenario
@@ -103,3 +106,19 @@ class Dispatch(RequestProblem[Policy | Pair]):
         if isinstance(policy, Pair):
             return self.is_learned(policy.dispatch) or not isinstance(policy.order, OrderingRule)
         return not isinstance(policy, Heuristic)
+
+    @override
+    def differences(
+        self,
+        scenario: Scenario,
+        learned: Policy | Pair,
+        rule: Policy | Pair,
+        *,
+        seed: int,
+        load: float,
+        num_units: int | None,
+    ) -> Section | None:
+        if isinstance(learned, Pair) or isinstance(rule, Pair):
+            return None
+        episode = scenario.episode(seed, load=load, num_requests=num_units)
+        return partings_section(find_partings(scenario, learned, rule, episode))

@@ -128,6 +128,22 @@ class Figure(NamedTuple):
     script: str = ""
 
 
+class Section(NamedTuple):
+    """A part of the report that needs more than the comparison.
+
+    Attributes:
+        title: Its heading.
+        sentences: What it says.
+        figure: HTML of its figure, if there is one.
+        note: What a reader has to know.
+    """
+
+    title: str
+    sentences: list[str]
+    figure: str
+    note: str
+
+
 class Plot(NamedTuple):
     """The picture that `servegym evaluate --plot` writes.
 
@@ -301,6 +317,21 @@ class Problem(ABC, Generic[S, P]):
     def is_learned(self, policy: P) -> bool:
         """Whether a policy was learned: then it is compared with the best of the others."""
         return bool(getattr(policy, "learned", False))
+
+    def differences(
+        self, scenario: S, learned: P, rule: P, *, seed: int, load: float, num_units: int | None
+    ) -> Section | None:
+        """Say what a learned policy does otherwise than a rule, if anything can be said.
+
+        Args:
+            scenario: What is played.
+            learned: The policy.
+            rule: The rule.
+            seed: Of the episode that is looked at.
+            load: Its load.
+            num_units: Its requests or jobs, else the scenario's own.
+        """
+        return None
 
     def notes(
         self,

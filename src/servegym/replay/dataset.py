@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servegym.errors import WorkloadError
-from servegym.policy.contract import NUM_OBSERVED_FEATURES, NUM_REQUEST_FEATURES
+from servegym.policy.contract import NUM_OBSERVED_FEATURES, NUM_OBSERVED_REQUEST_FEATURES
 from servegym.replay.log import STATUSES, logged_rows, parse_row
 from servegym.serve.decision_log import mask_action
 from servegym.typing import BoolArray, Float32Array, FloatArray, IntArray
@@ -135,7 +135,7 @@ def read_dataset(paths: Sequence[Path], *, on_bad_row: OnBadRow = "error") -> Of
     order = np.argsort([row["time_s"] for row in rows], kind="stable")
     width = max(replicas.shape[1] for replicas, _, _ in seen)
     replicas = np.zeros((len(rows), NUM_OBSERVED_FEATURES, width), np.float32)
-    request = np.zeros((len(rows), NUM_REQUEST_FEATURES), np.float32)
+    request = np.zeros((len(rows), NUM_OBSERVED_REQUEST_FEATURES), np.float32)
     mask = np.zeros((len(rows), width + 2), np.bool_)
     for at, i in enumerate(order.tolist()):
         shown, asked, allowed = seen[i]
@@ -181,7 +181,7 @@ def _arrays(
         right = (
             replicas.ndim == 2
             and replicas.shape[1] == NUM_OBSERVED_FEATURES
-            and request.shape == (NUM_REQUEST_FEATURES,)
+            and request.shape == (NUM_OBSERVED_REQUEST_FEATURES,)
             and mask.shape == (len(replicas) + 2,)
         )
     except (KeyError, TypeError, ValueError):
@@ -189,6 +189,6 @@ def _arrays(
     if not right:
         raise WorkloadError(
             f"{where}: its observation has not the {NUM_OBSERVED_FEATURES} features a replica and "
-            f"{NUM_REQUEST_FEATURES} a request of this version's contract"
+            f"{NUM_OBSERVED_REQUEST_FEATURES} a request of this version's contract"
         )
     return replicas.T, request, mask

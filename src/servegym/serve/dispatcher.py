@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from servegym.cluster.spec import SloClass
 from servegym.errors import unknown_name
-from servegym.policy.contract import NUM_OBSERVED_FEATURES, Group
+from servegym.policy.contract import Group, observed
 from servegym.policy.policy import Observations
 from servegym.serve.decision_log import (
     TRACE_BLOCK_TOKENS,
@@ -240,7 +240,12 @@ class Dispatcher:
         self._take_back(job)
         now_s = self.clock()
         seen = self.state.observe(
-            request, now_s, hit_tokens=self._hits(job), allowed=allowed, may_hold=may_hold
+            request,
+            now_s,
+            hit_tokens=self._hits(job),
+            allowed=allowed,
+            may_hold=may_hold,
+            needs=self._needs,
         )
         decision = self._choose(seen, request.key)
         if self.log is not None:
@@ -274,7 +279,7 @@ class Dispatcher:
 
     def tokens(self, job: Job, count: int) -> None:
         """So many more output tokens have come."""
-        self.state.tokens(job.request, count)
+        self.state.tokens(job.request, count, self.clock())
 
     def usage(self, job: Job, *, prompt_tokens: int, cached_tokens: int | None = None) -> None:
         """An engine has said how long the prompt was."""
@@ -342,12 +347,16 @@ class Dispatcher:
         tokens = self.state.kv_capacity_tokens(replica) * self._share
         self.index.resize(replica, int(tokens // self.config.prefix.block_tokens))
 
+    @property
+    def _needs(self) -> Group:
+        """Groups of features that whoever may decide reads."""
+        loaded = self.runtime.loaded
+        return self.runtime.fallback.needs | (loaded.policy.needs if loaded else Group(0))
+
     def _hits(self, job: Job) -> FloatArray | None:
         """Tokens believed cached; the last token of a prompt is always computed."""
         prompt = job.prompt
-        loaded = self.runtime.loaded
-        needs = self.runtime.fallback.needs | (loaded.policy.needs if loaded else Group(0))
-        if not needs & Group.PREFIX or not len(prompt.keys):
+        if not self._needs & (Group.PREFIX | Group.LIMITS) or not len(prompt.keys):
             return None
         blocks = self.index.leading_blocks(prompt.keys)
         hits = blocks * prompt.block_tokens
@@ -372,10 +381,12 @@ class Dispatcher:
         }
         assert self.config.log is not None
         if self.config.log.observations:
-            shown = np.nan_to_num(seen.replicas[0, :NUM_OBSERVED_FEATURES], nan=-1.0, posinf=1e9)
+            shape = observed(extended=False)
+            shown = np.nan_to_num(seen.replicas[0, : shape.replicas], nan=-1.0, posinf=1e9)
+            asked = np.nan_to_num(seen.request[0, : shape.request], nan=-1.0, posinf=1e9)
             row["observation"] = {
                 "replicas": shown.T.tolist(),
-                "request": np.nan_to_num(seen.request[0], nan=-1.0, posinf=1e9).tolist(),
+                "request": asked.tolist(),
                 "mask": seen.mask[0].tolist(),
             }
         return row

@@ -15,7 +15,6 @@ from servegym.export.resolve import exported_policy
 from servegym.policy.contract import (
     FIRST_NOMINAL,
     NUM_NOMINAL,
-    NUM_OBSERVED_FEATURES,
     NUM_REPLICA_FEATURES,
     NUM_REQUEST_FEATURES,
     NUM_UP,
@@ -92,8 +91,9 @@ def _try_out(loaded: LoadedPolicy) -> None:
         request = np.ones(NUM_REQUEST_FEATURES)
         if loaded.manifest and loaded.manifest.ranges:
             middle = np.mean(loaded.manifest.ranges["replicas"], axis=1)
-            replicas[:NUM_OBSERVED_FEATURES] = middle[:, None]
-            request[:] = np.mean(loaded.manifest.ranges["request"], axis=1)
+            replicas[: len(middle)] = middle[:, None]
+            middle = np.mean(loaded.manifest.ranges["request"], axis=1)
+            request[: len(middle)] = middle
         replicas[UP] = 1.0
         static = replicas[FIRST_NOMINAL : FIRST_NOMINAL + NUM_NOMINAL]
         static[static == 0.0] = 1.0  # rules divide by them

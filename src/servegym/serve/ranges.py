@@ -8,15 +8,13 @@ from servegym.export.manifest import Manifest
 from servegym.policy.contract import (
     FIRST_NOMINAL,
     NUM_NOMINAL,
-    NUM_OBSERVED_FEATURES,
     REPLICA_FEATURES,
     REQUEST_FEATURES,
     UP,
+    observed,
 )
 from servegym.policy.policy import Observations
 from servegym.typing import FloatArray
-
-_NAMES = [f.name for f in (*REPLICA_FEATURES[:NUM_OBSERVED_FEATURES], *REQUEST_FEATURES)]
 
 #: Differences that never matter, in the feature's unit. Where training kept a feature still, such
 #: as the waiting time of requests that were never held, a range has no width to go by.
@@ -40,9 +38,26 @@ _UNIMPORTANT = {
     "arrival_rate_rps": 1.0,
     "num_up": 2.0,
     "num_held": 4.0,
+    "step_time_ratio": 0.5,
+    "recent_itl_s": 0.02,
+    "expected_tokens_left": 1024.0,
+    "outstanding_as_tight": 4.0,
+    "pushed_over_40": 4.0,
+    "pushed_over_50": 4.0,
+    "pushed_over_60": 4.0,
+    "pushed_over_80": 4.0,
+    "pushed_over_100": 4.0,
+    "expected_tokens": 256.0,
+    "expected_tokens_spread": 0.5,
 }
 #: Of its value, where the width of a range is less.
 _RELATIVE = 0.1
+
+
+def _names(*, extended: bool) -> list[str]:
+    shape = observed(extended=extended)
+    shown = (*REPLICA_FEATURES[: shape.replicas], *REQUEST_FEATURES[: shape.request])
+    return [feature.name for feature in shown]
 
 
 class Ranges:
@@ -51,16 +66,15 @@ class Ranges:
     Args:
         low: Smallest of each feature, replicas' then request's, `float64[F + G]`.
         high: Largest, the same.
+        extended: Whether what is inferred is among them.
     """
 
-    def __init__(self, low: FloatArray, high: FloatArray) -> None:
+    def __init__(self, low: FloatArray, high: FloatArray, *, extended: bool = False) -> None:
         middle, half = (low + high) / 2.0, (high - low) / 2.0
-        self._middle, self._half = (
-            middle[:NUM_OBSERVED_FEATURES, None],
-            half[:NUM_OBSERVED_FEATURES, None],
-        )
-        self._request_middle = middle[NUM_OBSERVED_FEATURES:]
-        self._request_half = half[NUM_OBSERVED_FEATURES:]
+        num_rows = observed(extended=extended).replicas
+        self._names, self._num_rows = _names(extended=extended), num_rows
+        self._middle, self._half = middle[:num_rows, None], half[:num_rows, None]
+        self._request_middle, self._request_half = middle[num_rows:], half[num_rows:]
 
     @classmethod
     def of(cls, manifest: Manifest, margin: float) -> Ranges | None:
@@ -75,10 +89,11 @@ class Ranges:
             return None
         ranges = np.array([*known[0], *known[1]], np.float64)
         low, high = ranges[:, 0], ranges[:, 1]
-        least = np.array([_UNIMPORTANT.get(name, 0.0) for name in _NAMES])
+        extended = manifest.extended
+        least = np.array([_UNIMPORTANT.get(name, 0.0) for name in _names(extended=extended)])
         width = np.maximum(high - low, _RELATIVE * np.maximum(np.abs(low), np.abs(high)))
         width = np.maximum(width, least)
-        return cls(low - margin * width, high + margin * width)
+        return cls(low - margin * width, high + margin * width, extended=extended)
 
     def far(self, observations: Observations) -> list[str]:
         """Return the features that are far from training, at any replica that is up.
@@ -87,15 +102,16 @@ class Ranges:
             observations: A batch of one.
         """
         replicas = observations.replicas[0]
-        away = np.abs(replicas[:NUM_OBSERVED_FEATURES] - self._middle)
-        away_request = np.abs(observations.request[0] - self._request_middle)
+        away = np.abs(replicas[: self._num_rows] - self._middle)
+        asked = observations.request[0, : len(self._request_middle)]
+        away_request = np.abs(asked - self._request_middle)
         near = away <= self._half
         near_request = away_request <= self._request_half
         if near.all() and near_request.all():  # as a rule
             return []
         far = ~(near | (replicas[UP] <= 0.0)).all(1)
         rows = np.flatnonzero(np.concatenate((far, ~near_request)))
-        return [_NAMES[row] for row in rows.tolist()]
+        return [self._names[row] for row in rows.tolist()]
 
     def far_facts(self, fleet: FloatArray) -> list[str]:
         """Return the static features that are far from training at any replica of a fleet.
@@ -106,4 +122,4 @@ class Ranges:
         rows = slice(FIRST_NOMINAL, FIRST_NOMINAL + NUM_NOMINAL)
         facts = fleet[rows]
         near = (np.abs(facts - self._middle[rows]) <= self._half[rows]) | (facts == 0.0)
-        return [_NAMES[FIRST_NOMINAL + row] for row in np.flatnonzero(~near.all(1)).tolist()]
+        return [self._names[FIRST_NOMINAL + row] for row in np.flatnonzero(~near.all(1)).tolist()]

@@ -14,12 +14,20 @@ from typing import NamedTuple
 import numpy as np
 
 from servegym.cluster.spec import SloClass
+from servegym.cluster.state import NUM_LENGTH_SUMS
 from servegym.policy.contract import (
     ARRIVAL_RATE_RPS,
+    DECODE_SEQ_S,
+    DECODE_STEP_S,
+    EXPECTED_TOKENS,
+    EXPECTED_TOKENS_LEFT,
+    EXPECTED_TOKENS_SPREAD,
     FIRST_NOMINAL,
     GENERATED_TOKENS,
+    INFERRED,
     KV_CACHE_USAGE,
     KV_CAPACITY_TOKENS,
+    MARGINS,
     METRICS_AGE_S,
     NO_BOUND,
     NUM_HELD,
@@ -29,6 +37,7 @@ from servegym.policy.contract import (
     NUM_RUNNING,
     NUM_UP,
     NUM_WAITING,
+    OUTSTANDING_AS_TIGHT,
     OUTSTANDING_PREDICTED_TOKENS,
     OUTSTANDING_PROMPT_TOKENS,
     OUTSTANDING_REQUESTS,
@@ -37,14 +46,34 @@ from servegym.policy.contract import (
     PREFILL_TOKENS_PER_S,
     PREFIX_HIT_TOKENS,
     PROMPT_TOKENS,
+    PUSHED_OVER_40,
+    PUSHED_OVER_100,
+    RECENT_ITL_S,
     RECENT_TPOT_S,
     RECENT_TTFT_S,
     REPLICA_FEATURES,
     SINCE_DISPATCH_S,
     SLO_WEIGHT,
+    STEP_TIME_RATIO,
     TTFT_SLO_S,
     UP,
     WAITED_S,
+    Group,
+)
+from servegym.policy.costs import step_s
+from servegym.policy.inferred import (
+    itl_kept,
+    recent_itl_s,
+    step_time_ratio,
+    steps_kept,
+    tpot_s,
+)
+from servegym.policy.lengths import (
+    error_of,
+    expected_length,
+    learn_length,
+    spread_of,
+    tokens_left,
 )
 from servegym.policy.policy import Observations
 from servegym.typing import BoolArray, FloatArray
@@ -53,6 +82,7 @@ from servegym.typing import BoolArray, FloatArray
 _LATENCY_WEIGHT = 0.1
 _ARRIVAL_WEIGHT = 0.02
 _FAR_S = 1e6
+_ALL = Group.COUNTERS | Group.METRICS | Group.PREFIX
 
 
 class EngineMetrics(NamedTuple):
@@ -90,6 +120,7 @@ class LiveRequest:
         dispatch_s: Last dispatch, NaN before.
         first_token_s: First token, NaN before.
         generated_tokens: Output tokens seen so far.
+        expected_tokens: Output tokens that are expected of it, 0: nobody has asked.
         held: Whether it is on hold.
     """
 
@@ -102,9 +133,85 @@ class LiveRequest:
     dispatch_s: float = math.nan
     first_token_s: float = math.nan
     generated_tokens: int = 0
+    expected_tokens: float = 0.0
     held: bool = False
+    is_decoding: bool = False  # tokens have come from where it is
     believed_cached: float = 0.0  # prompt tokens, at dispatch
     prefill_is_pending: bool = False
+
+
+class _Streams:
+    """What token streams show of their replicas; `cluster.watch` in a router's own words.
+
+    Whenever tokens come, the time since the last ones has been seen, if any stream decoded since.
+    Each token is a share of a step in which every decoding stream gets one. Steps did nothing but
+    decode if all that were outstanding had got tokens when they began.
+    """
+
+    def __init__(self, width: int) -> None:
+        self._num = np.zeros(width)
+        self._last_s = np.zeros(width)
+        self._is_pure = np.zeros(width, np.bool_)  # in the step in progress
+        self._step_is_pure = np.zeros(width, np.bool_)  # in the one whose tokens come
+        self._seen_s = np.zeros(width)
+        self._seen_steps = np.zeros(width)
+        self._pure_s = np.zeros(width)
+        self._pure_steps = np.zeros(width)
+        self._pure_others = np.zeros(width)
+        self._itl_s = np.zeros(width)
+        self._itl_steps = np.zeros(width)
+        self._observed_s = np.zeros(width)
+        self._expected_s = np.zeros(width)
+        self._looked_s = 0.0
+
+    def begin(self, r: int, outstanding: int, now_s: float) -> None:
+        """A stream begins to decode, of so many requests that are there."""
+        if self._num[r] == 0.0:
+            self._last_s[r] = now_s
+        self._num[r] += 1.0
+        self._is_pure[r] = self._num[r] == outstanding
+
+    def end(self, r: int) -> None:
+        """A stream has ended."""
+        self._num[r] -= 1.0
+
+    def step(self, r: int, count: int, outstanding: int, now_s: float) -> None:
+        """A stream that decodes has got tokens."""
+        since_s = max(0.0, now_s - self._last_s[r])
+        self._last_s[r] += since_s
+        share = count / self._num[r]
+        self._seen_s[r] += since_s
+        self._seen_steps[r] += share
+        if since_s > 0.0:  # else these tokens are of the step that the last ones were of
+            self._step_is_pure[r] = self._is_pure[r]
+        if self._step_is_pure[r]:
+            self._pure_s[r] += since_s
+            self._pure_steps[r] += share
+            self._pure_others[r] += share * (self._num[r] - 1.0)
+        self._is_pure[r] = self._num[r] == outstanding
+
+    def look(self, replicas: FloatArray, now_s: float) -> None:
+        """Fill rows `step_time_ratio` and `recent_itl_s`."""
+        since_s = now_s - self._looked_s
+        self._looked_s = now_s
+        alone_s, seq_s = replicas[DECODE_STEP_S], replicas[DECODE_SEQ_S]
+        expected_s = self._pure_steps * alone_s + self._pure_others * seq_s
+        kept = itl_kept(since_s)
+        self._itl_s = kept * self._itl_s + self._seen_s
+        self._itl_steps = kept * self._itl_steps + self._seen_steps
+        kept = steps_kept(since_s, self._pure_s)
+        self._observed_s = kept * self._observed_s + self._pure_s
+        self._expected_s = kept * self._expected_s + expected_s
+        for seen in (
+            self._seen_s,
+            self._seen_steps,
+            self._pure_s,
+            self._pure_steps,
+            self._pure_others,
+        ):
+            seen[:] = 0.0
+        replicas[STEP_TIME_RATIO] = step_time_ratio(self._observed_s, self._expected_s)
+        replicas[RECENT_ITL_S] = recent_itl_s(self._itl_s, self._itl_steps, alone_s)
 
 
 class LiveState:
@@ -145,6 +252,9 @@ class LiveState:
         self._arrival_gap_s = math.nan
         self._last_arrival_s = math.nan
         self._num_held = 0
+        self._at: list[dict[LiveRequest, None]] = [{} for _ in range(width)]  # in order of dispatch
+        self._streams = _Streams(width)
+        self._length_sums = np.zeros(NUM_LENGTH_SUMS)
         self._request = np.zeros((1, NUM_REQUEST_FEATURES))
         self._mask = np.zeros((1, width + 2), np.bool_)
         self._mask[0, width] = allow_hold
@@ -200,6 +310,7 @@ class LiveState:
         hit_tokens: FloatArray | None = None,
         allowed: BoolArray | None = None,
         may_hold: bool = True,
+        needs: Group = _ALL,
     ) -> Observations:
         """Describe the decision that is due for a request.
 
@@ -209,6 +320,7 @@ class LiveState:
             hit_tokens: Leading prompt tokens believed cached, `float64[R]`; `None`: unknown, 0.
             allowed: Replicas that are in question, `bool[R]`; `None`: all that are up.
             may_hold: Whether it may be held (again).
+            needs: Groups of features; of those in `INFERRED`, what is not needed is old or 0.
 
         Returns:
             A batch of one, in arrays that the next call overwrites. Metrics that were never seen
@@ -243,6 +355,8 @@ class LiveState:
         row[ARRIVAL_RATE_RPS] = self.arrival_rate_rps
         row[NUM_UP] = num_up
         row[NUM_HELD] = self._num_held - request.held
+        if needs & INFERRED:
+            self._infer(request, now_s, needs)
         return Observations(replicas[None], self._request, self._mask)
 
     def dispatch(self, request: LiveRequest, replica: int, now_s: float) -> None:
@@ -256,6 +370,7 @@ class LiveState:
         self.replicas[OUTSTANDING_PROMPT_TOKENS, replica] += request.prompt_tokens
         self.replicas[OUTSTANDING_PREDICTED_TOKENS, replica] += request.predicted_output_tokens
         self._generated[replica] += request.generated_tokens
+        self._at[replica][request] = None
         if math.isnan(request.first_token_s):
             request.prefill_is_pending = True
             self.replicas[PENDING_PREFILL_TOKENS, replica] += (
@@ -283,10 +398,17 @@ class LiveState:
             return
         self.end_prefill(request)
         request.first_token_s = now_s
+        self._begin_decoding(request, now_s)
         self._average(RECENT_TTFT_S, request.replica, now_s - request.arrival_s)
 
-    def tokens(self, request: LiveRequest, count: int) -> None:
+    def tokens(self, request: LiveRequest, count: int, now_s: float) -> None:
         """So many more output tokens have come."""
+        if not request.is_decoding:
+            if not math.isnan(request.first_token_s):  # taken up by another replica
+                self._begin_decoding(request, now_s)
+        elif request.generated_tokens > 0:  # else the first one, which ends a prefill, not a step
+            r = request.replica
+            self._streams.step(r, count, len(self._at[r]), now_s)
         request.generated_tokens += count
         self._generated[request.replica] += count
 
@@ -301,6 +423,8 @@ class LiveState:
         r = request.replica
         first_s = request.first_token_s
         self._forget(request)
+        if output_tokens > 0:
+            learn_length(self._length_sums, request.predicted_output_tokens, output_tokens)
         if output_tokens > 1 and now_s > first_s:
             self._average(RECENT_TPOT_S, r, (now_s - first_s) / (output_tokens - 1))
 
@@ -371,10 +495,69 @@ class LiveState:
             request.held = False
             self._num_held -= 1
 
+    def _begin_decoding(self, request: LiveRequest, now_s: float) -> None:
+        request.is_decoding = True
+        r = request.replica
+        self._streams.begin(r, len(self._at[r]), now_s)
+
+    def _infer(self, request: LiveRequest, now_s: float, needs: Group) -> None:
+        """Fill the inferred rows; `policy.inferred.infer` in plain Python."""
+        replicas, row = self.replicas, self._request[0]
+        error = error_of(self._length_sums)
+        variance = error[3]
+        request.expected_tokens = expected_length(request.predicted_output_tokens, error)
+        row[EXPECTED_TOKENS] = request.expected_tokens
+        row[EXPECTED_TOKENS_SPREAD] = spread_of(variance)
+        self._streams.look(replicas, now_s)
+        if not needs & (Group.LENGTHS | Group.LIMITS):
+            return
+        for r, there in enumerate(self._at):
+            left = [
+                tokens_left(self._expected(q, error), variance, q.generated_tokens) for q in there
+            ]
+            replicas[EXPECTED_TOKENS_LEFT, r] = sum(left)
+            if needs & Group.LIMITS:
+                self._count_limits(request, r, dict(zip(there, left, strict=True)), now_s)
+
+    @staticmethod
+    def _expected(request: LiveRequest, error: tuple[float, float, float, float]) -> float:
+        if request.expected_tokens == 0.0:
+            request.expected_tokens = expected_length(request.predicted_output_tokens, error)
+        return request.expected_tokens
+
+    def _count_limits(
+        self, request: LiveRequest, r: int, left: dict[LiveRequest, float], now_s: float
+    ) -> None:
+        """Count whom the request would push over shares of their TPOT limits on a replica."""
+        replicas = self.replicas
+        alone_s, seq_s = float(replicas[DECODE_STEP_S, r]), float(replicas[DECODE_SEQ_S, r])
+        ratio = float(replicas[STEP_TIME_RATIO, r])
+        others = len(left)
+        each_s = ratio * step_s(alone_s, seq_s, max(0.0, others - 1.0))
+        with_it_s = ratio * step_s(alone_s, seq_s, others)
+        new = max(0.0, request.prompt_tokens - float(replicas[PREFIX_HIT_TOKENS, r]))
+        pause_s = ratio * new / float(replicas[PREFILL_TOKENS_PER_S, r])
+        limit_s, as_tight = self._slo_rows[request.slo_class][1], 0
+        pushed = [0] * len(MARGINS)
+        for q, more in left.items():
+            own_limit_s = self._slo_rows[q.slo_class][1]
+            as_tight += own_limit_s <= limit_s
+            since_s = 0.0 if math.isnan(q.first_token_s) else now_s - q.first_token_s
+            without_s = tpot_s(since_s, more, q.generated_tokens, each_s)
+            then_s = tpot_s(since_s + pause_s, more, q.generated_tokens, with_it_s)
+            for k, margin in enumerate(MARGINS):
+                pushed[k] += without_s <= margin * own_limit_s < then_s
+        replicas[OUTSTANDING_AS_TIGHT, r] = as_tight
+        replicas[PUSHED_OVER_40 : PUSHED_OVER_100 + 1, r] = pushed
+
     def _forget(self, request: LiveRequest) -> None:
         """Take a request out of the counters of its replica."""
         r = request.replica
         self.end_prefill(request)
+        del self._at[r][request]
+        if request.is_decoding:
+            request.is_decoding = False
+            self._streams.end(r)
         self.replicas[OUTSTANDING_REQUESTS, r] -= 1.0
         self.replicas[OUTSTANDING_PROMPT_TOKENS, r] -= request.prompt_tokens
         self.replicas[OUTSTANDING_PREDICTED_TOKENS, r] -= request.predicted_output_tokens

@@ -1,0 +1,62 @@
+"""What the token streams of a replica show whoever passes them on.
+
+A router sees when the tokens of its streams come: how long they take from one to the next, and, if
+all requests that are there decode, how long a step takes that does nothing else. What such a step
+should have taken it works out from how many they are. Both are counted here while steps end, in
+sums that whole stretches of decodes add to at once; `policy.inferred` makes features of them.
+"""
+
+from __future__ import annotations
+
+from servegym.cluster.jit import inlined
+from servegym.cluster.state import DECODE, State
+
+
+@inlined
+def see_steps(s: State, e: int, r: int, end_s: float, num_steps: int) -> None:
+    """Count the time until `end_s` of steps in progress, which gave decoding requests a token.
+
+    Args:
+        s: State.
+        e: Environment.
+        r: Replica; its decoding requests are those that took part, or paused meanwhile.
+        end_s: When the last of them ended, seconds.
+        num_steps: How many; 0 for one in which they paused.
+    """
+    v = s.replica[e, r]
+    if v.num_decodes > 0:
+        span_s = end_s - v.stretch_begin_s
+        v.seen_s += span_s
+        v.seen_steps += num_steps
+        if v.is_pure and v.mode == DECODE:
+            v.pure_s += span_s
+            v.pure_steps += num_steps
+            v.pure_others += num_steps * (v.num_decodes - 1)
+
+
+@inlined
+def forget_streams(s: State, e: int, r: int) -> None:
+    """Begin anew."""
+    v = s.replica[e, r]
+    v.seen_s = 0.0
+    v.seen_steps = 0
+    v.pure_s = 0.0
+    v.pure_steps = 0
+    v.pure_others = 0
+    v.is_pure = 0
+    v.itl_s = 0.0
+    v.itl_steps = 0.0
+    v.observed_s = 0.0
+    v.expected_s = 0.0
+
+
+@inlined
+def note_ended(s: State, e: int, request: int) -> None:
+    """Put a request at the end of those that have finished, in order."""
+    env = s.env[e]
+    last = env.last_ended
+    env.last_ended = request
+    if last >= 0:
+        s.request[e, last].next_ended = request
+    else:
+        env.first_ended = request

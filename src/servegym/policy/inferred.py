@@ -1,0 +1,209 @@
+"""What a router infers: how fast engines are, how long answers become, whom a choice hurts.
+
+The formulas are here, for the simulator and for the live state alike, and the kernel that fills the
+features of `contract.INFERRED` in the simulator from what a router knows: when the tokens of its
+streams came, and what it was told of requests.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import types
+
+from servegym.cluster.entry import INFER, entry
+from servegym.cluster.jit import inlined
+from servegym.cluster.state import (
+    DECODE,
+    VIEW_AS_TIGHT,
+    VIEW_DECODE_SEQ,
+    VIEW_DECODE_STEP,
+    VIEW_EXPECTED_LEFT,
+    VIEW_OUTSTANDING,
+    VIEW_PREFILL_RATE,
+    VIEW_PREFIX_HIT,
+    VIEW_PUSHED_OVER_40,
+    VIEW_RECENT_ITL,
+    VIEW_STEP_TIME_RATIO,
+    Params,
+    State,
+)
+from servegym.cluster.steptime import decode_span_s
+from servegym.cluster.stretches import steps_ended_by
+from servegym.policy.contract import MARGINS, Group
+from servegym.policy.costs import Quantity, step_s
+from servegym.policy.lengths import (
+    error_of,
+    expected_length,
+    learn_length,
+    spread_of,
+    tokens_left,
+)
+
+_LENGTHS = int(Group.LENGTHS)
+_LIMITS = int(Group.LIMITS)
+
+#: Observed steps are forgotten with these time constants, of time in which newer ones have been
+#: observed and of time that has passed; times from token to token with this one.
+_FORGET_OBSERVED_S, _FORGET_STEPS_S, _FORGET_ITL_S = 0.5, 10.0, 2.0
+#: Both are weighed against so much time in which all was as expected.
+_AS_EXPECTED_S = 0.1
+
+
+@inlined
+def steps_kept(since_s: float, observed_s: Quantity) -> Quantity:
+    """Share of the observed steps that counts after so many seconds, and so many observed."""
+    return np.exp(-(observed_s / _FORGET_OBSERVED_S + since_s / _FORGET_STEPS_S))
+
+
+@inlined
+def itl_kept(since_s: float) -> float:
+    """Share of the observed times between tokens that counts after so many seconds."""
+    return math.exp(-since_s / _FORGET_ITL_S)
+
+
+@inlined
+def step_time_ratio(observed_s: Quantity, expected_s: Quantity) -> Quantity:
+    """Observed over expected time of steps: feature `step_time_ratio`."""
+    return (observed_s + _AS_EXPECTED_S) / (expected_s + _AS_EXPECTED_S)
+
+
+@inlined
+def recent_itl_s(seconds: Quantity, steps: Quantity, alone_s: Quantity) -> Quantity:
+    """Seconds from token to token: feature `recent_itl_s`."""
+    return (seconds + _AS_EXPECTED_S) / (steps + _AS_EXPECTED_S / alone_s)
+
+
+@inlined
+def tpot_s(since_first_s: float, left: float, tokens: float, each_s: float) -> float:
+    """TPOT of a request at its end, as far as is known now.
+
+    Args:
+        since_first_s: Time since its first token, 0 before.
+        left: Tokens to come.
+        tokens: Tokens that have come.
+        each_s: Time of a step from now on.
+    """
+    return (since_first_s + left * each_s) / (left + tokens)
+
+
+@entry(INFER, types.void, types.int64, types.int64)
+def infer(p: Params, s: State, e: int, needs: int) -> None:
+    """Fill the inferred rows of `s.shown[e]` for the dispatch that is due.
+
+    Of the request, `expected` and the environment's `expected_spread` are written.
+
+    Args:
+        p: Constants.
+        s: State; prefix hits have been filled.
+        e: Environment.
+        needs: Feature groups to fill.
+    """
+    env = s.env[e]
+    sums = s.length_sums[e]
+    _learn(s, e)
+    error = error_of(sums)
+    variance = error[3]
+    i = env.deciding
+    asking = s.request[e, i]
+    asking.expected = expected_length(asking.predicted, error)
+    env.expected_spread = spread_of(variance)
+    now_s = env.now_s
+    since_s = now_s - env.looked_s
+    env.looked_s = now_s
+    view = s.shown[e]
+    limit_s = p.slo_s[asking.slo_class, 1]
+    for r in range(env.num_replicas):
+        v = s.replica[e, r]
+        ended = 0
+        if v.mode == DECODE:
+            ended = steps_ended_by(p, s, e, r, now_s)
+        _look(p, s, e, r, ended, since_s)
+        if not needs & (_LENGTHS | _LIMITS):
+            continue
+        alone_s, seq_s = view[VIEW_DECODE_STEP, r], view[VIEW_DECODE_SEQ, r]
+        others = view[VIEW_OUTSTANDING, r]
+        ratio = view[VIEW_STEP_TIME_RATIO, r]
+        each_s = ratio * step_s(alone_s, seq_s, max(0.0, others - 1.0))
+        with_it_s = ratio * step_s(alone_s, seq_s, others)
+        new = max(0.0, asking.prompt - view[VIEW_PREFIX_HIT, r])
+        pause_s = ratio * new / view[VIEW_PREFILL_RATE, r]
+        view[VIEW_EXPECTED_LEFT, r] = 0.0
+        view[VIEW_AS_TIGHT, r] = 0.0
+        for k in range(len(MARGINS)):
+            view[VIEW_PUSHED_OVER_40 + k, r] = 0.0
+        running = v.run_head
+        waiting = v.wait_head
+        while running >= 0 or waiting >= 0:
+            j = running if running >= 0 else waiting
+            q = s.request[e, j]
+            if running >= 0:
+                running = q.next_request
+            else:
+                waiting = q.next_request
+            tokens = q.generated
+            if q.join_iter >= 0:
+                tokens += v.iteration + ended - q.join_iter
+            if q.expected == 0.0:
+                q.expected = expected_length(q.predicted, error)
+            left = tokens_left(q.expected, variance, tokens)
+            view[VIEW_EXPECTED_LEFT, r] += left
+            if needs & _LIMITS:
+                own_limit_s = p.slo_s[q.slo_class, 1]
+                view[VIEW_AS_TIGHT, r] += own_limit_s <= limit_s
+                so_far_s = 0.0 if math.isnan(q.first_token_s) else now_s - q.first_token_s
+                without_s = tpot_s(so_far_s, left, tokens, each_s)
+                then_s = tpot_s(so_far_s + pause_s, left, tokens, with_it_s)
+                for k in range(len(MARGINS)):
+                    most_s = MARGINS[k] * own_limit_s
+                    view[VIEW_PUSHED_OVER_40 + k, r] += without_s <= most_s < then_s
+
+
+@inlined
+def _learn(s: State, e: int) -> None:
+    """Learn from the requests that have ended since the last call."""
+    env = s.env[e]
+    last = env.last_learnt
+    i = s.request[e, last].next_ended if last >= 0 else env.first_ended
+    while i >= 0:
+        q = s.request[e, i]
+        learn_length(s.length_sums[e], q.predicted, q.output)
+        env.last_learnt = i
+        i = q.next_ended
+
+
+@inlined
+def _look(p: Params, s: State, e: int, r: int, ended: int, since_s: float) -> None:
+    """Take in what the streams of a replica have shown since the last call.
+
+    Args:
+        p: Constants.
+        s: State.
+        e: Environment.
+        r: Replica.
+        ended: Steps of the decode stretch in progress that have ended.
+        since_s: Seconds since that call.
+    """
+    v = s.replica[e, r]
+    span_s, batch = 0.0, v.num_decodes
+    if ended > 0:
+        kv = v.kv_tokens + batch
+        span_s = v.stretch_factor * decode_span_s(p, v.type_idx, batch, kv, ended)
+    alone_s, seq_s = s.shown[e, VIEW_DECODE_STEP, r], s.shown[e, VIEW_DECODE_SEQ, r]
+    kept = itl_kept(since_s)
+    v.itl_s = kept * v.itl_s + v.seen_s + span_s
+    v.itl_steps = kept * v.itl_steps + v.seen_steps + ended
+    v.seen_s = -span_s  # the stretch will count as a whole when it ends
+    v.seen_steps = -ended
+    if v.is_pure == 0 or v.mode != DECODE:
+        span_s, ended = 0.0, 0
+    steps, others = v.pure_steps + ended, v.pure_others + ended * (batch - 1)
+    kept = steps_kept(since_s, v.pure_s + span_s)
+    v.observed_s = kept * v.observed_s + v.pure_s + span_s
+    v.expected_s = kept * v.expected_s + steps * alone_s + others * seq_s
+    v.pure_s = -span_s
+    v.pure_steps = -ended
+    v.pure_others = -ended * (batch - 1)
+    s.shown[e, VIEW_STEP_TIME_RATIO, r] = step_time_ratio(v.observed_s, v.expected_s)
+    s.shown[e, VIEW_RECENT_ITL, r] = recent_itl_s(v.itl_s, v.itl_steps, alone_s)
