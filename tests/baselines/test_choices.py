@@ -204,6 +204,7 @@ HAND = [
     ("added-delay:prefill=0,decode=0", ADDED, 2),
     ("what-if", {"what_if_e2e_s": (3, 1, 2), "what_if_added_s": (1, 2, 3)}, 1),
     ("what-if-added", {"what_if_e2e_s": (3, 1, 2), "what_if_added_s": (1, 2, 3)}, 0),
+    ("what-if-sampled", {"what_if_e2e_s": (3, 1, 2), "what_if_added_s": (1, 2, 3)}, 0),
 ]
 
 

@@ -105,7 +105,7 @@ def test_nan_is_no_choice():
     policy = NumpyPolicy(network, information="predictive", name="n")
     replicas, request, _ = draw(1, 3, 0)
     wide = np.zeros((1, NUM_REPLICA_FEATURES, 3))
-    wide[:, :NUM_OBSERVED_FEATURES] = replicas.transpose(0, 2, 1)
+    wide[:, : observed(extended=False).replicas] = replicas.transpose(0, 2, 1)
     mask = np.array([[True, True, True, False, False]])
     envs = np.zeros(1, np.int64)
     assert 0 <= policy.act(Observations(wide, request.astype(float), mask), envs)[0] < 3
