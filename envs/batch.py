@@ -53,6 +53,8 @@ class Batch(ABC):
         invalid: Whether the last action was forbidden, `bool[num_envs]`.
         metrics: Results of the episode that ended in the last step, 0 in any other,
             `float64[len(metric_names), num_envs]`.
+        narrates: Whether `deeds` is kept up to date, for pictures.
+        deeds: What was done last in each environment, in words; empty before the first step.
     """
 
     episode_type: ClassVar[type]
@@ -91,6 +93,8 @@ class Batch(ABC):
         self.input_id: IntArray = np.zeros(num_envs, np.int64)
         self.invalid: BoolArray = np.zeros(num_envs, np.bool_)
         self.metrics: FloatArray = np.zeros((len(self.metric_names), num_envs))
+        self.narrates = False
+        self.deeds = [""] * num_envs
         self._metric_masks = tuple(f"_{name}" for name in self.metric_names)
         self._reported = False  # whether `metrics` holds any
         self._entropy = [(0, env // settings.group_size) for env in range(num_envs)]
@@ -169,6 +173,10 @@ class Batch(ABC):
         """Results of an episode that has ended, in the order of `metric_names`."""
 
     @abstractmethod
+    def _deed(self, env: int, action: int) -> str:
+        """Say what an action does that is about to be taken."""
+
+    @abstractmethod
     def scene(self, env: int) -> Scene:
         """Describe one environment to who draws it."""
 
@@ -230,6 +238,7 @@ class Batch(ABC):
             self._begin_one(env, episode, drawn=drawn)
         self.done[envs] = False
         for env in envs.tolist():
+            self.deeds[env] = ""
             if self.settings.warmup:
                 self._warm_up(env)
             if self._truncates:
@@ -288,8 +297,13 @@ class Batch(ABC):
                     f"action {int(chosen[bad])} is not allowed in environment {bad}: "
                     f"choose one of {np.flatnonzero(self.mask[bad]).tolist()} (see action_mask)"
                 )
-        else:
+        elif bad >= 0:
             chosen = self._replaced(chosen, active)
+        else:
+            self.invalid.fill(False)
+        if self.narrates:
+            for env in np.flatnonzero(active).tolist():
+                self.deeds[env] = self._deed(env, int(chosen[env]))
         if self.settings.num_threads == 1:
             self._step_part(0, self.num_envs, chosen, active)
         else:

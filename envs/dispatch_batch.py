@@ -14,7 +14,7 @@ from servegym.envs.costs import COST_FEATURES, cost_features
 from servegym.envs.dispatch_kernels import KernelSettings, Output, begin, step_range
 from servegym.envs.observation import Table
 from servegym.envs.request_batch import RequestBatch
-from servegym.envs.request_scene import dispatch_scene
+from servegym.envs.request_scene import dispatch_deed, dispatch_scene
 from servegym.envs.scene import Scene
 from servegym.envs.settings import DispatchSettings
 from servegym.errors import ConfigError
@@ -127,6 +127,9 @@ class DispatchBatch(RequestBatch):
         load = np.where(self.mask[env, : self.width] == 1, outstanding, np.inf)
         best = int(load.argmin())
         return best if load[best] < np.inf else int(self.mask[env].argmax())
+
+    def _deed(self, env: int, action: int) -> str:
+        return dispatch_deed(self.simulator, env, action, self.width)
 
     def scene(self, env: int) -> Scene:
         """Show the replicas, what they run and what waits for them."""

@@ -38,25 +38,43 @@ class Output(NamedTuple):
 
 
 @inlined
-def _core_action(p: Params, num_replicas: int, action: int) -> int:
+def core_action(p: Params, num_replicas: int, action: int) -> int:
     """Entry `action` of `policy.layout.scenario_actions`: an array would cost a call 0.8 us."""
     return action if action < num_replicas or p.allow_hold else action + 1
 
 
 @inlined
-def _write_observation(
-    p: Params, s: State, c: KernelSettings, o: Output, e: int, request: FloatArray
+def write_observation(
+    p: Params,
+    s: State,
+    needs: int,
+    e: int,
+    replicas: Float32Array,
+    request: Float32Array,
+    mask: Int8Array,
+    memory: FloatArray,
 ) -> None:
-    """Write the observation of one pending decision, as `policy.layout.agent_arrays` would."""
-    observe(p, s, e, c.needs, request)
+    """Write the observation of one pending decision, as `policy.layout.agent_arrays` would.
+
+    Args:
+        p: Constants.
+        s: State.
+        needs: Groups of features that are filled.
+        e: Environment.
+        replicas: As `Output.replicas`.
+        request: As `Output.request`.
+        mask: As `Output.mask`.
+        memory: Working memory, `float64[NUM_REQUEST_FEATURES]`.
+    """
+    observe(p, s, e, needs, memory)
     width = s.shown.shape[2]
-    for f in range(o.replicas.shape[2]):
+    for f in range(replicas.shape[2]):
         for r in range(width):
-            o.replicas[e, r, f] = s.shown[e, f, r]
-    for g in range(o.request.shape[1]):
-        o.request[e, g] = request[g]
-    for a in range(o.mask.shape[1]):
-        o.mask[e, a] = s.allowed[e, _core_action(p, width, a)]
+            replicas[e, r, f] = s.shown[e, f, r]
+    for g in range(request.shape[1]):
+        request[e, g] = memory[g]
+    for a in range(mask.shape[1]):
+        mask[e, a] = s.allowed[e, core_action(p, width, a)]
 
 
 @kernel
@@ -73,7 +91,7 @@ def begin(p: Params, s: State, c: KernelSettings, o: Output, e: int, request: Fl
     """
     if advance(p, s, e) != DECISION:
         return False
-    _write_observation(p, s, c, o, e, request)
+    write_observation(p, s, c.needs, e, o.replicas, o.request, o.mask, request)
     return True
 
 
@@ -97,7 +115,7 @@ def step_range(
         env = s.env[e]
         before_s = env.now_s
         earned = env.good if c.goodput else waited(s, e)
-        apply(p, s, e, _core_action(p, width, actions[e]))
+        apply(p, s, e, core_action(p, width, actions[e]))
         reason = advance(p, s, e)
         o.dt_s[e] = env.now_s - before_s
         if c.goodput:
@@ -106,7 +124,7 @@ def step_range(
             o.reward[e] = -(waited(s, e) - earned) / c.scale
         o.done[e] = reason != DECISION
         if reason == DECISION:
-            _write_observation(p, s, c, o, e, request)
+            write_observation(p, s, c.needs, e, o.replicas, o.request, o.mask, request)
         else:
             o.replicas[e] = 0.0
             o.request[e] = 0.0

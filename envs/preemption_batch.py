@@ -15,7 +15,7 @@ from servegym.cluster.state import ALWAYS, NEVER, WHERE_IT_MATTERS, Asks
 from servegym.envs.observation import Table
 from servegym.envs.preemption_kernels import KernelSettings, Output, begin, step_range
 from servegym.envs.request_batch import RequestBatch
-from servegym.envs.request_scene import engine_scene
+from servegym.envs.request_scene import engine_scene, pick_deed
 from servegym.envs.scene import Scene
 from servegym.envs.settings import PreemptionSettings
 from servegym.errors import ConfigError
@@ -136,6 +136,9 @@ class PreemptionBatch(RequestBatch):
         """Latencies, goodput and preemptions of an episode that has ended."""
         victims = self.simulator.state.request["num_preemptions"][env]
         return (*super().summary(env), float(victims.sum()))
+
+    def _deed(self, env: int, action: int) -> str:
+        return pick_deed(self.simulator, env, self._output.ids[env], action)
 
     def scene(self, env: int) -> Scene:
         """Show the engine, what it runs and what waits."""

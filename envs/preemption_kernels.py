@@ -15,7 +15,7 @@ from servegym.cluster.state import (
     State,
 )
 from servegym.envs.kernels import waited
-from servegym.policy.ordering_rows import write_row
+from servegym.policy.ordering_rows import write_engine_columns, write_row
 from servegym.typing import BoolArray, Float32Array, FloatArray, Int8Array, IntArray
 
 
@@ -51,21 +51,21 @@ class Output(NamedTuple):
 
 @inlined
 def _shortlist(
-    s: State, c: KernelSettings, e: int, r: int, chosen: IntArray, key: FloatArray
+    s: State, by_arrival: bool, width: int, e: int, r: int, chosen: IntArray, key: FloatArray
 ) -> int:
     """Write the first waiting requests, in order; return how many there are."""
     count = 0
     request = s.replica[e, r].wait_head
     while request >= 0:
         q = s.request[e, request]
-        mine = q.arrival_s if c.by_arrival else max(q.predicted - q.generated, 1.0)
+        mine = q.arrival_s if by_arrival else max(q.predicted - q.generated, 1.0)
         place = count
         while place > 0 and (
             key[place - 1] > mine or (key[place - 1] == mine and chosen[place - 1] > request)
         ):
             place -= 1
-        if place < c.width:
-            count = min(count + 1, c.width)
+        if place < width:
+            count = min(count + 1, width)
             for i in range(count - 1, place, -1):
                 key[i], chosen[i] = key[i - 1], chosen[i - 1]
             key[place], chosen[place] = mine, request
@@ -80,33 +80,94 @@ def _copy(source: FloatArray, target: Float32Array) -> None:
         target[i] = source[i]
 
 
+@inlined
+def write_engine(
+    p: Params,
+    s: State,
+    by_arrival: bool,
+    width: int,
+    e: int,
+    r: int,
+    requests: Float32Array,
+    engine: Float32Array,
+    ids: IntArray,
+    row: FloatArray,
+    key: FloatArray,
+) -> int:
+    """Write what an engine sees of itself: waiting requests, from row `width` on running ones.
+
+    Args:
+        p: Constants.
+        s: State.
+        by_arrival: Whether a long queue is cut by arrival, else by predicted tokens left.
+        width: Rows for waiting requests.
+        e: Environment.
+        r: Replica.
+        requests: `float32[M, NUM_ORDERING_FEATURES]`, rows of absent requests become 0.
+        engine: Its own features.
+        ids: Request of each row, `int64[M]`.
+        row: Working memory, `float64[NUM_ORDERING_FEATURES]`.
+        key: Working memory, `float64[width]`.
+
+    Returns:
+        How many waiting requests have a row.
+    """
+    for i in range(requests.shape[0]):
+        for f in range(requests.shape[1]):
+            requests[i, f] = 0.0
+    count = _shortlist(s, by_arrival, width, e, r, ids, key)
+    for i in range(count):
+        write_row(p, s, e, r, ids[i], False, row)
+        _copy(row, requests[i])
+    place = width
+    request = s.replica[e, r].run_head
+    while request >= 0:
+        write_row(p, s, e, r, request, True, row)
+        _copy(row, requests[place])
+        ids[place] = request
+        place += 1
+        request = s.request[e, request].next_request
+    write_engine_columns(p, s, e, r, row)
+    _copy(row[row.shape[0] - engine.shape[0] :], engine)
+    return count
+
+
+@inlined
+def allow_picks(
+    p: Params, s: State, e: int, first: int, width: int, count: int, mask: Int8Array
+) -> None:
+    """Allow the picks of the choice that is due, in a mask that is 0.
+
+    Args:
+        p: Constants.
+        s: State.
+        e: Environment.
+        first: Place of row 0 in the mask; behind the rows is nobody.
+        width: Rows for waiting requests.
+        count: How many of them are taken.
+        mask: `int8[A]`, written to.
+    """
+    v = s.replica[e, s.env[e].asking]
+    admit = s.env[e].decision == ADMIT
+    start = first if admit else first + width
+    for i in range(start, start + (count if admit else v.num_running)):
+        mask[i] = 1
+    if p.asks.admit == ALWAYS and admit and v.num_running > 0:
+        mask[mask.shape[0] - 1] = 1
+
+
 @kernel
 def _write_choice(
     p: Params, s: State, c: KernelSettings, o: Output, e: int, row: FloatArray, key: FloatArray
 ) -> None:
     """Write the observation of one pending choice."""
     r = s.env[e].asking
-    v = s.replica[e, r]
-    admit = s.env[e].decision == ADMIT
-    o.requests[e] = 0.0
+    count = write_engine(
+        p, s, c.by_arrival, c.width, e, r, o.requests[e], o.engine[e], o.ids[e], row, key
+    )
     o.mask[e] = 0
-    for i in range(_shortlist(s, c, e, r, o.ids[e], key)):
-        write_row(p, s, e, r, o.ids[e, i], False, row)
-        _copy(row, o.requests[e, i])
-        o.mask[e, i] = admit
-    place = c.width
-    request = v.run_head
-    while request >= 0:
-        write_row(p, s, e, r, request, True, row)
-        _copy(row, o.requests[e, place])
-        o.ids[e, place] = request
-        o.mask[e, place] = not admit
-        place += 1
-        request = s.request[e, request].next_request
-    if p.asks.admit == ALWAYS and admit and v.num_running > 0:
-        o.mask[e, o.requests.shape[1]] = 1
-    _copy(row[row.shape[0] - o.engine.shape[1] :], o.engine[e])
-    o.kind[e] = 0 if admit else 1
+    allow_picks(p, s, e, 0, c.width, count, o.mask[e])
+    o.kind[e] = 0 if s.env[e].decision == ADMIT else 1
 
 
 @kernel

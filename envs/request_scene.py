@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from servegym.cluster.simulator import Simulator
-from servegym.cluster.state import QUEUED, RUNNING
-from servegym.envs.scene import Row, Scene, progress
+from servegym.cluster.state import ADMIT, QUEUED, RUNNING
+from servegym.envs.scene import Row, Scene, progress, share_ended
 from servegym.policy.contract import KV_CACHE_USAGE, OUTSTANDING_PROMPT_TOKENS, UP
 from servegym.scenario import Scenario
 from servegym.typing import IntArray
@@ -23,6 +23,27 @@ def _of(simulator: Simulator, env: int, replica: int, status: int) -> IntArray:
 
 def _classes(simulator: Simulator, env: int, requests: IntArray) -> tuple[int, ...]:
     return tuple(simulator.state.request[env]["slo_class"][requests].tolist())
+
+
+def dispatch_deed(simulator: Simulator, env: int, action: int, num_replicas: int) -> str:
+    """Say what an action does with the request that is to be dispatched."""
+    request = int(simulator.state.env[env]["deciding"])
+    if action < num_replicas:
+        return f"request {request} went to replica {action}"
+    holds = action == num_replicas and bool(simulator.params.allow_hold)
+    return f"request {request} was {'held' if holds else 'rejected'}"
+
+
+def pick_deed(simulator: Simulator, env: int, ids: IntArray, row: int) -> str:
+    """Say whom an engine admits or preempts; `ids` has the request of each row."""
+    did = "admitted" if simulator.state.env[env]["decision"] == ADMIT else "preempted"
+    return f"{did} {'nobody' if row == len(ids) else f'request {ids[row]}'}"
+
+
+def _legend(scenario: Scenario) -> tuple[tuple[str, int], ...]:
+    """Name the colours of the SLO classes, if there are several."""
+    classes = scenario.spec.slo_classes
+    return tuple((c.name, i) for i, c in enumerate(classes)) if len(classes) > 1 else ()
 
 
 def dispatch_scene(scenario: Scenario, simulator: Simulator, env: int) -> Scene:
@@ -60,6 +81,8 @@ def dispatch_scene(scenario: Scenario, simulator: Simulator, env: int) -> Scene:
         "running (full) and waiting requests",
         tuple(rows),
         simulator.max_replicas,
+        share_ended(s.env[env], "requests"),
+        _legend(scenario),
     )
 
 
@@ -76,13 +99,12 @@ def engine_scene(scenario: Scenario, simulator: Simulator, env: int, asked: str)
     v = s.replica[env, 0]
     capacity = int(simulator.params.num_blocks[v["type_idx"]])
     running, waiting = (_of(simulator, env, 0, status) for status in (RUNNING, QUEUED))
+    block_size = int(simulator.params.block_size)
     rows = [
         Row(
             scenario.spec.types[v["type_idx"]].name,
             (capacity - int(v["free_blocks"])) / capacity,
-            _classes(simulator, env, running),
-            _classes(simulator, env, waiting),
-            f"{len(running)} running, {len(waiting)} waiting",
+            note=f"{len(running)} running, {len(waiting)} waiting",
         )
     ]
     due = s.env[env]["asking"] >= 0
@@ -90,16 +112,17 @@ def engine_scene(scenario: Scenario, simulator: Simulator, env: int, asked: str)
     for part, runs in parts if asked == "preempt" else parts[::-1]:
         for request in part.tolist():
             q = s.request[env, request]
-            done = int(q["generated"])
-            if runs and q["join_iter"] >= 0:
-                done += int(v["iteration"] - q["join_iter"])
-            own = (int(q["slo_class"]),)
+            done, held = int(q["generated"]), int(q["prompt"] + q["generated"])
+            if runs:
+                decoded = int(v["iteration"] - q["join_iter"]) if q["join_iter"] >= 0 else 0
+                done, held = done + decoded, int(q["computed"]) + decoded
+            squares = (int(q["slo_class"]),) * -(-100 * -(-held // block_size) // capacity)
             rows.append(
                 Row(
                     f"{request}  {'runs' if runs else 'waits'}",
                     min(1.0, done / max(1.0, float(q["predicted"]))),
-                    own if runs else (),
-                    () if runs else own,
+                    squares if runs else (),
+                    () if runs else squares,
                     f"{q['prompt']:,} prompt, {done:,} of ~{q['predicted']:,.0f} tokens",
                     lit=bool(due) and runs == (asked == "preempt"),
                 )
@@ -108,7 +131,27 @@ def engine_scene(scenario: Scenario, simulator: Simulator, env: int, asked: str)
         progress(scenario.name, s.env[env], "requests"),
         f"whom to {asked}" if due else "the episode is over",
         "KV cache; tokens",
-        "running (full) and waiting requests",
+        "KV held (full) or needed; a square is 1 % of it",
         tuple(rows),
         1 + _MOST_REQUESTS,
+        share_ended(s.env[env], "requests"),
+        _legend(scenario),
     )
+
+
+def cluster_scene(scenario: Scenario, simulator: Simulator, env: int) -> Scene:
+    """Show each replica as `dispatch_scene` does; where an engine asks, it is the one that is lit.
+
+    Args:
+        scenario: What is played.
+        simulator: Plays it.
+        env: Environment.
+    """
+    scene = dispatch_scene(scenario, simulator, env)
+    due = simulator.state.env[env]
+    r = int(due["asking"])
+    if r < 0:
+        return scene
+    what = "admit" if due["decision"] == ADMIT else "preempt"
+    rows = [row._replace(lit=i == r) for i, row in enumerate(scene.rows)]
+    return scene._replace(question=f"replica {r}: whom to {what}", rows=tuple(rows))

@@ -12,6 +12,7 @@ from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
+from servegym.envs.cluster import ClusterVectorEnv
 from servegym.envs.dispatch import DispatchVectorEnv
 from servegym.envs.preemption import PreemptionVectorEnv
 from servegym.envs.vector import BatchVectorEnv
@@ -145,6 +146,12 @@ class WorkflowVecEnv(BatchVecEnv):
     vector_type = WorkflowVectorEnv
 
 
+class ClusterVecEnv(BatchVecEnv):
+    """`servegym/Cluster-v0` for SB3 and sb3-contrib: the agents of all fleets as one batch."""
+
+    vector_type = ClusterVectorEnv
+
+
 def make_vec(env_id: str, num_envs: int, **settings: Any) -> BatchVecEnv:
     """Make an environment by its id, as `gymnasium.make_vec`, for SB3.
 
@@ -157,7 +164,7 @@ def make_vec(env_id: str, num_envs: int, **settings: Any) -> BatchVecEnv:
         ConfigError: If servegym has no such environment.
     """
     spec = gymnasium.registry.get(env_id)
-    for adapter in (DispatchVecEnv, PreemptionVecEnv, WorkflowVecEnv):
+    for adapter in (DispatchVecEnv, PreemptionVecEnv, WorkflowVecEnv, ClusterVecEnv):
         vector = adapter.vector_type
         if spec and spec.vector_entry_point == f"{vector.__module__}:{vector.__name__}":
             return adapter(num_envs, **{**spec.kwargs, **settings})

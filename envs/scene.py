@@ -17,6 +17,8 @@ WIDTH, MAX_HEIGHT = 960, 540
 _ROW = 34.0
 _LEFT, _TOP, _NAME, _BAR, _NOTE = 12, 66, 170, 130, 230
 _INK, _FAINT, _BACK, _TRACK = (32, 33, 36), (128, 134, 139), (255, 255, 255), (232, 234, 237)
+#: Of what is asked, and of a bar that is full but for a little.
+_ASKED, _FULL, _NEARLY_FULL = (0, 110, 80), (213, 94, 0), 0.95
 #: Colours of requests by class, and of stages by job; a colour-blind-safe set.
 _COLOURS = (
     (0, 114, 178),
@@ -62,6 +64,9 @@ class Scene(NamedTuple):
         cells: What the squares mean.
         rows: What there is, the same number at any time of an environment where possible.
         num_rows: For how many rows there is to be room.
+        ended: Share of the episode's requests or jobs that have ended.
+        legend: What colours mean, if that has to be said: names and numbers.
+        last: What was done last.
     """
 
     title: str
@@ -70,6 +75,14 @@ class Scene(NamedTuple):
     cells: str
     rows: tuple[Row, ...]
     num_rows: int
+    ended: float
+    legend: tuple[tuple[str, int], ...] = ()
+    last: str = ""
+
+
+def share_ended(env: Any, played: Literal["requests", "jobs"]) -> float:
+    """Say which share of an episode has ended; arguments as `progress`."""
+    return float(env["num_ended"]) / float(env[f"num_{played}"])
 
 
 def progress(name: str, env: Any, played: Literal["requests", "jobs"]) -> str:
@@ -88,7 +101,9 @@ def progress(name: str, env: Any, played: Literal["requests", "jobs"]) -> str:
 
 def as_text(scene: Scene) -> str:
     """Draw with characters: `#` runs, `.` waits, `>` may be chosen, `x` is out of order."""
-    lines = [scene.title, scene.question, f"{'':24}{scene.bar:16.15}{scene.cells}"]
+    last = f"   (last: {scene.last})" if scene.last else ""
+    heading = f"{'':24}{scene.bar:16.15}{scene.cells}"
+    lines = [scene.title, scene.question + last, heading]
     for row in scene.rows:
         full = round(row.fill * 10)
         mark = "x" if row.down else ">" if row.lit else " "
@@ -118,16 +133,28 @@ def as_image(scene: Scene) -> NDArray[np.uint8]:
     height = min(_ROW, (MAX_HEIGHT - _TOP - 8) / max(1, scene.num_rows))
     image = Image.new("RGB", (WIDTH, 2 * int((_TOP + 9 + scene.num_rows * height) / 2)), _BACK)
     draw = ImageDraw.Draw(image)
-    font, small = (ImageFont.load_default(size) for size in (15, max(8, min(13, height * 0.62))))
+    font, small, tiny = (
+        ImageFont.load_default(size) for size in (15, max(8, min(13, height * 0.62)), 11)
+    )
+    draw.rectangle((0, 0, WIDTH, 2), _TRACK)
+    draw.rectangle((0, 0, round(WIDTH * scene.ended), 2), _COLOURS[2])
     draw.text((_LEFT, 8), scene.title, _INK, font)
-    draw.text((_LEFT, 28), scene.question, _FAINT, font)
-    draw.text((_LEFT + _NAME, 50), scene.bar, _FAINT, ImageFont.load_default(11))
-    draw.text((_LEFT + _NAME + _BAR + 14, 50), scene.cells, _FAINT, ImageFont.load_default(11))
+    draw.text((_LEFT, 29), scene.question, _ASKED, font)
+    draw.text((WIDTH - _LEFT, 29), scene.last, _FAINT, font, anchor="ra")
+    draw.text((_LEFT + _NAME, 51), scene.bar, _FAINT, tiny)
+    draw.text((_LEFT + _NAME + _BAR + 14, 51), scene.cells, _FAINT, tiny)
+    x: float = WIDTH - _LEFT
+    for name, colour in reversed(scene.legend):
+        x -= draw.textlength(name, tiny)
+        draw.text((x, 11), name, _INK, tiny)
+        x -= 15
+        draw.rectangle((x, 12, x + 10, 22), _COLOURS[colour % len(_COLOURS)])
+        x -= 12
     for i, row in enumerate(scene.rows[: scene.num_rows]):
         _draw_row(draw, row, _TOP + i * height, height, small)
     hidden = len(scene.rows) - scene.num_rows
     if hidden > 0:
-        draw.text((WIDTH - _NOTE, 50), f"{hidden} more not shown", _FAINT, small)
+        draw.text((WIDTH - _NOTE, 51), f"{hidden} more not shown", _FAINT, tiny)
     return np.asarray(image).copy()
 
 
@@ -140,20 +167,28 @@ def _draw_row(draw: ImageDraw, row: Row, top: float, height: float, font: Any) -
     x: float = _LEFT + _NAME
     draw.rectangle((x, middle - half, x + _BAR, middle + half), _TRACK)
     if row.fill > 0:
-        draw.rectangle(
-            (x, middle - half, x + _BAR * min(1.0, row.fill), middle + half), _COLOURS[0]
-        )
-    x += _BAR + 14
-    end = WIDTH - _NOTE - 10
-    side = max(3.0, min(2 * half, 14.0, (end - x) / max(1, len(row.active) + len(row.waiting))))
-    for filled, cells in ((True, row.active), (False, row.waiting)):
-        for colour in cells:
-            if x + side > end:
-                break
-            box = (x, middle - side / 2, x + side - 2, middle + side / 2 - 1)
-            paint = _COLOURS[colour % len(_COLOURS)]
-            draw.rectangle(box, paint if filled else _BACK, paint)
-            x += side
-        x += 4
+        paint = _FULL if row.fill >= _NEARLY_FULL else _COLOURS[0]
+        draw.rectangle((x, middle - half, x + _BAR * min(1.0, row.fill), middle + half), paint)
+    _draw_cells(draw, row, x + _BAR + 14, WIDTH - _NOTE - 10, middle, half)
     note = "down" if row.down else row.note
     draw.text((WIDTH - _NOTE, middle), note, ink, font, anchor="lm")
+
+
+def _draw_cells(
+    draw: ImageDraw, row: Row, left: float, right: float, middle: float, half: float
+) -> None:
+    """Draw what runs and what waits as squares, in as many lines as make them largest."""
+    count = len(row.active) + len(row.waiting)
+    if not count:
+        return
+    sides = [min(14.0, 2 * half / n, (right - left) / -(-count // n)) for n in (1, 2, 3)]
+    side = max(3.0, *sides)
+    per_line = max(1, int((right - left) / side))
+    lines = min(-(-count // per_line), max(1, int(2 * half / side)))
+    top = middle - lines * side / 2
+    for i, colour in enumerate((*row.active, *row.waiting)[: per_line * lines]):
+        x, y = left + i % per_line * side, top + i // per_line * side
+        paint = _COLOURS[colour % len(_COLOURS)]
+        draw.rectangle(
+            (x, y, x + side - 2, y + side - 2), paint if i < len(row.active) else _BACK, paint
+        )

@@ -131,6 +131,18 @@ class PreemptionSettings(RequestSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClusterSettings(PreemptionSettings):
+    """What environments of a fleet of engines with orders may be told; see `PreemptionSettings`.
+
+    Attributes:
+        scenario: A name, a path or a `Scenario`, whose fleet has two replicas or more and
+            `engine: vllm-priority` in every entry.
+    """
+
+    scenario: Any = "kv-starved-fleet"
+
+
+@dataclass(frozen=True, kw_only=True)
 class WorkflowSettings(Settings):
     """What environments that play jobs may be told; see `Settings`.
 

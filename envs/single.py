@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 import gymnasium
@@ -20,12 +21,11 @@ RENDER_MODES = ("rgb_array", "ansi")
 _OF_WRAPPERS = ("minari_autoseed",)
 
 
-def check_render_mode(render_mode: str | None) -> str | None:
+def check_render_mode(render_mode: str | None, modes: Sequence[str] = RENDER_MODES) -> str | None:
     """Refuse what cannot be drawn."""
-    if render_mode is not None and render_mode not in RENDER_MODES:
-        raise ConfigError(
-            f"render_mode must be None, {' or '.join(RENDER_MODES)}, got {render_mode!r}"
-        )
+    if render_mode is not None and render_mode not in modes:
+        allowed = " or ".join((", ".join(["None", *modes[:-1]]), modes[-1]))
+        raise ConfigError(f"render_mode must be {allowed}, got {render_mode!r}")
     return render_mode
 
 
@@ -41,7 +41,8 @@ def draw(batch: Batch, env: int, render_mode: str | None) -> Any:
     """Draw one environment, or nothing if that was not asked for."""
     if render_mode is None:
         return None
-    return (as_image if render_mode == "rgb_array" else as_text)(batch.scene(env))
+    scene = batch.scene(env)._replace(last=batch.deeds[env])
+    return (as_image if render_mode == "rgb_array" else as_text)(scene)
 
 
 class BatchEnv(gymnasium.Env[Any, Any], Generic[B]):
@@ -66,6 +67,7 @@ class BatchEnv(gymnasium.Env[Any, Any], Generic[B]):
     ) -> None:
         self.render_mode = check_render_mode(render_mode)
         self.batch = make_batch(self.batch_type, 1, scenario, settings)
+        self.batch.narrates = self.render_mode is not None
         self.observation_space = self.batch.observer.space
         self.action_space = AllowedAction(self.batch)
         self._ready = False

@@ -77,6 +77,7 @@ class BatchVectorEnv(VectorEnv[Any, IntArray, Any], Generic[B]):
         }
         self.render_mode = check_render_mode(render_mode)
         self.batch = make_batch(self.batch_type, num_envs, scenario, settings)
+        self.batch.narrates = self.render_mode is not None
         self.num_envs = num_envs
         self.single_observation_space = self.batch.observer.space
         self.single_action_space = spaces.Discrete(self.batch.num_actions)

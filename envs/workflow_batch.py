@@ -251,6 +251,19 @@ class WorkflowBatch(Batch):
             float(np.average(jct_s <= jobs["deadline_s"], weights=jobs["weight"])),
         )
 
+    def _deed(self, env: int, action: int) -> str:
+        if action == self.num_actions - 1:
+            return "nothing started"
+        o = self.output
+        if self._kernel_settings.eft:
+            number, device = o.shown[env, action], o.placed[env, action]
+        else:
+            row, device = divmod(action, o.pairs.shape[2])
+            number = o.shown[env, row]
+        job = int(self.simulator.state.stage[env, number]["job"])
+        place = int(number) - int(self.simulator.state.job[env, job]["first_stage"])
+        return f"stage {place} of job {job} started on device {device}"
+
     def scene(self, env: int) -> Scene:
         """Show the devices, what they run, and the jobs."""
         return workflow_scene(self.scenario, self.simulator, env)

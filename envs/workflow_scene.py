@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from servegym.envs.scene import Row, Scene, progress
+from servegym.envs.scene import Row, Scene, progress, share_ended
 from servegym.workflow.online.simulator import Simulator
 from servegym.workflow.online.state import ENDED, READY, STARTED
 from servegym.workflow_scenario import WorkflowScenario
@@ -56,4 +56,5 @@ def workflow_scene(scenario: WorkflowScenario, simulator: Simulator, env: int) -
         "stages on devices (full), ready stages",
         tuple(rows),
         s.device.shape[1] + _MOST_JOBS,
+        share_ended(e, "jobs"),
     )

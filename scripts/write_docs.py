@@ -10,6 +10,7 @@ from pathlib import Path
 
 import gymnasium
 
+from servegym.envs.cluster import ClusterEnv
 from servegym.envs.dispatch import DispatchEnv
 from servegym.envs.observation import column_table
 from servegym.envs.preemption import PreemptionEnv
@@ -206,6 +207,7 @@ def pages() -> dict[str, str]:
         "environments/dispatch.md": environment_page(DispatchEnv),
         "environments/preemption.md": environment_page(PreemptionEnv),
         "environments/workflow.md": environment_page(WorkflowEnv),
+        "environments/cluster.md": environment_page(ClusterEnv),
     }
 
 

@@ -20,7 +20,7 @@ HEADINGS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["dispatch", "preemption", "workflow"])
+@pytest.mark.parametrize("name", ["dispatch", "preemption", "workflow", "cluster"])
 def test_a_page_has_the_eight_headings_in_their_order(name):
     text = (DOCS / "environments" / f"{name}.md").read_text(encoding="utf-8")
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == HEADINGS

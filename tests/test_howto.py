@@ -12,6 +12,7 @@ PAGES = {
     "add-a-rule": {"program": 1, "file": 2, "command": 1},
     "add-a-reward": {"program": 2},
     "add-a-network": {"program": 3, "command": 1},
+    "train-many-agents": {"program": 2},
     "add-a-scenario": {"file": 1, "command": 2, "program": 1},
     "add-a-gpu": {"file": 3, "command": 2},
 }
@@ -20,7 +21,7 @@ PAGES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_does_what_it_says(tmp_path, monkeypatch, name):
-    if name == "add-a-network":
+    if name in ("add-a-network", "train-many-agents"):
         pytest.importorskip("stable_baselines3")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)

@@ -23,6 +23,11 @@ if find_spec("gymnasium") is not None:  # inside a serving engine's environment 
         entry_point="servegym.envs.workflow:WorkflowEnv",
         vector_entry_point="servegym.envs.workflow:WorkflowVectorEnv",
     )
+    register(
+        id="servegym/Cluster-v0",
+        entry_point="servegym.envs.cluster:ClusterEnv",
+        vector_entry_point="servegym.envs.cluster:ClusterVectorEnv",
+    )
     # what lets stock algorithms with stock settings learn; see docs/env-dispatch.md
     _SHAPED = {
         "shaping": "cost-to-go",
@@ -47,5 +52,11 @@ if find_spec("gymnasium") is not None:  # inside a serving engine's environment 
         id="servegym/WorkflowShaped-v0",
         entry_point="servegym.envs.workflow:WorkflowEnv",
         vector_entry_point="servegym.envs.workflow:WorkflowVectorEnv",
+        kwargs=_SHAPED,
+    )
+    register(
+        id="servegym/ClusterShaped-v0",
+        entry_point="servegym.envs.cluster:ClusterEnv",
+        vector_entry_point="servegym.envs.cluster:ClusterVectorEnv",
         kwargs=_SHAPED,
     )

@@ -7,7 +7,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from servegym.cluster.spec import ClusterSpec, Episode, Faults, ReplicaType
+from servegym.cluster.spec import (
+    ClusterSpec,
+    Episode,
+    Faults,
+    Link,
+    ReplicaType,
+    Role,
+    TransferRules,
+)
 from servegym.cluster.state import FAULT_DOWN, FAULT_SLOW, FAULT_UP
 from servegym.costs.grid import (
     NUM_BATCH_KNOTS,
@@ -263,3 +271,42 @@ def with_conversations(
         spec, prefix_caching=True, retain_kv_s=float(rng.choice([0.02, 0.1, 0.5, 5.0, 1e9]))
     )
     return spec, replace(episode, table=table)
+
+
+def with_roles(spec: ClusterSpec, episode: Episode, seed: int) -> tuple[ClusterSpec, Episode]:
+    """Let some replicas only prefill and others only decode; leases, memory and links are short."""
+    rng = np.random.default_rng((seed, 6))
+    roles: list[Role] = ["prefill", *rng.choice(["decode", "mixed", "prefill"], 3).tolist()]
+    roles[1] = "decode" if rng.random() < 0.8 else "mixed"
+    types = tuple(
+        replace(
+            spec.types[i % len(spec.types)],
+            role=role,
+            link=Link(
+                bytes_per_s=float(rng.choice([1e3, 1e5, np.inf])),
+                latency_s=float(rng.choice([0.0, 0.01, 0.2])),
+                piece_s=float(rng.choice([0.0, 1e-3])),
+            ),
+        )
+        for i, role in enumerate(roles)
+    )
+    type_idx = np.concatenate(([0, 1], rng.integers(0, len(types), rng.integers(0, 4))))
+    faults = episode.faults
+    keep = faults.replica < len(type_idx)
+    episode = replace(
+        episode,
+        type_idx=rng.permutation(type_idx).astype(np.int16),
+        speed=rng.uniform(0.5, 2.0, len(type_idx)),
+        faults=Faults(
+            faults.time_s[keep], faults.replica[keep], faults.kind[keep], faults.value[keep]
+        ),
+    )
+    rules = TransferRules(
+        kv_token_bytes=float(rng.choice([0.0, 1.0, 10.0])),
+        kv_block_pieces=int(rng.integers(0, 4)),
+        reservation="source" if rng.random() < 0.5 else "destination",
+        lease_s=float(rng.choice([0.05, 0.3, 5.0, 480.0])),
+        ahead_tokens=int(rng.choice([0, 5, 512])),
+        max_num_held=int(rng.choice([1, 4, 256])),
+    )
+    return replace(spec, types=types, transfers=rules), episode

@@ -12,7 +12,7 @@ from servegym.cluster.outcome import outcomes_from_events
 from servegym.cluster.reference import ReferenceSimulator
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import ClusterSpec, Episode
-from servegym.cluster.state import DECISION, DONE, EV_PREEMPT, NEVER, Asks
+from servegym.cluster.state import DECISION, DONE, EV_PREEMPT, NEVER, NUM_EVENTS, Asks
 from servegym.engines import ENGINES, EngineName
 from servegym.policy.contract import Group, ReplicaFeature
 from servegym.policy.observe import observe_batch
@@ -65,7 +65,7 @@ def assert_equal(seed: int, engines: Sequence[EngineName] = ("vllm",)) -> None:
 
 
 def assert_same_log(want: np.ndarray, got: np.ndarray) -> None:
-    for kind in range(9):
+    for kind in range(NUM_EVENTS):
         a, b = want[want["kind"] == kind], got[got["kind"] == kind]
         a, b = (np.sort(x, order=["request", "time_s"]) for x in (a, b))
         assert a["request"].tolist() == b["request"].tolist(), f"kind {kind}"

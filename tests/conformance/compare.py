@@ -1,8 +1,8 @@
 """Draw workloads for vLLM, compare its runs with ours, keep some as recordings.
 
-python -m conformance.compare draw 500 workloads.json
-python -m conformance.compare report workloads.json runs.json
-python -m conformance.compare record workloads.json runs.json
+python -m conformance.compare draw 500 workloads.json pairs.json
+python -m conformance.compare report workloads.json runs.json pairs.json pair_runs.json
+python -m conformance.compare record workloads.json runs.json pairs.json pair_runs.json
 """
 
 from __future__ import annotations
@@ -15,8 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from .simulated import first_difference, outcome_of, play_compiled, play_reference
-from .workloads import for_driver, random_workload, serving_workload
+from .simulated import (
+    PAIR_REQUEST,
+    first_difference,
+    first_difference_of_pairs,
+    outcome_of,
+    play_compiled,
+    play_compiled_pair,
+    play_pair,
+    play_reference,
+)
+from .workloads import for_driver, random_pair, random_workload, serving_workload
 
 RECORDED = Path(__file__).parent / "recorded"
 #: Seeds worth keeping: short, with preemptions, hits and cut prompts, and for each rule of
@@ -27,6 +36,8 @@ KEPT = (
 )
 #: Of those, what is kept of priority mode: with preemptions, some that leave others out of a step.
 KEPT_BY_PRIORITY = (41, 51, 76, 146, 183, 262, 343, 401, 440, 477)
+#: Pairs that are kept: short, with memory short at either end, hits, and cut prompts.
+KEPT_PAIRS = (28, 109, 117, 146, 183, 232, 292)
 STEP = (
     "begin_s",
     "scheduled",
@@ -36,7 +47,8 @@ STEP = (
     "free_blocks",
     "finished",
 )
-REQUEST = ("cached_tokens", "first_token_s", "finish_s")
+#: Lists of steps in a run: of one replica, or of a pair.
+STEP_LISTS = ("steps", "prefill", "decode")
 
 
 def draw(num_random: int) -> list[dict[str, Any]]:
@@ -53,6 +65,34 @@ def draw(num_random: int) -> list[dict[str, Any]]:
         for seed in (0, 1)
     ]
     return small + large
+
+
+def draw_pairs(num_random: int) -> list[dict[str, Any]]:
+    """Draw workloads for a replica that prefills and one that decodes, the kept ones included."""
+    return [for_driver(random_pair(seed), []) for seed in sorted({*range(num_random), *KEPT_PAIRS})]
+
+
+def report_pairs(workloads: list[dict[str, Any]], told: dict[str, Any]) -> bool:
+    """Print how many pairs agree at every step of both replicas; True if all do."""
+    total: Counter[str] = Counter()
+    same: Counter[str] = Counter()
+    early: Counter[str] = Counter()
+    compiled: Counter[str] = Counter()
+    for workload, run in zip(workloads, told["runs"], strict=True):
+        kind = "caching" if workload["prefix_caching"] else "no caching"
+        total[kind] += 1
+        difference = first_difference_of_pairs(play_pair(workload), run)
+        same[kind] += difference is None
+        if difference is not None:
+            difference = first_difference_of_pairs(play_pair(workload, early=True), run)
+        early[kind] += difference is None
+        compiled[kind] += same_outcome(play_compiled_pair(workload), outcome_of(run))
+        if difference is not None:
+            print(f"  pair {workload['seed']}, {kind}: {difference[:160]}")
+    print("\npairs, prefix caching | workloads | identical | and with early identity | compiled")
+    for kind in sorted(total):
+        print(f"{kind} | {total[kind]} | {same[kind]} | {early[kind]} | {compiled[kind]}")
+    return early == total
 
 
 def report(workloads: list[dict[str, Any]], told: dict[str, Any]) -> bool:
@@ -153,32 +193,48 @@ def record(workloads: list[dict[str, Any]], told: dict[str, Any]) -> None:
             _write(path, workload, told["vllm"], run["priority"])
 
 
+def record_pairs(workloads: list[dict[str, Any]], told: dict[str, Any]) -> None:
+    """Write the kept pairs and what vLLM did, one step a line."""
+    for workload, run in zip(workloads, told["runs"], strict=True):
+        if workload["seed"] in KEPT_PAIRS:
+            _write(RECORDED / f"pair-{workload['seed']}.json", workload, told["vllm"], run)
+
+
 def _write(path: Path, workload: dict[str, Any], vllm: str, row: dict[str, Any]) -> None:
     given = {k: v for k, v in workload.items() if k not in ("grid", "modes")}
-    head = {"vllm": vllm, "workload": given} | {k: row[k] for k in REQUEST}
-    lines = [json.dumps([s[k] for k in STEP], separators=(",", ":")) for s in row["steps"]]
-    text = json.dumps(head, separators=(",", ":"))[:-1] + ',"steps":[\n' + ",\n".join(lines)
-    path.write_text(text + "\n]}\n")
+    lists = [k for k in STEP_LISTS if k in row]
+    head = {"vllm": vllm, "workload": given} | {k: v for k, v in row.items() if k not in lists}
+    text = json.dumps(head, separators=(",", ":"))[:-1]
+    for name in lists:
+        lines = [json.dumps([s[k] for k in STEP], separators=(",", ":")) for s in row[name]]
+        text += f',"{name}":[\n' + ",\n".join(lines) + "\n]"
+    path.write_text(text + "}\n")
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a recorded workload and vLLM's run of it."""
     told = json.loads(path.read_text())
-    steps = [dict(zip(STEP, row, strict=True)) for row in told["steps"]]
-    return told["workload"], {"steps": steps} | {k: told[k] for k in REQUEST}
+    run = {k: told[k] for k in PAIR_REQUEST if k in told}
+    for name in STEP_LISTS:
+        if name in told:
+            run[name] = [dict(zip(STEP, row, strict=True)) for row in told[name]]
+    return told["workload"], run
 
 
 def main() -> None:
     """Draw, report or record."""
     command, *given = sys.argv[1:]
     if command == "draw":
-        workloads = {"workloads": draw(int(given[0]))}
-        Path(given[1]).write_text(json.dumps(workloads))
+        Path(given[1]).write_text(json.dumps({"workloads": draw(int(given[0]))}))
+        Path(given[2]).write_text(json.dumps({"workloads": draw_pairs(int(given[0]))}))
         return
-    workloads, told = (json.loads(Path(name).read_text()) for name in given)
+    workloads, told, pairs, told_pairs = (json.loads(Path(name).read_text()) for name in given)
     if command == "record":
         record(workloads["workloads"], told)
-    elif not report(workloads["workloads"], told):
+        record_pairs(pairs["workloads"], told_pairs)
+        return
+    agree = report(workloads["workloads"], told)
+    if not (report_pairs(pairs["workloads"], told_pairs) and agree):
         sys.exit("the simulator and vLLM differ")
 
 

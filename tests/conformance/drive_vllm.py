@@ -19,7 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.config import (
+    CacheConfig,
+    KVTransferConfig,
+    ModelConfig,
+    SchedulerConfig,
+    VllmConfig,
+)
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -124,11 +130,18 @@ def token(key: int, position: int) -> int:
 class Driver:
     """One workload on one scheduler."""
 
-    def __init__(self, base: VllmConfig, workload: dict[str, Any], mode: dict[str, bool]) -> None:
+    def __init__(
+        self,
+        base: VllmConfig,
+        workload: dict[str, Any],
+        mode: dict[str, bool],
+        transfer: KVTransferConfig | None = None,
+    ) -> None:
         self.requests = workload["requests"]
         self.step_s = StepCost(workload["grid"])
         size = workload["block_size"]
         config = copy.copy(base)
+        config.kv_transfer_config = transfer
         config.scheduler_config = scheduler = copy.copy(base.scheduler_config)
         config.cache_config = cache = copy.copy(base.cache_config)
         scheduler.max_num_seqs = workload["max_num_seqs"]

@@ -109,6 +109,26 @@ def play_reference(
     return {"steps": engine.rows} | _per_request(events, len(workload["requests"]))
 
 
+def play_pair(workload: dict[str, Any], *, early: bool = False) -> dict[str, Any]:
+    """Play a pair on the plain simulator, step by step; see `play_reference`."""
+    sim = ReferenceSimulator(*cluster_and_episode(workload))
+    engines = [RecordingVllm(sim, r, early) for r in range(2)]
+    sim.replicas = list(engines)
+    sim.run(lambda _, __: 0)
+    told = _per_request(sim.events(), len(workload["requests"]))
+    return {"prefill": engines[0].rows, "decode": engines[1].rows} | told
+
+
+def play_compiled_pair(workload: dict[str, Any]) -> dict[str, Any]:
+    """Play a pair on the compiled simulator; see `play_compiled`."""
+    spec, episode = cluster_and_episode(workload)
+    sim = Simulator(spec, [episode], record=True, asks=Asks(dispatch=NEVER))
+    sim.advance()
+    told = _per_request(sim.events(), len(workload["requests"]))
+    victims = sim.outcomes()["num_preemptions"].tolist()
+    return told | {"num_steps": int(sim.state.env[0]["engine_steps"]), "preemptions": victims}
+
+
 def play_compiled(workload: dict[str, Any], *, priority: bool = False) -> dict[str, Any]:
     """Play on the compiled simulator, which tells of each request and how many steps it took."""
     spec, episode = cluster_and_episode(workload)
@@ -133,6 +153,7 @@ def _per_request(events: np.ndarray, n: int) -> dict[str, Any]:
         ("cached_tokens", st.EV_ADMIT, "value"),
         ("first_token_s", st.EV_FIRST_TOKEN, "time_s"),
         ("finish_s", st.EV_FINISH, "time_s"),
+        ("landed_s", st.EV_LAND, "time_s"),
     ):
         values = np.full(n, np.nan)
         part = events[events["kind"] == kind]
@@ -142,25 +163,48 @@ def _per_request(events: np.ndarray, n: int) -> dict[str, Any]:
 
 
 def outcome_of(engine: dict[str, Any]) -> dict[str, Any]:
-    """Sum up an engine's run as `play_compiled` does."""
+    """Sum up an engine's run, or that of a pair, as `play_compiled` does."""
+    pair = "prefill" in engine
+    steps = engine["prefill"] + engine["decode"] if pair else engine["steps"]
     victims = [0] * len(engine["finish_s"])
-    for step in engine["steps"]:
+    for step in steps:
         for i in step["preempted"]:
             victims[i] += 1
-    names = ("cached_tokens", "first_token_s", "finish_s")
-    told = {name: engine[name] for name in names}
-    return told | {"num_steps": len(engine["steps"]), "preemptions": victims}
+    told = {name: engine[name] for name in (PAIR_REQUEST if pair else REQUEST)}
+    return told | {"num_steps": len(steps), "preemptions": victims}
+
+
+#: What is compared of each request, of a replica by itself and of a pair.
+REQUEST = ("cached_tokens", "first_token_s", "finish_s")
+PAIR_REQUEST = (*REQUEST, "landed_s")
 
 
 def first_difference(run: dict[str, Any], engine: dict[str, Any]) -> str | None:
     """Say where a step-by-step run first differs from the engine's; None if nowhere."""
-    for k, (a, b) in enumerate(zip(run["steps"], engine["steps"], strict=False)):
+    return _in_steps(run["steps"], engine["steps"]) or _in_requests(run, engine, REQUEST)
+
+
+def first_difference_of_pairs(run: dict[str, Any], engine: dict[str, Any]) -> str | None:
+    """Say where a run on two replicas first differs from the engines'; None if nowhere."""
+    for role in ("prefill", "decode"):
+        difference = _in_steps(run[role], engine[role])
+        if difference is not None:
+            return f"{role}, {difference}"
+    return _in_requests(run, engine, PAIR_REQUEST)
+
+
+def _in_steps(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str | None:
+    for k, (a, b) in enumerate(zip(ours, theirs, strict=False)):
         for name in b:
             if name != "step_s" and a[name] != b[name]:
                 return f"step {k}, {name}: ours {a[name]}, the engine's {b[name]}"
-    if len(run["steps"]) != len(engine["steps"]):
-        return f"ours takes {len(run['steps'])} steps, the engine {len(engine['steps'])}"
-    for name in ("cached_tokens", "first_token_s", "finish_s"):
+    if len(ours) != len(theirs):
+        return f"ours takes {len(ours)} steps, the engine {len(theirs)}"
+    return None
+
+
+def _in_requests(run: dict[str, Any], engine: dict[str, Any], names: tuple[str, ...]) -> str | None:
+    for name in names:
         if run[name] != engine[name]:
             return f"{name}: ours {run[name]}, the engine's {engine[name]}"
     return None

@@ -6,12 +6,22 @@ import numpy as np
 import pytest
 
 from .compare import RECORDED, read
-from .simulated import first_difference, outcome_of, play_compiled, play_reference
+from .simulated import (
+    first_difference,
+    first_difference_of_pairs,
+    outcome_of,
+    play_compiled,
+    play_compiled_pair,
+    play_pair,
+    play_reference,
+)
 
 NAMES = sorted(path.stem for path in RECORDED.glob("seed-*.json"))
 BY_PRIORITY = sorted(path.stem for path in RECORDED.glob("priority-*.json"))
 #: Requests repeat text that is still being generated: the difference docs/conformance.md keeps.
 LATE_IDENTITY = {"seed-28", "seed-343", "seed-473"}
+PAIRS = sorted(path.stem for path in RECORDED.glob("pair-*.json"))
+LATE_IDENTITY_OF_PAIRS = {"pair-28"}
 LATE_IDENTITY_BY_PRIORITY = {"priority-343"}
 
 
@@ -24,6 +34,7 @@ def test_there_are_enough_recordings():
     assert len(NAMES) >= 20
     assert set(NAMES) >= LATE_IDENTITY
     assert len(BY_PRIORITY) >= 10
+    assert len(PAIRS) >= 7
 
 
 @pytest.mark.parametrize("name", recordings(LATE_IDENTITY))
@@ -60,4 +71,21 @@ def test_compiled_simulator_gives_the_times_vllm_gave_in_priority_mode(name):
     ours = play_compiled(workload, priority=True)
     assert outcome_of(engine)
     for column, want in outcome_of(engine).items():
+        np.testing.assert_allclose(ours[column], want, rtol=1e-9, atol=1e-12, err_msg=column)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_plain_simulator_takes_every_step_of_two_schedulers_with_transfers_in_between(name):
+    workload, engines = read(RECORDED / f"{name}.json")
+    assert first_difference_of_pairs(play_pair(workload, early=True), engines) is None
+    late = first_difference_of_pairs(play_pair(workload), engines)
+    assert (late is not None) == (name in LATE_IDENTITY_OF_PAIRS)
+
+
+@pytest.mark.parametrize("name", sorted({*PAIRS} - LATE_IDENTITY_OF_PAIRS))
+def test_compiled_simulator_gives_the_times_of_two_schedulers(name):
+    workload, engines = read(RECORDED / f"{name}.json")
+    ours = play_compiled_pair(workload)
+    assert outcome_of(engines)
+    for column, want in outcome_of(engines).items():
         np.testing.assert_allclose(ours[column], want, rtol=1e-9, atol=1e-12, err_msg=column)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from servegym.cluster.spec import ClusterSpec, Episode, ReplicaType
+from servegym.cluster.spec import ClusterSpec, Episode, Link, ReplicaType, TransferRules
 from servegym.costs.grid import (
     NUM_BATCH_KNOTS,
     NUM_CHUNK_KNOTS,
@@ -99,6 +100,26 @@ def random_workload(seed: int, **fixed: Any) -> dict[str, Any]:
     return drawn | {"requests": requests}
 
 
+def random_pair(seed: int) -> dict[str, Any]:
+    """Draw a workload for a replica that prefills and one that decodes, with a link in between.
+
+    Either may be short of blocks, and the link slower than both.
+    """
+    rng = np.random.default_rng((seed, 2))
+    workload = random_workload(seed)
+    size = workload["block_size"]
+    spare = int(rng.choice([0, 100, 1000]))
+    pair = {
+        "prefill_blocks": -(-LONGEST // size) + int(rng.integers(0, 1 + spare // size)),
+        "token_bytes": float(rng.choice([0.0, 1.0])),
+        "block_pieces": int(rng.integers(0, 3)),
+        "bytes_per_s": float(rng.choice([300.0, 3e3, 1e5])),
+        "latency_s": float(rng.choice([0.0, 0.003, 0.1])),
+        "piece_s": float(rng.choice([0.0, 1e-4])),
+    }
+    return workload | {"pair": pair}
+
+
 def serving_workload(seed: int, *, prefix_caching: bool, num_blocks: int) -> dict[str, Any]:
     """Draw conversations of realistic length, to measure differences instead of finding them.
 
@@ -153,16 +174,30 @@ def for_driver(workload: dict[str, Any], modes: list[str]) -> dict[str, Any]:
 
 def cluster_and_episode(workload: dict[str, Any]) -> tuple[ClusterSpec, Episode]:
     """Return the workload as the simulators take it."""
+    replica = ReplicaType(
+        name="replica",
+        grid=cost_grid(workload["cost"]),
+        num_blocks=workload["num_blocks"],
+        max_num_batched_tokens=workload["max_num_batched_tokens"],
+        max_num_seqs=workload["max_num_seqs"],
+    )
+    types, rules = (replica,), TransferRules()
+    if "pair" in workload:
+        pair = workload["pair"]
+        link = Link(pair["bytes_per_s"], pair["latency_s"], pair["piece_s"])
+        types = (
+            replace(replica, role="prefill", link=link, num_blocks=pair["prefill_blocks"]),
+            replace(replica, role="decode", link=link),
+        )
+        rules = TransferRules(
+            kv_token_bytes=pair["token_bytes"],
+            kv_block_pieces=pair["block_pieces"],
+            lease_s=float("inf"),
+            max_num_held=1000,
+        )
     spec = ClusterSpec(
-        types=(
-            ReplicaType(
-                name="replica",
-                grid=cost_grid(workload["cost"]),
-                num_blocks=workload["num_blocks"],
-                max_num_batched_tokens=workload["max_num_batched_tokens"],
-                max_num_seqs=workload["max_num_seqs"],
-            ),
-        ),
+        types=types,
+        transfers=rules,
         block_size=workload["block_size"],
         prefix_caching=workload["prefix_caching"],
         chunked_prefill=workload["chunked_prefill"],
@@ -177,4 +212,4 @@ def cluster_and_episode(workload: dict[str, Any]) -> tuple[ClusterSpec, Episode]
         prefix_keys=np.array([k for k, _ in segments], np.int64),
         prefix_ends=np.array([end for _, end in segments], np.int32),
     )
-    return spec, Episode(table, np.zeros(1, np.int16), np.ones(1))
+    return spec, Episode(table, np.arange(len(types), dtype=np.int16), np.ones(len(types)))

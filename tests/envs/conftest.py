@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from servegym.cluster.spec import Episode
+from servegym.envs.cluster import ClusterEnv, ClusterVectorEnv
 from servegym.envs.dispatch import DispatchEnv, DispatchVectorEnv
 from servegym.envs.preemption import PreemptionEnv, PreemptionVectorEnv
 from servegym.envs.workflow import WorkflowEnv, WorkflowVectorEnv
@@ -59,7 +60,7 @@ class Problem(NamedTuple):
     settings: dict[str, Any]
 
 
-@pytest.fixture(params=["dispatch", "preemption", "workflow"])
+@pytest.fixture(params=["dispatch", "preemption", "workflow", "cluster"])
 def problem(request) -> Problem:
     """Return each environment in turn; masks forbid something in all."""
     if request.param == "dispatch":
@@ -69,6 +70,11 @@ def problem(request) -> Problem:
     if request.param == "preemption":
         settings = {"scenario": Scenario.model_validate(TIGHT), "max_waiting": 4}
         return Problem("servegym/Preemption-v0", PreemptionEnv, PreemptionVectorEnv, settings)
+    if request.param == "cluster":
+        fleet = [{**TIGHT["fleet"][0], "count": 2}]
+        scenario = Scenario.model_validate({**TIGHT, "fleet": fleet})
+        settings = {"scenario": scenario, "max_waiting": 4}
+        return Problem("servegym/Cluster-v0", ClusterEnv, ClusterVectorEnv, settings)
     dags = WorkflowScenario.model_validate(DAGS)
     settings = {"scenario": dags, "pool_size": 6, "max_stages": 4}
     return Problem("servegym/Workflow-v0", WorkflowEnv, WorkflowVectorEnv, settings)

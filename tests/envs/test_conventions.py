@@ -6,6 +6,7 @@ import copy
 import inspect
 import multiprocessing
 import pickle
+import re
 import warnings
 
 import cloudpickle
@@ -13,9 +14,10 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from gymnasium.wrappers import TimeLimit
+from gymnasium.wrappers import RenderCollection, TimeLimit
 
 from servegym.cluster.outcome import within_slo
+from servegym.envs.preemption import PreemptionEnv
 from servegym.errors import ConfigError, EnvironmentClosed, InvalidAction, ResetNeeded
 
 
@@ -340,6 +342,65 @@ def test_pictures_show_what_changes(problem, vector):
     scenario = env.unwrapped.batch.scenario
     assert lines[0].startswith(scenario.name)
     assert lines[0].count("[") >= 2
+
+
+def test_frames_of_an_episode_make_a_film(problem):
+    pytest.importorskip("PIL")
+    film = RenderCollection(problem.single(**problem.settings, render_mode="rgb_array"))
+    assert film.metadata["render_fps"] == 10
+    film.reset(seed=0)
+    done, steps = False, 0
+    while not done and steps < 20:
+        _, _, done, _, _ = film.step(film.action_space.sample())
+        steps += 1
+    frames = film.render()
+    assert len(frames) == steps + 1
+    assert len({frame.shape for frame in frames}) == 1
+    assert all(height % 2 == 0 for height in frames[0].shape[:2])  # what codecs of videos want
+
+
+WORDS = {
+    "servegym/Dispatch-v1": r"request \d+ went to replica \d",
+    "servegym/Preemption-v0": r"(admitted|preempted) request \d+",
+    "servegym/Cluster-v0": r"request \d+ went to replica \d|replica \d (admitted|preempted) r",
+    "servegym/Workflow-v0": r"stage \d+ of job \d+ started on device \d|nothing started",
+}
+
+
+@pytest.mark.parametrize("vector", [False, True])
+def test_text_says_what_was_decided_last(problem, vector):
+    env = (problem.vector if vector else problem.single)(**problem.settings, render_mode="ansi")
+
+    def asked():
+        text = env.render()
+        return (text[0] if vector else text).splitlines()[1]
+
+    env.reset(seed=0)
+    assert "last" not in asked()
+    for _ in range(5):
+        env.step(env.action_space.sample())
+        assert re.search(rf"\(last: ({WORDS[problem.env_id]})", asked())
+    env.reset(seed=1)
+    assert "last" not in asked()
+
+
+def test_an_engines_picture_shows_who_holds_which_share_of_its_kv():
+    env = PreemptionEnv("kv-starved", render_mode="ansi", num_requests=100, load=2.0)
+    blocks = env.batch.scenario.spec.types[0].num_blocks
+    env.reset(seed=0)
+    held, needed = 0, 0
+    for _ in range(10):
+        env.step(env.action_space.sample())
+        engine = env.batch.simulator.state.replica[0, 0]
+        lines = env.render().splitlines()[4:]
+        assert len(lines) == engine["num_running"] + engine["num_waiting"]
+        squares = sum(line.count("#") for line in lines)
+        # each of its requests is rounded up to a whole square
+        used = 100 * (1 - engine["free_blocks"] / blocks)
+        assert used - 1 <= squares <= used + 2 * engine["num_running"] + 1
+        held, needed = held + squares, needed + sum(line.count(".") for line in lines)
+    assert held > 0
+    assert needed > 0
 
 
 def test_text_counts_what_runs_and_waits(make_scenario, make_episode):

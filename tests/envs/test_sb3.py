@@ -18,6 +18,7 @@ from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize  # noqa
 
 from servegym.envs.dispatch import DispatchEnv, DispatchVectorEnv  # noqa: E402
 from servegym.envs.sb3 import (  # noqa: E402
+    ClusterVecEnv,
     DispatchVecEnv,
     PreemptionVecEnv,
     WorkflowVecEnv,
@@ -26,6 +27,7 @@ from servegym.envs.sb3 import (  # noqa: E402
 NATIVE = {
     "servegym/Dispatch-v1": DispatchVecEnv,
     "servegym/Preemption-v0": PreemptionVecEnv,
+    "servegym/Cluster-v0": ClusterVecEnv,
     "servegym/Workflow-v0": WorkflowVecEnv,
 }
 

@@ -144,7 +144,16 @@ def test_document_has_stable_keys(compared):
     assert len(document["aggregates"]) == 3 * 2
     assert len(document["runs"]) == 3 * 2 * 3
     (first, *_) = document["aggregates"]
-    assert set(first) == {"difference", "ratio", "information", "load", "metrics", "policy"}
+    assert set(first) == {
+        "difference",
+        "headroom",
+        "ratio",
+        "information",
+        "load",
+        "metrics",
+        "policy",
+    }
+    assert first["headroom"] is None  # no bound was asked for
     for comparison in (first["ratio"], first["difference"]):
         assert set(comparison) == {"ci95", "metric", "num_pairs", "reference", "value"}
     assert set(document["runs"][0]) == {"load", "metrics", "policy", "seed"}

@@ -182,14 +182,20 @@ def test_changed_scenario_is_refused(tmp_path, folder, recorded):
         load_record(suite)
 
 
-def test_bounds_are_kept_when_rules_are_recorded_again(folder, recorded):
-    before = json.loads((folder / "recorded.json").read_text())
-    record(folder, "--only", "jobs", "--keep-bounds")
-    after = json.loads((folder / "recorded.json").read_text())
-    old, new = (x["scenarios"]["jobs"]["1"] for x in (before, after))
-    assert new["bound"] == old["bound"]
-    assert all("--keep-bounds" in r["recorded_by"]["command"] for r in new["rules"].values())
-    assert after["scenarios"]["crowd"] == before["scenarios"]["crowd"]
+def test_search_is_made_again_with_the_recorded_rules(tmp_path, folder, recorded):
+    for name in ("suite.yaml", "crowded.yaml", "recorded.json"):
+        (tmp_path / name).write_text((folder / name).read_text())
+    more = (tmp_path / "suite.yaml").read_text().replace("bound_budget: 20", "bound_budget: 60")
+    (tmp_path / "suite.yaml").write_text(more)
+    record(tmp_path, "--only", "crowd", "--bounds")
+    before, after = (
+        json.loads((place / "recorded.json").read_text()) for place in (folder, tmp_path)
+    )
+    old, new = (x["scenarios"]["crowd"]["2"] for x in (before, after))
+    assert new["rules"] == old["rules"]
+    assert new["bound"]["budget_episodes"] == 60
+    assert np.mean(new["bound"]["values"]) < np.mean(old["bound"]["values"])
+    assert after["scenarios"]["jobs"] == before["scenarios"]["jobs"]
 
 
 def test_a_rule_is_added_to_what_was_recorded(tmp_path, folder, recorded):
@@ -204,7 +210,7 @@ def test_a_rule_is_added_to_what_was_recorded(tmp_path, folder, recorded):
     assert {text: new["rules"][text] for text in old["rules"]} == old["rules"]
     assert new["bound"] == old["bound"]
     means = {text: np.mean(row["values"]) for text, row in new["rules"].items()}
-    assert new["best_rule"] == min(means, key=lambda text: means[text])
+    assert means[new["best_rule"]] == min(means.values())
 
 
 def test_command_writes_entries_and_the_page(tmp_path, folder, capsys):
@@ -239,7 +245,10 @@ def test_a_name_without_policies_is_refused(tmp_path, folder):
         main(f"leaderboard --suite {folder} --name mine --out {tmp_path}".split())
 
 
-def test_unknown_suite_is_refused():
+def test_unknown_suite_is_refused(tmp_path):
+    (tmp_path / "suite.yaml").write_text("name: mine\nnum_seeds: 3\n")
+    with pytest.raises(ConfigError, match="unknown key num_seeds; did you mean num_test_seeds"):
+        load_suite(str(tmp_path))
     with pytest.raises(ConfigError, match="servegym-bench-v1"):
         load_suite("servegym-bench-v9")
 

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import math
-
 from servegym.cluster.blocks import give_back_from_decodes
-from servegym.cluster.engine import catch_up, forget_outstanding, leave_system
+from servegym.cluster.engine import leave_system
 from servegym.cluster.heap import set_event
 from servegym.cluster.jit import helper, inlined, kernel
-from servegym.cluster.running import block_residue, leave_running
+from servegym.cluster.router import forget_outstanding, forget_prefill
+from servegym.cluster.running import block_residue, leave_running, leave_waiting
 from servegym.cluster.state import (
     ABORTED,
     DECODE,
     QUEUED,
     RUNNING,
     STEP,
-    VIEW_PENDING_PREFILL,
     Params,
     State,
 )
 from servegym.cluster.steptime import decode_span_s
+from servegym.cluster.stretches import catch_up
 
 
 @kernel
@@ -42,14 +41,13 @@ def abort(p: Params, s: State, e: int, request: int, now_s: float) -> None:
         return
     _stop_stretch(p, s, e, r, now_s)
     if q.status == QUEUED:
-        _leave_waiting(s, e, r, request)
+        leave_waiting(s, e, r, request)
     else:
         _leave_step(p, s, e, r, request)
     q.status = ABORTED
     q.finish_s = now_s
     s.replica[e, r].emitted -= q.generated
-    if math.isnan(q.first_token_s):
-        s.shown[e, VIEW_PENDING_PREFILL, r] -= q.prompt - q.hit_hint
+    forget_prefill(s, e, r, request)
     forget_outstanding(s, e, r, request)
     leave_system(s, e, request, now_s)
 
@@ -67,25 +65,6 @@ def _stop_stretch(p: Params, s: State, e: int, r: int, now_s: float) -> None:
         batch = v.num_decodes
         span = decode_span_s(p, v.type_idx, batch, v.kv_tokens + batch, 1)
         set_event(s, e, r, v.stretch_begin_s + v.stretch_factor * span)
-
-
-@inlined
-def _leave_waiting(s: State, e: int, r: int, request: int) -> None:
-    v = s.replica[e, r]
-    q = s.request[e, request]
-    before = -1
-    other = v.wait_head
-    while other != request:
-        before = other
-        other = s.request[e, other].next_request
-    if before >= 0:
-        s.request[e, before].next_request = q.next_request
-    else:
-        v.wait_head = q.next_request
-    if v.wait_tail == request:
-        v.wait_tail = before
-    v.num_waiting -= 1
-    q.next_request = -1
 
 
 @inlined

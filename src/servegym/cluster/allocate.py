@@ -11,7 +11,7 @@ from servegym.cluster.entry import NUM_ENTRIES
 from servegym.cluster.kernels import reset_env
 from servegym.cluster.nominal import nominal_facts
 from servegym.cluster.outcome import EVENT_DTYPE, STEP_DTYPE
-from servegym.cluster.spec import ClusterSpec, Episode, ReplicaType, first_ranks
+from servegym.cluster.spec import ROLES, ClusterSpec, Episode, ReplicaType, first_ranks
 from servegym.cluster.state import (
     BLOCK_DTYPE,
     DISPATCH_ONLY,
@@ -20,6 +20,7 @@ from servegym.cluster.state import (
     ENV_DTYPE,
     FAULT_DTYPE,
     FORMING_DTYPE,
+    LINK_DTYPE,
     NUM_ITL_BINS,
     NUM_LENGTH_SUMS,
     NUM_SCRAPED,
@@ -31,6 +32,7 @@ from servegym.cluster.state import (
     REQUEST_DTYPE,
     SEGMENT_DTYPE,
     TIMER_DTYPE,
+    TRANSFER_DTYPE,
     Asks,
     Params,
     State,
@@ -123,6 +125,10 @@ def make_params(spec: ClusterSpec, *, record: bool, asks: Asks = DISPATCH_ONLY) 
         num_ranks=column("num_ranks"),
         largest_graph=np.array([t.shared.largest_graph if t.shared else 0 for t in spec.types]),
         shared_s=np.stack([_shared_table(t.shared) for t in spec.types]),
+        role=np.array([ROLES.index(t.role) for t in spec.types], np.int64),
+        link_bytes_per_s=np.array([t.link.bytes_per_s for t in spec.types], np.float64),
+        link_latency_s=np.array([t.link.latency_s for t in spec.types], np.float64),
+        link_piece_s=np.array([t.link.piece_s for t in spec.types], np.float64),
         nominal=np.ascontiguousarray(nominal_facts(spec), np.float64),
         slo_s=np.array([[c.ttft_s, c.tpot_s] for c in spec.slo_classes], np.float64),
         slo_weight=np.array([c.weight for c in spec.slo_classes], np.float64),
@@ -133,6 +139,13 @@ def make_params(spec: ClusterSpec, *, record: bool, asks: Asks = DISPATCH_ONLY) 
         allow_reject=bool(spec.allow_reject),
         hold_s=float(spec.hold_s),
         retain_kv_s=float(spec.retain_kv_s),
+        disaggregated=spec.disaggregated,
+        destination_first=spec.transfers.reservation == "destination",
+        kv_block_bytes=float(spec.transfers.kv_token_bytes * spec.block_size),
+        kv_block_pieces=int(spec.transfers.kv_block_pieces),
+        lease_s=float(spec.transfers.lease_s),
+        ahead_tokens=int(spec.transfers.ahead_tokens),
+        max_num_held=int(spec.transfers.max_num_held),
         metrics_interval_s=float(spec.metrics_interval_s),
         noise_sigma=float(spec.noise_sigma),
         noise_period_steps=int(spec.noise_period_steps),
@@ -151,7 +164,7 @@ def make_state(spec: ClusterSpec, capacity: Capacity) -> State:
         blocks = max(t.num_blocks for t in spec.types)
         slots = 1 << (2 * blocks - 1).bit_length()
         width = -(-capacity.longest_tokens // spec.block_size)
-        rows = seqs
+        rows = seqs + (spec.transfers.max_num_held if spec.disaggregated else 0)
     return State(
         request=np.zeros((e, n), REQUEST_DTYPE),
         replica=np.zeros((e, r), REPLICA_DTYPE),
@@ -167,6 +180,8 @@ def make_state(spec: ClusterSpec, capacity: Capacity) -> State:
         free_slots=np.zeros((e, r, rows), np.int32),
         scraped=np.zeros((e, NUM_SCRAPED, r)),
         shown=np.zeros((e, NUM_VIEW_ROWS, r)),
+        transfer=np.zeros((e, n if spec.disaggregated else 1), TRANSFER_DTYPE),
+        link=np.zeros((e, r), LINK_DTYPE),
         length_sums=np.zeros((e, NUM_LENGTH_SUMS)),
         order=np.zeros((e, n), ORDER_DTYPE),
         forming=np.zeros((e, r), FORMING_DTYPE),

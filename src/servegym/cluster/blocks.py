@@ -92,7 +92,7 @@ def take_for_chunk(
     for j in range(have, need):
         row[j] = take(blocks, prefix_cache)
     s.replica[e, r].free_blocks -= need - have
-    _name(
+    name_blocks(
         p,
         s,
         e,
@@ -104,7 +104,7 @@ def take_for_chunk(
 
 
 @helper
-def _name(p: Params, s: State, e: int, r: int, request: int, first: int, end: int) -> None:
+def name_blocks(p: Params, s: State, e: int, r: int, request: int, first: int, end: int) -> None:
     """Give blocks `first..end-1` of a request their identities."""
     row, blocks = s.table[e, r, s.request[e, request].seq_slot], s.block[e, r]
     segment, prefix_cache = s.segment[e], s.prefix_cache[e, r]
@@ -213,7 +213,7 @@ def release(p: Params, s: State, e: int, r: int, request: int, computed: int, jo
         v.num_reserve -= 1
         row[j] = s.reserve[e, r, v.num_reserve]
     if joined >= 0:
-        _name(p, s, e, r, request, joined // p.block_size, computed // p.block_size)
+        name_blocks(p, s, e, r, request, joined // p.block_size, computed // p.block_size)
     blocks = s.block[e, r]
     for j in range(held - 1, -1, -1):  # at most the last one has no identity
         block = row[j]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
-from servegym.cluster.engine import leave_system, prefix_hit_tokens, wake
+from servegym.cluster.engine import leave_system, prefix_hit_tokens
 from servegym.cluster.jit import helper, inlined
 from servegym.cluster.log import log_event
-from servegym.cluster.retention import expect
+from servegym.cluster.router import count_outstanding, enqueue, kv_need
 from servegym.cluster.state import (
+    DECODE_ONLY,
     DISPATCH,
     EV_DISPATCH,
     EV_HOLD,
@@ -16,25 +17,17 @@ from servegym.cluster.state import (
     HELD,
     HOLD_OVER,
     NEVER,
+    PREFILL_ONLY,
     QUEUED,
     REJECTED,
     VIEW_KV_CAPACITY,
-    VIEW_OUTSTANDING,
-    VIEW_OUTSTANDING_PREDICTED,
-    VIEW_OUTSTANDING_PROMPT,
     VIEW_PENDING_PREFILL,
     VIEW_UP,
     Params,
     State,
 )
 from servegym.cluster.timers import set_turn
-
-
-@inlined
-def kv_need(s: State, e: int, request: int) -> int:
-    """KV tokens a request holds at its end."""
-    q = s.request[e, request]
-    return q.prompt + q.output - 1
+from servegym.cluster.transfers import find_place
 
 
 @inlined
@@ -47,23 +40,23 @@ def set_up(s: State, e: int, r: int, up: bool) -> None:
 
 
 @inlined
-def _allow(s: State, e: int, request: int) -> None:
+def _allow(p: Params, s: State, e: int, request: int) -> None:
     """Bring `State.allowed` up to date for a request; most often the one before needs the same."""
     env = s.env[e]
     need = kv_need(s, e, request)
     if not env.allowed_above < need <= env.allowed_up_to:
-        _allow_anew(s, e, need)
+        _allow_anew(p, s, e, need)
 
 
 @helper
-def _allow_anew(s: State, e: int, need: int) -> None:
+def _allow_anew(p: Params, s: State, e: int, need: int) -> None:
     env = s.env[e]
     env.allowed_above = -math.inf
     env.allowed_up_to = math.inf
     env.num_allowed = 0
     for r in range(env.num_replicas):
         capacity = s.shown[e, VIEW_KV_CAPACITY, r]
-        up = s.shown[e, VIEW_UP, r] > 0.0
+        up = s.shown[e, VIEW_UP, r] > 0.0 and p.role[s.replica[e, r].type_idx] != DECODE_ONLY
         s.allowed[e, r] = up and need <= capacity
         env.num_allowed += s.allowed[e, r]
         if up and need <= capacity:
@@ -76,7 +69,7 @@ def _allow_anew(s: State, e: int, need: int) -> None:
 def route(p: Params, s: State, e: int, request: int) -> None:
     """A request wants a replica: let it wait until one is up, ask, or decide in place."""
     env = s.env[e]
-    _allow(s, e, request)
+    _allow(p, s, e, request)
     if env.num_allowed == 0:
         hold(p, s, e, request)
     elif p.asks.dispatch != NEVER:
@@ -123,31 +116,21 @@ def reject(p: Params, s: State, e: int, request: int) -> None:
 
 @helper
 def send(p: Params, s: State, e: int, request: int, r: int) -> None:
-    """Put a request at the end of a replica's queue."""
+    """Put a request at the end of a replica's queue, or first find where it will decode."""
     now_s = s.env[e].now_s
     q = s.request[e, request]
-    v = s.replica[e, r]
     q.status = QUEUED
     q.replica = r
     q.dispatch_s = now_s
-    v.emitted += q.generated
     log_event(p, s, e, now_s, EV_DISPATCH, request, r, 0.0)
     hint = prefix_hit_tokens(p, s, e, r, request, now_s) if p.prefix_caching else 0
     q.hit_hint = hint
-    s.shown[e, VIEW_OUTSTANDING, r] += 1
-    s.shown[e, VIEW_OUTSTANDING_PROMPT, r] += q.prompt
-    s.shown[e, VIEW_OUTSTANDING_PREDICTED, r] += q.predicted
+    count_outstanding(s, e, r, request)
     if math.isnan(q.first_token_s):
         s.shown[e, VIEW_PENDING_PREFILL, r] += q.prompt - hint
-    v.last_dispatch_s = now_s
-    tail = v.wait_tail
-    q.next_request = -1
-    if tail >= 0:
-        s.request[e, tail].next_request = request
-    else:
-        v.wait_head = request
-    v.wait_tail = request
-    v.num_waiting += 1
-    if p.retain_kv_s > 0.0:
-        expect(p, s, e, r, request)
-    wake(p, s, e, r, now_s)
+    s.replica[e, r].last_dispatch_s = now_s
+    if p.destination_first and p.role[s.replica[e, r].type_idx] == PREFILL_ONLY:
+        s.transfer[e, request].prefill_on = r
+        find_place(p, s, e, request)
+        return
+    enqueue(p, s, e, r, request)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 from numba import types
 
 from servegym.cluster.blocks import (
@@ -13,20 +12,20 @@ from servegym.cluster.blocks import (
     take_for_chunk,
     take_for_decodes,
 )
-from servegym.cluster.entry import CATCH_UP, END_STEP, FORM_STEP, PREFIX_HIT_TOKENS, entry
+from servegym.cluster.entry import END_STEP, FORM_STEP, PREFIX_HIT_TOKENS, entry
 from servegym.cluster.heap import push_end, set_event
 from servegym.cluster.jit import helper, inlined
 from servegym.cluster.log import count_itl, log_event, log_steps
 from servegym.cluster.phased import forget_pressure, form_phase
 from servegym.cluster.priority import form_by_priority, hold_back, note_durations, reset_forming
 from servegym.cluster.retention import let_all_go, retain
+from servegym.cluster.router import forget_outstanding, forget_prefill, take_back
 from servegym.cluster.running import (
     admit_head,
     at_hand,
     begin_decodes,
     begin_mixed,
     block_residue,
-    blocks_for_steps,
     leave_running,
     preempt,
 )
@@ -36,29 +35,30 @@ from servegym.cluster.state import (
     DOWN,
     EV_FINISH,
     EV_FIRST_TOKEN,
-    EV_RETURN,
     FINISHED,
     IDLE,
     PREFILL,
-    RETURN,
-    RETURNED,
+    PREFILL_ONLY,
     STEP,
-    VIEW_OUTSTANDING,
-    VIEW_OUTSTANDING_PREDICTED,
-    VIEW_OUTSTANDING_PROMPT,
     VIEW_PENDING_PREFILL,
     VIEW_RECENT_TPOT,
     VIEW_RECENT_TTFT,
-    WAKING,
     Params,
     State,
 )
 from servegym.cluster.steptime import (
     decode_span_s,
-    decode_steps_past,
     prefill_s,
 )
-from servegym.cluster.timers import set_timer, set_turn
+from servegym.cluster.stretches import catch_up, settle_decodes, steps_ended_by
+from servegym.cluster.timers import set_timer
+from servegym.cluster.transfers import (
+    admit_landed,
+    hand_over,
+    is_prefilled_elsewhere,
+    set_aside,
+    stop_transfers,
+)
 from servegym.cluster.watch import note_ended, see_steps
 from servegym.engines import SGLANG, TRTLLM, VLLM_PRIORITY, VLLM_V0
 from servegym.workloads.table import ANY_END
@@ -98,7 +98,9 @@ def form_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
                 q.chunk = take
                 budget -= take
                 attention_s += prefill_s(p, t, take, computed)
-        if not preempted and v.num_waiting > 0:
+        if not preempted and (
+            v.num_waiting > 0 or (p.disaggregated and s.link[e, r].num_landed > 0)
+        ):
             budget, attention_s = _admit(p, s, e, r, now_s, budget, attention_s)
         tokens = p.max_num_batched_tokens[t] - budget
         if tokens > 0:
@@ -153,9 +155,21 @@ def _admit(
     no_evict = p.engine[t] == TRTLLM
     chunked = p.chunked_prefill and not no_evict
     promised = _promised_blocks(p, s, e, r) if no_evict else 0
+    if p.disaggregated and s.link[e, r].num_landed > 0:
+        running = v.num_running
+        attention_s = admit_landed(p, s, e, r, budget, attention_s)
+        budget -= v.num_running - running
     while budget > 0 and v.num_waiting > 0 and v.num_running < p.max_num_seqs[t]:
         request = v.wait_head
         q = s.request[e, request]
+        if p.disaggregated:
+            holding = v.num_running + s.link[e, r].num_holding
+            if holding >= p.max_num_seqs[t] + p.max_num_held:
+                break
+            if is_prefilled_elsewhere(s, e, request):
+                if set_aside(p, s, e, r, now_s) == 0:
+                    break
+                continue
         total = q.prompt + q.generated
         hits, unheld, computed = at_hand(p, s, e, r, request)
         take = min(total - computed, budget)
@@ -196,22 +210,6 @@ def _promised_blocks(p: Params, s: State, e: int, r: int) -> int:
         blocks += _blocks_to_end(p, s, e, request) - held
         request = q.next_request
     return blocks
-
-
-@inlined
-def settle_decodes(p: Params, s: State, e: int, r: int, steps: int) -> None:
-    """Book `steps` ended steps of the decode stretch in progress."""
-    v = s.replica[e, r]
-    if steps == 0:
-        return
-    if steps > 1:
-        blocks = blocks_for_steps(p, s, e, r, v.iteration + 1, steps - 1)
-        take_for_decodes(p, s, e, r, blocks)
-    v.iteration += steps
-    tokens = v.num_decodes * steps
-    v.kv_tokens += tokens
-    v.emitted += tokens
-    s.env[e].engine_steps += steps
 
 
 @entry(END_STEP, types.void, types.int64, types.int64, types.float64)
@@ -273,6 +271,9 @@ def _emit_after_prefill(p: Params, s: State, e: int, r: int, request: int, now_s
     """A prompt is computed: one token comes out, then the request ends or decodes."""
     v = s.replica[e, r]
     q = s.request[e, request]
+    if p.role[v.type_idx] == PREFILL_ONLY:
+        hand_over(p, s, e, r, request, now_s)
+        return
     q.generated += 1
     v.emitted += 1
     if math.isnan(q.first_token_s):
@@ -326,17 +327,6 @@ def _finish(p: Params, s: State, e: int, r: int, request: int, now_s: float) -> 
 
 
 @inlined
-def forget_outstanding(s: State, e: int, r: int, request: int) -> None:
-    """Take a request out of the router's counters of a replica."""
-    q = s.request[e, request]
-    s.shown[e, VIEW_OUTSTANDING, r] -= 1
-    s.shown[e, VIEW_OUTSTANDING_PROMPT, r] -= q.prompt
-    s.shown[e, VIEW_OUTSTANDING_PREDICTED, r] -= q.predicted
-    if s.shown[e, VIEW_OUTSTANDING, r] == 0:
-        s.shown[e, VIEW_OUTSTANDING_PREDICTED, r] = 0.0  # no rounding left behind
-
-
-@inlined
 def next_with(s: State, e: int, i: int, after: int) -> int:
     """The first request from `i` on that waits for `BY_ITSELF` or `ANY_END`."""
     while i < s.env[e].num_requests and s.request[e, i].after != after:
@@ -363,72 +353,6 @@ def leave_system(s: State, e: int, request: int, now_s: float) -> None:
     env.num_ended += 1
 
 
-@inlined
-def steps_ended_by(p: Params, s: State, e: int, r: int, time_s: float) -> int:
-    """How many steps of the decode stretch in progress have ended by `time_s`."""
-    v = s.replica[e, r]
-    batch = v.num_decodes
-    if batch == 0:  # all that took part were aborted: the step in progress goes on without them
-        return 0
-    target = (time_s - v.stretch_begin_s) / v.stretch_factor
-    kv = v.kv_tokens + batch
-    return decode_steps_past(p, v.type_idx, batch, kv, target, v.stretch_steps) - 1
-
-
-@inlined
-def cut_stretch(p: Params, s: State, e: int, r: int, now_s: float) -> None:
-    """Let the decode stretch in progress stop at the end of the step that is running now."""
-    v = s.replica[e, r]
-    if v.mode != DECODE or v.stretch_steps == 1:
-        return
-    steps = steps_ended_by(p, s, e, r, now_s) + 1
-    if steps < v.stretch_steps:
-        v.stretch_steps = steps
-        batch = v.num_decodes
-        kv = v.kv_tokens + batch
-        span = decode_span_s(p, v.type_idx, batch, kv, steps)
-        set_event(s, e, r, v.stretch_begin_s + v.stretch_factor * span)
-
-
-@inlined
-def wake(p: Params, s: State, e: int, r: int, now_s: float) -> None:
-    """A request has joined a queue: start the engine, or let it look at the queue soon."""
-    v = s.replica[e, r]
-    t = v.type_idx
-    if v.mode == IDLE:
-        v.mode = WAKING
-        if s.due[e, v.event_pos].time_s == math.inf:  # else other ranks are in a step
-            set_event(s, e, r, np.nextafter(now_s, math.inf))
-    elif v.num_running < p.max_num_seqs[t] and (v.num_waiting == 1 or p.engine[t] == VLLM_PRIORITY):
-        # an engine that could not admit the head of its queue cannot admit what comes behind it
-        cut_stretch(p, s, e, r, now_s)
-
-
-@entry(CATCH_UP, types.void, types.int64, types.int64, types.float64)
-def catch_up(p: Params, s: State, e: int, r: int, now_s: float) -> None:
-    """Book the ended steps of a decode stretch, so that the prefix cache shows what they evicted.
-
-    The stretch goes on from the step in progress, and ends when it would have ended.
-    """
-    v = s.replica[e, r]
-    if v.mode != DECODE or v.stretch_steps == 1:
-        return
-    steps = steps_ended_by(p, s, e, r, now_s)
-    if steps == 0:
-        return
-    kv = v.kv_tokens + v.num_decodes
-    span = decode_span_s(p, v.type_idx, v.num_decodes, kv, steps)
-    end_s = v.stretch_begin_s + v.stretch_factor * span
-    log_steps(p, s, e, r, end_s, steps, 0)
-    see_steps(s, e, r, end_s, steps)
-    if p.engine[v.type_idx] == VLLM_PRIORITY:
-        note_durations(p, s, e, r, steps, end_s)
-    settle_decodes(p, s, e, r, steps)
-    take_for_decodes(p, s, e, r, s.phase[e, r, v.iteration % p.block_size])
-    v.stretch_begin_s = end_s
-    v.stretch_steps -= steps
-
-
 @helper
 def stop_replica(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     """Fail-stop: ended steps count, the running one is lost, all requests go back."""
@@ -452,6 +376,8 @@ def stop_replica(p: Params, s: State, e: int, r: int, now_s: float) -> None:
         last_s = now_s
         v.prefill_steps += v.mode == PREFILL
     aborted = 1 if v.mode == DECODE or v.mode == STEP else 0
+    if p.disaggregated:
+        stop_transfers(p, s, e, r, now_s)
     request = v.run_head
     while request >= 0:
         q = s.request[e, request]
@@ -462,39 +388,22 @@ def stop_replica(p: Params, s: State, e: int, r: int, now_s: float) -> None:
                 q.last_token_s = last_s
             steps = v.iteration - aborted - start
             q.generated += steps
-        _return(p, s, e, r, request, now_s)
+        forget_outstanding(s, e, r, request)
+        forget_prefill(s, e, r, request)
+        take_back(p, s, e, r, request, now_s)
         request = following
     request = v.wait_head
     while request >= 0:
         q = s.request[e, request]
         following = q.next_request
-        _return(p, s, e, r, request, now_s)
+        forget_outstanding(s, e, r, request)
+        forget_prefill(s, e, r, request)
+        take_back(p, s, e, r, request, now_s)
         request = following
     let_all_go(p, s, e, r)
     clear_replica(p, s, e, r)
     v.mode = DOWN
     set_event(s, e, r, math.inf)
-
-
-@helper
-def _return(p: Params, s: State, e: int, r: int, request: int, now_s: float) -> None:
-    """Hand a request back to the router for a new decision."""
-    q = s.request[e, request]
-    forget_outstanding(s, e, r, request)
-    if math.isnan(q.first_token_s):
-        s.shown[e, VIEW_PENDING_PREFILL, r] -= q.prompt - q.hit_hint
-    q.status = RETURNED
-    q.computed = 0
-    q.chunk = 0
-    q.join_iter = -1
-    q.heap_pos = -1
-    q.table_len = 0
-    q.landed_tokens = 0
-    q.next_request = -1
-    q.prev_request = -1
-    q.num_restarts += 1
-    set_turn(s, e, now_s, RETURN, request)
-    log_event(p, s, e, now_s, EV_RETURN, request, r, 0.0)
 
 
 @helper

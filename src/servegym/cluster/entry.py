@@ -36,11 +36,22 @@ _F = TypeVar("_F", bound=Callable[..., object])
     STEP_TOGETHER,
     CATCH_UP,
     LET_GO,
+    HAND_OVER,
+    FIND_PLACE,
+    PLACE_ON,
+    SET_ASIDE,
+    ADMIT_LANDED,
+    GO_OFF_TRANSFER,
+    STOP_TRANSFERS,
     INFER,
-) = range(11)
-NUM_ENTRIES = 11
+) = range(18)
+NUM_ENTRIES = 18
+#: What only clusters call in which requests are prefilled on one replica and decode on another.
+DISAGGREGATION = frozenset(
+    {HAND_OVER, FIND_PLACE, PLACE_ON, SET_ASIDE, ADMIT_LANDED, GO_OFF_TRANSFER, STOP_TRANSFERS}
+)
 #: Those that are compiled only for who asks for them: the others' first start is not to wait.
-ON_DEMAND = frozenset({INFER})
+ON_DEMAND = frozenset({INFER}) | DISAGGREGATION
 
 _compiled: dict[int, tuple[Any, types.Type, tuple[types.Type, ...]]] = {}
 

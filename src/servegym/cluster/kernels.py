@@ -14,16 +14,7 @@ import numpy as np
 from numba import types
 
 from servegym.cluster.dispatch import hold, reject, route, send, set_up
-from servegym.cluster.engine import (
-    catch_up,
-    clear_replica,
-    cut_stretch,
-    end_step,
-    form_step,
-    next_with,
-    steps_ended_by,
-    stop_replica,
-)
+from servegym.cluster.engine import clear_replica, end_step, form_step, next_with, stop_replica
 from servegym.cluster.entry import ADVANCE, APPLY, entry
 from servegym.cluster.jit import helper, inlined, kernel
 from servegym.cluster.lockstep import step_together
@@ -47,11 +38,14 @@ from servegym.cluster.state import (
     FAULT_SLOW,
     HOLD_OVER,
     IDLE,
+    LANDING,
     LOG_FULL,
     NO_DECISION,
     NOBODY,
     ORDER,
     PENDING,
+    PLACE,
+    PLACING,
     PREEMPT,
     QUEUED,
     RUNNING,
@@ -69,7 +63,9 @@ from servegym.cluster.state import (
     Params,
     State,
 )
+from servegym.cluster.stretches import catch_up, cut_stretch, steps_ended_by
 from servegym.cluster.timers import remove_timer, set_timer
+from servegym.cluster.transfers import go_off_transfer, place, reset_transfers
 from servegym.cluster.watch import forget_streams
 from servegym.workloads.table import ANY_END, BY_ITSELF
 
@@ -145,6 +141,8 @@ def go_off(p: Params, s: State, e: int) -> None:
         catch_up(p, s, e, r, env.now_s)  # blocks taken by now may have been this turn's already
         if is_retained(s, e, r, subject):
             let_go(p, s, e, r, subject)
+    elif LANDING <= kind <= PLACING:
+        go_off_transfer(p, s, e, kind, subject)
     elif kind == ARRIVAL:
         s.request[e, subject].arrival_s = env.now_s
         arrive(p, s, e, subject)
@@ -193,7 +191,7 @@ def may_answer(p: Params, s: State, e: int, answer: int) -> bool:
     """Whether an answer may be given to the decision that is due; see `apply`."""
     env = s.env[e]
     kind, r = env.decision, env.asking
-    if kind == DISPATCH:
+    if kind in (DISPATCH, PLACE):
         return 0 <= answer < s.allowed.shape[1] and s.allowed[e, answer]
     if kind == ADMIT and answer == NOBODY:
         return p.asks.admit == ALWAYS and s.replica[e, r].num_running > 0
@@ -215,8 +213,8 @@ def apply(p: Params, s: State, e: int, answer: int) -> None:
         p: Constants.
         s: State.
         e: Environment.
-        answer: To `DISPATCH` an action that `s.allowed[e]` allows; to `ADMIT` and `PREEMPT` a
-            request, or `NOBODY`; to `ORDER` anything: the keys have been written.
+        answer: To `DISPATCH` and `PLACE` an action that `s.allowed[e]` allows; to `ADMIT` and
+            `PREEMPT` a request, or `NOBODY`; to `ORDER` anything: the keys have been written.
     """
     env = s.env[e]
     request, r = env.deciding, env.asking
@@ -232,6 +230,9 @@ def apply(p: Params, s: State, e: int, answer: int) -> None:
             hold(p, s, e, request)
         else:
             reject(p, s, e, request)
+        return
+    if kind == PLACE:
+        place(p, s, e, request, answer)
         return
     if kind == ORDER:
         s.forming[e, r].keyed = 1
@@ -283,6 +284,8 @@ def measure(p: Params, s: State, e: int, r: int, time_s: float, out: np.ndarray)
         emitted += ended * v.num_decodes
     out[e, SCRAPED_RUNNING, r] = v.num_running
     out[e, SCRAPED_WAITING, r] = v.num_waiting
+    if p.disaggregated:
+        out[e, SCRAPED_WAITING, r] += s.link[e, r].num_remote
     out[e, SCRAPED_KV_USAGE, r] = used / blocks
     out[e, SCRAPED_EMITTED, r] = emitted
 
@@ -349,6 +352,8 @@ def reset_env(p: Params, s: State, e: int) -> None:
         s.shown[e, VIEW_DECODE_STEP, r] /= v.base_speed
         s.shown[e, VIEW_DECODE_SEQ, r] /= v.base_speed
         clear_replica(p, s, e, r)
+    if p.disaggregated:
+        reset_transfers(s, e)
     s.scraped[e] = 0.0
     s.itl_count[e] = 0
     width = s.replica.shape[1]

@@ -41,6 +41,8 @@ STEP_DTYPE = np.dtype(
     align=True,
 )
 #: One request's fate. Times are NaN for what did not happen; `rejected` requests have no replica.
+#: `prefill_replica` is the one that computed its prompt for the replica where it decoded, or -1;
+#: `transfer_s` is when both held memory for it; `moved_bytes` counts all its transfers that landed.
 OUTCOME_DTYPE = np.dtype(
     [
         ("request", "i4"),
@@ -59,6 +61,11 @@ OUTCOME_DTYPE = np.dtype(
         ("num_holds", "i2"),
         ("slo_class", "i2"),
         ("tenant", "i4"),
+        ("prefill_replica", "i2"),
+        ("prefilled_s", "f8"),
+        ("transfer_s", "f8"),
+        ("landed_s", "f8"),
+        ("moved_bytes", "f8"),
     ]
 )
 
@@ -75,9 +82,10 @@ def outcomes_from_events(events: NDArray[np.void], table: RequestTable) -> NDArr
     """
     out = np.zeros(len(table), OUTCOME_DTYPE)
     out["request"] = np.arange(len(table))
-    for name in ("arrival_s", "dispatch_s", "scheduled_s", "first_token_s", "finish_s"):
-        out[name] = np.nan
-    out["replica"] = -1
+    for name in out.dtype.names or ():
+        if name.endswith("_s"):
+            out[name] = np.nan
+    out["replica"] = out["prefill_replica"] = -1
     out["prompt_tokens"] = table.prompt_tokens
     out["output_tokens"] = table.output_tokens
     out["slo_class"] = table.slo_class
@@ -97,9 +105,20 @@ def outcomes_from_events(events: NDArray[np.void], table: RequestTable) -> NDArr
     out["cached_tokens"][admitted["request"]] = admitted["value"].astype(np.int32)
     first(s.EV_FIRST_TOKEN, "first_token_s")
     first(s.EV_FINISH, "finish_s")
-    dispatched = of(s.EV_DISPATCH)  # later rows overwrite earlier ones: the last dispatch counts
-    out["dispatch_s"][dispatched["request"]] = dispatched["time_s"]
-    out["replica"][dispatched["request"]] = dispatched["replica"]
+
+    def last(kind: int, time: str, replica: str | None = None) -> None:
+        part = of(kind)  # later rows overwrite earlier ones
+        out[time][part["request"]] = part["time_s"]
+        if replica is not None:
+            out[replica][part["request"]] = part["replica"]
+
+    last(s.EV_DISPATCH, "dispatch_s")
+    last(s.EV_PREFILLED, "prefilled_s", "prefill_replica")
+    last(s.EV_TRANSFER, "transfer_s")
+    last(s.EV_LAND, "landed_s")
+    sent = events[np.isin(events["kind"], (s.EV_DISPATCH, s.EV_PLACE))]
+    out["replica"][sent["request"]] = sent["replica"]
+    np.add.at(out["moved_bytes"], of(s.EV_LAND)["request"], of(s.EV_LAND)["value"])
     rejected = of(s.EV_REJECT)
     out["rejected"][rejected["request"]] = True
     out["finish_s"][rejected["request"]] = rejected["time_s"]

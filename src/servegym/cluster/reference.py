@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from servegym.cluster import state as st
 from servegym.cluster.outcome import EVENT_DTYPE
 from servegym.cluster.reference_engines import RULES, Engine, Request, VllmPriority
+from servegym.cluster.reference_transfers import Transfers
 from servegym.cluster.spec import ClusterSpec, Episode, first_ranks
 from servegym.workloads.table import ANY_END, BY_ITSELF
 
@@ -71,6 +72,7 @@ class ReferenceSimulator:
         self.scraped = [(0, 0, 0.0, 0)] * episode.num_replicas
         self.timers: list[tuple[float, int, int, int]] = []  # time_s, kind, order, subject
         self._num_set = 0
+        self.transfers = Transfers(self)
         self._events: list[tuple[float, float, int, int, int]] = []
 
     def log(self, kind: int, request: int, replica: int, value: float = 0.0) -> None:
@@ -98,7 +100,7 @@ class ReferenceSimulator:
     def expiry_s(self, q: Request) -> float:
         """Set and return when a turn that ends now has been retained for its time."""
         until_s = self.now_s + self.spec.retain_kv_s
-        self._set_timer(until_s, st.EXPIRY, q.idx)
+        self.set_timer(until_s, st.EXPIRY, q.idx)
         return until_s
 
     def allowed(self, request: int) -> list[bool]:
@@ -107,27 +109,43 @@ class ReferenceSimulator:
         need = q.prompt + q.output - 1
         size = self.spec.block_size
         fits = [e.up and need <= e.type.capacity_tokens(size) for e in self.replicas]
+        fits = [ok and e.type.role != "decode" for ok, e in zip(fits, self.replicas, strict=True)]
         return [*fits, self.spec.allow_hold, self.spec.allow_reject]
+
+    def places(self, request: int) -> list[bool]:
+        """Where a request may decode that is prefilled elsewhere; never hold, never reject."""
+        q = self.requests[request]
+        need, size = q.prompt + q.output - 1, self.spec.block_size
+        fits = [e.up and need <= e.type.capacity_tokens(size) for e in self.replicas]
+        fits = [ok and e.type.role != "prefill" for ok, e in zip(fits, self.replicas, strict=True)]
+        return [*fits, False, False]
 
     def prefix_hit_tokens(self, request: int, replica: int) -> int:
         """Leading prompt tokens of a request in a replica's cache."""
         q, size = self.requests[request], self.spec.block_size
         return len(self.replicas[replica].hits(q, (q.prompt - 1) // size)) * size
 
-    def run(self, dispatch: Callable[[ReferenceSimulator, int], int] | None = None) -> None:
+    def run(
+        self,
+        dispatch: Callable[[ReferenceSimulator, int], int] | None = None,
+        place: Callable[[ReferenceSimulator, int], int] | None = None,
+    ) -> None:
         """Play to the end.
 
         Args:
             dispatch: Answers with an index of `allowed`; None: the replica with the smallest sum
                 of running and four times its waiting requests.
+            place: Answers with an index of `places`, where there are several; None: as above, with
+                requests whose KV is on its way among those that wait.
         """
+        self.place = place
         self.dispatch = dispatch or _least_busy
         for q in self.requests:
             if q.after == BY_ITSELF:
                 self._set_arrival(q, q.arrival_s)
         self._set_fault(0)
         if self.spec.metrics_interval_s > 0:
-            self._set_timer(0.0, st.SCRAPE, 0)
+            self.set_timer(0.0, st.SCRAPE, 0)
         while self.ended < len(self.requests):
             engine = min(self.replicas, key=lambda e: e.due_s)
             timer_s, kind = self.timers[0][:2] if self.timers else (math.inf, st.FAULT)
@@ -158,14 +176,19 @@ class ReferenceSimulator:
         for engine in ranks:
             engine.due_s = end_s
 
-    def _set_timer(self, time_s: float, kind: int, subject: int) -> None:
+    def cancel(self, subject: int) -> None:
+        """Remove the timer of a request, if it has one."""
+        self.timers = [x for x in self.timers if x[1] <= st.SCRAPE or x[3] != subject]
+        heapq.heapify(self.timers)
+
+    def set_timer(self, time_s: float, kind: int, subject: int) -> None:
         """Let something happen; of equal times and kinds, what was set first goes first."""
         self._num_set += 1
         heapq.heappush(self.timers, (time_s, kind, self._num_set, subject))
 
     def _set_fault(self, i: int) -> None:
         if i < len(self.episode.faults):
-            self._set_timer(float(self.episode.faults.time_s[i]), st.FAULT, i)
+            self.set_timer(float(self.episode.faults.time_s[i]), st.FAULT, i)
 
     def _set_arrival(self, q: Request, time_s: float) -> None:
         """Let a request arrive; at equal times those of the table go in its order."""
@@ -178,7 +201,9 @@ class ReferenceSimulator:
             self._fault(subject)
         elif kind == st.SCRAPE:
             self.scraped = [e.metrics() for e in self.replicas]
-            self._set_timer(time_s + self.spec.metrics_interval_s, st.SCRAPE, 0)
+            self.set_timer(time_s + self.spec.metrics_interval_s, st.SCRAPE, 0)
+        elif st.LANDING <= kind <= st.PLACING:
+            self.transfers.go_off(kind, self.requests[subject])
         elif kind == st.EXPIRY:
             for engine in self.replicas:
                 engine.pool.expire(subject)
@@ -197,12 +222,10 @@ class ReferenceSimulator:
             action = self.dispatch(self, q.idx)
         if action < hold:
             self.log(st.EV_DISPATCH, q.idx, action)
-            chosen = self.replicas[action]
-            chosen.waiting.append(q)
-            chosen.pool.expect(q.after)
-            chosen.wake()
+            if not self.transfers.dispatched(q, action):
+                self.replicas[action].enqueue(q)
         elif action == hold:
-            self._set_timer(self.now_s + self.spec.hold_s, st.HOLD_OVER, q.idx)
+            self.set_timer(self.now_s + self.spec.hold_s, st.HOLD_OVER, q.idx)
             self.log(st.EV_HOLD, q.idx, -1)
         else:
             self.end(q, st.EV_REJECT, -1)
@@ -216,8 +239,9 @@ class ReferenceSimulator:
             if engine.stepping and engine.due_s == self.now_s:
                 engine.end_step()
                 engine.stepping = False
+            self.transfers.fail(engine)
             for q in engine.stop():
-                self._set_timer(self.now_s, st.RETURN, q.idx)
+                self.set_timer(self.now_s, st.RETURN, q.idx)
         else:
             engine.up = True
 

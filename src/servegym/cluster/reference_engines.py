@@ -66,6 +66,8 @@ class Engine:
         self.up = True
         self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self.remote: list[Request] = []  # whose KV comes from elsewhere, as transfers began
+        self.landed: list[Request] = []  # those of them whose KV is here
         self.steps = 0
         self.due_s = math.inf
         self.stepping = False
@@ -153,6 +155,17 @@ class Engine:
         found = self.hits(q, (q.total - 1) // self.sim.spec.block_size)
         return found, sum(self.pool.holders[b] == 0 for b in found)
 
+    def admit_landed(self, q: Request) -> tuple[int, int]:
+        """Move a request whose KV has landed to the running list; its last token is computed."""
+        self.landed.remove(q)
+        self.remote.remove(q)
+        self.running.append(q)
+        q.prefilling, q.target, q.computed = True, q.total, q.total - 1
+        q.named = q.computed // self.sim.spec.block_size
+        for j in range(self.sim.transfers.ways[q.idx].hits, q.named):
+            self.pool.name(q.blocks[j], self.identity(q, j))
+        return self.give(q, 1)
+
     def admit(self, hit: list[int], tokens: int) -> tuple[int, int]:
         """Move the head of the queue to the running list, with its first chunk; return that."""
         q = self.waiting.pop(0)
@@ -192,6 +205,9 @@ class Engine:
             q.scheduled = 0
             if q.prefilling and q.computed < q.target:
                 continue
+            if self.type.role == "prefill":
+                self.sim.transfers.hand_over(self, q)
+                continue
             q.prefilling = False
             q.generated += 1
             if not q.first_token:
@@ -208,9 +224,19 @@ class Engine:
     def stepped(self, decoded: bool, ended: int) -> None:
         """Note a step: whether requests decoded in it, and how many ended with it."""
 
+    def enqueue(self, q: Request) -> None:
+        """A request comes to the end of the queue."""
+        self.waiting.append(q)
+        self.pool.expect(q.after)
+        self.wake()
+
+    def busy(self) -> int:
+        """Running requests, and four times those that wait or whose KV comes."""
+        return len(self.running) + 4 * (len(self.waiting) + len(self.remote))
+
     def wake(self) -> None:
-        """A request has joined the queue: an idle engine starts, just after now."""
-        if math.isinf(self.due_s):
+        """Something may be admitted: an idle engine starts, just after now."""
+        if self.up and math.isinf(self.due_s):
             self.due_s = math.nextafter(self.sim.now_s, math.inf)
 
     def abort(self, q: Request) -> None:
@@ -239,9 +265,10 @@ class Engine:
         """Running, waiting, share of blocks held, tokens emitted by its requests."""
         if not self.up:
             return 0, 0, 0.0, 0
-        mine = self.running + self.waiting
+        mine = self.running + self.waiting + self.remote
         held = 1.0 - self.pool.num_free / self.type.num_blocks
-        return len(self.running), len(self.waiting), held, sum(q.generated for q in mine)
+        num_waiting = len(self.waiting) + len(self.remote)
+        return len(self.running), num_waiting, held, sum(q.generated for q in mine)
 
 
 class Vllm(Engine):
@@ -275,10 +302,20 @@ class Vllm(Engine):
                     chunks.append(chunk)
                 else:
                     decodes.append(q)
+            for q in [] if preempted else [q for q in self.remote if q in self.landed]:
+                if budget > 0 and len(self.running) < self.type.max_num_seqs:
+                    chunks.append(self.admit_landed(q))
+                    budget -= 1
             while not preempted and self.waiting and budget > 0:
                 q = self.first_waiting()
                 if len(self.running) >= self.type.max_num_seqs:
                     break
+                if self.sim.transfers.are_enough(self):
+                    break
+                if self.sim.transfers.awaits(q):
+                    if not self.sim.transfers.set_aside(self, q):
+                        break
+                    continue
                 hit, unheld = self.cached(q)
                 rest = q.total - len(hit) * self.sim.spec.block_size
                 tokens = min(rest, budget)

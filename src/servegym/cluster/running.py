@@ -69,6 +69,41 @@ def admit_head(
     hold_matched(p, s, e, r, request, hits)
     if p.retain_kv_s > 0.0 and is_retained(s, e, r, q.after):
         let_go(p, s, e, r, q.after)
+    link_running(s, e, r, request)
+    q.computed = computed
+    if q.cached < 0:
+        q.cached = computed
+        q.scheduled_s = now_s
+        log_event(p, s, e, now_s, EV_ADMIT, request, r, computed)
+    take_for_chunk(p, s, e, r, request, computed, take)
+    q.chunk = take
+
+
+@inlined
+def leave_waiting(s: State, e: int, r: int, request: int) -> None:
+    """Take a request out of the waiting queue."""
+    v = s.replica[e, r]
+    q = s.request[e, request]
+    before = -1
+    other = v.wait_head
+    while other != request:
+        before = other
+        other = s.request[e, other].next_request
+    if before >= 0:
+        s.request[e, before].next_request = q.next_request
+    else:
+        v.wait_head = q.next_request
+    if v.wait_tail == request:
+        v.wait_tail = before
+    v.num_waiting -= 1
+    q.next_request = -1
+
+
+@inlined
+def link_running(s: State, e: int, r: int, request: int) -> None:
+    """Put a request that will compute something of its text at the end of the running list."""
+    v = s.replica[e, r]
+    q = s.request[e, request]
     tail = v.run_tail
     q.next_request = -1
     q.prev_request = tail
@@ -81,14 +116,27 @@ def admit_head(
     if v.first_prefill < 0:
         v.first_prefill = request
     q.status = RUNNING
-    q.computed = computed
     q.join_iter = -1
-    if q.cached < 0:
-        q.cached = computed
-        q.scheduled_s = now_s
-        log_event(p, s, e, now_s, EV_ADMIT, request, r, computed)
-    take_for_chunk(p, s, e, r, request, computed, take)
-    q.chunk = take
+
+
+@inlined
+def unlink_running(s: State, e: int, r: int, request: int) -> None:
+    """Take a request out of the running list."""
+    v = s.replica[e, r]
+    q = s.request[e, request]
+    before, after = q.prev_request, q.next_request
+    if before >= 0:
+        s.request[e, before].next_request = after
+    else:
+        v.run_head = after
+    if after >= 0:
+        s.request[e, after].prev_request = before
+    else:
+        v.run_tail = before
+    v.num_running -= 1
+    q.chunk = 0
+    q.next_request = -1
+    q.prev_request = -1
 
 
 @inlined
@@ -111,22 +159,7 @@ def leave_running(p: Params, s: State, e: int, r: int, request: int) -> None:
     elif v.first_prefill == request:
         v.first_prefill = q.next_request
     release(p, s, e, r, request, q.computed, joined)
-    before, after = (
-        q.prev_request,
-        q.next_request,
-    )
-    if before >= 0:
-        s.request[e, before].next_request = after
-    else:
-        v.run_head = after
-    if after >= 0:
-        s.request[e, after].prev_request = before
-    else:
-        v.run_tail = before
-    v.num_running -= 1
-    q.chunk = 0
-    q.next_request = -1
-    q.prev_request = -1
+    unlink_running(s, e, r, request)
 
 
 @inlined

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -14,8 +15,77 @@ from servegym.errors import ConfigError, unknown_name
 from servegym.typing import FloatArray, Int8Array, Int16Array, IntArray
 from servegym.workloads.table import RequestTable
 
+#: What a replica does: all of a request, its prefill alone, or what comes behind the prefill alone.
+Role = Literal["mixed", "prefill", "decode"]
+#: By their numbers in `state`.
+ROLES: tuple[Role, ...] = get_args(Role)
+#: Who holds memory first: the replica that prefills a request, or the one where it will decode.
+Reservation = Literal["source", "destination"]
+
 #: vLLM V0 admits no request that would leave less than one in so many blocks free.
 WATERMARK_BLOCKS = 100
+
+
+@dataclass(frozen=True)
+class Link:
+    """How KV leaves a replica and comes to it; each direction is a link of its own.
+
+    Attributes:
+        bytes_per_s: Of KV, as an application sees it.
+        latency_s: From the last byte sent to the landing, and all hand-shakes.
+        piece_s: To post one piece of memory; see `TransferRules.kv_block_pieces`.
+    """
+
+    bytes_per_s: float = float("inf")
+    latency_s: float = 0.0
+    piece_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.bytes_per_s > 0:
+            raise ConfigError(f"bytes_per_s of a link must be above 0, got {self.bytes_per_s}")
+        for name in ("latency_s", "piece_s"):
+            if not 0 <= getattr(self, name) < np.inf:
+                raise ConfigError(
+                    f"{name} of a link must be at least 0 and finite, got {getattr(self, name)}"
+                )
+
+
+@dataclass(frozen=True)
+class TransferRules:
+    """How prefilled KV gets to where a request decodes; docs/disaggregation.md.
+
+    Attributes:
+        kv_token_bytes: KV of one token, bytes.
+        kv_block_pieces: Pieces of memory that the KV of one block lies in.
+        reservation: `"source"`: a request is prefilled, and then fetched by whoever has memory for
+            it (vLLM with NIXL); `"destination"`: it is prefilled once memory is set aside where it
+            will decode, and pushed there (SGLang).
+        lease_s: For how long prefilled KV is held until it is fetched, seconds.
+        ahead_tokens: Tokens that stay free for each active request of a replica which sets
+            memory aside before the prefill.
+        max_num_held: Requests beside its running ones that can hold blocks of a replica at once.
+            Engines have no such limit; here it bounds the block tables.
+    """
+
+    kv_token_bytes: float = 0.0
+    kv_block_pieces: int = 1
+    reservation: Reservation = "source"
+    lease_s: float = 480.0
+    ahead_tokens: int = 512
+    max_num_held: int = 256
+
+    def __post_init__(self) -> None:
+        if self.reservation not in get_args(Reservation):
+            raise ConfigError(
+                unknown_name("reservation", self.reservation, list(get_args(Reservation)))
+            )
+        if not self.lease_s > 0:
+            raise ConfigError(f"lease_s must be above 0, got {self.lease_s}")
+        for name in ("kv_token_bytes", "kv_block_pieces", "ahead_tokens"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.max_num_held < 1:
+            raise ConfigError(f"max_num_held must be at least 1, got {self.max_num_held}")
 
 
 @dataclass(frozen=True)
@@ -33,6 +103,8 @@ class ReplicaType:
         engine: Whose rules form its steps.
         shared: What it does together with the other ranks of its group, whose steps begin and end
             when its own do; the grid holds the rest. None: it steps by itself.
+        role: What it does of a request.
+        link: How KV gets from it and to it.
     """
 
     name: str
@@ -44,6 +116,8 @@ class ReplicaType:
     num_gpus: int = 1
     engine: EngineName = "vllm"
     shared: SharedCost | None = None
+    role: Role = "mixed"
+    link: Link = Link()
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
@@ -59,7 +133,8 @@ class ReplicaType:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
                 f"max_num_seqs ({self.max_num_seqs}), or a decode could lack budget"
             )
-
+        if self.role not in ROLES:
+            raise ConfigError(unknown_name("role", self.role, list(ROLES)))
         if self.shared is not None and self.engine == "vllm-priority":
             raise ConfigError(
                 f"engine of {self.name} must not be vllm-priority: ranks in lockstep form their "
@@ -132,6 +207,7 @@ class ClusterSpec:
         metrics_interval_s: Time between scrapes of engine metrics; 0 means always fresh.
         noise_sigma: Standard deviation of the logarithm of step times; 0 means none.
         noise_period_steps: Steps that share one draw of that noise.
+        transfers: How KV moves, if there are replicas that are not `"mixed"`.
     """
 
     types: tuple[ReplicaType, ...]
@@ -146,6 +222,12 @@ class ClusterSpec:
     metrics_interval_s: float = 0.0
     noise_sigma: float = 0.0
     noise_period_steps: int = 8
+    transfers: TransferRules = TransferRules()
+
+    @property
+    def disaggregated(self) -> bool:
+        """Whether some requests are prefilled on one replica and decode on another."""
+        return any(t.role != "mixed" for t in self.types)
 
     def __post_init__(self) -> None:
         if not self.types:
@@ -163,6 +245,12 @@ class ClusterSpec:
                 f"retain_kv_s is {self.retain_kv_s}, but the prefix cache, where blocks are kept, "
                 "is off: set prefix_caching, or retain_kv_s to 0"
             )
+        for kind in self.types if self.disaggregated else ():
+            if kind.engine != "vllm" or kind.shared is not None:
+                raise ConfigError(
+                    f"{kind.name} must have the engine vllm and step by itself, as all replicas "
+                    "where some only prefill or decode: take engine vllm, or the role mixed for all"
+                )
         for kind in self.types:
             if kind.engine == "sglang" and kind.max_num_batched_tokens < self.block_size:
                 raise ConfigError(
@@ -260,13 +348,18 @@ class Episode:
             )
         need = self.table.prompt_tokens.astype(np.int64) + self.table.output_tokens - 1
         types = [spec.types[t] for t in sorted(set(self.type_idx.tolist()))]
-        capacity = max(t.capacity_tokens(spec.block_size) for t in types)
-        if (need > capacity).any():
-            i = int(np.argmax(need))
+        roles = {t.role for t in types}
+        if roles == {"prefill"}:
             raise ConfigError(
-                f"request {i} needs {need[i]} KV tokens, but the largest replica holds {capacity}: "
-                "give it more memory, or cut the longest requests"
+                "all replicas have the role prefill: requests need some of role decode or mixed"
             )
+        if "decode" in roles and "prefill" not in roles:
+            raise ConfigError(
+                "replicas of role decode get requests from those of role prefill, but there are "
+                "none: add some, or take the role mixed"
+            )
+        _check_capacity(spec, need, [t for t in types if t.role != "decode"])
+        _check_capacity(spec, need, [t for t in types if t.role != "prefill"])
         whole = [t for t in types if t.needs_whole_prompts(spec.chunked_prefill)]
         if whole:
             least = min(whole, key=lambda t: t.max_num_batched_tokens)
@@ -294,6 +387,17 @@ class Episode:
                 f"replica {stopping[0]} is one of several ranks in lockstep, which do not fail one "
                 "by one: take only FAULT_SLOW for them"
             )
+
+
+def _check_capacity(spec: ClusterSpec, need: IntArray, types: list[ReplicaType]) -> None:
+    """Refuse requests that none of these could ever take."""
+    capacity = max(t.capacity_tokens(spec.block_size) for t in types)
+    if (need > capacity).any():
+        i = int(np.argmax(need))
+        raise ConfigError(
+            f"request {i} needs {need[i]} KV tokens, but the largest replica holds {capacity}: "
+            "give it more memory, or cut the longest requests"
+        )
 
 
 def first_ranks(num_ranks: IntArray) -> IntArray:

@@ -11,8 +11,13 @@ from servegym.typing import BoolArray, FloatArray, Int32Array, IntArray
 
 Records = NDArray[np.void]
 
-# Request status
+# Request status; the last four are of requests that are prefilled in one place and decode in
+# another: no place is chosen yet, blocks are set aside there before the prefill, the KV is on its
+# way, the KV has landed
 PENDING, QUEUED, RUNNING, FINISHED, REJECTED, HELD, RETURNED, ABORTED = range(8)
+UNPLACED, RESERVED, TRANSFERRING, LANDED = range(8, 12)
+# Roles of replicas: all of a request, its prefill alone, what comes behind the prefill alone
+MIXED, PREFILL_ONLY, DECODE_ONLY = range(3)
 # What a replica is doing; PREFILL is a step in which its decoding requests pause
 IDLE, WAKING, STEP, DECODE, DOWN, PREFILL = range(6)
 # Fault kinds
@@ -28,18 +33,24 @@ FAULT_SLOW, FAULT_DOWN, FAULT_UP = range(3)
     EV_REJECT,
     EV_HOLD,
     EV_RETURN,
-) = range(9)
+    EV_PREFILLED,
+    EV_PLACE,
+    EV_TRANSFER,
+    EV_LAND,
+) = range(13)
+NUM_EVENTS = 13
 # Why `advance` came back
 DECISION, DONE, LOG_FULL = range(3)
 # Kinds of decisions: which replica a request goes to; and of an engine that goes by priorities
-# the order of its requests, whom to admit next, whom to preempt
-NO_DECISION, DISPATCH, ORDER, ADMIT, PREEMPT = range(5)
+# the order of its requests, whom to admit next, whom to preempt; where a request decodes that is
+# prefilled elsewhere
+NO_DECISION, DISPATCH, ORDER, ADMIT, PREEMPT, PLACE = range(6)
 # Whether a kind of decision is asked for: never (a compiled rule decides in its place), where there
 # is a choice, or always
 NEVER, WHERE_IT_MATTERS, ALWAYS = range(3)
 # Kinds of timers, in the order in which those of one instant are due; engines have their turn after
 # the faults. All behind SCRAPE are about a request, which has one at a time
-FAULT, SCRAPE, EXPIRY, RETURN, HOLD_OVER, ARRIVAL = range(6)
+FAULT, SCRAPE, EXPIRY, LANDING, LEASE, JOINING, PLACING, RETURN, HOLD_OVER, ARRIVAL = range(10)
 # Picks that are not a request: none yet, nobody
 NOT_PICKED, NOBODY = -1, -2
 # How far such an engine is with its next step
@@ -61,12 +72,16 @@ class Asks(NamedTuple):
         order: `ALWAYS` is before every step.
         admit: `ALWAYS` is also where one request waits, and the answer may be `NOBODY`.
         preempt: `ALWAYS` is the same as `WHERE_IT_MATTERS`.
+        place: `ALWAYS` is also where there is one replica to choose. If never, a request decodes on
+            the replica with the smallest sum of running and four times its waiting requests, those
+            whose KV is on its way included.
     """
 
     dispatch: int = WHERE_IT_MATTERS
     order: int = NEVER
     admit: int = NEVER
     preempt: int = NEVER
+    place: int = NEVER
 
 
 #: What is asked for unless somebody says otherwise.
@@ -95,6 +110,10 @@ class Params(NamedTuple):
     num_ranks: IntArray  # [T] replicas that step together, 0: each by itself
     largest_graph: IntArray  # [T] most tokens of such a rank for which there is a CUDA graph
     shared_s: FloatArray  # [T, NUM_SHARED, NUM_SHARED_KNOTS] of `costs.shared`, see SHARED_*
+    role: IntArray  # [T] MIXED, PREFILL_ONLY or DECODE_ONLY
+    link_bytes_per_s: FloatArray  # [T] KV in either direction
+    link_latency_s: FloatArray  # [T]
+    link_piece_s: FloatArray  # [T] to post one piece of KV
     nominal: FloatArray  # [T, NUM_NOMINAL] static facts for the observation, see policy.contract
     slo_s: FloatArray  # [num_classes, 2] TTFT and TPOT limits, seconds
     slo_weight: FloatArray  # [num_classes]
@@ -105,6 +124,13 @@ class Params(NamedTuple):
     allow_reject: bool
     hold_s: float
     retain_kv_s: float  # how long an ended turn keeps its blocks for the next one; 0: not at all
+    disaggregated: bool  # whether there are replicas that are not MIXED
+    destination_first: bool  # blocks are set aside where a request decodes before its prefill
+    kv_block_bytes: float  # of KV in a block
+    kv_block_pieces: int  # pieces of memory that the KV of a block lies in
+    lease_s: float  # how long prefilled KV is held for a replica to fetch it
+    ahead_tokens: int  # kept free for each active request when blocks are set aside first
+    max_num_held: int  # requests beside the running ones that can hold blocks of a replica
     metrics_interval_s: float  # 0: metrics are always fresh
     noise_sigma: float
     noise_period_steps: int
@@ -291,6 +317,42 @@ FORMING_DTYPE = np.dtype(
     ],
     align=True,
 )
+#: The way of one request from where it is prefilled to where it decodes.
+TRANSFER_DTYPE = np.dtype(
+    [
+        ("source", "i8"),  # replica that has prefilled it and holds its blocks, -1: none
+        ("source_slot", "i8"),  # row of the block table there
+        ("source_blocks", "i8"),  # blocks in that row
+        ("prefill_on", "i8"),  # replica that it goes to once blocks are set aside, -1: none
+        ("target", "i8"),  # replica that has set blocks aside while it is elsewhere, -1: none
+        ("target_slot", "i8"),
+        ("target_blocks", "i8"),
+        ("hits", "i8"),  # blocks found in the cache where it is to decode
+        ("num_bytes", "f8"),  # of the transfer in progress or over
+        ("lease_until_s", "f8"),
+        ("prefilled_s", "f8"),  # of the last time, as all below
+        ("begin_s", "f8"),  # both ends hold memory from then on
+        ("landed_s", "f8"),
+        ("prefill_replica", "i8"),  # -1 before
+        ("moved_bytes", "f8"),  # of all transfers that have landed
+    ],
+    align=True,
+)
+#: What a replica has of transfers. The links of a replica are one in each direction.
+LINK_DTYPE = np.dtype(
+    [
+        ("out_free_s", "f8"),  # when the transfers it sends will have left
+        ("in_free_s", "f8"),
+        ("out_bytes", "f8"),  # landed
+        ("in_bytes", "f8"),
+        ("num_holding", "i8"),  # requests beside the running ones that hold its blocks
+        ("first_remote", "i8"),  # requests on their way to it or landed, as transfers began; -1
+        ("last_remote", "i8"),
+        ("num_remote", "i8"),
+        ("num_landed", "i8"),
+    ],
+    align=True,
+)
 SEGMENT_DTYPE = np.dtype([("key", "i8"), ("end", "i8")], align=True)
 END_DTYPE = np.dtype([("key", "i8"), ("request", "i8")], align=True)
 DUE_DTYPE = np.dtype([("time_s", "f8"), ("replica", "i8")], align=True)
@@ -331,10 +393,14 @@ class State(NamedTuple):
     block: Records  # BLOCK_DTYPE[E, R, B + 1]; who has them, free list with its end at index B
     prefix_cache: Records  # PREFIX_CACHE_DTYPE[E, R, H] hash map from identity to block; 0: empty
     reserve: Int32Array  # [E, R, B] blocks taken by decodes, not yet given to one
-    table: Int32Array  # [E, R, max_num_seqs, W] block table
-    free_slots: Int32Array  # [E, R, max_num_seqs] unused rows of it
+    table: (
+        Int32Array  # [E, R, max_num_seqs, W] block table; `max_num_held` more rows if disaggregated
+    )
+    free_slots: Int32Array  # [E, R, max_num_seqs] unused rows of it; as many as that has
     scraped: FloatArray  # [E, NUM_SCRAPED, R]
     shown: FloatArray  # [E, NUM_VIEW_ROWS, R] replica part of the observation; see VIEW_* below
+    transfer: Records  # TRANSFER_DTYPE[E, N]; [E, 1] if all replicas are MIXED
+    link: Records  # LINK_DTYPE[E, R]
     length_sums: FloatArray  # [E, NUM_LENGTH_SUMS] what the router has learnt, see policy.lengths
     order: Records  # ORDER_DTYPE[E, N]
     forming: Records  # FORMING_DTYPE[E, R]

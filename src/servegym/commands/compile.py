@@ -22,7 +22,7 @@ from servegym.commands.console import make_console
 from servegym.errors import ConfigError
 from servegym.scenario import load_scenario
 
-Part = Literal["dispatch", "orders", "jobs", "schedules", "live"]
+Part = Literal["dispatch", "orders", "jobs", "schedules", "bounds", "live"]
 
 
 def compile_dispatch() -> None:
@@ -101,6 +101,16 @@ def compile_schedules() -> None:
     workflow_rule("edd+ls")(random_single_machine(4, 0.5, 0.5, 0))
 
 
+def compile_bounds() -> None:
+    """Clairvoyant searches: of requests whose replicas can be played alone, and of all others."""
+    from servegym.problems.registry import load_problem
+
+    for name in ("azure-conv-fit", "mixed-chat", "kv-starved", "text-to-sql"):
+        problem, scenario = load_problem(name)
+        rule = problem.resolve(problem.default_policy)
+        problem.episodes(scenario, [0], num_units=8).clairvoyant([rule], budget=2.0)
+
+
 def compile_live() -> None:
     """What the emulated engine runs besides the rules."""
     from servegym.serve.engine.core import rehearse
@@ -130,6 +140,7 @@ PARTS: dict[Part, Callable[[], None]] = {
     "orders": compile_orders,
     "jobs": compile_jobs,
     "schedules": compile_schedules,
+    "bounds": compile_bounds,
     "live": compile_live,
 }
 
@@ -143,8 +154,8 @@ class Compile:
     """
 
     parts: tuple[Part, ...] = tuple(PARTS)
-    """Which: dispatch (with the rules, environments and planners), orders, jobs, schedules, live
-    (router and emulated engine, which need `dispatch` too)."""
+    """Which: dispatch (with the rules, environments and planners), orders, jobs, schedules, bounds
+    (clairvoyant searches), live (router and emulated engine, which need `dispatch` too)."""
 
     def run(self) -> None:
         """Compile and say what was done."""

@@ -31,7 +31,7 @@ FIRST_SEED = 1_000_000
 #: Row of what an offline search reaches that knows the future, and with how many of the best
 #: policies it may begin.
 CLAIRVOYANT = "clairvoyant"
-_NUM_STARTS = 3
+NUM_STARTS = 3
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ def _add_bound(
     """Search, from what the best policies did at a load, and note what was found."""
     order = [name for name, _ in result.ranking(load)]
     ranked = sorted(policies, key=lambda policy: order.index(policy.name))
-    found, trail = episodes.clairvoyant(ranked[:_NUM_STARTS], budget=result.bound_budget, seed=seed)
+    found, trail = episodes.clairvoyant(ranked[:NUM_STARTS], budget=result.bound_budget, seed=seed)
     result.trails[CLAIRVOYANT, load] = trail
     for of_seed, metrics in zip(result.seeds, found, strict=True):
         result.runs.append(Run(CLAIRVOYANT, load, of_seed, metrics))

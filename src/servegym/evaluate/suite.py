@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from servegym.documents import load_yaml
+from servegym.documents import checked, read_mapping
 from servegym.errors import ConfigError, ServeGymError, unknown_name
 from servegym.evaluate.compare import Ratio, Share, headroom_share, paired_ratio
-from servegym.evaluate.harness import CLAIRVOYANT, evaluate
+from servegym.evaluate.harness import CLAIRVOYANT, NUM_STARTS, evaluate
 from servegym.evaluate.tune import resolve
 from servegym.problems.objective import Objective
 from servegym.problems.problem import AnyProblem
@@ -153,11 +152,8 @@ def load_suite(name_or_folder: str) -> Suite:
             raise ConfigError(f"{message}{also} give a folder with a {_FILE}")
         folder = Path(str(resources.files("servegym.assets").joinpath(_FOLDER, name_or_folder)))
     path = folder / _FILE
-    try:
-        data = load_yaml(path.read_text(encoding="utf-8"))
-        return Suite.model_validate({**data, "folder": folder})
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValidationError) as error:
-        raise ConfigError(f"{path} is no suite: {error}") from error
+    data = read_mapping(path.read_text(encoding="utf-8"), str(path), "name and scenarios")
+    return checked({**data, "folder": folder}, str(path), Suite)
 
 
 def load_record(suite: Suite) -> dict[str, Any]:
@@ -275,6 +271,7 @@ def record_scenario(
     *,
     recorded_by: dict[str, str],
     kept: dict[str, Any] | None = None,
+    searched: bool = True,
     progress: Progress = lambda text: None,
 ) -> dict[str, Any]:
     """Find out what rules and the clairvoyant search reach on the test split of a scenario.
@@ -283,36 +280,47 @@ def record_scenario(
         suite: It is part of.
         entry: The scenario.
         load: The load factor.
-        rules: Those that may be the reference, tuned where they can be.
+        rules: Those that may be the reference and are played now, tuned where they can be.
         oracles: Further starts of the search.
         recorded_by: Command and revision, noted beside all that is made.
-        kept: What was recorded before, whose search and other rules stay; else all is made.
+        kept: What was recorded before: rules that are not played now stay.
+        searched: Whether the search is made; else what was recorded of it stays.
         progress: Called with what is done.
+
+    Raises:
+        ConfigError: If there is nothing to keep, or it is of another scenario.
     """
-    if kept is not None and kept["episode"] != episode_name(suite, entry, load):
+    episode = episode_name(suite, entry, load)
+    if (kept is not None and kept["episode"] != episode) or (kept is None and not searched):
         raise ConfigError(
             f"scenario {entry.name} of {suite.name} at load {load:g} is not what was recorded:"
             " nothing of it can be kept"
         )
     problem, scenario = suite.pose(entry)
-    budget = 0.0 if kept else suite.bound_budget
-    starts = [] if kept else oracles
+    sign = problem.objective(scenario).sign
+
+    def order(found: dict[str, Any]) -> list[str]:
+        return sorted(found, key=lambda text: sign * float(np.mean(found[text]["values"])))
+
+    before = kept["rules"] if kept else {}
+    starts = []
+    if searched:
+        best = [before[text]["policy"] for text in order(before)[:NUM_STARTS]]
+        starts = [*(text for text in best if text not in rules), *oracles]
+    budget = suite.bound_budget if searched else 0.0
     rows = play(suite, entry, load, [*rules, *starts], bound_budget=budget, progress=progress)
-    if kept is None:
-        found_bound = rows[CLAIRVOYANT]["values"]
-        bound = {"budget_episodes": budget, "values": found_bound, "recorded_by": recorded_by}
-    else:
-        bound = kept["bound"]
     made = {text: {**rows[text], "recorded_by": recorded_by} for text in rules}
-    found = {**(kept["rules"] if kept else {}), **made}
-    objective = problem.objective(scenario)
+    found = {**before, **made}
+    if searched:
+        values = rows[CLAIRVOYANT]["values"]
+        bound = {"budget_episodes": budget, "values": values, "recorded_by": recorded_by}
+    else:
+        bound = kept["bound"] if kept else {}
     return {
-        "episode": episode_name(suite, entry, load),
-        "metric": objective.metric,
+        "episode": episode,
+        "metric": problem.objective(scenario).metric,
         "seeds": suite.seeds,
-        "best_rule": min(
-            found, key=lambda text: objective.sign * float(np.mean(found[text]["values"]))
-        ),
+        "best_rule": order(found)[0],
         "rules": found,
         "bound": bound,
     }

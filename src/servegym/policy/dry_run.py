@@ -13,12 +13,13 @@ from typing import NamedTuple
 import numpy as np
 
 from servegym.cluster.allocate import Capacity, make_state
-from servegym.cluster.engine import form_step, prefix_hit_tokens, steps_ended_by
+from servegym.cluster.engine import form_step, prefix_hit_tokens
 from servegym.cluster.jit import inlined, kernel
 from servegym.cluster.kernels import advance, reset_env
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import DECODE, DISPATCH_ONLY, PREFILL, QUEUED, STEP, Params, State
 from servegym.cluster.steptime import decode_span_s
+from servegym.cluster.stretches import steps_ended_by
 from servegym.typing import IntArray
 from servegym.workloads.table import BY_ITSELF
 

@@ -12,7 +12,6 @@ import math
 import numpy as np
 from numba import types
 
-from servegym.cluster.engine import steps_ended_by
 from servegym.cluster.entry import INFER, entry
 from servegym.cluster.jit import inlined
 from servegym.cluster.state import (
@@ -31,6 +30,7 @@ from servegym.cluster.state import (
     State,
 )
 from servegym.cluster.steptime import decode_span_s
+from servegym.cluster.stretches import steps_ended_by
 from servegym.policy.contract import MARGINS, Group
 from servegym.policy.costs import Quantity, step_s
 from servegym.policy.lengths import (

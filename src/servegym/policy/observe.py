@@ -11,6 +11,7 @@ from servegym.cluster.kernels import measure
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import (
     DISPATCH,
+    PLACE,
     SCRAPED_EMITTED,
     SCRAPED_KV_USAGE,
     SCRAPED_RUNNING,
@@ -47,7 +48,7 @@ _FAR_S = 1e6
 
 @kernel
 def observe(p: Params, s: State, e: int, needs: int, request_out: FloatArray) -> None:
-    """Bring `s.shown[e]` up to date for the dispatch that is due, and describe its request.
+    """Bring `s.shown[e]` up to date for the dispatch or placing that is due, and its request.
 
     Args:
         p: Constants.
@@ -107,7 +108,7 @@ def prepare(simulator: Simulator, needs: Group) -> None:
 
 
 def observe_batch(simulator: Simulator, needs: Group) -> tuple[Observations, IntArray]:
-    """Observe every dispatch that is due.
+    """Observe every dispatch or placing that is due.
 
     Args:
         simulator: After `advance`.
@@ -117,7 +118,7 @@ def observe_batch(simulator: Simulator, needs: Group) -> tuple[Observations, Int
         The observations and the environment of each row, `int64[batch]`.
     """
     prepare(simulator, needs)
-    envs = np.flatnonzero(simulator.state.env["decision"] == DISPATCH)
+    envs = np.flatnonzero(np.isin(simulator.state.env["decision"], (DISPATCH, PLACE)))
     width = simulator.max_replicas
     replicas = np.empty((len(envs), NUM_REPLICA_FEATURES, width))
     request = np.zeros((len(envs), NUM_REQUEST_FEATURES))

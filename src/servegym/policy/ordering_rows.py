@@ -28,6 +28,18 @@ from servegym.typing import FloatArray, IntArray
 
 
 @inlined
+def write_engine_columns(p: Params, s: State, e: int, r: int, row: FloatArray) -> None:
+    """Write what is the same in the rows of all requests of an engine."""
+    v = s.replica[e, r]
+    blocks = p.num_blocks[v.type_idx]
+    row[NUM_RUNNING] = v.num_running
+    row[NUM_WAITING] = v.num_waiting
+    row[KV_CACHE_USAGE] = (blocks - v.free_blocks) / blocks
+    row[STEP_S] = s.forming[e, r].step_s
+    row[MAX_NUM_BATCHED_TOKENS] = p.max_num_batched_tokens[v.type_idx]
+
+
+@inlined
 def write_row(
     p: Params, s: State, e: int, r: int, request: int, running: bool, row: FloatArray
 ) -> None:
@@ -36,7 +48,7 @@ def write_row(
     A live engine is told its limits by the router (`serve.vllm.hints`): those of its SLO class,
     the E2E limit with the predicted length. Its client's priority is the number of that class.
     """
-    q, v, f = s.request[e, request], s.replica[e, r], s.forming[e, r]
+    q, v = s.request[e, request], s.replica[e, r]
     now_s = s.env[e].now_s
     computed, generated = 0, q.generated
     if running:
@@ -63,12 +75,7 @@ def write_row(
         limit_s = ttft_s + tpot_s * max(q.predicted - 1.0, 0.0)
         if limit_s < NO_LIMIT_S:
             row[DEADLINE_SLACK_S] = q.arrival_s + limit_s - now_s
-    blocks = p.num_blocks[v.type_idx]
-    row[NUM_RUNNING] = v.num_running
-    row[NUM_WAITING] = v.num_waiting
-    row[KV_CACHE_USAGE] = (blocks - v.free_blocks) / blocks
-    row[STEP_S] = f.step_s
-    row[MAX_NUM_BATCHED_TOKENS] = p.max_num_batched_tokens[v.type_idx]
+    write_engine_columns(p, s, e, r, row)
 
 
 @inlined

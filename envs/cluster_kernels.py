@@ -1,0 +1,256 @@
+"""Stepping a batch of cluster environments in one compiled call."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from servegym.cluster.jit import inlined, kernel
+from servegym.cluster.kernels import advance, apply
+from servegym.cluster.state import (
+    ADMIT,
+    DECISION,
+    DISPATCH,
+    FINISHED,
+    NOBODY,
+    REJECTED,
+    Params,
+    State,
+)
+from servegym.envs.dispatch_kernels import core_action, write_observation
+from servegym.envs.kernels import waited
+from servegym.envs.preemption_kernels import allow_picks, write_engine
+from servegym.policy.contract import PREFIX_HIT_TOKENS, Group
+from servegym.policy.observe import observe
+from servegym.typing import BoolArray, Float32Array, FloatArray, Int8Array, IntArray
+from servegym.workloads.table import BY_ITSELF
+
+#: Kinds of decisions as they are observed.
+KIND_DISPATCH, KIND_ADMIT, KIND_PREEMPT = range(3)
+NUM_KINDS = 3
+
+_PREFIX = int(Group.PREFIX)
+
+
+class KernelSettings(NamedTuple):
+    """What is shown and rewarded.
+
+    Attributes:
+        needs: Groups of features that are filled, a sum of `policy.contract.Group`.
+        by_arrival: Whether a long queue is cut by arrival, else by predicted tokens left.
+        goodput: Whether requests in time are rewarded, else times in the system are.
+        by_replica: Whether `Output.of_replica` is filled.
+        scale: Divides rewards.
+        width: Rows for waiting requests; the running ones follow.
+    """
+
+    needs: int
+    by_arrival: bool
+    goodput: bool
+    by_replica: bool
+    scale: float
+    width: int
+
+
+class Output(NamedTuple):
+    """What environments give.
+
+    Axes: E environments, R replica rows, M rows of requests, D dispatch actions, A all actions:
+    those of a dispatch, rows, nobody where that is allowed. What the asked agent does not see is 0.
+    """
+
+    replicas: Float32Array  # [E, R, NUM_OBSERVED_FEATURES]
+    request: Float32Array  # [E, NUM_OBSERVED_REQUEST_FEATURES]
+    requests: Float32Array  # [E, M, NUM_ORDERING_FEATURES]
+    engine: Float32Array  # [E, number of the engine's features]
+    kind: Int8Array  # [E] KIND_*
+    agent: IntArray  # [E] who is asked: 0 the dispatcher, 1 + r the scheduler of replica r
+    mask: Int8Array  # [E, D] of the dispatch that is due
+    allowed: Int8Array  # [E, A]
+    ids: IntArray  # [E, M] request of each row
+    earned: FloatArray  # [E] reward times scale so far
+    reward: FloatArray  # [E]
+    of_replica: FloatArray  # [E, R] the part of it that its own requests are
+    counted: BoolArray  # [E, N] requests whose end has been counted there; N of the simulator's
+    oldest: IntArray  # [E] first request that is not among them
+    in_order: BoolArray  # [E] whether requests arrive in the order of their numbers
+    done: BoolArray  # [E]
+    dt_s: FloatArray  # [E] simulated seconds since the last decision
+
+
+class Memory(NamedTuple):
+    """Working memory of one thread."""
+
+    request: FloatArray  # [NUM_REQUEST_FEATURES]
+    row: FloatArray  # [NUM_ORDERING_FEATURES]
+    key: FloatArray  # [width]
+
+
+class Views(NamedTuple):
+    """What every agent of one environment sees, whoever is asked."""
+
+    replicas: Float32Array  # [R, NUM_OBSERVED_FEATURES]
+    request: Float32Array  # [NUM_OBSERVED_REQUEST_FEATURES], 0 where no dispatch is due
+    requests: Float32Array  # [R, M, NUM_ORDERING_FEATURES]
+    engine: Float32Array  # [R, number of the engine's features]
+    ids: IntArray  # [M], working memory
+
+
+@inlined
+def _write_decision(p: Params, s: State, c: KernelSettings, o: Output, e: int, m: Memory) -> None:
+    """Write the observation of one pending decision."""
+    env = s.env[e]
+    _write_nothing(o, e)
+    if env.decision == DISPATCH:
+        write_observation(p, s, c.needs, e, o.replicas, o.request, o.mask, m.request)
+        for a in range(o.mask.shape[1]):
+            o.allowed[e, a] = o.mask[e, a]
+        o.kind[e] = KIND_DISPATCH
+        o.agent[e] = 0
+    else:
+        count = write_engine(
+            p,
+            s,
+            c.by_arrival,
+            c.width,
+            e,
+            env.asking,
+            o.requests[e],
+            o.engine[e],
+            o.ids[e],
+            m.row,
+            m.key,
+        )
+        allow_picks(p, s, e, o.mask.shape[1], c.width, count, o.allowed[e])
+        o.kind[e] = KIND_ADMIT if env.decision == ADMIT else KIND_PREEMPT
+        o.agent[e] = 1 + env.asking
+
+
+@inlined
+def _write_nothing(o: Output, e: int) -> None:
+    """Show nothing, and allow nothing."""
+    if o.kind[e] == KIND_DISPATCH:
+        o.replicas[e] = 0.0
+        o.request[e] = 0.0
+    else:
+        o.requests[e] = 0.0
+        o.engine[e] = 0.0
+    o.allowed[e] = 0
+    o.kind[e] = KIND_DISPATCH
+    o.agent[e] = 0
+
+
+@inlined
+def _credit_replicas(
+    p: Params, s: State, c: KernelSettings, o: Output, e: int, before_s: float
+) -> None:
+    """Split what was earned since `before_s` by the replicas whose requests earned it."""
+    now_s = s.env[e].now_s
+    for r in range(o.of_replica.shape[1]):
+        o.of_replica[e, r] = 0.0
+    stop = s.env[e].next_arrival if o.in_order[e] else s.env[e].num_requests
+    for i in range(o.oldest[e], stop):
+        q = s.request[e, i]
+        if o.counted[e, i]:
+            o.oldest[e] += o.oldest[e] == i
+            continue
+        ended = q.status == FINISHED
+        o.counted[e, i] = ended or q.status == REJECTED
+        if q.replica < 0:
+            continue
+        if not c.goodput:
+            until_s = min(q.finish_s, now_s) if ended else now_s
+            o.of_replica[e, q.replica] -= (until_s - max(q.dispatch_s, before_s)) / c.scale
+        elif ended:
+            tpot_s = 0.0
+            if q.output > 1:
+                tpot_s = (q.finish_s - q.first_token_s) / (q.output - 1)
+            ttft_s = q.first_token_s - q.arrival_s
+            if ttft_s <= p.slo_s[q.slo_class, 0] and tpot_s <= p.slo_s[q.slo_class, 1]:
+                o.of_replica[e, q.replica] += p.slo_weight[q.slo_class] / c.scale
+
+
+@kernel
+def begin(p: Params, s: State, c: KernelSettings, o: Output, e: int, m: Memory) -> bool:
+    """Run a new episode to its first decision and observe it; return False if it has none."""
+    o.counted[e] = False
+    o.oldest[e] = 0
+    o.in_order[e] = True
+    for i in range(s.env[e].num_requests):
+        o.in_order[e] = o.in_order[e] and s.request[e, i].after == BY_ITSELF
+    if advance(p, s, e) != DECISION:
+        return False
+    _write_decision(p, s, c, o, e, m)
+    o.earned[e] = 0.0
+    return True
+
+
+@kernel
+def step_range(
+    p: Params,
+    s: State,
+    c: KernelSettings,
+    o: Output,
+    first: int,
+    stop: int,
+    actions: IntArray,
+    active: BoolArray,
+    m: Memory,
+) -> None:
+    """Decide, go on, reward and observe in environments `first..stop-1` that are active."""
+    width, num_rows = s.shown.shape[2], o.requests.shape[1]
+    for e in range(first, stop):
+        if not active[e]:
+            continue
+        before_s = s.env[e].now_s
+        if o.kind[e] == KIND_DISPATCH:
+            answer = core_action(p, width, actions[e])
+        else:
+            row = actions[e] - o.mask.shape[1]
+            answer = NOBODY if row == num_rows else o.ids[e, row]
+        apply(p, s, e, answer)
+        more = advance(p, s, e) == DECISION
+        o.dt_s[e] = s.env[e].now_s - before_s
+        sofar = s.env[e].good if c.goodput else -waited(s, e)
+        o.reward[e] = (sofar - o.earned[e]) / c.scale
+        o.earned[e] = sofar
+        if c.by_replica:
+            _credit_replicas(p, s, c, o, e, before_s)
+        o.done[e] = not more
+        if more:
+            _write_decision(p, s, c, o, e, m)
+        else:
+            _write_nothing(o, e)
+            o.allowed[e, 0] = 1  # a mask without any action breaks samplers
+
+
+@kernel
+def look(
+    p: Params, s: State, c: KernelSettings, v: Views, e: int, first: int, stop: int, m: Memory
+) -> None:
+    """Write what agents `first..stop-1` see now, the dispatcher being 0."""
+    for agent in range(first, stop):
+        if agent == 0:
+            due = s.env[e].decision == DISPATCH
+            observe(p, s, e, c.needs if due else c.needs & ~_PREFIX, m.request)
+            for r in range(v.replicas.shape[0]):
+                for f in range(v.replicas.shape[1]):
+                    v.replicas[r, f] = s.shown[e, f, r]
+                if not due:
+                    v.replicas[r, PREFIX_HIT_TOKENS] = 0.0
+            for g in range(m.request.shape[0]):
+                v.request[g] = m.request[g] if due else 0.0
+        else:
+            r = agent - 1
+            write_engine(
+                p,
+                s,
+                c.by_arrival,
+                c.width,
+                e,
+                r,
+                v.requests[r],
+                v.engine[r],
+                v.ids,
+                m.row,
+                m.key,
+            )

@@ -1,0 +1,93 @@
+"""What a router counts by itself, and requests that come to a replica or back from it."""
+
+from __future__ import annotations
+
+import math
+
+from servegym.cluster.jit import inlined
+from servegym.cluster.log import log_event
+from servegym.cluster.retention import expect
+from servegym.cluster.state import (
+    EV_RETURN,
+    RETURN,
+    RETURNED,
+    VIEW_OUTSTANDING,
+    VIEW_OUTSTANDING_PREDICTED,
+    VIEW_OUTSTANDING_PROMPT,
+    VIEW_PENDING_PREFILL,
+    Params,
+    State,
+)
+from servegym.cluster.stretches import wake
+from servegym.cluster.timers import set_turn
+
+
+@inlined
+def kv_need(s: State, e: int, request: int) -> int:
+    """KV tokens a request holds at its end."""
+    q = s.request[e, request]
+    return q.prompt + q.output - 1
+
+
+@inlined
+def count_outstanding(s: State, e: int, r: int, request: int) -> None:
+    """Take a request into the router's counters of a replica."""
+    q = s.request[e, request]
+    s.shown[e, VIEW_OUTSTANDING, r] += 1
+    s.shown[e, VIEW_OUTSTANDING_PROMPT, r] += q.prompt
+    s.shown[e, VIEW_OUTSTANDING_PREDICTED, r] += q.predicted
+
+
+@inlined
+def forget_outstanding(s: State, e: int, r: int, request: int) -> None:
+    """Take a request out of the router's counters of a replica."""
+    q = s.request[e, request]
+    s.shown[e, VIEW_OUTSTANDING, r] -= 1
+    s.shown[e, VIEW_OUTSTANDING_PROMPT, r] -= q.prompt
+    s.shown[e, VIEW_OUTSTANDING_PREDICTED, r] -= q.predicted
+    if s.shown[e, VIEW_OUTSTANDING, r] == 0:
+        s.shown[e, VIEW_OUTSTANDING_PREDICTED, r] = 0.0  # no rounding left behind
+
+
+@inlined
+def forget_prefill(s: State, e: int, r: int, request: int) -> None:
+    """Take a prefill that a replica will not do, or has done, out of the router's counters."""
+    q = s.request[e, request]
+    if math.isnan(q.first_token_s):
+        s.shown[e, VIEW_PENDING_PREFILL, r] -= q.prompt - q.hit_hint
+
+
+@inlined
+def enqueue(p: Params, s: State, e: int, r: int, request: int) -> None:
+    """Put a request at the end of a replica's queue."""
+    v = s.replica[e, r]
+    v.emitted += s.request[e, request].generated
+    tail = v.wait_tail
+    s.request[e, request].next_request = -1
+    if tail >= 0:
+        s.request[e, tail].next_request = request
+    else:
+        v.wait_head = request
+    v.wait_tail = request
+    v.num_waiting += 1
+    if p.retain_kv_s > 0.0:
+        expect(p, s, e, r, request)
+    wake(p, s, e, r, s.env[e].now_s)
+
+
+@inlined
+def take_back(p: Params, s: State, e: int, r: int, request: int, now_s: float) -> None:
+    """Let a request that has lost what replica `r` did for it be dispatched anew."""
+    q = s.request[e, request]
+    q.status = RETURNED
+    q.computed = 0
+    q.chunk = 0
+    q.join_iter = -1
+    q.heap_pos = -1
+    q.table_len = 0
+    q.landed_tokens = 0
+    q.next_request = -1
+    q.prev_request = -1
+    q.num_restarts += 1
+    set_turn(s, e, now_s, RETURN, request)
+    log_event(p, s, e, now_s, EV_RETURN, request, r, 0.0)
