@@ -31,6 +31,7 @@ from servegym.baselines.token_least_load import token_least_load
 from servegym.baselines.weighted_round_robin import weighted_round_robin
 from servegym.baselines.what_if import what_if
 from servegym.baselines.what_if_added import what_if_added
+from servegym.baselines.what_if_sampled import what_if_sampled
 from servegym.policy.policy import Heuristic
 
 #: Weights of the delays in `added-delay` and its kin.
@@ -103,6 +104,7 @@ RULES: Rules[Heuristic] = Rules(
         "mct": Entry(mct, bounds=_SHARE, has_oracle=True),
         "what-if": Entry(what_if, has_oracle=True),
         "what-if-added": Entry(what_if_added, has_oracle=True),
+        "what-if-sampled": Entry(what_if_sampled),
     },
 )
 

@@ -265,6 +265,7 @@ HAND = [
     ("hexgen:shrink=1", {**HEXGEN, "expected_tokens_left": (0, 9000, 9000)}, 0),
     ("what-if", {"what_if_e2e_s": (3, 1, 2), "what_if_added_s": (1, 2, 3)}, 1),
     ("what-if-added", {"what_if_e2e_s": (3, 1, 2), "what_if_added_s": (1, 2, 3)}, 0),
+    ("what-if-sampled", {"what_if_e2e_s": (3, 1, 2), "what_if_added_s": (1, 2, 3)}, 0),
 ]
 
 
