@@ -68,10 +68,12 @@ How they are inferred:
 - *Step times.* As long as a stream decodes on a replica, the time from token to token is observed;
   `recent_itl_s` is its mean. Where every request that is there decodes, it is the time of a step
   that does nothing else, and expected are `decode_step_s` and `decode_seq_s` for each further
-  stream: `step_time_ratio` is the quotient of the sums of both. From one decision to the next, what
-  is older is forgotten: times between tokens with a time constant of 2 s, steps with one of 0.5 s
-  of newer ones observed and 10 s of any time, so that the ratio of a replica without streams goes
-  back to 1. 0.1 s in which all was as expected are added before quotients are formed.
+  stream: `step_time_ratio` is the quotient of the sums of both. A step beside which prompts may
+  have been computed counts only if it took longer than with as many of their tokens as a step may
+  have. From one decision to the next, what is older is forgotten: times between tokens with a time
+  constant of 2 s, steps with one of 0.5 s of newer ones observed and 10 s of any time, so that the
+  ratio of a replica without streams goes back to 1. 0.1 s in which all was as expected are added
+  before quotients are formed.
 - *Lengths.* The logarithm of true over predicted length of ended requests is regressed on the
   logarithm of the prediction, with a prior of 20 requests whose predictions were right and a memory
   of 2,000 requests. What that leaves over is taken as normal, so the mean is that of a log-normal

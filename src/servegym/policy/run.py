@@ -59,7 +59,6 @@ def run(simulator: Simulator, policy: Policy, seed: int = 0) -> None:
     """
     require_whole_requests(simulator, policy)
     policy.reset(simulator.num_envs, seed)
-    prepare(simulator, policy.needs)
     tell_truth(simulator, policy.information)
     if isinstance(policy, Heuristic) and not policy.needs & Group.WHAT_IF:
         run_compiled(simulator, policy)
@@ -93,6 +92,7 @@ def tell_truth(simulator: Simulator, information: Information) -> None:
 
 def run_compiled(simulator: Simulator, policy: Heuristic) -> None:
     """Dispatch by a compiled rule until episodes have ended or another kind of decision is due."""
+    prepare(simulator, policy.needs)
     request = np.zeros(NUM_REQUEST_FEATURES)
     for env in range(simulator.num_envs):
         while True:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from pydantic import Field, field_validator
@@ -34,6 +35,18 @@ class EngineConfig(Config):
     chunked_prefill: bool = True
     kv_memory_fraction: float = Field(0.9, gt=0, le=1)
     retain_kv_s: float = Field(0.0, ge=0)
+
+
+class Drawn(Protocol):
+    """What a fleet is drawn from; a pair of numbers is a range."""
+
+    @property
+    def count(self) -> int | tuple[int, int]:
+        """How many there are."""
+
+    @property
+    def speed(self) -> float | tuple[float, float]:
+        """Factor on their speed."""
 
 
 class LinkConfig(Config):
@@ -143,6 +156,24 @@ def replica_type(
     )
 
 
+def draw_fleet(
+    rng: np.random.Generator, entries: Iterable[tuple[int, Drawn]]
+) -> tuple[list[int], list[float]]:
+    """Draw a fleet; return the type and the speed factor of each of it.
+
+    Args:
+        rng: Draws.
+        entries: Types, and how many there are of each and how fast.
+    """
+    types: list[int] = []
+    speeds: list[float] = []
+    for index, entry in entries:
+        for _ in range(_count(rng, entry.count)):
+            types.append(index)
+            speeds.append(_speed(rng, entry.speed))
+    return types, speeds
+
+
 def _name(entry: FleetEntry) -> str:
     parts = [f"{entry.gpu} x{entry.tp}"]
     parts += [entry.engine] if entry.engine != "vllm" else []
@@ -154,11 +185,11 @@ def _link(link: LinkConfig | None) -> Link:
     return Link(1e9 * link.gb_per_s, link.latency_s, link.piece_s) if link else Link()
 
 
-def draw_count(rng: np.random.Generator, count: int | tuple[int, int]) -> int:
+def _count(rng: np.random.Generator, count: int | tuple[int, int]) -> int:
     """Draw a number of replicas from its range."""
     return count if isinstance(count, int) else int(rng.integers(count[0], count[1] + 1))
 
 
-def draw_speed(rng: np.random.Generator, speed: float | tuple[float, float]) -> float:
+def _speed(rng: np.random.Generator, speed: float | tuple[float, float]) -> float:
     """Draw a speed factor from its range."""
     return speed if isinstance(speed, float | int) else float(rng.uniform(*speed))

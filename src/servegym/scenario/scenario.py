@@ -23,8 +23,7 @@ from servegym.scenario.fleet import (
     EngineConfig,
     FleetEntry,
     TransferConfig,
-    draw_count,
-    draw_speed,
+    draw_fleet,
     replica_type,
     step_cost,
 )
@@ -217,13 +216,7 @@ class Scenario(Config):
         predicted = self.disturbances.predictor.predict(
             np.random.default_rng(lengths), table.output_tokens
         )
-        rng = np.random.default_rng(fleet)
-        types: list[int] = []
-        speeds: list[float] = []
-        for index, entry in enumerate(self.fleet):
-            for _ in range(draw_count(rng, entry.count)):
-                speeds.append(draw_speed(rng, entry.speed))
-                types.append(index)
+        types, speeds = draw_fleet(np.random.default_rng(fleet), enumerate(self.fleet))
         return Episode(
             table=replace(table, predicted_output_tokens=predicted),
             type_idx=np.array(types, np.int16),
