@@ -126,6 +126,14 @@ Parameters are given after a colon: `--policies prefix-load:weight=0.01,eta=0.5 
 `servegym tune` searches them on training seeds ([evaluation](evaluation.md#tuning)). Each rule is
 one file in `baselines/`. `NAME-oracle` is told the truth that others predict: a bound, no rival.
 
+Some rules of dispatch go by what a router [infers](observation.md#what-is-inferred): `shrink` is
+how far they go from a predicted length towards the one that is expected, given how long answers
+became (0: not at all, 1: all the way); `observed` is the power of `step_time_ratio` by which times
+are multiplied. `class-aware` prices, in seconds of added delay, a TTFT over a share `ttft` of its
+limit (`late`), a TPOT over a share `tpot` (`slow`), and each request there that it pushes over that
+share (`pushed`); where the scenario allows it, a request is rejected that costs more than `most`
+everywhere. `added-delay-reject` does so if the least TTFT or TPOT is over a share of its limit.
+
 {sections}
 
 A learned policy is named by its file: `--policies runs/ppo-mixed-chat/policy/policy.onnx`.

@@ -47,6 +47,8 @@ class Dispatch(RequestProblem[Policy]):
         "dynamo",
         "prefix-load",
         "added-delay",
+        "added-delay-inferred",
+        "class-aware",
         "hexgen",
         "mct",
         "mct-oracle",
