@@ -10,6 +10,7 @@ from servegym.policy.costs import load_by_speed, prefix_load_s, step_s
 
 _R = {f.name: int(f) for f in ReplicaFeature}
 _Q = {f.name: int(f) for f in RequestFeature}
+_PUSHED_OVER = tuple(name for name in _R if name.startswith("PUSHED_OVER_"))
 
 
 def column(replicas: Tensor, name: str) -> Tensor:
@@ -22,7 +23,7 @@ def entry(request: Tensor, name: str) -> Tensor:
     return request[..., _Q[name]].unsqueeze(-1)
 
 
-def replica_inputs(replicas: Tensor, request: Tensor) -> Tensor:
+def replica_inputs(replicas: Tensor, request: Tensor, *, extended: bool = False) -> Tensor:
     """Describe every (replica, request) pair by numbers of order one.
 
     Loads are stated in seconds of work at the replica's own speed, and latencies against the
@@ -31,9 +32,11 @@ def replica_inputs(replicas: Tensor, request: Tensor) -> Tensor:
     Args:
         replicas: Raw features, `float32[batch, R, >= NUM_OBSERVED_FEATURES]`.
         request: Raw features, `float32[batch, >= NUM_OBSERVED_REQUEST_FEATURES]`.
+        extended: Whether what a router infers is described, too.
 
     Returns:
-        `float32[batch, R, NUM_INPUTS]`; rows of absent replicas are meaningless but finite.
+        `float32[batch, R, N]` with N of `num_inputs`; rows of absent replicas are meaningless but
+        finite.
     """
     outstanding = column(replicas, "OUTSTANDING_REQUESTS")
     rate = column(replicas, "PREFILL_TOKENS_PER_S").clamp(min=1.0)
@@ -81,6 +84,21 @@ def replica_inputs(replicas: Tensor, request: Tensor) -> Tensor:
         (torch.log1p(prompt) - 6.0) * ones,
         (torch.log1p(predicted) - 5.0) * ones,
     ]
+    if extended:
+        itl_s = column(replicas, "RECENT_ITL_S")
+        expected = entry(request, "EXPECTED_TOKENS")
+        expected_s = column(replicas, "EXPECTED_TOKENS_LEFT") / batch * each_s
+        inputs += [
+            column(replicas, "STEP_TIME_RATIO").clamp(0.05, 20.0).log(),
+            (itl_s / tpot_slo).clamp(max=4.0),
+            entry(request, "EXPECTED_TOKENS_SPREAD").clamp(max=4.0) * ones,
+            (torch.log1p(expected) - 5.0) * ones,
+            torch.log1p(100.0 * itl_s),
+            torch.log1p(expected_s),
+            torch.log1p(outstanding * seq_s * expected),
+            torch.log1p(column(replicas, "OUTSTANDING_AS_TIGHT")),
+            *(torch.log1p(column(replicas, name)) for name in _PUSHED_OVER),
+        ]
     return torch.stack(inputs, -1)
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from servegym.agents.features import base_cost, replica_inputs
 from servegym.agents.network_config import NetworkConfig
-from servegym.policy.contract import Group
-from servegym.policy.numpy_network import NUM_INPUTS
+from servegym.policy.contract import Group, observed_groups
+from servegym.policy.numpy_network import num_inputs
 
 #: Added to the logits of forbidden actions (Huang and Ontañón 2022).
 MASKED = -1e8
@@ -19,7 +19,7 @@ MASKED = -1e8
 class Prepared(NamedTuple):
     """What the network makes of an observation before any weight is used."""
 
-    inputs: Tensor  # float32[batch, R, NUM_INPUTS]
+    inputs: Tensor  # float32[batch, R, N], see `numpy_network.num_inputs`
     present: Tensor  # float32[batch, R], 1 where there is a replica
     prior: Tensor  # float32[batch, R], the heuristic's logits
     mask: Tensor  # float32[batch, R + num_extra], 1 where allowed
@@ -28,10 +28,10 @@ class Prepared(NamedTuple):
 class _Encoder(nn.Module):
     """Encode each replica, and all of them together, whatever their number and order."""
 
-    def __init__(self, hidden: int, context: str) -> None:
+    def __init__(self, inputs: int, hidden: int, context: str) -> None:
         super().__init__()
         self.own = nn.Sequential(
-            nn.Linear(NUM_INPUTS, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
+            nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
         )
         self.attention = context == "attention"
         self.query = nn.Linear(hidden, hidden) if self.attention else nn.Identity()
@@ -57,15 +57,13 @@ class DispatchNetwork(nn.Module):
     policy is the heuristic, action for action.
     """
 
-    #: Feature groups it reads.
-    needs = Group.COUNTERS | Group.METRICS | Group.PREFIX
-
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
-        self.actor = _Encoder(config.hidden, config.context)
+        inputs = num_inputs(extended=config.extended)
+        self.actor = _Encoder(inputs, config.hidden, config.context)
         self.critic = nn.Sequential(
-            nn.Linear(NUM_INPUTS, config.hidden), nn.ReLU(), nn.Linear(config.hidden, config.hidden)
+            nn.Linear(inputs, config.hidden), nn.ReLU(), nn.Linear(config.hidden, config.hidden)
         )
         self.score = nn.Linear(config.hidden, 1)
         self.extra = nn.Linear(config.hidden, max(1, config.num_extra))
@@ -80,6 +78,11 @@ class DispatchNetwork(nn.Module):
         nn.init.zeros_(self.extra.weight)
         nn.init.constant_(self.extra.bias, -10.0)  # a heuristic neither holds nor rejects
 
+    @property
+    def needs(self) -> Group:
+        """Feature groups it reads."""
+        return observed_groups(extended=self.config.extended)
+
     def prepare(self, replicas: Tensor, request: Tensor, mask: Tensor) -> Prepared:
         """Turn raw observations into inputs; done once, however often they are learned from.
 
@@ -92,7 +95,7 @@ class DispatchNetwork(nn.Module):
         cost = base_cost(self.config.base, replicas, request, self.config.base_params)
         least = (cost - MASKED * (1.0 - mask[..., :num])).amin(-1, keepdim=True)
         return Prepared(
-            replica_inputs(replicas, request),
+            replica_inputs(replicas, request, extended=self.config.extended),
             (replicas[..., 0] > 0).to(replicas.dtype),
             -self.config.eta * (cost - least),
             mask,

@@ -27,6 +27,9 @@ class NetworkConfig(BaseModel):
 
     hidden: int = Field(32, ge=4)
     """Units of a layer."""
+    extended: bool = False
+    """See what a router infers, too: step times, lengths learnt from requests that have ended, and
+    whom a choice pushes over its limits. A decision then takes longer."""
     context: Literal["mean", "attention"] = "mean"
     """How replicas see each other."""
     base: str = "added-delay"

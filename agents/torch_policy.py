@@ -14,10 +14,10 @@ class TorchPolicy:
     """The most probable action of a network."""
 
     information: Information = "predictive"
-    needs = DispatchNetwork.needs
 
     def __init__(self, network: DispatchNetwork, name: str = "ppo") -> None:
         self.network = network.eval()
+        self.needs = network.needs
         self.name = name
 
     def reset(self, num_envs: int, seed: int) -> None:
@@ -25,8 +25,9 @@ class TorchPolicy:
 
     def act(self, observations: Observations, env_ids: IntArray) -> IntArray:
         """Decide; see `Policy.act`."""
-        actions = agent_actions(observations.mask, self.network.config.num_extra)
-        arrays = agent_arrays(observations, actions)
+        config = self.network.config
+        actions = agent_actions(observations.mask, config.num_extra)
+        arrays = agent_arrays(observations, actions, extended=config.extended)
         with torch.inference_mode():
             logits = self.network(*(torch.from_numpy(a) for a in arrays))
         return actions[logits.argmax(-1).numpy()]

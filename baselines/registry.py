@@ -10,9 +10,11 @@ from servegym.baselines.added_delay_inferred import (
 )
 from servegym.baselines.added_delay_reject import added_delay_reject
 from servegym.baselines.class_aware import class_aware
+from servegym.baselines.conductor import conductor
 from servegym.baselines.dynamo import dynamo
 from servegym.baselines.hexgen import hexgen
 from servegym.baselines.least_outstanding import least_outstanding
+from servegym.baselines.least_tpot import least_tpot
 from servegym.baselines.least_work_left import least_work_left
 from servegym.baselines.llm_d import llm_d
 from servegym.baselines.llumnix import llumnix
@@ -29,6 +31,7 @@ from servegym.baselines.token_least_load import token_least_load
 from servegym.baselines.weighted_round_robin import weighted_round_robin
 from servegym.baselines.what_if import what_if
 from servegym.baselines.what_if_added import what_if_added
+from servegym.baselines.what_if_sampled import what_if_sampled
 from servegym.policy.policy import Heuristic
 
 #: Weights of the delays in `added-delay` and its kin.
@@ -48,6 +51,7 @@ RULES: Rules[Heuristic] = Rules(
         "token-least-load": Entry(token_least_load),
         "least-work-left": Entry(least_work_left, bounds=_SHARE, has_oracle=True),
         "min-kv": Entry(min_kv),
+        "least-tpot": Entry(least_tpot),
         "sglang": Entry(
             sglang,
             {
@@ -82,6 +86,7 @@ RULES: Rules[Heuristic] = Rules(
             {**_DELAYS, "ttft": Range(0.1, 1.0), "tpot": Range(0.4, 1.0)},
             bounds=_SHARE,
         ),
+        "conductor": Entry(conductor, {"slack": Range(0.2, 5.0, logarithmic=True)}),
         "class-aware": Entry(
             class_aware,
             {
@@ -99,6 +104,7 @@ RULES: Rules[Heuristic] = Rules(
         "mct": Entry(mct, bounds=_SHARE, has_oracle=True),
         "what-if": Entry(what_if, has_oracle=True),
         "what-if-added": Entry(what_if_added, has_oracle=True),
+        "what-if-sampled": Entry(what_if_sampled),
     },
 )
 

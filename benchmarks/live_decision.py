@@ -19,7 +19,7 @@ import numpy as np
 
 from servegym.export.manifest import Manifest
 from servegym.policy.frozen import NumpyPolicy
-from servegym.policy.numpy_network import FAMILY, NUM_INPUTS, NetworkShape, NumpyNetwork
+from servegym.policy.numpy_network import FAMILY, NetworkShape, NumpyNetwork, num_inputs
 from servegym.serve.facts import Rates, fleet_facts
 from servegym.serve.loaded_policy import LoadedPolicy, load_policy
 from servegym.serve.ranges import Ranges
@@ -36,7 +36,7 @@ def random_network(context: str) -> LoadedPolicy:
     """Make a network of the default size; what its weights are does not change its time."""
     rng = np.random.default_rng(0)
     sizes = {
-        "actor.own.0": (HIDDEN, NUM_INPUTS),
+        "actor.own.0": (HIDDEN, num_inputs(extended=False)),
         "actor.own.2": (HIDDEN, HIDDEN),
         "actor.mix": (HIDDEN, (2 if context == "attention" else 1) * HIDDEN),
         "actor.around": (HIDDEN, 2 * HIDDEN),

@@ -113,17 +113,18 @@ class CounterfactualTrainer(DispatcherRun[CounterfactualTraining]):
         """Raise the mean advantage of what the network would do in the states of the memory."""
         c = self.config
         self.optimizer.param_groups[0]["lr"] = c.learning_rate * (1.0 - done_share)
-        entropy_weight = c.entropy * (1.0 - 0.9 * done_share)
+        smoothing = c.smoothing * (1.0 - 0.9 * done_share)
         rows, advantage = self.memory.content()
         scale = float(advantage.std()) + 1e-8
         gains, regrets = [], []
         for _ in range(c.num_batches):
             part = torch.randint(len(advantage), (c.batch,), device=advantage.device)
-            log_probs = self.network.logits(Prepared(*(x[part] for x in rows))).log_softmax(-1)
+            some = Prepared(*(x[part] for x in rows))
+            log_probs = self.network.logits(some).log_softmax(-1)
             probs, a = log_probs.exp(), advantage[part]
             gain = (probs * a).sum(-1).mean()
-            entropy = -(probs * log_probs).sum(-1).mean()
-            loss = -gain / scale - entropy_weight * entropy
+            evenness = ((log_probs * some.mask).sum(-1) / some.mask.sum(-1)).mean()
+            loss = -gain / scale - smoothing * evenness
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(self.network.parameters(), c.max_grad_norm)
@@ -133,7 +134,7 @@ class CounterfactualTrainer(DispatcherRun[CounterfactualTraining]):
         return {
             "train/policy_loss": -float(np.mean(gains)),
             "train/regret": float(np.mean(regrets)),
-            "train/entropy": float(entropy.detach()),
+            "train/entropy": float(-(probs * log_probs).sum(-1).mean().detach()),
             "train/labels": float(len(advantage)),
             "train/learning_rate": self.optimizer.param_groups[0]["lr"],
         }

@@ -57,8 +57,10 @@ class CounterfactualTraining:
     """Gradient steps per update."""
     batch: int = 512
     """Labelled decisions per gradient step, drawn from the memory."""
-    entropy: float = 0.01
-    """Entropy bonus, in standard deviations of the advantages, falling linearly to a tenth."""
+    smoothing: float = 0.01
+    """Weight of the mean logarithm of all allowed actions' probabilities, in standard deviations of
+    the advantages, falling linearly to a tenth: what is bad in the first states, such as a
+    rejection while nothing is to be done, must not become too rare to be learned later."""
     max_grad_norm: float = 0.5
     """Gradient clip."""
     validate_every: int = 5

@@ -170,6 +170,7 @@ class DispatcherRun(TrainingRun[D, Scenario, DispatchNetwork]):
             num_requests=self.config.num_requests,
             load=self.config.load,
             group_size=self.config.group_size,
+            features="extended" if self.config.network.extended else "contract",
         )
 
     @property

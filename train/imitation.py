@@ -11,6 +11,7 @@ from torch import Tensor
 from servegym.agents.network import DispatchNetwork
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import DONE
+from servegym.policy.contract import observed_groups
 from servegym.policy.layout import agent_actions, agent_arrays
 from servegym.policy.observe import observe_batch
 from servegym.policy.policy import Policy
@@ -23,6 +24,7 @@ def demonstrations(
     num_decisions: int,
     *,
     num_extra: int,
+    extended: bool = False,
     load: tuple[float, float] = (0.6, 1.1),
     num_requests: int = 512,
     first_seed: int = 300_000,
@@ -34,6 +36,7 @@ def demonstrations(
         teacher: Any policy but an oracle: it must decide by what a student can see.
         num_decisions: How many to collect at least.
         num_extra: Actions beside the replicas: hold, reject.
+        extended: Whether what a router infers is seen, too.
         load: Range of the load factor.
         num_requests: Requests per episode.
         first_seed: Seeds of the episodes count from here.
@@ -46,7 +49,7 @@ def demonstrations(
     rng = np.random.default_rng(first_seed)
     kept: list[tuple[Tensor, ...]] = []
     count = 0
-    width = scenario.max_replicas
+    width, needs = scenario.max_replicas, observed_groups(extended=extended)
     while count < num_decisions:
         episodes = [
             scenario.episode(
@@ -57,10 +60,10 @@ def demonstrations(
         simulator = Simulator(scenario.spec, episodes, max_replicas=width)
         teacher.reset(episodes_each, first_seed + count)
         while (simulator.advance() != DONE).any():
-            observations, envs = observe_batch(simulator, teacher.needs | DispatchNetwork.needs)
+            observations, envs = observe_batch(simulator, teacher.needs | needs)
             chosen = teacher.act(observations, envs)
             actions = agent_actions(observations.mask, num_extra)
-            arrays = agent_arrays(observations, actions)
+            arrays = agent_arrays(observations, actions, extended=extended)
             done = np.searchsorted(actions, chosen)
             kept.append(tuple(torch.from_numpy(a) for a in (*arrays, done)))
             answers = np.zeros(episodes_each, np.int64)

@@ -60,6 +60,7 @@ class Trainer(DispatcherRun[PPOConfig]):
             policy(c.imitate),
             c.imitate_decisions,
             num_extra=c.network.num_extra,
+            extended=c.network.extended,
             load=c.load,
         )
         agreed = imitate(self.network, data)

@@ -15,6 +15,9 @@ from servegym.cli import _parse, main
 from servegym.cluster.simulator import Simulator
 from servegym.errors import ConfigError, ServeGymError
 from servegym.export.manifest import read_manifest
+from servegym.export.resolve import resolve_policy
+from servegym.policy.contract import INFERRED
+from servegym.policy.numpy_network import num_inputs
 from servegym.policy.run import run
 from servegym.train.counterfactual import CounterfactualTrainer, Memory, advantages
 from servegym.train.counterfactual_settings import CounterfactualTraining
@@ -160,6 +163,21 @@ def test_its_run_is_logged_and_exported_as_any_other(tiny, tmp_path):
     assert first.read_bytes() == again.read_bytes()
     assert read_manifest(again).training["algorithm"] == "counterfactual"
     assert isinstance(network, DispatchNetwork)
+
+
+def test_what_a_router_infers_is_learned_from_where_that_is_asked_for(tiny, tmp_path):
+    trainer = CounterfactualTrainer(tiny(3, network=NetworkConfig(extended=True)), tmp_path)
+    network = trainer.run()
+    assert network.needs & INFERRED == INFERRED
+    first = network.actor.own[0].weight
+    assert first.shape[1] == num_inputs(extended=True) > num_inputs(extended=False)
+    path = trainer.export()
+    assert read_manifest(path).extended
+    simulator = Simulator(trainer.scenario.spec, [trainer.scenario.episode(1)])
+    run(simulator, resolve_policy(str(path)))
+    again = Simulator(trainer.scenario.spec, [trainer.scenario.episode(1)])
+    run(again, TorchPolicy(network))
+    np.testing.assert_array_equal(simulator.outcomes()["finish_s"], again.outcomes()["finish_s"])
 
 
 def test_a_folder_of_another_learner_is_refused(tiny, tmp_path):

@@ -11,7 +11,7 @@ from servegym.agents.network import DispatchNetwork, NetworkConfig
 from servegym.envs.dispatch import DispatchVectorEnv
 from servegym.errors import ConfigError
 from servegym.export.sample import sample_observations
-from servegym.policy.numpy_network import NUM_INPUTS
+from servegym.policy.numpy_network import num_inputs
 from servegym.scenario import load_scenario
 
 CONTEXTS = ("mean", "attention")
@@ -164,6 +164,6 @@ def test_inputs_are_of_order_one_on_real_observations():
 
     replicas, request, mask = sample_observations(random_network(), "mixed-chat", num=512)
     inputs = replica_inputs(torch.from_numpy(replicas), torch.from_numpy(request)).numpy()
-    assert inputs.shape == (*mask.shape, NUM_INPUTS)
+    assert inputs.shape == (*mask.shape, num_inputs(extended=False))
     assert np.isfinite(inputs).all()
     assert np.quantile(np.abs(inputs), 0.999) < 20.0

@@ -115,7 +115,28 @@ ADDED = {
 }
 FAST_TO_SLOW = {"outstanding_requests": (8, 3, 1), "relative_speed": (1, 0.5, 0.25)}
 
+#: Seconds to the first token: 0.3 + 0.1, (500 + 20) / 2000, (2000 + 100) / 5000.
+CONDUCTOR = {
+    "pending_prefill_tokens": (300, 500, 2000),
+    "prefix_hit_tokens": (0, 80, 0),
+    "prefill_tokens_per_s": (1000, 2000, 5000),
+    "outstanding_requests": (0, 0, 10),
+    "decode_seq_s": 0.001,
+}
+MAY_REJECT = (True, True, False, False, True)
+
 HAND = [
+    ("conductor", CONDUCTOR, 1),
+    # a step that decodes one more: 0.01 + 5 * 0.001, 0.01 + 0.004, 0.02
+    (
+        "least-tpot",
+        {
+            "outstanding_requests": (5, 4, 0),
+            "decode_step_s": (0.01, 0.01, 0.02),
+            "decode_seq_s": 0.001,
+        },
+        1,
+    ),
     ("least-outstanding", {"outstanding_requests": (3, 1, 2)}, 1),
     (
         "token-least-load",
@@ -244,6 +265,7 @@ HAND = [
     ("hexgen:shrink=1", {**HEXGEN, "expected_tokens_left": (0, 9000, 9000)}, 0),
     ("what-if", {"what_if_e2e_s": (3, 1, 2), "what_if_added_s": (1, 2, 3)}, 1),
     ("what-if-added", {"what_if_e2e_s": (3, 1, 2), "what_if_added_s": (1, 2, 3)}, 0),
+    ("what-if-sampled", {"what_if_e2e_s": (3, 1, 2), "what_if_added_s": (1, 2, 3)}, 0),
 ]
 
 
@@ -260,6 +282,18 @@ DRAWS = {"random", "power-of-two", "dynamo", "llm-d"}
 def test_every_rule_has_a_hand_computed_choice_here(name):
     computed = {text.partition(":")[0] for text, _, _ in HAND} | MEMORY | {"random", "power-of-two"}
     assert name.removesuffix("-oracle") in computed
+
+
+@pytest.mark.parametrize(
+    ("ttft_slo_s", "tpot_slo_s", "chosen"),
+    [(0.3, 0.03, 1), (0.2, 0.03, 4), (0.3, 0.015, 4)],
+)
+def test_conductor_rejects_what_would_miss_a_limit(ttft_slo_s, tpot_slo_s, chosen):
+    # the third only decodes: it is up, and may not be chosen; 0.01 + 10 * 0.001 s a token
+    seen = situation(CONDUCTOR, MAY_REJECT)
+    seen.request[0, RequestFeature.TTFT_SLO_S] = ttft_slo_s
+    seen.request[0, RequestFeature.TPOT_SLO_S] = tpot_slo_s
+    assert ready("conductor").act(seen, np.array([0])).tolist() == [chosen]
 
 
 @pytest.mark.parametrize(
@@ -458,7 +492,7 @@ def decisions(name: str, scrambled: set[str], scramble_request: bool = False) ->
         observations = situation({})
         for row, feature in enumerate(REPLICA_FEATURES):
             high = 1.0 if feature.high == 1 else 100.0
-            high = 0.01 if feature.name.startswith("decode_") else high
+            high = 0.02 if feature.name.startswith("decode_") else high
             drawn, replaced = rng.uniform(0.01, high, 3), other.uniform(0.01, high, 3)
             observations.replicas[0, row] = replaced if feature.name in scrambled else drawn
         predicted, replaced_prediction = rng.uniform(1, 300), other.uniform(1, 300)

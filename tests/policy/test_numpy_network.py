@@ -8,14 +8,14 @@ import torch
 
 from servegym.agents.network import DispatchNetwork, NetworkConfig
 from servegym.policy.contract import (
-    NUM_OBSERVED_FEATURES,
-    NUM_OBSERVED_REQUEST_FEATURES,
+    EXPECTED_TOKENS,
     NUM_REPLICA_FEATURES,
     ReplicaFeature,
+    observed,
 )
 from servegym.policy.costs import BASES
 from servegym.policy.frozen import NumpyPolicy
-from servegym.policy.numpy_network import FAMILY, NetworkShape, NumpyNetwork
+from servegym.policy.numpy_network import EXTENDED_FAMILY, FAMILY, NetworkShape, NumpyNetwork
 from servegym.policy.policy import Observations
 
 PARAMS = {
@@ -26,22 +26,31 @@ PARAMS = {
 }
 
 
-def make(base: str, context: str, num_extra: int) -> tuple[DispatchNetwork, NumpyNetwork]:
+def make(
+    base: str, context: str, num_extra: int, *, extended: bool = False
+) -> tuple[DispatchNetwork, NumpyNetwork]:
     torch.manual_seed(1)
     config = NetworkConfig(
-        context=context, num_extra=num_extra, base=base, base_params=PARAMS[base], hidden=20
+        context=context,
+        num_extra=num_extra,
+        base=base,
+        base_params=PARAMS[base],
+        hidden=20,
+        extended=extended,
     )
     network = DispatchNetwork(config).eval()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    shape = NetworkShape(FAMILY, context, base, PARAMS[base], config.eta, num_extra)
+    family = EXTENDED_FAMILY if extended else FAMILY
+    shape = NetworkShape(family, context, base, PARAMS[base], config.eta, num_extra)
     return network, NumpyNetwork(shape, {k: v.numpy() for k, v in network.state_dict().items()})
 
 
-def draw(batch: int, size: int, num_extra: int):
+def draw(batch: int, size: int, num_extra: int, *, extended: bool = False):
     rng = np.random.default_rng(size)
-    replicas = rng.uniform(0, 20, (batch, size, NUM_OBSERVED_FEATURES)).astype(np.float32)
+    shape = observed(extended=extended)
+    replicas = rng.uniform(0, 20, (batch, size, shape.replicas)).astype(np.float32)
     replicas[..., 0] = rng.random((batch, size)) < 0.9
     for name, low, high in (
         ("PREFILL_TOKENS_PER_S", 2e3, 5e4),
@@ -51,9 +60,13 @@ def draw(batch: int, size: int, num_extra: int):
         ("OUTSTANDING_PREDICTED_TOKENS", 0, 1e4),
     ):
         replicas[..., ReplicaFeature[name]] = rng.uniform(low, high, (batch, size))
-    request = rng.uniform(0, 1, (batch, NUM_OBSERVED_REQUEST_FEATURES)).astype(np.float32)
+    request = rng.uniform(0, 1, (batch, shape.request)).astype(np.float32)
     request[:, 0] = rng.integers(1, 4000, batch)
     request[:, 1] = rng.integers(1, 500, batch)
+    if extended:
+        request[:, EXPECTED_TOKENS] = rng.integers(1, 500, batch)
+        replicas[:, :, observed(extended=False).replicas :] *= 0.1
+        replicas[:, 0, ReplicaFeature["STEP_TIME_RATIO"]] = 0.0  # nothing is known of it
     mask = (rng.random((batch, size + num_extra)) < 0.7).astype(np.float32)
     mask[:, 0] = 1
     return replicas, request, mask
@@ -66,15 +79,17 @@ def test_every_base_of_training_is_known_here():
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("context", ["mean", "attention"])
 @pytest.mark.parametrize("num_extra", [0, 1, 2])
-def test_logits_are_those_of_pytorch(base, context, num_extra):
-    network, other = make(base, context, num_extra)
+@pytest.mark.parametrize("extended", [False, True])
+def test_logits_are_those_of_pytorch(base, context, num_extra, extended):
+    network, other = make(base, context, num_extra, extended=extended)
     for size in (1, 2, 7, 16, 128, 400):  # the large ones are multiplied in pieces
-        replicas, request, mask = draw(6, size, num_extra)
+        replicas, request, mask = draw(6, size, num_extra, extended=extended)
         with torch.inference_mode():
             want = network(*map(torch.from_numpy, (replicas, request, mask))).numpy()
         for i in range(6):
             got = other.logits(replicas[i].T.astype(float), request[i].astype(float), mask[i])
-            np.testing.assert_allclose(got, want[i], rtol=2e-5, atol=2e-5)
+            within = 5e-5 if extended else 2e-5  # more inputs, more rounding
+            np.testing.assert_allclose(got, want[i], rtol=2e-5, atol=within)
 
 
 def test_a_call_leaves_nothing_behind_for_the_next():
@@ -90,7 +105,7 @@ def test_nan_is_no_choice():
     policy = NumpyPolicy(network, information="predictive", name="n")
     replicas, request, _ = draw(1, 3, 0)
     wide = np.zeros((1, NUM_REPLICA_FEATURES, 3))
-    wide[:, :NUM_OBSERVED_FEATURES] = replicas.transpose(0, 2, 1)
+    wide[:, : observed(extended=False).replicas] = replicas.transpose(0, 2, 1)
     mask = np.array([[True, True, True, False, False]])
     envs = np.zeros(1, np.int64)
     assert 0 <= policy.act(Observations(wide, request.astype(float), mask), envs)[0] < 3

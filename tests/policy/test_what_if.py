@@ -313,3 +313,30 @@ def _warm() -> Simulator:
     simulator = cluster([(0.0, 1, 1)], [1.0])
     follow(simulator, [])
     return simulator
+
+
+def test_what_is_drawn_is_what_is_predicted_where_predictions_are_right():
+    simulator = cluster(ROWS, [1.0, 1.0, 0.5])
+    follow(simulator, [0, 1])
+    added = planned(simulator)[1]
+    sampled = observe_batch(simulator, NEEDS | Group.SAMPLED)[0].replicas[0]
+    np.testing.assert_allclose(sampled[VIEW_WHAT_IF_ADDED], added)
+
+
+def test_a_planner_over_likely_lengths_gains_on_round_robin():
+    sampled, other = (planned_run(x, 50.0).mean() for x in ("what-if-sampled", "round-robin"))
+    assert sampled < 0.8 * other
+
+
+def test_it_does_not_know_that_a_replica_became_slow_either():
+    slow = Faults(
+        np.array([0.001]), np.array([2], np.int16), np.array([FAULT_SLOW], np.int8), np.array([0.1])
+    )
+
+    def added(**more) -> float:
+        simulator = cluster(ROWS, [1.0, 1.0, 0.5], **more)
+        follow(simulator, [0, 1])
+        rows = observe_batch(simulator, NEEDS | Group.SAMPLED)[0].replicas[0]
+        return float(rows[VIEW_WHAT_IF_ADDED][2])
+
+    assert added(faults=slow) == added() > 0

@@ -33,7 +33,10 @@ def sample_observations(
         `replicas float32[n, R, F]`, `request float32[n, G]`, `mask float32[n, A]`.
     """
     assert servegym.__version__  # importing servegym registers the environment
-    env = gymnasium.make_vec("servegym/Dispatch-v1", num_envs=16, scenario=scenario, load=load)
+    features = "extended" if network.config.extended else "contract"
+    env = gymnasium.make_vec(
+        "servegym/Dispatch-v1", num_envs=16, scenario=scenario, load=load, features=features
+    )
     rng = np.random.default_rng(seed)
     observation, _ = env.reset(seed=seed)
     rows: list[dict[str, np.ndarray]] = []

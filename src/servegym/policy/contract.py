@@ -24,6 +24,7 @@ class Group(IntFlag):
     STEP_TIMES = 16  # what the router infers: from when tokens come,
     LENGTHS = 32  # from how long answers have become,
     LIMITS = 64  # and from both, about every request that is there
+    SAMPLED = 128  # with WHAT_IF: over drawn output lengths, not the predicted ones
 
 
 #: What a router works out from its own book-keeping, if a policy asks for it.

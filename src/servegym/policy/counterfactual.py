@@ -37,6 +37,7 @@ class Worth(NamedTuple):
     stretch: float  # what is foreseen of a request's times, times this
     softness: float  # share of a limit by which one must stay below it to be rather sure of it
     prefix_price: float  # of uncached prefill, per second and request there; if it has a prefix
+    sees_speed: bool = True  # knows how fast a replica is now, not only how fast it should be
 
 
 #: Where seconds are what counts.
@@ -133,7 +134,7 @@ def _value(
         if not s.allowed[e, r]:
             continue
         delay_s = step_left_s(p, s, e, r)
-        speed = s.replica[e, r].speed
+        speed = s.replica[e, r].speed if w.sees_speed else s.replica[e, r].base_speed
         count = list_requests(p, s, e, r, i, c)
         new_tokens = request.prompt - c.computed[count - 1]
         value = 0.0

@@ -12,14 +12,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from servegym.policy.contract import NUM_OBSERVED_FEATURES, ReplicaFeature, RequestFeature
+from servegym.policy.contract import (
+    OUTSTANDING_AS_TIGHT,
+    PUSHED_OVER_100,
+    ReplicaFeature,
+    RequestFeature,
+    observed,
+)
 from servegym.policy.costs import BASES
 from servegym.typing import BoolArray, Float32Array, FloatArray
 
 #: Added to the logits of forbidden actions, as in training.
 MASKED = np.float32(-1e8)
-#: Inputs of the network a replica; what they mean is said in `servegym.agents.features`.
-NUM_INPUTS = 25
+#: Inputs of the network a replica; what they mean is said in `servegym.agents.features`. First
+#: those of the plain observation, then those of the extended one.
+_NUM_PLAIN, _NUM_EXTENDED = 25, 38
 #: Rows of the first block of inputs, all of the form log1p; the others follow.
 _LOG_ROWS = (0, 2, 3, 4, 5, 9, 14, 15, 16, 20, 21, 22, 23, 24)
 _PLAIN_ROWS = (1, 6, 10, 12, 13, 18, 19, 7, 8, 11, 17)
@@ -35,6 +42,10 @@ _LOG_SCALES = np.array([1, 10, 10, 1, 10, 1, 10, 100, 1, 1, 1, 1, 1, 1], np.floa
 _ORDER = [*_LOG_ROWS, *_PLAIN_ROWS]
 #: What training subtracts from an input; here from the first layer's bias.
 _OFFSETS = {5: 3.0, 22: 1.0, 23: 6.0, 24: 5.0}
+_EXTENDED_OFFSETS = {28: 5.0}
+#: Of the inputs of the extended observation these are of the form log1p.
+_EXTENDED_LOG = slice(28, _NUM_EXTENDED)
+_LIMIT_COPIED = slice(32, _NUM_EXTENDED)
 _STEP_INPUT = 7
 
 #: OpenBLAS starts threads for products above 2**18 multiplications, and for one of a matrix and
@@ -65,8 +76,14 @@ class NetworkShape(NamedTuple):
     num_extra: int
 
 
-#: The family of networks that this module runs.
-FAMILY = "dispatch-1"
+#: Families of networks that this module runs: with the plain observation and the extended one.
+FAMILY, EXTENDED_FAMILY = "dispatch-1", "dispatch-extended-1"
+
+
+def num_inputs(*, extended: bool) -> int:
+    """Return how many inputs a replica has, with a plain or an extended observation."""
+    return _NUM_EXTENDED if extended else _NUM_PLAIN
+
 
 _ONE, _ZERO = np.float32(1.0), np.float32(0.0)
 _LOG_INDEX = np.array([_R[name] for name in _LOG_COPIES])
@@ -89,20 +106,24 @@ def _multiply(a: Float32Array, b: Float32Array, out: Float32Array) -> None:
 class _Buffers:
     """Working memory for one fleet size, with a view of every row that is used by itself."""
 
-    def __init__(self, hidden: int, width: int, num_extra: int, attention: bool) -> None:
+    def __init__(
+        self, hidden: int, width: int, num_extra: int, *, attention: bool, extended: bool
+    ) -> None:
         def rows(count: int) -> Float32Array:
             return np.zeros((count, width), np.float32)
 
         self.width = width
-        self.seen = rows(NUM_OBSERVED_FEATURES)
+        self.seen = rows(observed(extended=extended).replicas)
         self.seen_rows = list(self.seen)
         self.present = np.zeros(width, np.float32)
-        self.inputs = rows(NUM_INPUTS)
+        self.inputs = rows(num_inputs(extended=extended))
         self.input_rows = list(self.inputs)
         self.log = self.inputs[:_NUM_LOG]
         self.log_copied = self.inputs[_LOG_COPIED]
         self.plain_copied = self.inputs[_PLAIN_COPIED]
         self.slo_shares = self.inputs[_SLO_SHARES]
+        self.extended_log = self.inputs[_EXTENDED_LOG]
+        self.limit_copied = self.inputs[_LIMIT_COPIED]
         self.first = rows(hidden)
         # own encodings, then (with attention) what the replica attends to
         self.encoded = rows(2 * hidden if attention else hidden)
@@ -134,12 +155,16 @@ class NumpyNetwork:
     """
 
     def __init__(self, shape: NetworkShape, weights: Mapping[str, Float32Array]) -> None:
-        if shape.family != FAMILY:
-            raise ValueError(f"networks of family {shape.family!r} are unknown, only {FAMILY!r}")
+        if shape.family not in (FAMILY, EXTENDED_FAMILY):
+            raise ValueError(
+                f"networks of family {shape.family!r} are unknown, only {FAMILY!r} and"
+                f" {EXTENDED_FAMILY!r}"
+            )
         if shape.base not in BASES:
             raise ValueError(f"no base cost {shape.base!r}: choose one of {', '.join(BASES)}")
         self.shape = shape
         self._attention = shape.context == "attention"
+        self._extended = shape.family == EXTENDED_FAMILY
         names = ["actor.own.0", "actor.own.2", "actor.mix", "actor.around", "score", "extra"]
         names += ["actor.query"] if self._attention else []
         missing = [n for n in names if f"{n}.weight" not in weights or f"{n}.bias" not in weights]
@@ -157,14 +182,15 @@ class NumpyNetwork:
 
         first, bias = layer("actor.own.0")
         self._hidden = hidden = len(bias)
-        if first.shape != (hidden, NUM_INPUTS):
-            raise ValueError(f"the first layer has shape {first.shape}, not {hidden, NUM_INPUTS}")
+        inputs = num_inputs(extended=self._extended)
+        if first.shape != (hidden, inputs):
+            raise ValueError(f"the first layer has shape {first.shape}, not {hidden, inputs}")
         bias = bias.copy()
-        for row, offset in _OFFSETS.items():
+        for row, offset in (_OFFSETS | (_EXTENDED_OFFSETS if self._extended else {})).items():
             bias -= np.float32(offset) * first[:, row]
         first = first.copy()
         first[:, _STEP_INPUT] *= np.float32(100.0)  # that input is the step in units of 10 ms
-        self._first = np.ascontiguousarray(first[:, _ORDER])
+        self._first = np.ascontiguousarray(first[:, [*_ORDER, *range(_NUM_PLAIN, inputs)]])
         self._first_bias = bias[:, None]
         self._second, bias = layer("actor.own.2")
         self._second_bias = bias[:, None]
@@ -187,8 +213,8 @@ class NumpyNetwork:
         """Score all actions; forbidden ones get about -1e8.
 
         Args:
-            replicas: Raw features, `float[>= NUM_OBSERVED_FEATURES, R]`.
-            request: Raw features, `float[NUM_REQUEST_FEATURES]`.
+            replicas: Raw features, `float[>= F, R]` with F of `contract.observed`.
+            request: Raw features, `float[>= G]`.
             mask: Allowed actions, `[R + num_extra]`.
 
         Returns:
@@ -197,9 +223,15 @@ class NumpyNetwork:
         width = replicas.shape[1]
         b = self._buffers.get(width)
         if b is None:
-            b = _Buffers(self._hidden, width, self.shape.num_extra, self._attention)
+            b = _Buffers(
+                self._hidden,
+                width,
+                self.shape.num_extra,
+                attention=self._attention,
+                extended=self._extended,
+            )
             self._buffers[width] = b
-        np.copyto(b.seen, replicas[:NUM_OBSERVED_FEATURES], casting="unsafe")
+        np.copyto(b.seen, replicas[: len(b.seen)], casting="unsafe")
         np.copyto(b.mask, mask, casting="unsafe")
         np.greater(b.seen_rows[0], _ZERO, out=b.present, casting="unsafe")
         self._describe(b, request)
@@ -263,6 +295,8 @@ class NumpyNetwork:
         np.add(x[4], waiting_s, out=x[11])
         x[12].fill(prompt)
         x[13].fill(predicted)
+        if self._extended:
+            self._describe_inferred(b, request, tpot)
         self._cost(b, waiting_s, predicted)
         np.multiply(b.log, _LOG_SCALES, out=b.log)
         np.log1p(b.log, out=b.log)
@@ -277,6 +311,25 @@ class NumpyNetwork:
         np.minimum(b.slo_shares, _FOUR, out=b.slo_shares)
         np.take(b.seen, _PLAIN_INDEX, 0, out=b.plain_copied, mode="clip")
         np.minimum(x[_NUM_LOG + 10], _TWO, out=x[_NUM_LOG + 10])
+
+    def _describe_inferred(self, b: _Buffers, request: FloatArray, tpot: np.float32) -> None:
+        """Fill the inputs that the extended observation adds."""
+        seen, x = b.seen_rows, b.input_rows[_NUM_PLAIN:]
+        batch, step_s = b.temp_rows[5], b.temp_rows[6]
+        expected = np.float32(request[_EXPECTED])
+        np.clip(seen[_RATIO], _LEAST_RATIO, _LARGEST_RATIO, out=x[0])
+        np.log(x[0], out=x[0])
+        np.divide(seen[_ITL], tpot, out=x[1])
+        np.minimum(x[1], _FOUR, out=x[1])
+        x[2].fill(min(np.float32(request[_SPREAD]), _FOUR))
+        x[3].fill(expected)
+        np.multiply(seen[_ITL], _HUNDRED, out=x[4])
+        np.divide(seen[_EXPECTED_LEFT], batch, out=x[5])
+        np.multiply(x[5], step_s, out=x[5])
+        np.multiply(seen[_OUTSTANDING], seen[_SEQ], out=x[6])
+        np.multiply(x[6], expected, out=x[6])
+        np.copyto(b.limit_copied, b.seen[OUTSTANDING_AS_TIGHT : PUSHED_OVER_100 + 1])
+        np.log1p(b.extended_log, out=b.extended_log)
 
     def _cost(self, b: _Buffers, waiting_s: Float32Array, predicted: np.float32) -> None:
         """Fill the cost of the base rule (`policy.costs`)."""
@@ -351,3 +404,8 @@ _CAPACITY, _MAX_SEQS = _R["KV_CAPACITY_TOKENS"], _R["MAX_NUM_SEQS"]
 _RUNNING, _GENERATED, _HIT = _R["NUM_RUNNING"], _R["GENERATED_TOKENS"], _R["PREFIX_HIT_TOKENS"]
 _PROMPT, _PREDICTED = _Q["PROMPT_TOKENS"], _Q["PREDICTED_OUTPUT_TOKENS"]
 _TTFT, _TPOT = _Q["TTFT_SLO_S"], _Q["TPOT_SLO_S"]
+_RATIO, _ITL, _EXPECTED_LEFT = (
+    _R[name] for name in ("STEP_TIME_RATIO", "RECENT_ITL_S", "EXPECTED_TOKENS_LEFT")
+)
+_EXPECTED, _SPREAD = _Q["EXPECTED_TOKENS"], _Q["EXPECTED_TOKENS_SPREAD"]
+_LEAST_RATIO, _LARGEST_RATIO, _HUNDRED = np.float32(0.05), np.float32(20.0), np.float32(100.0)

@@ -37,7 +37,7 @@ from servegym.policy.contract import (
 )
 from servegym.policy.inferred import infer
 from servegym.policy.policy import Observations
-from servegym.policy.what_if import fill_what_if
+from servegym.policy.what_if import fill_sampled, fill_what_if
 from servegym.typing import FloatArray, IntArray
 
 _METRICS = int(Group.METRICS)
@@ -123,7 +123,9 @@ def observe_batch(simulator: Simulator, needs: Group) -> tuple[Observations, Int
     replicas = np.empty((len(envs), NUM_REPLICA_FEATURES, width))
     request = np.zeros((len(envs), NUM_REQUEST_FEATURES))
     for row, env in enumerate(envs.tolist()):
-        if needs & Group.WHAT_IF:
+        if needs & Group.SAMPLED:
+            fill_sampled(simulator, env)
+        elif needs & Group.WHAT_IF:
             fill_what_if(simulator, env)
         observe(simulator.params, simulator.state, env, int(needs), request[row])
         replicas[row] = simulator.state.shown[env]

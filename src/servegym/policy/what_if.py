@@ -12,6 +12,8 @@ import numpy as np
 from servegym.cluster.jit import kernel
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import VIEW_WHAT_IF_ADDED, VIEW_WHAT_IF_E2E, Params, State
+from servegym.policy.counterfactual import SECONDS, Teacher
+from servegym.policy.drawn_lengths import lengths_of
 from servegym.policy.dry_run import Copied, Scratch, list_requests, run_dry, step_left_s
 
 
@@ -41,3 +43,25 @@ def fill_what_if(simulator: Simulator, env: int) -> None:
     if not isinstance(scratch, Scratch) or not scratch.covers(simulator):
         scratch = simulator.scratch = Scratch(simulator)
     _fill(simulator.params, scratch.quiet, simulator.state, env, scratch.copied, scratch.state)
+
+
+#: Over so many futures, and without knowing that a replica became slow.
+_SAMPLED = SECONDS._replace(num_samples=8, sees_speed=False)
+
+
+def fill_sampled(simulator: Simulator, env: int) -> None:
+    """Fill the row of added time for the decision that is due, over drawn lengths.
+
+    What a prediction leaves open is known from all requests of the episodes that the simulator
+    plays: how wrong predictions are, not which.
+    """
+    teacher = simulator.scratch
+    if not isinstance(teacher, Teacher):
+        tables = [episode.table for episode in simulator.episodes]
+        predicted = np.concatenate([table.predicted_output_tokens for table in tables])
+        output = np.concatenate([table.output_tokens for table in tables]).astype(np.float64)
+        teacher = simulator.scratch = Teacher(lengths_of(predicted, output), _SAMPLED)
+    # the futures of a request are the same whenever it is decided about
+    key = int(simulator.state.env[env]["deciding"])
+    values = teacher.values(simulator, np.array([env]), key)[0]
+    simulator.state.shown[env, VIEW_WHAT_IF_ADDED] = -values[: simulator.max_replicas]
