@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from servegym.baselines.choice import (
     better,
     decode_tokens_left,
+    inferred,
     no_replica,
     num_replicas,
 )
@@ -39,18 +42,20 @@ def decide(
             prefill_s = replicas[PENDING_PREFILL_TOKENS, r] / replicas[PREFILL_TOKENS_PER_S, r]
             batch = min(max(1.0, replicas[OUTSTANDING_REQUESTS, r]), replicas[MAX_NUM_SEQS, r])
             each_s = step_s(replicas[DECODE_STEP_S, r], replicas[DECODE_SEQ_S, r], batch - 1.0)
-            cost = prefill_s + decode_tokens_left(replicas, r) * each_s
+            cost = prefill_s + decode_tokens_left(replicas, r, params[0]) * each_s
             if better(cost, r, best_cost, best):
                 best, best_cost = r, cost
     return best if best >= 0 else no_replica(mask)
 
 
-def least_work_left() -> Heuristic:
+def least_work_left(shrink: float = 0.0) -> Heuristic:
     """Least work left: smallest sum of the predicted times its requests still want."""
     return Heuristic(
         name="least-work-left",
         information="predictive",
-        needs=Group.COUNTERS | Group.METRICS,
+        needs=Group.COUNTERS | Group.METRICS | inferred(shrink=shrink),
         decide=decide,
+        params=np.array([shrink], np.float64),
+        param_names=("shrink",),
         reference="",
     )

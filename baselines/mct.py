@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from servegym.baselines.choice import (
     better,
     decode_tokens_left,
+    inferred,
     no_replica,
     num_replicas,
+    own_tokens,
 )
 from servegym.policy.contract import (
     DECODE_SEQ_S,
@@ -14,7 +18,6 @@ from servegym.policy.contract import (
     MAX_NUM_SEQS,
     OUTSTANDING_REQUESTS,
     PENDING_PREFILL_TOKENS,
-    PREDICTED_OUTPUT_TOKENS,
     PREFILL_TOKENS_PER_S,
     PREFIX_HIT_TOKENS,
     PROMPT_TOKENS,
@@ -45,23 +48,25 @@ def decide(
             batch = min(replicas[OUTSTANDING_REQUESTS, r] + 1.0, replicas[MAX_NUM_SEQS, r])
             each_s = step_s(replicas[DECODE_STEP_S, r], replicas[DECODE_SEQ_S, r], batch - 1.0)
             over = max(0.0, replicas[OUTSTANDING_REQUESTS, r] + 1.0 - replicas[MAX_NUM_SEQS, r])
-            queue_s = over / batch * decode_tokens_left(replicas, r) / batch * each_s
+            queue_s = over / batch * decode_tokens_left(replicas, r, params[0]) / batch * each_s
             cost = (
                 new / replicas[PREFILL_TOKENS_PER_S, r]
                 + queue_s
-                + request[PREDICTED_OUTPUT_TOKENS] * each_s
+                + own_tokens(request, params[0]) * each_s
             )
             if better(cost, r, best_cost, best):
                 best, best_cost = r, cost
     return best if best >= 0 else no_replica(mask)
 
 
-def mct() -> Heuristic:
+def mct(shrink: float = 0.0) -> Heuristic:
     """Minimum completion time: predicted finish of this request, its own time included."""
     return Heuristic(
         name="mct",
         information="predictive",
-        needs=Group.COUNTERS | Group.METRICS | Group.PREFIX,
+        needs=Group.COUNTERS | Group.METRICS | Group.PREFIX | inferred(shrink=shrink),
         decide=decide,
+        params=np.array([shrink], np.float64),
+        param_names=("shrink",),
         reference="",
     )

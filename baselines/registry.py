@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from servegym.baselines.added_delay import added_delay
+from servegym.baselines.added_delay_inferred import (
+    added_delay_inferred,
+    added_delay_observed,
+    added_delay_shrink,
+)
+from servegym.baselines.added_delay_reject import added_delay_reject
+from servegym.baselines.class_aware import class_aware
+from servegym.baselines.conductor import conductor
 from servegym.baselines.dynamo import dynamo
 from servegym.baselines.hexgen import hexgen
 from servegym.baselines.least_outstanding import least_outstanding
+from servegym.baselines.least_tpot import least_tpot
 from servegym.baselines.least_work_left import least_work_left
 from servegym.baselines.llm_d import llm_d
 from servegym.baselines.llumnix import llumnix
@@ -25,6 +34,11 @@ from servegym.baselines.what_if_added import what_if_added
 from servegym.baselines.what_if_sampled import what_if_sampled
 from servegym.policy.policy import Heuristic
 
+#: Weights of the delays in `added-delay` and its kin.
+_DELAYS = dict.fromkeys(("prefill", "decode"), Range(0.05, 20.0, logarithmic=True))
+#: A share of the way from a prediction to what is expected.
+_SHARE = {"shrink": (0.0, 1.0)}
+
 RULES: Rules[Heuristic] = Rules(
     "policy",
     {
@@ -35,8 +49,9 @@ RULES: Rules[Heuristic] = Rules(
         "power-of-two": Entry(power_of_two),
         "speed-family": Entry(speed_family, {"eta": Range(0.0, 2.0)}),
         "token-least-load": Entry(token_least_load),
-        "least-work-left": Entry(least_work_left, has_oracle=True),
+        "least-work-left": Entry(least_work_left, bounds=_SHARE, has_oracle=True),
         "min-kv": Entry(min_kv),
+        "least-tpot": Entry(least_tpot),
         "sglang": Entry(
             sglang,
             {
@@ -62,14 +77,31 @@ RULES: Rules[Heuristic] = Rules(
         "prefix-load": Entry(
             prefix_load, {"weight": Range(0.002, 1.0, logarithmic=True), "eta": Range(0.0, 2.0)}
         ),
-        "added-delay": Entry(
-            added_delay,
-            dict.fromkeys(("prefill", "decode"), Range(0.05, 20.0, logarithmic=True)),
-            has_oracle=True,
+        "added-delay": Entry(added_delay, _DELAYS, has_oracle=True),
+        "added-delay-shrink": Entry(added_delay_shrink, _DELAYS, bounds=_SHARE),
+        "added-delay-observed": Entry(added_delay_observed, _DELAYS, bounds=_SHARE),
+        "added-delay-inferred": Entry(added_delay_inferred, _DELAYS, bounds=_SHARE),
+        "added-delay-reject": Entry(
+            added_delay_reject,
+            {**_DELAYS, "ttft": Range(0.1, 1.0), "tpot": Range(0.4, 1.0)},
+            bounds=_SHARE,
         ),
-        "hexgen": Entry(hexgen, {"alpha": Range(0.0, 0.9)}, bounds={"alpha": (0.0, 1.0)}),
+        "conductor": Entry(conductor, {"slack": Range(0.2, 5.0, logarithmic=True)}),
+        "class-aware": Entry(
+            class_aware,
+            {
+                **_DELAYS,
+                "ttft": Range(0.2, 1.0),
+                "late": Range(0.3, 300.0, logarithmic=True),
+                "tpot": Range(0.4, 1.0),
+                "slow": Range(0.3, 300.0, logarithmic=True),
+                "pushed": Range(0.3, 300.0, logarithmic=True),
+                "most": Range(1.0, 300.0, logarithmic=True),
+            },
+        ),
+        "hexgen": Entry(hexgen, {"alpha": Range(0.0, 0.9)}, bounds={"alpha": (0.0, 1.0), **_SHARE}),
         "llumnix": Entry(llumnix),
-        "mct": Entry(mct, has_oracle=True),
+        "mct": Entry(mct, bounds=_SHARE, has_oracle=True),
         "what-if": Entry(what_if, has_oracle=True),
         "what-if-added": Entry(what_if_added, has_oracle=True),
         "what-if-sampled": Entry(what_if_sampled),

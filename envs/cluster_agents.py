@@ -102,16 +102,26 @@ class ClusterAgents:
         self._place = {name: i for i, name in enumerate(self.possible_agents)}
         self._num_replicas = width
         self.agents: list[str] = []
-        rows = self.batch.max_waiting + self.batch.max_running
+        sizes = [n + can_pass for n in (self.batch.num_dispatch, self.batch.num_picks)]
+        self._num_actions = [sizes[0], *[sizes[1]] * width]
+        self._make_spaces(given.normalise)
+        self._idle_masks = [np.zeros(n, np.int8) for n in self._num_actions]
+        for mask in self._idle_masks:
+            mask[-1 if can_pass else 0] = 1
+        self._views = self.batch.views()
+        self._everyone = np.ones(1, np.bool_)
+        self._ready = False
+
+    def _make_spaces(self, normalise: bool) -> None:
+        """Make what agents and the state are made of, and their spaces."""
+        width, rows = self.batch.num_replicas, self.batch.requests.shape[1]
         replicas = REPLICA_FEATURES[:NUM_OBSERVED_FEATURES] * width
         columns = [*replicas, *REQUEST_FEATURES[:NUM_OBSERVED_REQUEST_FEATURES]]
         of_engine = [*ORDERING_FEATURES * rows, *ENGINE_FEATURES, _IS_PREEMPTION]
         of_fleet = [*columns, *ENGINE_FEATURES * width, *[_IS_ASKED] * (1 + width)]
         self._tables = tuple(Table(part, (len(part),)) for part in (columns, of_engine))
         self._fleet_table = Table(of_fleet, (len(of_fleet),))
-        self.state_space = self._fleet_table.space(given.normalise)
-        sizes = [n + can_pass for n in (self.batch.num_dispatch, self.batch.num_picks)]
-        self._num_actions = [sizes[0], *[sizes[1]] * width]
+        self.state_space = self._fleet_table.space(normalise)
         self._action_spaces = {
             name: spaces.Discrete(n)
             for name, n in zip(self.possible_agents, self._num_actions, strict=True)
@@ -119,18 +129,12 @@ class ClusterAgents:
         self._observation_spaces = {
             name: spaces.Dict(
                 {
-                    "observation": self._tables[name != DISPATCHER].space(given.normalise),
+                    "observation": self._tables[name != DISPATCHER].space(normalise),
                     "action_mask": spaces.MultiBinary(n),
                 }
             )
             for name, n in zip(self.possible_agents, self._num_actions, strict=True)
         }
-        self._idle_masks = [np.zeros(n, np.int8) for n in self._num_actions]
-        for mask in self._idle_masks:
-            mask[-1 if can_pass else 0] = 1
-        self._views = self.batch.views()
-        self._everyone = np.ones(1, np.bool_)
-        self._ready = False
 
     def observation_space(self, agent: str) -> spaces.Space[Any]:
         """Space of an agent's observation: a `Dict` of `observation` and `action_mask`."""

@@ -50,8 +50,8 @@ class ClusterAEC(ClusterAgents, AECEnv[str, Observation, int | None]):  # type: 
     @override
     def step(self, action: int | None) -> None:
         """Take the decision of `agent_selection`; of one whose episode is over, `None`."""
-        if not self._ready:
-            raise ResetNeeded("no episode has begun: call reset")
+        if not self.agents:
+            raise ResetNeeded("the episode is over or none has begun: call reset")
         agent = self.agent_selection
         if self.terminations[agent] or self.truncations[agent]:
             self._was_dead_step(action)

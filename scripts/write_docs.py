@@ -7,9 +7,12 @@ import inspect
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 
+from servegym.baselines.placement import PLACEMENTS
+from servegym.baselines.rules import Rules
 from servegym.envs.cluster import ClusterEnv
 from servegym.envs.dispatch import DispatchEnv
 from servegym.envs.observation import column_table
@@ -25,7 +28,6 @@ from servegym.policy.contract import (
     REQUEST_FEATURES,
     SCHEMA_VERSION,
 )
-from servegym.problems.problem import AnyProblem
 from servegym.problems.registry import PROBLEMS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -66,10 +68,12 @@ How they are inferred:
 - *Step times.* As long as a stream decodes on a replica, the time from token to token is observed;
   `recent_itl_s` is its mean. Where every request that is there decodes, it is the time of a step
   that does nothing else, and expected are `decode_step_s` and `decode_seq_s` for each further
-  stream: `step_time_ratio` is the quotient of the sums of both. From one decision to the next, what
-  is older is forgotten: times between tokens with a time constant of 2 s, steps with one of 0.5 s
-  of newer ones observed and 10 s of any time, so that the ratio of a replica without streams goes
-  back to 1. 0.1 s in which all was as expected are added before quotients are formed.
+  stream: `step_time_ratio` is the quotient of the sums of both. A step beside which prompts may
+  have been computed counts only if it took longer than with as many of their tokens as a step may
+  have. From one decision to the next, what is older is forgotten: times between tokens with a time
+  constant of 2 s, steps with one of 0.5 s of newer ones observed and 10 s of any time, so that the
+  ratio of a replica without streams goes back to 1. 0.1 s in which all was as expected are added
+  before quotients are formed.
 - *Lengths.* The logarithm of true over predicted length of ended requests is regressed on the
   logarithm of the prediction, with a prior of 20 requests whose predictions were right and a memory
   of 2,000 requests. What that leaves over is taken as normal, so the mean is that of a log-normal
@@ -104,12 +108,12 @@ observation.
 """
 
 
-def rules_table(problem: AnyProblem) -> str:
-    """List the rules of a problem."""
+def rules_table(rules: Rules[Any]) -> str:
+    """List rules of one kind."""
     rows = ["| policy | knows | parameters | rule | source |", "|---|---|---|---|---|"]
-    for name in problem.rules.names():
-        parameters, text, reference = problem.rules.describe(name)
-        knows = problem.rules.make(name).information
+    for name in rules.names():
+        parameters, text, reference = rules.describe(name)
+        knows = rules.make(name).information
         rows.append(f"| `{name}` | {knows} | {parameters or '-'} | {text} | {reference or '-'} |")
     return "\n".join(rows)
 
@@ -117,7 +121,7 @@ def rules_table(problem: AnyProblem) -> str:
 def policies_page() -> str:
     """List the rules of all problems."""
     sections = "\n\n".join(
-        f"## {problem.name.capitalize()}: {problem.decides}\n{rules_table(problem)}"
+        f"## {problem.name.capitalize()}: {problem.decides}\n{rules_table(problem.rules)}"
         for problem in PROBLEMS.values()
     )
     return f"""{NOTE}
@@ -127,9 +131,14 @@ Parameters are given after a colon: `--policies prefix-load:weight=0.01,eta=0.5 
 `servegym tune` searches them on training seeds ([evaluation](evaluation.md#tuning)). Each rule is
 one file in `baselines/`. `NAME-oracle` is told the truth that others predict: a bound, no rival.
 In a fleet of engines that go by priorities, `DISPATCH+ORDER` names a policy of the first table and
-one of the second ([order](preemption.md#in-a-fleet)).
+one of the second ([order](preemption.md#in-a-fleet)). Where some replicas only prefill,
+`DISPATCH+PLACEMENT` names one of the first and one of the last
+([disaggregation](disaggregation.md)).
 
 {sections}
+
+## Placement: where a request decodes that is prefilled elsewhere
+{rules_table(PLACEMENTS)}
 
 A learned policy is named by its file: `--policies runs/ppo-mixed-chat/policy/policy.onnx`.
 """

@@ -4,9 +4,39 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 from hypothesis import settings
+from numba import config as numba_config
 
 # what is compiled depends on what is in the cache: tests of what a program says are not about it
 os.environ["SERVEGYM_COMPILE_NOTICE"] = "0"
 settings.register_profile("servegym", derandomize=True, deadline=None)
 settings.load_profile("servegym")
+
+
+def _let_records_be_read_by_attribute() -> None:
+    """Make what the cluster's kernels do with records work in Python.
+
+    NumPy's own records know their fields by name only.
+    """
+    from servegym.cluster import allocate
+
+    def readable(make):
+        def make_readable(*args, **settings):
+            made = make(*args, **settings)
+            return made._replace(
+                **{
+                    name: part.view(np.recarray)
+                    for name, part in made._asdict().items()
+                    if isinstance(part, np.ndarray) and part.dtype.names
+                }
+            )
+
+        return make_readable
+
+    allocate.make_params = readable(allocate.make_params)
+    allocate.make_state = readable(allocate.make_state)
+
+
+if numba_config.DISABLE_JIT:
+    _let_records_be_read_by_attribute()

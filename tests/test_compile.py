@@ -41,7 +41,7 @@ runpy.run_path({str(EXAMPLES / "04_decide_live.py")!r}, run_name="__main__")
 scenario = load_scenario("failures")
 for name in RULES.names():
     run(Simulator(scenario.spec, [scenario.episode(0, num_requests=40)]), policy(name))
-for name in ("Dispatch-v1", "Preemption-v0", "Workflow-v0"):
+for name in ("Dispatch-v1", "Preemption-v0", "Cluster-v0", "Workflow-v0"):
     name = f"servegym/{{name}}"
     for env in (gymnasium.make(name), gymnasium.make_vec(name, num_envs=2)):
         _, info = env.reset(seed=1)

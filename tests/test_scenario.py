@@ -223,6 +223,37 @@ WRONG = {
         ["retain_kv_s is 5.0", "prefix_caching"],
     ),
     "negative retention": (text(engine={"retain_kv_s": -5.0}), ["retain_kv_s", "-5.0"]),
+    "roles without prefill": (
+        text(fleet=[{"gpu": "L40S", "role": "decode", "link": {"gb_per_s": 9.0}}]),
+        ["role prefill", "decode or mixed", "got decode"],
+    ),
+    "prefill without decode": (
+        text(**fleet(role="prefill", link={"gb_per_s": 9.0})),
+        ["role prefill", "decode or mixed", "got prefill"],
+    ),
+    "unknown role": (text(**fleet(role="prefil")), ["fleet.0.role", "prefill", "prefil"]),
+    "roles without a link": (
+        text(fleet=[{"gpu": "L40S", "role": "prefill"}, {"gpu": "L40S"}]),
+        ["fleet.0.link is missing", "link: {gb_per_s: 25}"],
+    ),
+    "roles of another engine": (
+        text(
+            fleet=[
+                {"gpu": "L40S", "role": "prefill", "link": {"gb_per_s": 9.0}},
+                {"gpu": "L40S", "engine": "sglang", "link": {"gb_per_s": 9.0}},
+            ]
+        ),
+        ["fleet.1.engine must be vllm", "got sglang"],
+    ),
+    "transfers of nothing": (
+        text(transfers={"lease_s": 5.0}),
+        ["transfers.lease_s is set", "role mixed"],
+    ),
+    "unknown reservation": (
+        text(transfers={"reservation": "sorce"}),
+        ["transfers.reservation", "source", "destination"],
+    ),
+    "link without speed": (text(**fleet(link={"gb_per_s": 0.0})), ["gb_per_s", "greater than 0"]),
     "request beyond all memory": (
         text(
             **fleet(num_blocks=10), **workload(prompt={"medians_tokens": [5000.0], "sigmas": [0.0]})

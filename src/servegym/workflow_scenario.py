@@ -20,8 +20,7 @@ from servegym.scenario.files import bundled_names, load
 from servegym.scenario.fleet import (
     EngineConfig,
     FleetEntry,
-    draw_count,
-    draw_speed,
+    draw_fleet,
     replica_type,
     step_cost,
 )
@@ -219,16 +218,8 @@ class WorkflowScenario(Config):
 
     def _fleet(self, rng: np.random.Generator) -> tuple[IntArray, np.ndarray]:
         columns = self.spec.task_types
-        types: list[int] = []
-        speeds: list[float] = []
-        entries: list[tuple[int, DeviceEntry | EngineEntry]] = [
-            *((columns.index(entry.name), entry) for entry in self.devices),
-            *enumerate(self.engines, len(columns)),
-        ]
-        for index, entry in entries:
-            for _ in range(draw_count(rng, entry.count)):
-                types.append(index)
-                speeds.append(draw_speed(rng, entry.speed))
+        tasks = ((columns.index(entry.name), entry) for entry in self.devices)
+        types, speeds = draw_fleet(rng, [*tasks, *enumerate(self.engines, len(columns))])
         return np.array(types, np.int64), np.array(speeds, np.float64)
 
 

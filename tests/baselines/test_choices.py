@@ -29,8 +29,15 @@ REPLICA = {
     "kv_capacity_tokens": 1000.0,
     "max_num_seqs": 64.0,
     "max_num_batched_tokens": 2048.0,
+    "step_time_ratio": 1.0,
 }
-REQUEST = {"prompt_tokens": 100.0, "predicted_output_tokens": 50.0}
+REQUEST = {
+    "prompt_tokens": 100.0,
+    "predicted_output_tokens": 50.0,
+    "expected_tokens": 20.0,
+    "ttft_slo_s": 10.0,
+    "tpot_slo_s": 1.0,
+}
 EVERYWHERE = (True, True, True, False, False)
 
 
@@ -77,6 +84,14 @@ HEXGEN = {
     "outstanding_predicted_tokens": (100, 400, 30),
     "generated_tokens": (10, 40, 10),
 }
+SLOW_OR_BUSY = {"decode_step_s": (0.02, 0.002, 0.03), "pending_prefill_tokens": (0, 800, 0)}
+LATELY_SLOW = {"decode_step_s": (0.01, 0.02, 0.03), "step_time_ratio": (3, 1, 1)}
+PUSHED = {"pushed_over_40": (2, 0, 5), "pushed_over_50": (2, 3, 5)}
+WORK = {
+    "outstanding_requests": 1,
+    "outstanding_predicted_tokens": (40, 60, 80),
+    "generated_tokens": 0,
+}
 LLUMNIX = {"kv_cache_usage": (0.4, 0.2, 0.9), "num_running": (5, 10, 1)}
 MCT = {
     "outstanding_requests": (9, 4, 4),
@@ -100,7 +115,28 @@ ADDED = {
 }
 FAST_TO_SLOW = {"outstanding_requests": (8, 3, 1), "relative_speed": (1, 0.5, 0.25)}
 
+#: Seconds to the first token: 0.3 + 0.1, (500 + 20) / 2000, (2000 + 100) / 5000.
+CONDUCTOR = {
+    "pending_prefill_tokens": (300, 500, 2000),
+    "prefix_hit_tokens": (0, 80, 0),
+    "prefill_tokens_per_s": (1000, 2000, 5000),
+    "outstanding_requests": (0, 0, 10),
+    "decode_seq_s": 0.001,
+}
+MAY_REJECT = (True, True, False, False, True)
+
 HAND = [
+    ("conductor", CONDUCTOR, 1),
+    # a step that decodes one more: 0.01 + 5 * 0.001, 0.01 + 0.004, 0.02
+    (
+        "least-tpot",
+        {
+            "outstanding_requests": (5, 4, 0),
+            "decode_step_s": (0.01, 0.01, 0.02),
+            "decode_seq_s": 0.001,
+        },
+        1,
+    ),
     ("least-outstanding", {"outstanding_requests": (3, 1, 2)}, 1),
     (
         "token-least-load",
@@ -202,6 +238,31 @@ HAND = [
     # others: 4 * (0.02 + 0.05), 0, 2 * (0.1 + 0.05) = 0.28, 0, 0.3 s
     ("added-delay", ADDED, 1),
     ("added-delay:prefill=0,decode=0", ADDED, 2),
+    # alone for 50 tokens 0.1 + 1, 0.8 + 0.1 + 0.1 and 0.1 + 1.5; for 20 tokens 0.5, 0.94 and 0.7
+    ("added-delay", SLOW_OR_BUSY, 1),
+    ("added-delay-shrink", SLOW_OR_BUSY, 0),
+    ("added-delay-shrink:shrink=0", SLOW_OR_BUSY, 1),
+    # 0.6, 1.1 and 1.6 for 50 tokens, 0.3, 0.5 and 0.7 for 20; the first three times as long
+    ("added-delay", LATELY_SLOW, 0),
+    ("added-delay-observed", LATELY_SLOW, 1),
+    ("added-delay-inferred", LATELY_SLOW, 1),
+    ("added-delay-inferred:observed=0.4", LATELY_SLOW, 0),  # 0.3 * 3^0.4 = 0.466
+    ("added-delay-reject", SLOW_OR_BUSY, 1),
+    ("added-delay-reject:shrink=1", SLOW_OR_BUSY, 0),
+    # 0.3 s each: what is over half of its limit costs 10 s
+    ("class-aware", {}, 0),
+    ("class-aware", {"pushed_over_50": (1, 0, 0)}, 1),
+    ("class-aware:pushed=0", {"pushed_over_50": (1, 0, 0)}, 0),
+    ("class-aware:pushed=1", PUSHED, 0),  # 0.3 + 2 against 0.3 + 3
+    ("class-aware:pushed=1,tpot=0.45", PUSHED, 1),  # 0.3 + 1 + 1, 0.3 + 1.5 and 0.3 + 5
+    ("class-aware", {"pending_prefill_tokens": (4900, 4880, 4880)}, 1),  # TTFT 5.01 and 4.99
+    ("class-aware:late=0", {"pending_prefill_tokens": (4870, 4880, 4900)}, 0),
+    ("class-aware:late=0", {"decode_step_s": (0.501, 0.499, 0.499)}, 1),  # 0.51 of the limit
+    ("class-aware:slow=0", {"decode_step_s": (0.501, 0.502, 0.503)}, 0),
+    ("least-work-left", {**WORK, "expected_tokens_left": (90, 50, 70)}, 0),
+    ("least-work-left:shrink=1", {**WORK, "expected_tokens_left": (90, 50, 70)}, 1),
+    ("mct:shrink=1", SLOW_OR_BUSY, 0),
+    ("hexgen:shrink=1", {**HEXGEN, "expected_tokens_left": (0, 9000, 9000)}, 0),
     ("what-if", {"what_if_e2e_s": (3, 1, 2), "what_if_added_s": (1, 2, 3)}, 1),
     ("what-if-added", {"what_if_e2e_s": (3, 1, 2), "what_if_added_s": (1, 2, 3)}, 0),
     ("what-if-sampled", {"what_if_e2e_s": (3, 1, 2), "what_if_added_s": (1, 2, 3)}, 0),
@@ -221,6 +282,18 @@ DRAWS = {"random", "power-of-two", "dynamo", "llm-d"}
 def test_every_rule_has_a_hand_computed_choice_here(name):
     computed = {text.partition(":")[0] for text, _, _ in HAND} | MEMORY | {"random", "power-of-two"}
     assert name.removesuffix("-oracle") in computed
+
+
+@pytest.mark.parametrize(
+    ("ttft_slo_s", "tpot_slo_s", "chosen"),
+    [(0.3, 0.03, 1), (0.2, 0.03, 4), (0.3, 0.015, 4)],
+)
+def test_conductor_rejects_what_would_miss_a_limit(ttft_slo_s, tpot_slo_s, chosen):
+    # the third only decodes: it is up, and may not be chosen; 0.01 + 10 * 0.001 s a token
+    seen = situation(CONDUCTOR, MAY_REJECT)
+    seen.request[0, RequestFeature.TTFT_SLO_S] = ttft_slo_s
+    seen.request[0, RequestFeature.TPOT_SLO_S] = tpot_slo_s
+    assert ready("conductor").act(seen, np.array([0])).tolist() == [chosen]
 
 
 @pytest.mark.parametrize(
@@ -269,6 +342,29 @@ def test_a_masked_replica_is_never_chosen(name):
         rows = {f.name: rng.uniform(0.1, 1, 3) for f in REPLICA_FEATURES}
         action = int(rule.act(situation(rows, mask), np.array([0]))[0])
         assert mask[action] if mask[:3].any() else action == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "rejects"),
+    [
+        ("added-delay-reject:ttft=0.012", False),  # TTFT 0.1 + 0.01 of 10 s
+        ("added-delay-reject:ttft=0.010", True),
+        ("added-delay-reject:tpot=0.011", False),  # TPOT 0.01 of 1 s
+        ("added-delay-reject:tpot=0.009", True),
+        ("class-aware:most=0.31", False),  # 0.1 + 20 * 0.01
+        ("class-aware:most=0.29", True),
+    ],
+)
+def test_what_cannot_keep_its_limits_is_rejected_where_that_is_allowed(text, rejects):
+    assert choose(text, {}, (True, True, True, True, True)) == (4 if rejects else 0)
+    assert choose(text, {}, (True, True, True, True, False)) == 0
+
+
+def test_one_replica_that_keeps_a_limit_is_enough_not_to_be_rejected():
+    mask = (True, True, True, False, True)
+    rows = {"pending_prefill_tokens": (9000, 9000, 0)}
+    assert choose("added-delay-reject", rows, mask) == 2
+    assert choose("added-delay-reject", {"pending_prefill_tokens": 9000}, mask) == 4
 
 
 def test_round_robin_goes_round_and_skips_what_is_masked():
@@ -380,7 +476,11 @@ def test_sglang_inserts_the_text_also_where_balance_decided():
 
 #: What each information class sees; oracles see what predictive rules see, and it is true.
 COUNTS = {"up", "outstanding_requests", "outstanding_prompt_tokens", "pending_prefill_tokens"}
-PREDICTIONS = {"outstanding_predicted_tokens", "what_if_e2e_s", "what_if_added_s"}
+PREDICTIONS = {
+    "outstanding_predicted_tokens",
+    "expected_tokens_left",
+    *(f.name for f in REPLICA_FEATURES if f.group in (Group.LIMITS, Group.WHAT_IF)),
+}
 
 
 def decisions(name: str, scrambled: set[str], scramble_request: bool = False) -> list[int]:
@@ -392,12 +492,12 @@ def decisions(name: str, scrambled: set[str], scramble_request: bool = False) ->
         observations = situation({})
         for row, feature in enumerate(REPLICA_FEATURES):
             high = 1.0 if feature.high == 1 else 100.0
-            high = 0.01 if feature.name.startswith("decode_") else high
+            high = 0.02 if feature.name.startswith("decode_") else high
             drawn, replaced = rng.uniform(0.01, high, 3), other.uniform(0.01, high, 3)
             observations.replicas[0, row] = replaced if feature.name in scrambled else drawn
         predicted, replaced_prediction = rng.uniform(1, 300), other.uniform(1, 300)
-        column = RequestFeature.PREDICTED_OUTPUT_TOKENS
-        observations.request[0, column] = replaced_prediction if scramble_request else predicted
+        for column in (RequestFeature.PREDICTED_OUTPUT_TOKENS, RequestFeature.EXPECTED_TOKENS):
+            observations.request[0, column] = replaced_prediction if scramble_request else predicted
         taken.append(int(rule.act(observations, np.array([0]))[0]))
     return taken
 
@@ -436,7 +536,7 @@ def test_rules_read_only_the_groups_they_say_they_need(name):
     [
         (name, group)
         for name in RULES.names()
-        for group in (Group.METRICS, Group.PREFIX, Group.WHAT_IF)
+        for group in (Group.METRICS, Group.PREFIX, Group.WHAT_IF, Group.STEP_TIMES, Group.LIMITS)
         if policy(name).needs & group
     ],
 )

@@ -112,6 +112,20 @@ def test_search_is_never_worse_than_its_start(name):
     assert 60.0 <= found.episodes_played < 62.0
 
 
+def test_search_knows_fleets_in_which_prefilled_requests_move_on():
+    _, episode = tiny(3, num_requests=12)
+    prefill = ReplicaType("p", token_grid(0.01, 0.001), 40, max_num_seqs=2, role="prefill")
+    decode = ReplicaType("d", token_grid(0.01, 0.001), 200, max_num_seqs=8, role="decode")
+    spec = ClusterSpec((prefill, decode), (LIMITS,))
+    episode = Episode(episode.table, np.array([0, 0, 1], np.int16), np.array([1.0, 0.6, 1.0]))
+    simulator = played(spec, episode, "round-robin")
+    assert not plays_alone(spec, episode)
+    before = judged(make_goal("e2e_mean_s", spec, episode), simulator.state.request[0])
+    found = search(spec, episode, choice_of(simulator), "e2e_mean_s", budget=100.0)
+    assert losses_of(spec, episode, "e2e_mean_s", found.choice) == found.loss
+    assert is_better(found.loss, before)
+
+
 @pytest.mark.parametrize("name", ["azure-conv-fit", "bench", "hetero-prefix"])
 @pytest.mark.parametrize("metric", METRICS)
 def test_replicas_played_alone_give_what_the_simulator_gives_to_the_bit(name, metric):

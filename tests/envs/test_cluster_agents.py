@@ -292,6 +292,9 @@ def test_forbidden_actions_are_refused_if_wanted():
     aec.reset(seed=0)
     with pytest.raises(InvalidAction, match=r"action 7 of dispatcher_0 .* \[0, 1\]"):
         aec.step(7)
+    play_turns(aec)
+    with pytest.raises(ResetNeeded):
+        aec.step(0)
 
 
 def test_the_scheduler_of_a_failed_replica_stays_and_nobody_asks_it():

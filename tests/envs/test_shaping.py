@@ -18,6 +18,7 @@ ROUNDING = 1e-9
 OBJECTIVES = {
     "DispatchEnv": ("latency", "goodput"),
     "PreemptionEnv": ("latency", "goodput"),
+    "ClusterEnv": ("latency", "goodput"),
     "WorkflowEnv": ("jct", "makespan", "deadline"),
 }
 

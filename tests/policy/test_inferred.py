@@ -115,6 +115,21 @@ def test_steps_that_prefill_count_between_tokens_but_not_in_the_ratio():
     )
 
 
+def test_steps_that_may_prefill_count_if_they_took_longer_than_they_may():
+    # as above but four times as slow: the mixed step takes 0.644 s, where 0.101 + 60 / rate is the
+    # longest that is expected; before it five steps of 0.404 s were seen, four of them by 2.2 s
+    grid = token_grid(0.1, 0.001)
+    simulator = toy([0.0, 2.2, 3.3], [30, 60, 30], [40] * 3, grid=grid, faults=SLOW)
+    seen = seen_at_last(simulator)
+    kept = math.exp(-1.1 / MEMORY_S - (0.404 + 0.644) / OBSERVED_MEMORY_S)
+    most_s = 0.101 + 60 / value(seen, "prefill_tokens_per_s")
+    observed_s = kept * 4 * 0.404 + 0.404 + 0.644
+    expected_s = kept * 4 * 0.101 + 0.101 + most_s
+    assert value(seen, "step_time_ratio") == pytest.approx(
+        (observed_s + PRIOR_S) / (expected_s + PRIOR_S)
+    )
+
+
 def test_tokens_left_are_those_predicted_less_those_that_came_before_any_end():
     # 0 has got tokens at 0.1, ..., 0.5: 5 of the 20 predicted; 1 has come at 0.52 and has none
     simulator = toy([0.0, 0.52, 0.55], [30] * 3, [40] * 3, predicted=[20.0, 50.0, 30.0])

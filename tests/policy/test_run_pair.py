@@ -121,7 +121,7 @@ def test_what_a_pair_may_not_do_is_refused():
     for wrong, message in (
         ("added-delay+round-robin", "unknown order 'round-robin'"),
         ("fcfs+added-delay", "unknown policy 'fcfs'"),
-        ("a+b+c", r"one part or two, DISPATCH\+ORDER, got 'a\+b\+c'"),
+        ("a+b+c", r"one part or two, DISPATCH\+ORDER or DISPATCH\+PLACEMENT, got 'a\+b\+c'"),
     ):
         with pytest.raises(ConfigError, match=message):
             resolve_dispatch(wrong)

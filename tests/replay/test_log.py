@@ -9,7 +9,8 @@ import pytest
 
 from servegym.errors import ConfigError, WorkloadError
 from servegym.replay.fleet import scenario_fleet
-from servegym.replay.log import STATUSES, read_log
+from servegym.replay.log import read_log
+from servegym.replay.rows import STATUSES
 from servegym.workloads.readers import read_trace
 
 from .live import NAMES, play_live, scenario

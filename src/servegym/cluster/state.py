@@ -235,6 +235,8 @@ REPLICA_DTYPE = np.dtype(
         ("pure_s", "f8"),
         ("pure_steps", "i8"),
         ("pure_others", "i8"),
+        ("late_s", "f8"),
+        ("late_expected_s", "f8"),
         ("is_pure", "i8"),  # whether all that are there decode in the stretch in progress
         # and before, less what has been forgotten since
         ("itl_s", "f8"),

@@ -2,14 +2,41 @@
 
 A router sees when the tokens of its streams come: how long they take from one to the next, and, if
 all requests that are there decode, how long a step takes that does nothing else. What such a step
-should have taken it works out from how many they are. Both are counted here while steps end, in
-sums that whole stretches of decodes add to at once; `policy.inferred` makes features of them.
+should have taken it works out from how many they are. Of a step in which a prompt may have been
+computed, too, it knows only what that takes at most: such a step says something if it took longer.
+All is counted here while steps end, in sums that whole stretches of decodes add to at once;
+`policy.inferred` makes features of them.
 """
 
 from __future__ import annotations
 
 from servegym.cluster.jit import inlined
-from servegym.cluster.state import DECODE, State
+from servegym.cluster.state import (
+    DECODE,
+    VIEW_DECODE_SEQ,
+    VIEW_DECODE_STEP,
+    VIEW_MAX_NUM_BATCHED_TOKENS,
+    VIEW_PENDING_PREFILL,
+    VIEW_PREFILL_RATE,
+    State,
+)
+
+
+@inlined
+def longest_step_s(
+    alone_s: float, seq_s: float, num_decodes: float, pending: float, budget: float, rate: float
+) -> float:
+    """Seconds that a step should take at most.
+
+    Args:
+        alone_s: Known time of a step that decodes one sequence, seconds.
+        seq_s: Known time that each further one adds.
+        num_decodes: Requests that decode.
+        pending: Prompt tokens that are not known to be computed.
+        budget: Tokens of a step.
+        rate: Known prefill rate, tokens/s.
+    """
+    return alone_s + seq_s * (num_decodes - 1) + min(pending, budget) / rate
 
 
 @inlined
@@ -32,6 +59,18 @@ def see_steps(s: State, e: int, r: int, end_s: float, num_steps: int) -> None:
             v.pure_s += span_s
             v.pure_steps += num_steps
             v.pure_others += num_steps * (v.num_decodes - 1)
+        elif num_steps > 0:
+            most_s = num_steps * longest_step_s(
+                s.shown[e, VIEW_DECODE_STEP, r],
+                s.shown[e, VIEW_DECODE_SEQ, r],
+                v.num_decodes,
+                s.shown[e, VIEW_PENDING_PREFILL, r],
+                s.shown[e, VIEW_MAX_NUM_BATCHED_TOKENS, r],
+                s.shown[e, VIEW_PREFILL_RATE, r],
+            )
+            if span_s > most_s:
+                v.late_s += span_s
+                v.late_expected_s += most_s
 
 
 @inlined
@@ -43,6 +82,8 @@ def forget_streams(s: State, e: int, r: int) -> None:
     v.pure_s = 0.0
     v.pure_steps = 0
     v.pure_others = 0
+    v.late_s = 0.0
+    v.late_expected_s = 0.0
     v.is_pure = 0
     v.itl_s = 0.0
     v.itl_steps = 0.0

@@ -129,11 +129,10 @@ class Kernels:
 
 
 @dataclass(frozen=True)
-class Engine:
-    """Fit a replica's costs to the log of an engine's steps."""
+class _FromLog:
+    """What calibrations from a log of steps take."""
 
     log: Path
-    """CSV file with prefill_tokens, decode_sequences, kv_tokens, duration_s[, prefill_pairs]."""
     model: str
     """Model that the engine served."""
     gpu: str | None = None
@@ -144,35 +143,39 @@ class Engine:
     """Tensor-parallel degree."""
     out: Path = Path("calibration.json")
     """File to write."""
+
+    def _write(
+        self, name: str, sheet: DataSheet | None, content: EngineFit | Adaptation, table: Table
+    ) -> None:
+        """Write the calibration and show its terms."""
+        done = Calibration(gpu=name, datasheet=sheet, model=self.model, tp=self.tp, content=content)
+        done.source()
+        done.write(self.out)
+        make_console().print(table)
+        _show(done, self.out)
+
+
+@dataclass(frozen=True)
+class Engine(_FromLog):
+    """Fit a replica's costs to the log of an engine's steps."""
+
+    log: Path
+    """CSV file with prefill_tokens, decode_sequences, kv_tokens, duration_s[, prefill_pairs]."""
 
     def run(self) -> None:
         """Fit, write and show the terms."""
         require_writable(self.out)
         name, sheet, spec = _target(self.gpu, self.datasheet)
         fit = fit_engine(read_steps(self.log), spec, model(self.model), self.tp)
-        done = Calibration(gpu=name, datasheet=sheet, model=self.model, tp=self.tp, content=fit)
-        done.source()
-        done.write(self.out)
-        make_console().print(_terms_table(fit))
-        _show(done, self.out)
+        self._write(name, sheet, fit, _terms_table(fit))
 
 
 @dataclass(frozen=True)
-class Adapt:
+class Adapt(_FromLog):
     """Adapt the prior of a GPU that nobody measured to at most ten steps of an engine on it."""
 
     log: Path
     """CSV file as for `engine`; ten steps are taken, the others tell the error."""
-    model: str
-    """Model that the engine served."""
-    gpu: str | None = None
-    """GPU type it ran on."""
-    datasheet: Path | None = None
-    """YAML file with the peaks of a GPU that is not among the known ones."""
-    tp: int = 1
-    """Tensor-parallel degree."""
-    out: Path = Path("calibration.json")
-    """File to write."""
 
     def run(self) -> None:
         """Adapt, write and show the factors."""
@@ -184,11 +187,7 @@ class Adapt:
                 "are better than a prior"
             )
         found = adapt(prior_spec(spec), model(self.model), self.tp, read_steps(self.log))
-        done = Calibration(gpu=name, datasheet=sheet, model=self.model, tp=self.tp, content=found)
-        done.source()
-        done.write(self.out)
-        make_console().print(_factors_table(found))
-        _show(done, self.out)
+        self._write(name, sheet, found, _factors_table(found))
 
 
 @dataclass(frozen=True)

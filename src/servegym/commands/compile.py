@@ -59,6 +59,22 @@ def compile_orders() -> None:
     )
     play_perceptrons(scenario.spec, episodes, nets)
     play_environments("servegym/Preemption-v0", num_requests=16)
+    compile_fleets()
+
+
+def compile_fleets() -> None:
+    """Fleets of engines with orders: pairs, one agent and many."""
+    from servegym.envs import cluster_v0
+    from servegym.export.resolve import resolve_dispatch
+    from servegym.policy.pair import Pair
+    from servegym.policy.run_pair import make_simulator, run_pair
+
+    scenario, pair = load_scenario("kv-starved-fleet"), resolve_dispatch("least-outstanding+srpt")
+    assert isinstance(pair, Pair)
+    episodes = [scenario.episode(0, num_requests=16)]
+    run_pair(make_simulator(scenario.spec, episodes, pair), pair)
+    play_environments("servegym/Cluster-v0", num_requests=16)
+    cluster_v0.parallel_env(num_requests=16).reset(seed=0)
 
 
 def compile_jobs() -> None:

@@ -260,5 +260,9 @@ class Shard:
             )
         # GPUs beyond the KV heads hold copies of them
         copies = self.kv_heads * self.tp / self.model.kv_heads
-        token_bytes = (0.5 if self.fp8_kv else 1.0) * self.model.kv_bytes_per_token
-        return int(free / (token_bytes * copies))
+        return int(free / (self.kv_token_bytes * copies))
+
+    @property
+    def kv_token_bytes(self) -> float:
+        """KV of one token, without copies; bytes."""
+        return (0.5 if self.fp8_kv else 1.0) * self.model.kv_bytes_per_token

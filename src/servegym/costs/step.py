@@ -288,6 +288,11 @@ class StepCost:
         """
         return self.shard.kv_capacity_tokens(self.gpu.memory_bytes, memory_fraction)
 
+    @property
+    def kv_token_bytes(self) -> float:
+        """KV of one token, which a transfer has to move; bytes."""
+        return self.shard.kv_token_bytes
+
     def compile(self, max_tokens: int = 8192, max_context: int = 131072) -> CostGrid:
         """Sample the terms on the grids that the simulator interpolates.
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import servegym
+from servegym.documents import without_nan
 from servegym.evaluate.compare import Difference, Ratio, Share
 from servegym.evaluate.harness import CLAIRVOYANT, Evaluation
 from servegym.whole_files import write_whole
@@ -59,7 +59,7 @@ def evaluation_document(result: Evaluation) -> dict[str, Any]:
             for r in result.runs
         ],
     }
-    cleaned: dict[str, Any] = _without_nan(document)
+    cleaned: dict[str, Any] = without_nan(document)
     return cleaned
 
 
@@ -86,13 +86,3 @@ def _numbers(found: Ratio | Difference | Share) -> dict[str, Any]:
     """A comparison with the bounds of its interval, which a single pair does not have."""
     bounds = [found.low, found.high] if found.num_pairs > 1 else [None, None]
     return {"value": found.value, "ci95": bounds, "num_pairs": found.num_pairs}
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

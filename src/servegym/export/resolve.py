@@ -7,6 +7,7 @@ from typing import Literal, overload
 
 from servegym.baselines.ordering.registry import ordering_policy
 from servegym.baselines.parts import join_parts, split_parts
+from servegym.baselines.placement import PLACEMENTS, placement
 from servegym.baselines.registry import policy
 from servegym.errors import ConfigError
 from servegym.export.manifest import Manifest, policy_name, read_manifest
@@ -15,6 +16,7 @@ from servegym.export.weights import read_network
 from servegym.policy.frozen import FrozenPolicy, NumpyPolicy
 from servegym.policy.ordering import OrderingPolicy
 from servegym.policy.pair import Pair
+from servegym.policy.placed import Placed
 from servegym.policy.policy import Policy
 from servegym.workflow.online.policy import WorkflowPolicy
 
@@ -59,25 +61,34 @@ def resolve_policy(text: str) -> Policy:
 
 
 def resolve_dispatch(text: str) -> Policy | Pair:
-    """Return a dispatch policy, or with an order behind a plus a `Pair` of both.
+    """Return a dispatch policy, or what it makes with the rule behind a plus.
 
     Args:
-        text: As `resolve_policy` takes it, or `"DISPATCH+ORDER"`, the second part as
-            `resolve_order` takes it.
+        text: As `resolve_policy` takes it; or `"DISPATCH+PLACEMENT"`, which makes a `Placed`; or
+            `"DISPATCH+ORDER"`, the second part as `resolve_order` takes it, which makes a `Pair`.
 
     Raises:
         ConfigError: If there is no such rule, order or parameter, or there are more parts.
         ExportError: If a file is not a valid policy.
     """
-    dispatch, *orders = dispatch_parts(text)
-    if not orders:
+    dispatch, *more = dispatch_parts(text)
+    if not more:
         return resolve_policy(dispatch)
-    parts = resolve_policy(dispatch), resolve_order(orders[0])
-    return Pair(*parts, name=join_parts(part.name for part in parts))
+    first = resolve_policy(dispatch)
+    if is_placement(more[0]):
+        place = placement(more[0])
+        return Placed(first, place, name=join_parts((first.name, place.name)))
+    order = resolve_order(more[0])
+    return Pair(first, order, name=join_parts((first.name, order.name)))
+
+
+def is_placement(text: str) -> bool:
+    """Whether the text of a rule names one for where a request decodes."""
+    return text.partition(":")[0] in PLACEMENTS.names()
 
 
 def dispatch_parts(text: str) -> tuple[str, ...]:
-    """Split the text of a dispatch policy: one part, or two with an order.
+    """Split the text of a dispatch policy: one part, or two with an order or a placement.
 
     Raises:
         ConfigError: If there are more.
@@ -85,7 +96,8 @@ def dispatch_parts(text: str) -> tuple[str, ...]:
     parts = split_parts(text)
     if len(parts) > 2:
         raise ConfigError(
-            f"a policy of a fleet must have one part or two, DISPATCH+ORDER, got {text!r}"
+            "a policy of a fleet must have one part or two, DISPATCH+ORDER or DISPATCH+PLACEMENT, "
+            f"got {text!r}"
         )
     return parts
 

@@ -205,6 +205,8 @@ class Scratch:
             noise_sigma=0.0,
             metrics_interval_s=0.0,
             asks=DISPATCH_ONLY,
+            disaggregated=False,
+            role=np.zeros_like(simulator.params.role),
         )
         self.copied = Copied(*(np.zeros(self._size + 1, np.int64) for _ in Copied._fields))
 

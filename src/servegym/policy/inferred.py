@@ -199,9 +199,12 @@ def _look(p: Params, s: State, e: int, r: int, ended: int, since_s: float) -> No
     if v.is_pure == 0 or v.mode != DECODE:
         span_s, ended = 0.0, 0
     steps, others = v.pure_steps + ended, v.pure_others + ended * (batch - 1)
-    kept = steps_kept(since_s, v.pure_s + span_s)
-    v.observed_s = kept * v.observed_s + v.pure_s + span_s
-    v.expected_s = kept * v.expected_s + steps * alone_s + others * seq_s
+    observed_s = v.pure_s + span_s + v.late_s
+    kept = steps_kept(since_s, observed_s)
+    v.observed_s = kept * v.observed_s + observed_s
+    v.expected_s = kept * v.expected_s + steps * alone_s + others * seq_s + v.late_expected_s
+    v.late_s = 0.0
+    v.late_expected_s = 0.0
     v.pure_s = -span_s
     v.pure_steps = -ended
     v.pure_others = -ended * (batch - 1)

@@ -27,15 +27,16 @@ def rule(function: Callable[..., int]) -> Decide:
 
 
 def compile_for_rules(
-    function: Callable[..., int], example: tuple[object, ...]
+    function: Callable[..., int], example: tuple[object, ...], *, num_rules: int = 1
 ) -> Callable[..., int]:
-    """Compile a kernel whose first argument is a rule, for arguments like `example`.
+    """Compile a kernel whose first arguments are rules, for arguments like `example`.
 
     The rule is typed as a function address, so one compilation serves all rules.
 
     Args:
         function: `function(decide, *arguments) -> int64`.
-        example: Arguments of the types it will be called with.
+        example: Arguments of the types it will be called with, without the rules.
+        num_rules: How many rules stand before them.
     """
-    signature = types.int64(types.FunctionType(SIGNATURE), *map(typeof, example))
+    signature = types.int64(*[types.FunctionType(SIGNATURE)] * num_rules, *map(typeof, example))
     return compiled(function, signature, **OPTIONS)

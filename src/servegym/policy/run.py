@@ -10,6 +10,7 @@ import numpy as np
 from servegym.cluster.kernels import advance, apply
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import DECISION, DISPATCH, DONE, LOG_FULL, Params, State
+from servegym.errors import ConfigError
 from servegym.policy.contract import NUM_REQUEST_FEATURES, Group
 from servegym.policy.observe import observe, observe_batch, prepare
 from servegym.policy.policy import Decide, Heuristic, Information, Policy
@@ -56,6 +57,7 @@ def run(simulator: Simulator, policy: Policy, seed: int = 0) -> None:
         policy: Decides; it is reset first.
         seed: Of the policy's own randomness.
     """
+    require_whole_requests(simulator, policy)
     policy.reset(simulator.num_envs, seed)
     tell_truth(simulator, policy.information)
     if isinstance(policy, Heuristic) and not policy.needs & Group.WHAT_IF:
@@ -66,6 +68,19 @@ def run(simulator: Simulator, policy: Policy, seed: int = 0) -> None:
         actions = np.zeros(simulator.num_envs, np.int64)
         actions[envs] = policy.act(observations, envs)
         simulator.apply(actions)
+
+
+def require_whole_requests(simulator: Simulator, policy: Policy) -> None:
+    """Refuse planners where requests are prefilled on one replica and decode on another.
+
+    Raises:
+        ConfigError: If a policy looks ahead as if a replica did all of a request.
+    """
+    if policy.needs & Group.WHAT_IF and simulator.spec.disaggregated:
+        raise ConfigError(
+            f"{policy.name} simulates each replica as if it did all of a request, but here some "
+            "only prefill or decode: choose another policy"
+        )
 
 
 def tell_truth(simulator: Simulator, information: Information) -> None:

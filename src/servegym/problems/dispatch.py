@@ -8,13 +8,17 @@ from typing import Any
 from typing_extensions import override
 
 from servegym.baselines.ordering.registry import RULES as ORDERS
+from servegym.baselines.placement import PLACEMENTS
 from servegym.baselines.registry import RULES
 from servegym.baselines.rules import Rules
 from servegym.clairvoyant.dispatch import best_choices, replay
 from servegym.cluster.simulator import Simulator
-from servegym.export.resolve import dispatch_parts, resolve_dispatch
+from servegym.errors import ConfigError
+from servegym.export.resolve import dispatch_parts, is_placement, resolve_dispatch
+from servegym.policy import run_placed as placed
 from servegym.policy.ordering import OrderingRule
 from servegym.policy.pair import Pair
+from servegym.policy.placed import Placed
 from servegym.policy.policy import Heuristic, Policy
 from servegym.policy.run import run, time_decisions
 from servegym.policy.run_pair import make_simulator, run_pair, time_pair
@@ -35,6 +39,10 @@ class DispatchEpisodes(RequestEpisodes[Policy | Pair]):
             simulator = make_simulator(self.scenario.spec, self.episodes, policy, record=record)
             run_pair(simulator, policy, seed=seed)
             return simulator
+        if isinstance(policy, Placed):
+            simulator = placed.make_simulator(self.scenario.spec, self.episodes, record=record)
+            placed.run_placed(simulator, policy, seed=seed)
+            return simulator
         simulator = Simulator(self.scenario.spec, self.episodes, record=record)
         run(simulator, policy, seed=seed)
         return simulator
@@ -48,6 +56,11 @@ class DispatchEpisodes(RequestEpisodes[Policy | Pair]):
         the best of `starts` is better than what was found, it is that.
         """
         spec = self.scenario.spec
+        if spec.disaggregated:
+            raise ConfigError(
+                f"the clairvoyant search sends whole requests to replicas, but some of "
+                f"{self.scenario.name} only prefill or decode: leave it out"
+            )
         metric = OBJECTIVES[self.scenario.objective].metric
         runs = [self.run(policy, seed=seed, record=True) for policy in starts]
         choices = best_choices(spec, self.episodes, runs, metric, budget=budget, seed=seed)
@@ -64,6 +77,8 @@ class Dispatch(RequestProblem[Policy | Pair]):
     """Which replica gets a request, or whether it is held or rejected.
 
     Where all engines go by priorities, a policy may have an order for them: `DISPATCH+ORDER`.
+    Where some replicas only prefill, a rule may say where their requests decode:
+    `DISPATCH+PLACEMENT`.
     """
 
     name = "dispatch"
@@ -99,12 +114,18 @@ class Dispatch(RequestProblem[Policy | Pair]):
 
     def parts(self, text: str) -> list[tuple[Rules[Any], str]]:
         """Of which rules a policy is put together, with the text of each."""
-        return list(zip((RULES, ORDERS), dispatch_parts(text), strict=False))
+        dispatch, *more = dispatch_parts(text)
+        others: list[tuple[Rules[Any], str]] = [
+            (PLACEMENTS if is_placement(part) else ORDERS, part) for part in more
+        ]
+        return [(RULES, dispatch), *others]
 
     def is_learned(self, policy: Policy | Pair) -> bool:
         """Whether a policy is no rule, nor made of rules alone."""
         if isinstance(policy, Pair):
             return self.is_learned(policy.dispatch) or not isinstance(policy.order, OrderingRule)
+        if isinstance(policy, Placed):
+            return self.is_learned(policy.dispatch)
         return not isinstance(policy, Heuristic)
 
     @override
@@ -118,7 +139,7 @@ class Dispatch(RequestProblem[Policy | Pair]):
         load: float,
         num_units: int | None,
     ) -> Section | None:
-        if isinstance(learned, Pair) or isinstance(rule, Pair):
+        if isinstance(learned, Pair | Placed) or isinstance(rule, Pair | Placed):
             return None
         episode = scenario.episode(seed, load=load, num_requests=num_units)
         return partings_section(find_partings(scenario, learned, rule, episode))

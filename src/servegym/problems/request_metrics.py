@@ -115,4 +115,28 @@ def measure(
         out["batch_mean"] = float(np.average(steps["num_decodes"], weights=length))
         busy = np.bincount(steps["replica"], weights=length, minlength=len(types))
         out["busy_cv"] = float(busy.std() / busy.mean())
+        if spec.disaggregated:
+            roles = np.array([t.role for t in types])
+            for role in np.unique(roles):
+                out[f"busy_cv_{role}"] = float(
+                    busy[roles == role].std() / busy[roles == role].mean()
+                )
+    if spec.disaggregated:
+        out |= _of_transfers(outcomes, kept)
     return out
+
+
+def _of_transfers(outcomes: NDArray[np.void], kept: NDArray[np.void]) -> dict[str, float]:
+    """Reduce what was prefilled on one replica and decoded on another."""
+    moved = kept[~np.isnan(kept["landed_s"])]
+    found = {
+        "transferred_share": len(moved) / len(kept),
+        "moved_gb": float(outcomes["moved_bytes"].sum()) / 1e9,
+    }
+    for name, begin, end in (
+        ("prefill_mean_s", "arrival_s", "prefilled_s"),
+        ("unfetched_mean_s", "prefilled_s", "transfer_s"),
+        ("transfer_mean_s", "transfer_s", "landed_s"),
+    ):
+        found[name] = float((moved[end] - moved[begin]).mean()) if len(moved) else float("nan")
+    return found

@@ -168,8 +168,11 @@ class RequestProblem(Problem[Scenario, P]):
         return OBJECTIVES[scenario.objective]
 
     def fleet(self, scenario: Scenario) -> str:
-        """Replicas by GPU."""
-        return ", ".join(f"{entry.count} {entry.gpu}" for entry in scenario.fleet)
+        """Replicas by GPU, with what they do if that is not all of a request."""
+        return ", ".join(
+            f"{entry.count} {entry.gpu}" + ("" if entry.role == "mixed" else f" ({entry.role})")
+            for entry in scenario.fleet
+        )
 
     def pace(self, scenario: Scenario) -> str:
         """Rate of arrivals, or clients."""

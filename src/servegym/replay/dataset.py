@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from servegym.errors import WorkloadError
 from servegym.policy.contract import NUM_OBSERVED_FEATURES, NUM_OBSERVED_REQUEST_FEATURES
-from servegym.replay.log import STATUSES, logged_rows, parse_row
+from servegym.replay.rows import STATUSES, logged_rows, parse_row
 from servegym.serve.decision_log import mask_action
 from servegym.typing import BoolArray, Float32Array, FloatArray, IntArray
 from servegym.whole_files import write_whole
@@ -37,7 +37,7 @@ class OfflineDataset(NamedTuple):
         request_id: Row of the request among those of the log by arrival, `int64[n]`.
         is_last: Whether the request's fate was that of this decision, `bool[n]`.
         time_s: Of the decision, since the first arrival, `float64[n]`.
-        status: Of the request, index into `replay.log.STATUSES`, `int64[n]`.
+        status: Of the request, index into `replay.rows.STATUSES`, `int64[n]`.
         ttft_s: Of the request from its arrival, NaN if none, `float64[n]`.
         tpot_s: Likewise.
         e2e_s: Likewise, of finished requests.
@@ -72,6 +72,12 @@ class OfflineDataset(NamedTuple):
         write_whole({path: content.getvalue()})
 
 
+#: Types of the columns that hold a number a decision.
+_COLUMNS: dict[str, type] = {
+    **dict.fromkeys(("action", "proposed", "request_id", "status", "output_tokens"), np.int64),
+    **dict.fromkeys(("propensity", "time_s", "ttft_s", "tpot_s", "e2e_s"), np.float64),
+    **dict.fromkeys(("by_policy", "is_last"), np.bool_),
+}
 #: Stands for "the policy was not asked" among proposed actions.
 NOT_ASKED = -1
 
@@ -147,25 +153,15 @@ def read_dataset(paths: Sequence[Path], *, on_bad_row: OnBadRow = "error") -> Of
         decided["action"] = mask_action(decided["action"], width)
         decided["proposed"] = NOT_ASKED if proposed is None else mask_action(proposed, width)
 
-    def column(name: str, dtype: type) -> Any:
-        return np.array([rows[i][name] for i in order.tolist()], dtype)
-
+    columns: dict[str, Any] = {
+        name: np.array([rows[i][name] for i in order.tolist()], dtype)
+        for name, dtype in _COLUMNS.items()
+    }
     return OfflineDataset(
         replicas=replicas,
         request=request,
         mask=mask,
-        action=column("action", np.int64),
-        proposed=column("proposed", np.int64),
-        propensity=column("propensity", np.float64),
-        by_policy=column("by_policy", np.bool_),
-        request_id=column("request_id", np.int64),
-        is_last=column("is_last", np.bool_),
-        time_s=column("time_s", np.float64),
-        status=column("status", np.int64),
-        ttft_s=column("ttft_s", np.float64),
-        tpot_s=column("tpot_s", np.float64),
-        e2e_s=column("e2e_s", np.float64),
-        output_tokens=column("output_tokens", np.int64),
+        **columns,
         num_skipped=len(bad) + num_blind,
     )
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import servegym
+from servegym.documents import without_nan
 from servegym.replay.compare import Figure
 from servegym.replay.drift import Effect, ReplicaDrift
 from servegym.replay.result import Replayed
@@ -19,7 +19,7 @@ from servegym.whole_files import write_whole
 def write_json(result: Replayed, path: Path) -> None:
     """Write all that a replay found as one JSON file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_plain(replay_document(result)), indent=1, allow_nan=False)
+    text = json.dumps(without_nan(replay_document(result)), indent=1, allow_nan=False)
     write_whole({path: (text + "\n").encode()})
 
 
@@ -127,14 +127,3 @@ def _replica(one: ReplicaDrift) -> dict[str, Any]:
             "num_requests": windows.num_requests.tolist(),
         },
     }
-
-
-def _plain(value: Any) -> Any:
-    """Replace numbers that JSON does not know by null."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

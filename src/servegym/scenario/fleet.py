@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from pydantic import Field, field_validator
 
 from servegym.assets.specs import gpu, model
 from servegym.calibrate.calibration import calibrated_cost
-from servegym.cluster.spec import ReplicaType
+from servegym.cluster.spec import Link, ReplicaType, Reservation, Role
 from servegym.costs.formats import ScenarioFormat, number_format
 from servegym.costs.step import StepCost
 from servegym.costs.tables import TableSource
@@ -36,6 +37,44 @@ class EngineConfig(Config):
     retain_kv_s: float = Field(0.0, ge=0)
 
 
+class Drawn(Protocol):
+    """What a fleet is drawn from; a pair of numbers is a range."""
+
+    @property
+    def count(self) -> int | tuple[int, int]:
+        """How many there are."""
+
+    @property
+    def speed(self) -> float | tuple[float, float]:
+        """Factor on their speed."""
+
+
+class LinkConfig(Config):
+    """How KV gets from a replica and to it: each replica has one link in either direction.
+
+    A transfer takes `latency_s`, `piece_s` for each piece of memory (K and V of every layer and
+    block are one each), and its bytes over the lower `gb_per_s` of both ends.
+    """
+
+    gb_per_s: Factor
+    latency_s: float = Field(0.0, ge=0)
+    piece_s: float = Field(0.0, ge=0)
+
+
+class TransferConfig(Config):
+    """How prefilled KV gets to where a request decodes; docs/disaggregation.md.
+
+    `reservation` says who holds memory first, the replica that prefills (`source`, vLLM) or the one
+    where the request will decode (`destination`, SGLang, which keeps `ahead_tokens` free for each
+    active request). Prefilled KV is held for `lease_s` until it is fetched.
+    """
+
+    reservation: Reservation = "source"
+    lease_s: float = Field(480.0, gt=0)
+    ahead_tokens: int = Field(512, ge=0)
+    max_num_held: int = Field(256, ge=1)
+
+
 class FleetEntry(Config):
     """Equal replicas; a pair of numbers is a range, drawn anew for every episode.
 
@@ -43,7 +82,9 @@ class FleetEntry(Config):
     the package aiconfigurator-core, which must be installed. `calibration` names a file of
     `servegym calibrate` instead, made for this GPU, model and tp. `engine` says whose rules form
     the steps; `max_num_batched_tokens` and `max_num_seqs` are those of the scenario's `engine`
-    section unless given, and where that names no budget, the engine's own.
+    section unless given, and where that names no budget, the engine's own. `role` says whether the
+    replicas do all of a request, or only prefill or only decode; where some do, each entry needs
+    a `link`.
     """
 
     gpu: str
@@ -56,6 +97,8 @@ class FleetEntry(Config):
     engine: EngineName = "vllm"
     max_num_batched_tokens: int | None = Field(None, ge=1)
     max_num_seqs: int | None = Field(None, ge=1)
+    role: Role = "mixed"
+    link: LinkConfig | None = None
 
     _check_ranges = field_validator("count", "speed")(ascending)
 
@@ -100,7 +143,7 @@ def replica_type(
     budget = entry.max_num_batched_tokens or engine.max_num_batched_tokens
     budget = budget or MAX_NUM_BATCHED_TOKENS[entry.engine]
     return ReplicaType(
-        name=f"{entry.gpu} x{entry.tp}" + ("" if entry.engine == "vllm" else f" {entry.engine}"),
+        name=_name(entry),
         grid=cost.compile(max_tokens=max(budget, 64)),
         num_blocks=blocks,
         max_num_batched_tokens=budget,
@@ -108,14 +151,45 @@ def replica_type(
         price_usd_per_h=cost.gpu.price_usd_per_h * entry.tp,
         num_gpus=entry.tp,
         engine=entry.engine,
+        role=entry.role,
+        link=_link(entry.link),
     )
 
 
-def draw_count(rng: np.random.Generator, count: int | tuple[int, int]) -> int:
+def draw_fleet(
+    rng: np.random.Generator, entries: Iterable[tuple[int, Drawn]]
+) -> tuple[list[int], list[float]]:
+    """Draw a fleet; return the type and the speed factor of each of it.
+
+    Args:
+        rng: Draws.
+        entries: Types, and how many there are of each and how fast.
+    """
+    types: list[int] = []
+    speeds: list[float] = []
+    for index, entry in entries:
+        for _ in range(_count(rng, entry.count)):
+            types.append(index)
+            speeds.append(_speed(rng, entry.speed))
+    return types, speeds
+
+
+def _name(entry: FleetEntry) -> str:
+    parts = [f"{entry.gpu} x{entry.tp}"]
+    parts += [entry.engine] if entry.engine != "vllm" else []
+    parts += [entry.role] if entry.role != "mixed" else []
+    return " ".join(parts)
+
+
+def _link(link: LinkConfig | None) -> Link:
+    return Link(1e9 * link.gb_per_s, link.latency_s, link.piece_s) if link else Link()
+
+
+def _count(rng: np.random.Generator, count: int | tuple[int, int]) -> int:
     """Draw a number of replicas from its range."""
     return count if isinstance(count, int) else int(rng.integers(count[0], count[1] + 1))
 
 
-def draw_speed(rng: np.random.Generator, speed: float | tuple[float, float]) -> float:
+def _speed(rng: np.random.Generator, speed: float | tuple[float, float]) -> float:
     """Draw a speed factor from its range."""
     return speed if isinstance(speed, float | int) else float(rng.uniform(*speed))

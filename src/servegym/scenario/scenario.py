@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from servegym.cluster.nominal import request_alone_s
-from servegym.cluster.spec import ClusterSpec, Episode, SloClass
+from servegym.cluster.spec import ClusterSpec, Episode, SloClass, TransferRules
 from servegym.costs.formats import ScenarioFormat
 from servegym.costs.step import StepCost
 from servegym.errors import ConfigError
@@ -22,8 +22,8 @@ from servegym.scenario.files import bundled_names, load, parse
 from servegym.scenario.fleet import (
     EngineConfig,
     FleetEntry,
-    draw_count,
-    draw_speed,
+    TransferConfig,
+    draw_fleet,
     replica_type,
     step_cost,
 )
@@ -60,6 +60,7 @@ class Scenario(Config):
     precision: ScenarioFormat = "bf16"
     engine: EngineConfig = EngineConfig()
     fleet: tuple[FleetEntry, ...] = Field(min_length=1)
+    transfers: TransferConfig = TransferConfig()
     workload: WorkloadConfig
     slo_classes: tuple[SloConfig, ...] = Field(
         (SloConfig(name="default", ttft_s=2.0, tpot_s=0.1),), min_length=1
@@ -68,6 +69,34 @@ class Scenario(Config):
     objective: Literal["latency", "tail", "goodput"] = "latency"
     actions: ActionConfig = ActionConfig()
     num_requests: int = Field(512, ge=1)
+
+    @model_validator(mode="after")
+    def _check_roles(self) -> Self:
+        roles = {entry.role for entry in self.fleet}
+        if roles == {"mixed"}:
+            for name in self.transfers.model_fields_set:
+                raise ValueError(
+                    f"transfers.{name} is set, but all replicas have the role mixed, so that "
+                    "nothing is transferred: give some the role prefill, or leave it out"
+                )
+            return self
+        if "prefill" not in roles or roles == {"prefill"}:
+            raise ValueError(
+                "where replicas only prefill or decode, some must have the role prefill and some "
+                f"decode or mixed, got {', '.join(sorted(roles))}"
+            )
+        for i, entry in enumerate(self.fleet):
+            if entry.engine != "vllm":
+                raise ValueError(
+                    f"fleet.{i}.engine must be vllm, as that of all replicas where some only "
+                    f"prefill or decode, got {entry.engine}"
+                )
+            if entry.link is None:
+                raise ValueError(
+                    f"fleet.{i}.link is missing: where some replicas only prefill or decode, say "
+                    "how KV gets to the others and back, as in link: {gb_per_s: 25}"
+                )
+        return self
 
     @cached_property
     def spec(self) -> ClusterSpec:
@@ -90,6 +119,17 @@ class Scenario(Config):
             metrics_interval_s=trouble.metrics_interval_s,
             noise_sigma=trouble.step_noise_sigma,
             noise_period_steps=trouble.noise_period_steps,
+            transfers=self._transfer_rules,
+        )
+
+    @property
+    def _transfer_rules(self) -> TransferRules:
+        cost = self.step_cost(self.fleet[0])
+        layers = cost.model.layers
+        return TransferRules(
+            kv_token_bytes=cost.kv_token_bytes,
+            kv_block_pieces=layers if cost.model.latent_dim else 2 * layers,
+            **self.transfers.model_dump(),
         )
 
     @property
@@ -176,13 +216,7 @@ class Scenario(Config):
         predicted = self.disturbances.predictor.predict(
             np.random.default_rng(lengths), table.output_tokens
         )
-        rng = np.random.default_rng(fleet)
-        types: list[int] = []
-        speeds: list[float] = []
-        for index, entry in enumerate(self.fleet):
-            for _ in range(draw_count(rng, entry.count)):
-                speeds.append(draw_speed(rng, entry.speed))
-                types.append(index)
+        types, speeds = draw_fleet(np.random.default_rng(fleet), enumerate(self.fleet))
         return Episode(
             table=replace(table, predicted_output_tokens=predicted),
             type_idx=np.array(types, np.int16),

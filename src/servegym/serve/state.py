@@ -15,6 +15,7 @@ import numpy as np
 
 from servegym.cluster.spec import SloClass
 from servegym.cluster.state import NUM_LENGTH_SUMS
+from servegym.cluster.watch import longest_step_s
 from servegym.policy.contract import (
     ARRIVAL_RATE_RPS,
     DECODE_SEQ_S,
@@ -28,6 +29,7 @@ from servegym.policy.contract import (
     KV_CACHE_USAGE,
     KV_CAPACITY_TOKENS,
     MARGINS,
+    MAX_NUM_BATCHED_TOKENS,
     METRICS_AGE_S,
     NO_BOUND,
     NUM_HELD,
@@ -158,6 +160,8 @@ class _Streams:
         self._pure_s = np.zeros(width)
         self._pure_steps = np.zeros(width)
         self._pure_others = np.zeros(width)
+        self._late_s = np.zeros(width)
+        self._late_expected_s = np.zeros(width)
         self._itl_s = np.zeros(width)
         self._itl_steps = np.zeros(width)
         self._observed_s = np.zeros(width)
@@ -175,7 +179,9 @@ class _Streams:
         """A stream has ended."""
         self._num[r] -= 1.0
 
-    def step(self, r: int, count: int, outstanding: int, now_s: float) -> None:
+    def step(
+        self, r: int, count: int, outstanding: int, replicas: FloatArray, now_s: float
+    ) -> None:
         """A stream that decodes has got tokens."""
         since_s = max(0.0, now_s - self._last_s[r])
         self._last_s[r] += since_s
@@ -188,6 +194,18 @@ class _Streams:
             self._pure_s[r] += since_s
             self._pure_steps[r] += share
             self._pure_others[r] += share * (self._num[r] - 1.0)
+        elif since_s > 0.0:
+            most_s = count * longest_step_s(
+                replicas[DECODE_STEP_S, r],
+                replicas[DECODE_SEQ_S, r],
+                self._num[r],
+                replicas[PENDING_PREFILL_TOKENS, r],
+                replicas[MAX_NUM_BATCHED_TOKENS, r],
+                replicas[PREFILL_TOKENS_PER_S, r],
+            )
+            if since_s > most_s:
+                self._late_s[r] += since_s
+                self._late_expected_s[r] += most_s
         self._is_pure[r] = self._num[r] == outstanding
 
     def look(self, replicas: FloatArray, now_s: float) -> None:
@@ -195,12 +213,13 @@ class _Streams:
         since_s = now_s - self._looked_s
         self._looked_s = now_s
         alone_s, seq_s = replicas[DECODE_STEP_S], replicas[DECODE_SEQ_S]
-        expected_s = self._pure_steps * alone_s + self._pure_others * seq_s
+        observed_s = self._pure_s + self._late_s
+        expected_s = self._pure_steps * alone_s + self._pure_others * seq_s + self._late_expected_s
         kept = itl_kept(since_s)
         self._itl_s = kept * self._itl_s + self._seen_s
         self._itl_steps = kept * self._itl_steps + self._seen_steps
-        kept = steps_kept(since_s, self._pure_s)
-        self._observed_s = kept * self._observed_s + self._pure_s
+        kept = steps_kept(since_s, observed_s)
+        self._observed_s = kept * self._observed_s + observed_s
         self._expected_s = kept * self._expected_s + expected_s
         for seen in (
             self._seen_s,
@@ -208,6 +227,8 @@ class _Streams:
             self._pure_s,
             self._pure_steps,
             self._pure_others,
+            self._late_s,
+            self._late_expected_s,
         ):
             seen[:] = 0.0
         replicas[STEP_TIME_RATIO] = step_time_ratio(self._observed_s, self._expected_s)
@@ -408,7 +429,7 @@ class LiveState:
                 self._begin_decoding(request, now_s)
         elif request.generated_tokens > 0:  # else the first one, which ends a prefill, not a step
             r = request.replica
-            self._streams.step(r, count, len(self._at[r]), now_s)
+            self._streams.step(r, count, len(self._at[r]), self.replicas, now_s)
         request.generated_tokens += count
         self._generated[request.replica] += count
 

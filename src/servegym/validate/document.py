@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import servegym
+from servegym.documents import without_nan
 from servegym.validate.ranking import rankings
 from servegym.validate.score import (
     DIMENSIONS,
@@ -57,7 +57,7 @@ def validation_document(result: Validation) -> dict[str, Any]:
             "skipped_rows": len(result.skipped_rows),
         },
     }
-    cleaned: dict[str, Any] = _without_nan(document)
+    cleaned: dict[str, Any] = without_nan(document)
     return cleaned
 
 
@@ -138,13 +138,3 @@ def _figure(figure: Comparison) -> dict[str, float]:
 
 def _skipped(item: Skipped) -> dict[str, str]:
     return item._asdict()
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

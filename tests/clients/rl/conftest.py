@@ -33,6 +33,10 @@ SMALL: dict[str, tuple[list[str], dict[str, Any]]] = {
         [name for name in scenario_names() if load_scenario(name).orders_requests],
         {"num_requests": 40, "load": 4.0},
     ),
+    "Cluster": (
+        [name for name in scenario_names() if name.endswith("-fleet")],
+        {"num_requests": 40, "load": 4.0, "max_waiting": 8},
+    ),
     "Workflow": (workflow_scenario_names(), {"num_jobs": 3, "pool_size": 4, "max_stages": 6}),
 }
 

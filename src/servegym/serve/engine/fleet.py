@@ -76,6 +76,11 @@ class Fleet:
                 f"retain_kv_s is {retain_kv_s}, but an emulated engine is not told which answers "
                 "others wait for: leave it out of the scenario"
             )
+        if config.scenario.spec.disaggregated:
+            raise ConfigError(
+                "emulated engines compute whole requests: take a scenario whose replicas all have "
+                "the role mixed"
+            )
         self._config = config
         self._episode = config.scenario.episode(config.seed, num_requests=_NUM_LENGTHS)
         there = range(self._episode.num_replicas)

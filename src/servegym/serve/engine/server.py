@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import socket
 from collections.abc import Callable, Mapping
 
 from aiohttp import web
@@ -18,6 +17,7 @@ from servegym.serve.engine.pacer import Pacer
 from servegym.serve.engine.replica import Replica
 from servegym.serve.engine.request import EngineRequest, Status
 from servegym.serve.engine.stream import Stream
+from servegym.serve.listening import listen
 from servegym.serve.monitoring.prometheus import CONTENT_TYPE
 
 #: Largest body taken, bytes: room for a prompt of 128k tokens, whatever the encoding.
@@ -26,8 +26,6 @@ MAX_BODY_BYTES = 8 * 1024 * 1024
 TRTLLM_METRICS_PATH = "/prometheus/metrics"
 #: Sets the length of an answer, as the field `output_tokens` of a body does.
 OUTPUT_TOKENS_HEADER = "X-Output-Tokens"
-#: Connections that may wait to be taken; a storm of clients needs them.
-_BACKLOG = 2048
 
 
 class EngineServer:
@@ -107,20 +105,14 @@ class EngineServer:
 
     async def _listen(self) -> None:
         host, port = self._address
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.socket(family, socket.SOCK_STREAM)
         try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((host, port))
+            self._site, port = await listen(self._runner, host, port)
         except (OSError, OverflowError) as error:
-            listener.close()
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(
                 f"cannot listen on {host}:{port} ({reason}): choose another --host or --port"
             ) from error
-        self._address = (host, listener.getsockname()[1])
-        self._site = web.SockSite(self._runner, listener, backlog=_BACKLOG)
-        await self._site.start()
+        self._address = (host, port)
 
     async def stop(self) -> None:
         """Close all connections and do no more steps."""

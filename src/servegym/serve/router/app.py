@@ -7,7 +7,6 @@ import gc
 import logging
 import os
 import signal
-import socket
 from collections.abc import Callable
 
 import aiohttp
@@ -16,6 +15,7 @@ from aiohttp import web
 from servegym.errors import ConfigError
 from servegym.serve.dispatcher import Dispatcher
 from servegym.serve.facts import fleet_facts
+from servegym.serve.listening import listen
 from servegym.serve.monitoring.exposition import add_dispatcher
 from servegym.serve.monitoring.metrics import metric_names
 from servegym.serve.monitoring.poller import MetricsPoller
@@ -34,8 +34,6 @@ _log = logging.getLogger(__name__)
 #: Seconds that an idle connection to a replica is kept: below the 5 s after which uvicorn, which
 #: vLLM runs in, closes its end, or requests would be sent into closing connections.
 _UPSTREAM_KEEPALIVE_S = 4.0
-#: Connections that may wait to be taken; a storm of clients needs them.
-_BACKLOG = 2048
 
 
 class Router:
@@ -193,16 +191,8 @@ class Router:
         )
         await runner.setup()
         self._runners.append(runner)
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((host, port))
-        except OSError:
-            listener.close()
-            raise
-        await web.SockSite(runner, listener, backlog=_BACKLOG).start()
-        self._ports.append(listener.getsockname()[1])
+        _, port = await listen(runner, host, port)
+        self._ports.append(port)
 
     def _metrics_page(self) -> web.Response:
         page = Exposition()

@@ -1,0 +1,37 @@
+"""Listening on a port, for the router and the emulated engine."""
+
+from __future__ import annotations
+
+import socket
+
+from aiohttp import web
+
+#: Connections that may wait to be taken; a storm of clients needs them.
+_BACKLOG = 2048
+
+
+async def listen(runner: web.AppRunner, host: str, port: int) -> tuple[web.SockSite, int]:
+    """Let an application that was set up take connections.
+
+    Args:
+        runner: Of the application.
+        host: Address, of either version of IP.
+        port: 0 takes a free one.
+
+    Returns:
+        What can be stopped, and the port.
+
+    Raises:
+        OSError: If the address cannot be had, or `OverflowError` if there is no such port.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except (OSError, OverflowError):
+        listener.close()
+        raise
+    site = web.SockSite(runner, listener, backlog=_BACKLOG)
+    await site.start()
+    return site, int(listener.getsockname()[1])
