@@ -98,7 +98,14 @@ def pushed_over(replicas: FloatArray, r: int, margin: float) -> float:
     return low + min(max(share, 0.0), 1.0) * (high - low)
 
 
-def inferred(*, shrink: float = 0.0, observed: float = 0.0) -> Group:
-    """Groups that a rule needs for expected lengths and observed step times, if it goes by them."""
-    lengths = Group.LENGTHS if shrink > 0.0 else Group(0)
-    return lengths | (Group.STEP_TIMES if observed > 0.0 else Group(0))
+def inferred(*, shrink: float = 0.0, left: float = 0.0, observed: float = 0.0) -> Group:
+    """Groups that a rule needs besides those it always does.
+
+    Args:
+        shrink: How far it goes towards the length that is expected of the request,
+        left: and of those that are there.
+        observed: How far it goes by observed step times.
+    """
+    needs = Group.LENGTHS if shrink > 0.0 else Group(0)
+    needs |= Group.LIMITS if left > 0.0 else Group(0)
+    return needs | (Group.STEP_TIMES if observed > 0.0 else Group(0))

@@ -75,7 +75,7 @@ def hexgen(alpha: float = 0.2, shrink: float = 0.0) -> Heuristic:
     return Heuristic(
         name="hexgen",
         information="predictive",
-        needs=Group.COUNTERS | Group.METRICS | inferred(shrink=shrink),
+        needs=Group.COUNTERS | Group.METRICS | inferred(shrink=shrink, left=shrink),
         decide=decide,
         params=np.array([alpha, shrink], np.float64),
         param_names=("alpha", "shrink"),

@@ -53,7 +53,7 @@ def least_work_left(shrink: float = 0.0) -> Heuristic:
     return Heuristic(
         name="least-work-left",
         information="predictive",
-        needs=Group.COUNTERS | Group.METRICS | inferred(shrink=shrink),
+        needs=Group.COUNTERS | Group.METRICS | inferred(left=shrink),
         decide=decide,
         params=np.array([shrink], np.float64),
         param_names=("shrink",),

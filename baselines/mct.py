@@ -64,7 +64,7 @@ def mct(shrink: float = 0.0) -> Heuristic:
     return Heuristic(
         name="mct",
         information="predictive",
-        needs=Group.COUNTERS | Group.METRICS | Group.PREFIX | inferred(shrink=shrink),
+        needs=Group.COUNTERS | Group.METRICS | Group.PREFIX | inferred(shrink=shrink, left=shrink),
         decide=decide,
         params=np.array([shrink], np.float64),
         param_names=("shrink",),

@@ -5,7 +5,7 @@ the tail of the first is how long this program was not allowed to run.
 
     python benchmarks/live_decision.py [POLICY ...]
 
-POLICY is a rule or the path of a policy.onnx; without one, three rules and a network of the size
+POLICY is a rule or the path of a policy.onnx; without one, some rules and a network of the size
 that is trained by default, with random weights.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import sys
 import time
+from collections import deque
 
 import numpy as np
 
@@ -24,11 +25,13 @@ from servegym.serve.facts import Rates, fleet_facts
 from servegym.serve.loaded_policy import LoadedPolicy, load_policy
 from servegym.serve.ranges import Ranges
 from servegym.serve.runtime import PolicyRuntime, RuntimeConfig
-from servegym.serve.state import EngineMetrics, LiveState
+from servegym.serve.state import EngineMetrics, LiveRequest, LiveState
 
-RULES = ("least-outstanding", "added-delay", "llm-d")
+RULES = ("least-outstanding", "added-delay", "added-delay-inferred", "class-aware", "llm-d")
 FLEETS = (16, 128)
 DECISIONS = 20_000
+#: Requests at each replica.
+OUTSTANDING = 32
 HIDDEN = 32
 
 
@@ -76,16 +79,19 @@ def measure(loaded: LoadedPolicy, width: int) -> np.ndarray:
     runtime.install(loaded)
     state = fleet(width, rng)
     hits = rng.integers(0, 100, width).astype(np.float64)
+    there: deque[LiveRequest] = deque()
     taken = np.empty((DECISIONS, 2))
     for i in range(-500, DECISIONS):  # the first ones are not counted
         now_s = time.monotonic()
         request = state.arrive(now_s, key="k", prompt_tokens=500.0, predicted_output_tokens=200.0)
         begin_s, begin_cpu_s = time.perf_counter(), time.thread_time()
-        decision = runtime.decide(state.observe(request, now_s, hit_tokens=hits), "k")
+        seen = state.observe(request, now_s, hit_tokens=hits, needs=loaded.policy.needs)
+        decision = runtime.decide(seen, "k")
         taken[i] = time.perf_counter() - begin_s, time.thread_time() - begin_cpu_s
         state.dispatch(request, decision.action, now_s)
-        if i % 2:
-            state.leave(request)
+        there.append(request)
+        if len(there) > OUTSTANDING * width:
+            state.leave(there.popleft())
     assert runtime.counters.num_policy == DECISIONS + 500, runtime.counters.snapshot()
     return taken
 

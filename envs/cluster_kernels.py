@@ -237,7 +237,7 @@ def look(
                     v.replicas[r, f] = s.shown[e, f, r]
                 if not due:
                     v.replicas[r, PREFIX_HIT_TOKENS] = 0.0
-            for g in range(m.request.shape[0]):
+            for g in range(v.request.shape[0]):
                 v.request[g] = m.request[g] if due else 0.0
         else:
             r = agent - 1

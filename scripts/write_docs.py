@@ -135,6 +135,14 @@ one of the second ([order](preemption.md#in-a-fleet)). Where some replicas only 
 `DISPATCH+PLACEMENT` names one of the first and one of the last
 ([disaggregation](disaggregation.md)).
 
+Some rules of dispatch go by what a router [infers](observation.md#what-is-inferred): `shrink` is
+how far they go from a predicted length towards the one that is expected, given how long answers
+became (0: not at all, 1: all the way); `observed` is the power of `step_time_ratio` by which times
+are multiplied. `class-aware` prices, in seconds of added delay, a TTFT over a share `ttft` of its
+limit (`late`), a TPOT over a share `tpot` (`slow`), and each request there that it pushes over that
+share (`pushed`); where the scenario allows it, a request is rejected that costs more than `most`
+everywhere. `added-delay-reject` does so if the least TTFT or TPOT is over a share of its limit.
+
 {sections}
 
 ## Placement: where a request decodes that is prefilled elsewhere

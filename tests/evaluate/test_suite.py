@@ -260,3 +260,30 @@ def test_bundled_suite_has_twelve_scenarios_two_of_them_controls():
     assert sum(scenario.is_control for scenario in suite.scenarios) == 2
     problems = {suite.pose(scenario)[0].name for scenario in suite.scenarios}
     assert problems == {"dispatch", "order", "workflow"}
+
+
+def test_bundled_suite_is_recorded_as_a_whole():
+    suite = load_suite("servegym-bench-v1")
+    record = load_record(suite)
+    for scenario in suite.scenarios:
+        for load in scenario.loads:
+            there = reference(suite, record, scenario, load)
+            found = record["scenarios"][scenario.name][f"{load:g}"]
+            assert found["seeds"] == suite.seeds
+            assert len(there.rule_values) == len(there.bound_values) == suite.num_test_seeds
+            means = {text: np.mean(row["values"]) for text, row in found["rules"].items()}
+            choose = max if there.objective.more_is_better else min
+            assert means[there.best] == choose(means.values())
+            share = there.score(there.bound_values).share.value
+            assert share == 1.0 or scenario.is_control
+
+
+def test_bundled_record_is_what_the_simulator_plays():
+    suite = load_suite("servegym-bench-v1")
+    record = load_record(suite)
+    for name, rule in (("mean", "round-robin"), ("orders", "fcfs"), ("jobs", "fifo")):
+        scenario = next(s for s in suite.scenarios if s.name == name)
+        values = play(suite, scenario, 1.0, [rule])[rule]["values"]
+        recorded = record["scenarios"][name]["1"]["rules"][rule]["values"]
+        # processors differ in the last bit, which a crowd makes more of
+        assert values == pytest.approx(recorded, rel=1e-3)

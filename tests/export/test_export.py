@@ -340,7 +340,7 @@ def test_a_policy_may_see_what_is_inferred(tmp_path):
     assert manifest.features["replicas"][-1] == "pushed_over_100"
     assert manifest.features["request"][-1] == "expected_tokens_spread"
     frozen = resolve_policy(str(path))
-    assert frozen.needs & Group.LENGTHS
+    assert frozen.needs & Group.LIMITS
     episodes = load_scenario("mixed-chat").episode(0, num_requests=200)
     simulator = Simulator(load_scenario("mixed-chat").spec, [episodes])
     checked = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -11,8 +12,14 @@ from servegym.cluster.entry import INFER
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import ClusterSpec, Episode, Faults, ReplicaType, SloClass
 from servegym.cluster.state import DECISION, FAULT_SLOW
-from servegym.policy.contract import INFERRED, Group, ReplicaFeature, RequestFeature
-from servegym.policy.observe import observe_batch
+from servegym.policy.contract import (
+    INFERRED,
+    NUM_REQUEST_FEATURES,
+    Group,
+    ReplicaFeature,
+    RequestFeature,
+)
+from servegym.policy.observe import observe, observe_batch, prepare
 from servegym.policy.policy import Observations
 from servegym.scenario import load_scenario
 from servegym.workloads.table import RequestTable
@@ -193,11 +200,26 @@ def test_looking_changes_nothing_that_happens():
     np.testing.assert_array_equal(*ends)
 
 
-def test_a_kernel_that_nobody_prepared_shows_that_nothing_is_known():
+def test_whoever_has_not_prepared_is_told_that_nothing_is_known():
     simulator = toy([0.0], [30], [20])
+    simulator.advance()
+    request = np.zeros(NUM_REQUEST_FEATURES)
+    arguments = (simulator.params, simulator.state, 0, int(ALL), request)
+    observe(*arguments)
+    assert np.isnan(request[RequestFeature.EXPECTED_TOKENS])
+    prepare(simulator, ALL)
+    observe(*arguments)
+    assert request[RequestFeature.EXPECTED_TOKENS] == pytest.approx(20.0)
+
+
+def test_what_was_prepared_is_there_in_another_process():
+    simulator = toy([0.0], [30], [20])
+    prepare(simulator, ALL ^ INFERRED)
     assert simulator.params.entries[INFER] == 0
-    seen_at_last(simulator)
+    prepare(simulator, ALL)
+    again = pickle.loads(pickle.dumps(simulator))
     assert simulator.params.entries[INFER] != 0
+    assert again.params.entries[INFER] != 0
 
 
 def test_slowed_replicas_stand_out_on_a_real_fleet():

@@ -235,6 +235,57 @@ def test_the_routers_own_count_of_tokens_stands_where_the_engine_says_nothing():
     assert value(state.observe(arrive(state), 1.0), "outstanding_requests", 1) == 0
 
 
+def test_what_nobody_needs_is_not_inferred():
+    state = make_state()
+    first = arrive(state, predicted=50.0)
+    state.observe(first, 0.0)
+    state.dispatch(first, 0, 0.0)
+    state.first_token(first, 0.5)
+    state.tokens(first, 1, 0.5)
+    state.tokens(first, 1, 0.9)  # 0.4 s for a step of 0.01 s
+    plain = state.observe(arrive(state), 1.0)
+    assert value(plain, "step_time_ratio") == value(plain, "expected_tokens_left") == 0.0
+    lengths = state.observe(arrive(state), 1.0, needs=ALL | Group.LENGTHS)
+    assert lengths.request[0, RequestFeature["EXPECTED_TOKENS"]] == pytest.approx(50.0)
+    assert value(lengths, "expected_tokens_left") == 0.0
+    seen = state.observe(arrive(state), 1.0, needs=ALL | Group.LIMITS)
+    assert value(seen, "step_time_ratio") == pytest.approx((0.4 + 0.1) / (0.01 + 0.1))
+    assert value(seen, "expected_tokens_left") == pytest.approx(48.0)
+    assert value(seen, "outstanding_as_tight") == 1.0
+
+
+def test_answers_that_come_whole_say_nothing_of_step_times():
+    state = make_state()
+    for key in range(3):
+        request = arrive(state)
+        state.observe(request, 0.0)
+        state.dispatch(request, 0, 0.0)
+        state.first_token(request, 5.0 + key)
+        state.tokens(request, 50, 5.0 + key)
+        state.finish(request, 5.0 + key, 50)
+    seen = state.observe(arrive(state), 9.0, needs=ALL | INFERRED)
+    assert value(seen, "step_time_ratio") == 1.0
+    assert seen.request[0, RequestFeature["EXPECTED_TOKENS"]] == pytest.approx(50.0)
+
+
+def test_a_stream_that_another_replica_takes_up_decodes_there():
+    state = make_state()
+    request = arrive(state)
+    state.observe(request, 0.0)
+    state.dispatch(request, 0, 0.0)
+    state.first_token(request, 0.1)
+    state.tokens(request, 3, 0.1)
+    state.leave(request)
+    state.observe(request, 0.2)
+    state.dispatch(request, 1, 0.2)
+    state.tokens(request, 1, 0.5)  # the prefill ends, as far as is seen
+    state.tokens(request, 1, 0.52)
+    seen = state.observe(arrive(state), 0.6, needs=ALL | INFERRED)
+    assert value(seen, "step_time_ratio", 0) == 1.0
+    assert value(seen, "step_time_ratio", 1) == pytest.approx((0.02 + 0.1) / (0.01 + 0.1))
+    assert value(seen, "expected_tokens_left", 1) == pytest.approx(50 - 5)
+
+
 def test_prefill_that_is_assumed_over_is_no_longer_pending_and_counts_no_ttft():
     state = make_state()
     request = arrive(state)

@@ -222,7 +222,7 @@ def end_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
         left_out = hold_back(p, s, e, r)
     if v.mode == DECODE:
         log_steps(p, s, e, r, now_s, v.stretch_steps, 0)
-        see_steps(s, e, r, now_s, v.stretch_steps)
+        see_steps(p, s, e, r, now_s, v.stretch_steps)
         settle_decodes(p, s, e, r, v.stretch_steps)
         running = v.num_running
         _end_decodes(p, s, e, r, now_s)
@@ -238,7 +238,7 @@ def end_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
             walk = s.request[e, walk].next_request
         log_steps(p, s, e, r, now_s, 1, prefill)
     paused = v.mode == PREFILL
-    see_steps(s, e, r, now_s, 0 if paused else 1)
+    see_steps(p, s, e, r, now_s, 0 if paused else 1)
     alone = v.num_decodes + v.num_lagging == 0
     running = v.num_running
     if paused:
@@ -313,7 +313,7 @@ def _finish(p: Params, s: State, e: int, r: int, request: int, now_s: float) -> 
     log_event(p, s, e, now_s, EV_FINISH, request, r, 0.0)
     leave_system(s, e, request, now_s)
     forget_outstanding(s, e, r, request)
-    note_ended(s, e, request)
+    note_ended(p, s, e, request)
     output = q.output
     tpot = 0.0
     if output > 1:
@@ -366,7 +366,7 @@ def stop_replica(p: Params, s: State, e: int, r: int, now_s: float) -> None:
             span = decode_span_s(p, v.type_idx, batch, kv, steps)
         last_s = v.stretch_begin_s + v.stretch_factor * span
         log_steps(p, s, e, r, last_s, steps, 0)
-        see_steps(s, e, r, last_s, steps)
+        see_steps(p, s, e, r, last_s, steps)
         settle_decodes(p, s, e, r, steps)
         v.iteration += 1
     elif v.mode == STEP:

@@ -318,8 +318,8 @@ def reset_request(s: State, e: int, i: int) -> None:
     q.heap_pos = -1
     q.timer_pos = -1
     q.table_len = 0
-    q.next_ended = -1
-    q.expected = 0.0
+    s.length[e, i].expected = 0.0
+    s.length[e, i].next_ended = -1
     s.order[e, i].key = q.slo_class
     s.order[e, i].idle_since_s = q.arrival_s
 

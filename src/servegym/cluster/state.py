@@ -187,8 +187,6 @@ REQUEST_DTYPE = np.dtype(
         ("timer_pos", "i8"),  # place of its timer, -1: it has none
         ("seq_slot", "i8"),  # row of the block table
         ("table_len", "i8"),  # blocks in that row; of a retained turn, those it keeps
-        ("next_ended", "i8"),  # the request that finished next, -1: none has
-        ("expected", "f8"),  # output tokens that the router expects, 0: nobody has asked
     ],
     align=True,
 )
@@ -224,25 +222,12 @@ REPLICA_DTYPE = np.dtype(
         ("stretch_begin_s", "f8"),  # start of the step or decode stretch in progress
         ("stretch_steps", "i8"),  # steps in it
         ("stretch_factor", "f8"),  # noise / speed in it
+        ("is_pure", "i8"),  # whether all that are there decode in it
         ("num_ends", "i8"),  # size of the end heap
         ("event_pos", "i8"),  # place in `due`
         ("num_reserve", "i8"),  # blocks taken by decodes and not yet given to one
         ("num_free_slots", "i8"),
         ("last_dispatch_s", "f8"),  # -inf before the first
-        # what its token streams have shown since the router last looked, see cluster.watch
-        ("seen_s", "f8"),
-        ("seen_steps", "i8"),
-        ("pure_s", "f8"),
-        ("pure_steps", "i8"),
-        ("pure_others", "i8"),
-        ("late_s", "f8"),
-        ("late_expected_s", "f8"),
-        ("is_pure", "i8"),  # whether all that are there decode in the stretch in progress
-        # and before, less what has been forgotten since
-        ("itl_s", "f8"),
-        ("itl_steps", "f8"),
-        ("observed_s", "f8"),
-        ("expected_s", "f8"),
         ("stalled", "i8"),  # its decoding requests wait since their `last_token_s`; if recorded
         # SGLang
         ("batch_full", "i8"),  # no prefill is tried before a request ends
@@ -289,6 +274,33 @@ ENV_DTYPE = np.dtype(
         ("engine_steps", "i8"),  # steps ended
         ("log_len", "i8"),
         ("step_len", "i8"),
+    ],
+    align=True,
+)
+#: What somebody who watches the token streams of a replica has seen of them, see cluster.watch.
+STREAM_DTYPE = np.dtype(
+    [
+        # since the last look
+        ("seen_s", "f8"),
+        ("seen_steps", "i8"),
+        ("pure_s", "f8"),
+        ("pure_steps", "i8"),
+        ("pure_others", "i8"),
+        ("late_s", "f8"),
+        ("late_expected_s", "f8"),
+        # and before, less what has been forgotten since
+        ("itl_s", "f8"),
+        ("itl_steps", "f8"),
+        ("observed_s", "f8"),
+        ("expected_s", "f8"),
+    ],
+    align=True,
+)
+#: And what it has of the length of a request.
+LENGTH_DTYPE = np.dtype(
+    [
+        ("expected", "f8"),  # output tokens that it expects, 0: nobody has asked
+        ("next_ended", "i8"),  # the request that finished next, -1: none has
     ],
     align=True,
 )
@@ -404,6 +416,8 @@ class State(NamedTuple):
     transfer: Records  # TRANSFER_DTYPE[E, N]; [E, 1] if all replicas are MIXED
     link: Records  # LINK_DTYPE[E, R]
     length_sums: FloatArray  # [E, NUM_LENGTH_SUMS] what the router has learnt, see policy.lengths
+    stream: Records  # STREAM_DTYPE[E, R]
+    length: Records  # LENGTH_DTYPE[E, N]
     order: Records  # ORDER_DTYPE[E, N]
     forming: Records  # FORMING_DTYPE[E, R]
     timer: Records  # TIMER_DTYPE[E, N + 2] heap: one a request, the next fault and scrape

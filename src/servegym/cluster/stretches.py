@@ -93,7 +93,7 @@ def catch_up(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     span = decode_span_s(p, v.type_idx, v.num_decodes, kv, steps)
     end_s = v.stretch_begin_s + v.stretch_factor * span
     log_steps(p, s, e, r, end_s, steps, 0)
-    see_steps(s, e, r, end_s, steps)
+    see_steps(p, s, e, r, end_s, steps)
     if p.engine[v.type_idx] == VLLM_PRIORITY:
         note_durations(p, s, e, r, steps, end_s)
     settle_decodes(p, s, e, r, steps)

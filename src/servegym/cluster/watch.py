@@ -4,13 +4,14 @@ A router sees when the tokens of its streams come: how long they take from one t
 all requests that are there decode, how long a step takes that does nothing else. What such a step
 should have taken it works out from how many they are. Of a step in which a prompt may have been
 computed, too, it knows only what that takes at most: such a step says something if it took longer.
-All is counted here while steps end, in sums that whole stretches of decodes add to at once;
-`policy.inferred` makes features of them.
+All is counted here while steps end, in sums that whole stretches of decodes add to at once, if
+somebody has asked for it; `policy.inferred` makes features of them.
 """
 
 from __future__ import annotations
 
-from servegym.cluster.jit import inlined
+from servegym.cluster.entry import INFER
+from servegym.cluster.jit import helper, inlined
 from servegym.cluster.state import (
     DECODE,
     VIEW_DECODE_SEQ,
@@ -18,6 +19,7 @@ from servegym.cluster.state import (
     VIEW_MAX_NUM_BATCHED_TOKENS,
     VIEW_PENDING_PREFILL,
     VIEW_PREFILL_RATE,
+    Params,
     State,
 )
 
@@ -40,64 +42,71 @@ def longest_step_s(
 
 
 @inlined
-def see_steps(s: State, e: int, r: int, end_s: float, num_steps: int) -> None:
+def see_steps(p: Params, s: State, e: int, r: int, end_s: float, num_steps: int) -> None:
     """Count the time until `end_s` of steps in progress, which gave decoding requests a token.
 
     Args:
+        p: Constants.
         s: State.
         e: Environment.
         r: Replica; its decoding requests are those that took part, or paused meanwhile.
         end_s: When the last of them ended, seconds.
         num_steps: How many; 0 for one in which they paused.
     """
-    v = s.replica[e, r]
-    if v.num_decodes > 0:
-        span_s = end_s - v.stretch_begin_s
-        v.seen_s += span_s
-        v.seen_steps += num_steps
-        if v.is_pure and v.mode == DECODE:
-            v.pure_s += span_s
-            v.pure_steps += num_steps
-            v.pure_others += num_steps * (v.num_decodes - 1)
-        elif num_steps > 0:
-            most_s = num_steps * longest_step_s(
-                s.shown[e, VIEW_DECODE_STEP, r],
-                s.shown[e, VIEW_DECODE_SEQ, r],
-                v.num_decodes,
-                s.shown[e, VIEW_PENDING_PREFILL, r],
-                s.shown[e, VIEW_MAX_NUM_BATCHED_TOKENS, r],
-                s.shown[e, VIEW_PREFILL_RATE, r],
-            )
-            if span_s > most_s:
-                v.late_s += span_s
-                v.late_expected_s += most_s
+    if p.entries[INFER] != 0 and s.replica[e, r].num_decodes > 0:
+        _count(s, e, r, end_s - s.replica[e, r].stretch_begin_s, num_steps)
+
+
+@helper
+def _count(s: State, e: int, r: int, span_s: float, num_steps: int) -> None:
+    v, w = s.replica[e, r], s.stream[e, r]
+    w.seen_s += span_s
+    w.seen_steps += num_steps
+    if v.is_pure and v.mode == DECODE:
+        w.pure_s += span_s
+        w.pure_steps += num_steps
+        w.pure_others += num_steps * (v.num_decodes - 1)
+    elif num_steps > 0:
+        most_s = num_steps * longest_step_s(
+            s.shown[e, VIEW_DECODE_STEP, r],
+            s.shown[e, VIEW_DECODE_SEQ, r],
+            v.num_decodes,
+            s.shown[e, VIEW_PENDING_PREFILL, r],
+            s.shown[e, VIEW_MAX_NUM_BATCHED_TOKENS, r],
+            s.shown[e, VIEW_PREFILL_RATE, r],
+        )
+        if span_s > most_s:
+            w.late_s += span_s
+            w.late_expected_s += most_s
 
 
 @inlined
 def forget_streams(s: State, e: int, r: int) -> None:
     """Begin anew."""
-    v = s.replica[e, r]
-    v.seen_s = 0.0
-    v.seen_steps = 0
-    v.pure_s = 0.0
-    v.pure_steps = 0
-    v.pure_others = 0
-    v.late_s = 0.0
-    v.late_expected_s = 0.0
-    v.is_pure = 0
-    v.itl_s = 0.0
-    v.itl_steps = 0.0
-    v.observed_s = 0.0
-    v.expected_s = 0.0
+    w = s.stream[e, r]
+    w.seen_s = 0.0
+    w.seen_steps = 0
+    w.pure_s = 0.0
+    w.pure_steps = 0
+    w.pure_others = 0
+    w.late_s = 0.0
+    w.late_expected_s = 0.0
+    s.replica[e, r].is_pure = 0
+    w.itl_s = 0.0
+    w.itl_steps = 0.0
+    w.observed_s = 0.0
+    w.expected_s = 0.0
 
 
 @inlined
-def note_ended(s: State, e: int, request: int) -> None:
+def note_ended(p: Params, s: State, e: int, request: int) -> None:
     """Put a request at the end of those that have finished, in order."""
+    if p.entries[INFER] == 0:
+        return
     env = s.env[e]
     last = env.last_ended
     env.last_ended = request
     if last >= 0:
-        s.request[e, last].next_ended = request
+        s.length[e, last].next_ended = request
     else:
         env.first_ended = request

@@ -32,7 +32,12 @@ def compile_dispatch() -> None:
     from servegym.policy.run import run
 
     scenario = load_scenario("mixed-chat")
-    for name, record in (("least-outstanding", False), ("what-if", False), ("random", True)):
+    for name, record in (
+        ("least-outstanding", False),
+        ("class-aware", False),
+        ("what-if", False),
+        ("random", True),
+    ):
         episode = scenario.episode(0, num_requests=8)
         run(Simulator(scenario.spec, [episode], record=record), policy(name))
     play_environments("servegym/Dispatch-v1", num_requests=8)
@@ -128,10 +133,12 @@ def compile_bounds() -> None:
 
 
 def compile_live() -> None:
-    """What the emulated engine runs besides the rules."""
+    """What the emulated engine and the router run besides the rules."""
     from servegym.serve.engine.core import rehearse
+    from servegym.serve.state import rehearse_inference
 
     rehearse(load_scenario("mixed-chat").spec.types[0])
+    rehearse_inference()
 
 
 def play_environments(name: str, **settings: Any) -> None:

@@ -51,6 +51,7 @@ class SuiteScenario(Config):
         loads: Load factors; the score is the mean over them.
         num_units: Requests or jobs per episode.
         is_control: Whether there is nothing to gain, and a policy must only not lose.
+        bound_budget: Simulation of the clairvoyant search, if it is not that of the suite.
     """
 
     name: str
@@ -59,6 +60,7 @@ class SuiteScenario(Config):
     loads: tuple[Factor, ...] = Field((1.0,), min_length=1)
     num_units: int = Field(ge=1)
     is_control: bool = False
+    bound_budget: float | None = Field(None, gt=0)
 
 
 class Suite(Config):
@@ -307,7 +309,7 @@ def record_scenario(
     if searched:
         best = [before[text]["policy"] for text in order(before)[:NUM_STARTS]]
         starts = [*(text for text in best if text not in rules), *oracles]
-    budget = suite.bound_budget if searched else 0.0
+    budget = (entry.bound_budget or suite.bound_budget) if searched else 0.0
     rows = play(suite, entry, load, [*rules, *starts], bound_budget=budget, progress=progress)
     made = {text: {**rows[text], "recorded_by": recorded_by} for text in rules}
     found = {**before, **made}

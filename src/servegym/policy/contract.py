@@ -23,7 +23,7 @@ class Group(IntFlag):
     WHAT_IF = 8  # forward simulation of each choice; not part of the environment's observation
     STEP_TIMES = 16  # what the router infers: from when tokens come,
     LENGTHS = 32  # from how long answers have become,
-    LIMITS = 64  # and from both, about every request that is there
+    LIMITS = 64  # and from both, about every request that is there: this costs the most
     SAMPLED = 128  # with WHAT_IF: over drawn output lengths, not the predicted ones
 
 
@@ -193,7 +193,7 @@ REPLICA_FEATURES: tuple[Feature, ...] = (
         0,
         NO_BOUND,
         "tokens",
-        Group.LENGTHS,
+        Group.LIMITS,
         "output tokens still expected of the outstanding requests, given what has come",
     ),
     Feature(

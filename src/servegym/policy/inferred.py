@@ -13,7 +13,7 @@ import numpy as np
 from numba import types
 
 from servegym.cluster.entry import INFER, entry
-from servegym.cluster.jit import inlined
+from servegym.cluster.jit import inlined, kernel
 from servegym.cluster.state import (
     DECODE,
     VIEW_AS_TIGHT,
@@ -24,6 +24,7 @@ from servegym.cluster.state import (
     VIEW_PREFILL_RATE,
     VIEW_PREFIX_HIT,
     VIEW_PUSHED_OVER_40,
+    VIEW_PUSHED_OVER_100,
     VIEW_RECENT_ITL,
     VIEW_STEP_TIME_RATIO,
     Params,
@@ -40,8 +41,8 @@ from servegym.policy.lengths import (
     spread_of,
     tokens_left,
 )
+from servegym.typing import FloatArray
 
-_LENGTHS = int(Group.LENGTHS)
 _LIMITS = int(Group.LIMITS)
 
 #: Observed steps are forgotten with these time constants, of time in which newer ones have been
@@ -88,11 +89,90 @@ def tpot_s(since_first_s: float, left: float, tokens: float, each_s: float) -> f
     return (since_first_s + left * each_s) / (left + tokens)
 
 
+@inlined
+def forget_requests(view: FloatArray, r: int, new: float) -> tuple[float, float, float]:
+    """Begin to count the requests that are at a replica.
+
+    Args:
+        view: Features, `float64[F, R]`; rows from `expected_tokens_left` on are set to 0.
+        r: The replica.
+        new: Prompt tokens of the new request that are to be computed there.
+
+    Returns:
+        Seconds of a step without the new request and with it, and of its prefill.
+    """
+    alone_s, seq_s = view[VIEW_DECODE_STEP, r], view[VIEW_DECODE_SEQ, r]
+    ratio, others = view[VIEW_STEP_TIME_RATIO, r], view[VIEW_OUTSTANDING, r]
+    for row in range(VIEW_EXPECTED_LEFT, VIEW_PUSHED_OVER_100 + 1):
+        view[row, r] = 0.0
+    return (
+        ratio * step_s(alone_s, seq_s, max(0.0, others - 1.0)),
+        ratio * step_s(alone_s, seq_s, others),
+        ratio * new / view[VIEW_PREFILL_RATE, r],
+    )
+
+
+@inlined
+def count_request(
+    view: FloatArray,
+    r: int,
+    left: float,
+    tokens: float,
+    so_far_s: float,
+    own_limit_s: float,
+    limit_s: float,
+    step_times: tuple[float, float, float],
+) -> None:
+    """Count a request that is at a replica.
+
+    Args:
+        view: Features, `float64[F, R]`, to whose rows of `Group.LIMITS` it is added.
+        r: The replica.
+        left: Tokens expected to come.
+        tokens: Tokens that have come.
+        so_far_s: Seconds since its first token, 0 before.
+        own_limit_s: Its TPOT limit.
+        limit_s: That of the new request.
+        step_times: From `forget_requests`.
+    """
+    each_s, with_it_s, pause_s = step_times
+    view[VIEW_EXPECTED_LEFT, r] += left
+    view[VIEW_AS_TIGHT, r] += own_limit_s <= limit_s
+    without_s = tpot_s(so_far_s, left, tokens, each_s)
+    then_s = tpot_s(so_far_s + pause_s, left, tokens, with_it_s)
+    for k in range(len(MARGINS)):
+        most_s = MARGINS[k] * own_limit_s
+        view[VIEW_PUSHED_OVER_40 + k, r] += without_s <= most_s < then_s
+
+
+@kernel
+def count_requests(
+    view: FloatArray, r: int, requests: FloatArray, variance: float, limit_s: float, new: float
+) -> None:
+    """Fill the rows of `Group.LIMITS` of a replica from what is known of its requests.
+
+    Args:
+        view: Features, `float64[F, R]`.
+        r: The replica.
+        requests: Of each, the tokens expected in all and those that have come, seconds since its
+            first token (0 before) and its TPOT limit, `float64[n, 4]`.
+        variance: Of the logarithms of their lengths.
+        limit_s: TPOT limit of the new request.
+        new: Its prompt tokens that are to be computed there.
+    """
+    step_times = forget_requests(view, r, new)
+    for i in range(requests.shape[0]):
+        left = tokens_left(requests[i, 0], variance, requests[i, 1])
+        count_request(
+            view, r, left, requests[i, 1], requests[i, 2], requests[i, 3], limit_s, step_times
+        )
+
+
 @entry(INFER, types.void, types.int64, types.int64)
 def infer(p: Params, s: State, e: int, needs: int) -> None:
     """Fill the inferred rows of `s.shown[e]` for the dispatch that is due.
 
-    Of the request, `expected` and the environment's `expected_spread` are written.
+    Of the request, `State.length` and the environment's `expected_spread` are written.
 
     Args:
         p: Constants.
@@ -107,7 +187,7 @@ def infer(p: Params, s: State, e: int, needs: int) -> None:
     variance = error[3]
     i = env.deciding
     asking = s.request[e, i]
-    asking.expected = expected_length(asking.predicted, error)
+    s.length[e, i].expected = expected_length(asking.predicted, error)
     env.expected_spread = spread_of(variance)
     now_s = env.now_s
     since_s = now_s - env.looked_s
@@ -120,19 +200,10 @@ def infer(p: Params, s: State, e: int, needs: int) -> None:
         if v.mode == DECODE:
             ended = steps_ended_by(p, s, e, r, now_s)
         _look(p, s, e, r, ended, since_s)
-        if not needs & (_LENGTHS | _LIMITS):
+        if not needs & _LIMITS:
             continue
-        alone_s, seq_s = view[VIEW_DECODE_STEP, r], view[VIEW_DECODE_SEQ, r]
-        others = view[VIEW_OUTSTANDING, r]
-        ratio = view[VIEW_STEP_TIME_RATIO, r]
-        each_s = ratio * step_s(alone_s, seq_s, max(0.0, others - 1.0))
-        with_it_s = ratio * step_s(alone_s, seq_s, others)
         new = max(0.0, asking.prompt - view[VIEW_PREFIX_HIT, r])
-        pause_s = ratio * new / view[VIEW_PREFILL_RATE, r]
-        view[VIEW_EXPECTED_LEFT, r] = 0.0
-        view[VIEW_AS_TIGHT, r] = 0.0
-        for k in range(len(MARGINS)):
-            view[VIEW_PUSHED_OVER_40 + k, r] = 0.0
+        step_times = forget_requests(view, r, new)
         running = v.run_head
         waiting = v.wait_head
         while running >= 0 or waiting >= 0:
@@ -145,19 +216,13 @@ def infer(p: Params, s: State, e: int, needs: int) -> None:
             tokens = q.generated
             if q.join_iter >= 0:
                 tokens += v.iteration + ended - q.join_iter
-            if q.expected == 0.0:
-                q.expected = expected_length(q.predicted, error)
-            left = tokens_left(q.expected, variance, tokens)
-            view[VIEW_EXPECTED_LEFT, r] += left
-            if needs & _LIMITS:
-                own_limit_s = p.slo_s[q.slo_class, 1]
-                view[VIEW_AS_TIGHT, r] += own_limit_s <= limit_s
-                so_far_s = 0.0 if math.isnan(q.first_token_s) else now_s - q.first_token_s
-                without_s = tpot_s(so_far_s, left, tokens, each_s)
-                then_s = tpot_s(so_far_s + pause_s, left, tokens, with_it_s)
-                for k in range(len(MARGINS)):
-                    most_s = MARGINS[k] * own_limit_s
-                    view[VIEW_PUSHED_OVER_40 + k, r] += without_s <= most_s < then_s
+            length = s.length[e, j]
+            if length.expected == 0.0:
+                length.expected = expected_length(q.predicted, error)
+            so_far_s = 0.0 if math.isnan(q.first_token_s) else now_s - q.first_token_s
+            own_limit_s = p.slo_s[q.slo_class, 1]
+            left = tokens_left(length.expected, variance, tokens)
+            count_request(view, r, left, tokens, so_far_s, own_limit_s, limit_s, step_times)
 
 
 @inlined
@@ -165,12 +230,12 @@ def _learn(s: State, e: int) -> None:
     """Learn from the requests that have ended since the last call."""
     env = s.env[e]
     last = env.last_learnt
-    i = s.request[e, last].next_ended if last >= 0 else env.first_ended
+    i = s.length[e, last].next_ended if last >= 0 else env.first_ended
     while i >= 0:
         q = s.request[e, i]
         learn_length(s.length_sums[e], q.predicted, q.output)
         env.last_learnt = i
-        i = q.next_ended
+        i = s.length[e, i].next_ended
 
 
 @inlined
@@ -185,28 +250,28 @@ def _look(p: Params, s: State, e: int, r: int, ended: int, since_s: float) -> No
         ended: Steps of the decode stretch in progress that have ended.
         since_s: Seconds since that call.
     """
-    v = s.replica[e, r]
+    v, w = s.replica[e, r], s.stream[e, r]
     span_s, batch = 0.0, v.num_decodes
     if ended > 0:
         kv = v.kv_tokens + batch
         span_s = v.stretch_factor * decode_span_s(p, v.type_idx, batch, kv, ended)
     alone_s, seq_s = s.shown[e, VIEW_DECODE_STEP, r], s.shown[e, VIEW_DECODE_SEQ, r]
     kept = itl_kept(since_s)
-    v.itl_s = kept * v.itl_s + v.seen_s + span_s
-    v.itl_steps = kept * v.itl_steps + v.seen_steps + ended
-    v.seen_s = -span_s  # the stretch will count as a whole when it ends
-    v.seen_steps = -ended
+    w.itl_s = kept * w.itl_s + w.seen_s + span_s
+    w.itl_steps = kept * w.itl_steps + w.seen_steps + ended
+    w.seen_s = -span_s  # the stretch will count as a whole when it ends
+    w.seen_steps = -ended
     if v.is_pure == 0 or v.mode != DECODE:
         span_s, ended = 0.0, 0
-    steps, others = v.pure_steps + ended, v.pure_others + ended * (batch - 1)
-    observed_s = v.pure_s + span_s + v.late_s
+    steps, others = w.pure_steps + ended, w.pure_others + ended * (batch - 1)
+    observed_s = w.pure_s + span_s + w.late_s
     kept = steps_kept(since_s, observed_s)
-    v.observed_s = kept * v.observed_s + observed_s
-    v.expected_s = kept * v.expected_s + steps * alone_s + others * seq_s + v.late_expected_s
-    v.late_s = 0.0
-    v.late_expected_s = 0.0
-    v.pure_s = -span_s
-    v.pure_steps = -ended
-    v.pure_others = -ended * (batch - 1)
-    s.shown[e, VIEW_STEP_TIME_RATIO, r] = step_time_ratio(v.observed_s, v.expected_s)
-    s.shown[e, VIEW_RECENT_ITL, r] = recent_itl_s(v.itl_s, v.itl_steps, alone_s)
+    w.observed_s = kept * w.observed_s + observed_s
+    w.expected_s = kept * w.expected_s + steps * alone_s + others * seq_s + w.late_expected_s
+    w.late_s = 0.0
+    w.late_expected_s = 0.0
+    w.pure_s = -span_s
+    w.pure_steps = -ended
+    w.pure_others = -ended * (batch - 1)
+    s.shown[e, VIEW_STEP_TIME_RATIO, r] = step_time_ratio(w.observed_s, w.expected_s)
+    s.shown[e, VIEW_RECENT_ITL, r] = recent_itl_s(w.itl_s, w.itl_steps, alone_s)

@@ -97,12 +97,15 @@ def observe(p: Params, s: State, e: int, needs: int, request_out: FloatArray) ->
             request_out[EXPECTED_TOKENS] = np.nan
         else:
             infer(p, s, e, needs)
-            request_out[EXPECTED_TOKENS] = request.expected
+            request_out[EXPECTED_TOKENS] = s.length[e, i].expected
         request_out[EXPECTED_TOKENS_SPREAD] = env.expected_spread
 
 
 def prepare(simulator: Simulator, needs: Group) -> None:
-    """Compile what `observe` calls only where some groups of features are needed."""
+    """See to it that `observe` can fill groups of features, before the episodes begin.
+
+    What is inferred is compiled only for who asks for it, and rests on what has been watched since.
+    """
     if needs & INFERRED:
         simulator.require(INFER)
 

@@ -16,7 +16,7 @@ from servegym.cluster.spec import ClusterSpec, Episode
 from servegym.cluster.state import ALWAYS, WHERE_IT_MATTERS, Asks
 from servegym.errors import PolicyError
 from servegym.policy.contract import Group
-from servegym.policy.observe import observe_batch
+from servegym.policy.observe import observe_batch, prepare
 from servegym.policy.pair import Pair
 from servegym.policy.policy import Heuristic, Policy
 from servegym.policy.run import run_compiled, tell_truth
@@ -81,6 +81,7 @@ def _begin(simulator: Simulator, pair: Pair, seed: int) -> FloatArray:
     """Prepare both; return the memory of the order, one row a request."""
     require_priorities(simulator)
     tell_truth(simulator, pair.information)
+    prepare(simulator, pair.dispatch.needs)
     pair.dispatch.reset(simulator.num_envs, seed)
     num_requests = simulator.state.request.shape[1]
     return np.zeros((simulator.num_envs * num_requests, pair.order.memory_size))

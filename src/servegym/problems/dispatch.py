@@ -97,6 +97,8 @@ class Dispatch(RequestProblem[Policy | Pair]):
         "dynamo",
         "prefix-load",
         "added-delay",
+        "added-delay-inferred",
+        "class-aware",
         "hexgen",
         "mct",
         "mct-oracle",

@@ -23,6 +23,7 @@ from servegym.policy.contract import (
 )
 from servegym.policy.policy import Observations, Policy
 from servegym.serve.ranges import Ranges
+from servegym.serve.state import rehearse_inference
 from servegym.typing import BoolArray
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ def load_policy(text: str, config: RuntimeConfig) -> LoadedPolicy:
             f"{text} cannot be live: it needs what only a simulator knows; "
             "choose another rule or an exported policy"
         )
+    if found.needs & Group.LIMITS:
+        rehearse_inference()
     found.reset(1, config.seed)
     ranges = Ranges.of(manifest, config.range_margin) if manifest else None
     loaded = LoadedPolicy(text, found, manifest, ranges)

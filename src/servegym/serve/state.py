@@ -21,14 +21,12 @@ from servegym.policy.contract import (
     DECODE_SEQ_S,
     DECODE_STEP_S,
     EXPECTED_TOKENS,
-    EXPECTED_TOKENS_LEFT,
     EXPECTED_TOKENS_SPREAD,
     FIRST_NOMINAL,
     GENERATED_TOKENS,
     INFERRED,
     KV_CACHE_USAGE,
     KV_CAPACITY_TOKENS,
-    MARGINS,
     MAX_NUM_BATCHED_TOKENS,
     METRICS_AGE_S,
     NO_BOUND,
@@ -39,7 +37,6 @@ from servegym.policy.contract import (
     NUM_RUNNING,
     NUM_UP,
     NUM_WAITING,
-    OUTSTANDING_AS_TIGHT,
     OUTSTANDING_PREDICTED_TOKENS,
     OUTSTANDING_PROMPT_TOKENS,
     OUTSTANDING_REQUESTS,
@@ -48,8 +45,6 @@ from servegym.policy.contract import (
     PREFILL_TOKENS_PER_S,
     PREFIX_HIT_TOKENS,
     PROMPT_TOKENS,
-    PUSHED_OVER_40,
-    PUSHED_OVER_100,
     RECENT_ITL_S,
     RECENT_TPOT_S,
     RECENT_TTFT_S,
@@ -62,20 +57,18 @@ from servegym.policy.contract import (
     WAITED_S,
     Group,
 )
-from servegym.policy.costs import step_s
 from servegym.policy.inferred import (
+    count_requests,
     itl_kept,
     recent_itl_s,
     step_time_ratio,
     steps_kept,
-    tpot_s,
 )
 from servegym.policy.lengths import (
     error_of,
     expected_length,
     learn_length,
     spread_of,
-    tokens_left,
 )
 from servegym.policy.policy import Observations
 from servegym.typing import BoolArray, FloatArray
@@ -85,6 +78,11 @@ _LATENCY_WEIGHT = 0.1
 _ARRIVAL_WEIGHT = 0.02
 _FAR_S = 1e6
 _ALL = Group.COUNTERS | Group.METRICS | Group.PREFIX
+
+
+def rehearse_inference() -> None:
+    """Compile what a live state calls if somebody needs `Group.LIMITS`: no decision is to wait."""
+    count_requests(np.ones((NUM_REPLICA_FEATURES, 1)), 0, np.zeros((0, 4)), 0.0, 0.0, 0.0)
 
 
 class EngineMetrics(NamedTuple):
@@ -530,46 +528,28 @@ class LiveState:
         row[EXPECTED_TOKENS] = request.expected_tokens
         row[EXPECTED_TOKENS_SPREAD] = spread_of(variance)
         self._streams.look(replicas, now_s)
-        if not needs & (Group.LENGTHS | Group.LIMITS):
+        if not needs & Group.LIMITS:
             return
+        limit_s = self._slo_rows[request.slo_class][1]
         for r, there in enumerate(self._at):
-            left = [
-                tokens_left(self._expected(q, error), variance, q.generated_tokens) for q in there
+            known = [
+                (
+                    self._expected(q, error),
+                    q.generated_tokens,
+                    0.0 if math.isnan(q.first_token_s) else now_s - q.first_token_s,
+                    self._slo_rows[q.slo_class][1],
+                )
+                for q in there
             ]
-            replicas[EXPECTED_TOKENS_LEFT, r] = sum(left)
-            if needs & Group.LIMITS:
-                self._count_limits(request, r, dict(zip(there, left, strict=True)), now_s)
+            requests = np.array(known, np.float64).reshape(-1, 4)
+            new = max(0.0, request.prompt_tokens - float(replicas[PREFIX_HIT_TOKENS, r]))
+            count_requests(replicas, r, requests, variance, limit_s, new)
 
     @staticmethod
     def _expected(request: LiveRequest, error: tuple[float, float, float, float]) -> float:
         if request.expected_tokens == 0.0:
             request.expected_tokens = expected_length(request.predicted_output_tokens, error)
         return request.expected_tokens
-
-    def _count_limits(
-        self, request: LiveRequest, r: int, left: dict[LiveRequest, float], now_s: float
-    ) -> None:
-        """Count whom the request would push over shares of their TPOT limits on a replica."""
-        replicas = self.replicas
-        alone_s, seq_s = float(replicas[DECODE_STEP_S, r]), float(replicas[DECODE_SEQ_S, r])
-        ratio = float(replicas[STEP_TIME_RATIO, r])
-        others = len(left)
-        each_s = ratio * step_s(alone_s, seq_s, max(0.0, others - 1.0))
-        with_it_s = ratio * step_s(alone_s, seq_s, others)
-        new = max(0.0, request.prompt_tokens - float(replicas[PREFIX_HIT_TOKENS, r]))
-        pause_s = ratio * new / float(replicas[PREFILL_TOKENS_PER_S, r])
-        limit_s, as_tight = self._slo_rows[request.slo_class][1], 0
-        pushed = [0] * len(MARGINS)
-        for q, more in left.items():
-            own_limit_s = self._slo_rows[q.slo_class][1]
-            as_tight += own_limit_s <= limit_s
-            since_s = 0.0 if math.isnan(q.first_token_s) else now_s - q.first_token_s
-            without_s = tpot_s(since_s, more, q.generated_tokens, each_s)
-            then_s = tpot_s(since_s + pause_s, more, q.generated_tokens, with_it_s)
-            for k, margin in enumerate(MARGINS):
-                pushed[k] += without_s <= margin * own_limit_s < then_s
-        replicas[OUTSTANDING_AS_TIGHT, r] = as_tight
-        replicas[PUSHED_OVER_40 : PUSHED_OVER_100 + 1, r] = pushed
 
     def _forget(self, request: LiveRequest) -> None:
         """Take a request out of the counters of its replica."""
