@@ -281,3 +281,19 @@ def test_it_learns_to_reject_where_limits_are_judged(write_scenario, tmp_path):
     run(simulator, TorchPolicy(network))
     rejected = simulator.outcomes()["rejected"]
     assert 0 < rejected.mean() < 0.9
+
+
+@pytest.mark.slow
+def test_the_demonstration_says_how_its_policy_stands_and_in_what_it_differs(
+    write_scenario, tmp_path, capsys
+):
+    pytest.importorskip("matplotlib")
+    path = write_scenario()
+    words = ["demo", "--scenario", path, "--minutes", "0.02", "--seeds", "2"]
+    main([*words, "--out", str(tmp_path)])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Load 1: mean E2E of counterfactual over that of" in said
+    assert "counterfactual does not do what" in said
+    page = (tmp_path / "report.html").read_text()
+    assert "What counterfactual does otherwise than" in page
+    assert (tmp_path / "counterfactual" / "policy" / "policy.onnx").is_file()

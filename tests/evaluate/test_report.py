@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from servegym.evaluate.report import report_page, write_report
+from servegym.problems.problem import Section
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -128,3 +129,12 @@ def test_browser_shows_the_page_and_decodes_every_image(page, tmp_path):
     assert shown.returncode == 0, shown.stderr[-500:]
     assert f'data-decoded="{NUM_IMAGES}/{NUM_IMAGES}"' in shown.stdout
     assert "<h1>small &amp; &lt;mixed&gt;</h1>" in shown.stdout
+
+
+def test_what_is_said_beside_the_comparison_is_escaped_and_shown(result):
+    section = Section(
+        "Mine & rule's", ["It is < 1 s.", "So it is."], "<img alt='x' src=''>", "How."
+    )
+    page = report_page(result, [section])
+    assert "<h2>Mine &amp; rule&#x27;s</h2><p>It is &lt; 1 s.</p><p>So it is.</p><img" in page
+    assert "Mine" not in report_page(result)

@@ -45,12 +45,19 @@ def made(taken, asked, gain, predicted=None, *, in_time=False) -> Partings:
 def test_what_is_said_by_hand():
     said = " ".join(sentences(made([0, 0, 0, 1], [0, 1, 1, 0], [0, 0.5, 0.3, -0.2])))
     assert "In 75% of 4 decisions" in said
-    assert "saves all requests together 0.2 s more" in said  # (0.5 + 0.3 - 0.2) / 3
+    assert "saves all requests together 0.2 s beside the rule's" in said  # (0.5 + 0.3 - 0.2) / 3
     assert "the better one of the two in 67% of them" in said
     assert "it chooses A in 67% (the rule: 33%), B in 33% (the rule: 67%)" in said
     # A has 5 requests and B 2: it prefers A twice and B once
     assert "has 4.0 requests in the mean, the rule's 3.0" in said
     assert "tokens" not in said.partition("Where")[2].partition("The replica")[0]
+
+
+def test_what_is_lost_is_said_as_well():
+    said = " ".join(sentences(made([0, 0], [1, 1], [-0.5, 0.1])))
+    assert "costs all requests together 0.2 s beside the rule's" in said
+    said = " ".join(sentences(made([0, 0], [1, 1], [-0.5, 0.1], in_time=True)))
+    assert "brings 0.2 requests within their limits fewer than the rule's" in said
 
 
 def test_lengths_are_named_at_which_it_parts_more_often():

@@ -134,11 +134,17 @@ def sentences(found: Partings) -> list[str]:
     ]
     if not parted.any():
         return said
-    gain, unit = found.gain[parted], "requests within their limits" if found.in_time else "s"
-    what = "brings" if found.in_time else "saves all requests together"
+    gain = found.gain[parted]
+    size, is_gain = abs(float(gain.mean())), gain.mean() >= 0
+    if found.in_time:
+        much = f"{size:.3g} requests within their limits {'more' if is_gain else 'fewer'}"
+        what = f"brings {much} than the rule's"
+    else:
+        much = f"{'saves' if is_gain else 'costs'} all requests together {size:.3g} s"
+        what = f"{much} beside the rule's"
     said.append(
-        f"Tried on copies of these states, its choice {what} {gain.mean():.3g} {unit} more than the"
-        f" rule's in the mean; it is the better one of the two in {(gain > 0).mean():.0%} of them."
+        f"Tried on copies of these states, its choice {what} in the mean; it is the better one of"
+        f" the two in {(gain > 0).mean():.0%} of them."
     )
     said.append(f"Where they part, it chooses {_by_kind(found, parted)}.")
     there = _there(found, parted)
