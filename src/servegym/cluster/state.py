@@ -364,6 +364,7 @@ LINK_DTYPE = np.dtype(
         ("last_remote", "i8"),
         ("num_remote", "i8"),
         ("num_landed", "i8"),
+        ("budget", "i8"),  # tokens left of the step that forms
     ],
     align=True,
 )
