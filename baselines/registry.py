@@ -83,14 +83,14 @@ RULES: Rules[Heuristic] = Rules(
         "added-delay-inferred": Entry(added_delay_inferred, _DELAYS, bounds=_SHARE),
         "added-delay-reject": Entry(
             added_delay_reject,
-            {**_DELAYS, "ttft": Range(0.1, 1.0), "tpot": Range(0.4, 1.0)},
+            {"decode": _DELAYS["decode"], "ttft": Range(0.1, 1.0), "tpot": Range(0.4, 1.0)},
             bounds=_SHARE,
         ),
         "conductor": Entry(conductor, {"slack": Range(0.2, 5.0, logarithmic=True)}),
         "class-aware": Entry(
             class_aware,
             {
-                **_DELAYS,
+                "decode": _DELAYS["decode"],
                 "ttft": Range(0.2, 1.0),
                 "late": Range(0.3, 300.0, logarithmic=True),
                 "tpot": Range(0.4, 1.0),

@@ -27,7 +27,11 @@ from servegym.envs import cluster_v0
 from servegym.envs.cluster import ClusterEnv
 from servegym.errors import ConfigError, EnvironmentClosed, InvalidAction, ResetNeeded
 from servegym.export.resolve import resolve_dispatch
-from servegym.policy.contract import NUM_OBSERVED_FEATURES, NUM_REQUEST_FEATURES, REPLICA_FEATURES
+from servegym.policy.contract import (
+    NUM_OBSERVED_FEATURES,
+    NUM_OBSERVED_REQUEST_FEATURES,
+    REPLICA_FEATURES,
+)
 from servegym.policy.ordering import NUM_ORDERING_FEATURES, OrderingFeature
 from servegym.policy.run_pair import make_simulator, run_pair
 from servegym.scenario import Scenario, load_scenario, scenario_names
@@ -340,7 +344,7 @@ def test_agents_see_their_own_and_the_state_sees_all():
     assert env.action_space("scheduler_1").n == 4 + 8
     width = 2 * NUM_OBSERVED_FEATURES
     assert env.observation_space("dispatcher_0")["observation"].shape == (
-        width + NUM_REQUEST_FEATURES,
+        width + NUM_OBSERVED_REQUEST_FEATURES,
     )
     speeds = [f.name for f in REPLICA_FEATURES].index("relative_speed")
     kinds, prompts, steps = set(), 0, 0

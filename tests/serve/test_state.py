@@ -242,15 +242,19 @@ def test_what_nobody_needs_is_not_inferred():
     state.dispatch(first, 0, 0.0)
     state.first_token(first, 0.5)
     state.tokens(first, 1, 0.5)
-    state.tokens(first, 1, 0.9)  # 0.4 s for a step of 0.01 s
+    state.tokens(first, 1, 0.9)  # unseen: nobody has asked yet
     plain = state.observe(arrive(state), 1.0)
     assert value(plain, "step_time_ratio") == value(plain, "expected_tokens_left") == 0.0
     lengths = state.observe(arrive(state), 1.0, needs=ALL | Group.LENGTHS)
     assert lengths.request[0, RequestFeature["EXPECTED_TOKENS"]] == pytest.approx(50.0)
     assert value(lengths, "expected_tokens_left") == 0.0
-    seen = state.observe(arrive(state), 1.0, needs=ALL | Group.LIMITS)
-    assert value(seen, "step_time_ratio") == pytest.approx((0.4 + 0.1) / (0.01 + 0.1))
-    assert value(seen, "expected_tokens_left") == pytest.approx(48.0)
+    assert value(lengths, "step_time_ratio") == 1.0
+    state.tokens(first, 1, 1.1)
+    state.tokens(first, 1, 1.5)
+    seen = state.observe(arrive(state), 1.6, needs=ALL | Group.LIMITS)
+    # two steps of 0.01 s, from the last token before to 1.5 s
+    assert value(seen, "step_time_ratio") == pytest.approx((0.6 + 0.1) / (0.02 + 0.1))
+    assert value(seen, "expected_tokens_left") == pytest.approx(46.0)
     assert value(seen, "outstanding_as_tight") == 1.0
 
 
@@ -271,7 +275,7 @@ def test_answers_that_come_whole_say_nothing_of_step_times():
 def test_a_stream_that_another_replica_takes_up_decodes_there():
     state = make_state()
     request = arrive(state)
-    state.observe(request, 0.0)
+    state.observe(request, 0.0, needs=ALL | INFERRED)
     state.dispatch(request, 0, 0.0)
     state.first_token(request, 0.1)
     state.tokens(request, 3, 0.1)

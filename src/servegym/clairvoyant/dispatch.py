@@ -15,7 +15,7 @@ from servegym.clairvoyant.fleet import UNKNOWN, play_assigned, sweep_fleet
 from servegym.clairvoyant.goal import NUM_FATES, Goal, is_better, judged, loss, make_goal
 from servegym.clairvoyant.replicas import REJECT, Effort, Fleet, new_tried, play_all, sweep
 from servegym.cluster.allocate import Capacity, load_episode, make_params, make_state
-from servegym.cluster.entry import addresses
+from servegym.cluster.entry import DISAGGREGATION, addresses
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import ClusterSpec, Episode, Faults
 from servegym.cluster.state import (
@@ -188,8 +188,9 @@ def best_choices(
         return list(pool.map(searched, range(len(episodes))))
 
 
-def _with_entries(params: Params, state: State) -> Params:
-    params.entries[:] = addresses(typeof(params), typeof(state))
+def _with_entries(spec: ClusterSpec, params: Params, state: State) -> Params:
+    wanted = DISAGGREGATION if spec.disaggregated else frozenset()
+    params.entries[:] = addresses(typeof(params), typeof(state), wanted)
     return params
 
 
@@ -206,8 +207,8 @@ def _search_replicas(
     alone = [_alone(episode, r) for r in range(num_replicas)]
     capacity = Capacity.of(alone, record=False)._replace(num_envs=num_replicas + 2)
     state = make_state(spec, capacity)
-    ask = _with_entries(make_params(spec, record=False), state)
-    play = _with_entries(make_params(spec, record=False, asks=Asks(dispatch=NEVER)), state)
+    ask = _with_entries(spec, make_params(spec, record=False), state)
+    play = _with_entries(spec, make_params(spec, record=False, asks=Asks(dispatch=NEVER)), state)
     for env, one in enumerate([*alone, alone[0], alone[0]]):
         load_episode(ask, state, env, one)
         state.replica[env, 0]["noise_stream"] = env
@@ -273,7 +274,7 @@ def _search_fleet(
     spent: IntArray,
 ) -> tuple[IntArray, tuple[float, float]]:
     state = make_state(spec, Capacity.of([episode, episode], record=False))
-    params = _with_entries(make_params(spec, record=False), state)
+    params = _with_entries(spec, make_params(spec, record=False), state)
     words = words_of(state)
     choice = start.copy()
     fates, room = np.zeros((NUM_FATES, len(choice))), np.zeros(len(choice))

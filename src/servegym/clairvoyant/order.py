@@ -65,7 +65,7 @@ def _sweep(
     """Try another priority for every request once, and keep what is better.
 
     Args:
-        goal: What counts.
+        goal: What counts; requests that are not judged keep their priorities.
         ask: Constants with which arrivals halt the engine.
         play: Constants with which nothing does.
         s: Two environments, the first one at the beginning.
@@ -90,7 +90,7 @@ def _sweep(
         near = i + int((2.0 * next_uniform(rng) - 1.0) * _WINDOW)
         near = min(max(near, 0), num_requests - 1)
         old = key[i]
-        if near != i:
+        if near != i and i >= goal.first:
             key[i] = key[near] + 2.0 * next_uniform(rng) - 1.0
             copy_env(s, words, 0, 1, 0)
             s.order[1, i].key = key[i]

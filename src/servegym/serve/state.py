@@ -206,6 +206,10 @@ class _Streams:
                 self._late_expected_s[r] += most_s
         self._is_pure[r] = self._num[r] == outstanding
 
+    def skip(self, r: int, now_s: float) -> None:
+        """Tokens have come that nobody watches."""
+        self._last_s[r] = now_s
+
     def look(self, replicas: FloatArray, now_s: float) -> None:
         """Fill rows `step_time_ratio` and `recent_itl_s`."""
         since_s = now_s - self._looked_s
@@ -273,6 +277,7 @@ class LiveState:
         self._num_held = 0
         self._at: list[dict[LiveRequest, None]] = [{} for _ in range(width)]  # in order of dispatch
         self._streams = _Streams(width)
+        self._is_watched = False  # since somebody has needed what streams show
         self._length_sums = np.zeros(NUM_LENGTH_SUMS)
         self._request = np.zeros((1, NUM_REQUEST_FEATURES))
         self._mask = np.zeros((1, width + 2), np.bool_)
@@ -427,7 +432,10 @@ class LiveState:
                 self._begin_decoding(request, now_s)
         elif request.generated_tokens > 0:  # else the first one, which ends a prefill, not a step
             r = request.replica
-            self._streams.step(r, count, len(self._at[r]), self.replicas, now_s)
+            if self._is_watched:
+                self._streams.step(r, count, len(self._at[r]), self.replicas, now_s)
+            else:
+                self._streams.skip(r, now_s)
         request.generated_tokens += count
         self._generated[request.replica] += count
 
@@ -521,6 +529,7 @@ class LiveState:
 
     def _infer(self, request: LiveRequest, now_s: float, needs: Group) -> None:
         """Fill the inferred rows; `policy.inferred.infer` in plain Python."""
+        self._is_watched = True
         replicas, row = self.replicas, self._request[0]
         error = error_of(self._length_sums)
         variance = error[3]
