@@ -37,12 +37,12 @@ from servegym.cluster.state import (
     EV_FIRST_TOKEN,
     FINISHED,
     IDLE,
+    OBSERVED_PENDING_PREFILL,
+    OBSERVED_RECENT_TPOT,
+    OBSERVED_RECENT_TTFT,
     PREFILL,
     PREFILL_ONLY,
     STEP,
-    VIEW_PENDING_PREFILL,
-    VIEW_RECENT_TPOT,
-    VIEW_RECENT_TTFT,
     Params,
     State,
 )
@@ -267,10 +267,10 @@ def _emit_after_prefill(p: Params, s: State, e: int, r: int, request: int, now_s
     if math.isnan(q.first_token_s):
         q.first_token_s = now_s
         log_event(p, s, e, now_s, EV_FIRST_TOKEN, request, r, 0.0)
-        s.shown[e, VIEW_PENDING_PREFILL, r] -= q.prompt - q.hit_hint
+        s.observation[e, OBSERVED_PENDING_PREFILL, r] -= q.prompt - q.hit_hint
         ttft = now_s - q.arrival_s
-        old = s.shown[e, VIEW_RECENT_TTFT, r]
-        s.shown[e, VIEW_RECENT_TTFT, r] = ttft if old == 0.0 else old + 0.1 * (ttft - old)
+        old = s.observation[e, OBSERVED_RECENT_TTFT, r]
+        s.observation[e, OBSERVED_RECENT_TTFT, r] = ttft if old == 0.0 else old + 0.1 * (ttft - old)
     else:
         count_itl(p, s, e, now_s - q.last_token_s, 1)
     q.last_token_s = now_s
@@ -306,8 +306,8 @@ def _finish(p: Params, s: State, e: int, r: int, request: int, now_s: float) -> 
     tpot = 0.0
     if output > 1:
         tpot = (now_s - q.first_token_s) / (output - 1)
-        old = s.shown[e, VIEW_RECENT_TPOT, r]
-        s.shown[e, VIEW_RECENT_TPOT, r] = tpot if old == 0.0 else old + 0.1 * (tpot - old)
+        old = s.observation[e, OBSERVED_RECENT_TPOT, r]
+        s.observation[e, OBSERVED_RECENT_TPOT, r] = tpot if old == 0.0 else old + 0.1 * (tpot - old)
     c = q.slo_class
     ttft = q.first_token_s - q.arrival_s
     if ttft <= p.slo_s[c, 0] and tpot <= p.slo_s[c, 1]:

@@ -63,6 +63,8 @@ from servegym.cluster.state import (
     LANDING,
     LEASE,
     NEVER,
+    OBSERVED_KV_CAPACITY,
+    OBSERVED_UP,
     PLACE,
     PLACING,
     PREFILL_ONLY,
@@ -71,8 +73,6 @@ from servegym.cluster.state import (
     RUNNING,
     TRANSFERRING,
     UNPLACED,
-    VIEW_KV_CAPACITY,
-    VIEW_UP,
     WAKING,
     Params,
     State,
@@ -138,8 +138,8 @@ def find_place(p: Params, s: State, e: int, request: int) -> None:
         v = s.replica[e, r]
         allowed = (
             p.role[v.type_idx] != PREFILL_ONLY
-            and s.shown[e, VIEW_UP, r] > 0.0
-            and need <= s.shown[e, VIEW_KV_CAPACITY, r]
+            and s.observation[e, OBSERVED_UP, r] > 0.0
+            and need <= s.observation[e, OBSERVED_KV_CAPACITY, r]
         )
         s.allowed[e, r] = allowed
         count += allowed
