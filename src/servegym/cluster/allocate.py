@@ -157,6 +157,10 @@ def make_params(spec: ClusterSpec, *, record: bool, asks: Asks = DISPATCH_ONLY) 
     )
 
 
+#: Arrays of the state that have a row, or more, for every request.
+PER_REQUEST = ("request", "length", "order", "timer", "log", "steps")
+
+
 def make_state(spec: ClusterSpec, capacity: Capacity) -> State:
     """Make the arrays, all zero; every environment must be filled before use."""
     e, n, r = capacity.num_envs, capacity.requests, capacity.replicas

@@ -49,3 +49,15 @@ def test_rows_of_those_that_left_are_used_again(core):
         core.abort(place, 0.0)
     assert core._state.segment.shape[1] <= 40
     assert core._state.request.shape[1] == 64
+
+
+def test_all_that_there_is_of_requests_grows_with_them(core):
+    before = {name: array.shape for name, array in core._state._asdict().items()}
+    num_places = before["request"][1]
+    for i in range(num_places + 1):
+        core.come((5, 1, 0, -1), [i], 0.0, float(i), 0.0)
+    grown = {n for n, array in core._state._asdict().items() if array.shape != before[n]}
+    assert core._state.request.shape[1] == 2 * num_places
+    # no other array has as many rows as there were places for requests, and stayed so
+    tied = {n for n, shape in before.items() if len(shape) > 1 and shape[1] >= num_places}
+    assert tied - {"itl_count"} <= grown

@@ -10,7 +10,7 @@ import numpy as np
 from numba import typeof
 
 from servegym.cluster.aborts import abort
-from servegym.cluster.allocate import Capacity, load_episode, make_params, make_state
+from servegym.cluster.allocate import PER_REQUEST, Capacity, load_episode, make_params, make_state
 from servegym.cluster.entry import addresses
 from servegym.cluster.live import (
     FORMED,
@@ -252,8 +252,7 @@ class EngineCore:
             old = getattr(state, name)
             return np.concatenate((old, np.zeros_like(old)), axis=1)
 
-        grown = {name: twice(name) for name in ("request", "order", "timer", "log", "steps")}
-        self._state = state._replace(**grown)
+        self._state = state._replace(**{name: twice(name) for name in PER_REQUEST})
         self._places = list(range(size, 2 * size))[::-1]
 
 
