@@ -16,7 +16,7 @@ import numpy as np
 
 from servegym.baselines.registry import policy
 from servegym.cluster.simulator import Simulator
-from servegym.cluster.state import VIEW_OUTSTANDING
+from servegym.cluster.state import OBSERVED_OUTSTANDING
 from servegym.policy.counterfactual import Teacher, Worth, due
 from servegym.policy.drawn_lengths import learn_lengths
 from servegym.policy.observe import observe_batch
@@ -57,7 +57,7 @@ def main() -> None:
             simulator.advance()
             observations, envs = observe_batch(simulator, rule.needs)
             if step >= _WARMUP and step % _LABEL_EVERY == 0:
-                there.append(observations.replicas[:, VIEW_OUTSTANDING].mean())
+                there.append(observations.replicas[:, OBSERVED_OUTSTANDING].mean())
                 begin_s, busy_from_s = time.perf_counter(), time.process_time()
                 teacher.values(simulator, due(simulator), step)
                 if labelled or step > _WARMUP:  # the first call compiles

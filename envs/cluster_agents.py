@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.utils.seeding import np_random
 
-from servegym.cluster.state import VIEW_UP
+from servegym.cluster.state import OBSERVED_UP
 from servegym.envs.cluster_batch import ClusterBatch
 from servegym.envs.cluster_kernels import KIND_DISPATCH, KIND_PREEMPT
 from servegym.envs.observation import Table
@@ -278,7 +278,7 @@ class ClusterAgents:
         """Return the infos of agents."""
         batch = self.batch
         state = batch.simulator.state
-        up = [True, *(state.shown[0, VIEW_UP] > 0.0).tolist()]
+        up = [True, *(state.observation[0, OBSERVED_UP] > 0.0).tolist()]
         asked = -1 if batch.done[0] else int(batch.agent[0])
         metrics = dict(zip(batch.metric_names, batch.metrics[:, 0].tolist(), strict=True))
         common = {

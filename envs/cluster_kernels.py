@@ -197,7 +197,7 @@ def step_range(
     m: Memory,
 ) -> None:
     """Decide, go on, reward and observe in environments `first..stop-1` that are active."""
-    width, num_rows = s.shown.shape[2], o.requests.shape[1]
+    width, num_rows = s.observation.shape[2], o.requests.shape[1]
     for e in range(first, stop):
         if not active[e]:
             continue
@@ -234,7 +234,7 @@ def look(
             observe(p, s, e, c.needs if due else c.needs & ~_PREFIX, m.request)
             for r in range(v.replicas.shape[0]):
                 for f in range(v.replicas.shape[1]):
-                    v.replicas[r, f] = s.shown[e, f, r]
+                    v.replicas[r, f] = s.observation[e, f, r]
                 if not due:
                     v.replicas[r, PREFIX_HIT_TOKENS] = 0.0
             for g in range(v.request.shape[0]):

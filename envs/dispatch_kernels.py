@@ -67,10 +67,10 @@ def write_observation(
         memory: Working memory, `float64[NUM_REQUEST_FEATURES]`.
     """
     observe(p, s, e, needs, memory)
-    width = s.shown.shape[2]
+    width = s.observation.shape[2]
     for f in range(replicas.shape[2]):
         for r in range(width):
-            replicas[e, r, f] = s.shown[e, f, r]
+            replicas[e, r, f] = s.observation[e, f, r]
     for g in range(request.shape[1]):
         request[e, g] = memory[g]
     for a in range(mask.shape[1]):
@@ -108,7 +108,7 @@ def step_range(
     request: FloatArray,
 ) -> None:
     """Apply, advance, reward and observe environments `first..stop-1` that are active."""
-    width = s.shown.shape[2]
+    width = s.observation.shape[2]
     for e in range(first, stop):
         if not active[e]:
             continue

@@ -51,7 +51,7 @@ def dispatch_scene(scenario: Scenario, simulator: Simulator, env: int) -> Scene:
     s = simulator.state
     rows = []
     for r in range(int(s.env[env]["num_replicas"])):
-        shown, v = s.shown[env, :, r], s.replica[env, r]
+        shown, v = s.observation[env, :, r], s.replica[env, r]
         name = scenario.spec.types[v["type_idx"]].name
         tokens = shown[OUTSTANDING_PROMPT_TOKENS]
         up = shown[UP] > 0

@@ -18,9 +18,9 @@ import numpy as np
 from servegym.cluster.jit import inlined, kernel
 from servegym.cluster.state import (
     DECODE,
+    OBSERVED_PREFILL_RATE,
     PREFILL,
     STEP,
-    VIEW_PREFILL_RATE,
     Params,
     State,
 )
@@ -107,7 +107,7 @@ def _to_come(p: Params, s: State, e: int, r: int, goodput: bool, m: Memory) -> f
     v = s.replica[e, r]
     share = _share_over(s, e, r)
     ended = 0.0 if v.mode == PREFILL else share * v.stretch_steps
-    rate = s.shown[e, VIEW_PREFILL_RATE, r]
+    rate = s.observation[e, OBSERVED_PREFILL_RATE, r]
     count = 0
     prefill_s, context = 0.0, 0.0
     for queued in range(2):

@@ -8,7 +8,7 @@ import pytest
 from servegym.baselines.registry import policy
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import ClusterSpec, Episode, ReplicaType
-from servegym.cluster.state import VIEW_NUM_RUNNING, VIEW_NUM_WAITING, VIEW_OUTSTANDING
+from servegym.cluster.state import OBSERVED_NUM_RUNNING, OBSERVED_NUM_WAITING, OBSERVED_OUTSTANDING
 from servegym.costs.grid import (
     NUM_BATCH_KNOTS,
     NUM_CHUNK_KNOTS,
@@ -88,7 +88,9 @@ class Scraped:
 
     def act(self, observations, env_ids):
         rows = observations.replicas
-        rows[:, VIEW_OUTSTANDING] = rows[:, VIEW_NUM_RUNNING] + rows[:, VIEW_NUM_WAITING]
+        rows[:, OBSERVED_OUTSTANDING] = (
+            rows[:, OBSERVED_NUM_RUNNING] + rows[:, OBSERVED_NUM_WAITING]
+        )
         return self.rule.act(observations, env_ids)
 
 

@@ -23,10 +23,10 @@ from servegym.cluster.state import (
     EV_RETURN,
     HOLD_OVER,
     IDLE,
+    OBSERVED_OUTSTANDING,
+    OBSERVED_PENDING_PREFILL,
     PREFILL,
     RETURN,
-    VIEW_OUTSTANDING,
-    VIEW_PENDING_PREFILL,
 )
 from servegym.engines import ENGINES
 from servegym.policy.contract import Group
@@ -161,7 +161,7 @@ def test_every_request_in_the_system_is_in_one_place(seed):
             waiting = chain(requests, replica["wait_head"], "next_request")
             assert len(running) == replica["num_running"] <= spec.types[0].max_num_seqs
             assert len(waiting) == replica["num_waiting"]
-            assert sim.state.shown[0, VIEW_OUTSTANDING, r] == len(running) + len(waiting)
+            assert sim.state.observation[0, OBSERVED_OUTSTANDING, r] == len(running) + len(waiting)
             if replica["mode"] == DOWN:
                 assert not running
                 assert not waiting
@@ -184,7 +184,7 @@ def test_counters_are_never_negative_and_the_clock_never_goes_back(seed):
         now_s = float(sim.state.env[0]["now_s"])
         assert now_s >= clock[-1]
         clock.append(now_s)
-        assert sim.state.shown.min() >= 0.0
+        assert sim.state.observation.min() >= 0.0
         for name in ("free_blocks", "num_decodes", "kv_tokens", "emitted", "num_ends"):
             assert sim.state.replica[0][name].min() >= 0, name
         assert sim.state.phase.min() >= 0
@@ -220,7 +220,7 @@ def test_nothing_is_left_at_the_end(seed):
     sim = play(spec, episode)
     replica = sim.state.replica[0]
     assert sim.state.env[0]["in_system"] == 0
-    assert not sim.state.shown[0, [VIEW_OUTSTANDING, VIEW_PENDING_PREFILL]].any()
+    assert not sim.state.observation[0, [OBSERVED_OUTSTANDING, OBSERVED_PENDING_PREFILL]].any()
     for name in ("num_running", "num_waiting", "num_decodes", "kv_tokens", "emitted", "num_ends"):
         assert not replica[name].any(), name
     blocks = [spec.types[t].num_blocks for t in episode.type_idx]

@@ -20,7 +20,7 @@ from servegym.cluster.state import (
     FAULT_SLOW,
     FAULT_UP,
     NEVER,
-    VIEW_WHAT_IF_E2E,
+    OBSERVED_WHAT_IF_E2E,
     Asks,
 )
 from servegym.costs.shared import NUM_SHARED_KNOTS, SharedCost
@@ -158,7 +158,7 @@ def test_a_planner_knows_when_the_joint_step_ends():
     fill_what_if(sim, 0)
     # what comes then is planned as if each rank stepped by itself: a prefill, on the first beside
     # the last token of the other as a chunk over 11 tokens, then two decodes
-    planned_s = sim.state.shown[0, VIEW_WHAT_IF_E2E, :2]
+    planned_s = sim.state.observation[0, OBSERVED_WHAT_IF_E2E, :2]
     np.testing.assert_allclose(planned_s, 0.961 + np.array([1.61, 1.4]) + 1.105 + 1.106)
 
 

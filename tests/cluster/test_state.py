@@ -95,7 +95,7 @@ def fate(sim: Simulator, env: int = 0) -> list[list[bytes]]:
             sim.steps(env),
             sim.itl_histogram(env),
             clock[env : env + 1],
-            sim.state.shown[env, :, :num_replicas],
+            sim.state.observation[env, :, :num_replicas],
         )
     ]
 

@@ -26,11 +26,11 @@ from servegym.cluster.state import (
     LANDED,
     LANDING,
     NEVER,
+    OBSERVED_OUTSTANDING,
+    OBSERVED_PENDING_PREFILL,
     PLACING,
     RETURN,
     TRANSFERRING,
-    VIEW_OUTSTANDING,
-    VIEW_PENDING_PREFILL,
     WHERE_IT_MATTERS,
     Asks,
 )
@@ -282,7 +282,7 @@ def test_blocks_are_held_at_both_ends_and_every_request_is_in_one_place(seed):
     assert looks > 0
     link, moved = sim.state.link[0], sim.outcomes()["moved_bytes"]
     assert link["out_bytes"].sum() == link["in_bytes"].sum() == moved.sum()
-    assert not sim.state.shown[0, [VIEW_OUTSTANDING, VIEW_PENDING_PREFILL]].any()
+    assert not sim.state.observation[0, [OBSERVED_OUTSTANDING, OBSERVED_PENDING_PREFILL]].any()
     for name in ("num_holding", "num_remote", "num_landed"):
         assert not link[name].any(), name
 

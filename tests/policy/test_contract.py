@@ -103,12 +103,14 @@ def test_plain_constants_number_the_features(module, features, by_name):
 
 def test_rows_of_the_state_are_the_features_in_order():
     rows = {
-        ROW_NAMES.get(name.removeprefix("VIEW_"), name.removeprefix("VIEW_")): getattr(state, name)
+        ROW_NAMES.get(name.removeprefix("OBSERVED_"), name.removeprefix("OBSERVED_")): getattr(
+            state, name
+        )
         for name in dir(state)
-        if name.startswith("VIEW_")
+        if name.startswith("OBSERVED_")
     }
     assert rows == {f.name.upper(): i for i, f in enumerate(REPLICA_FEATURES)}
-    assert state.NUM_VIEW_ROWS == contract.NUM_REPLICA_FEATURES == len(REPLICA_FEATURES)
+    assert state.NUM_OBSERVED_ROWS == contract.NUM_REPLICA_FEATURES == len(REPLICA_FEATURES)
 
 
 @pytest.mark.parametrize("feature", FEATURES, ids=lambda f: f.name)

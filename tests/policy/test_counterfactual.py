@@ -10,7 +10,7 @@ import pytest
 
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import ClusterSpec, Episode, Faults, ReplicaType, SloClass
-from servegym.cluster.state import DECISION, FAULT_SLOW, VIEW_WHAT_IF_ADDED
+from servegym.cluster.state import DECISION, FAULT_SLOW, OBSERVED_WHAT_IF_ADDED
 from servegym.policy.contract import Group
 from servegym.policy.counterfactual import Teacher, Worth, due
 from servegym.policy.drawn_lengths import Lengths, lengths_of
@@ -60,7 +60,7 @@ def values(simulator: Simulator, worth=LATENCY, lengths=EXACT, key=7) -> np.ndar
 def test_with_lengths_that_are_known_it_is_the_time_that_the_planner_says_is_added():
     simulator = follow(fleet(ROWS, [1.0, 0.8, 0.5]), [0, 1, 0])
     rows = observe_batch(simulator, Group.COUNTERS | Group.WHAT_IF)[0].replicas[0]
-    np.testing.assert_allclose(values(simulator)[:3], -rows[VIEW_WHAT_IF_ADDED])
+    np.testing.assert_allclose(values(simulator)[:3], -rows[OBSERVED_WHAT_IF_ADDED])
 
 
 def test_added_time_by_hand():

@@ -17,8 +17,8 @@ from servegym.cluster.state import (
     FAULT_DOWN,
     FAULT_SLOW,
     FAULT_UP,
-    VIEW_WHAT_IF_ADDED,
-    VIEW_WHAT_IF_E2E,
+    OBSERVED_WHAT_IF_ADDED,
+    OBSERVED_WHAT_IF_E2E,
 )
 from servegym.policy.contract import Group
 from servegym.policy.observe import observe_batch
@@ -61,7 +61,7 @@ def follow(simulator: Simulator, actions) -> None:
 def planned(simulator: Simulator) -> tuple[np.ndarray, np.ndarray]:
     """What the planner says of each replica: own time and added time, seconds."""
     rows = observe_batch(simulator, NEEDS)[0].replicas[0]
-    return rows[VIEW_WHAT_IF_E2E], rows[VIEW_WHAT_IF_ADDED]
+    return rows[OBSERVED_WHAT_IF_E2E], rows[OBSERVED_WHAT_IF_ADDED]
 
 
 def chosen(simulator: Simulator, name: str) -> int:
@@ -172,7 +172,7 @@ def test_planning_leaves_the_simulation_as_it_was():
     assert before._fields
     for name, old, new in zip(before._fields, before, simulator.state, strict=True):
         if name == "shown":
-            old, new = old[:, :VIEW_WHAT_IF_E2E], new[:, :VIEW_WHAT_IF_E2E]
+            old, new = old[:, :OBSERVED_WHAT_IF_E2E], new[:, :OBSERVED_WHAT_IF_E2E]
         for field in old.dtype.names or [...]:  # bytes between fields are not copied
             np.testing.assert_array_equal(new[field], old[field], err_msg=name)
 
@@ -320,7 +320,7 @@ def test_what_is_drawn_is_what_is_predicted_where_predictions_are_right():
     follow(simulator, [0, 1])
     added = planned(simulator)[1]
     sampled = observe_batch(simulator, NEEDS | Group.SAMPLED)[0].replicas[0]
-    np.testing.assert_allclose(sampled[VIEW_WHAT_IF_ADDED], added)
+    np.testing.assert_allclose(sampled[OBSERVED_WHAT_IF_ADDED], added)
 
 
 def test_a_planner_over_likely_lengths_gains_on_round_robin():
@@ -337,6 +337,6 @@ def test_it_does_not_know_that_a_replica_became_slow_either():
         simulator = cluster(ROWS, [1.0, 1.0, 0.5], **more)
         follow(simulator, [0, 1])
         rows = observe_batch(simulator, NEEDS | Group.SAMPLED)[0].replicas[0]
-        return float(rows[VIEW_WHAT_IF_ADDED][2])
+        return float(rows[OBSERVED_WHAT_IF_ADDED][2])
 
     assert added(faults=slow) == added() > 0

@@ -24,7 +24,7 @@ from servegym.cluster.state import (
     FAULT_DOWN,
     LOG_FULL,
     NEVER,
-    VIEW_KV_CAPACITY,
+    OBSERVED_KV_CAPACITY,
     Asks,
     Params,
     State,
@@ -213,7 +213,7 @@ def _search_replicas(
         load_episode(ask, state, env, one)
         state.replica[env, 0]["noise_stream"] = env
     need = episode.table.prompt_tokens.astype(np.int64) + episode.table.output_tokens - 1
-    holds = state.shown[:num_replicas, VIEW_KV_CAPACITY, 0]
+    holds = state.observation[:num_replicas, OBSERVED_KV_CAPACITY, 0]
     fleet = Fleet(ask, play, episode.table.arrival_s, need[:, None] <= holds[None, :], may_reject)
     words = words_of(state)
     assignment = start[:, 0].copy()

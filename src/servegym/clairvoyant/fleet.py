@@ -12,7 +12,7 @@ from servegym.clairvoyant.replicas import REJECT
 from servegym.cluster.jit import helper, kernel
 from servegym.cluster.kernels import advance, apply
 from servegym.cluster.rng import next_uniform
-from servegym.cluster.state import DECISION, VIEW_OUTSTANDING, Params, State
+from servegym.cluster.state import DECISION, OBSERVED_OUTSTANDING, Params, State
 from servegym.typing import FloatArray, IntArray, UInt64Array
 
 #: In an assignment: not known, as the request was not sent so often.
@@ -33,7 +33,9 @@ def _answer(s: State, e: int, choice: IntArray) -> int:
     best = -1
     for r in range(s.env[e].num_replicas):
         if s.allowed[e, r] and (
-            best < 0 or s.shown[e, VIEW_OUTSTANDING, r] < s.shown[e, VIEW_OUTSTANDING, best]
+            best < 0
+            or s.observation[e, OBSERVED_OUTSTANDING, r]
+            < s.observation[e, OBSERVED_OUTSTANDING, best]
         ):
             best = r
     return best

@@ -17,12 +17,12 @@ from servegym.cluster.state import (
     HELD,
     HOLD_OVER,
     NEVER,
+    OBSERVED_KV_CAPACITY,
+    OBSERVED_PENDING_PREFILL,
+    OBSERVED_UP,
     PREFILL_ONLY,
     QUEUED,
     REJECTED,
-    VIEW_KV_CAPACITY,
-    VIEW_PENDING_PREFILL,
-    VIEW_UP,
     Params,
     State,
 )
@@ -36,7 +36,7 @@ def set_up(s: State, e: int, r: int, up: bool) -> None:
     env = s.env[e]
     env.num_up += 1 if up else -1
     env.allowed_above = math.inf  # `allowed` holds for no request
-    s.shown[e, VIEW_UP, r] = 1.0 if up else 0.0
+    s.observation[e, OBSERVED_UP, r] = 1.0 if up else 0.0
 
 
 @inlined
@@ -55,8 +55,11 @@ def _allow_anew(p: Params, s: State, e: int, need: int) -> None:
     env.allowed_up_to = math.inf
     env.num_allowed = 0
     for r in range(env.num_replicas):
-        capacity = s.shown[e, VIEW_KV_CAPACITY, r]
-        up = s.shown[e, VIEW_UP, r] > 0.0 and p.role[s.replica[e, r].type_idx] != DECODE_ONLY
+        capacity = s.observation[e, OBSERVED_KV_CAPACITY, r]
+        up = (
+            s.observation[e, OBSERVED_UP, r] > 0.0
+            and p.role[s.replica[e, r].type_idx] != DECODE_ONLY
+        )
         s.allowed[e, r] = up and need <= capacity
         env.num_allowed += s.allowed[e, r]
         if up and need <= capacity:
@@ -127,7 +130,7 @@ def send(p: Params, s: State, e: int, request: int, r: int) -> None:
     q.hit_hint = hint
     count_outstanding(s, e, r, request)
     if math.isnan(q.first_token_s):
-        s.shown[e, VIEW_PENDING_PREFILL, r] += q.prompt - hint
+        s.observation[e, OBSERVED_PENDING_PREFILL, r] += q.prompt - hint
     s.replica[e, r].last_dispatch_s = now_s
     if p.destination_first and p.role[s.replica[e, r].type_idx] == PREFILL_ONLY:
         s.transfer[e, request].prefill_on = r

@@ -37,12 +37,12 @@ from servegym.cluster.state import (
     EV_FIRST_TOKEN,
     FINISHED,
     IDLE,
+    OBSERVED_PENDING_PREFILL,
+    OBSERVED_RECENT_TPOT,
+    OBSERVED_RECENT_TTFT,
     PREFILL,
     PREFILL_ONLY,
     STEP,
-    VIEW_PENDING_PREFILL,
-    VIEW_RECENT_TPOT,
-    VIEW_RECENT_TTFT,
     Params,
     State,
 )
@@ -53,10 +53,8 @@ from servegym.cluster.steptime import (
 from servegym.cluster.stretches import catch_up, settle_decodes, steps_ended_by
 from servegym.cluster.timers import set_timer
 from servegym.cluster.transfers import (
-    admit_landed,
+    admit_apart,
     hand_over,
-    is_prefilled_elsewhere,
-    set_aside,
     stop_transfers,
 )
 from servegym.cluster.watch import note_ended, see_steps
@@ -98,9 +96,11 @@ def form_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
                 q.chunk = take
                 budget -= take
                 attention_s += prefill_s(p, t, take, computed)
-        if not preempted and (
-            v.num_waiting > 0 or (p.disaggregated and s.link[e, r].num_landed > 0)
-        ):
+        if p.disaggregated:
+            if not preempted:
+                attention_s = admit_apart(p, s, e, r, now_s, budget, attention_s)
+                budget = s.link[e, r].budget
+        elif not preempted and v.num_waiting > 0:
             budget, attention_s = _admit(p, s, e, r, now_s, budget, attention_s)
         tokens = p.max_num_batched_tokens[t] - budget
         if tokens > 0:
@@ -155,21 +155,9 @@ def _admit(
     no_evict = p.engine[t] == TRTLLM
     chunked = p.chunked_prefill and not no_evict
     promised = _promised_blocks(p, s, e, r) if no_evict else 0
-    if p.disaggregated and s.link[e, r].num_landed > 0:
-        running = v.num_running
-        attention_s = admit_landed(p, s, e, r, budget, attention_s)
-        budget -= v.num_running - running
     while budget > 0 and v.num_waiting > 0 and v.num_running < p.max_num_seqs[t]:
         request = v.wait_head
         q = s.request[e, request]
-        if p.disaggregated:
-            holding = v.num_running + s.link[e, r].num_holding
-            if holding >= p.max_num_seqs[t] + p.max_num_held:
-                break
-            if is_prefilled_elsewhere(s, e, request):
-                if set_aside(p, s, e, r, now_s) == 0:
-                    break
-                continue
         total = q.prompt + q.generated
         hits, unheld, computed = at_hand(p, s, e, r, request)
         take = min(total - computed, budget)
@@ -271,7 +259,7 @@ def _emit_after_prefill(p: Params, s: State, e: int, r: int, request: int, now_s
     """A prompt is computed: one token comes out, then the request ends or decodes."""
     v = s.replica[e, r]
     q = s.request[e, request]
-    if p.role[v.type_idx] == PREFILL_ONLY:
+    if p.disaggregated and p.role[v.type_idx] == PREFILL_ONLY:
         hand_over(p, s, e, r, request, now_s)
         return
     q.generated += 1
@@ -279,10 +267,10 @@ def _emit_after_prefill(p: Params, s: State, e: int, r: int, request: int, now_s
     if math.isnan(q.first_token_s):
         q.first_token_s = now_s
         log_event(p, s, e, now_s, EV_FIRST_TOKEN, request, r, 0.0)
-        s.shown[e, VIEW_PENDING_PREFILL, r] -= q.prompt - q.hit_hint
+        s.observation[e, OBSERVED_PENDING_PREFILL, r] -= q.prompt - q.hit_hint
         ttft = now_s - q.arrival_s
-        old = s.shown[e, VIEW_RECENT_TTFT, r]
-        s.shown[e, VIEW_RECENT_TTFT, r] = ttft if old == 0.0 else old + 0.1 * (ttft - old)
+        old = s.observation[e, OBSERVED_RECENT_TTFT, r]
+        s.observation[e, OBSERVED_RECENT_TTFT, r] = ttft if old == 0.0 else old + 0.1 * (ttft - old)
     else:
         count_itl(p, s, e, now_s - q.last_token_s, 1)
     q.last_token_s = now_s
@@ -318,8 +306,8 @@ def _finish(p: Params, s: State, e: int, r: int, request: int, now_s: float) -> 
     tpot = 0.0
     if output > 1:
         tpot = (now_s - q.first_token_s) / (output - 1)
-        old = s.shown[e, VIEW_RECENT_TPOT, r]
-        s.shown[e, VIEW_RECENT_TPOT, r] = tpot if old == 0.0 else old + 0.1 * (tpot - old)
+        old = s.observation[e, OBSERVED_RECENT_TPOT, r]
+        s.observation[e, OBSERVED_RECENT_TPOT, r] = tpot if old == 0.0 else old + 0.1 * (tpot - old)
     c = q.slo_class
     ttft = q.first_token_s - q.arrival_s
     if ttft <= p.slo_s[c, 0] and tpot <= p.slo_s[c, 1]:

@@ -44,11 +44,21 @@ _F = TypeVar("_F", bound=Callable[..., object])
     GO_OFF_TRANSFER,
     STOP_TRANSFERS,
     INFER,
-) = range(18)
-NUM_ENTRIES = 18
+    ADMIT_APART,
+) = range(19)
+NUM_ENTRIES = 19
 #: What only clusters call in which requests are prefilled on one replica and decode on another.
 DISAGGREGATION = frozenset(
-    {HAND_OVER, FIND_PLACE, PLACE_ON, SET_ASIDE, ADMIT_LANDED, GO_OFF_TRANSFER, STOP_TRANSFERS}
+    {
+        HAND_OVER,
+        FIND_PLACE,
+        PLACE_ON,
+        SET_ASIDE,
+        ADMIT_LANDED,
+        ADMIT_APART,
+        GO_OFF_TRANSFER,
+        STOP_TRANSFERS,
+    }
 )
 #: Those that are compiled only for who asks for them: the others' first start is not to wait.
 ON_DEMAND = frozenset({INFER}) | DISAGGREGATION

@@ -42,6 +42,11 @@ from servegym.cluster.state import (
     LOG_FULL,
     NO_DECISION,
     NOBODY,
+    OBSERVED_DECODE_SEQ,
+    OBSERVED_DECODE_STEP,
+    OBSERVED_PREFILL_RATE,
+    OBSERVED_RELATIVE_SPEED,
+    OBSERVED_UP,
     ORDER,
     PENDING,
     PLACE,
@@ -54,11 +59,6 @@ from servegym.cluster.state import (
     SCRAPED_KV_USAGE,
     SCRAPED_RUNNING,
     SCRAPED_WAITING,
-    VIEW_DECODE_SEQ,
-    VIEW_DECODE_STEP,
-    VIEW_PREFILL_RATE,
-    VIEW_RELATIVE_SPEED,
-    VIEW_UP,
     WAKING,
     Params,
     State,
@@ -330,7 +330,7 @@ def reset_env(p: Params, s: State, e: int) -> None:
     env = s.env[e]
     for i in range(env.num_requests):
         reset_request(s, e, i)
-    s.shown[e] = 0.0
+    s.observation[e] = 0.0
     for r in range(env.num_replicas):
         v = s.replica[e, r]
         v.mode = IDLE
@@ -343,14 +343,14 @@ def reset_env(p: Params, s: State, e: int) -> None:
         forget_streams(s, e, r)
         s.due[e, r].replica = r
         s.due[e, r].time_s = math.inf
-        s.shown[e, VIEW_UP, r] = 1.0
+        s.observation[e, OBSERVED_UP, r] = 1.0
         nominal = p.nominal[v.type_idx]
         for i in range(nominal.shape[0]):
-            s.shown[e, VIEW_RELATIVE_SPEED + i, r] = nominal[i]
-        s.shown[e, VIEW_RELATIVE_SPEED, r] *= v.base_speed
-        s.shown[e, VIEW_PREFILL_RATE, r] *= v.base_speed
-        s.shown[e, VIEW_DECODE_STEP, r] /= v.base_speed
-        s.shown[e, VIEW_DECODE_SEQ, r] /= v.base_speed
+            s.observation[e, OBSERVED_RELATIVE_SPEED + i, r] = nominal[i]
+        s.observation[e, OBSERVED_RELATIVE_SPEED, r] *= v.base_speed
+        s.observation[e, OBSERVED_PREFILL_RATE, r] *= v.base_speed
+        s.observation[e, OBSERVED_DECODE_STEP, r] /= v.base_speed
+        s.observation[e, OBSERVED_DECODE_SEQ, r] /= v.base_speed
         clear_replica(p, s, e, r)
     if p.disaggregated:
         reset_transfers(s, e)

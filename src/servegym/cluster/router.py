@@ -9,12 +9,12 @@ from servegym.cluster.log import log_event
 from servegym.cluster.retention import expect
 from servegym.cluster.state import (
     EV_RETURN,
+    OBSERVED_OUTSTANDING,
+    OBSERVED_OUTSTANDING_PREDICTED,
+    OBSERVED_OUTSTANDING_PROMPT,
+    OBSERVED_PENDING_PREFILL,
     RETURN,
     RETURNED,
-    VIEW_OUTSTANDING,
-    VIEW_OUTSTANDING_PREDICTED,
-    VIEW_OUTSTANDING_PROMPT,
-    VIEW_PENDING_PREFILL,
     Params,
     State,
 )
@@ -33,20 +33,20 @@ def kv_need(s: State, e: int, request: int) -> int:
 def count_outstanding(s: State, e: int, r: int, request: int) -> None:
     """Take a request into the router's counters of a replica."""
     q = s.request[e, request]
-    s.shown[e, VIEW_OUTSTANDING, r] += 1
-    s.shown[e, VIEW_OUTSTANDING_PROMPT, r] += q.prompt
-    s.shown[e, VIEW_OUTSTANDING_PREDICTED, r] += q.predicted
+    s.observation[e, OBSERVED_OUTSTANDING, r] += 1
+    s.observation[e, OBSERVED_OUTSTANDING_PROMPT, r] += q.prompt
+    s.observation[e, OBSERVED_OUTSTANDING_PREDICTED, r] += q.predicted
 
 
 @inlined
 def forget_outstanding(s: State, e: int, r: int, request: int) -> None:
     """Take a request out of the router's counters of a replica."""
     q = s.request[e, request]
-    s.shown[e, VIEW_OUTSTANDING, r] -= 1
-    s.shown[e, VIEW_OUTSTANDING_PROMPT, r] -= q.prompt
-    s.shown[e, VIEW_OUTSTANDING_PREDICTED, r] -= q.predicted
-    if s.shown[e, VIEW_OUTSTANDING, r] == 0:
-        s.shown[e, VIEW_OUTSTANDING_PREDICTED, r] = 0.0  # no rounding left behind
+    s.observation[e, OBSERVED_OUTSTANDING, r] -= 1
+    s.observation[e, OBSERVED_OUTSTANDING_PROMPT, r] -= q.prompt
+    s.observation[e, OBSERVED_OUTSTANDING_PREDICTED, r] -= q.predicted
+    if s.observation[e, OBSERVED_OUTSTANDING, r] == 0:
+        s.observation[e, OBSERVED_OUTSTANDING_PREDICTED, r] = 0.0  # no rounding left behind
 
 
 @inlined
@@ -54,7 +54,7 @@ def forget_prefill(s: State, e: int, r: int, request: int) -> None:
     """Take a prefill that a replica will not do, or has done, out of the router's counters."""
     q = s.request[e, request]
     if math.isnan(q.first_token_s):
-        s.shown[e, VIEW_PENDING_PREFILL, r] -= q.prompt - q.hit_hint
+        s.observation[e, OBSERVED_PENDING_PREFILL, r] -= q.prompt - q.hit_hint
 
 
 @inlined

@@ -364,6 +364,7 @@ LINK_DTYPE = np.dtype(
         ("last_remote", "i8"),
         ("num_remote", "i8"),
         ("num_landed", "i8"),
+        ("budget", "i8"),  # tokens left of the step that forms
     ],
     align=True,
 )
@@ -412,7 +413,7 @@ class State(NamedTuple):
     )
     free_slots: Int32Array  # [E, R, max_num_seqs] unused rows of it; as many as that has
     scraped: FloatArray  # [E, NUM_SCRAPED, R]
-    shown: FloatArray  # [E, NUM_VIEW_ROWS, R] replica part of the observation; see VIEW_* below
+    observation: FloatArray  # [E, NUM_OBSERVED_ROWS, R] its replica rows, see OBSERVED_*
     transfer: Records  # TRANSFER_DTYPE[E, N]; [E, 1] if all replicas are MIXED
     link: Records  # LINK_DTYPE[E, R]
     length_sums: FloatArray  # [E, NUM_LENGTH_SUMS] what the router has learnt, see policy.lengths
@@ -439,40 +440,40 @@ NUM_SCRAPED = 4
 #: Sums over ended requests from which output lengths are predicted.
 NUM_LENGTH_SUMS = 6
 
-#: Rows of `State.shown`, in the order of `policy.contract.REPLICA_FEATURES`. The simulator keeps
+#: Rows of `State.observation`, in the order of `policy.contract.REPLICA_FEATURES`. The core keeps
 #: the router's rows up to date event by event; `policy.observe` fills the others when asked for.
 (
-    VIEW_UP,
-    VIEW_OUTSTANDING,
-    VIEW_OUTSTANDING_PROMPT,
-    VIEW_PENDING_PREFILL,
-    VIEW_OUTSTANDING_PREDICTED,
-    VIEW_RECENT_TTFT,
-    VIEW_RECENT_TPOT,
-    VIEW_SINCE_DISPATCH,
-    VIEW_RELATIVE_SPEED,
-    VIEW_PREFILL_RATE,
-    VIEW_DECODE_STEP,
-    VIEW_DECODE_SEQ,
-    VIEW_KV_CAPACITY,
-    VIEW_MAX_NUM_SEQS,
-    VIEW_MAX_NUM_BATCHED_TOKENS,
-    VIEW_NUM_RUNNING,
-    VIEW_NUM_WAITING,
-    VIEW_KV_USAGE,
-    VIEW_GENERATED,
-    VIEW_METRICS_AGE,
-    VIEW_PREFIX_HIT,
-    VIEW_STEP_TIME_RATIO,
-    VIEW_RECENT_ITL,
-    VIEW_EXPECTED_LEFT,
-    VIEW_AS_TIGHT,
-    VIEW_PUSHED_OVER_40,
-    VIEW_PUSHED_OVER_50,
-    VIEW_PUSHED_OVER_60,
-    VIEW_PUSHED_OVER_80,
-    VIEW_PUSHED_OVER_100,
-    VIEW_WHAT_IF_E2E,
-    VIEW_WHAT_IF_ADDED,
+    OBSERVED_UP,
+    OBSERVED_OUTSTANDING,
+    OBSERVED_OUTSTANDING_PROMPT,
+    OBSERVED_PENDING_PREFILL,
+    OBSERVED_OUTSTANDING_PREDICTED,
+    OBSERVED_RECENT_TTFT,
+    OBSERVED_RECENT_TPOT,
+    OBSERVED_SINCE_DISPATCH,
+    OBSERVED_RELATIVE_SPEED,
+    OBSERVED_PREFILL_RATE,
+    OBSERVED_DECODE_STEP,
+    OBSERVED_DECODE_SEQ,
+    OBSERVED_KV_CAPACITY,
+    OBSERVED_MAX_NUM_SEQS,
+    OBSERVED_MAX_NUM_BATCHED_TOKENS,
+    OBSERVED_NUM_RUNNING,
+    OBSERVED_NUM_WAITING,
+    OBSERVED_KV_USAGE,
+    OBSERVED_GENERATED,
+    OBSERVED_METRICS_AGE,
+    OBSERVED_PREFIX_HIT,
+    OBSERVED_STEP_TIME_RATIO,
+    OBSERVED_RECENT_ITL,
+    OBSERVED_EXPECTED_LEFT,
+    OBSERVED_AS_TIGHT,
+    OBSERVED_PUSHED_OVER_40,
+    OBSERVED_PUSHED_OVER_50,
+    OBSERVED_PUSHED_OVER_60,
+    OBSERVED_PUSHED_OVER_80,
+    OBSERVED_PUSHED_OVER_100,
+    OBSERVED_WHAT_IF_E2E,
+    OBSERVED_WHAT_IF_ADDED,
 ) = range(32)
-NUM_VIEW_ROWS = 32
+NUM_OBSERVED_ROWS = 32

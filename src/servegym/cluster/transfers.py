@@ -20,6 +20,7 @@ from numba import types
 
 from servegym.cluster.blocks import hold_matched, name_blocks, release, take_for_chunk
 from servegym.cluster.entry import (
+    ADMIT_APART,
     ADMIT_LANDED,
     FIND_PLACE,
     GO_OFF_TRANSFER,
@@ -32,7 +33,7 @@ from servegym.cluster.entry import (
 from servegym.cluster.heap import set_event
 from servegym.cluster.jit import helper, inlined
 from servegym.cluster.log import log_event
-from servegym.cluster.pool import take
+from servegym.cluster.pool import take as take_block
 from servegym.cluster.retention import is_retained, let_go, make_room
 from servegym.cluster.router import (
     count_outstanding,
@@ -42,7 +43,13 @@ from servegym.cluster.router import (
     kv_need,
     take_back,
 )
-from servegym.cluster.running import at_hand, leave_waiting, link_running, unlink_running
+from servegym.cluster.running import (
+    admit_head,
+    at_hand,
+    leave_waiting,
+    link_running,
+    unlink_running,
+)
 from servegym.cluster.state import (
     ALWAYS,
     DOWN,
@@ -56,6 +63,8 @@ from servegym.cluster.state import (
     LANDING,
     LEASE,
     NEVER,
+    OBSERVED_KV_CAPACITY,
+    OBSERVED_UP,
     PLACE,
     PLACING,
     PREFILL_ONLY,
@@ -64,8 +73,6 @@ from servegym.cluster.state import (
     RUNNING,
     TRANSFERRING,
     UNPLACED,
-    VIEW_KV_CAPACITY,
-    VIEW_UP,
     WAKING,
     Params,
     State,
@@ -131,8 +138,8 @@ def find_place(p: Params, s: State, e: int, request: int) -> None:
         v = s.replica[e, r]
         allowed = (
             p.role[v.type_idx] != PREFILL_ONLY
-            and s.shown[e, VIEW_UP, r] > 0.0
-            and need <= s.shown[e, VIEW_KV_CAPACITY, r]
+            and s.observation[e, OBSERVED_UP, r] > 0.0
+            and need <= s.observation[e, OBSERVED_KV_CAPACITY, r]
         )
         s.allowed[e, r] = allowed
         count += allowed
@@ -205,7 +212,7 @@ def set_aside(p: Params, s: State, e: int, r: int, now_s: float) -> int:
         make_room(p, s, e, r, blocks - hits)
         row, pool, prefix_cache = s.table[e, r, q.seq_slot], s.block[e, r], s.prefix_cache[e, r]
         for j in range(hits, blocks):
-            row[j] = take(pool, prefix_cache)
+            row[j] = take_block(pool, prefix_cache)
     v.free_blocks -= blocks - hits
     k.num_holding += 1
     t.hits = hits
@@ -365,6 +372,54 @@ def admit_landed(p: Params, s: State, e: int, r: int, budget: int, attention_s: 
             budget -= 1
             attention_s += prefill_s(p, t, 1, q.computed)
         request = following
+    return attention_s
+
+
+@entry(ADMIT_APART, types.float64, *[types.int64] * 2, types.float64, types.int64, types.float64)
+def admit_apart(
+    p: Params, s: State, e: int, r: int, now_s: float, budget: int, attention_s: float
+) -> float:
+    """Admit what has landed, then waiting requests, or set blocks aside for them.
+
+    Args:
+        p: Constants.
+        s: State; the tokens left will be in `s.link[e, r].budget`.
+        e: Environment.
+        r: Replica.
+        now_s: Time, seconds.
+        budget: Tokens left of the step that forms.
+        attention_s: Of its prefills.
+
+    Returns:
+        Those seconds, of the admitted ones included.
+    """
+    v, k = s.replica[e, r], s.link[e, r]
+    t = v.type_idx
+    size = p.block_size
+    running = v.num_running
+    if k.num_landed > 0:
+        attention_s = admit_landed(p, s, e, r, budget, attention_s)
+    budget -= v.num_running - running
+    while budget > 0 and v.num_waiting > 0 and v.num_running < p.max_num_seqs[t]:
+        if v.num_running + k.num_holding >= p.max_num_seqs[t] + p.max_num_held:
+            break
+        request = v.wait_head
+        if is_prefilled_elsewhere(s, e, request):
+            if set_aside(p, s, e, r, now_s) == 0:
+                break
+            continue
+        q = s.request[e, request]
+        total = q.prompt + q.generated
+        hits, unheld, computed = at_hand(p, s, e, r, request)
+        take = min(total - computed, budget)
+        if not p.chunked_prefill and take < total - computed:
+            break
+        if (total + size - 1) // size - hits + unheld > v.free_blocks:
+            break
+        admit_head(p, s, e, r, now_s, hits, computed, take)
+        budget -= take
+        attention_s += prefill_s(p, t, take, computed)
+    k.budget = budget
     return attention_s
 
 

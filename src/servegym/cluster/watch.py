@@ -14,11 +14,11 @@ from servegym.cluster.entry import INFER
 from servegym.cluster.jit import helper, inlined
 from servegym.cluster.state import (
     DECODE,
-    VIEW_DECODE_SEQ,
-    VIEW_DECODE_STEP,
-    VIEW_MAX_NUM_BATCHED_TOKENS,
-    VIEW_PENDING_PREFILL,
-    VIEW_PREFILL_RATE,
+    OBSERVED_DECODE_SEQ,
+    OBSERVED_DECODE_STEP,
+    OBSERVED_MAX_NUM_BATCHED_TOKENS,
+    OBSERVED_PENDING_PREFILL,
+    OBSERVED_PREFILL_RATE,
     Params,
     State,
 )
@@ -68,12 +68,12 @@ def _count(s: State, e: int, r: int, span_s: float, num_steps: int) -> None:
         w.pure_others += num_steps * (v.num_decodes - 1)
     elif num_steps > 0:
         most_s = num_steps * longest_step_s(
-            s.shown[e, VIEW_DECODE_STEP, r],
-            s.shown[e, VIEW_DECODE_SEQ, r],
+            s.observation[e, OBSERVED_DECODE_STEP, r],
+            s.observation[e, OBSERVED_DECODE_SEQ, r],
             v.num_decodes,
-            s.shown[e, VIEW_PENDING_PREFILL, r],
-            s.shown[e, VIEW_MAX_NUM_BATCHED_TOKENS, r],
-            s.shown[e, VIEW_PREFILL_RATE, r],
+            s.observation[e, OBSERVED_PENDING_PREFILL, r],
+            s.observation[e, OBSERVED_MAX_NUM_BATCHED_TOKENS, r],
+            s.observation[e, OBSERVED_PREFILL_RATE, r],
         )
         if span_s > most_s:
             w.late_s += span_s

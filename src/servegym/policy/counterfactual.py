@@ -17,7 +17,13 @@ import numpy as np
 from servegym.cluster.jit import inlined, kernel
 from servegym.cluster.rng import mix64, uniform
 from servegym.cluster.simulator import Simulator
-from servegym.cluster.state import DISPATCH, VIEW_OUTSTANDING, VIEW_PREFILL_RATE, Params, State
+from servegym.cluster.state import (
+    DISPATCH,
+    OBSERVED_OUTSTANDING,
+    OBSERVED_PREFILL_RATE,
+    Params,
+    State,
+)
 from servegym.policy.drawn_lengths import Lengths, draw_output
 from servegym.policy.dry_run import Copied, Scratch, list_requests, run_dry, step_left_s
 from servegym.typing import FloatArray, IntArray
@@ -127,7 +133,7 @@ def _value(
 ) -> None:
     i = s.env[e].deciding
     request = s.request[e, i]
-    width = s.shown.shape[2]
+    width = s.observation.shape[2]
     out[:] = 0.0  # a rejection adds nothing and brings nothing
     worst = 0.0
     for r in range(s.env[e].num_replicas):
@@ -150,8 +156,8 @@ def _value(
             value -= w.second * (delay_s + after_s - before_s)
         value /= w.num_samples
         if request.segment_stop > request.segment_first:
-            new_s = new_tokens / s.shown[e, VIEW_PREFILL_RATE, r]
-            value -= w.second * w.prefix_price * s.shown[e, VIEW_OUTSTANDING, r] * new_s
+            new_s = new_tokens / s.observation[e, OBSERVED_PREFILL_RATE, r]
+            value -= w.second * w.prefix_price * s.observation[e, OBSERVED_OUTSTANDING, r] * new_s
         out[r] = value
         worst = min(worst, value)
     out[width] = worst  # nobody knows what a hold is worth: it is not to be learned

@@ -16,17 +16,17 @@ from servegym.cluster.entry import INFER, entry
 from servegym.cluster.jit import inlined, kernel
 from servegym.cluster.state import (
     DECODE,
-    VIEW_AS_TIGHT,
-    VIEW_DECODE_SEQ,
-    VIEW_DECODE_STEP,
-    VIEW_EXPECTED_LEFT,
-    VIEW_OUTSTANDING,
-    VIEW_PREFILL_RATE,
-    VIEW_PREFIX_HIT,
-    VIEW_PUSHED_OVER_40,
-    VIEW_PUSHED_OVER_100,
-    VIEW_RECENT_ITL,
-    VIEW_STEP_TIME_RATIO,
+    OBSERVED_AS_TIGHT,
+    OBSERVED_DECODE_SEQ,
+    OBSERVED_DECODE_STEP,
+    OBSERVED_EXPECTED_LEFT,
+    OBSERVED_OUTSTANDING,
+    OBSERVED_PREFILL_RATE,
+    OBSERVED_PREFIX_HIT,
+    OBSERVED_PUSHED_OVER_40,
+    OBSERVED_PUSHED_OVER_100,
+    OBSERVED_RECENT_ITL,
+    OBSERVED_STEP_TIME_RATIO,
     Params,
     State,
 )
@@ -101,14 +101,14 @@ def forget_requests(view: FloatArray, r: int, new: float) -> tuple[float, float,
     Returns:
         Seconds of a step without the new request and with it, and of its prefill.
     """
-    alone_s, seq_s = view[VIEW_DECODE_STEP, r], view[VIEW_DECODE_SEQ, r]
-    ratio, others = view[VIEW_STEP_TIME_RATIO, r], view[VIEW_OUTSTANDING, r]
-    for row in range(VIEW_EXPECTED_LEFT, VIEW_PUSHED_OVER_100 + 1):
+    alone_s, seq_s = view[OBSERVED_DECODE_STEP, r], view[OBSERVED_DECODE_SEQ, r]
+    ratio, others = view[OBSERVED_STEP_TIME_RATIO, r], view[OBSERVED_OUTSTANDING, r]
+    for row in range(OBSERVED_EXPECTED_LEFT, OBSERVED_PUSHED_OVER_100 + 1):
         view[row, r] = 0.0
     return (
         ratio * step_s(alone_s, seq_s, max(0.0, others - 1.0)),
         ratio * step_s(alone_s, seq_s, others),
-        ratio * new / view[VIEW_PREFILL_RATE, r],
+        ratio * new / view[OBSERVED_PREFILL_RATE, r],
     )
 
 
@@ -136,13 +136,13 @@ def count_request(
         step_times: From `forget_requests`.
     """
     each_s, with_it_s, pause_s = step_times
-    view[VIEW_EXPECTED_LEFT, r] += left
-    view[VIEW_AS_TIGHT, r] += own_limit_s <= limit_s
+    view[OBSERVED_EXPECTED_LEFT, r] += left
+    view[OBSERVED_AS_TIGHT, r] += own_limit_s <= limit_s
     without_s = tpot_s(so_far_s, left, tokens, each_s)
     then_s = tpot_s(so_far_s + pause_s, left, tokens, with_it_s)
     for k in range(len(MARGINS)):
         most_s = MARGINS[k] * own_limit_s
-        view[VIEW_PUSHED_OVER_40 + k, r] += without_s <= most_s < then_s
+        view[OBSERVED_PUSHED_OVER_40 + k, r] += without_s <= most_s < then_s
 
 
 @kernel
@@ -170,7 +170,7 @@ def count_requests(
 
 @entry(INFER, types.void, types.int64, types.int64)
 def infer(p: Params, s: State, e: int, needs: int) -> None:
-    """Fill the inferred rows of `s.shown[e]` for the dispatch that is due.
+    """Fill the inferred rows of `s.observation[e]` for the dispatch that is due.
 
     Of the request, `State.length` and the environment's `expected_spread` are written.
 
@@ -192,7 +192,7 @@ def infer(p: Params, s: State, e: int, needs: int) -> None:
     now_s = env.now_s
     since_s = now_s - env.looked_s
     env.looked_s = now_s
-    view = s.shown[e]
+    view = s.observation[e]
     limit_s = p.slo_s[asking.slo_class, 1]
     for r in range(env.num_replicas):
         v = s.replica[e, r]
@@ -202,7 +202,7 @@ def infer(p: Params, s: State, e: int, needs: int) -> None:
         _look(p, s, e, r, ended, since_s)
         if not needs & _LIMITS:
             continue
-        new = max(0.0, asking.prompt - view[VIEW_PREFIX_HIT, r])
+        new = max(0.0, asking.prompt - view[OBSERVED_PREFIX_HIT, r])
         step_times = forget_requests(view, r, new)
         running = v.run_head
         waiting = v.wait_head
@@ -255,7 +255,10 @@ def _look(p: Params, s: State, e: int, r: int, ended: int, since_s: float) -> No
     if ended > 0:
         kv = v.kv_tokens + batch
         span_s = v.stretch_factor * decode_span_s(p, v.type_idx, batch, kv, ended)
-    alone_s, seq_s = s.shown[e, VIEW_DECODE_STEP, r], s.shown[e, VIEW_DECODE_SEQ, r]
+    alone_s, seq_s = (
+        s.observation[e, OBSERVED_DECODE_STEP, r],
+        s.observation[e, OBSERVED_DECODE_SEQ, r],
+    )
     kept = itl_kept(since_s)
     w.itl_s = kept * w.itl_s + w.seen_s + span_s
     w.itl_steps = kept * w.itl_steps + w.seen_steps + ended
@@ -273,5 +276,5 @@ def _look(p: Params, s: State, e: int, r: int, ended: int, since_s: float) -> No
     w.pure_s = -span_s
     w.pure_steps = -ended
     w.pure_others = -ended * (batch - 1)
-    s.shown[e, VIEW_STEP_TIME_RATIO, r] = step_time_ratio(w.observed_s, w.expected_s)
-    s.shown[e, VIEW_RECENT_ITL, r] = recent_itl_s(w.itl_s, w.itl_steps, alone_s)
+    s.observation[e, OBSERVED_STEP_TIME_RATIO, r] = step_time_ratio(w.observed_s, w.expected_s)
+    s.observation[e, OBSERVED_RECENT_ITL, r] = recent_itl_s(w.itl_s, w.itl_steps, alone_s)

@@ -11,19 +11,19 @@ from servegym.cluster.kernels import measure
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import (
     DISPATCH,
+    OBSERVED_GENERATED,
+    OBSERVED_KV_USAGE,
+    OBSERVED_METRICS_AGE,
+    OBSERVED_NUM_RUNNING,
+    OBSERVED_NUM_WAITING,
+    OBSERVED_PREFIX_HIT,
+    OBSERVED_SINCE_DISPATCH,
+    OBSERVED_UP,
     PLACE,
     SCRAPED_EMITTED,
     SCRAPED_KV_USAGE,
     SCRAPED_RUNNING,
     SCRAPED_WAITING,
-    VIEW_GENERATED,
-    VIEW_KV_USAGE,
-    VIEW_METRICS_AGE,
-    VIEW_NUM_RUNNING,
-    VIEW_NUM_WAITING,
-    VIEW_PREFIX_HIT,
-    VIEW_SINCE_DISPATCH,
-    VIEW_UP,
     Params,
     State,
 )
@@ -48,11 +48,11 @@ _FAR_S = 1e6
 
 @kernel
 def observe(p: Params, s: State, e: int, needs: int, request_out: FloatArray) -> None:
-    """Bring `s.shown[e]` up to date for the dispatch or placing that is due, and its request.
+    """Bring `s.observation[e]` up to date for the dispatch or placing that is due, and its request.
 
     Args:
         p: Constants.
-        s: State; rows of `s.shown[e]` outside `needs` keep old values.
+        s: State; rows of `s.observation[e]` outside `needs` keep old values.
         e: Environment.
         needs: Feature groups to fill, bits of `Group`; the simulator has been `prepare`d for them.
         request_out: `float64[NUM_REQUEST_FEATURES]`.
@@ -61,7 +61,7 @@ def observe(p: Params, s: State, e: int, needs: int, request_out: FloatArray) ->
     i = env.deciding
     request = s.request[e, i]
     now_s = env.now_s
-    view = s.shown[e]
+    rows = s.observation[e]
     num_replicas = env.num_replicas
     slo = p.slo_s[request.slo_class]
     request_out[0] = request.prompt
@@ -80,17 +80,17 @@ def observe(p: Params, s: State, e: int, needs: int, request_out: FloatArray) ->
         for r in range(num_replicas):
             if fresh:
                 measure(p, s, e, r, now_s, s.scraped)
-            view[VIEW_NUM_RUNNING, r] = scraped[SCRAPED_RUNNING, r]
-            view[VIEW_NUM_WAITING, r] = scraped[SCRAPED_WAITING, r]
-            view[VIEW_KV_USAGE, r] = scraped[SCRAPED_KV_USAGE, r]
-            view[VIEW_GENERATED, r] = scraped[SCRAPED_EMITTED, r]
-            view[VIEW_METRICS_AGE, r] = age
+            rows[OBSERVED_NUM_RUNNING, r] = scraped[SCRAPED_RUNNING, r]
+            rows[OBSERVED_NUM_WAITING, r] = scraped[SCRAPED_WAITING, r]
+            rows[OBSERVED_KV_USAGE, r] = scraped[SCRAPED_KV_USAGE, r]
+            rows[OBSERVED_GENERATED, r] = scraped[SCRAPED_EMITTED, r]
+            rows[OBSERVED_METRICS_AGE, r] = age
             since = now_s - s.replica[e, r].last_dispatch_s
-            view[VIEW_SINCE_DISPATCH, r] = min(since, _FAR_S)
+            rows[OBSERVED_SINCE_DISPATCH, r] = min(since, _FAR_S)
     if needs & _PREFIX and p.prefix_caching:
         for r in range(num_replicas):
-            view[VIEW_PREFIX_HIT, r] = (
-                prefix_hit_tokens(p, s, e, r, i, now_s) if view[VIEW_UP, r] > 0.0 else 0
+            rows[OBSERVED_PREFIX_HIT, r] = (
+                prefix_hit_tokens(p, s, e, r, i, now_s) if rows[OBSERVED_UP, r] > 0.0 else 0
             )
     if needs & _INFERRED:
         if p.entries[INFER] == 0:  # nobody has prepared for it: say so as far as a kernel can
@@ -131,5 +131,5 @@ def observe_batch(simulator: Simulator, needs: Group) -> tuple[Observations, Int
         elif needs & Group.WHAT_IF:
             fill_what_if(simulator, env)
         observe(simulator.params, simulator.state, env, int(needs), request[row])
-        replicas[row] = simulator.state.shown[env]
+        replicas[row] = simulator.state.observation[env]
     return Observations(replicas, request, simulator.state.allowed[envs]), envs

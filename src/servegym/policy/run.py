@@ -35,7 +35,7 @@ def _play(
         if reason != DECISION or s.env[e].decision != DISPATCH:
             return reason
         observe(p, s, e, needs, request)
-        apply(p, s, e, decide(s.shown[e], request, s.allowed[e], params, memory, rng))
+        apply(p, s, e, decide(s.observation[e], request, s.allowed[e], params, memory, rng))
 
 
 _players: list[Callable[..., int]] = []

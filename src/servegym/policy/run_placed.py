@@ -95,7 +95,7 @@ def _play(
         if reason != DECISION:
             return reason
         observe(p, s, e, needs, request)
-        view, allowed = s.shown[e], s.allowed[e]
+        view, allowed = s.observation[e], s.allowed[e]
         if s.env[e].decision == PLACE:
             answer = place(view, request, allowed, place_params, place_memory, place_rng)
         else:

@@ -11,7 +11,7 @@ import numpy as np
 
 from servegym.cluster.jit import kernel
 from servegym.cluster.simulator import Simulator
-from servegym.cluster.state import VIEW_WHAT_IF_ADDED, VIEW_WHAT_IF_E2E, Params, State
+from servegym.cluster.state import OBSERVED_WHAT_IF_ADDED, OBSERVED_WHAT_IF_E2E, Params, State
 from servegym.policy.counterfactual import SECONDS, Teacher
 from servegym.policy.drawn_lengths import lengths_of
 from servegym.policy.dry_run import Copied, Scratch, list_requests, run_dry, step_left_s
@@ -20,10 +20,10 @@ from servegym.policy.dry_run import Copied, Scratch, list_requests, run_dry, ste
 @kernel
 def _fill(p: Params, quiet: Params, s: State, e: int, c: Copied, scratch: State) -> None:
     i = s.env[e].deciding
-    view = s.shown[e]
+    rows = s.observation[e]
     for r in range(s.env[e].num_replicas):
-        view[VIEW_WHAT_IF_E2E, r] = 0.0
-        view[VIEW_WHAT_IF_ADDED, r] = 0.0
+        rows[OBSERVED_WHAT_IF_E2E, r] = 0.0
+        rows[OBSERVED_WHAT_IF_ADDED, r] = 0.0
         if not s.allowed[e, r]:
             continue
         delay_s = step_left_s(p, s, e, r)
@@ -33,12 +33,12 @@ def _fill(p: Params, quiet: Params, s: State, e: int, c: Copied, scratch: State)
             c.output[slot] = int(np.round(s.request[e, c.source[slot]].predicted))
         before_s = run_dry(p, quiet, s, e, r, speed, c, count - 1, scratch)
         after_s = run_dry(p, quiet, s, e, r, speed, c, count, scratch)
-        view[VIEW_WHAT_IF_E2E, r] = delay_s + scratch.request[0, count - 1].finish_s
-        view[VIEW_WHAT_IF_ADDED, r] = delay_s + after_s - before_s
+        rows[OBSERVED_WHAT_IF_E2E, r] = delay_s + scratch.request[0, count - 1].finish_s
+        rows[OBSERVED_WHAT_IF_ADDED, r] = delay_s + after_s - before_s
 
 
 def fill_what_if(simulator: Simulator, env: int) -> None:
-    """Fill the planner's rows of one environment's view for the decision that is due."""
+    """Fill the planner's rows of one environment's observation for the decision that is due."""
     scratch = simulator.scratch
     if not isinstance(scratch, Scratch) or not scratch.covers(simulator):
         scratch = simulator.scratch = Scratch(simulator)
@@ -64,4 +64,4 @@ def fill_sampled(simulator: Simulator, env: int) -> None:
     # the futures of a request are the same whenever it is decided about
     key = int(simulator.state.env[env]["deciding"])
     values = teacher.values(simulator, np.array([env]), key)[0]
-    simulator.state.shown[env, VIEW_WHAT_IF_ADDED] = -values[: simulator.max_replicas]
+    simulator.state.observation[env, OBSERVED_WHAT_IF_ADDED] = -values[: simulator.max_replicas]
