@@ -477,3 +477,9 @@ def test_a_changed_copy_forgets_what_was_derived_from_the_original():
     changed = whole.model_copy(update={"engine": EngineConfig(block_size=32)})
     assert changed.spec.block_size == 32
     assert whole.spec.block_size != 32
+
+
+@pytest.mark.parametrize("name", scenario_names())
+def test_a_scenario_that_is_written_out_whole_is_read_again(name):
+    scenario = load_scenario(name)
+    assert type(scenario).model_validate(scenario.model_dump(mode="json")) == scenario

@@ -277,7 +277,8 @@ def test_it_learns_to_reject_where_limits_are_judged(write_scenario, tmp_path):
     network = trainer.run()
     assert network.config.num_extra == 1
     assert trainer.gain > 0.05  # of all requests
-    simulator = Simulator(trainer.scenario.spec, [trainer.scenario.episode(1, load=4.0)])
+    episode = trainer.scenario.episode(1, load=4.0, num_requests=400)
+    simulator = Simulator(trainer.scenario.spec, [episode])
     run(simulator, TorchPolicy(network))
     rejected = simulator.outcomes()["rejected"]
     assert 0 < rejected.mean() < 0.9

@@ -171,7 +171,7 @@ def test_planning_leaves_the_simulation_as_it_was():
     planned(simulator)
     assert before._fields
     for name, old, new in zip(before._fields, before, simulator.state, strict=True):
-        if name == "shown":
+        if name == "observation":
             old, new = old[:, :OBSERVED_WHAT_IF_E2E], new[:, :OBSERVED_WHAT_IF_E2E]
         for field in old.dtype.names or [...]:  # bytes between fields are not copied
             np.testing.assert_array_equal(new[field], old[field], err_msg=name)

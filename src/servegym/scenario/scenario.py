@@ -74,11 +74,13 @@ class Scenario(Config):
     def _check_roles(self) -> Self:
         roles = {entry.role for entry in self.fleet}
         if roles == {"mixed"}:
-            for name in self.transfers.model_fields_set:
-                raise ValueError(
-                    f"transfers.{name} is set, but all replicas have the role mixed, so that "
-                    "nothing is transferred: give some the role prefill, or leave it out"
-                )
+            # a scenario that was written out whole has the defaults in it
+            for name, usual in TransferConfig():
+                if getattr(self.transfers, name) != usual:
+                    raise ValueError(
+                        f"transfers.{name} is set, but all replicas have the role mixed, so that "
+                        "nothing is transferred: give some the role prefill, or leave it out"
+                    )
             return self
         if "prefill" not in roles or roles == {"prefill"}:
             raise ValueError(
