@@ -100,7 +100,7 @@ def test_interrupted_training_says_that_nothing_is_saved_yet(place, capsys, monk
     def interrupted(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ppo.Trainer, "_rollout", lambda self, seen: interrupted(self))
+    monkeypatch.setattr(ppo.Trainer, "_rollout", interrupted)
     with pytest.raises(SystemExit) as end:
         main([*TRAIN, "--decisions", "2048"])
     assert end.value.code == 130

@@ -35,6 +35,6 @@ def test_every_example_has_its_output_and_is_tested_here():
 
 def test_generated_pages_are_up_to_date():
     made = runpy.run_path(str(EXAMPLES.parent / "scripts" / "write_docs.py"))["pages"]()
-    assert len(made) == 5
+    assert len(made) == 7
     for name, text in made.items():
         assert (EXAMPLES.parent / "docs" / name).read_text() == text

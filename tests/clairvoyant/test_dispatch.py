@@ -169,6 +169,7 @@ def test_replayed_assignment_is_the_run_it_was_read_from(scenario_name, name):
     simulator = played(scenario.spec, episode, name)
     again = replay(scenario.spec, [episode], [choice_of(simulator)])
     mine, theirs = simulator.outcomes(0), again.outcomes(0)
+    assert len(mine) == len(theirs) == 400
     for column in mine.dtype.names:
         np.testing.assert_array_equal(mine[column], theirs[column])
 

@@ -261,7 +261,8 @@ def test_who_acts_against_the_rules_pays_alone_where_classes_earn():
     env = cluster_v0.parallel_env(rewards="class", **settings)
     _, infos = env.reset(seed=0)
     wrong = {a: int(env.action_space(a).n) - 1 for a in env.agents}  # all pass
-    fined = set()
+    fined: set[str] = set()
+    assert len(wrong) > 2
     while len(fined) < 3:
         (asked,) = [a for a in env.agents if infos[a]["is_asked"]]
         _, rewards, _, _, infos = env.step(wrong)

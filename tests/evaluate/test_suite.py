@@ -265,6 +265,7 @@ def test_bundled_suite_has_twelve_scenarios_two_of_them_controls():
 def test_bundled_suite_is_recorded_as_a_whole():
     suite = load_suite("servegym-bench-v1")
     record = load_record(suite)
+    assert set(record["scenarios"]) == {scenario.name for scenario in suite.scenarios}
     for scenario in suite.scenarios:
         for load in scenario.loads:
             there = reference(suite, record, scenario, load)

@@ -36,6 +36,7 @@ def compile_dispatch() -> None:
         ("least-outstanding", False),
         ("class-aware", False),
         ("what-if", False),
+        ("what-if-sampled", False),
         ("random", True),
     ):
         episode = scenario.episode(0, num_requests=8)
