@@ -140,7 +140,7 @@ def _verdicts(result: Evaluation) -> list[str]:
         best = result.best_heuristic(load)
         said += [
             f"Load {load:g}: {objective.label} of {name} {objective.relation} that of {best}, the"
-            f" best of all rules, tuned ones included: {result.against_text(name, best, load)}"
+            f" best of these rules, tuned ones included: {result.against_text(name, best, load)}"
             for name in result.learned
         ]
     return said
