@@ -15,7 +15,7 @@ from numba import types
 
 from servegym.cluster.dispatch import hold, reject, route, send, set_up
 from servegym.cluster.engine import clear_replica, end_step, form_step, next_with, stop_replica
-from servegym.cluster.entry import ADVANCE, APPLY, entry
+from servegym.cluster.entry import ADVANCE, APPLY, INFER, entry
 from servegym.cluster.jit import helper, inlined, kernel
 from servegym.cluster.lockstep import step_together
 from servegym.cluster.log import log_event
@@ -66,7 +66,7 @@ from servegym.cluster.state import (
 from servegym.cluster.stretches import catch_up, cut_stretch, steps_ended_by
 from servegym.cluster.timers import remove_timer, set_timer
 from servegym.cluster.transfers import go_off_transfer, place, reset_transfers
-from servegym.cluster.watch import forget_streams
+from servegym.cluster.watch import forget_all
 from servegym.workloads.table import ANY_END, BY_ITSELF
 
 
@@ -318,8 +318,6 @@ def reset_request(s: State, e: int, i: int) -> None:
     q.heap_pos = -1
     q.timer_pos = -1
     q.table_len = 0
-    s.length[e, i].expected = 0.0
-    s.length[e, i].next_ended = -1
     s.order[e, i].key = q.slo_class
     s.order[e, i].idle_since_s = q.arrival_s
 
@@ -340,7 +338,6 @@ def reset_env(p: Params, s: State, e: int) -> None:
         v.num_joined = 0
         v.event_pos = r
         v.last_dispatch_s = -math.inf
-        forget_streams(s, e, r)
         s.due[e, r].replica = r
         s.due[e, r].time_s = math.inf
         s.observation[e, OBSERVED_UP, r] = 1.0
@@ -383,6 +380,8 @@ def reset_env(p: Params, s: State, e: int) -> None:
     env.good = 0.0
     env.arrival_gap_s = 0.0
     env.last_arrival_s = 0.0
+    if p.entries[INFER] != 0:
+        forget_all(s, e)
     env.first_ended = -1
     env.last_ended = -1
     env.last_learnt = -1

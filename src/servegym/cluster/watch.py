@@ -80,22 +80,24 @@ def _count(s: State, e: int, r: int, span_s: float, num_steps: int) -> None:
             w.late_expected_s += most_s
 
 
-@inlined
-def forget_streams(s: State, e: int, r: int) -> None:
-    """Begin anew."""
-    w = s.stream[e, r]
-    w.seen_s = 0.0
-    w.seen_steps = 0
-    w.pure_s = 0.0
-    w.pure_steps = 0
-    w.pure_others = 0
-    w.late_s = 0.0
-    w.late_expected_s = 0.0
-    s.replica[e, r].is_pure = 0
-    w.itl_s = 0.0
-    w.itl_steps = 0.0
-    w.observed_s = 0.0
-    w.expected_s = 0.0
+@helper
+def forget_all(s: State, e: int) -> None:
+    """Begin anew; an environment that nobody has watched has nothing to forget."""
+    for r in range(s.env[e].num_replicas):
+        w = s.stream[e, r]
+        w.seen_s = 0.0
+        w.seen_steps = 0
+        w.pure_s = 0.0
+        w.pure_steps = 0
+        w.pure_others = 0
+        w.late_s = 0.0
+        w.late_expected_s = 0.0
+        w.itl_s = 0.0
+        w.itl_steps = 0.0
+        w.observed_s = 0.0
+        w.expected_s = 0.0
+    for i in range(s.env[e].num_requests):
+        s.length[e, i].expected = 0.0
 
 
 @inlined
@@ -106,6 +108,7 @@ def note_ended(p: Params, s: State, e: int, request: int) -> None:
     env = s.env[e]
     last = env.last_ended
     env.last_ended = request
+    s.length[e, request].next_ended = -1
     if last >= 0:
         s.length[e, last].next_ended = request
     else:
