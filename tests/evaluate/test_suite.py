@@ -16,6 +16,7 @@ from servegym.errors import ConfigError
 from servegym.evaluate.leaderboard import (
     leaderboard_table,
     make_entry,
+    ranked,
     read_entries,
     recorded_entries,
     total,
@@ -277,6 +278,18 @@ def test_bundled_suite_is_recorded_as_a_whole():
             assert means[there.best] == choose(means.values())
             share = there.score(there.bound_values).share.value
             assert share == 1.0 or scenario.is_control
+
+
+def test_who_plays_less_than_half_stands_behind():
+    suite = load_suite("servegym-bench-v1")
+    order = ranked(suite, recorded_entries(suite, load_record(suite)))
+    played = [len(entry["scenarios"]) for entry in order]
+    first_part = next(place for place, count in enumerate(played) if 2 * count < 12)
+    assert 0 < first_part < len(order)
+    for part in (order[:first_part], order[first_part:]):
+        totals = [total(suite, entry) for entry in part]
+        assert totals == sorted(totals, reverse=True)
+    assert max(played[first_part:]) < 6 <= min(played[:first_part])
 
 
 def test_bundled_record_is_what_the_simulator_plays():

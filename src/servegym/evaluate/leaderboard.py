@@ -160,8 +160,15 @@ def total(suite: Suite, entry: dict[str, Any]) -> float:
 
 
 def ranked(suite: Suite, entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Put the entries in order, the highest total first."""
-    return sorted(entries, key=lambda entry: -total(suite, entry))
+    """Put the entries in order: the highest total first, those that play less than half behind.
+
+    What is not played counts as 0, which most of what is played falls short of.
+    """
+
+    def key(entry: dict[str, Any]) -> tuple[bool, float]:
+        return 2 * len(entry["scenarios"]) < len(suite.scenarios), -total(suite, entry)
+
+    return sorted(entries, key=key)
 
 
 def leaderboard_table(suite: Suite, entries: Sequence[dict[str, Any]]) -> Table:
@@ -179,7 +186,7 @@ def leaderboard_table(suite: Suite, entries: Sequence[dict[str, Any]]) -> Table:
         table.add_column(head, justify="right", no_wrap=True)
     for entry in ranked(suite, entries):
         cells = [_short_cell(entry, scenario) for scenario in suite.scenarios]
-        table.add_row(entry["name"], f"{100 * total(suite, entry):.0f}", *cells)
+        table.add_row(entry["name"], f"{100 * total(suite, entry):z.0f}", *cells)
     return table
 
 
@@ -202,7 +209,7 @@ def leaderboard_page(
         cells = [
             entry["name"],
             ", ".join(p["policy"] for p in entry["policies"]),
-            f"{100 * total(suite, entry):.0f}",
+            f"{100 * total(suite, entry):z.0f}",
             f"{played} of {len(suite.scenarios)}",
             *(_cell(entry, s) for s in suite.scenarios),
         ]
@@ -219,8 +226,8 @@ def leaderboard_page(
 {suite.num_test_seeds} test seeds: 0 is the best tuned rule, 100 what an offline search reached that
 knows the future; knowing it brings at least so much. Of controls, where there is next to nothing to
 gain, the ratio to the best tuned rule. The total is the mean over all scenarios but the controls;
-one that is not played counts as 0, none counts less than {100 * LEAST_SCORE:.0f}. Rules that come
-with the suite are dimmed.</p>
+one that is not played counts as 0, none counts less than {100 * LEAST_SCORE:.0f}. Who plays less
+than half of the scenarios stands behind the others. Rules that come with the suite are dimmed.</p>
 {_totals_figure(suite, order, known)}
 <h2>Scenarios</h2><div class="scroll"><table>{_scenario_rows(suite, record)}</table></div>
 <p class="note">All workloads are generated, some fitted to a public trace: the splits are disjoint
@@ -304,7 +311,7 @@ def _short_cell(entry: dict[str, Any], scenario: SuiteScenario) -> str:
     if scenario.is_control:
         return f"{_ratio(entry, scenario):.3f}"
     share = _share(entry, scenario)
-    return "-" if share is None else f"{100 * share:.0f}"
+    return "-" if share is None else f"{100 * share:z.0f}"
 
 
 def _cell(entry: dict[str, Any], scenario: SuiteScenario) -> str:
