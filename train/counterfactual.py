@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from servegym.agents.network import Prepared
+from servegym.errors import ConfigError
 from servegym.policy.counterfactual import Teacher, due, worth_of
 from servegym.policy.drawn_lengths import learn_lengths
 from servegym.policy.layout import scenario_actions
+from servegym.scenario import Scenario
 from servegym.train.counterfactual_settings import CounterfactualTraining
 from servegym.train.dispatcher_run import DispatcherRun, episode_stats
 from servegym.train.run_folder import StoredRun
@@ -46,6 +48,16 @@ class CounterfactualTrainer(DispatcherRun[CounterfactualTraining]):
         # but not so rare as PPO, which tries what it does, can afford
         nn.init.constant_(self.network.extra.bias, FIRST_EXTRA)
         self.memory = Memory(config.memory)
+
+    @staticmethod
+    @override
+    def completed(config: CounterfactualTraining, scenario: Scenario) -> CounterfactualTraining:
+        if scenario.spec.disaggregated:
+            raise ConfigError(
+                "choices are tried as if a replica did all of a request, but some of "
+                f"{scenario.name} only prefill or decode: take --learner ppo"
+            )
+        return DispatcherRun.completed(config, scenario)
 
     @cached_property
     @override

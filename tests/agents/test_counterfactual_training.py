@@ -284,6 +284,12 @@ def test_it_learns_to_reject_where_limits_are_judged(write_scenario, tmp_path):
     assert 0 < rejected.mean() < 0.9
 
 
+def test_fleets_in_which_kv_moves_are_refused_before_anything_is_written(tiny, tmp_path):
+    with pytest.raises(ConfigError, match="some of pd-equal only prefill or decode: take"):
+        CounterfactualTrainer(tiny(1, scenario="pd-equal"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_the_demonstration_says_how_its_policy_stands_and_in_what_it_differs(
     write_scenario, tmp_path, capsys

@@ -116,3 +116,17 @@ def test_command_prints_the_bound(tmp_path, capsys):
     )
     assert CLAIRVOYANT in capsys.readouterr().out
     assert json.loads(path.read_text())["bound"]["budget_episodes"] == 20
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--bound --bound-budget -1", "must have a budget above 0 and finite, got"),
+        ("--bound --bound-budget inf", "must have a budget above 0 and finite, got"),
+        ("--bound-budget 5", "has no meaning without --bound"),
+    ],
+)
+def test_a_budget_that_bounds_nothing_is_refused(words, message, capsys):
+    with pytest.raises(SystemExit):
+        main(f"evaluate --scenario homogeneous-light --policies random {words}".split())
+    assert message in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,13 @@ class Evaluate(Played):
             self._run_job_shops()
             return
         problem, scenario = self.posed()
+        if not self.bound:
+            self.refuse(("bound_budget",), "has no meaning without --bound")
+        if not 0.0 < self.bound_budget < math.inf:
+            raise ConfigError(
+                "the search for the bound must have a budget above 0 and finite, got "
+                f"--bound-budget {self.bound_budget:g}"
+            )
         if self.saturation:
             problem.require_saturation(scenario)
         if self.plot and problem.plot is None:

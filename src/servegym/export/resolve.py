@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, overload
 
+from servegym.baselines.ordering.registry import RULES as ORDERS
 from servegym.baselines.ordering.registry import ordering_policy
 from servegym.baselines.parts import join_parts, split_parts
 from servegym.baselines.placement import PLACEMENTS, placement
 from servegym.baselines.registry import policy
-from servegym.errors import ConfigError
+from servegym.errors import ConfigError, unknown_name
 from servegym.export.manifest import Manifest, policy_name, read_manifest
 from servegym.export.ordering import SUFFIXES, exported_ordering
 from servegym.export.weights import read_network
@@ -75,6 +76,9 @@ def resolve_dispatch(text: str) -> Policy | Pair:
     if not more:
         return resolve_policy(dispatch)
     first = resolve_policy(dispatch)
+    name = more[0].partition(":")[0]
+    if not more[0].endswith(SUFFIXES) and name not in (known := [*PLACEMENTS, *ORDERS.names()]):
+        raise ConfigError(unknown_name("order or placement", name, known))
     if is_placement(more[0]):
         place = placement(more[0])
         return Placed(first, place, name=join_parts((first.name, place.name)))
