@@ -29,6 +29,22 @@ from servegym.problems.requests import OBJECTIVES, RequestEpisodes, RequestProbl
 from servegym.scenario import Scenario
 from servegym.typing import FloatArray
 
+#: Compared where requests are placed, too.
+_PLACED = (
+    "random+least-outstanding",
+    "round-robin+least-outstanding",
+    "token-least-load+min-kv",
+    "sglang+power-of-two",
+    "splitwise+splitwise",
+    "llm-d-pd+llm-d",
+    "dynamo+least-outstanding",
+    "prefix-load+least-tpot",
+    "conductor+least-tpot",
+    "conductor-predicted+least-tpot",
+    "added-delay+least-tpot",
+    "class-aware+least-tpot",
+)
+
 
 class DispatchEpisodes(RequestEpisodes[Policy | Pair]):
     """Episodes of requests that a policy sends to replicas; a pair also orders them there."""
@@ -105,6 +121,10 @@ class Dispatch(RequestProblem[Policy | Pair]):
     )
     default_policy = "prefix-load"
     episodes_class = DispatchEpisodes
+
+    @override
+    def compared(self, scenario: Scenario) -> tuple[str, ...]:
+        return _PLACED if scenario.spec.disaggregated else self.default_policies
 
     def owns(self, scenario: AnyScenario) -> bool:
         """Whether a scenario is of requests that can go to one replica or another."""
