@@ -101,7 +101,11 @@ RULES: Rules[Heuristic] = Rules(
         "splitwise": Entry(splitwise, {"max_pending_tokens": Range(500.0, 1e5, logarithmic=True)}),
         "llm-d-pd": Entry(
             llm_d_pd,
-            {**SCORES, "non_cached_tokens": Range(1.0, 8000.0, logarithmic=True)},
+            {
+                **SCORES,
+                "non_cached_tokens": Range(1.0, 8000.0, logarithmic=True),
+                "prompt_tokens": Range(1.0, 8000.0, logarithmic=True),
+            },
         ),
         "class-aware": Entry(
             class_aware,
