@@ -23,7 +23,7 @@ def chats(prompt_tokens: float) -> Scenario:
             "fleet": [{"gpu": "A100-SXM-80GB", "count": 6}],
             "workload": {
                 "kind": "generated",
-                "rate_rps": 15.0,
+                "rate_rps": 3e4 / prompt_tokens,
                 "prompt": {"medians_tokens": [prompt_tokens], "sigmas": [0.3]},
                 "output": {"medians_tokens": [150.0], "sigmas": [0.5], "max_tokens": 600},
             },
@@ -42,7 +42,7 @@ def test_the_scarcer_phase_is_what_a_placement_bears():
 def test_longer_prompts_want_more_to_prefill_and_the_split_bears_what_was_foreseen():
     short, long = (distserve_placement(chats(n), 6, num_seeds=1) for n in (300.0, 3000.0))
     assert short.num_prefill < long.num_prefill
-    assert short.prefill.load > 4 * long.prefill.load
+    assert 0.5 < short.prefill.load / long.prefill.load < 2.0  # of a rate ten times as high
     assert long.num_gpus <= 6
     fleet = split_scenario(chats(3000.0), long.num_prefill, 6 - long.num_prefill)
     problem = Dispatch()
@@ -54,6 +54,13 @@ def test_longer_prompts_want_more_to_prefill_and_the_split_bears_what_was_forese
 
     assert attained(0.8 * long.load) > 0.9
     assert attained(1.8 * long.load) < 0.8
+
+
+def test_a_rate_at_which_no_load_is_the_answer_is_refused():
+    slow = chats(300.0)
+    workload = slow.workload.model_copy(update={"rate_rps": 0.5})
+    with pytest.raises(ConfigError, match=r"one instance of 1 GPUs that is to prefill .* another"):
+        distserve_placement(slow.model_copy(update={"workload": workload}), 4, num_seeds=1)
 
 
 def test_both_phases_need_a_gpu():

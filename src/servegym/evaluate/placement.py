@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 from servegym.cluster.spec import Role
 from servegym.errors import ConfigError
-from servegym.evaluate.saturation import saturation_load
+from servegym.evaluate.saturation import LARGEST, SMALLEST, saturation_load
 from servegym.problems.dispatch import Dispatch
 from servegym.scenario import Scenario
 
 #: Stand for a phase that takes no time, a link that is never in the way, and for no limit.
 _AT_ONCE, _FAST_GB_PER_S, _NO_LIMIT_S = 1e4, 1e6, 1e6
 _LINK = {"gb_per_s": 40.0, "latency_s": 0.001}
+_PHASES: tuple[Role, Role] = ("prefill", "decode")
 #: One replica of each kind: there is nothing to choose.
 _POLICY = "round-robin+least-outstanding"
 
@@ -84,24 +85,27 @@ def distserve_placement(
         The best; of equal ones that with the fewest GPUs.
 
     Raises:
-        ConfigError: If there are too few GPUs for both phases.
+        ConfigError: If there are too few GPUs for both phases, or the scenario's rate is far from
+            what an instance bears.
     """
-    made = {
-        role: [
-            Instance(
-                tp,
-                saturation_load(
-                    _alone(scenario, role, tp),
-                    Dispatch().resolve(_POLICY),
-                    attainment,
-                    num_seeds=num_seeds,
-                    num_units=num_requests,
-                ),
+
+    def instance(role: Role, tp: int) -> Instance:
+        load = saturation_load(
+            _alone(scenario, role, tp),
+            Dispatch().resolve(_POLICY),
+            attainment,
+            num_seeds=num_seeds,
+            num_units=num_requests,
+        )
+        if not SMALLEST < load < LARGEST:
+            what = f"more than load {LARGEST:g}: give" if load > 1.0 else "next to nothing: give"
+            raise ConfigError(
+                f"one instance of {tp} GPUs that is to {role} bears {what} {scenario.name} "
+                f"another rate, at which loads from {SMALLEST:g} to {LARGEST:g} hold the answer"
             )
-            for tp in tps
-        ]
-        for role in ("prefill", "decode")
-    }
+        return Instance(tp, load)
+
+    made = {role: [instance(role, tp) for tp in tps] for role in _PHASES}
     best: Placement | None = None
     for prefill in made["prefill"]:
         for decode in made["decode"]:
@@ -120,8 +124,6 @@ def distserve_placement(
 def _without_idle(placement: Placement) -> Placement:
     """Leave out instances of the ampler phase that the other cannot keep busy."""
     load = placement.load
-    if load <= 0.0:
-        return placement
     counts = [
         next(n for n in range(1, most + 1) if n * instance.load >= load)
         for instance, most in (
@@ -137,7 +139,7 @@ def split_scenario(scenario: Scenario, num_prefill: int, num_decode: int) -> Sce
     entry = _entry(scenario)
     fleet = [
         {**entry, "count": count, "role": role}
-        for role, count in (("prefill", num_prefill), ("decode", num_decode))
+        for role, count in zip(_PHASES, (num_prefill, num_decode), strict=True)
     ]
     return _changed(scenario, fleet=fleet)
 

@@ -11,7 +11,7 @@ from servegym.problems.problem import AnyProblem, Policy, Scenario
 from servegym.problems.registry import problem_of
 
 #: Smallest and largest load tried.
-_RANGE = (0.05, 4.0)
+SMALLEST, LARGEST = 0.05, 4.0
 
 
 def saturation_load(
@@ -55,7 +55,7 @@ def saturation_load(
         )
         return result.mean(policy.name, load, metric) >= attainment
 
-    return _largest(met, *_RANGE, tolerance)
+    return _largest(met, SMALLEST, LARGEST, tolerance)
 
 
 def _largest(met: Callable[[float], bool], low: float, high: float, tolerance: float) -> float:
