@@ -89,6 +89,11 @@ def distserve_placement(
             what an instance bears.
     """
 
+    if num_gpus < 2 * min(tps):
+        raise ConfigError(
+            f"num_gpus must be at least {2 * min(tps)}, to prefill and to decode, got {num_gpus}"
+        )
+
     def instance(role: Role, tp: int) -> Instance:
         load = saturation_load(
             _alone(scenario, role, tp),
@@ -106,19 +111,13 @@ def distserve_placement(
         return Instance(tp, load)
 
     made = {role: [instance(role, tp) for tp in tps] for role in _PHASES}
-    best: Placement | None = None
+    found: list[Placement] = []
     for prefill in made["prefill"]:
         for decode in made["decode"]:
             for n in range(1, (num_gpus - decode.tp) // prefill.tp + 1):
                 m = (num_gpus - n * prefill.tp) // decode.tp
-                found = _without_idle(Placement(prefill, n, decode, m))
-                if best is None or (-found.load, found.num_gpus) < (-best.load, best.num_gpus):
-                    best = found
-    if best is None:
-        raise ConfigError(
-            f"num_gpus must be at least {2 * min(tps)}, to prefill and to decode, got {num_gpus}"
-        )
-    return best
+                found.append(_without_idle(Placement(prefill, n, decode, m)))
+    return min(found, key=lambda placement: (-placement.load, placement.num_gpus))
 
 
 def _without_idle(placement: Placement) -> Placement:

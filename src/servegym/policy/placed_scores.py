@@ -27,7 +27,6 @@ from servegym.policy.contract import (
     PREFILL_TOKENS_PER_S,
     PREFIX_HIT_TOKENS,
     PROMPT_TOKENS,
-    PUSHED_OVER_80,
     STEP_TIME_RATIO,
     TPOT_SLO_S,
     TTFT_SLO_S,
@@ -47,7 +46,6 @@ TERMS = (
     "late",  # about 1 where that is above the limit
     "log_tpot",  # of the step time where it decodes, over the limit
     "slow",  # about 1 where that is above the limit
-    "pushed",  # requests there that it pushes over their TPOT limits
     "delays",  # seconds of others that its prefill takes
     "kv_usage",
     "holding",  # requests beside the running ones that hold memory there
@@ -56,9 +54,7 @@ TERMS = (
     "cached",  # share of the prompt
 )
 NUM_TERMS = len(TERMS)
-NEEDS = (
-    Group.COUNTERS | Group.METRICS | Group.PREFIX | Group.STEP_TIMES | Group.LIMITS | Group.ROLES
-)
+NEEDS = Group.COUNTERS | Group.METRICS | Group.PREFIX | Group.STEP_TIMES | Group.ROLES
 
 #: How sharply a limit is one.
 _SHARPNESS = 8.0
@@ -103,14 +99,12 @@ def _cost(
     cost = weights[0] * (0.0 if decodes else 1.0)
     cost += weights[1] * math.log(first + 1e-3) + weights[2] * _over(first)
     cost += weights[3] * math.log(each + 1e-3) + weights[4] * _over(each)
-    if decodes:
-        cost += weights[5] * math.log(1.0 + replicas[PUSHED_OVER_80, r])
-    cost += weights[6] * math.log(1.0 + replicas[OUTSTANDING_REQUESTS, r] * own_s)
-    cost += weights[7] * replicas[KV_CACHE_USAGE, r]
-    cost += weights[8] * math.log(1.0 + replicas[NUM_HOLDING, r])
-    cost += weights[9] * math.log(1.0 + 10.0 * replicas[LINK_BUSY_S, r])
-    cost += weights[10] * math.log(1.0 + 10.0 * arriving_s)
-    return cost - weights[11] * (prompt - new) / prompt
+    cost += weights[5] * math.log(1.0 + replicas[OUTSTANDING_REQUESTS, r] * own_s)
+    cost += weights[6] * replicas[KV_CACHE_USAGE, r]
+    cost += weights[7] * math.log(1.0 + replicas[NUM_HOLDING, r])
+    cost += weights[8] * math.log(1.0 + 10.0 * replicas[LINK_BUSY_S, r])
+    cost += weights[9] * math.log(1.0 + 10.0 * arriving_s)
+    return cost - weights[10] * (prompt - new) / prompt
 
 
 @rule
