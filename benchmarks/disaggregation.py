@@ -76,7 +76,7 @@ def row(num_gpus: int, prompt_tokens: float, tpot_s: float, seeds: int, requests
     mixed = rate(0, "added-delay")
     rates = {n: rate(n, "token-least-load+least-tpot") for n in range(1, num_gpus)}
     best = max(rates, key=lambda n: rates[n])
-    whole = scenario(split(num_gpus, 0), prompt_tokens, tpot_s, rate_rps=4e4 / prompt_tokens)
+    whole = scenario(split(num_gpus, 0), prompt_tokens, tpot_s, rate_rps=5.0)
     found = distserve_placement(
         whole, num_gpus, attainment=ATTAINED, num_seeds=seeds, num_requests=requests
     )

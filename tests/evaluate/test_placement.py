@@ -58,8 +58,8 @@ def test_longer_prompts_want_more_to_prefill_and_the_split_bears_what_was_forese
 
 def test_a_rate_at_which_no_load_is_the_answer_is_refused():
     slow = chats(300.0)
-    workload = slow.workload.model_copy(update={"rate_rps": 0.5})
-    with pytest.raises(ConfigError, match=r"one instance of 1 GPUs that is to prefill .* another"):
+    workload = slow.workload.model_copy(update={"rate_rps": 0.01})
+    with pytest.raises(ConfigError, match=r"1 GPUs that are to prefill .* nearer to them"):
         distserve_placement(slow.model_copy(update={"workload": workload}), 4, num_seeds=1)
 
 

@@ -1,8 +1,10 @@
 """DistServe's placement: how many GPUs prefill, how many decode, and over how many each is spread.
 
 Each phase is searched alone: one instance of it, beside another for the other phase that takes no
-time, and the highest load at which enough requests are within the limit of that phase. Instances
-are then shared out so that neither phase is short (OSDI'24, placement for nodes with fast links).
+time, and the highest load at which enough requests are within their limits. To whoever prefills
+that of the time per token does not apply; who waits for memory where it decodes waits for its first
+token, so both apply there. Instances are then shared out so that neither phase is short (OSDI'24,
+placement for nodes with fast links).
 """
 
 from __future__ import annotations
@@ -12,13 +14,15 @@ from typing import Any, NamedTuple
 
 from servegym.cluster.spec import Role
 from servegym.errors import ConfigError
-from servegym.evaluate.saturation import LARGEST, SMALLEST, saturation_load
+from servegym.evaluate.saturation import SMALLEST, saturation_load
 from servegym.problems.dispatch import Dispatch
 from servegym.scenario import Scenario
 
 #: Stand for a phase that takes no time, a link that is never in the way, and for no limit.
 _AT_ONCE, _FAST_GB_PER_S, _NO_LIMIT_S = 1e4, 1e6, 1e6
 _LINK = {"gb_per_s": 40.0, "latency_s": 0.001}
+#: Largest load tried of an instance.
+_LARGEST = 100.0
 _PHASES: tuple[Role, Role] = ("prefill", "decode")
 #: One replica of each kind: there is nothing to choose.
 _POLICY = "round-robin+least-outstanding"
@@ -88,7 +92,6 @@ def distserve_placement(
         ConfigError: If there are too few GPUs for both phases, or the scenario's rate is far from
             what an instance bears.
     """
-
     if num_gpus < 2 * min(tps):
         raise ConfigError(
             f"num_gpus must be at least {2 * min(tps)}, to prefill and to decode, got {num_gpus}"
@@ -101,12 +104,12 @@ def distserve_placement(
             attainment,
             num_seeds=num_seeds,
             num_units=num_requests,
+            largest=_LARGEST,
         )
-        if not SMALLEST < load < LARGEST:
-            what = f"more than load {LARGEST:g}: give" if load > 1.0 else "next to nothing: give"
+        if not SMALLEST < load < _LARGEST:
             raise ConfigError(
-                f"one instance of {tp} GPUs that is to {role} bears {what} {scenario.name} "
-                f"another rate, at which loads from {SMALLEST:g} to {LARGEST:g} hold the answer"
+                f"{tp} GPUs that are to {role} do not reach their limits at any load from "
+                f"{SMALLEST:g} to {_LARGEST:g}: give {scenario.name} a rate that is nearer to them"
             )
         return Instance(tp, load)
 
@@ -144,13 +147,15 @@ def split_scenario(scenario: Scenario, num_prefill: int, num_decode: int) -> Sce
 
 
 def _alone(scenario: Scenario, role: Role, tp: int) -> Scenario:
-    """Let one instance of a phase decide whether requests are within the limit of that phase."""
+    """Let one instance of a phase decide whether requests are within its limits."""
     entry = {**_entry(scenario), "count": 1, "tp": tp}
     other = {**entry, "speed": _AT_ONCE, "link": {"gb_per_s": _FAST_GB_PER_S}}
     other["role"] = "decode" if role == "prefill" else "prefill"
-    unlimited = {"tpot_s" if role == "prefill" else "ttft_s": _NO_LIMIT_S}
-    classes = [c.model_dump() | unlimited for c in scenario.slo_classes]
-    return _changed(scenario, fleet=[{**entry, "role": role}, other], slo_classes=classes)
+    fleet = [{**entry, "role": role}, other]
+    if role == "decode":
+        return _changed(scenario, fleet=fleet)
+    classes = [c.model_dump() | {"tpot_s": _NO_LIMIT_S} for c in scenario.slo_classes]
+    return _changed(scenario, fleet=fleet, slo_classes=classes)
 
 
 def _entry(scenario: Scenario) -> dict[str, Any]:

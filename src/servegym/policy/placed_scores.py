@@ -8,6 +8,7 @@ somebody who sends requests around would look at, in logarithms or between 0 and
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,11 +36,12 @@ from servegym.policy.contract import (
     Group,
 )
 from servegym.policy.costs import step_s
+from servegym.policy.placed import Placed
 from servegym.policy.policy import Heuristic
 from servegym.policy.rule import rule
 from servegym.typing import BoolArray, FloatArray, UInt64Array
 
-#: What the weights are of, in their order; the last is the cost of a rejection.
+#: What the weights are of, in their order.
 TERMS = (
     "prefill_only",  # 1 where a request only is prefilled
     "log_ttft",  # of the time to the first token as foreseen, over its limit
@@ -54,6 +56,8 @@ TERMS = (
     "cached",  # share of the prompt
 )
 NUM_TERMS = len(TERMS)
+#: Raised whenever a term changes.
+PLACED_SCHEMA_VERSION = 1
 NEEDS = Group.COUNTERS | Group.METRICS | Group.PREFIX | Group.STEP_TIMES | Group.ROLES
 
 #: How sharply a limit is one.
@@ -136,8 +140,26 @@ def decide(
     return best if best >= 0 else width
 
 
-def scored(weights: FloatArray, name: str) -> Heuristic:
-    """Return a policy that goes by weights, `float64[NUM_TERMS + 1]`, the last of a rejection."""
+class PlacedWeights(NamedTuple):
+    """What a search has found.
+
+    Attributes:
+        dispatch: Weights of `TERMS`, then the cost of a rejection, `float64[NUM_TERMS + 1]`.
+        place: Weights of `TERMS`, `float64[NUM_TERMS]`.
+    """
+
+    dispatch: FloatArray
+    place: FloatArray
+
+
+def placed_policy(weights: PlacedWeights, name: str) -> Placed:
+    """Return the policy that takes both decisions by weights."""
+    # no placing is rejected
+    place = _scored(np.append(weights.place, np.inf), f"{name}, placing")
+    return Placed(_scored(weights.dispatch, name), place, name, learned=True)
+
+
+def _scored(weights: FloatArray, name: str) -> Heuristic:
     return Heuristic(
         name=name,
         information="predictive",

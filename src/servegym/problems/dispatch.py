@@ -131,7 +131,7 @@ class Dispatch(RequestProblem[Policy | Pair]):
         return isinstance(scenario, Scenario) and not scenario.orders_requests
 
     def resolve(self, text: str) -> Policy | Pair:
-        """Return a rule by name and parameters, a learned policy by its `.onnx` file, or a pair."""
+        """Return a rule by name and parameters, a learned policy by its file, or a pair."""
         return resolve_dispatch(text)
 
     def parts(self, text: str) -> list[tuple[Rules[Any], str]]:
@@ -147,7 +147,7 @@ class Dispatch(RequestProblem[Policy | Pair]):
         if isinstance(policy, Pair):
             return self.is_learned(policy.dispatch) or not isinstance(policy.order, OrderingRule)
         if isinstance(policy, Placed):
-            return self.is_learned(policy.dispatch)
+            return policy.learned or self.is_learned(policy.dispatch)
         return not isinstance(policy, Heuristic)
 
     @override
