@@ -41,6 +41,11 @@ LEARNERS = {
             "servegym.train.counterfactual_settings:CounterfactualTraining",
             "servegym.train.counterfactual:CounterfactualTrainer",
         ),
+        "search": Entry(
+            "placed",
+            "servegym.train.placed_settings:PlacedTraining",
+            "servegym.train.placed:PlacedTrainer",
+        ),
     },
     "order": {
         "search": Entry(

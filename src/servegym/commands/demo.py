@@ -82,7 +82,7 @@ class Demo(Played):
         console.print(f"{problem.name} on {self.scenario} for {self.minutes:g} minutes")
         run_folder, path = self._train(entry, plan)
         console.rule("2. export and reload")
-        texts = (*problem.default_policies, *tuned, str(path))
+        texts = (*problem.compared(scenario), *tuned, str(path))
         policies = [problem.resolve(text) for text in texts]
         console.print(f"exported to {path}, verified, and reloaded as `servegym evaluate` does")
         console.rule("3. evaluate on held-out seeds")

@@ -29,6 +29,22 @@ from servegym.problems.requests import OBJECTIVES, RequestEpisodes, RequestProbl
 from servegym.scenario import Scenario
 from servegym.typing import FloatArray
 
+#: Compared where requests are placed, too.
+_PLACED = (
+    "random+least-outstanding",
+    "round-robin+least-outstanding",
+    "token-least-load+min-kv",
+    "sglang+power-of-two",
+    "splitwise+splitwise",
+    "llm-d-pd+llm-d",
+    "dynamo+least-outstanding",
+    "prefix-load+least-tpot",
+    "conductor+least-tpot",
+    "conductor-predicted+least-tpot",
+    "added-delay+least-tpot",
+    "class-aware+least-tpot",
+)
+
 
 class DispatchEpisodes(RequestEpisodes[Policy | Pair]):
     """Episodes of requests that a policy sends to replicas; a pair also orders them there."""
@@ -106,12 +122,16 @@ class Dispatch(RequestProblem[Policy | Pair]):
     default_policy = "prefix-load"
     episodes_class = DispatchEpisodes
 
+    @override
+    def compared(self, scenario: Scenario) -> tuple[str, ...]:
+        return _PLACED if scenario.spec.disaggregated else self.default_policies
+
     def owns(self, scenario: AnyScenario) -> bool:
         """Whether a scenario is of requests that can go to one replica or another."""
         return isinstance(scenario, Scenario) and not scenario.orders_requests
 
     def resolve(self, text: str) -> Policy | Pair:
-        """Return a rule by name and parameters, a learned policy by its `.onnx` file, or a pair."""
+        """Return a rule by name and parameters, a learned policy by its file, or a pair."""
         return resolve_dispatch(text)
 
     def parts(self, text: str) -> list[tuple[Rules[Any], str]]:
@@ -127,7 +147,7 @@ class Dispatch(RequestProblem[Policy | Pair]):
         if isinstance(policy, Pair):
             return self.is_learned(policy.dispatch) or not isinstance(policy.order, OrderingRule)
         if isinstance(policy, Placed):
-            return self.is_learned(policy.dispatch)
+            return policy.learned or self.is_learned(policy.dispatch)
         return not isinstance(policy, Heuristic)
 
     @override
