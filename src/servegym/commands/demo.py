@@ -77,7 +77,7 @@ class Demo(Played):
         traced = self._traced()  # what is wrong with it is said before minutes are spent
         tuned = _TUNED.get(self.scenario, ())
         plan = _plan(problem, scenario, tuned)
-        entry = find_trainer(problem.name, plan.learner)
+        entry = find_trainer(problem.name, plan.learner, scenario)
         console.rule("1. train")
         console.print(f"{problem.name} on {self.scenario} for {self.minutes:g} minutes")
         run_folder, path = self._train(entry, plan)
