@@ -13,12 +13,11 @@ from torch import nn
 from servegym.agents.features import replica_inputs
 from servegym.agents.network import DispatchNetwork
 from servegym.agents.network_config import NetworkConfig
-from servegym.errors import ConfigError
 from servegym.policy.layout import agent_actions, agent_arrays
 from servegym.policy.play_fleet import Dispatchers
 from servegym.policy.play_perceptron import Perceptrons
 from servegym.policy.policy import Observations, Policy
-from servegym.policy.replica_inputs import NUM_INPUTS
+from servegym.policy.replica_inputs import KV_USAGE_INPUT, NUM_INPUTS, OUTSTANDING_INPUT
 from servegym.typing import Float32Array, FloatArray, IntArray
 
 #: Numbers of the rule: the weight of its cost, of the delay by prefill, of that by tokens; as
@@ -28,25 +27,22 @@ _NUM_RULE = 3
 UNIT = NUM_INPUTS + 2
 #: An input that differs by less from replica to replica is given no weight.
 _LEAST_SPREAD = 1e-3
+#: In place of no weight, where only a weight's logarithm is searched.
+_NEXT_TO_NOTHING = 0.05
 #: Units of a network at least.
 _LEAST_HIDDEN = 4
 
 
 class Observer:
-    """A dispatcher that keeps some of what it sees.
+    """A dispatcher that keeps what it sees.
 
     Args:
         inner: Who decides.
         num_extra: Actions besides the replicas.
-        rng: Says what is kept,
-        share: and this how much.
     """
 
-    def __init__(
-        self, inner: Policy, num_extra: int, rng: np.random.Generator, *, share: float
-    ) -> None:
-        self._inner, self._rng, self._share = inner, rng, share
-        self._num_extra = num_extra
+    def __init__(self, inner: Policy, num_extra: int) -> None:
+        self._inner, self._num_extra = inner, num_extra
         self.name, self.information, self.needs = inner.name, inner.information, inner.needs
         self._kept: list[tuple[Float32Array, Float32Array, Float32Array]] = []
 
@@ -57,21 +53,12 @@ class Observer:
     def act(self, observations: Observations, env_ids: IntArray) -> IntArray:
         """Decide; see `Policy.act`."""
         arrays = agent_arrays(observations, agent_actions(observations.mask, self._num_extra))
-        some = self._rng.random(len(env_ids)) < self._share
-        self._kept.append(tuple(array[some] for array in arrays))  # type: ignore[arg-type]
+        self._kept.append(arrays)
         return self._inner.act(observations, env_ids)
 
     def samples(self) -> tuple[Float32Array, Float32Array, Float32Array]:
-        """Return what was kept: `replicas`, `request` and `mask`, see `policy.layout`.
-
-        Raises:
-            ConfigError: If nothing was.
-        """
-        if not any(len(mask) for *_, mask in self._kept):
-            raise ConfigError("too few requests are dispatched to learn from: raise num_requests")
-        replicas, request, mask = (
-            np.concatenate(arrays) for arrays in zip(*self._kept, strict=True)
-        )
+        """Return what was kept: `replicas`, `request` and `mask`, see `policy.layout`."""
+        replicas, request, mask = map(np.concatenate, zip(*self._kept, strict=True))
         return replicas, request, mask
 
 
@@ -97,9 +84,32 @@ class DispatchSpace:
         # what all replicas have in common changes no linear choice
         self._linear = np.flatnonzero(self._varies & (apart.max(0, initial=0.0) > _LEAST_SPREAD))
 
-    def guess(self) -> FloatArray:
-        """Return the weights of the rule alone, as it comes."""
-        return np.zeros(_NUM_RULE + len(self._linear))
+    def guesses(self) -> list[FloatArray]:
+        """Return weights from which a search may begin, those of rules or near to them.
+
+        `added-delay` itself, least completion time (the same without delays of others), fewest
+        outstanding requests, least KV in use.
+        """
+        return [
+            self._guess(),
+            self._guess(prefill=_NEXT_TO_NOTHING, decode=_NEXT_TO_NOTHING),
+            self._guess({OUTSTANDING_INPUT: -1.0}, eta=_NEXT_TO_NOTHING),
+            self._guess({KV_USAGE_INPUT: -1.0}, eta=_NEXT_TO_NOTHING),
+        ]
+
+    def _guess(
+        self,
+        scores: dict[int, float] | None = None,
+        *,
+        eta: float = 1.0,
+        prefill: float = 1.0,
+        decode: float = 1.0,
+    ) -> FloatArray:
+        """Return the weights of a rule and of some inputs."""
+        linear = np.zeros(len(self._linear))
+        for k, weight in (scores or {}).items():
+            linear[self._linear == k] = weight
+        return np.concatenate([np.log([eta, prefill, decode]), linear])
 
     def with_units(self, theta: FloatArray, count: int, rng: np.random.Generator) -> FloatArray:
         """Put hidden units beside a linear score; their outputs are 0: choices stay as they are."""
@@ -141,14 +151,17 @@ class DispatchSpace:
             num_extra=self._num_extra,
         )
         network = DispatchNetwork(config)
-        first, second = network.actor.own[0], network.actor.own[2]
+        actor = network.actor
+        first, second = actor.own[0], actor.own[2]
+        assert isinstance(first, nn.Linear)
+        assert isinstance(second, nn.Linear)
         with torch.no_grad():
-            for layer in (first, second, network.actor.mix, network.actor.around):
-                nn.init.zeros_(layer.weight)
+            nn.init.zeros_(first.weight)
             first.weight[:used] = torch.from_numpy(inputs.T)
             first.bias[:used] = torch.from_numpy(bias)
-            # what is behind the hidden layer passes it on
+            # what is behind the hidden layer passes it on, whatever is around
             nn.init.eye_(second.weight)
-            nn.init.eye_(network.actor.mix.weight)
+            nn.init.eye_(actor.mix.weight)
+            nn.init.zeros_(actor.around.weight)
             network.score.weight[0, :used] = torch.from_numpy(nets.out[0, :, 0])
         return network

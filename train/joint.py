@@ -7,6 +7,7 @@ a dispatcher may come to rely on how the engines order what it sends them, and t
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,8 +45,10 @@ from servegym.typing import Float32Array, FloatArray
 SCHEDULERS, DISPATCHER = range(2)
 #: Who plays while the first samples are taken.
 _FIRST = "added-delay+footprint"
-#: Share of the dispatches that are kept as samples, and the episodes that they are taken from.
-_SHARE, _NUM_SAMPLED = 0.25, 4
+#: Exponents of the prompt with which it may begin, of waiting requests and of running ones.
+_POWERS = ((1.0, 1.0), (0.0, 0.0), (1.0, -1.5), (3.0, 0.5))
+#: Episodes that samples are taken from.
+_NUM_SAMPLED = 4
 
 
 class TrainedPair(NamedTuple):
@@ -78,8 +81,7 @@ class JointTrainer(SearchRun[JointTraining, TrainedPair]):
         (replicas, request, _), self.rows = self._sample(pair, self._rng)
         self.order_space = OrderSpace(self.rows)
         self.dispatch_space = DispatchSpace(replicas, request, self._num_extra)
-        guesses = [self._first_order(), self.dispatch_space.guess()]
-        self.searches = [Search(guess, np.full(len(guess), 0.3)) for guess in guesses]
+        self._begin(self._orders()[0], self.dispatch_space.guesses()[0], 0.3)
 
     @staticmethod
     def completed(config: JointTraining, scenario: Scenario) -> JointTraining:
@@ -104,7 +106,7 @@ class JointTrainer(SearchRun[JointTraining, TrainedPair]):
         self, pair: Pair, rng: np.random.Generator
     ) -> tuple[tuple[Float32Array, Float32Array, Float32Array], FloatArray]:
         """Play some episodes; return observations of dispatches and rows of requests."""
-        observer = Observer(pair.dispatch, self._num_extra, rng, share=_SHARE)
+        observer = Observer(pair.dispatch, self._num_extra)
         sampler = Sampler(pair.order, rng)
         episodes = self.episodes(FIRST_SEED, _NUM_SAMPLED, self.config.num_requests)
         watched = Pair(observer, sampler, pair.name)
@@ -112,11 +114,28 @@ class JointTrainer(SearchRun[JointTraining, TrainedPair]):
         where = f"{self.scenario.name} at load {self.config.load}"
         return observer.samples(), sampler.samples(where)
 
-    def _first_order(self) -> FloatArray:
-        """Least tokens left times prompt first, for both heads: near to `footprint`."""
-        scale = self.order_space.scale
-        powers = {k: float(scale[k]) for k in (PREDICTED_REMAINING_TOKENS, PROMPT_TOKENS)}
-        return self.order_space.guess(powers)
+    def _begin(self, order: FloatArray, dispatch: FloatArray, spread: float) -> None:
+        """Make the searches anew, around some weights."""
+        self.searches = [
+            Search(start.copy(), np.full(len(start), spread)) for start in (order, dispatch)
+        ]
+
+    def _orders(self) -> list[FloatArray]:
+        """Return orders from which the search may begin: tokens left times powers of the prompt.
+
+        Near to `footprint`, with which they share the exponents; shortest remaining first is one.
+        """
+        scale, space = self.order_space.scale, self.order_space
+        left, prompt = scale[PREDICTED_REMAINING_TOKENS], scale[PROMPT_TOKENS]
+        return [
+            space.guess(
+                *(
+                    {PREDICTED_REMAINING_TOKENS: left, PROMPT_TOKENS: power * prompt}
+                    for power in powers
+                )
+            )
+            for powers in _POWERS
+        ]
 
     def _play(self, thetas: list[FloatArray], episodes: list[Episode]) -> Simulator:
         """Play the same episodes under each of some weights, of both, `float64[C, size]`."""
@@ -142,28 +161,35 @@ class JointTrainer(SearchRun[JointTraining, TrainedPair]):
         return self.validated_by(simulator)
 
     def open_stage(self) -> None:
-        """Put hidden units beside both linear scores."""
+        """Begin where it is best to, then put hidden units beside both linear scores."""
         if self.stage == 0:
+            orders, dispatches = self._orders(), self.dispatch_space.guesses()
+            pairs = list(itertools.product(orders, dispatches))
+            thetas = [np.array(part) for part in zip(*pairs, strict=True)]
+            least = int(self._loss(thetas).argmin())
+            self._begin(*pairs[least], 0.3)
             return
-        spaces = (self.order_space, self.dispatch_space)
-        starts = [
-            space.with_units(best.numpy(), self.config.num_hidden, self._rng)
-            for space, best in zip(spaces, self.best, strict=True)
-        ]
-        self.best = [torch.from_numpy(start) for start in starts]
-        self.searches = [Search(start.copy(), np.full(len(start), 0.1)) for start in starts]
+        order, dispatch = (best.numpy() for best in self.best)
+        count = self.config.num_hidden
+        order = self.order_space.with_units(order, count, self._rng)
+        dispatch = self.dispatch_space.with_units(dispatch, count, self._rng)
+        self.best = [torch.from_numpy(order), torch.from_numpy(dispatch)]
+        self._begin(order, dispatch, 0.1)
+
+    def _loss(self, thetas: list[FloatArray]) -> FloatArray:
+        """Return the mean loss of each of some weights of both on new episodes, `float64[C]`."""
+        config = self.config
+        episodes = self.episodes(self.draw_first_seed(), config.num_episodes, config.num_requests)
+        found: FloatArray = losses(self.scenario, self._play(thetas, episodes).state.env)
+        return found.reshape(-1, len(episodes)).mean(1)
 
     def improve(self) -> dict[str, float]:
         """Narrow one of the distributions once, against the mean of the other."""
-        config, turn = self.config, self.generation % 2
-        first_seed = self.draw_first_seed()
-        episodes = self.episodes(first_seed, config.num_episodes, config.num_requests)
-        tried = self.searches[turn].draw(self._rng, config.num_candidates)
-        thetas = [np.tile(search.mean, (len(tried), 1)) for search in self.searches]
+        turn, count = self.generation % 2, self.config.num_candidates
+        tried = self.searches[turn].draw(self._rng, count)
+        thetas = [np.tile(search.mean, (count, 1)) for search in self.searches]
         thetas[turn] = tried
-        loss = losses(self.scenario, self._play(thetas, episodes).state.env)
-        each = loss.reshape(len(tried), len(episodes)).mean(1)
-        found = self.searches[turn].update(tried, each, max(1, config.num_candidates // 4))
+        found = self.searches[turn].update(tried, self._loss(thetas), max(1, count // 4))
         spread = np.concatenate([search.spread for search in self.searches])
         return {"rollout/return": -found, "train/spread": float(spread.mean())}
 

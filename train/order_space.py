@@ -84,15 +84,18 @@ class OrderSpace:
         self.scale = np.where(self._varies, spread, 1.0)
         self.linear = [k for k in _OWN if self._varies[k]]
 
-    def guess(self, powers: dict[int, float]) -> FloatArray:
-        """Return the linear scores that add some features, the same in both heads.
+    def guess(self, *powers: dict[int, float]) -> FloatArray:
+        """Return linear scores that add some features.
 
         Args:
-            powers: Weights of normalised features.
+            powers: Weights of normalised features, of a waiting request and of a running one; one
+                alone is for both.
         """
         theta = np.zeros((2, len(self.linear)))
-        for feature, weight in powers.items():
-            theta[:, self.linear.index(feature)] = weight
+        for head in range(2):
+            for feature, weight in powers[min(head, len(powers) - 1)].items():
+                if feature in self.linear:
+                    theta[head, self.linear.index(feature)] = weight
         return theta.ravel()
 
     def with_units(self, theta: FloatArray, count: int, rng: np.random.Generator) -> FloatArray:

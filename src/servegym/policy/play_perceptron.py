@@ -25,12 +25,14 @@ from servegym.typing import FloatArray
 class Perceptrons(NamedTuple):
     """Perceptrons with one hidden layer, as `learned_ordering.OrderingWeights` has one.
 
+    Those of orders have two heads, of a waiting request and of a running one.
+
     Attributes:
         mean: `float64[F]`, the same for all.
         scale: `float64[F]`.
         hidden: `float64[C, F, H]`.
         hidden_bias: `float64[C, H]`.
-        out: `float64[C, H, 2]`.
+        out: `float64[C, H, heads]`.
     """
 
     mean: FloatArray
@@ -38,6 +40,17 @@ class Perceptrons(NamedTuple):
     hidden: FloatArray
     hidden_bias: FloatArray
     out: FloatArray
+
+    @classmethod
+    def zeros(cls, inputs: int, hidden: int, heads: int) -> Perceptrons:
+        """Make one that scores everything 0."""
+        return cls(
+            np.zeros(inputs),
+            np.ones(inputs),
+            np.zeros((1, inputs, hidden)),
+            np.zeros((1, hidden)),
+            np.zeros((1, hidden, heads)),
+        )
 
 
 @inlined

@@ -29,6 +29,23 @@ from servegym.problems.requests import OBJECTIVES, RequestEpisodes, RequestProbl
 from servegym.scenario import Scenario
 from servegym.typing import FloatArray
 
+#: What is compared where engines take orders: good dispatches with a good order, what the order
+#: brings, and what other orders do.
+_PAIRS = (
+    "random+fcfs",
+    "least-outstanding+fcfs",
+    "least-outstanding+srpt",
+    "least-outstanding+edf",
+    "least-outstanding+footprint",
+    "mct+footprint",
+    "prefix-load+footprint",
+    "min-kv+footprint",
+    "added-delay+fcfs",
+    "added-delay+footprint",
+    "class-aware+footprint",
+    "least-outstanding+footprint-oracle",
+)
+
 
 class DispatchEpisodes(RequestEpisodes[Policy | Pair]):
     """Episodes of requests that a policy sends to replicas; a pair also orders them there."""
@@ -110,8 +127,12 @@ class Dispatch(RequestProblem[Policy | Pair]):
         """Whether a scenario is of requests that can go to one replica or another."""
         return isinstance(scenario, Scenario) and not scenario.orders_requests
 
+    @override
+    def compared(self, scenario: Scenario) -> tuple[str, ...]:
+        return _PAIRS if scenario.orders_fleet else self.default_policies
+
     def resolve(self, text: str) -> Policy | Pair:
-        """Return a rule by name and parameters, a learned policy by its `.onnx` file, or a pair."""
+        """Return a rule, a learned policy by its `.onnx` file, a pair, or one by its folder."""
         return resolve_dispatch(text)
 
     def parts(self, text: str) -> list[tuple[Rules[Any], str]]:

@@ -310,6 +310,10 @@ class Problem(ABC, Generic[S, P]):
         made: P = self.rules.make(text)
         return made
 
+    def compared(self, scenario: S) -> tuple[str, ...]:
+        """Which policies are compared on a scenario unless some are named."""
+        return self.default_policies
+
     def parts(self, text: str) -> list[tuple[Rules[Any], str]]:
         """Of which rules a policy is put together, with the text of each; most are of one."""
         return [(self.rules, text)]
