@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from servegym.cluster.jit import inlined
 from servegym.cluster.state import Records
 
