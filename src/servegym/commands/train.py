@@ -39,10 +39,11 @@ class Train(Played):
     """Train a policy and export it; a killed run goes on where its checkpoint is.
 
     What is trained is what the scenario poses: a dispatcher (PPO, or policy iteration on
-    counterfactuals), the order inside one engine (a search), a scheduler of jobs (a search, then
-    PPO). The trainer's settings follow; those of another trainer are shown with a scenario of its:
-    `servegym train --scenario text-to-sql --help`, or `kv-starved`, or with `--learner
-    counterfactual --help`.
+    counterfactuals), the order inside one engine (a search), both in a fleet whose engines take
+    orders (a search), a scheduler of jobs (a search, then PPO). The trainer's settings follow;
+    those of another trainer are shown with a scenario of its: `servegym train --scenario
+    text-to-sql --help`, or `kv-starved`, `kv-starved-fleet`, or with `--learner counterfactual
+    --help`.
     """
 
     scenario: str = "mixed-chat"
@@ -50,7 +51,9 @@ class Train(Played):
     one dispatcher is trained on together; or `job-shop`: small random job shops."""
     learner: str | None = None
     """What trains it: of a dispatcher ppo (else taken) or counterfactual, which tries every choice
-    of a decision on the state as it is."""
+    of a decision on the state as it is; or joint (else taken in a fleet whose engines take
+    orders), which searches the order of the engines, too; or search (else taken where some replicas
+    only prefill or decode), which finds weights for both decisions there."""
     out: Path | None = None
     """Folder of the run: config.json, tensorboard/, checkpoint.pt, policy/. By default
     runs/KIND-SCENARIO, such as runs/ppo-mixed-chat. A folder is gone on with under the same
@@ -59,7 +62,7 @@ class Train(Played):
     def run(self) -> None:
         """Train and export."""
         require_torch()
-        problem = _problem(self.scenario)
+        problem, posed = _posed(self.scenario)
         if not problem.takes_trace:
             why = f"is for scenarios of requests, and {self.scenario} is one of {problem.unit}"
             self.refuse(("trace", *TRACE_OPTIONS), why)
@@ -67,7 +70,7 @@ class Train(Played):
         if mixed:
             why = f"is for one scenario, and {self.scenario} is a mix of several"
             self.refuse(("trace", *TRACE_OPTIONS), why)
-        entry = find_trainer(problem.name, _learner(self.scenario, self.learner))
+        entry = find_trainer(problem.name, _learner(self.scenario, self.learner), posed)
         out = self._folder(entry.folder)
         takes_trace = problem.takes_trace and not mixed
         scenario = self.chosen_file(out) if takes_trace else self.scenario
@@ -91,9 +94,9 @@ def train_command(words: Sequence[str]) -> type[Train]:
         ConfigError: If there is no such scenario, or an option is for other problems.
     """
     scenario = _given(words, "--scenario") or Train.scenario
-    problem = _problem(scenario)
+    problem, posed = _posed(scenario)
     learner = _learner(scenario, _given(words, "--learner"))
-    settings = find_trainer(problem.name, learner).settings
+    settings = find_trainer(problem.name, learner, posed).settings
     _refuse_others(words, scenario, problem.name, settings)
     kind = OmitArgPrefixes[Annotated[settings, arg(help=f"What trains {problem.name}.")]]  # type: ignore[valid-type]
     made = make_dataclass(
@@ -104,13 +107,13 @@ def train_command(words: Sequence[str]) -> type[Train]:
     return found
 
 
-def _problem(scenario: str) -> AnyProblem:
+def _posed(scenario: str) -> tuple[AnyProblem, Any]:
+    """Return the problem of what is trained on, and that if it is a scenario."""
     if scenario == RandomJobShops.name:
-        return find_problem("workflow")
+        return find_problem("workflow"), None
     if is_mix(scenario):
-        return find_problem("dispatch")
-    problem, _ = load_problem(scenario)
-    return problem
+        return find_problem("dispatch"), None
+    return load_problem(scenario)
 
 
 def _learner(scenario: str, named: str | None) -> str | None:
