@@ -21,6 +21,9 @@ from servegym.policy.placed import Placed
 from servegym.policy.policy import Policy
 from servegym.workflow.online.policy import WorkflowPolicy
 
+#: Where the folder of a learned pair has the router's part, and that of the engines' plug-in.
+DISPATCHER_FILE, ORDER_FILE = "policy/policy.onnx", "ordering.npz"
+
 
 @overload
 def load_policy(path: Path, problem: Literal["dispatch", "placed"]) -> Policy: ...
@@ -71,12 +74,15 @@ def resolve_dispatch(text: str) -> Policy | Pair:
 
     Args:
         text: As `resolve_policy` takes it; or `"DISPATCH+PLACEMENT"`, which makes a `Placed`; or
-            `"DISPATCH+ORDER"`, the second part as `resolve_order` takes it, which makes a `Pair`.
+            `"DISPATCH+ORDER"`, the second part as `resolve_order` takes it, which makes a `Pair`;
+            or a folder with both parts of a learned one.
 
     Raises:
         ConfigError: If there is no such rule, order or parameter, or there are more parts.
         ExportError: If a file is not a valid policy.
     """
+    if Path(text).is_dir():
+        return load_pair(Path(text))
     dispatch, *more = dispatch_parts(text)
     if not more:
         return _placed_or_not(dispatch)
@@ -98,6 +104,17 @@ def _placed_or_not(text: str) -> Policy:
     path = Path(text)
     manifest = read_manifest(path)
     return load_policy(path, "placed" if manifest.problem == "placed" else "dispatch")
+
+
+def load_pair(folder: Path) -> Pair:
+    """Load a dispatcher and the order beside it, as a run that trains both has written them.
+
+    Raises:
+        ExportError: If the folder does not hold both, or one is no valid policy.
+    """
+    first = load_policy(folder / DISPATCHER_FILE, "dispatch")
+    order = load_policy(folder / ORDER_FILE, "order")
+    return Pair(first, order, name=order.name)
 
 
 def is_placement(text: str) -> bool:

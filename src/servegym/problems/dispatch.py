@@ -45,6 +45,23 @@ _PLACED = (
     "class-aware+least-tpot",
 )
 
+#: What is compared where engines take orders: good dispatches with a good order, what the order
+#: brings, and what other orders do.
+_PAIRS = (
+    "random+fcfs",
+    "least-outstanding+fcfs",
+    "least-outstanding+srpt",
+    "least-outstanding+edf",
+    "least-outstanding+footprint",
+    "mct+footprint",
+    "prefix-load+footprint",
+    "min-kv+footprint",
+    "added-delay+fcfs",
+    "added-delay+footprint",
+    "class-aware+footprint",
+    "least-outstanding+footprint-oracle",
+)
+
 
 class DispatchEpisodes(RequestEpisodes[Policy | Pair]):
     """Episodes of requests that a policy sends to replicas; a pair also orders them there."""
@@ -124,6 +141,8 @@ class Dispatch(RequestProblem[Policy | Pair]):
 
     @override
     def compared(self, scenario: Scenario) -> tuple[str, ...]:
+        if scenario.orders_fleet:
+            return _PAIRS
         return _PLACED if scenario.spec.disaggregated else self.default_policies
 
     def owns(self, scenario: AnyScenario) -> bool:
@@ -131,7 +150,7 @@ class Dispatch(RequestProblem[Policy | Pair]):
         return isinstance(scenario, Scenario) and not scenario.orders_requests
 
     def resolve(self, text: str) -> Policy | Pair:
-        """Return a rule by name and parameters, a learned policy by its file, or a pair."""
+        """Return a rule, a learned policy by its file, a pair, or one by its folder."""
         return resolve_dispatch(text)
 
     def parts(self, text: str) -> list[tuple[Rules[Any], str]]:
