@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 from typing_extensions import override
@@ -72,7 +72,10 @@ C = TypeVar("C", bound=SearchSettings)
 class SearchRun(TrainingRun[C, Scenario, Found]):
     """A run that searches weights on whole episodes of requests."""
 
-    stages = (Stage("linear", "generations"), Stage("hidden", "generations"))
+    stages: ClassVar[tuple[Stage, ...]] = (
+        Stage("linear", "generations"),
+        Stage("hidden", "generations"),
+    )
     validate_every = 5
     save_every = 1
     load_scenario = staticmethod(load_scenario)
