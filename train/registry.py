@@ -34,7 +34,7 @@ class Entry(NamedTuple):
 
 
 #: All trainers of a problem by what `--learner` calls them; the first is used unless one is named,
-#: but for fleets whose engines take orders.
+#: but for fleets in which two kinds of decisions are taken.
 LEARNERS = {
     "dispatch": {
         "ppo": Entry("ppo", "servegym.train.ppo_settings:PPOConfig", "servegym.train.ppo:Trainer"),
@@ -42,6 +42,11 @@ LEARNERS = {
             "counterfactual",
             "servegym.train.counterfactual_settings:CounterfactualTraining",
             "servegym.train.counterfactual:CounterfactualTrainer",
+        ),
+        "search": Entry(
+            "placed",
+            "servegym.train.placed_settings:PlacedTraining",
+            "servegym.train.placed:PlacedTrainer",
         ),
         "joint": Entry(
             "joint",
@@ -80,15 +85,18 @@ def find_trainer(problem: str, learner: str | None = None, scenario: Any = None)
     Args:
         problem: Its name.
         learner: What `--learner` calls it. Otherwise it is the problem's first, and for a fleet
-            whose engines take orders the one that trains them, too.
+            whose engines take orders, or that has requests placed, the one that trains both.
         scenario: What is trained on, if it matters.
 
     Raises:
         ConfigError: If the problem has no such learner.
     """
     entries = LEARNERS[problem]
-    if learner is None and isinstance(scenario, Scenario) and scenario.orders_fleet:
-        return entries["joint"]
+    if learner is None and isinstance(scenario, Scenario):
+        if scenario.orders_fleet:
+            return entries["joint"]
+        if scenario.spec.disaggregated:
+            return entries["search"]
     if learner is None:
         return TRAINERS[problem]
     if learner not in entries:

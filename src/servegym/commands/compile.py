@@ -42,6 +42,21 @@ def compile_dispatch() -> None:
         episode = scenario.episode(0, num_requests=8)
         run(Simulator(scenario.spec, [episode], record=record), policy(name))
     play_environments("servegym/Dispatch-v1", num_requests=8)
+    compile_placed()
+
+
+def compile_placed() -> None:
+    """Fleets in which requests are prefilled on one replica and decode on another."""
+    from servegym.envs import cluster_v0
+    from servegym.export.resolve import resolve_dispatch
+    from servegym.policy.placed import Placed
+    from servegym.policy.run_placed import make_simulator, run_placed
+
+    scenario, placed = load_scenario("pd-unequal"), resolve_dispatch("splitwise+splitwise")
+    assert isinstance(placed, Placed)
+    run_placed(make_simulator(scenario.spec, [scenario.episode(0, num_requests=16)]), placed)
+    play_environments("servegym/Cluster-v0", scenario="pd-unequal", num_requests=16)
+    cluster_v0.parallel_env("pd-unequal", num_requests=16).reset(seed=0)
 
 
 def compile_orders() -> None:

@@ -46,8 +46,9 @@ class Train(Played):
     """Bundled scenario name or YAML file, of any problem, or `job-shop`: small random job shops."""
     learner: str | None = None
     """What trains it: of a dispatcher ppo (else taken) or counterfactual, which tries every choice
-    of a decision on the state as it is, or joint (else taken in a fleet whose engines take
-    orders), which searches the order of the engines, too."""
+    of a decision on the state as it is; or joint (else taken in a fleet whose engines take
+    orders), which searches the order of the engines, too; or search (else taken where some replicas
+    only prefill or decode), which finds weights for both decisions there."""
     out: Path | None = None
     """Folder of the run: config.json, tensorboard/, checkpoint.pt, policy/. By default
     runs/KIND-SCENARIO, such as runs/ppo-mixed-chat. A folder is gone on with under the same
