@@ -45,8 +45,12 @@ _F = TypeVar("_F", bound=Callable[..., object])
     STOP_TRANSFERS,
     INFER,
     ADMIT_APART,
-) = range(19)
-NUM_ENTRIES = 19
+    GO_OFF_MIGRATION,
+    MIGRATE_REQUEST,
+    LEAVE,
+    STOP_MIGRATIONS,
+) = range(23)
+NUM_ENTRIES = 23
 #: What only clusters call in which requests are prefilled on one replica and decode on another.
 DISAGGREGATION = frozenset(
     {
@@ -60,8 +64,12 @@ DISAGGREGATION = frozenset(
         STOP_TRANSFERS,
     }
 )
+#: What only clusters call whose requests migrate.
+MIGRATION = frozenset(
+    {ADMIT_LANDED, ADMIT_APART, GO_OFF_MIGRATION, MIGRATE_REQUEST, LEAVE, STOP_MIGRATIONS}
+)
 #: Those that are compiled only for who asks for them: the others' first start is not to wait.
-ON_DEMAND = frozenset({INFER}) | DISAGGREGATION
+ON_DEMAND = frozenset({INFER}) | DISAGGREGATION | MIGRATION
 
 _compiled: dict[int, tuple[Any, types.Type, tuple[types.Type, ...]]] = {}
 
