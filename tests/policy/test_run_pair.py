@@ -124,10 +124,7 @@ def test_what_a_pair_may_not_do_is_refused():
             "unknown order, placement or migration 'round-robin': .*least-tpot.*srpt",
         ),
         ("fcfs+added-delay", "unknown policy 'fcfs'"),
-        (
-            "a+b+c",
-            r"one part or two, DISPATCH\+ORDER, DISPATCH\+PLACEMENT or DISPATCH\+MIGRATION, got 'a\+b\+c'",
-        ),
+        ("a+b+c", r"one part or two, DISPATCH\+ORDER, .* or DISPATCH\+MIGRATION, got 'a\+b\+c'"),
     ):
         with pytest.raises(ConfigError, match=message):
             resolve_dispatch(wrong)
