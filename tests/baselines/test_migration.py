@@ -61,7 +61,7 @@ def test_it_is_tuned_together_with_the_dispatcher():
 def test_where_nothing_can_move_it_is_refused():
     policy = resolve_dispatch("llumnix+freeness")
     assert isinstance(policy, Migrating)
-    with pytest.raises(ConfigError, match=r"freeness says which requests move .* take the dispatch"):
+    with pytest.raises(ConfigError, match=r"says which requests move .* take the dispatch"):
         policy.spec(load_scenario("mixed-chat").spec)
     with pytest.raises(ConfigError, match="parameter gap of queued-only must be a number from 1"):
         migration("queued-only:gap=0")
