@@ -45,12 +45,13 @@ _F = TypeVar("_F", bound=Callable[..., object])
     STOP_TRANSFERS,
     INFER,
     ADMIT_APART,
+    SEE_ROLES,
     GO_OFF_MIGRATION,
     MIGRATE_REQUEST,
     LEAVE,
     STOP_MIGRATIONS,
-) = range(23)
-NUM_ENTRIES = 23
+) = range(24)
+NUM_ENTRIES = 24
 #: What only clusters call in which requests are prefilled on one replica and decode on another.
 DISAGGREGATION = frozenset(
     {
@@ -69,7 +70,7 @@ MIGRATION = frozenset(
     {ADMIT_LANDED, ADMIT_APART, GO_OFF_MIGRATION, MIGRATE_REQUEST, LEAVE, STOP_MIGRATIONS}
 )
 #: Those that are compiled only for who asks for them: the others' first start is not to wait.
-ON_DEMAND = frozenset({INFER}) | DISAGGREGATION | MIGRATION
+ON_DEMAND = frozenset({INFER, SEE_ROLES}) | DISAGGREGATION | MIGRATION
 
 _compiled: dict[int, tuple[Any, types.Type, tuple[types.Type, ...]]] = {}
 
