@@ -57,6 +57,11 @@ class CounterfactualTrainer(DispatcherRun[CounterfactualTraining]):
                 "choices are tried as if a replica did all of a request, but some of "
                 f"{scenario.name} only prefill or decode: take --learner ppo"
             )
+        if scenario.spec.migrates:
+            raise ConfigError(
+                "choices are tried as if requests stayed where they are, but those of "
+                f"{scenario.name} migrate: take --learner ppo"
+            )
         return DispatcherRun.completed(config, scenario)
 
     @cached_property

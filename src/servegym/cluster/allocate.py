@@ -7,11 +7,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from servegym.cluster.entry import NUM_ENTRIES
+from servegym.cluster.entry import DISAGGREGATION, MIGRATION, NUM_ENTRIES
 from servegym.cluster.kernels import reset_env
 from servegym.cluster.nominal import nominal_facts
 from servegym.cluster.outcome import EVENT_DTYPE, STEP_DTYPE
-from servegym.cluster.spec import ROLES, ClusterSpec, Episode, ReplicaType, first_ranks
+from servegym.cluster.spec import (
+    MIGRATION_RULES,
+    ROLES,
+    VICTIMS,
+    ClusterSpec,
+    Episode,
+    ReplicaType,
+    first_ranks,
+)
 from servegym.cluster.state import (
     BLOCK_DTYPE,
     DISPATCH_ONLY,
@@ -22,6 +30,7 @@ from servegym.cluster.state import (
     FORMING_DTYPE,
     LENGTH_DTYPE,
     LINK_DTYPE,
+    MOVE_DTYPE,
     NUM_ITL_BINS,
     NUM_LENGTH_SUMS,
     NUM_OBSERVED_ROWS,
@@ -36,6 +45,7 @@ from servegym.cluster.state import (
     TIMER_DTYPE,
     TRANSFER_DTYPE,
     Asks,
+    Migration,
     Params,
     State,
 )
@@ -151,9 +161,35 @@ def make_params(spec: ClusterSpec, *, record: bool, asks: Asks = DISPATCH_ONLY) 
         metrics_interval_s=float(spec.metrics_interval_s),
         noise_sigma=float(spec.noise_sigma),
         noise_period_steps=int(spec.noise_period_steps),
+        migration=_migration(spec),
         asks=Asks(*map(int, asks)),
         record=bool(record),
         entries=np.zeros(NUM_ENTRIES, np.int64),
+    )
+
+
+def wanted_entries(spec: ClusterSpec) -> frozenset[int]:
+    """Return which entry points of `entry.ON_DEMAND` a cluster calls."""
+    wanted: frozenset[int] = frozenset()
+    if spec.disaggregated:
+        wanted |= DISAGGREGATION
+    if spec.migrates:
+        wanted |= MIGRATION
+    return wanted
+
+
+def _migration(spec: ClusterSpec) -> Migration:
+    rules = spec.migration
+    return Migration(
+        on=spec.migrates,
+        interval_s=float(rules.interval_s),
+        rule=MIGRATION_RULES.index(rules.rule),
+        victim=VICTIMS.index(rules.victim),
+        source_below=float(rules.source_below),
+        target_above=float(rules.target_above),
+        queue_gap=int(rules.queue_gap),
+        last_stage_blocks=int(rules.last_stage_blocks),
+        max_stages=int(rules.max_stages),
     )
 
 
@@ -170,7 +206,7 @@ def make_state(spec: ClusterSpec, capacity: Capacity) -> State:
         blocks = max(t.num_blocks for t in spec.types)
         slots = 1 << (2 * blocks - 1).bit_length()
         width = -(-capacity.longest_tokens // spec.block_size)
-        rows = seqs + (spec.transfers.max_num_held if spec.disaggregated else 0)
+        rows = seqs + (spec.transfers.max_num_held if spec.moves_kv else 0)
     return State(
         request=np.zeros((e, n), REQUEST_DTYPE),
         replica=np.zeros((e, r), REPLICA_DTYPE),
@@ -186,14 +222,15 @@ def make_state(spec: ClusterSpec, capacity: Capacity) -> State:
         free_slots=np.zeros((e, r, rows), np.int32),
         scraped=np.zeros((e, NUM_SCRAPED, r)),
         observation=np.zeros((e, NUM_OBSERVED_ROWS, r)),
-        transfer=np.zeros((e, n if spec.disaggregated else 1), TRANSFER_DTYPE),
+        transfer=np.zeros((e, n if spec.moves_kv else 1), TRANSFER_DTYPE),
         link=np.zeros((e, r), LINK_DTYPE),
+        move=np.zeros((e, r if spec.migrates else 1), MOVE_DTYPE),
         length_sums=np.zeros((e, NUM_LENGTH_SUMS)),
         stream=np.zeros((e, r), STREAM_DTYPE),
         length=np.zeros((e, n), LENGTH_DTYPE),
         order=np.zeros((e, n), ORDER_DTYPE),
         forming=np.zeros((e, r), FORMING_DTYPE),
-        timer=np.zeros((e, n + 2), TIMER_DTYPE),
+        timer=np.zeros((e, n + 2 + (r + 1 if spec.migrates else 0)), TIMER_DTYPE),
         allowed=np.zeros((e, r + 2), np.bool_),
         fault=np.zeros((e, capacity.faults), FAULT_DTYPE),
         itl_count=np.zeros((e, NUM_ITL_BINS), np.int64),

@@ -46,8 +46,12 @@ _F = TypeVar("_F", bound=Callable[..., object])
     INFER,
     ADMIT_APART,
     SEE_ROLES,
-) = range(20)
-NUM_ENTRIES = 20
+    GO_OFF_MIGRATION,
+    MIGRATE_REQUEST,
+    LEAVE,
+    STOP_MIGRATIONS,
+) = range(24)
+NUM_ENTRIES = 24
 #: What only clusters call in which requests are prefilled on one replica and decode on another.
 DISAGGREGATION = frozenset(
     {
@@ -61,8 +65,12 @@ DISAGGREGATION = frozenset(
         STOP_TRANSFERS,
     }
 )
+#: What only clusters call whose requests migrate.
+MIGRATION = frozenset(
+    {ADMIT_LANDED, ADMIT_APART, GO_OFF_MIGRATION, MIGRATE_REQUEST, LEAVE, STOP_MIGRATIONS}
+)
 #: Those that are compiled only for who asks for them: the others' first start is not to wait.
-ON_DEMAND = frozenset({INFER, SEE_ROLES}) | DISAGGREGATION
+ON_DEMAND = frozenset({INFER, SEE_ROLES}) | DISAGGREGATION | MIGRATION
 
 _compiled: dict[int, tuple[Any, types.Type, tuple[types.Type, ...]]] = {}
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from servegym.cluster import state as st
 from servegym.cluster.outcome import EVENT_DTYPE
 from servegym.cluster.reference_engines import RULES, Engine, Request, VllmPriority
+from servegym.cluster.reference_migration import Choose, Migrations
 from servegym.cluster.reference_transfers import Transfers
 from servegym.cluster.spec import ClusterSpec, Episode, first_ranks
 from servegym.workloads.table import ANY_END, BY_ITSELF
@@ -73,6 +74,7 @@ class ReferenceSimulator:
         self.timers: list[tuple[float, int, int, int]] = []  # time_s, kind, order, subject
         self._num_set = 0
         self.transfers = Transfers(self)
+        self.migrations = Migrations(self)
         self._events: list[tuple[float, float, int, int, int]] = []
 
     def log(self, kind: int, request: int, replica: int, value: float = 0.0) -> None:
@@ -129,6 +131,7 @@ class ReferenceSimulator:
         self,
         dispatch: Callable[[ReferenceSimulator, int], int] | None = None,
         place: Callable[[ReferenceSimulator, int], int] | None = None,
+        migrate: Choose | None = None,
     ) -> None:
         """Play to the end.
 
@@ -137,8 +140,11 @@ class ReferenceSimulator:
                 of running and four times its waiting requests.
             place: Answers with an index of `places`, where there are several; None: as above, with
                 requests whose KV is on its way among those that wait.
+            migrate: Names a request that moves and where to, or nobody, again and again at every
+                tick at which somebody could; None: the rule of the cluster decides.
         """
         self.place = place
+        self.migrate = migrate
         self.dispatch = dispatch or _least_busy
         for q in self.requests:
             if q.after == BY_ITSELF:
@@ -146,6 +152,7 @@ class ReferenceSimulator:
         self._set_fault(0)
         if self.spec.metrics_interval_s > 0:
             self.set_timer(0.0, st.SCRAPE, 0)
+        self.migrations.begin()
         while self.ended < len(self.requests):
             engine = min(self.replicas, key=lambda e: e.due_s)
             timer_s, kind = self.timers[0][:2] if self.timers else (math.inf, st.FAULT)
@@ -178,7 +185,7 @@ class ReferenceSimulator:
 
     def cancel(self, subject: int) -> None:
         """Remove the timer of a request, if it has one."""
-        self.timers = [x for x in self.timers if x[1] <= st.SCRAPE or x[3] != subject]
+        self.timers = [x for x in self.timers if x[1] <= st.TICK or x[3] != subject]
         heapq.heapify(self.timers)
 
     def set_timer(self, time_s: float, kind: int, subject: int) -> None:
@@ -202,6 +209,10 @@ class ReferenceSimulator:
         elif kind == st.SCRAPE:
             self.scraped = [e.metrics() for e in self.replicas]
             self.set_timer(time_s + self.spec.metrics_interval_s, st.SCRAPE, 0)
+        elif kind == st.COPIED:
+            self.migrations.copied(self.replicas[subject])
+        elif kind == st.TICK:
+            self.migrations.tick(self.migrate)
         elif st.LANDING <= kind <= st.PLACING:
             self.transfers.go_off(kind, self.requests[subject])
         elif kind == st.EXPIRY:
@@ -239,7 +250,7 @@ class ReferenceSimulator:
             if engine.stepping and engine.due_s == self.now_s:
                 engine.end_step()
                 engine.stepping = False
-            self.transfers.fail(engine)
+            (self.migrations if self.spec.migrates else self.transfers).fail(engine)
             for q in engine.stop():
                 self.set_timer(self.now_s, st.RETURN, q.idx)
         else:

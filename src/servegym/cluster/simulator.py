@@ -9,8 +9,14 @@ import numpy as np
 from numba import typeof
 from numpy.typing import NDArray
 
-from servegym.cluster.allocate import Capacity, load_episode, make_params, make_state
-from servegym.cluster.entry import DISAGGREGATION, addresses
+from servegym.cluster.allocate import (
+    Capacity,
+    load_episode,
+    make_params,
+    make_state,
+    wanted_entries,
+)
+from servegym.cluster.entry import addresses
 from servegym.cluster.jit import kernel
 from servegym.cluster.kernels import advance, apply, may_answer
 from servegym.cluster.outcome import OUTCOME_DTYPE
@@ -93,7 +99,7 @@ class Simulator:
         self.params = make_params(spec, record=record, asks=asks)
         self._capacity = Capacity.of(episodes, max_replicas=max_replicas, record=record)
         self.state = make_state(spec, self._capacity)
-        self._on_demand: frozenset[int] = DISAGGREGATION if spec.disaggregated else frozenset()
+        self._on_demand = wanted_entries(spec)
         self._find_entries()
         self.reasons = np.zeros(len(episodes), np.int64)
         self.scratch: object = None  # working memory of planners, see policy.what_if
@@ -222,10 +228,18 @@ class Simulator:
         out["prefill_replica"] = -1
         for column in ("prefilled_s", "transfer_s", "landed_s"):
             out[column] = np.nan
-        if self.spec.disaggregated:
+        if self.spec.moves_kv:
             way = self.state.transfer[env, : len(request)]
             out["transfer_s"] = way["begin_s"]
-            for column in ("prefill_replica", "prefilled_s", "landed_s", "moved_bytes"):
+            for column in (
+                "prefill_replica",
+                "prefilled_s",
+                "landed_s",
+                "moved_bytes",
+                "num_migrations",
+                "num_stays",
+                "paused_s",
+            ):
                 out[column] = way[column]
         return out
 

@@ -12,7 +12,13 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from servegym.cluster.nominal import request_alone_s
-from servegym.cluster.spec import ClusterSpec, Episode, SloClass, TransferRules
+from servegym.cluster.spec import (
+    ClusterSpec,
+    Episode,
+    MigrationRules,
+    SloClass,
+    TransferRules,
+)
 from servegym.costs.formats import ScenarioFormat
 from servegym.costs.step import StepCost
 from servegym.errors import ConfigError
@@ -22,6 +28,7 @@ from servegym.scenario.files import bundled_names, load, parse
 from servegym.scenario.fleet import (
     EngineConfig,
     FleetEntry,
+    MigrationConfig,
     TransferConfig,
     draw_fleet,
     replica_type,
@@ -61,6 +68,7 @@ class Scenario(Config):
     engine: EngineConfig = EngineConfig()
     fleet: tuple[FleetEntry, ...] = Field(min_length=1)
     transfers: TransferConfig = TransferConfig()
+    migration: MigrationConfig | None = None
     workload: WorkloadConfig
     slo_classes: tuple[SloConfig, ...] = Field(
         (SloConfig(name="default", ttft_s=2.0, tpot_s=0.1),), min_length=1
@@ -76,6 +84,8 @@ class Scenario(Config):
         if roles == {"mixed"}:
             # a scenario that was written out whole has the defaults in it
             for name, usual in TransferConfig():
+                if name == "max_num_held" and self.migration is not None:
+                    continue  # it bounds who holds memory at both ends of a migration, too
                 if getattr(self.transfers, name) != usual:
                     raise ValueError(
                         f"transfers.{name} is set, but all replicas have the role mixed, so that "
@@ -97,6 +107,30 @@ class Scenario(Config):
                 raise ValueError(
                     f"fleet.{i}.link is missing: where some replicas only prefill or decode, say "
                     "how KV gets to the others and back, as in link: {gb_per_s: 25}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_migration(self) -> Self:
+        if self.migration is None:
+            return self
+        if self.max_replicas < 2:
+            raise ValueError("migration needs two replicas or more, got a fleet of one")
+        for i, entry in enumerate(self.fleet):
+            if entry.role != "mixed":
+                raise ValueError(
+                    f"fleet.{i}.role must be mixed, as that of all replicas where requests "
+                    f"migrate, got {entry.role}"
+                )
+            if entry.engine not in ("vllm", "vllm-priority"):
+                raise ValueError(
+                    f"fleet.{i}.engine must be vllm or vllm-priority, as that of all replicas "
+                    f"where requests migrate, got {entry.engine}"
+                )
+            if entry.link is None:
+                raise ValueError(
+                    f"fleet.{i}.link is missing: where requests migrate, say how KV gets to the "
+                    "others and back, as in link: {gb_per_s: 25}"
                 )
         return self
 
@@ -122,6 +156,11 @@ class Scenario(Config):
             noise_sigma=trouble.step_noise_sigma,
             noise_period_steps=trouble.noise_period_steps,
             transfers=self._transfer_rules,
+            migration=(
+                MigrationRules(**self.migration.model_dump())
+                if self.migration is not None
+                else MigrationRules()
+            ),
         )
 
     @property

@@ -81,6 +81,10 @@ class Fleet:
                 "emulated engines compute whole requests: take a scenario whose replicas all have "
                 "the role mixed"
             )
+        if config.scenario.spec.migrates:
+            raise ConfigError(
+                "emulated engines keep their requests: take a scenario without migration"
+            )
         self._config = config
         self._episode = config.scenario.episode(config.seed, num_requests=_NUM_LENGTHS)
         there = range(self._episode.num_replicas)
