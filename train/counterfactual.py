@@ -57,6 +57,11 @@ class CounterfactualTrainer(DispatcherRun[CounterfactualTraining]):
                 "choices are tried as if a replica did all of a request, but some of "
                 f"{scenario.name} only prefill or decode: take --learner ppo"
             )
+        if scenario.spec.tiered:
+            raise ConfigError(
+                "choices are tried as if a replica computed all of a request, but in "
+                f"{scenario.name} KV is loaded from behind the GPUs: take --learner ppo"
+            )
         return DispatcherRun.completed(config, scenario)
 
     @cached_property

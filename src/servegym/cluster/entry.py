@@ -45,8 +45,15 @@ _F = TypeVar("_F", bound=Callable[..., object])
     STOP_TRANSFERS,
     INFER,
     ADMIT_APART,
-) = range(19)
-NUM_ENTRIES = 19
+    STORE_TEXT,
+    RESET_TIERS,
+    LOSE_HOST,
+    ADMIT_BESIDE_LOADS,
+    LAND_LOAD,
+    STOP_LOADS,
+    SETTLE_TURN,
+) = range(26)
+NUM_ENTRIES = 26
 #: What only clusters call in which requests are prefilled on one replica and decode on another.
 DISAGGREGATION = frozenset(
     {
@@ -60,8 +67,10 @@ DISAGGREGATION = frozenset(
         STOP_TRANSFERS,
     }
 )
+#: What only clusters call that have tiers behind their KV blocks.
+TIERS = frozenset({STORE_TEXT, RESET_TIERS, LOSE_HOST, ADMIT_BESIDE_LOADS, LAND_LOAD, STOP_LOADS})
 #: Those that are compiled only for who asks for them: the others' first start is not to wait.
-ON_DEMAND = frozenset({INFER}) | DISAGGREGATION
+ON_DEMAND = frozenset({INFER, SETTLE_TURN}) | DISAGGREGATION | TIERS
 
 _compiled: dict[int, tuple[Any, types.Type, tuple[types.Type, ...]]] = {}
 

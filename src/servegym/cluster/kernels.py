@@ -17,6 +17,7 @@ from servegym.cluster.dispatch import hold, reject, route, send, set_up
 from servegym.cluster.engine import clear_replica, end_step, form_step, next_with, stop_replica
 from servegym.cluster.entry import ADVANCE, APPLY, INFER, entry
 from servegym.cluster.jit import helper, inlined, kernel
+from servegym.cluster.loads import land_load
 from servegym.cluster.lockstep import step_together
 from servegym.cluster.log import log_event
 from servegym.cluster.priority import form_by_priority
@@ -53,6 +54,8 @@ from servegym.cluster.state import (
     PLACING,
     PREEMPT,
     QUEUED,
+    RETAIN,
+    RETAINING,
     RUNNING,
     SCRAPE,
     SCRAPED_EMITTED,
@@ -64,8 +67,10 @@ from servegym.cluster.state import (
     State,
 )
 from servegym.cluster.stretches import catch_up, cut_stretch, steps_ended_by
+from servegym.cluster.tiers import reset_tiers
 from servegym.cluster.timers import remove_timer, set_timer
 from servegym.cluster.transfers import go_off_transfer, place, reset_transfers
+from servegym.cluster.turns import ask_retention, may_retain, settle_turn
 from servegym.cluster.watch import forget_all
 from servegym.workloads.table import ANY_END, BY_ITSELF
 
@@ -116,7 +121,7 @@ def advance(p: Params, s: State, e: int) -> int:
             arrive_next(p, s, e)
         if env.decision != NO_DECISION:
             return DECISION
-    if p.retain_kv_s > 0.0:
+    if p.retains:
         for r in range(env.num_replicas):
             let_all_go(p, s, e, r)
     return DONE
@@ -141,8 +146,13 @@ def go_off(p: Params, s: State, e: int) -> None:
         catch_up(p, s, e, r, env.now_s)  # blocks taken by now may have been this turn's already
         if is_retained(s, e, r, subject):
             let_go(p, s, e, r, subject)
+    elif kind == RETAINING:
+        ask_retention(s, e, subject)
     elif LANDING <= kind <= PLACING:
-        go_off_transfer(p, s, e, kind, subject)
+        if p.tiered:
+            land_load(p, s, e, subject)
+        else:
+            go_off_transfer(p, s, e, kind, subject)
     elif kind == ARRIVAL:
         s.request[e, subject].arrival_s = env.now_s
         arrive(p, s, e, subject)
@@ -202,6 +212,8 @@ def may_answer(p: Params, s: State, e: int, answer: int) -> bool:
             and s.request[e, answer].replica == r
             and s.request[e, answer].status == status
         )
+    if kind == RETAIN:
+        return may_retain(p, s, e, r, answer)
     return True
 
 
@@ -214,7 +226,8 @@ def apply(p: Params, s: State, e: int, answer: int) -> None:
         s: State.
         e: Environment.
         answer: To `DISPATCH` and `PLACE` an action that `s.allowed[e]` allows; to `ADMIT` and
-            `PREEMPT` a request, or `NOBODY`; to `ORDER` anything: the keys have been written.
+            `PREEMPT` a request, or `NOBODY`; to `ORDER` anything: the keys have been written; to
+            `RETAIN` what becomes of the KV, and if that is `KEEP`, for `keep_s` of `s.env[e]`.
     """
     env = s.env[e]
     request, r = env.deciding, env.asking
@@ -233,6 +246,9 @@ def apply(p: Params, s: State, e: int, answer: int) -> None:
         return
     if kind == PLACE:
         place(p, s, e, request, answer)
+        return
+    if kind == RETAIN:
+        settle_turn(p, s, e, r, request, answer)
         return
     if kind == ORDER:
         s.forming[e, r].keyed = 1
@@ -284,7 +300,7 @@ def measure(p: Params, s: State, e: int, r: int, time_s: float, out: np.ndarray)
         emitted += ended * v.num_decodes
     out[e, SCRAPED_RUNNING, r] = v.num_running
     out[e, SCRAPED_WAITING, r] = v.num_waiting
-    if p.disaggregated:
+    if p.disaggregated or p.tiered:
         out[e, SCRAPED_WAITING, r] += s.link[e, r].num_remote
     out[e, SCRAPED_KV_USAGE, r] = used / blocks
     out[e, SCRAPED_EMITTED, r] = emitted
@@ -351,6 +367,8 @@ def reset_env(p: Params, s: State, e: int) -> None:
         clear_replica(p, s, e, r)
     if p.disaggregated:
         reset_transfers(s, e)
+    if p.tiered:
+        reset_tiers(p, s, e)
     s.scraped[e] = 0.0
     s.itl_count[e] = 0
     width = s.replica.shape[1]
@@ -367,6 +385,7 @@ def reset_env(p: Params, s: State, e: int) -> None:
     env.asking = -1
     env.num_timers = 0
     env.num_set = 0
+    env.keep_s = p.retain_kv_s
     env.num_held = 0
     env.last_scrape_s = 0.0
     env.num_up = env.num_replicas

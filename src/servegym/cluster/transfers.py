@@ -205,7 +205,7 @@ def set_aside(p: Params, s: State, e: int, r: int, now_s: float) -> int:
     leave_waiting(s, e, r, request)
     v.emitted -= q.generated
     hold_matched(p, s, e, r, request, hits)
-    if p.retain_kv_s > 0.0 and is_retained(s, e, r, q.after):
+    if p.retains and is_retained(s, e, r, q.after):
         let_go(p, s, e, r, q.after)
     q.table_len = blocks
     if p.prefix_caching:  # they get their identities when the request is admitted
@@ -260,7 +260,7 @@ def _begin(p: Params, s: State, e: int, request: int, r: int, now_s: float) -> N
 
 
 @inlined
-def _leave_remote(s: State, e: int, r: int, request: int) -> None:
+def leave_remote(s: State, e: int, r: int, request: int) -> None:
     """Take a request out of the list of those whose KV comes to a replica or has landed there."""
     q, k = s.request[e, request], s.link[e, r]
     before, after = q.prev_request, q.next_request
@@ -289,7 +289,7 @@ def _land(p: Params, s: State, e: int, request: int, now_s: float) -> None:
     log_event(p, s, e, now_s, EV_LAND, request, q.replica, t.num_bytes)
     _release_source(p, s, e, request, now_s)
     s.link[e, q.replica].num_landed += 1
-    _look_again(p, s, e, q.replica, now_s, now_s)
+    look_again(p, s, e, q.replica, now_s, now_s)
 
 
 @helper
@@ -299,7 +299,7 @@ def _release_source(p: Params, s: State, e: int, request: int, now_s: float) -> 
     source = t.source
     t.source = -1
     _release_at(p, s, e, request, source, t.source_slot, t.source_blocks)
-    _look_again(p, s, e, source, now_s, now_s)
+    look_again(p, s, e, source, now_s, now_s)
 
 
 @inlined
@@ -316,7 +316,7 @@ def _release_at(p: Params, s: State, e: int, request: int, r: int, slot: int, bl
 
 
 @helper
-def _look_again(p: Params, s: State, e: int, r: int, now_s: float, ended_by_s: float) -> None:
+def look_again(p: Params, s: State, e: int, r: int, now_s: float, ended_by_s: float) -> None:
     """Blocks are free, or KV has landed: let the engine see what it can admit.
 
     Args:
@@ -359,7 +359,7 @@ def admit_landed(p: Params, s: State, e: int, r: int, budget: int, attention_s: 
         q = s.request[e, request]
         following = q.next_request
         if q.status == LANDED:
-            _leave_remote(s, e, r, request)
+            leave_remote(s, e, r, request)
             k.num_landed -= 1
             k.num_holding -= 1
             link_running(s, e, r, request)
@@ -472,14 +472,14 @@ def _drop(
         leave_waiting(s, e, there, request)
         s.replica[e, there].emitted -= q.generated
         forget_outstanding(s, e, there, request)
-        _look_again(p, s, e, there, now_s, ended_by_s)
+        look_again(p, s, e, there, now_s, ended_by_s)
     elif q.status == TRANSFERRING:
-        _leave_remote(s, e, there, request)
+        leave_remote(s, e, there, request)
         s.replica[e, there].emitted -= q.generated
         forget_outstanding(s, e, there, request)
         catch_up(p, s, e, there, ended_by_s)
         _release_at(p, s, e, request, there, q.seq_slot, q.table_len)
-        _look_again(p, s, e, there, now_s, ended_by_s)
+        look_again(p, s, e, there, now_s, ended_by_s)
     _give_up_target(p, s, e, request, now_s, ended_by_s)
     t.prefill_on = -1
     t.lease_until_s = math.inf
@@ -498,7 +498,7 @@ def _give_up_target(
         forget_outstanding(s, e, target, request)
         catch_up(p, s, e, target, ended_by_s)
         _release_at(p, s, e, request, target, t.target_slot, t.target_blocks)
-        _look_again(p, s, e, target, now_s, ended_by_s)
+        look_again(p, s, e, target, now_s, ended_by_s)
 
 
 @entry(STOP_TRANSFERS, types.void, types.int64, types.int64, types.float64)

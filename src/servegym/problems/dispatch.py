@@ -143,7 +143,8 @@ class Dispatch(RequestProblem[Policy | Pair]):
     ) -> Section | None:
         if isinstance(learned, Pair | Placed) or isinstance(rule, Pair | Placed):
             return None
-        if scenario.spec.disaggregated:  # choices cannot be tried there as if nothing moved
+        if scenario.spec.disaggregated or scenario.spec.tiered:
+            # choices cannot be tried there as if nothing moved
             return None
         episode = scenario.episode(seed, load=load, num_requests=num_units)
         return partings_section(find_partings(scenario, learned, rule, episode))
