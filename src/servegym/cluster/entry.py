@@ -45,6 +45,7 @@ _F = TypeVar("_F", bound=Callable[..., object])
     STOP_TRANSFERS,
     INFER,
     ADMIT_APART,
+    SEE_ROLES,
     STORE_TEXT,
     RESET_TIERS,
     LOSE_HOST,
@@ -52,8 +53,8 @@ _F = TypeVar("_F", bound=Callable[..., object])
     LAND_LOAD,
     STOP_LOADS,
     SETTLE_TURN,
-) = range(26)
-NUM_ENTRIES = 26
+) = range(27)
+NUM_ENTRIES = 27
 #: What only clusters call in which requests are prefilled on one replica and decode on another.
 DISAGGREGATION = frozenset(
     {
@@ -70,7 +71,7 @@ DISAGGREGATION = frozenset(
 #: What only clusters call that have tiers behind their KV blocks.
 TIERS = frozenset({STORE_TEXT, RESET_TIERS, LOSE_HOST, ADMIT_BESIDE_LOADS, LAND_LOAD, STOP_LOADS})
 #: Those that are compiled only for who asks for them: the others' first start is not to wait.
-ON_DEMAND = frozenset({INFER, SETTLE_TURN}) | DISAGGREGATION | TIERS
+ON_DEMAND = frozenset({INFER, SEE_ROLES, SETTLE_TURN}) | DISAGGREGATION | TIERS
 
 _compiled: dict[int, tuple[Any, types.Type, tuple[types.Type, ...]]] = {}
 
