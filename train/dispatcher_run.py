@@ -5,27 +5,30 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
-import gymnasium
 import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from servegym.agents.network import DispatchNetwork, Prepared
+from servegym.agents.network import DispatchNetwork
 from servegym.agents.network_config import NetworkConfig
 from servegym.agents.torch_policy import TorchPolicy
 from servegym.baselines.registry import policy
 from servegym.export.from_torch import export_policy
-from servegym.export.sample import sample_observations
-from servegym.scenario import Scenario, load_scenario
-from servegym.train.places import Places
+from servegym.export.sample import sample_observations, together
+from servegym.policy.policy import Policy
+from servegym.scenario import Scenario
+from servegym.train.arena import Arena, arenas_state, restore_arenas
+from servegym.train.card import NAME as CARD
+from servegym.train.card import card, changed
+from servegym.train.mix import Mix, parts_of
 from servegym.train.run_folder import StoredRun
 from servegym.train.training_run import TrainingRun, copied
-from servegym.train.validation import Validated, Validation
+from servegym.train.validation import Validated
+from servegym.whole_files import write_whole
 
 
 class DispatcherSettings(Protocol):
@@ -102,31 +105,21 @@ class DispatcherSettings(Protocol):
 D = TypeVar("D", bound=DispatcherSettings)
 
 
-class Stepped(NamedTuple):
-    """What a step of all environments did."""
-
-    action: Tensor  # int64[num_envs]
-    reward: np.ndarray  # float64[num_envs]
-    dt_s: np.ndarray  # float64[num_envs], simulated seconds since the step before
-    ended: np.ndarray  # bool[num_envs], whether the episode ended: another one has begun
-
-
-class DispatcherRun(TrainingRun[D, Scenario, DispatchNetwork]):
+class DispatcherRun(TrainingRun[D, Scenario | Mix, DispatchNetwork]):
     """A run that trains a dispatcher in environments that are stepped together.
 
     `found` is its network.
 
     Attributes:
         network: The present policy.
-        places: Where the environments are.
-        observation: What they show.
+        parts: Scenarios that are trained on, with the ranges of their loads.
+        arenas: Environments, of each scenario that is trained on.
     """
 
     problem = "dispatch"
     references = ("added-delay", "prefix-load", "mct")
     #: What manifests call the learner.
     algorithm: ClassVar[str]
-    load_scenario = staticmethod(load_scenario)
 
     def __init__(self, config: D, folder: Path | StoredRun) -> None:
         super().__init__(config, folder)
@@ -137,41 +130,38 @@ class DispatcherRun(TrainingRun[D, Scenario, DispatchNetwork]):
         self.optimizer = torch.optim.Adam(
             self.network.parameters(), lr=config.learning_rate, eps=1e-5
         )
-        self.places = Places.at_the_beginning(config.num_envs)
-        self.episode_returns = np.zeros(config.num_envs)
-        self.observation: dict[str, np.ndarray] = {}
-        self.steps_per_update = config.num_envs * config.num_steps
+        self.parts = parts_of(self.scenario, config.load)
+        c = self.config
+        self.arenas = [
+            Arena(
+                part.scenario,
+                num_envs=c.num_envs,
+                num_requests=c.num_requests,
+                load=part.load,
+                group_size=c.group_size,
+                extended=c.network.extended,
+                seed=c.seed,
+                device=self.device,
+            )
+            for part in self.parts
+        ]
+        self.steps_per_update = len(self.arenas) * config.num_envs * config.num_steps
 
     @classmethod
     @override
-    def stored_scenario(cls, contents: Mapping[str, Any]) -> Scenario:
-        return Scenario.model_validate(contents)
+    def stored_scenario(cls, contents: Mapping[str, Any]) -> Scenario | Mix:
+        return (Mix if "parts" in contents else Scenario).model_validate(contents)
 
     @staticmethod
-    def completed(config: D, scenario: Scenario) -> D:
+    def completed(config: D, scenario: Scenario | Mix) -> D:
         """Give the network an action for all that the scenario allows."""
         num_extra = scenario.actions.hold + scenario.actions.reject
         network = config.network.model_copy(update={"num_extra": num_extra})
         return replace(config, network=network)
 
-    @property
     @abstractmethod
-    def validation(self) -> Validation:
-        """Validation episodes, over the range of loads."""
-
-    @cached_property
-    def env(self) -> Any:
-        """Environments that are stepped together."""
-        return gymnasium.make_vec(
-            "servegym/Dispatch-v1",
-            num_envs=self.config.num_envs,
-            scenario=self.scenario,
-            autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP,
-            num_requests=self.config.num_requests,
-            load=self.config.load,
-            group_size=self.config.group_size,
-            features="extended" if self.config.network.extended else "contract",
-        )
+    def validate_policy(self, policy: Policy) -> Validated:
+        """Play the validation episodes under any policy."""
 
     @property
     def update(self) -> int:
@@ -201,21 +191,18 @@ class DispatcherRun(TrainingRun[D, Scenario, DispatchNetwork]):
 
     def warm_up(self) -> None:
         """Compile, and bring the environments to their places."""
-        _, info = self.env.reset(seed=self.config.seed)
-        self.env.step(info["action_mask"].argmax(-1))  # compiles
-        self.env.reset(seed=self.config.seed)
-        self.places.go_to(self.env.batch)
-        self.observation = self.env.batch.observation()
+        for arena in self.arenas:
+            arena.open()
 
     def validate(self) -> Validated:
         """Play the validation episodes greedily."""
-        found = self.validation.play(TorchPolicy(self.network.cpu()))
+        found = self.validate_policy(TorchPolicy(self.network.cpu()))
         self.network.to(self.device)
         return found
 
     @override
     def validate_rule(self, name: str) -> Validated:
-        return self.validation.play(policy(name))
+        return self.validate_policy(policy(name))
 
     @override
     def parameters(self) -> dict[str, Tensor]:
@@ -231,17 +218,21 @@ class DispatcherRun(TrainingRun[D, Scenario, DispatchNetwork]):
 
     @override
     def close_stage(self) -> None:
-        self.env.close()
+        for arena in self.arenas:
+            arena.close()
 
     def export(self, folder: Path | None = None) -> Path:
-        """Export with observations from the training scenario to check against."""
+        """Export, with a card, and with observations from training to check against."""
         self.take_best()
         self.network.cpu()
-        samples = sample_observations(self.network, self.scenario, load=self.config.load)
-        return export_policy(
+        samples = [
+            sample_observations(self.network, part.scenario, load=part.load) for part in self.parts
+        ]
+        folder = folder or self.folder.path / "policy"
+        path = export_policy(
             self.network,
-            folder or self.folder.path / "policy",
-            samples,
+            folder,
+            together(samples),
             scenario=self.config.scenario,
             objective=self.scenario.objective,
             training={
@@ -250,44 +241,29 @@ class DispatcherRun(TrainingRun[D, Scenario, DispatchNetwork]):
                 "seed": self.config.seed,
                 "base": self.config.network.base,
                 "mean_e2e_s": self.last.get("rollout/mean_e2e_s", 0.0),
+                **self.provenance(),
             },
         )
-
-    def prepared(self, observation: Mapping[str, np.ndarray]) -> Prepared:
-        """Turn what the environments show into what the network reads."""
-        return self.network.prepare(
-            torch.from_numpy(observation["replicas"]).to(self.device),
-            torch.from_numpy(observation["request"]).to(self.device),
-            torch.from_numpy(observation["action_mask"]).to(self.device, torch.float32),
+        text = card(
+            name=self.scenario.name,
+            learner=self.algorithm,
+            settings=changed(self.config),
+            parts=self.parts,
+            first_scores=self.first_scores,
+            best_scores=self.best_scores,
+            updates=self.update,
+            minutes=self.spent_s / 60.0,
         )
+        write_whole({folder / CARD: text.encode()})
+        return path
+
+    def provenance(self) -> dict[str, float | int | str]:
+        """Return what else a manifest says of the training; nothing unless overridden."""
+        return {}
 
     def on_device(self, array: np.ndarray) -> Tensor:
         """Bring numbers to where the network is, `float32`."""
         return torch.from_numpy(array).to(self.device, torch.float32)
-
-    def step(self, scores: Tensor, episodes: list[tuple[float, float]]) -> Stepped:
-        """Take actions drawn from the policy in all environments; `observation` moves on.
-
-        Args:
-            scores: Logits of all actions, `float32[num_envs, A]`.
-            episodes: Return and mean E2E latency, seconds, of those that end are appended.
-        """
-        # the Gumbel trick: one exponential draw per action instead of a distribution object
-        noise = torch.empty_like(scores).exponential_().log_()
-        action = (scores - noise).argmax(-1)
-        taken = action.cpu().numpy()
-        self.observation, reward, terminated, _, info = self.env.step(taken)
-        self.places.note(taken, terminated)
-        dt_s = info["dt_s"].copy()
-        self.episode_returns += reward
-        if terminated.any():  # `info` is of the next episode there
-            final = info["final_info"]
-            dt_s[terminated] = final["dt_s"][terminated]
-            mean_e2e_s = final["episode_metrics"]["mean_e2e_s"][terminated]
-            ended = self.episode_returns[terminated].tolist()
-            episodes += zip(ended, mean_e2e_s.tolist(), strict=True)
-            self.episode_returns[terminated] = 0.0
-        return Stepped(action, reward, dt_s, terminated)
 
     @override
     def state(self) -> dict[str, Any]:
@@ -297,9 +273,7 @@ class DispatcherRun(TrainingRun[D, Scenario, DispatchNetwork]):
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
             "device_rng": torch.cuda.get_rng_state() if cuda else torch.empty(0),
-            "episodes": torch.from_numpy(self.places.episodes),
-            "taken": [torch.from_numpy(x) for x in self.places.taken()],
-            "episode_returns": torch.from_numpy(self.episode_returns.copy()),
+            **arenas_state(self.arenas),
         }
 
     @override
@@ -307,9 +281,7 @@ class DispatcherRun(TrainingRun[D, Scenario, DispatchNetwork]):
         self.take_best()
         self.network.load_state_dict(content["network"])
         self.optimizer.load_state_dict(content["optimizer"])
-        taken = [x.numpy() for x in content["taken"]]
-        self.places = Places(content["episodes"].numpy().copy(), taken)
-        self.episode_returns = content["episode_returns"].numpy().copy()
+        restore_arenas(self.arenas, content)
         torch.set_rng_state(content["rng"])
         if len(content["device_rng"]) and self.device.type == "cuda":
             torch.cuda.set_rng_state(content["device_rng"])

@@ -16,7 +16,11 @@ from servegym.errors import ConfigError
 from servegym.problems.problem import AnyProblem
 from servegym.problems.registry import find_problem, load_problem
 from servegym.train.job_shop import RandomJobShops
+from servegym.train.mix import is_mix
 from servegym.train.registry import LEARNERS, find_trainer
+
+#: The learner of mixes of scenarios.
+_MIXES = "counterfactual"
 
 
 def require_torch() -> None:
@@ -43,7 +47,8 @@ class Train(Played):
     """
 
     scenario: str = "mixed-chat"
-    """Bundled scenario name or YAML file, of any problem, or `job-shop`: small random job shops."""
+    """Bundled scenario name or YAML file, of any problem; `generalist` or a file of variants, which
+    one dispatcher is trained on together; or `job-shop`: small random job shops."""
     learner: str | None = None
     """What trains it: of a dispatcher ppo (else taken) or counterfactual, which tries every choice
     of a decision on the state as it is; or joint (else taken in a fleet whose engines take
@@ -61,9 +66,14 @@ class Train(Played):
         if not problem.takes_trace:
             why = f"is for scenarios of requests, and {self.scenario} is one of {problem.unit}"
             self.refuse(("trace", *TRACE_OPTIONS), why)
-        entry = find_trainer(problem.name, self.learner, posed)
+        mixed = is_mix(self.scenario)
+        if mixed:
+            why = f"is for one scenario, and {self.scenario} is a mix of several"
+            self.refuse(("trace", *TRACE_OPTIONS), why)
+        entry = find_trainer(problem.name, _learner(self.scenario, self.learner), posed)
         out = self._folder(entry.folder)
-        scenario = self.chosen_file(out) if problem.takes_trace else self.scenario
+        takes_trace = problem.takes_trace and not mixed
+        scenario = self.chosen_file(out) if takes_trace else self.scenario
         settings = getattr(self, "settings", None) or entry.settings()
         path = trained(entry.trainer(replace(settings, scenario=scenario), out))
         make_console().print(f"policy: {path}\ntensorboard --logdir {out}")
@@ -85,7 +95,7 @@ def train_command(words: Sequence[str]) -> type[Train]:
     """
     scenario = _given(words, "--scenario") or Train.scenario
     problem, posed = _posed(scenario)
-    learner = _given(words, "--learner")
+    learner = _learner(scenario, _given(words, "--learner"))
     settings = find_trainer(problem.name, learner, posed).settings
     _refuse_others(words, scenario, problem.name, settings)
     kind = OmitArgPrefixes[Annotated[settings, arg(help=f"What trains {problem.name}.")]]  # type: ignore[valid-type]
@@ -101,7 +111,25 @@ def _posed(scenario: str) -> tuple[AnyProblem, Any]:
     """Return the problem of what is trained on, and that if it is a scenario."""
     if scenario == RandomJobShops.name:
         return find_problem("workflow"), None
+    if is_mix(scenario):
+        return find_problem("dispatch"), None
     return load_problem(scenario)
+
+
+def _learner(scenario: str, named: str | None) -> str | None:
+    """Return the learner that is named, or the only one that a mix of scenarios has.
+
+    Raises:
+        ConfigError: If another one is named for a mix.
+    """
+    if not is_mix(scenario):
+        return named
+    if named not in (None, _MIXES):
+        raise ConfigError(
+            f"{scenario} is a mix of scenarios, which --learner {_MIXES} trains on, got {named}:"
+            " leave --learner out"
+        )
+    return _MIXES
 
 
 def _given(words: Sequence[str], option: str) -> str | None:
