@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from servegym.cluster.spec import ReplicaType
 from servegym.plan.answer import answer
+from servegym.plan.certainty import Worlds
 from servegym.plan.options import find_options, usd_per_h
 from servegym.plan.prices import Price
 from servegym.plan.question import Question
@@ -90,13 +92,42 @@ def test_busiest_stretch_is_where_tokens_come_fastest():
     assert part.arrival_s.tolist() == [0.0, 1.0, 2.0]
 
 
+def test_fleet_is_asked_in_the_same_worlds_and_more_replicas_hold_in_more():
+    question = Question(gpus=("L40S",), degrees=(1,), ttft_s=1.0, rules=("round-robin",))
+    prices = {"L40S": Price(usd_per_h=1.0, source="test")}
+    options, _ = find_options(question, prices)
+    table = drawn_trace(np.random.default_rng(3), 120)
+    course = Course.over(question, [options[0].replica], table)
+    worlds = Worlds(course, options, 12)
+    some, more = (worlds.ask((count,), "round-robin") for count in (4, 12))
+    assert some.asked == 12
+    assert 0 < more.held < 12  # the first token alone comes too late where its factor is large
+    assert some.held <= more.held
+    assert more.late_first + more.slow >= 12 - more.held
+    assert Worlds(course, options, 12).ask((4,), "round-robin") == some
+    fleet, rule, certainty = Worlds(replace_spread(course), options, 12).safe(
+        [((1,), "round-robin"), ((12,), "round-robin")]
+    )
+    assert (fleet, rule) == ((12,), "round-robin")
+    assert certainty.is_safe
+
+
+def replace_spread(course: Course) -> Course:
+    """Allow so much for the first token that no factor on it matters."""
+    question = course.question.model_copy(update={"ttft_s": 1000.0, "tpot_s": 0.08})
+    return replace(course, question=question)
+
+
 def test_answer_says_why_each_other_fleet_loses():
-    question = Question(gpus=("L40S", "H100-SXM-80GB"), degrees=(1, 3, 8), max_replicas=8)
+    question = Question(
+        gpus=("L40S", "H100-SXM-80GB"), degrees=(1, 3, 8), max_replicas=8, num_worlds=3
+    )
     prices = {name: Price(usd_per_h=2.0, source="test") for name in question.gpus}
     found = answer(question, prices, drawn_trace(np.random.default_rng(7), 120))
     assert found.best is not None
     assert found.best.trial.late <= question.allowed_late(120)
     assert {one.name for one in found.left_out} == {"L40S x3", "H100-SXM-80GB x3"}
+    assert found.best.certainty.asked == 3
     assert all(one.why for one in found.others)
     reasons = " ".join(one.why for one in found.others)
     assert "more" in reasons

@@ -15,7 +15,7 @@ from servegym.plan.answer import Answer, answer
 from servegym.plan.document import write_json
 from servegym.plan.prices import Price, read_prices
 from servegym.plan.question import DEFAULT_RULES, Question, read_limits
-from servegym.plan.tables import fleets_table, reasons, remarks, verdict
+from servegym.plan.tables import fleets_table, reasons, remarks, safety, verdict
 from servegym.workloads.config import TraceConfig
 from servegym.workloads.dialect import TimeUnit
 from servegym.workloads.readers import OnBadRow
@@ -48,6 +48,8 @@ class Plan:
     """Largest number of replicas."""
     mixed: bool = True
     """Also try fleets of two kinds of replicas."""
+    uncertainty: int = 20
+    """Worlds with other kernels and engines in which answers are asked again; 0: none."""
     prices: Path | None = None
     """YAML file with a line `GPU: {usd_per_h: 2.49, source: where and when}` for each; by default
     the prices of `assets/gpus.yaml`."""
@@ -77,7 +79,8 @@ class Plan:
         result = _answered(question, prices, table)
         console = make_console()
         console.print(fleets_table(result).rich())
-        print_remarks(console, [*reasons(result), *remarks(result), "", verdict(result)])
+        print_remarks(console, [*reasons(result), *remarks(result), ""])
+        print_remarks(console, [verdict(result), *safety(result)])
         if self.json:
             write_json(result, self.json)
             console.print(f"numbers: {self.json}")
@@ -105,6 +108,7 @@ class Plan:
             "max_usd_per_h": self.budget,
             "max_replicas": self.max_replicas,
             "mixed": self.mixed,
+            "num_worlds": self.uncertainty,
         }
         return checked(asked, "servegym plan", Question)
 

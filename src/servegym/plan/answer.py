@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from servegym.errors import ConfigError
+from servegym.plan.certainty import Certainty, Worlds
 from servegym.plan.options import Fleet, LeftOut, Option, find_options, fleet_text, usd_per_h
 from servegym.plan.prices import Price
 from servegym.plan.question import Question
@@ -15,6 +16,8 @@ from servegym.workloads.table import RequestTable
 
 #: Counts of one kind of replica, and fleets of two kinds, that the picture shows beside the search.
 _SHOWN_COUNTS, _SHOWN_MIXED = 6, 16
+#: Other fleets that are asked in other worlds, and replicas that are added to find a safe one.
+_ASKED, _MORE = 3, 4
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,14 @@ class Candidate:
         name: Of the fleet.
         usd_per_h: Its rent.
         why: Why it is not the answer; empty: it is.
+        certainty: In how many worlds it holds, if that was asked.
     """
 
     trial: Trial
     name: str
     usd_per_h: float
     why: str = ""
+    certainty: Certainty | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class Answer:
         left_out: Kinds that cannot serve the model.
         num_requests: Of the trace.
         best: The cheapest fleet that holds; None if none does.
+        safe: The cheapest found that holds in nine of ten worlds; None if that was not asked, or
+            none was found.
         others: The next best and those that just fail, the cheapest first.
         shown: All fleets that were tried on the whole trace, for the picture.
         num_trials: Simulations.
@@ -56,6 +63,7 @@ class Answer:
     left_out: Sequence[LeftOut]
     num_requests: int
     best: Candidate | None
+    safe: Candidate | None
     others: Sequence[Candidate]
     shown: Sequence[Candidate]
     num_trials: int = field(compare=False)
@@ -114,15 +122,26 @@ def answer(
     found = _Findings(search, question)
     best = min(holding, key=found.rank, default=None)
     others = found.others(best, alone, holding)
+    shown = found.shown(best, alone)
+    answered = found.candidate(found.whole(best)) if best is not None else None
+    safe = None
+    if answered is not None and question.num_worlds:
+        doing[0] = "other worlds"
+        progress(doing[0], course.num_trials)
+        worlds = Worlds(course, options, question.num_worlds)
+        answered, others = found.asked(worlds, answered), found.all_asked(worlds, others)
+        safe = found.safe(worlds, answered, holding)
+        course.num_trials += worlds.num_trials
     return Answer(
         question,
         prices,
         options,
         left_out,
         len(table),
-        found.candidate(found.whole(best)) if best is not None else None,
+        answered,
+        safe,
         sorted(others, key=lambda one: (one.usd_per_h, one.trial.late)),
-        found.shown(best, alone),
+        shown,
         course.num_trials,
     )
 
@@ -207,6 +226,36 @@ class _Findings:
                 why = _late(trial) if not self.holds(trial) else "holds too, with less room"
                 found.append(self.candidate(trial, f"the same fleet under {rule}: {why}"))
         return found
+
+    def asked(self, worlds: Worlds, one: Candidate) -> Candidate:
+        """Ask in how many worlds a fleet holds."""
+        return replace(one, certainty=worlds.ask(one.trial.fleet, one.trial.rule))
+
+    def all_asked(self, worlds: Worlds, others: Sequence[Candidate]) -> list[Candidate]:
+        """Ask those that hold as predicted, the cheapest ones."""
+        holding = sorted((c for c in others if self.holds(c.trial)), key=lambda c: c.usd_per_h)
+        chosen = holding[:_ASKED]
+        return [self.asked(worlds, one) if one in chosen else one for one in others]
+
+    def safe(self, worlds: Worlds, best: Candidate, holding: Sequence[Fleet]) -> Candidate | None:
+        """Look for the cheapest fleet that holds in nearly all worlds: those that hold, enlarged.
+
+        Of the fleets that hold as predicted, and these with up to four more replicas of one of
+        their kinds, the cheapest that is safe.
+        """
+        wanted = {(fleet, self.search.judge(fleet).trial.rule) for fleet in holding}
+        for fleet, rule in sorted(wanted):
+            for i, count in enumerate(fleet):
+                for more in range(1, _MORE + 1) if count else ():
+                    wanted.add(((*fleet[:i], count + more, *fleet[i + 1 :]), rule))
+        most = self.question.max_replicas
+        budget = self.question.max_usd_per_h or float("inf")
+        fleets = [f for f in wanted if sum(f[0]) <= most and self.search.cost(f[0]) <= budget]
+        found = worlds.safe(sorted(fleets, key=lambda f: (self.search.cost(f[0]), f)))
+        if found is None:
+            return None
+        fleet, rule, certainty = found
+        return replace(self.candidate(self.whole(fleet, rule)), certainty=certainty)
 
     def _name(self, option: int) -> str:
         return self.search.options[option].name

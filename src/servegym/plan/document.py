@@ -31,6 +31,7 @@ def answer_document(result: Answer) -> dict[str, Any]:
         ],
         "left_out": [one._asdict() for one in result.left_out],
         "best": _candidate(result, result.best) if result.best is not None else None,
+        "safe": _candidate(result, result.safe) if result.safe is not None else None,
         "others": [_candidate(result, one) for one in result.others],
         "shown": [_candidate(result, one) for one in result.shown],
         "frontier": [_candidate(result, one) for one in result.frontier],
@@ -60,4 +61,5 @@ def _candidate(result: Answer, one: Candidate) -> dict[str, Any]:
         "ttft_s": trial.ttft_s,
         "tpot_s": trial.tpot_s,
         "why": one.why,
+        "worlds": one.certainty._asdict() if one.certainty is not None else None,
     }

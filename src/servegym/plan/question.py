@@ -31,6 +31,7 @@ class Question(Config):
         max_usd_per_h: What a fleet may cost.
         max_replicas: Largest number of replicas.
         mixed: Whether a fleet may have two kinds of replicas.
+        num_worlds: Worlds in which answers are asked again, with other kernels; 0: in none.
     """
 
     model: str = "Llama-3.1-8B"
@@ -45,6 +46,7 @@ class Question(Config):
     max_usd_per_h: float | None = Field(None, gt=0)
     max_replicas: int = Field(64, ge=1)
     mixed: bool = True
+    num_worlds: int = Field(20, ge=0)
 
     @model_validator(mode="after")
     def _check_once(self) -> Question:

@@ -8,7 +8,7 @@ from pathlib import Path
 import servegym
 from servegym.drawing import PALETTE, as_image, pyplot
 from servegym.plan.answer import Answer, Candidate
-from servegym.plan.tables import fleets_table, reasons, remarks, verdict
+from servegym.plan.tables import fleets_table, reasons, remarks, safety, verdict
 from servegym.validate.report import STYLE
 from servegym.whole_files import write_whole
 
@@ -25,7 +25,7 @@ def report_page(result: Answer) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>servegym: plan of a fleet</title><style>{STYLE}</style></head><body>
 <h1>Plan of a fleet</h1>
-<p>{html.escape(verdict(result))}.</p>
+<p>{html.escape(verdict(result))}.</p>{_list(safety(result))}
 {fleets_table(result).html()}
 <h2>Why not the others</h2>{_list(reasons(result))}
 <h2>Rent and requests in time</h2>{frontier_figure(result)}

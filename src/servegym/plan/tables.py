@@ -21,10 +21,38 @@ def verdict(result: Answer) -> str:
             "limits, other GPUs or more of them"
         )
     best = result.best
+    sure = ""
+    if best.certainty is not None:
+        sure = f"; it holds in {_worlds(best)} worlds with other kernels and engines"
     return (
         f"The cheapest fleet found that keeps {limits}: {best.name} under {best.trial.rule}, "
-        f"${best.usd_per_h:,.2f} an hour"
+        f"${best.usd_per_h:,.2f} an hour{sure}"
     )
+
+
+def safety(result: Answer) -> list[str]:
+    """Say which fleet is safe, if that was asked."""
+    if result.best is None or result.best.certainty is None:
+        return []
+    if result.safe is None:
+        lost = result.best.certainty
+        return [
+            "No fleet of up to four more replicas was found that holds in nine of ten worlds: of "
+            f"{lost.asked}, the first token of the answer's alone comes too late in "
+            f"{lost.late_first}, the others in {lost.slow}"
+        ]
+    safe = result.safe
+    more = safe.usd_per_h / result.best.usd_per_h - 1.0
+    return [
+        f"The cheapest found that holds in nine of ten worlds: {safe.name} under "
+        f"{safe.trial.rule}, ${safe.usd_per_h:,.2f} an hour, {more:.1%} more; it holds in "
+        f"{_worlds(safe)}"
+    ]
+
+
+def _worlds(one: Candidate) -> str:
+    found = one.certainty
+    return f"{found.held} of {found.asked}" if found is not None else "-"
 
 
 def fleets_table(result: Answer) -> TextTable:
@@ -34,7 +62,10 @@ def fleets_table(result: Answer) -> TextTable:
     best = [result.best] if result.best is not None else []
     return TextTable(
         "Fleets on the whole trace",
-        ("fleet", "rule", "$/h", "in time %", f"TTFT s, {share} below", f"TPOT ms, {share} below"),
+        (
+            *("fleet", "rule", "$/h", "in time %"),
+            *(f"TTFT s, {share} below", f"TPOT ms, {share} below", "worlds"),
+        ),
         [_row(one) for one in [*best, *result.others]],
         "The first is the answer." if best else "",
     )
@@ -49,6 +80,7 @@ def _row(one: Candidate) -> tuple[str, ...]:
         f"{100 * trial.attainment:.2f}",
         f"{trial.ttft_s:.3f}",
         f"{1e3 * trial.tpot_s:.1f}",
+        _worlds(one),
     )
 
 

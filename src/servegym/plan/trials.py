@@ -62,12 +62,14 @@ class Course:
         question: Limits and engine settings.
         types: Replica types, in the order of options.
         stretches: The busiest parts, the shortest first, and the whole trace at the end.
+        ttft_factor: On TTFT, for what lies between simulator and clients.
         num_trials: How many simulations there were.
     """
 
     question: Question
     types: Sequence[ReplicaType]
     stretches: Sequence[RequestTable]
+    ttft_factor: float = 1.0
     num_trials: int = 0
     _threads: ThreadPoolExecutor = field(default_factory=ThreadPoolExecutor, repr=False)
 
@@ -138,7 +140,7 @@ class Course:
         simulator = Simulator(spec, [replace(episode, table=self.stretches[stretch])])
         run(simulator, policy(rule))
         ttft_s, tpot_s, _ = latencies(simulator.outcomes())
-        return ttft_s, np.nan_to_num(tpot_s, nan=0.0)
+        return self.ttft_factor * ttft_s, np.nan_to_num(tpot_s, nan=0.0)
 
 
 def busiest(table: RequestTable, length: int) -> RequestTable:

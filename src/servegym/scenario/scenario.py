@@ -15,6 +15,7 @@ from servegym.cluster.nominal import request_alone_s
 from servegym.cluster.spec import ClusterSpec, Episode, SloClass, TransferRules
 from servegym.costs.formats import ScenarioFormat
 from servegym.costs.step import StepCost
+from servegym.costs.uncertainty import Uncertainty, World
 from servegym.errors import ConfigError
 from servegym.scenario.config import Config
 from servegym.scenario.disturbances import DisturbanceConfig, draw_faults
@@ -24,6 +25,7 @@ from servegym.scenario.fleet import (
     FleetEntry,
     TransferConfig,
     draw_fleet,
+    in_world,
     replica_type,
     step_cost,
 )
@@ -123,6 +125,24 @@ class Scenario(Config):
             noise_period_steps=trouble.noise_period_steps,
             transfers=self._transfer_rules,
         )
+
+    @cached_property
+    def _uncertainties(self) -> tuple[Uncertainty, ...]:
+        """How far the steps of each type of replica may be off."""
+        return tuple(
+            Uncertainty.of(entry.gpu, self.step_cost(entry), kind.grid)
+            for entry, kind in zip(self.fleet, self.spec.types, strict=True)
+        )
+
+    def in_world(self, world: World) -> Self:
+        """Return the scenario with kernels and engines that are off as in a world."""
+        types = zip(self.spec.types, self._uncertainties, strict=True)
+        made = self.model_copy()
+        # where the cached property keeps what it found
+        made.__dict__["spec"] = replace(
+            self.spec, types=tuple(in_world(kind, doubt, world) for kind, doubt in types)
+        )
+        return made
 
     @property
     def _transfer_rules(self) -> TransferRules:
