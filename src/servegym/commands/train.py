@@ -35,17 +35,20 @@ class Train(Played):
     """Train a policy and export it; a killed run goes on where its checkpoint is.
 
     What is trained is what the scenario poses: a dispatcher (PPO, or policy iteration on
-    counterfactuals), the order inside one engine (a search), a scheduler of jobs (a search, then
-    PPO). The trainer's settings follow; those of another trainer are shown with a scenario of its:
-    `servegym train --scenario text-to-sql --help`, or `kv-starved`, or with `--learner
-    counterfactual --help`.
+    counterfactuals), the order inside one engine (a search), both in a fleet whose engines take
+    orders (a search), a scheduler of jobs (a search, then PPO). The trainer's settings follow;
+    those of another trainer are shown with a scenario of its: `servegym train --scenario
+    text-to-sql --help`, or `kv-starved`, `kv-starved-fleet`, or with `--learner counterfactual
+    --help`.
     """
 
     scenario: str = "mixed-chat"
     """Bundled scenario name or YAML file, of any problem, or `job-shop`: small random job shops."""
     learner: str | None = None
     """What trains it: of a dispatcher ppo (else taken) or counterfactual, which tries every choice
-    of a decision on the state as it is."""
+    of a decision on the state as it is; or joint (else taken in a fleet whose engines take
+    orders), which searches the order of the engines, too; or search (else taken where some replicas
+    only prefill or decode), which finds weights for both decisions there."""
     out: Path | None = None
     """Folder of the run: config.json, tensorboard/, checkpoint.pt, policy/. By default
     runs/KIND-SCENARIO, such as runs/ppo-mixed-chat. A folder is gone on with under the same
@@ -54,11 +57,11 @@ class Train(Played):
     def run(self) -> None:
         """Train and export."""
         require_torch()
-        problem = _problem(self.scenario)
+        problem, posed = _posed(self.scenario)
         if not problem.takes_trace:
             why = f"is for scenarios of requests, and {self.scenario} is one of {problem.unit}"
             self.refuse(("trace", *TRACE_OPTIONS), why)
-        entry = find_trainer(problem.name, self.learner)
+        entry = find_trainer(problem.name, self.learner, posed)
         out = self._folder(entry.folder)
         scenario = self.chosen_file(out) if problem.takes_trace else self.scenario
         settings = getattr(self, "settings", None) or entry.settings()
@@ -81,9 +84,9 @@ def train_command(words: Sequence[str]) -> type[Train]:
         ConfigError: If there is no such scenario, or an option is for other problems.
     """
     scenario = _given(words, "--scenario") or Train.scenario
-    problem = _problem(scenario)
+    problem, posed = _posed(scenario)
     learner = _given(words, "--learner")
-    settings = find_trainer(problem.name, learner).settings
+    settings = find_trainer(problem.name, learner, posed).settings
     _refuse_others(words, scenario, problem.name, settings)
     kind = OmitArgPrefixes[Annotated[settings, arg(help=f"What trains {problem.name}.")]]  # type: ignore[valid-type]
     made = make_dataclass(
@@ -94,11 +97,11 @@ def train_command(words: Sequence[str]) -> type[Train]:
     return found
 
 
-def _problem(scenario: str) -> AnyProblem:
+def _posed(scenario: str) -> tuple[AnyProblem, Any]:
+    """Return the problem of what is trained on, and that if it is a scenario."""
     if scenario == RandomJobShops.name:
-        return find_problem("workflow")
-    problem, _ = load_problem(scenario)
-    return problem
+        return find_problem("workflow"), None
+    return load_problem(scenario)
 
 
 def _given(words: Sequence[str], option: str) -> str | None:
