@@ -75,16 +75,6 @@ class CounterfactualTrainer(DispatcherRun[CounterfactualTraining]):
                 f"memory must hold the {least} labels of an update of {len(parts)} scenarios, got"
                 f" {config.memory}"
             )
-        if scenario.spec.migrates:
-            raise ConfigError(
-                "choices are tried as if requests stayed where they are, but those of "
-                f"{scenario.name} migrate: take --learner ppo"
-            )
-        if scenario.spec.tiered:
-            raise ConfigError(
-                "choices are tried as if a replica computed all of a request, but in "
-                f"{scenario.name} KV is loaded from behind the GPUs: take --learner ppo"
-            )
         return DispatcherRun.completed(config, scenario)
 
     @cached_property

@@ -21,6 +21,7 @@ from servegym.commands.evaluate import Evaluate
 from servegym.commands.export import Export
 from servegym.commands.fit import Fit
 from servegym.commands.leaderboard import Leaderboard
+from servegym.commands.plan import Plan
 from servegym.commands.policies import Policies
 from servegym.commands.replay import Replay
 from servegym.commands.scenarios import Scenarios
@@ -46,6 +47,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "evaluate": Evaluate,
     "train": Train,
     "tune": Tune,
+    "plan": Plan,
     "leaderboard": Leaderboard,
     "export": Export,
     "fit": Fit,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -23,6 +24,7 @@ from servegym.cluster.tier_rules import KvTier, LoadRule
 from servegym.costs.formats import ScenarioFormat, number_format
 from servegym.costs.step import StepCost
 from servegym.costs.tables import TableSource
+from servegym.costs.uncertainty import Uncertainty, World, scaled
 from servegym.engines import MAX_NUM_BATCHED_TOKENS, EngineName, kernels_of
 from servegym.errors import ConfigError
 from servegym.scenario.config import Config, Count, Factor, ascending
@@ -231,6 +233,12 @@ def kv_store(store: KvStoreConfig, cost: StepCost, block_size: int) -> KvTier:
     tier = _tier(own, cost, block_size)
     assert tier is not None
     return tier
+
+
+def in_world(replica: ReplicaType, uncertainty: Uncertainty, world: World) -> ReplicaType:
+    """Return a replica type with the kernels and the engine of a world."""
+    grid = uncertainty.in_world(replica.grid, world)
+    return replace(replica, grid=scaled(grid, uncertainty.engine_factor(world, replica.engine)))
 
 
 def draw_fleet(

@@ -22,6 +22,7 @@ from servegym.cluster.spec import (
 from servegym.cluster.tier_rules import TierRules
 from servegym.costs.formats import ScenarioFormat
 from servegym.costs.step import StepCost
+from servegym.costs.uncertainty import Uncertainty, World
 from servegym.errors import ConfigError
 from servegym.scenario.config import Config
 from servegym.scenario.disturbances import DisturbanceConfig, draw_faults
@@ -34,6 +35,7 @@ from servegym.scenario.fleet import (
     MigrationConfig,
     TransferConfig,
     draw_fleet,
+    in_world,
     kv_store,
     replica_type,
     step_cost,
@@ -215,6 +217,24 @@ class Scenario(Config):
             kv_store(store, self.step_cost(self.fleet[0]), self.engine.block_size),
             1e9 * store.gb_per_s,
         )
+
+    @cached_property
+    def _uncertainties(self) -> tuple[Uncertainty, ...]:
+        """How far the steps of each type of replica may be off."""
+        return tuple(
+            Uncertainty.of(entry.gpu, self.step_cost(entry), kind.grid)
+            for entry, kind in zip(self.fleet, self.spec.types, strict=True)
+        )
+
+    def in_world(self, world: World) -> Self:
+        """Return the scenario with kernels and engines that are off as in a world."""
+        types = zip(self.spec.types, self._uncertainties, strict=True)
+        made = self.model_copy()
+        # where the cached property keeps what it found
+        made.__dict__["spec"] = replace(
+            self.spec, types=tuple(in_world(kind, doubt, world) for kind, doubt in types)
+        )
+        return made
 
     @property
     def _transfer_rules(self) -> TransferRules:
