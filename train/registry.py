@@ -41,6 +41,11 @@ LEARNERS = {
             "servegym.train.counterfactual_settings:CounterfactualTraining",
             "servegym.train.counterfactual:CounterfactualTrainer",
         ),
+        "offline": Entry(
+            "offline",
+            "servegym.train.offline_settings:OfflineTraining",
+            "servegym.train.offline:OfflineTrainer",
+        ),
     },
     "order": {
         "search": Entry(

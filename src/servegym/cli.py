@@ -22,6 +22,7 @@ from servegym.commands.export import Export
 from servegym.commands.fit import Fit
 from servegym.commands.leaderboard import Leaderboard
 from servegym.commands.policies import Policies
+from servegym.commands.record import Record
 from servegym.commands.replay import Replay
 from servegym.commands.scenarios import Scenarios
 from servegym.commands.schedule import ScheduleDag
@@ -45,6 +46,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "simulate": Simulate,
     "evaluate": Evaluate,
     "train": Train,
+    "record": Record,
     "tune": Tune,
     "leaderboard": Leaderboard,
     "export": Export,

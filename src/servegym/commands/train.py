@@ -44,8 +44,8 @@ class Train(Played):
     scenario: str = "mixed-chat"
     """Bundled scenario name or YAML file, of any problem, or `job-shop`: small random job shops."""
     learner: str | None = None
-    """What trains it: of a dispatcher ppo (else taken) or counterfactual, which tries every choice
-    of a decision on the state as it is."""
+    """What trains it: of a dispatcher ppo (else taken), counterfactual, which tries every choice of
+    a decision on the state as it is, or offline, from a data set alone."""
     out: Path | None = None
     """Folder of the run: config.json, tensorboard/, checkpoint.pt, policy/. By default
     runs/KIND-SCENARIO, such as runs/ppo-mixed-chat. A folder is gone on with under the same
