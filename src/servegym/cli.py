@@ -17,6 +17,7 @@ from servegym.commands.calibrate import Calibrate
 from servegym.commands.compile import Compile
 from servegym.commands.costs import Costs
 from servegym.commands.demo import Demo
+from servegym.commands.estimate import Estimate
 from servegym.commands.evaluate import Evaluate
 from servegym.commands.export import Export
 from servegym.commands.fit import Fit
@@ -58,6 +59,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "calibrate": Calibrate,
     "validate": Validate,
     "replay": Replay,
+    "estimate": Estimate,
     "schedule": ScheduleDag,
     "serve": Serve,
     "bench": Bench,
