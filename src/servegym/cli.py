@@ -27,6 +27,7 @@ from servegym.commands.record import Record
 from servegym.commands.replay import Replay
 from servegym.commands.scenarios import Scenarios
 from servegym.commands.schedule import ScheduleDag
+from servegym.commands.search import Search
 from servegym.commands.serve import Serve
 from servegym.commands.simulate import Simulate
 from servegym.commands.train import Train, train_command
@@ -47,6 +48,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "simulate": Simulate,
     "evaluate": Evaluate,
     "train": Train,
+    "search": Search,
     "record": Record,
     "tune": Tune,
     "leaderboard": Leaderboard,
@@ -117,8 +119,9 @@ def _parse(words: list[str]) -> Command:
         raise ServeGymError(unknown_name("command", words[0], COMMANDS))
     _refuse_repeated(words)
     commands = COMMANDS
-    if words[:1] == ["train"]:
-        commands = {**COMMANDS, "train": train_command(words[1:])}
+    for name, command in (("train", Train), ("search", Search)):
+        if words[:1] == [name]:
+            commands = {**COMMANDS, name: train_command(words[1:], command)}
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
