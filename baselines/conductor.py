@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from servegym.baselines.choice import better, no_replica, num_replicas
+from servegym.baselines.choice import better, no_replica, num_replicas, prefills_s
+from servegym.cluster.jit import inlined
 from servegym.policy.contract import (
     DECODE_SEQ_S,
     DECODE_STEP_S,
     OUTSTANDING_REQUESTS,
-    PENDING_PREFILL_TOKENS,
-    PREFILL_TOKENS_PER_S,
-    PREFIX_HIT_TOKENS,
-    PROMPT_TOKENS,
     TPOT_SLO_S,
     TTFT_SLO_S,
     UP,
@@ -32,6 +29,26 @@ from servegym.typing import BoolArray, FloatArray, UInt64Array
 NO_DECODER_S = 1e300
 
 
+@inlined
+def shortest_ttft(replicas: FloatArray, request: FloatArray, mask: BoolArray) -> tuple[int, float]:
+    """Return the allowed replica with the shortest predicted TTFT, -1: none; and that time."""
+    best, best_s = -1, 0.0
+    for r in range(num_replicas(mask)):
+        if mask[r]:
+            ttft_s = prefills_s(replicas, request, r)
+            if better(ttft_s, r, best_s, best):
+                best, best_s = r, ttft_s
+    return best, best_s
+
+
+@inlined
+def rejected(request: FloatArray, slack: float, ttft_s: float, tpot_s: float) -> bool:
+    """Whether a limit, times the slack, will be missed; a slack of 0 lets all in."""
+    late = 0.0 < slack * request[TTFT_SLO_S] < ttft_s
+    slow = 0.0 < slack * request[TPOT_SLO_S] < tpot_s < NO_DECODER_S
+    return late or slow
+
+
 @rule
 def decide(
     replicas: FloatArray,
@@ -42,24 +59,17 @@ def decide(
     rng: UInt64Array,
 ) -> int:
     """Decide; see `policy.rule`."""
-    best, best_s, tpot_s = -1, 0.0, NO_DECODER_S
+    best, best_s = shortest_ttft(replicas, request, mask)
+    if best < 0:
+        return no_replica(mask)
+    tpot_s = NO_DECODER_S
     for r in range(num_replicas(mask)):
-        if mask[r]:
-            own = max(0.0, request[PROMPT_TOKENS] - replicas[PREFIX_HIT_TOKENS, r])
-            tokens = replicas[PENDING_PREFILL_TOKENS, r] + own
-            ttft_s = tokens / replicas[PREFILL_TOKENS_PER_S, r]
-            if better(ttft_s, r, best_s, best):
-                best, best_s = r, ttft_s
-        elif replicas[UP, r] > 0.0:
+        if not mask[r] and replicas[UP, r] > 0.0:
             others = replicas[OUTSTANDING_REQUESTS, r]
             each_s = step_s(replicas[DECODE_STEP_S, r], replicas[DECODE_SEQ_S, r], others)
             tpot_s = min(tpot_s, each_s)
-    if best < 0:
-        return no_replica(mask)
     reject = num_replicas(mask) + 1
-    late = 0.0 < params[0] * request[TTFT_SLO_S] < best_s
-    slow = 0.0 < params[0] * request[TPOT_SLO_S] < tpot_s < NO_DECODER_S
-    return reject if mask[reject] and (late or slow) else best
+    return reject if mask[reject] and rejected(request, params[0], best_s, tpot_s) else best
 
 
 def conductor(slack: float = 1.0) -> Heuristic:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from servegym.baselines.least_outstanding import least_outstanding
 from servegym.baselines.least_tpot import least_tpot
+from servegym.baselines.llm_d import llm_d
 from servegym.baselines.min_kv import min_kv
 from servegym.baselines.power_of_two import power_of_two
+from servegym.baselines.registry import SCORES
 from servegym.baselines.rules import Entry, Rules
+from servegym.baselines.splitwise_place import splitwise_place
 from servegym.policy.policy import Heuristic
 
 PLACEMENTS: Rules[Heuristic] = Rules(
@@ -20,6 +23,8 @@ PLACEMENTS: Rules[Heuristic] = Rules(
         "power-of-two": Entry(power_of_two),
         "min-kv": Entry(min_kv),
         "least-tpot": Entry(least_tpot),
+        "splitwise": Entry(splitwise_place),
+        "llm-d": Entry(llm_d, SCORES),
     },
 )
 

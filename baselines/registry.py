@@ -11,12 +11,14 @@ from servegym.baselines.added_delay_inferred import (
 from servegym.baselines.added_delay_reject import added_delay_reject
 from servegym.baselines.class_aware import class_aware
 from servegym.baselines.conductor import conductor
+from servegym.baselines.conductor_predicted import conductor_predicted
 from servegym.baselines.dynamo import dynamo
 from servegym.baselines.hexgen import hexgen
 from servegym.baselines.least_outstanding import least_outstanding
 from servegym.baselines.least_tpot import least_tpot
 from servegym.baselines.least_work_left import least_work_left
 from servegym.baselines.llm_d import llm_d
+from servegym.baselines.llm_d_pd import llm_d_pd
 from servegym.baselines.llumnix import llumnix
 from servegym.baselines.mct import mct
 from servegym.baselines.min_kv import min_kv
@@ -27,6 +29,7 @@ from servegym.baselines.round_robin import round_robin
 from servegym.baselines.rules import Entry, Range, Rules
 from servegym.baselines.sglang import sglang, sglang_older
 from servegym.baselines.speed_family import speed_family
+from servegym.baselines.splitwise import splitwise
 from servegym.baselines.token_least_load import token_least_load
 from servegym.baselines.weighted_round_robin import weighted_round_robin
 from servegym.baselines.what_if import what_if
@@ -38,6 +41,8 @@ from servegym.policy.policy import Heuristic
 _DELAYS = dict.fromkeys(("prefill", "decode"), Range(0.05, 20.0, logarithmic=True))
 #: A share of the way from a prediction to what is expected.
 _SHARE = {"shrink": (0.0, 1.0)}
+#: Weights of llm-d's scores.
+SCORES = dict.fromkeys(("queue", "kv", "prefix"), Range(0.1, 10.0, logarithmic=True))
 
 RULES: Rules[Heuristic] = Rules(
     "policy",
@@ -62,9 +67,7 @@ RULES: Rules[Heuristic] = Rules(
             bounds={"cache_threshold": (0.0, 1.0)},
         ),
         "sglang-older": Entry(sglang_older),
-        "llm-d": Entry(
-            llm_d, dict.fromkeys(("queue", "kv", "prefix"), Range(0.1, 10.0, logarithmic=True))
-        ),
+        "llm-d": Entry(llm_d, SCORES),
         "dynamo": Entry(
             dynamo,
             {
@@ -87,6 +90,23 @@ RULES: Rules[Heuristic] = Rules(
             bounds=_SHARE,
         ),
         "conductor": Entry(conductor, {"slack": Range(0.2, 5.0, logarithmic=True)}),
+        "conductor-predicted": Entry(
+            conductor_predicted,
+            {
+                "slack": Range(0.2, 5.0, logarithmic=True),
+                "decode_s": Range(0.5, 60.0, logarithmic=True),
+            },
+            bounds={"decode_s": (1e-3, 1e6)},
+        ),
+        "splitwise": Entry(splitwise, {"max_pending_tokens": Range(500.0, 1e5, logarithmic=True)}),
+        "llm-d-pd": Entry(
+            llm_d_pd,
+            {
+                **SCORES,
+                "non_cached_tokens": Range(1.0, 8000.0, logarithmic=True),
+                "prompt_tokens": Range(1.0, 8000.0, logarithmic=True),
+            },
+        ),
         "class-aware": Entry(
             class_aware,
             {

@@ -2,7 +2,8 @@
 
 The highest rate at which nine of ten requests are within both limits, per GPU, of one fleet whose
 replicas do all of a request (`added-delay`) and of the same GPUs split in two, the best of all
-splits (`token-least-load+least-tpot`).
+splits (`token-least-load+least-tpot`); and the split that DistServe's placement finds without
+playing any of them, from one instance of each phase alone.
 
 Run with:
     python benchmarks/disaggregation.py [--seeds 4] [--requests 600]
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from servegym.evaluate.placement import distserve_placement
 from servegym.problems.dispatch import Dispatch, DispatchEpisodes
 from servegym.scenario import Scenario
 
@@ -20,8 +22,10 @@ GPU, LINK = "A100-SXM-80GB", {"gb_per_s": 40.0, "latency_s": 0.001}
 ATTAINED, TTFT_S = 0.9, 1.0
 
 
-def scenario(fleet: list[dict[str, Any]], prompt_tokens: float, tpot_s: float) -> Scenario:
-    """Make a scenario of 1 request/s."""
+def scenario(
+    fleet: list[dict[str, Any]], prompt_tokens: float, tpot_s: float, rate_rps: float = 1.0
+) -> Scenario:
+    """Make a scenario."""
     return Scenario.model_validate(
         {
             "name": "disaggregation",
@@ -29,7 +33,7 @@ def scenario(fleet: list[dict[str, Any]], prompt_tokens: float, tpot_s: float) -
             "fleet": fleet,
             "workload": {
                 "kind": "generated",
-                "rate_rps": 1.0,
+                "rate_rps": rate_rps,
                 "prompt": {"medians_tokens": [prompt_tokens], "sigmas": [0.6], "max_tokens": 16000},
                 "output": {"medians_tokens": [150.0], "sigmas": [0.7], "max_tokens": 1500},
             },
@@ -72,8 +76,14 @@ def row(num_gpus: int, prompt_tokens: float, tpot_s: float, seeds: int, requests
     mixed = rate(0, "added-delay")
     rates = {n: rate(n, "token-least-load+least-tpot") for n in range(1, num_gpus)}
     best = max(rates, key=lambda n: rates[n])
+    whole = scenario(split(num_gpus, 0), prompt_tokens, tpot_s, rate_rps=5.0)
+    found = distserve_placement(
+        whole, num_gpus, attainment=ATTAINED, num_seeds=seeds, num_requests=requests
+    )
+    planned = found.num_prefill  # all others decode
     cells = (num_gpus, f"{prompt_tokens:.0f}", f"{1e3 * tpot_s:.0f} ms", f"{mixed:.2f}")
-    return f"| {' | '.join(map(str, cells))} | {rates[best]:.2f} | {best} |"
+    splits = " | ".join(f"{rates[n]:.2f} | {n}" for n in (best, planned))
+    return f"| {' | '.join(map(str, cells))} | {splits} |"
 
 
 def main() -> None:
@@ -83,9 +93,10 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=600, help="of an episode, per GPU")
     given = parser.parse_args()
     print(
-        "| GPUs | median prompt | TPOT limit | mixed, requests/s per GPU | split | prefill GPUs |"
+        "| GPUs | median prompt | TPOT limit | mixed, requests/s per GPU | split | prefill GPUs "
+        "| DistServe's split | prefill GPUs |"
     )
-    print("|--:|--:|--:|--:|--:|--:|")
+    print("|--:|--:|--:|--:|--:|--:|--:|--:|")
     for num_gpus in (2, 8):
         for prompt_tokens in (150.0, 2000.0):
             for tpot_s in (0.02, 0.1):

@@ -1,4 +1,4 @@
-"""`servegym/Cluster-v0`: where requests go in a fleet, and whom each of its engines admits."""
+"""`servegym/Cluster-v0`: where requests go and decode, and whom engines admit."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from servegym.envs.preemption_batch import ENGINE_FEATURES
 from servegym.envs.single import BatchEnv
 from servegym.envs.vector import BatchVectorEnv
 from servegym.policy.contract import (
+    FIRST_ROLE,
     NUM_OBSERVED_FEATURES,
     NUM_OBSERVED_REQUEST_FEATURES,
+    NUM_ROLE_FEATURES,
     REPLICA_FEATURES,
     REQUEST_FEATURES,
 )
@@ -27,10 +29,15 @@ Whoever has something to choose is asked, in the order of simulated time. One po
 who asks plays them all; as agents of their own they are in `servegym.envs.cluster_v0`
 (`docs/env-cluster.md`).
 
+In a fleet in which some replicas only prefill or decode (`docs/disaggregation.md`) engines have no
+orders. There the dispatcher is asked alone, and twice: to whom a request goes, and where it decodes
+if that replica only prefills.
+
 ## Action Space
 `Discrete`: first the actions of `Dispatch-v1` (replicas, then *hold* and *reject* if the scenario
 allows them), then those of `Preemption-v0` (rows of `requests`, then, with `allow_none`, *nobody*).
-The mask allows those of the agent that is asked. Actions outside `action_mask` raise
+The mask allows those of the agent that is asked. Where requests are placed there are only the first;
+to dispatch allows replicas that prefill, to place those that decode. Actions outside `action_mask` raise
 `InvalidAction` unless `invalid_action` says otherwise; `action_space.sample()` draws from those
 inside.
 
@@ -42,11 +49,16 @@ A `Dict`. Of the dispatcher: `replicas` (`float32[R, {NUM_OBSERVED_FEATURES}]`) 
 (`float32[{len(ENGINE_FEATURES)}]`, the last columns of each row). What the agent that is asked does
 not see is 0. Then, one of them 1 and the others 0, `kind` (to dispatch, to admit, to preempt) and
 `agent` (the dispatcher, the scheduler of each replica), and `action_mask` (`int8`, 1 is allowed).
-All in raw units.
+All in raw units. Where requests are placed, `replicas` has {NUM_ROLE_FEATURES} columns more, `kind` is to dispatch
+or to place, and there are no `requests`, `engine` and `agent`.
 
 Columns of `replicas`:
 
 {column_table(REPLICA_FEATURES[:NUM_OBSERVED_FEATURES], "Feature")}
+
+Where requests are placed, behind these:
+
+{column_table(REPLICA_FEATURES[FIRST_ROLE:], "Feature", NUM_OBSERVED_FEATURES)}
 
 Of `request`:
 
@@ -71,9 +83,9 @@ happens then is rewarded in the last step. With `episode_end="last-arrival"` tru
 decision after the last arrival instead.
 
 ## Arguments
-`scenario` (name, path or `Scenario`, of two replicas or more with `engine: vllm-priority`),
-`num_requests`, `max_waiting`, `queue_order` (`shortest` by predicted tokens left, or `arrival`),
-`allow_none`; `load` (factor on the arrival rate, or a range drawn per episode), `objective`,
+`scenario` (name, path or `Scenario`, of two replicas or more, all with `engine: vllm-priority` or
+some with a `role`), `num_requests`; of schedulers `max_waiting`, `queue_order` (`shortest` by
+predicted tokens left, or `arrival`) and `allow_none`; `load` (factor on the arrival rate, or a range drawn per episode), `objective`,
 `reward_scale`, `shaping`, `warmup`, `episode_end`, `invalid_action` and `invalid_penalty`,
 `normalise`, `flat`; see `docs/env-cluster.md` and `docs/environments.md`.
 `reset(options={{"episode": Episode(...)}})` plays a given episode.

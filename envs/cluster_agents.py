@@ -11,16 +11,14 @@ from gymnasium.utils.seeding import np_random
 
 from servegym.cluster.state import OBSERVED_UP
 from servegym.envs.cluster_batch import ClusterBatch
-from servegym.envs.cluster_kernels import KIND_DISPATCH, KIND_PREEMPT
+from servegym.envs.cluster_kernels import KIND_PREEMPT
 from servegym.envs.observation import Table
 from servegym.envs.preemption_batch import ENGINE_FEATURES
 from servegym.envs.settings import ClusterSettings, make_settings, one_of
 from servegym.envs.single import RENDER_MODES, check_options, check_render_mode, draw
 from servegym.errors import ConfigError, InvalidAction, ResetNeeded
 from servegym.policy.contract import (
-    NUM_OBSERVED_FEATURES,
     NUM_OBSERVED_REQUEST_FEATURES,
-    REPLICA_FEATURES,
     REQUEST_FEATURES,
     Feature,
     Group,
@@ -58,7 +56,8 @@ class ClusterAgents:
 
     Attributes:
         batch: The batch of one that is played.
-        possible_agents: The dispatcher, then the scheduler of each replica of the largest fleet.
+        possible_agents: The dispatcher, then the scheduler of each replica of the largest fleet;
+            the dispatcher alone where some replicas only prefill or decode.
         agents: Those who take part now.
         state_space: Of `state`.
     """
@@ -97,10 +96,10 @@ class ClusterAgents:
         self.batch = ClusterBatch(1, given, by_replica=by_class)
         self.batch.narrates = self.render_mode is not None
         self._rewards = rewards
-        width = self.batch.num_replicas
+        width = self.batch.num_schedulers
         self.possible_agents = [DISPATCHER, *(f"scheduler_{r}" for r in range(width))]
         self._place = {name: i for i, name in enumerate(self.possible_agents)}
-        self._num_replicas = width
+        self._num_schedulers = width
         self.agents: list[str] = []
         sizes = [n + can_pass for n in (self.batch.num_dispatch, self.batch.num_picks)]
         self._num_actions = [sizes[0], *[sizes[1]] * width]
@@ -114,8 +113,8 @@ class ClusterAgents:
 
     def _make_spaces(self, normalise: bool) -> None:
         """Make what agents and the state are made of, and their spaces."""
-        width, rows = self.batch.num_replicas, self.batch.requests.shape[1]
-        replicas = REPLICA_FEATURES[:NUM_OBSERVED_FEATURES] * width
+        width, rows = self.batch.num_schedulers, self.batch.requests.shape[1]
+        replicas = self.batch.shown * self.batch.num_replicas
         columns = [*replicas, *REQUEST_FEATURES[:NUM_OBSERVED_REQUEST_FEATURES]]
         of_engine = [*ORDERING_FEATURES * rows, *ENGINE_FEATURES, _IS_PREEMPTION]
         of_fleet = [*columns, *ENGINE_FEATURES * width, *[_IS_ASKED] * (1 + width)]
@@ -158,9 +157,9 @@ class ClusterAgents:
         of each engine, and who is asked, one number an agent.
         """
         batch, v = self.batch, self._views
-        batch.look(0, 0, 1 + self._num_replicas, v)
+        batch.look(0, 0, 1 + self._num_schedulers, v)
         engine = v.engine.copy()
-        engine[self._num_replicas :] = 0.0
+        engine[self._num_schedulers :] = 0.0
         asked = np.zeros(len(self.possible_agents), np.float32)
         if not batch.done[0]:
             asked[batch.agent[0]] = 1.0
@@ -185,8 +184,9 @@ class ClusterAgents:
             self.batch.seed(int(np_random(seed)[0].integers(1 << 62)))
         self.batch.reset(np.zeros(1, np.int64), None if episode is None else [episode])
         self._ready = True
-        self._num_replicas = int(self.batch.simulator.state.env[0]["num_replicas"])
-        self.agents = self.possible_agents[: 1 + self._num_replicas]
+        if self.batch.num_schedulers:
+            self._num_schedulers = int(self.batch.simulator.state.env[0]["num_replicas"])
+        self.agents = self.possible_agents[: 1 + self._num_schedulers]
 
     @property
     def _asked(self) -> str:
@@ -225,11 +225,11 @@ class ClusterAgents:
         if self._rewards == "shared":
             return dict.fromkeys(names, earned)
         if self._rewards == "team":
-            return dict.fromkeys(names, earned / (1 + self._num_replicas))
+            return dict.fromkeys(names, earned / (1 + self._num_schedulers))
         settings = batch.settings
         penalises = settings.invalid_action == "penalise" and bool(batch.invalid[0])
         penalty = float(settings.invalid_penalty) if penalises else 0.0
-        each = [earned + penalty, *batch.of_replica[0].tolist()]
+        each = [earned + penalty, *batch.of_replica[0, : batch.num_schedulers].tolist()]
         each[asked] -= penalty
         return dict(zip(names, each, strict=True))
 
@@ -260,7 +260,7 @@ class ClusterAgents:
         if i != batch.agent[0] or batch.done[0]:
             return self._idle_masks[i].copy()
         mask = np.zeros(self._num_actions[i], np.int8)
-        if batch.kind[0] == KIND_DISPATCH:
+        if batch.is_dispatchers(0):
             mask[: batch.num_dispatch] = batch.mask[0, : batch.num_dispatch]
         else:
             mask[: batch.num_picks] = batch.mask[0, batch.num_dispatch :]

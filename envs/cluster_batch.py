@@ -1,7 +1,8 @@
-"""A batch of cluster episodes: where requests go, and whom each engine admits or preempts."""
+"""A batch of cluster episodes: where requests go and decode, whom engines admit or preempt."""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,6 +16,7 @@ from servegym.cluster.spec import Episode
 from servegym.cluster.state import ALWAYS, WHERE_IT_MATTERS, Asks
 from servegym.envs.cluster_kernels import (
     KIND_DISPATCH,
+    KIND_PLACE,
     KIND_PREEMPT,
     NUM_KINDS,
     KernelSettings,
@@ -28,20 +30,23 @@ from servegym.envs.cluster_kernels import (
 from servegym.envs.observation import Table
 from servegym.envs.preemption_batch import ENGINE_FEATURES
 from servegym.envs.request_batch import RequestBatch
-from servegym.envs.request_scene import cluster_scene, dispatch_deed, pick_deed
+from servegym.envs.request_scene import cluster_scene, dispatch_deed, pick_deed, place_deed
 from servegym.envs.scene import Scene
 from servegym.envs.settings import ClusterSettings
 from servegym.errors import ConfigError
 from servegym.policy.contract import (
+    FIRST_ROLE,
     NUM_OBSERVED_FEATURES,
     NUM_OBSERVED_REQUEST_FEATURES,
     NUM_REQUEST_FEATURES,
+    NUM_ROLE_FEATURES,
     OUTSTANDING_REQUESTS,
     REPLICA_FEATURES,
     REQUEST_FEATURES,
     Group,
 )
 from servegym.policy.layout import scenario_actions
+from servegym.policy.observe import prepare
 from servegym.policy.ordering import NUM_ORDERING_FEATURES, ORDERING_FEATURES
 from servegym.typing import BoolArray, Float32Array, FloatArray, Int8Array, IntArray
 
@@ -50,7 +55,9 @@ class ClusterBatch(RequestBatch):
     """`num_envs` fleets of engines that ask a dispatcher and their schedulers; see `RequestBatch`.
 
     Actions are those of a dispatch, then the rows of requests, then, if allowed, nobody. What is
-    observed is what the agent that is asked sees; the other arrays are 0.
+    observed is what the agent that is asked sees; the other arrays are 0. In a fleet in which some
+    replicas only prefill or decode there are no schedulers: the dispatcher is also asked where a
+    request decodes, and has only the actions of a dispatch.
 
     Args:
         num_envs: Environments.
@@ -59,16 +66,19 @@ class ClusterBatch(RequestBatch):
 
     Attributes:
         num_replicas: Replica rows, R; fleets may be smaller.
+        num_schedulers: R, or 0 where requests are placed.
         num_dispatch: Actions of a dispatch.
         num_picks: Actions of a scheduler.
         max_waiting: Rows for waiting requests.
         max_running: Rows for running requests: the largest `max_num_seqs`.
-        replicas: Observation, `float32[num_envs, R, NUM_OBSERVED_FEATURES]`.
+        shown: Features of a replica: the plain ones, and those about roles where requests are
+            placed.
+        replicas: Observation, `float32[num_envs, R, len(shown)]`.
         request: Observation, `float32[num_envs, NUM_OBSERVED_REQUEST_FEATURES]`.
         requests: Observation, `float32[num_envs, max_waiting + max_running, 17]`.
         engine: Observation, `float32[num_envs, 5]`.
-        kind: What is asked, 0 to dispatch, 1 to admit, 2 to preempt, `int8[num_envs]`; observed
-            as one number a kind.
+        kind: What is asked, 0 to dispatch, 1 to admit, 2 to preempt, 3 to place,
+            `int8[num_envs]`; observed as one number for each kind that there is.
         agent: Who is asked, 0 the dispatcher, 1 + r the scheduler of replica r, `int64[num_envs]`;
             observed as one number an agent.
         of_replica: The part of the last reward that each replica's own requests are, before
@@ -84,54 +94,67 @@ class ClusterBatch(RequestBatch):
     ) -> None:
         super().__init__(num_envs, settings)
         types = self.scenario.spec.types
-        if self.scenario.max_replicas < 2 or {t.engine for t in types} != {"vllm-priority"}:
+        self._places = self.scenario.spec.disaggregated
+        have_orders = {t.engine for t in types} == {"vllm-priority"}
+        if self.scenario.max_replicas < 2 or not (self._places or have_orders):
             raise ConfigError(
                 f"scenario {self.scenario.name} must have a fleet of two replicas or more with "
-                "engine: vllm-priority in every entry, as kv-starved-fleet has"
+                "engine: vllm-priority in every entry, as kv-starved-fleet has, or with some whose "
+                "role is prefill or decode, as pd-equal has"
             )
+        if self._places:
+            _refuse_order_settings(settings)
         actions = self.scenario.actions
         self.num_replicas = width = self.scenario.max_replicas
         own = scenario_actions(width, hold=actions.hold, reject=actions.reject)
-        self.max_waiting = settings.max_waiting
-        self.max_running = max(t.max_num_seqs for t in types)
+        self.num_schedulers = 0 if self._places else width
+        self.max_waiting = 0 if self._places else settings.max_waiting
+        self.max_running = 0 if self._places else max(t.max_num_seqs for t in types)
         rows = (self.max_waiting + self.max_running, NUM_ORDERING_FEATURES)
         self.num_dispatch, self.num_picks = len(own), rows[0] + settings.allow_none
-        shown = REPLICA_FEATURES[:NUM_OBSERVED_FEATURES]
-        self._allocate(
-            self.num_dispatch + self.num_picks,
-            {
-                "replicas": Table(shown, (width, len(shown))),
-                "request": Table(
-                    REQUEST_FEATURES[:NUM_OBSERVED_REQUEST_FEATURES],
-                    (NUM_OBSERVED_REQUEST_FEATURES,),
-                ),
-                "requests": Table(ORDERING_FEATURES, rows),
-                "engine": Table(ENGINE_FEATURES, (len(ENGINE_FEATURES),)),
-            },
-            {"kind": spaces.MultiBinary(NUM_KINDS), "agent": spaces.MultiBinary(1 + width)},
-        )
+        self.shown = REPLICA_FEATURES[:NUM_OBSERVED_FEATURES]
+        self._kinds = np.eye(NUM_KINDS, dtype=np.int8)[:, :KIND_PLACE]
         self._asks = Asks(
             admit=ALWAYS if settings.allow_none else WHERE_IT_MATTERS, preempt=WHERE_IT_MATTERS
         )
+        groups = Group.COUNTERS | Group.METRICS | Group.PREFIX
+        if self._places:
+            self.shown += REPLICA_FEATURES[FIRST_ROLE:]
+            self._kinds = np.eye(NUM_KINDS, dtype=np.int8)[:, [KIND_DISPATCH, KIND_PLACE]]
+            self._asks = Asks(place=WHERE_IT_MATTERS)
+            groups |= Group.ROLES
+        self._groups = groups
+        tables = {
+            "replicas": Table(self.shown, (width, len(self.shown))),
+            "request": Table(
+                REQUEST_FEATURES[:NUM_OBSERVED_REQUEST_FEATURES], (NUM_OBSERVED_REQUEST_FEATURES,)
+            ),
+        }
+        others: dict[str, spaces.Space[Any]] = {
+            "kind": spaces.MultiBinary(self._kinds.shape[1]),
+        }
+        if not self._places:
+            tables["requests"] = Table(ORDERING_FEATURES, rows)
+            tables["engine"] = Table(ENGINE_FEATURES, (len(ENGINE_FEATURES),))
+            others["agent"] = spaces.MultiBinary(1 + width)
+        self._allocate(self.num_dispatch + self.num_picks, tables, others)
         self._kernel_settings = KernelSettings(
-            needs=int(Group.COUNTERS | Group.METRICS | Group.PREFIX),
+            needs=int(groups),
             by_arrival=settings.queue_order == "arrival",
             goodput=self.objective == "goodput",
             by_replica=by_replica,
             scale=float(self.reward_scale),
             width=self.max_waiting,
+            num_roles=NUM_ROLE_FEATURES if self._places else 0,
         )
-        self.replicas: Float32Array = np.zeros((num_envs, width, len(shown)), np.float32)
+        self.replicas: Float32Array = np.zeros((num_envs, width, len(self.shown)), np.float32)
         self.request: Float32Array = np.zeros((num_envs, NUM_OBSERVED_REQUEST_FEATURES), np.float32)
         self.requests: Float32Array = np.zeros((num_envs, *rows), np.float32)
         self.engine: Float32Array = np.zeros((num_envs, len(ENGINE_FEATURES)), np.float32)
         self.kind: Int8Array = np.zeros(num_envs, np.int8)
         self.agent: IntArray = np.zeros(num_envs, np.int64)
         self.of_replica: FloatArray = np.zeros((num_envs, width))
-        self._kinds, self._agents = (
-            np.eye(NUM_KINDS, dtype=np.int8),
-            np.eye(1 + width, dtype=np.int8),
-        )
+        self._agents = np.eye(1 + width, dtype=np.int8)
         self._own_memory = self._memory()
         self._output = Output(
             self.replicas,
@@ -155,9 +178,11 @@ class ClusterBatch(RequestBatch):
 
     @override
     def _make_simulator(self, episodes: list[Episode]) -> Simulator:
-        return Simulator(
+        simulator = Simulator(
             self.scenario.spec, episodes, max_replicas=self.num_replicas, asks=self._asks
         )
+        prepare(simulator, self._groups)
+        return simulator
 
     @override
     def _begin(self, env: int, episode: Episode) -> bool:
@@ -191,20 +216,18 @@ class ClusterBatch(RequestBatch):
 
     @override
     def _parts(self) -> dict[str, NDArray[Any]]:
-        return {
-            "replicas": self.replicas,
-            "request": self.request,
-            "requests": self.requests,
-            "engine": self.engine,
-            "kind": self._kinds[self.kind],
-            "agent": self._agents[self.agent],
-            "action_mask": self.mask,
-        }
+        parts: dict[str, NDArray[Any]] = {"replicas": self.replicas, "request": self.request}
+        if not self._places:
+            parts |= {"requests": self.requests, "engine": self.engine}
+        parts["kind"] = self._kinds[self.kind]
+        if not self._places:
+            parts["agent"] = self._agents[self.agent]
+        return {**parts, "action_mask": self.mask}
 
     @override
     def _rule_action(self, env: int) -> int:
         """Least outstanding requests; inside an engine first come, first served."""
-        if self.kind[env] == KIND_DISPATCH:
+        if self.is_dispatchers(env):
             outstanding = self.replicas[env, :, OUTSTANDING_REQUESTS]
             load = np.where(self.mask[env, : self.num_replicas] == 1, outstanding, np.inf)
             best = int(load.argmin())
@@ -215,13 +238,17 @@ class ClusterBatch(RequestBatch):
         preempts = self.kind[env] == KIND_PREEMPT
         return self.num_dispatch + int(rows[order.argmax() if preempts else order.argmin()])
 
+    def is_dispatchers(self, env: int) -> bool:
+        """Whether the dispatcher's actions are asked for in an environment."""
+        return bool(self.kind[env] in (KIND_DISPATCH, KIND_PLACE))
+
     def stand_in(self, env: int) -> int:
         """Return what the rule of the warm-up does in one environment."""
         return self._rule_action(env)
 
     def views(self) -> Views:
         """Make arrays for `look`."""
-        width, (rows, columns) = self.num_replicas, self.requests.shape[1:]
+        width, (rows, columns) = self.num_schedulers, self.requests.shape[1:]
         return Views(
             np.zeros(self.replicas.shape[1:], np.float32),
             np.zeros(NUM_OBSERVED_REQUEST_FEATURES, np.float32),
@@ -244,6 +271,8 @@ class ClusterBatch(RequestBatch):
 
     @override
     def _deed(self, env: int, action: int) -> str:
+        if self.kind[env] == KIND_PLACE:
+            return place_deed(self.simulator, env, action)
         if self.kind[env] == KIND_DISPATCH:
             return dispatch_deed(self.simulator, env, action, self.num_replicas)
         deed = pick_deed(self.simulator, env, self._output.ids[env], action - self.num_dispatch)
@@ -253,3 +282,14 @@ class ClusterBatch(RequestBatch):
     def scene(self, env: int) -> Scene:
         """Show the replicas, what they run and what waits for them."""
         return cluster_scene(self.scenario, self.simulator, env)
+
+
+def _refuse_order_settings(settings: ClusterSettings) -> None:
+    """Refuse what is said about schedulers where there are none."""
+    defaults = {field.name: field.default for field in fields(settings)}
+    for name in ("max_waiting", "queue_order", "allow_none"):
+        if getattr(settings, name) != defaults[name]:
+            raise ConfigError(
+                f"{name} is about the schedulers of engines with orders, and where some replicas "
+                "only prefill or decode there are none: leave it out"
+            )

@@ -12,11 +12,12 @@ from servegym.cluster.state import (
     DISPATCH,
     FINISHED,
     NOBODY,
+    PLACE,
     REJECTED,
     Params,
     State,
 )
-from servegym.envs.dispatch_kernels import core_action, write_observation
+from servegym.envs.dispatch_kernels import core_action, write_observation, write_replicas
 from servegym.envs.kernels import waited
 from servegym.envs.preemption_kernels import allow_picks, write_engine
 from servegym.policy.contract import PREFIX_HIT_TOKENS, Group
@@ -24,9 +25,9 @@ from servegym.policy.observe import observe
 from servegym.typing import BoolArray, Float32Array, FloatArray, Int8Array, IntArray
 from servegym.workloads.table import BY_ITSELF
 
-#: Kinds of decisions as they are observed.
-KIND_DISPATCH, KIND_ADMIT, KIND_PREEMPT = range(3)
-NUM_KINDS = 3
+#: Kinds of decisions; the dispatcher takes the first and the last.
+KIND_DISPATCH, KIND_ADMIT, KIND_PREEMPT, KIND_PLACE = range(4)
+NUM_KINDS = 4
 
 _PREFIX = int(Group.PREFIX)
 
@@ -41,6 +42,7 @@ class KernelSettings(NamedTuple):
         by_replica: Whether `Output.of_replica` is filled.
         scale: Divides rewards.
         width: Rows for waiting requests; the running ones follow.
+        num_roles: How many of a replica's features, the last, are those about roles.
     """
 
     needs: int
@@ -49,22 +51,24 @@ class KernelSettings(NamedTuple):
     by_replica: bool
     scale: float
     width: int
+    num_roles: int
 
 
 class Output(NamedTuple):
     """What environments give.
 
-    Axes: E environments, R replica rows, M rows of requests, D dispatch actions, A all actions:
-    those of a dispatch, rows, nobody where that is allowed. What the asked agent does not see is 0.
+    Axes: E environments, R replica rows, F features of a replica, M rows of requests, D dispatch
+    actions, A all actions: those of a dispatch, rows, nobody where that is allowed. What the asked
+    agent does not see is 0. Where requests are placed there are no schedulers, and M is 0.
     """
 
-    replicas: Float32Array  # [E, R, NUM_OBSERVED_FEATURES]
+    replicas: Float32Array  # [E, R, F]: NUM_OBSERVED_FEATURES, and those about roles where needed
     request: Float32Array  # [E, NUM_OBSERVED_REQUEST_FEATURES]
     requests: Float32Array  # [E, M, NUM_ORDERING_FEATURES]
     engine: Float32Array  # [E, number of the engine's features]
     kind: Int8Array  # [E] KIND_*
     agent: IntArray  # [E] who is asked: 0 the dispatcher, 1 + r the scheduler of replica r
-    mask: Int8Array  # [E, D] of the dispatch that is due
+    mask: Int8Array  # [E, D] of the dispatch or placing that is due
     allowed: Int8Array  # [E, A]
     ids: IntArray  # [E, M] request of each row
     earned: FloatArray  # [E] reward times scale so far
@@ -88,11 +92,18 @@ class Memory(NamedTuple):
 class Views(NamedTuple):
     """What every agent of one environment sees, whoever is asked."""
 
-    replicas: Float32Array  # [R, NUM_OBSERVED_FEATURES]
-    request: Float32Array  # [NUM_OBSERVED_REQUEST_FEATURES], 0 where no dispatch is due
+    replicas: Float32Array  # [R, F], as in `Output`
+    request: (
+        Float32Array  # [NUM_OBSERVED_REQUEST_FEATURES], 0 where nothing is dispatched or placed
+    )
     requests: Float32Array  # [R, M, NUM_ORDERING_FEATURES]
     engine: Float32Array  # [R, number of the engine's features]
     ids: IntArray  # [M], working memory
+
+
+@inlined
+def _is_dispatchers(kind: int) -> bool:
+    return kind in (KIND_DISPATCH, KIND_PLACE)
 
 
 @inlined
@@ -100,11 +111,11 @@ def _write_decision(p: Params, s: State, c: KernelSettings, o: Output, e: int, m
     """Write the observation of one pending decision."""
     env = s.env[e]
     _write_nothing(o, e)
-    if env.decision == DISPATCH:
-        write_observation(p, s, c.needs, e, o.replicas, o.request, o.mask, m.request)
+    if env.decision == DISPATCH or env.decision == PLACE:
+        write_observation(p, s, c.needs, c.num_roles, e, o.replicas, o.request, o.mask, m.request)
         for a in range(o.mask.shape[1]):
             o.allowed[e, a] = o.mask[e, a]
-        o.kind[e] = KIND_DISPATCH
+        o.kind[e] = KIND_DISPATCH if env.decision == DISPATCH else KIND_PLACE
         o.agent[e] = 0
     else:
         count = write_engine(
@@ -128,7 +139,7 @@ def _write_decision(p: Params, s: State, c: KernelSettings, o: Output, e: int, m
 @inlined
 def _write_nothing(o: Output, e: int) -> None:
     """Show nothing, and allow nothing."""
-    if o.kind[e] == KIND_DISPATCH:
+    if _is_dispatchers(o.kind[e]):
         o.replicas[e] = 0.0
         o.request[e] = 0.0
     else:
@@ -202,7 +213,7 @@ def step_range(
         if not active[e]:
             continue
         before_s = s.env[e].now_s
-        if o.kind[e] == KIND_DISPATCH:
+        if _is_dispatchers(o.kind[e]):
             answer = core_action(p, width, actions[e])
         else:
             row = actions[e] - o.mask.shape[1]
@@ -230,12 +241,11 @@ def look(
     """Write what agents `first..stop-1` see now, the dispatcher being 0."""
     for agent in range(first, stop):
         if agent == 0:
-            due = s.env[e].decision == DISPATCH
+            due = s.env[e].decision == DISPATCH or s.env[e].decision == PLACE
             observe(p, s, e, c.needs if due else c.needs & ~_PREFIX, m.request)
-            for r in range(v.replicas.shape[0]):
-                for f in range(v.replicas.shape[1]):
-                    v.replicas[r, f] = s.observation[e, f, r]
-                if not due:
+            write_replicas(s, c.num_roles, e, v.replicas)
+            if not due:
+                for r in range(v.replicas.shape[0]):
                     v.replicas[r, PREFIX_HIT_TOKENS] = 0.0
             for g in range(v.request.shape[0]):
                 v.request[g] = m.request[g] if due else 0.0

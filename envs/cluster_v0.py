@@ -15,6 +15,9 @@ that is asked acts, the others have one action more, the last, that does nothing
 allow that alone. Agents that learn with shared parameters need neither: `ClusterVectorEnv` gives
 the decisions of all agents of many fleets as one batch.
 
+Where some replicas only prefill or decode there is `dispatcher_0` alone, which is also asked where
+a request decodes: then some replica's `has_prefill` is 1.
+
 The scheduler of a replica that is down stays: an agent that leaves must not come back within an
 episode in PettingZoo. Nobody asks it until the replica is up again, and `info["is_up"]` says so. An
 episode whose fleet is smaller than the largest has fewer `agents` than `possible_agents`.

@@ -8,6 +8,7 @@ from servegym.cluster.jit import inlined, kernel
 from servegym.cluster.kernels import advance, apply
 from servegym.cluster.state import DECISION, Params, State
 from servegym.envs.kernels import waited
+from servegym.policy.contract import FIRST_ROLE
 from servegym.policy.observe import observe
 from servegym.typing import BoolArray, Float32Array, FloatArray, Int8Array, IntArray
 
@@ -44,10 +45,23 @@ def core_action(p: Params, num_replicas: int, action: int) -> int:
 
 
 @inlined
+def write_replicas(s: State, num_roles: int, e: int, replicas: Float32Array) -> None:
+    """Write features of all replicas, the first ones, then those about roles: `float32[R, F]`."""
+    first = replicas.shape[1] - num_roles
+    for f in range(first):
+        for r in range(replicas.shape[0]):
+            replicas[r, f] = s.observation[e, f, r]
+    for f in range(num_roles):
+        for r in range(replicas.shape[0]):
+            replicas[r, first + f] = s.observation[e, FIRST_ROLE + f, r]
+
+
+@inlined
 def write_observation(
     p: Params,
     s: State,
     needs: int,
+    num_roles: int,
     e: int,
     replicas: Float32Array,
     request: Float32Array,
@@ -60,6 +74,7 @@ def write_observation(
         p: Constants.
         s: State.
         needs: Groups of features that are filled.
+        num_roles: How many of a replica's features, the last, are those about roles.
         e: Environment.
         replicas: As `Output.replicas`.
         request: As `Output.request`.
@@ -68,9 +83,7 @@ def write_observation(
     """
     observe(p, s, e, needs, memory)
     width = s.observation.shape[2]
-    for f in range(replicas.shape[2]):
-        for r in range(width):
-            replicas[e, r, f] = s.observation[e, f, r]
+    write_replicas(s, num_roles, e, replicas[e])
     for g in range(request.shape[1]):
         request[e, g] = memory[g]
     for a in range(mask.shape[1]):
@@ -91,7 +104,7 @@ def begin(p: Params, s: State, c: KernelSettings, o: Output, e: int, request: Fl
     """
     if advance(p, s, e) != DECISION:
         return False
-    write_observation(p, s, c.needs, e, o.replicas, o.request, o.mask, request)
+    write_observation(p, s, c.needs, 0, e, o.replicas, o.request, o.mask, request)
     return True
 
 
@@ -124,7 +137,7 @@ def step_range(
             o.reward[e] = -(waited(s, e) - earned) / c.scale
         o.done[e] = reason != DECISION
         if reason == DECISION:
-            write_observation(p, s, c.needs, e, o.replicas, o.request, o.mask, request)
+            write_observation(p, s, c.needs, 0, e, o.replicas, o.request, o.mask, request)
         else:
             o.replicas[e] = 0.0
             o.request[e] = 0.0

@@ -55,12 +55,12 @@ class Column(Protocol):
         ...
 
 
-def column_table(columns: Sequence[Column], heading: str) -> str:
-    """Render columns as a Markdown table; `heading` says what one is called."""
+def column_table(columns: Sequence[Column], heading: str, first: int = 0) -> str:
+    """Render columns as a Markdown table; `heading` says what one is called, `first` its number."""
     rows = [f"| Num | {heading} | Min | Max | Unit | Meaning |", "|---|---|---|---|---|---|"]
     rows += [
         f"| {i} | `{c.name}` | {c.low:g} | {c.high:g} | {c.unit} | {c.meaning} |"
-        for i, c in enumerate(columns)
+        for i, c in enumerate(columns, first)
     ]
     return "\n".join(rows)
 

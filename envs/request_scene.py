@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from servegym.cluster.simulator import Simulator
-from servegym.cluster.state import ADMIT, QUEUED, RUNNING
+from servegym.cluster.state import (
+    ADMIT,
+    DECODE_ONLY,
+    LANDED,
+    PLACE,
+    PREFILL_ONLY,
+    QUEUED,
+    RUNNING,
+    TRANSFERRING,
+)
 from servegym.envs.scene import Row, Scene, progress, share_ended
 from servegym.policy.contract import KV_CACHE_USAGE, OUTSTANDING_PROMPT_TOKENS, UP
 from servegym.scenario import Scenario
@@ -32,6 +41,12 @@ def dispatch_deed(simulator: Simulator, env: int, action: int, num_replicas: int
         return f"request {request} went to replica {action}"
     holds = action == num_replicas and bool(simulator.params.allow_hold)
     return f"request {request} was {'held' if holds else 'rejected'}"
+
+
+def place_deed(simulator: Simulator, env: int, replica: int) -> str:
+    """Say where the request that is to be placed decodes."""
+    request = int(simulator.state.env[env]["deciding"])
+    return f"request {request} will decode on replica {replica}"
 
 
 def pick_deed(simulator: Simulator, env: int, ids: IntArray, row: int) -> str:
@@ -149,9 +164,36 @@ def cluster_scene(scenario: Scenario, simulator: Simulator, env: int) -> Scene:
     """
     scene = dispatch_scene(scenario, simulator, env)
     due = simulator.state.env[env]
+    if scenario.spec.disaggregated:
+        return _with_roles(scene, simulator, env)
     r = int(due["asking"])
     if r < 0:
         return scene
     what = "admit" if due["decision"] == ADMIT else "preempt"
     rows = [row._replace(lit=i == r) for i, row in enumerate(scene.rows)]
     return scene._replace(question=f"replica {r}: whom to {what}", rows=tuple(rows))
+
+
+#: What a replica of each role is for.
+_ROLES = {PREFILL_ONLY: "prefills", DECODE_ONLY: "decodes"}
+
+
+def _with_roles(scene: Scene, simulator: Simulator, env: int) -> Scene:
+    """Show who prefills and who decodes, and whose KV is on its way; who may be chosen is lit."""
+    p, s = simulator.params, simulator.state
+    rows = []
+    for r, row in enumerate(scene.rows):
+        coming = [_of(simulator, env, r, status) for status in (TRANSFERRING, LANDED)]
+        role = _ROLES.get(int(p.role[s.replica[env, r]["type_idx"]]), "does all")
+        more = sum((_classes(simulator, env, part) for part in coming), ())
+        rows.append(
+            row._replace(
+                waiting=more + row.waiting,
+                note=f"{role}, {row.note}",
+                lit=bool(s.allowed[env, r]) and s.env[env]["deciding"] >= 0,
+            )
+        )
+    question = scene.question
+    if s.env[env]["decision"] == PLACE:
+        question = question.replace("where to", "where to decode", 1)
+    return scene._replace(question=question, rows=tuple(rows))

@@ -135,8 +135,8 @@ class ClusterSettings(PreemptionSettings):
     """What environments of a fleet of engines with orders may be told; see `PreemptionSettings`.
 
     Attributes:
-        scenario: A name, a path or a `Scenario`, whose fleet has two replicas or more and
-            `engine: vllm-priority` in every entry.
+        scenario: A name, a path or a `Scenario`, whose fleet has two replicas or more, and
+            `engine: vllm-priority` in every entry or some that only prefill or decode.
     """
 
     scenario: Any = "kv-starved-fleet"

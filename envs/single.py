@@ -70,6 +70,7 @@ class BatchEnv(gymnasium.Env[Any, Any], Generic[B]):
         self.batch.narrates = self.render_mode is not None
         self.observation_space = self.batch.observer.space
         self.action_space = AllowedAction(self.batch)
+        self._active = np.ones(1, np.bool_)
         self._ready = False
 
     def reset(
@@ -99,7 +100,7 @@ class BatchEnv(gymnasium.Env[Any, Any], Generic[B]):
         self.batch.check_open()
         if not self._ready or self.batch.done[0] or self.batch.truncated[0]:
             raise ResetNeeded("the episode is over or none has begun: call reset")
-        self.batch.step(np.asarray(action)[None], np.ones(1, np.bool_))
+        self.batch.step(np.asarray(action)[None], self._active)
         done, truncated = bool(self.batch.done[0]), bool(self.batch.truncated[0])
         return (
             self._observation(),

@@ -21,12 +21,14 @@ from servegym.envs.workflow import WorkflowEnv
 from servegym.evaluate.compare import with_interval
 from servegym.evaluate.suite import load_record, load_suite, reference
 from servegym.policy.contract import (
+    FIRST_ROLE,
     NUM_EXTENDED_FEATURES,
     NUM_OBSERVED_FEATURES,
     NUM_OBSERVED_REQUEST_FEATURES,
     REPLICA_FEATURES,
     REQUEST_FEATURES,
     SCHEMA_VERSION,
+    Group,
 )
 from servegym.problems.registry import PROBLEMS
 
@@ -90,7 +92,16 @@ How they are inferred:
 Filled when a policy asks for them, by simulating each choice forward; not in the environment's
 observation.
 
-{column_table(REPLICA_FEATURES[NUM_EXTENDED_FEATURES:], "Feature")}
+{column_table([f for f in REPLICA_FEATURES if f.group == Group.WHAT_IF], "Feature")}
+
+## Roles
+Where requests are [prefilled on one replica and decode on another](disaggregation.md): for rules
+that ask for them, and shown by `Cluster-v0` on such fleets. A request is placed if some replica's
+`has_prefill` is 1, else dispatched. They are as of now, however old the engine metrics are: whoever
+runs the transfers counts them. Networks and exported policies do not see them, so they are in no
+schema. A live router has no transfers: there the first two are 1 and the others 0.
+
+{column_table(REPLICA_FEATURES[FIRST_ROLE:], "Feature")}
 
 ## Versions
 | schema | changed |

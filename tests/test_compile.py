@@ -41,9 +41,10 @@ runpy.run_path({str(EXAMPLES / "04_decide_live.py")!r}, run_name="__main__")
 scenario = load_scenario("failures")
 for name in RULES.names():
     run(Simulator(scenario.spec, [scenario.episode(0, num_requests=40)]), policy(name))
-for name in ("Dispatch-v1", "Preemption-v0", "Cluster-v0", "Workflow-v0"):
+played = [(name, {{}}) for name in ("Dispatch-v1", "Preemption-v0", "Cluster-v0", "Workflow-v0")]
+for name, settings in (*played, ("Cluster-v0", {{"scenario": "pd-equal"}})):
     name = f"servegym/{{name}}"
-    for env in (gymnasium.make(name), gymnasium.make_vec(name, num_envs=2)):
+    for env in (gymnasium.make(name, **settings), gymnasium.make_vec(name, num_envs=2, **settings)):
         _, info = env.reset(seed=1)
         for _ in range(30):
             *_, info = env.step(info["action_mask"].argmax(-1))

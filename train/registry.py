@@ -6,6 +6,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from servegym.errors import ConfigError
+from servegym.scenario import Scenario
 
 if TYPE_CHECKING:
     from servegym.train.run_folder import StoredRun
@@ -32,7 +33,8 @@ class Entry(NamedTuple):
         return found
 
 
-#: All trainers of a problem by what `--learner` calls them; the first is used unless one is named.
+#: All trainers of a problem by what `--learner` calls them; the first is used unless one is named,
+#: but for fleets in which two kinds of decisions are taken.
 LEARNERS = {
     "dispatch": {
         "ppo": Entry("ppo", "servegym.train.ppo_settings:PPOConfig", "servegym.train.ppo:Trainer"),
@@ -40,6 +42,16 @@ LEARNERS = {
             "counterfactual",
             "servegym.train.counterfactual_settings:CounterfactualTraining",
             "servegym.train.counterfactual:CounterfactualTrainer",
+        ),
+        "search": Entry(
+            "placed",
+            "servegym.train.placed_settings:PlacedTraining",
+            "servegym.train.placed:PlacedTrainer",
+        ),
+        "joint": Entry(
+            "joint",
+            "servegym.train.joint_settings:JointTraining",
+            "servegym.train.joint:JointTrainer",
         ),
         "offline": Entry(
             "offline",
@@ -67,13 +79,24 @@ LEARNERS = {
 TRAINERS = {problem: next(iter(entries.values())) for problem, entries in LEARNERS.items()}
 
 
-def find_trainer(problem: str, learner: str | None = None) -> Entry:
-    """Return a problem's trainer, the first unless a learner is named.
+def find_trainer(problem: str, learner: str | None = None, scenario: Any = None) -> Entry:
+    """Return a problem's trainer.
+
+    Args:
+        problem: Its name.
+        learner: What `--learner` calls it. Otherwise it is the problem's first, and for a fleet
+            whose engines take orders, or that has requests placed, the one that trains both.
+        scenario: What is trained on, if it matters.
 
     Raises:
         ConfigError: If the problem has no such learner.
     """
     entries = LEARNERS[problem]
+    if learner is None and isinstance(scenario, Scenario):
+        if scenario.orders_fleet:
+            return entries["joint"]
+        if scenario.spec.disaggregated:
+            return entries["search"]
     if learner is None:
         return TRAINERS[problem]
     if learner not in entries:

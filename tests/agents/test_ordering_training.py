@@ -61,7 +61,7 @@ def test_search_begins_at_shortest_remaining_first(tight, tmp_path):
     trainer = OrderingTrainer(settings(tight), tmp_path / "run")
     scenario = load_scenario(tight)
     episodes = [scenario.episode(seed) for seed in range(3)]
-    guess = trainer.perceptrons(trainer._first_guess()[None])
+    guess = trainer.space.perceptrons(trainer._first_guess()[None])
     learned = play_perceptrons(scenario.spec, episodes, guess)
     rule = ordering_policy("srpt")
     simulator = make_simulator(scenario.spec, episodes, rule)

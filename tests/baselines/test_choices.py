@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 
+from servegym.baselines.placement import placement
 from servegym.baselines.registry import RULES, policy
 from servegym.policy.contract import (
     REPLICA_FEATURES,
@@ -30,6 +31,8 @@ REPLICA = {
     "max_num_seqs": 64.0,
     "max_num_batched_tokens": 2048.0,
     "step_time_ratio": 1.0,
+    "prefills": 1.0,
+    "decodes": 1.0,
 }
 REQUEST = {
     "prompt_tokens": 100.0,
@@ -123,10 +126,33 @@ CONDUCTOR = {
     "outstanding_requests": (0, 0, 10),
     "decode_seq_s": 0.001,
 }
+#: One that only prefills, and two that do all, of which the first has most of the prompt.
+DECIDER = {
+    "decodes": (0, 1, 1),
+    "num_waiting": (0, 2, 0),
+    "kv_cache_usage": (0.0, 0.5, 0.2),
+    "prefix_hit_tokens": (0, 95, 0),
+}
+#: Two that only prefill, and one that does all.
+POOLS = {"decodes": (0, 0, 1), "pending_prefill_tokens": (500, 300, 100)}
 MAY_REJECT = (True, True, False, False, True)
 
 HAND = [
     ("conductor", CONDUCTOR, 1),
+    ("conductor-predicted", CONDUCTOR, 1),
+    # 1 decodes: 2 * 0.5 + 3 * 0.95 against 2 + 2 * 0.8; it lacks 5 tokens
+    ("llm-d-pd", DECIDER, 1),
+    ("llm-d-pd:non_cached_tokens=5", DECIDER, 0),
+    ("llm-d-pd:non_cached_tokens=5,prompt_tokens=101", DECIDER, 1),
+    # 2 decodes: 1 against 3.6; it lacks 100 tokens
+    ("llm-d-pd", {**DECIDER, "prefix_hit_tokens": 0}, 0),
+    ("llm-d-pd:non_cached_tokens=0", {**DECIDER, "prefix_hit_tokens": 0}, 2),
+    ("splitwise", POOLS, 1),
+    ("splitwise:max_pending_tokens=399", POOLS, 2),  # 300 + 100 are too many
+    ("splitwise:max_pending_tokens=199", {**POOLS, "pending_prefill_tokens": (9, 0, 0)}, 1),
+    # nobody has room: the fewest pending
+    ("splitwise:max_pending_tokens=199", POOLS, 2),
+    ("splitwise:max_pending_tokens=199", {**POOLS, "pending_prefill_tokens": (500, 200, 300)}, 1),
     # a step that decodes one more: 0.01 + 5 * 0.001, 0.01 + 0.004, 0.02
     (
         "least-tpot",
@@ -275,7 +301,7 @@ def test_rule_makes_the_hand_computed_choice(text, rows, expected):
 
 
 MEMORY = {"round-robin", "weighted-round-robin", "sglang", "sglang-older"}
-DRAWS = {"random", "power-of-two", "dynamo", "llm-d"}
+DRAWS = {"random", "power-of-two", "dynamo", "llm-d", "llm-d-pd"}
 
 
 @pytest.mark.parametrize("name", RULES.names())
@@ -294,6 +320,44 @@ def test_conductor_rejects_what_would_miss_a_limit(ttft_slo_s, tpot_slo_s, chose
     seen.request[0, RequestFeature.TTFT_SLO_S] = ttft_slo_s
     seen.request[0, RequestFeature.TPOT_SLO_S] = tpot_slo_s
     assert ready("conductor").act(seen, np.array([0])).tolist() == [chosen]
+
+
+@pytest.mark.parametrize(
+    ("outstanding", "tpot_slo_s", "now", "then"),
+    [
+        ((0, 0, 10), 0.0195, 4, 1),  # 0.01 + 0.001 * 10 a token now, and * 8 then
+        ((0, 3, 10), 0.0205, 1, 4),  # 11 then, with the 3 that are prefilled before this one
+        ((0, 3, 10), 0.0215, 1, 1),
+        ((3, 0, 10), 0.0205, 1, 4),  # of those 3, 0.26 of 0.3 s are over by then: 2.6
+        ((2, 0, 10), 0.0205, 1, 1),
+    ],
+)
+def test_predicted_rejection_goes_by_who_will_decode_after_the_prefill(
+    outstanding, tpot_slo_s, now, then
+):
+    # the prefill is over in 0.26 s, and of those that decode a fifth has ended by then
+    rows = {"prefills": (1, 1, 0), "decodes": (0, 0, 1), "outstanding_requests": outstanding}
+    seen = situation({**CONDUCTOR, **rows}, MAY_REJECT)
+    seen.request[0, RequestFeature.TPOT_SLO_S] = tpot_slo_s
+    for text, chosen in (("conductor", now), ("conductor-predicted:decode_s=1.3", then)):
+        assert ready(text).act(seen, np.array([0])).tolist() == [chosen]
+
+
+@pytest.mark.parametrize(
+    ("text", "rows", "expected"),
+    [
+        # two that only decode, and one that does all; 1,000 tokens each
+        ("splitwise", {"kv_cache_usage": (0.5, 0.95, 0.1)}, 0),
+        ("splitwise", {"kv_cache_usage": (0.95, 0.92, 0.1)}, 2),  # 920 + 100 are too many
+        ("splitwise", {"kv_cache_usage": (0.95, 0.92, 0.96)}, 1),
+        ("llm-d", LLM_D, 1),
+    ],
+)
+def test_placement_makes_the_hand_computed_choice(text, rows, expected):
+    rule = placement(text)
+    rule.reset(1, 0)
+    seen = situation({"prefills": (0, 0, 1), **rows})
+    assert rule.act(seen, np.array([0])).tolist() == [expected]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from servegym.cluster.outcome import outcomes_from_events
 from servegym.cluster.reference import ReferenceSimulator
+from servegym.cluster.reference_engines import Engine
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import ClusterSpec, Episode, Link, TransferRules
 from servegym.cluster.state import (
@@ -55,6 +56,12 @@ SEEN = (
     "KV_CACHE_USAGE",
     "GENERATED_TOKENS",
     "PREFIX_HIT_TOKENS",
+    "PREFILLS",
+    "DECODES",
+    "NUM_HOLDING",
+    "ARRIVING_TOKENS",
+    "LINK_BUSY_S",
+    "HAS_PREFILL",
 )
 
 
@@ -70,13 +77,30 @@ class Chooser:
         return choose(request, self.visits[request], allowed)
 
 
+def seen_of_roles(sim: ReferenceSimulator, request: int, engine: Engine) -> list[float]:
+    """What a policy sees of a replica's role and of transfers, from the plain simulator."""
+    ways, r = sim.transfers, engine.r
+    way = ways.ways[request]
+    coming = [q for q in engine.waiting if ways.awaits(q)] + engine.remote
+    return [
+        engine.type.role != "decode",
+        engine.type.role != "prefill",
+        ways.holders(engine),
+        sum(q.prompt for q in coming),
+        max(0.0, ways.out_free_s[r] - sim.now_s, ways.in_free_s[r] - sim.now_s),
+        r in (way.source, way.prefill_on),
+    ]
+
+
 def play_reference(spec: ClusterSpec, episode: Episode) -> tuple[ReferenceSimulator, Chooser]:
     sim, chooser = ReferenceSimulator(spec, episode), Chooser()
 
     def answer(request: int, allowed: list[bool]) -> int:
         metrics = sim.scraped if spec.metrics_interval_s else [e.metrics() for e in sim.replicas]
         hits = [sim.prefix_hit_tokens(request, e.r) if e.up else 0 for e in sim.replicas]
-        chooser.seen.append([*map(list, zip(*metrics, strict=True)), hits])
+        roles = [seen_of_roles(sim, request, e) for e in sim.replicas]
+        rows = [list(zip(*part, strict=True)) for part in (metrics, roles)]
+        chooser.seen.append([*map(list, rows[0]), hits, *map(list, rows[1])])
         return chooser(request, allowed)
 
     sim.run(
@@ -91,7 +115,7 @@ def play_compiled(spec: ClusterSpec, episode: Episode) -> tuple[Simulator, Choos
     chooser = Chooser()
     rows = [int(ReplicaFeature[name]) for name in SEEN]
     while sim.advance()[0] == DECISION:
-        observations, _ = observe_batch(sim, Group.METRICS | Group.PREFIX)
+        observations, _ = observe_batch(sim, Group.METRICS | Group.PREFIX | Group.ROLES)
         chooser.seen.append([observations.replicas[0, row].tolist() for row in rows])
         request = int(sim.state.env[0]["deciding"])
         sim.apply(np.array([chooser(request, observations.mask[0].tolist())]))

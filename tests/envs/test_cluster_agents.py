@@ -24,15 +24,20 @@ from pettingzoo.test.state_test import state_test
 from servegym.cluster.outcome import within_slo
 from servegym.cluster.state import ADMIT, DISPATCH, PREEMPT
 from servegym.envs import cluster_v0
-from servegym.envs.cluster import ClusterEnv
+from servegym.envs.cluster import ClusterEnv, ClusterVectorEnv
+from servegym.envs.cluster_forms import ClusterParallel
 from servegym.errors import ConfigError, EnvironmentClosed, InvalidAction, ResetNeeded
 from servegym.export.resolve import resolve_dispatch
+from servegym.policy import run_placed as placed
 from servegym.policy.contract import (
+    HAS_PREFILL,
     NUM_OBSERVED_FEATURES,
     NUM_OBSERVED_REQUEST_FEATURES,
+    NUM_REQUEST_FEATURES,
     REPLICA_FEATURES,
 )
 from servegym.policy.ordering import NUM_ORDERING_FEATURES, OrderingFeature
+from servegym.policy.policy import Observations
 from servegym.policy.run_pair import make_simulator, run_pair
 from servegym.scenario import Scenario, load_scenario, scenario_names
 
@@ -63,7 +68,27 @@ def tight(**changes) -> Scenario:
     return Scenario.model_validate({**TIGHT, **changes})
 
 
+LINK = {"gb_per_s": 10.0}
+SPLIT = {
+    "name": "split",
+    "engine": {"block_size": 16, "max_num_seqs": 8},
+    "fleet": [
+        {"gpu": "L4", "count": 2, "num_blocks": 120, "role": "prefill", "link": LINK},
+        {"gpu": "L4", "count": 2, "num_blocks": 120, "role": "decode", "link": LINK},
+        {"gpu": "L4", "count": 1, "num_blocks": 120, "link": LINK},
+    ],
+}
+
+
+def split(**changes) -> Scenario:
+    """A fleet in which requests are placed, too: there is a dispatcher alone."""
+    return Scenario.model_validate({**TIGHT, **SPLIT, **changes})
+
+
+PLACED = [name for name in scenario_names() if load_scenario(name).spec.disaggregated]
 SCENARIOS = [
+    *(pytest.param({"scenario": name}, id=name) for name in PLACED),
+    pytest.param({"scenario": split(**FAILING, **HOLDS), "rewards": "class"}, id="split"),
     *(pytest.param({"scenario": name}, id=name) for name in BUNDLED),
     pytest.param({"scenario": tight(), "max_waiting": 4, "allow_none": True}, id="tight"),
     pytest.param({"scenario": tight(**FAILING), "normalise": True}, id="failing"),
@@ -452,3 +477,125 @@ def test_episodes_are_given_and_copies_go_on_as_the_original():
         np.testing.assert_array_equal(twin.state(), env.state())
         for one in (env, twin):
             one.step(int(one.last()[0]["action_mask"].argmax()))
+
+
+class Rules:
+    """Plays the dispatcher by a rule for dispatches and one for places, from what it observes."""
+
+    def __init__(self, text: str, batch) -> None:
+        self.placed, self.batch = resolve_dispatch(text), batch
+        self.placed.reset(1, 0)
+
+    def __call__(self, seen: np.ndarray, mask: np.ndarray) -> int:
+        batch, width = self.batch, self.batch.num_replicas
+        rows = seen[: width * len(batch.shown)].reshape(width, -1)
+        replicas = np.zeros((1, len(REPLICA_FEATURES), width))
+        for column, feature in enumerate(batch.shown):
+            replicas[0, REPLICA_FEATURES.index(feature)] = rows[:, column]
+        request = np.zeros((1, NUM_REQUEST_FEATURES))
+        own = seen[width * len(batch.shown) :][:NUM_OBSERVED_REQUEST_FEATURES]
+        request[0, : len(own)] = own
+        allowed = np.zeros((1, width + 2), np.bool_)
+        allowed[0, : len(mask)] = mask
+        rule = self.placed.place if replicas[0, HAS_PREFILL].any() else self.placed.dispatch
+        return int(rule.act(Observations(replicas, request, allowed), np.zeros(1, np.int64))[0])
+
+
+def play_placed(env, text, seed=0):
+    """Play an episode of a fleet in which requests are placed, whatever the form."""
+    if isinstance(env, ClusterEnv):
+        seen, info = env.reset(seed=seed)
+        rules, done = Rules(text, env.batch), False
+        while not done:
+            flat = np.concatenate((seen["replicas"].ravel(), seen["request"]))
+            seen, _, done, _, info = env.step(rules(flat, info["action_mask"]))
+        return env.batch.simulator
+    if isinstance(env, ClusterParallel):
+        seen, _ = env.reset(seed=seed)
+        rules = Rules(text, env.batch)
+        while env.agents:
+            own = seen["dispatcher_0"]
+            action = rules(own["observation"], own["action_mask"][:-1])
+            seen, *_ = env.step({"dispatcher_0": action})
+        return env.batch.simulator
+    env.reset(seed=seed)
+    rules = Rules(text, env.batch)
+    for _ in env.agent_iter():
+        seen, _, terminated, _, _ = env.last()
+        env.step(None if terminated else rules(seen["observation"], seen["action_mask"]))
+    return env.batch.simulator
+
+
+@pytest.mark.parametrize("make", [ClusterEnv, cluster_v0.raw_env, cluster_v0.parallel_env])
+@pytest.mark.parametrize("reservation", ["source", "destination"])
+def test_a_dispatcher_that_follows_rules_places_as_the_rules_do(make, reservation):
+    scenario = split(transfers={"reservation": reservation}, num_requests=90)
+    text = "token-least-load+least-tpot"
+    got = play_placed(make(scenario, load=2.0, invalid_action="raise"), text)
+    want = placed.make_simulator(scenario.spec, got.episodes)
+    placed.run_placed(want, resolve_dispatch(text))
+    assert len(set(want.outcomes()["prefill_replica"])) == 3  # two that prefill, and none
+    assert len(set(want.outcomes()["replica"])) == 3
+    for column in want.outcomes().dtype.names:
+        np.testing.assert_allclose(
+            got.outcomes()[column], want.outcomes()[column], rtol=1e-12, err_msg=column
+        )
+
+
+def test_a_dispatcher_is_asked_with_the_actions_of_each_of_its_decisions():
+    vector = ClusterVectorEnv(num_envs=3, scenario=split(**HOLDS))
+    seen, info = vector.reset(seed=0)
+    assert set(seen) == {"replicas", "request", "kind", "action_mask"}
+    rng, kinds = np.random.default_rng(0), []
+    prefill, decode, mixed, extra = [0, 1], [2, 3], [4], [5, 6]
+    for _ in range(60):
+        for kind, mask in zip(seen["kind"], seen["action_mask"], strict=True):
+            kinds.append(int(kind.argmax()))
+            want = [*prefill, *mixed, *extra] if kinds[-1] == 0 else [*decode, *mixed]
+            assert np.flatnonzero(mask).tolist() == want
+        actions = [rng.choice(np.flatnonzero(mask)) for mask in info["action_mask"]]
+        seen, *_, info = vector.step(np.array(actions))
+    assert 40 < kinds.count(1) < 140
+
+
+@pytest.mark.parametrize(
+    "given", [{"max_waiting": 8}, {"queue_order": "arrival"}, {"allow_none": True}]
+)
+def test_settings_of_schedulers_are_refused_where_there_are_none(given):
+    with pytest.raises(ConfigError, match=r"about the schedulers .* leave it out"):
+        ClusterEnv(split(), **given)
+
+
+def test_shaped_rewards_of_a_fleet_in_which_requests_are_placed_add_up_to_the_plain_ones():
+    totals = []
+    for shaping in ("none", "cost-to-go"):
+        env = ClusterEnv(split(), shaping=shaping)
+        env.reset(seed=2)
+        start, total, done = float(0), 0.0, False
+        if shaping != "none":
+            start = float(env.batch._shaping.value[0])
+        while not done:
+            action = int(np.flatnonzero(env.action_masks())[0])
+            _, reward, done, _, _ = env.step(action)
+            total += reward
+        totals.append(total + start)
+    assert totals[0] == pytest.approx(totals[1])
+
+
+def test_a_picture_shows_roles_and_kv_on_its_way():
+    env = ClusterEnv(split(), render_mode="ansi", load=3.0)
+    env.reset(seed=0)
+    texts, done = [env.render()], False
+    while not done:
+        action = int(np.flatnonzero(env.action_masks())[0])
+        _, _, done, _, _ = env.step(action)
+        texts.append(env.render())
+    shown = "".join(texts)
+    for words in (
+        "prefills, ",
+        "decodes, ",
+        "does all, ",
+        "where to decode",
+        "will decode on replica",
+    ):
+        assert words in shown

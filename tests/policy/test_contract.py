@@ -139,8 +139,15 @@ def test_what_environments_show_are_the_first_features_and_all_of_its_groups(ext
         assert [f for f in features if f.group & groups] == list(features[:count])
     hidden = [f.name for f in REPLICA_FEATURES if f.group == Group.WHAT_IF]
     assert hidden == ["what_if_e2e_s", "what_if_added_s"]
-    assert [f.name for f in REPLICA_FEATURES[shape.replicas :]][-2:] == hidden
+    behind = [f for f in REPLICA_FEATURES[shape.replicas :] if f.group != Group.ROLES]
+    assert [f.name for f in behind][-2:] == hidden
     assert bool(groups & Group.LIMITS) == extended
+
+
+def test_rows_about_roles_are_the_last():
+    roles = [f for f in REPLICA_FEATURES if f.group == Group.ROLES]
+    assert roles == list(REPLICA_FEATURES[contract.FIRST_ROLE :])
+    assert len(roles) == contract.NUM_ROLE_FEATURES == 7
 
 
 def test_rows_of_the_first_schema_are_what_they_were():

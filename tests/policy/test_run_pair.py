@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import yaml
 
 from servegym.baselines.ordering.registry import ordering_policy
 from servegym.baselines.registry import policy
@@ -179,3 +180,18 @@ def test_bundled_fleets_are_four_times_their_engine(capsys):
     )
     main(["evaluate", "--scenario", "kv-starved-fleet", *options.split()])
     assert "added-delay+footprint" in capsys.readouterr().out
+
+
+def test_without_policies_a_fleet_that_takes_orders_is_shown_what_they_bring(tmp_path, capsys):
+    path, report = tmp_path / "fleet.yaml", tmp_path / "report.html"
+    path.write_text(yaml.safe_dump({**FLEET, "num_requests": 40}))
+    main(["evaluate", "--scenario", str(path), "--loads", "1.5", "--seeds", "2",
+          "--report", str(report)])  # fmt: skip
+    shown, page = capsys.readouterr().out, report.read_text()
+    pairs = Dispatch().compared(load_scenario(str(path)))
+    assert {"least-outstanding+fcfs", "least-outstanding+footprint"} < set(pairs)
+    for name in pairs:
+        assert isinstance(resolve_dispatch(name), Pair)
+        assert name in shown
+        assert name in page
+    assert Dispatch().compared(load_scenario("mixed-chat")) == Dispatch().default_policies

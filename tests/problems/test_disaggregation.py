@@ -41,3 +41,29 @@ def test_it_wins_with_long_prompts_under_a_tight_limit_per_token_on_many_gpus():
 def test_it_loses_with_short_prompts_on_few_gpus():
     assert attained(2, 1, 150.0, 28.0) < 0.6
     assert attained(2, 0, 150.0, 28.0) > 0.9
+
+
+def test_time_to_the_first_token_falls_from_random_over_balanced_to_cache_aware_prefills():
+    fleet = [{"gpu": GPU, "count": 4, "role": role, "link": LINK} for role in ("prefill", "decode")]
+    scenario = Scenario.model_validate(
+        {
+            "name": "long conversations",
+            "engine": {"block_size": 64},
+            "fleet": fleet,
+            "workload": {
+                "kind": "generated",
+                "rate_rps": 14.0,
+                "prompt": {"medians_tokens": [2000.0], "sigmas": [0.8], "max_tokens": 8000},
+                "output": {"medians_tokens": [150.0], "sigmas": [0.7], "max_tokens": 800},
+                "sessions": {"mean_turns": 4.0, "think_s": 10.0, "max_context_tokens": 16000},
+            },
+            "num_requests": 600,
+        }
+    )
+    problem = Dispatch()
+    episodes = problem.episodes(scenario, [0, 1])
+    means = []
+    for rule in ("random", "token-least-load", "conductor"):
+        metrics = episodes.play(problem.resolve(f"{rule}+least-tpot")).metrics
+        means.append(sum(m["ttft_mean_s"] for m in metrics) / 2)
+    assert means[0] > 1.3 * means[1] > 1.3 * 1.1 * means[2]

@@ -71,6 +71,9 @@ def test_a_wrong_name_is_met_with_the_nearest_of_any_problem(wrong):
 def test_default_policies_are_rules_of_the_problem(name):
     problem = PROBLEMS[name]
     assert set(problem.default_policies) <= set(problem.rules.names())
+    for scenario in problem.scenario_names():
+        played = problem.find(scenario)
+        assert len({problem.resolve(text).name for text in problem.compared(played)}) > 5
     assert problem.default_policy in problem.rules.names()
     features = problem.contract().features.values()
     assert all(len(set(columns)) == len(columns) > 0 for columns in features)

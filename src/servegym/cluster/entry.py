@@ -45,8 +45,9 @@ _F = TypeVar("_F", bound=Callable[..., object])
     STOP_TRANSFERS,
     INFER,
     ADMIT_APART,
-) = range(19)
-NUM_ENTRIES = 19
+    SEE_ROLES,
+) = range(20)
+NUM_ENTRIES = 20
 #: What only clusters call in which requests are prefilled on one replica and decode on another.
 DISAGGREGATION = frozenset(
     {
@@ -61,7 +62,7 @@ DISAGGREGATION = frozenset(
     }
 )
 #: Those that are compiled only for who asks for them: the others' first start is not to wait.
-ON_DEMAND = frozenset({INFER}) | DISAGGREGATION
+ON_DEMAND = frozenset({INFER, SEE_ROLES}) | DISAGGREGATION
 
 _compiled: dict[int, tuple[Any, types.Type, tuple[types.Type, ...]]] = {}
 

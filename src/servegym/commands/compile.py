@@ -42,6 +42,21 @@ def compile_dispatch() -> None:
         episode = scenario.episode(0, num_requests=8)
         run(Simulator(scenario.spec, [episode], record=record), policy(name))
     play_environments("servegym/Dispatch-v1", num_requests=8)
+    compile_placed()
+
+
+def compile_placed() -> None:
+    """Fleets in which requests are prefilled on one replica and decode on another."""
+    from servegym.envs import cluster_v0
+    from servegym.export.resolve import resolve_dispatch
+    from servegym.policy.placed import Placed
+    from servegym.policy.run_placed import make_simulator, run_placed
+
+    scenario, placed = load_scenario("pd-unequal"), resolve_dispatch("splitwise+splitwise")
+    assert isinstance(placed, Placed)
+    run_placed(make_simulator(scenario.spec, [scenario.episode(0, num_requests=16)]), placed)
+    play_environments("servegym/Cluster-v0", scenario="pd-unequal", num_requests=16)
+    cluster_v0.parallel_env("pd-unequal", num_requests=16).reset(seed=0)
 
 
 def compile_orders() -> None:
@@ -55,24 +70,20 @@ def compile_orders() -> None:
     episodes = [scenario.episode(0, num_requests=16)]
     srpt = ordering_policy("srpt")
     run_ordering(make_simulator(scenario.spec, episodes, srpt), srpt)
-    width = NUM_ORDERING_FEATURES
-    nets = Perceptrons(
-        np.zeros(width),
-        np.ones(width),
-        np.zeros((1, width, 4)),
-        np.zeros((1, 4)),
-        np.zeros((1, 4, 2)),
-    )
-    play_perceptrons(scenario.spec, episodes, nets)
+    play_perceptrons(scenario.spec, episodes, Perceptrons.zeros(NUM_ORDERING_FEATURES, 4, 2))
     play_environments("servegym/Preemption-v0", num_requests=16)
     compile_fleets()
 
 
 def compile_fleets() -> None:
-    """Fleets of engines with orders: pairs, one agent and many."""
+    """Fleets of engines with orders: pairs and their search, one agent and many."""
     from servegym.envs import cluster_v0
     from servegym.export.resolve import resolve_dispatch
+    from servegym.policy.ordering import NUM_ORDERING_FEATURES
     from servegym.policy.pair import Pair
+    from servegym.policy.play_fleet import Dispatchers, play_fleets
+    from servegym.policy.play_perceptron import Perceptrons
+    from servegym.policy.replica_inputs import NUM_INPUTS
     from servegym.policy.run_pair import make_simulator, run_pair
 
     scenario, pair = load_scenario("kv-starved-fleet"), resolve_dispatch("least-outstanding+srpt")
@@ -81,6 +92,9 @@ def compile_fleets() -> None:
     run_pair(make_simulator(scenario.spec, episodes, pair), pair)
     play_environments("servegym/Cluster-v0", num_requests=16)
     cluster_v0.parallel_env(num_requests=16).reset(seed=0)
+    dispatchers = Dispatchers(np.ones((1, 3)), Perceptrons.zeros(NUM_INPUTS, 2, 1))
+    orders = Perceptrons.zeros(NUM_ORDERING_FEATURES, 4, 2)
+    play_fleets(scenario.spec, episodes, dispatchers, orders)
 
 
 def compile_jobs() -> None:

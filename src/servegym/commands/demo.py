@@ -77,12 +77,12 @@ class Demo(Played):
         traced = self._traced()  # what is wrong with it is said before minutes are spent
         tuned = _TUNED.get(self.scenario, ())
         plan = _plan(problem, scenario, tuned)
-        entry = find_trainer(problem.name, plan.learner)
+        entry = find_trainer(problem.name, plan.learner, scenario)
         console.rule("1. train")
         console.print(f"{problem.name} on {self.scenario} for {self.minutes:g} minutes")
         run_folder, path = self._train(entry, plan)
         console.rule("2. export and reload")
-        texts = (*problem.default_policies, *tuned, str(path))
+        texts = (*problem.compared(scenario), *tuned, str(path))
         policies = [problem.resolve(text) for text in texts]
         console.print(f"exported to {path}, verified, and reloaded as `servegym evaluate` does")
         console.rule("3. evaluate on held-out seeds")
@@ -127,6 +127,8 @@ class Demo(Played):
 def _plan(problem: AnyProblem, scenario: Any, tuned: Sequence[str]) -> _Plan:
     if problem.name != "dispatch":
         return _Plan(None, (0.8, 1.6), (1.0, 1.3, 1.6), {})
+    if scenario.orders_fleet:
+        return _Plan(None, (0.8, 1.25), (1.0, 1.2), {})
     network = {"network": NetworkConfig(base=tuned[0])} if tuned else {}
     if scenario.objective == "goodput":
         return _Plan("counterfactual", (0.8, 1.6), (1.0, 1.3, 1.6), network)

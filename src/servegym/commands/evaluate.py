@@ -39,8 +39,10 @@ class Evaluate(Played):
     the best known on 50 job shops."""
     policies: tuple[str, ...] | None = None
     """Rules (see `servegym policies`) and files of learned policies; by default the usual rules of
-    the scenario's problem. `NAME:tuned` is tuned on training episodes first, `NAME-oracle` knows
-    the truth; `DISPATCH+ORDER` also orders requests in a fleet of engines that go by priorities."""
+    the scenario's problem, pairs of them where a fleet takes two kinds of decisions. `NAME:tuned`
+    is tuned on training episodes first, `NAME-oracle` knows the truth; `DISPATCH+ORDER` also orders
+    requests in a fleet of engines that go by priorities, and so does the folder of a run that has
+    trained both."""
     loads: tuple[float, ...] = (0.6, 0.8, 1.0)
     """Factors on the arrival rate, or on the number of clients."""
     seeds: int = 10
@@ -82,7 +84,7 @@ class Evaluate(Played):
             raise ConfigError(f"problem {problem.name} has no figure for --plot: leave it out")
         if self.plot and self.plot.suffix not in _PLOT_SUFFIXES:
             raise ConfigError(f"{self.plot} must end in {', '.join(_PLOT_SUFFIXES)}")
-        texts = problem.default_policies if self.policies is None else self.policies
+        texts = problem.compared(scenario) if self.policies is None else self.policies
         policies = [
             resolve(problem, scenario, text, self.loads, self.num_requests) for text in texts
         ]

@@ -36,17 +36,21 @@ class Train(Played):
     """Train a policy and export it; a killed run goes on where its checkpoint is.
 
     What is trained is what the scenario poses: a dispatcher (PPO, or policy iteration on
-    counterfactuals), the order inside one engine (a search), a scheduler of jobs (a search, then
-    PPO). The trainer's settings follow; those of another trainer are shown with a scenario of its:
-    `servegym train --scenario text-to-sql --help`, or `kv-starved`, or with `--learner
-    counterfactual --help`.
+    counterfactuals), the order inside one engine (a search), both in a fleet whose engines take
+    orders (a search), a scheduler of jobs (a search, then PPO). The trainer's settings follow;
+    those of another trainer are shown with a scenario of its: `servegym train --scenario
+    text-to-sql --help`, or `kv-starved`, `kv-starved-fleet`, or with `--learner counterfactual
+    --help`.
     """
 
     scenario: str = "mixed-chat"
     """Bundled scenario name or YAML file, of any problem, or `job-shop`: small random job shops."""
     learner: str | None = None
     """What trains it: of a dispatcher ppo (else taken), counterfactual, which tries every choice of
-    a decision on the state as it is, or offline, from a data set alone."""
+    a decision on the state as it is, or offline, from a data set alone; or joint (else taken in a
+    fleet whose engines take orders), which searches the order of the engines, too; or search (else
+    taken where some replicas only prefill or decode), which finds weights for both decisions
+    there."""
     settings_file: Annotated[Path | None, arg(name="settings")] = None
     """File of settings that `servegym search` has written; other options change them."""
     out: Path | None = None
@@ -63,14 +67,14 @@ class Train(Played):
     def asked(self, prefix: str = "") -> tuple[Entry, Any, Path]:
         """Return the trainer, its settings and the folder; `prefix` begins the folder's name."""
         require_torch()
-        problem = _problem(self.scenario)
+        problem, posed = _posed(self.scenario)
         if not problem.takes_trace:
             why = f"is for scenarios of requests, and {self.scenario} is one of {problem.unit}"
             self.refuse(("trace", *TRACE_OPTIONS), why)
         learner = self.learner
         if self.settings_file is not None:
             learner = read_settings(self.settings_file).learner
-        entry = find_trainer(problem.name, learner)
+        entry = find_trainer(problem.name, learner, posed)
         out = self._folder(f"{prefix}{entry.folder}")
         scenario = self.chosen_file(out) if problem.takes_trace else self.scenario
         settings = getattr(self, "settings", None) or entry.settings()
@@ -99,12 +103,12 @@ def train_command(words: Sequence[str], command: type[T]) -> type[T]:
         ConfigError: If there is no such scenario, or an option is for other problems.
     """
     scenario = _given(words, "--scenario") or Train.scenario
-    problem = _problem(scenario)
+    problem, posed = _posed(scenario)
     learner, file = _given(words, "--learner"), _given(words, "--settings")
     found = read_settings(Path(file)) if file else None
     if found and learner not in (None, found.learner):
         raise ConfigError(f"{file} has settings of learner {found.learner}: leave --learner out")
-    settings = find_trainer(problem.name, found.learner if found else learner).settings
+    settings = find_trainer(problem.name, found.learner if found else learner, posed).settings
     _refuse_others(words, scenario, problem.name, settings, command)
     usual = made_settings(settings, found, Path(file or "")) if found else settings()
     if base := _given(words, "--base"):
@@ -126,11 +130,11 @@ def _with_base(settings: Any, base: str) -> Any:
     return replace(settings, network=type(network)(**others, base=base))
 
 
-def _problem(scenario: str) -> AnyProblem:
+def _posed(scenario: str) -> tuple[AnyProblem, Any]:
+    """Return the problem of what is trained on, and that if it is a scenario."""
     if scenario == RandomJobShops.name:
-        return find_problem("workflow")
-    problem, _ = load_problem(scenario)
-    return problem
+        return find_problem("workflow"), None
+    return load_problem(scenario)
 
 
 def _given(words: Sequence[str], option: str) -> str | None:

@@ -11,7 +11,7 @@ from servegym.problems.problem import AnyProblem, Policy, Scenario
 from servegym.problems.registry import problem_of
 
 #: Smallest and largest load tried.
-_RANGE = (0.05, 4.0)
+SMALLEST, LARGEST = 0.05, 4.0
 
 
 def saturation_load(
@@ -23,6 +23,7 @@ def saturation_load(
     num_seeds: int = 3,
     num_units: int | None = None,
     tolerance: float = 0.02,
+    largest: float = LARGEST,
 ) -> float:
     """Bisect for the largest load at which a share of an episode is as it should be.
 
@@ -34,6 +35,7 @@ def saturation_load(
         num_seeds: Held-out episodes per load; the same for every load.
         num_units: Requests or jobs per episode, else the scenario's own.
         tolerance: Relative precision of the answer.
+        largest: Largest load tried.
 
     Returns:
         The load, 0 if even the smallest is too much, the largest if nothing is.
@@ -55,7 +57,7 @@ def saturation_load(
         )
         return result.mean(policy.name, load, metric) >= attainment
 
-    return _largest(met, *_RANGE, tolerance)
+    return _largest(met, SMALLEST, largest, tolerance)
 
 
 def _largest(met: Callable[[float], bool], low: float, high: float, tolerance: float) -> float:

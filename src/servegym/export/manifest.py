@@ -24,7 +24,12 @@ WEIGHTS = "weights.npz"
 #: `kind` of manifests that had no `problem`; those of dispatchers had neither.
 _OLDER_KINDS = {"ordering": "order", "workflow": "workflow"}
 #: What problems' schemas are called in sentences.
-_SCHEMAS = {"dispatch": "observation", "order": "ordering", "workflow": "job"}
+_SCHEMAS = {
+    "dispatch": "observation",
+    "order": "ordering",
+    "placed": "placing",
+    "workflow": "job",
+}
 #: Their names of groups of features, and today's.
 _OLDER_GROUPS = {"replica": "replicas", "request": "request", "pair": "pairs", "stage": "stages"}
 Ranges = tuple[tuple[float, float], ...]
@@ -60,6 +65,11 @@ def contract_of(problem: str, *, extended: bool = False) -> Contract:
     if problem == "order":
         names = tuple(f.name for f in ORDERING_FEATURES)
         return Contract(ORDERING_SCHEMA_VERSION, {"requests": names})
+    if problem == "placed":
+        # compiled when it is imported: not for those who place nothing
+        from servegym.policy import placed_scores
+
+        return Contract(placed_scores.PLACED_SCHEMA_VERSION, {"choice": placed_scores.TERMS})
     if problem == "workflow":
         # compiled when it is imported: not for those who only dispatch
         from servegym.agents import workflow_features

@@ -21,9 +21,12 @@ from servegym.policy.placed import Placed
 from servegym.policy.policy import Policy
 from servegym.workflow.online.policy import WorkflowPolicy
 
+#: Where the folder of a learned pair has the router's part, and that of the engines' plug-in.
+DISPATCHER_FILE, ORDER_FILE = "policy/policy.onnx", "ordering.npz"
+
 
 @overload
-def load_policy(path: Path, problem: Literal["dispatch"]) -> Policy: ...
+def load_policy(path: Path, problem: Literal["dispatch", "placed"]) -> Policy: ...
 @overload
 def load_policy(path: Path, problem: Literal["order"]) -> OrderingPolicy: ...
 @overload
@@ -43,6 +46,11 @@ def load_policy(path: Path, problem: str = "") -> Policy | OrderingPolicy | Work
     manifest = read_manifest(path, problem)
     if manifest.problem == "order":
         return exported_ordering(path, manifest)
+    if manifest.problem == "placed":
+        # compiled when it is imported: not for those who place nothing
+        from servegym.export.placed import exported_placed
+
+        return exported_placed(path, manifest)
     if manifest.problem == "workflow":
         # compiled when it is imported: not for those who have no jobs
         from servegym.export.workflow import exported_scheduler
@@ -66,15 +74,18 @@ def resolve_dispatch(text: str) -> Policy | Pair:
 
     Args:
         text: As `resolve_policy` takes it; or `"DISPATCH+PLACEMENT"`, which makes a `Placed`; or
-            `"DISPATCH+ORDER"`, the second part as `resolve_order` takes it, which makes a `Pair`.
+            `"DISPATCH+ORDER"`, the second part as `resolve_order` takes it, which makes a `Pair`;
+            or a folder with both parts of a learned one.
 
     Raises:
         ConfigError: If there is no such rule, order or parameter, or there are more parts.
         ExportError: If a file is not a valid policy.
     """
+    if Path(text).is_dir():
+        return load_pair(Path(text))
     dispatch, *more = dispatch_parts(text)
     if not more:
-        return resolve_policy(dispatch)
+        return _placed_or_not(dispatch)
     first = resolve_policy(dispatch)
     name = more[0].partition(":")[0]
     if not more[0].endswith(SUFFIXES) and name not in (known := [*PLACEMENTS, *ORDERS.names()]):
@@ -84,6 +95,26 @@ def resolve_dispatch(text: str) -> Policy | Pair:
         return Placed(first, place, name=join_parts((first.name, place.name)))
     order = resolve_order(more[0])
     return Pair(first, order, name=join_parts((first.name, order.name)))
+
+
+def _placed_or_not(text: str) -> Policy:
+    """Return what `resolve_policy` does, or both decisions of a file that takes both."""
+    if not text.endswith(SUFFIXES):
+        return resolve_policy(text)
+    path = Path(text)
+    manifest = read_manifest(path)
+    return load_policy(path, "placed" if manifest.problem == "placed" else "dispatch")
+
+
+def load_pair(folder: Path) -> Pair:
+    """Load a dispatcher and the order beside it, as a run that trains both has written them.
+
+    Raises:
+        ExportError: If the folder does not hold both, or one is no valid policy.
+    """
+    first = load_policy(folder / DISPATCHER_FILE, "dispatch")
+    order = load_policy(folder / ORDER_FILE, "order")
+    return Pair(first, order, name=order.name)
 
 
 def is_placement(text: str) -> bool:

@@ -25,6 +25,7 @@ class Group(IntFlag):
     LENGTHS = 32  # from how long answers have become,
     LIMITS = 64  # and from both, about every request that is there: this costs the most
     SAMPLED = 128  # with WHAT_IF: over drawn output lengths, not the predicted ones
+    ROLES = 256  # who prefills and who decodes, links, and KV that is on its way
 
 
 #: What a router works out from its own book-keeping, if a policy asks for it.
@@ -221,6 +222,50 @@ REPLICA_FEATURES: tuple[Feature, ...] = (
         Group.WHAT_IF,
         "simulated growth of the summed times to the end of all its requests",
     ),
+    Feature("prefills", 0, 1, "-", Group.ROLES, "1 if it may be sent a request to prefill"),
+    Feature("decodes", 0, 1, "-", Group.ROLES, "1 if requests decode there"),
+    Feature(
+        "kv_tokens_per_s",
+        0,
+        NO_BOUND,
+        "tokens/s",
+        Group.ROLES,
+        "known rate at which its link moves KV, 0 in fleets that move none",
+    ),
+    Feature(
+        "num_holding",
+        0,
+        NO_BOUND,
+        "requests",
+        Group.ROLES,
+        "requests beside the running ones that hold its KV blocks: prefilled there and not yet "
+        "fetched, or coming to decode",
+    ),
+    Feature(
+        "arriving_tokens",
+        0,
+        NO_BOUND,
+        "tokens",
+        Group.ROLES,
+        "prompt tokens whose KV comes to it from elsewhere: of its queue, on their way, and landed "
+        "but not admitted",
+    ),
+    Feature(
+        "link_busy_s",
+        0,
+        NO_BOUND,
+        "s",
+        Group.ROLES,
+        "until all that has begun to move from it or to it is over",
+    ),
+    Feature(
+        "has_prefill",
+        0,
+        1,
+        "-",
+        Group.ROLES,
+        "1 where this request was prefilled or will be, if it is to be placed",
+    ),
 )
 
 REQUEST_FEATURES: tuple[Feature, ...] = (
@@ -302,6 +347,13 @@ NUM_REQUEST_FEATURES = len(REQUEST_FEATURES)
     PUSHED_OVER_100,
     WHAT_IF_E2E_S,
     WHAT_IF_ADDED_S,
+    PREFILLS,
+    DECODES,
+    KV_TOKENS_PER_S,
+    NUM_HOLDING,
+    ARRIVING_TOKENS,
+    LINK_BUSY_S,
+    HAS_PREFILL,
 ) = range(NUM_REPLICA_FEATURES)
 #: Place of each feature of the request: `request[PROMPT_TOKENS]`.
 (
@@ -329,8 +381,11 @@ RequestFeature = IntEnum(  # type: ignore[misc]
 #: Rows an environment shows of a replica, and of the request: what costs next to nothing.
 NUM_OBSERVED_FEATURES = sum(f.group < Group.WHAT_IF for f in REPLICA_FEATURES)
 NUM_OBSERVED_REQUEST_FEATURES = sum(f.group < Group.WHAT_IF for f in REQUEST_FEATURES)
-#: Rows of the extended observation: with what is inferred, so all but the planner's.
-NUM_EXTENDED_FEATURES = sum(f.group != Group.WHAT_IF for f in REPLICA_FEATURES)
+#: Rows of the extended observation: with what is inferred.
+NUM_EXTENDED_FEATURES = sum(f.group not in (Group.WHAT_IF, Group.ROLES) for f in REPLICA_FEATURES)
+#: Rows about roles, the last: environments of disaggregated fleets show them behind the plain ones.
+FIRST_ROLE = PREFILLS
+NUM_ROLE_FEATURES = NUM_REPLICA_FEATURES - FIRST_ROLE
 #: Static rows, filled from `Params.nominal` (same order), from this one on.
 FIRST_NOMINAL = RELATIVE_SPEED
 NUM_NOMINAL = MAX_NUM_BATCHED_TOKENS - FIRST_NOMINAL + 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from servegym.cluster.engine import prefix_hit_tokens
-from servegym.cluster.entry import INFER
+from servegym.cluster.entry import INFER, SEE_ROLES
 from servegym.cluster.jit import kernel
 from servegym.cluster.kernels import measure
 from servegym.cluster.simulator import Simulator
@@ -16,6 +16,7 @@ from servegym.cluster.state import (
     OBSERVED_METRICS_AGE,
     OBSERVED_NUM_RUNNING,
     OBSERVED_NUM_WAITING,
+    OBSERVED_PREFILLS,
     OBSERVED_PREFIX_HIT,
     OBSERVED_SINCE_DISPATCH,
     OBSERVED_UP,
@@ -37,12 +38,14 @@ from servegym.policy.contract import (
 )
 from servegym.policy.inferred import infer
 from servegym.policy.policy import Observations
+from servegym.policy.roles import see_roles
 from servegym.policy.what_if import fill_sampled, fill_what_if
 from servegym.typing import FloatArray, IntArray
 
 _METRICS = int(Group.METRICS)
 _PREFIX = int(Group.PREFIX | Group.LIMITS)  # whom a prefill delays depends on how long it is
 _INFERRED = int(INFERRED)
+_ROLES = int(Group.ROLES)
 _FAR_S = 1e6
 
 
@@ -99,15 +102,23 @@ def observe(p: Params, s: State, e: int, needs: int, request_out: FloatArray) ->
             infer(p, s, e, needs)
             request_out[EXPECTED_TOKENS] = s.length[e, i].expected
         request_out[EXPECTED_TOKENS_SPREAD] = env.expected_spread
+    if needs & _ROLES:
+        if p.entries[SEE_ROLES] == 0:
+            rows[OBSERVED_PREFILLS, 0] = np.nan
+        else:
+            see_roles(p, s, e)
 
 
 def prepare(simulator: Simulator, needs: Group) -> None:
     """See to it that `observe` can fill groups of features, before the episodes begin.
 
     What is inferred is compiled only for who asks for it, and rests on what has been watched since.
+    What there is of roles is compiled only for who asks, too.
     """
     if needs & INFERRED:
         simulator.require(INFER)
+    if needs & Group.ROLES:
+        simulator.require(SEE_ROLES)
 
 
 def observe_batch(simulator: Simulator, needs: Group) -> tuple[Observations, IntArray]:

@@ -20,11 +20,13 @@ class Placed:
         dispatch: Says which replica gets a request: one that prefills it, or does all of it.
         place: Says where it decodes, of the replicas that may.
         name: Name in tables.
+        learned: Whether both were learned, as one.
     """
 
     dispatch: Policy
     place: Heuristic
     name: str
+    learned: bool = False
 
     @property
     def information(self) -> Information:

@@ -25,12 +25,14 @@ from servegym.typing import FloatArray
 class Perceptrons(NamedTuple):
     """Perceptrons with one hidden layer, as `learned_ordering.OrderingWeights` has one.
 
+    Those of orders have two heads, of a waiting request and of a running one.
+
     Attributes:
         mean: `float64[F]`, the same for all.
         scale: `float64[F]`.
         hidden: `float64[C, F, H]`.
         hidden_bias: `float64[C, H]`.
-        out: `float64[C, H, 2]`.
+        out: `float64[C, H, heads]`.
     """
 
     mean: FloatArray
@@ -39,32 +41,52 @@ class Perceptrons(NamedTuple):
     hidden_bias: FloatArray
     out: FloatArray
 
+    @classmethod
+    def zeros(cls, inputs: int, hidden: int, heads: int) -> Perceptrons:
+        """Make one that scores everything 0."""
+        return cls(
+            np.zeros(inputs),
+            np.ones(inputs),
+            np.zeros((1, inputs, hidden)),
+            np.zeros((1, hidden)),
+            np.zeros((1, hidden, heads)),
+        )
+
 
 @inlined
-def _score(n: Perceptrons, c: int, row: FloatArray, head: int) -> float:
-    """Score one row; the row is normalised in place."""
-    for k in range(row.shape[0]):
-        x = math.copysign(math.log1p(abs(row[k])), row[k])
-        row[k] = min(max((x - n.mean[k]) / n.scale[k], -CLIP), CLIP)
+def perceptron(n: Perceptrons, c: int, x: FloatArray, head: int) -> float:
+    """Return what a head of one of them makes of its inputs, `float64[F]`."""
     total = 0.0
     for h in range(n.hidden.shape[2]):
-        x = n.hidden_bias[c, h]
-        for k in range(row.shape[0]):
-            x += row[k] * n.hidden[c, k, h]
-        if x > 0.0:
-            total += x * n.out[c, h, head]
+        unit = n.hidden_bias[c, h]
+        for k in range(x.shape[0]):
+            unit += x[k] * n.hidden[c, k, h]
+        if unit > 0.0:
+            total += unit * n.out[c, h, head]
     return total
 
 
 @inlined
-def _order(p: Params, s: State, e: int, n: Perceptrons, c: int, row: FloatArray) -> None:
-    """Write the keys of all requests of the engine that asks."""
+def order_engine(p: Params, s: State, e: int, n: Perceptrons, c: int, row: FloatArray) -> None:
+    """Write the keys of all requests of the engine that asks.
+
+    Args:
+        p: Constants.
+        s: State.
+        e: Environment.
+        n: Who orders the requests.
+        c: Which of them.
+        row: Room for a request's features, `float64[NUM_ORDERING_FEATURES]`.
+    """
     r = s.env[e].asking
     for running in range(2):
         request = s.replica[e, r].run_head if running else s.replica[e, r].wait_head
         while request >= 0:
             write_row(p, s, e, r, request, running > 0, row)
-            s.order[e, request].key = _score(n, c, row, running)
+            for k in range(row.shape[0]):
+                x = math.copysign(math.log1p(abs(row[k])), row[k])
+                row[k] = min(max((x - n.mean[k]) / n.scale[k], -CLIP), CLIP)
+            s.order[e, request].key = perceptron(n, c, row, running)
             request = s.request[e, request].next_request
 
 
@@ -75,7 +97,7 @@ def _play(
     """Play environments `first..stop-1` to their ends, `per` of them under each perceptron."""
     for e in range(first, stop):
         while advance(p, s, e) == DECISION:
-            _order(p, s, e, n, e // per, row)
+            order_engine(p, s, e, n, e // per, row)
             apply(p, s, e, 0)
 
 

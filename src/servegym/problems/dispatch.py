@@ -29,6 +29,39 @@ from servegym.problems.requests import OBJECTIVES, RequestEpisodes, RequestProbl
 from servegym.scenario import Scenario
 from servegym.typing import FloatArray
 
+#: Compared where requests are placed, too.
+_PLACED = (
+    "random+least-outstanding",
+    "round-robin+least-outstanding",
+    "token-least-load+min-kv",
+    "sglang+power-of-two",
+    "splitwise+splitwise",
+    "llm-d-pd+llm-d",
+    "dynamo+least-outstanding",
+    "prefix-load+least-tpot",
+    "conductor+least-tpot",
+    "conductor-predicted+least-tpot",
+    "added-delay+least-tpot",
+    "class-aware+least-tpot",
+)
+
+#: What is compared where engines take orders: good dispatches with a good order, what the order
+#: brings, and what other orders do.
+_PAIRS = (
+    "random+fcfs",
+    "least-outstanding+fcfs",
+    "least-outstanding+srpt",
+    "least-outstanding+edf",
+    "least-outstanding+footprint",
+    "mct+footprint",
+    "prefix-load+footprint",
+    "min-kv+footprint",
+    "added-delay+fcfs",
+    "added-delay+footprint",
+    "class-aware+footprint",
+    "least-outstanding+footprint-oracle",
+)
+
 
 class DispatchEpisodes(RequestEpisodes[Policy | Pair]):
     """Episodes of requests that a policy sends to replicas; a pair also orders them there."""
@@ -106,12 +139,18 @@ class Dispatch(RequestProblem[Policy | Pair]):
     default_policy = "prefix-load"
     episodes_class = DispatchEpisodes
 
+    @override
+    def compared(self, scenario: Scenario) -> tuple[str, ...]:
+        if scenario.orders_fleet:
+            return _PAIRS
+        return _PLACED if scenario.spec.disaggregated else self.default_policies
+
     def owns(self, scenario: AnyScenario) -> bool:
         """Whether a scenario is of requests that can go to one replica or another."""
         return isinstance(scenario, Scenario) and not scenario.orders_requests
 
     def resolve(self, text: str) -> Policy | Pair:
-        """Return a rule by name and parameters, a learned policy by its `.onnx` file, or a pair."""
+        """Return a rule, a learned policy by its file, a pair, or one by its folder."""
         return resolve_dispatch(text)
 
     def parts(self, text: str) -> list[tuple[Rules[Any], str]]:
@@ -127,7 +166,7 @@ class Dispatch(RequestProblem[Policy | Pair]):
         if isinstance(policy, Pair):
             return self.is_learned(policy.dispatch) or not isinstance(policy.order, OrderingRule)
         if isinstance(policy, Placed):
-            return self.is_learned(policy.dispatch)
+            return policy.learned or self.is_learned(policy.dispatch)
         return not isinstance(policy, Heuristic)
 
     @override

@@ -217,7 +217,7 @@ class Problem(ABC, Generic[S, P]):
         unit: What an episode is made of, in the plural.
         load: What the load factor multiplies.
         rules: All rules.
-        default_policies: Compared unless policies are named.
+        default_policies: Compared unless policies are named; see `compared`.
         default_policy: Simulated unless one is named.
         columns: Of the comparison.
         counted: What of an episode the metrics are over, as a sentence's part.
@@ -242,6 +242,10 @@ class Problem(ABC, Generic[S, P]):
     plot: ClassVar[Plot | None] = None
     takes_trace: ClassVar[bool] = False
     saturation: ClassVar[Saturation | None] = None
+
+    def compared(self, scenario: S) -> tuple[str, ...]:
+        """Name the policies that are compared on a scenario unless others are named."""
+        return self.default_policies
 
     def contract(self) -> Contract:
         """What a policy sees at a decision; by default what files of its policies say."""

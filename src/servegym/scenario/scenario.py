@@ -170,6 +170,12 @@ class Scenario(Config):
         entry = self.fleet[0]
         return len(self.fleet) == 1 and entry.count == 1 and entry.engine == "vllm-priority"
 
+    @property
+    def orders_fleet(self) -> bool:
+        """Whether there are several engines that all go by priorities: then they take orders."""
+        engines = {entry.engine for entry in self.fleet}
+        return engines == {"vllm-priority"} and not self.orders_requests
+
     def _last_s(self, table: RequestTable, types: Sequence[int], speeds: Sequence[float]) -> float:
         """Until when there are faults: the last arrival.
 

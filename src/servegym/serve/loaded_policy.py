@@ -13,11 +13,13 @@ from servegym.errors import ConfigError, ExportError
 from servegym.export.manifest import Manifest, read_manifest
 from servegym.export.resolve import exported_policy
 from servegym.policy.contract import (
+    DECODES,
     FIRST_NOMINAL,
     NUM_NOMINAL,
     NUM_REPLICA_FEATURES,
     NUM_REQUEST_FEATURES,
     NUM_UP,
+    PREFILLS,
     UP,
     Group,
 )
@@ -97,7 +99,7 @@ def _try_out(loaded: LoadedPolicy) -> None:
             replicas[: len(middle)] = middle[:, None]
             middle = np.mean(loaded.manifest.ranges["request"], axis=1)
             request[: len(middle)] = middle
-        replicas[UP] = 1.0
+        replicas[[UP, PREFILLS, DECODES]] = 1.0
         static = replicas[FIRST_NOMINAL : FIRST_NOMINAL + NUM_NOMINAL]
         static[static == 0.0] = 1.0  # rules divide by them
         request[NUM_UP] = width

@@ -20,6 +20,7 @@ from servegym.policy.contract import (
     ARRIVAL_RATE_RPS,
     DECODE_SEQ_S,
     DECODE_STEP_S,
+    DECODES,
     EXPECTED_TOKENS,
     EXPECTED_TOKENS_SPREAD,
     FIRST_NOMINAL,
@@ -43,6 +44,7 @@ from servegym.policy.contract import (
     PENDING_PREFILL_TOKENS,
     PREDICTED_OUTPUT_TOKENS,
     PREFILL_TOKENS_PER_S,
+    PREFILLS,
     PREFIX_HIT_TOKENS,
     PROMPT_TOKENS,
     RECENT_ITL_S,
@@ -263,7 +265,7 @@ class LiveState:
         width = facts.shape[1]
         assert facts.shape == (NUM_NOMINAL, width)
         self.replicas: FloatArray = np.zeros((NUM_REPLICA_FEATURES, width))
-        self.replicas[UP] = 1.0
+        self.replicas[[UP, PREFILLS, DECODES]] = 1.0  # nobody moves KV here
         self.replicas[FIRST_NOMINAL : FIRST_NOMINAL + NUM_NOMINAL] = facts
         self._slo_rows = [
             (min(c.ttft_s, _FAR_S), min(c.tpot_s, _FAR_S), c.weight) for c in slo_classes

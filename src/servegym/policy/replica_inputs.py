@@ -1,0 +1,92 @@
+"""Inputs of the dispatchers' network in compiled code, for searches that play whole episodes.
+
+The same numbers as `agents.features.replica_inputs` makes of a plain observation, in its order;
+tests hold them equal.
+"""
+
+from __future__ import annotations
+
+import math
+
+from servegym.cluster.jit import inlined
+from servegym.policy.contract import (
+    DECODE_SEQ_S,
+    DECODE_STEP_S,
+    GENERATED_TOKENS,
+    KV_CACHE_USAGE,
+    KV_CAPACITY_TOKENS,
+    MAX_NUM_SEQS,
+    METRICS_AGE_S,
+    NUM_RUNNING,
+    NUM_WAITING,
+    OUTSTANDING_PREDICTED_TOKENS,
+    OUTSTANDING_PROMPT_TOKENS,
+    OUTSTANDING_REQUESTS,
+    PENDING_PREFILL_TOKENS,
+    PREDICTED_OUTPUT_TOKENS,
+    PREFILL_TOKENS_PER_S,
+    PREFIX_HIT_TOKENS,
+    PROMPT_TOKENS,
+    RECENT_TPOT_S,
+    RECENT_TTFT_S,
+    RELATIVE_SPEED,
+    SINCE_DISPATCH_S,
+    TPOT_SLO_S,
+    TTFT_SLO_S,
+)
+from servegym.policy.costs import step_s
+from servegym.policy.numpy_network import num_inputs
+from servegym.typing import FloatArray
+
+#: How many a replica has.
+NUM_INPUTS = num_inputs(extended=False)
+#: Of the outstanding requests (their logarithm), and of the share of KV blocks in use.
+OUTSTANDING_INPUT, KV_USAGE_INPUT = 0, 11
+
+
+@inlined
+def write_inputs(replicas: FloatArray, request: FloatArray, r: int, out: FloatArray) -> None:
+    """Write what the network reads of one replica.
+
+    Args:
+        replicas: Features, `float64[>= NUM_OBSERVED_FEATURES, R]`.
+        request: Features, `float64[>= NUM_OBSERVED_REQUEST_FEATURES]`.
+        r: The replica.
+        out: `float64[NUM_INPUTS]`.
+    """
+    outstanding = replicas[OUTSTANDING_REQUESTS, r]
+    rate = max(replicas[PREFILL_TOKENS_PER_S, r], 1.0)
+    max_seqs = max(replicas[MAX_NUM_SEQS, r], 1.0)
+    capacity = max(replicas[KV_CAPACITY_TOKENS, r], 1.0)
+    prompt, predicted = request[PROMPT_TOKENS], request[PREDICTED_OUTPUT_TOKENS]
+    hit, seq_s = replicas[PREFIX_HIT_TOKENS, r], replicas[DECODE_SEQ_S, r]
+    pending_s = replicas[PENDING_PREFILL_TOKENS, r] / rate
+    new_s = max(prompt - hit, 0.0) / rate
+    batch = min(outstanding + 1.0, max_seqs)
+    each_s = step_s(replicas[DECODE_STEP_S, r], seq_s, batch - 1.0)
+    left = max(replicas[OUTSTANDING_PREDICTED_TOKENS, r] - replicas[GENERATED_TOKENS, r], 0.0)
+    out[0] = math.log1p(outstanding)
+    out[1] = outstanding / max_seqs
+    out[2] = math.log1p(10.0 * pending_s)
+    out[3] = math.log1p(10.0 * new_s)
+    out[4] = math.log1p(left / batch * each_s)
+    out[5] = math.log1p(10.0 * predicted * each_s) - 3.0
+    out[6] = hit / max(prompt, 1.0)
+    out[7] = 100.0 * replicas[DECODE_STEP_S, r]
+    out[8] = replicas[RELATIVE_SPEED, r]
+    out[9] = math.log1p(replicas[NUM_WAITING, r])
+    out[10] = replicas[NUM_RUNNING, r] / max_seqs
+    out[11] = replicas[KV_CACHE_USAGE, r]
+    out[12] = replicas[OUTSTANDING_PROMPT_TOKENS, r] / capacity
+    out[13] = (prompt + predicted) / capacity
+    out[14] = math.log1p(10.0 * replicas[RECENT_TTFT_S, r])
+    out[15] = math.log1p(100.0 * replicas[RECENT_TPOT_S, r])
+    out[16] = min(math.log1p(replicas[SINCE_DISPATCH_S, r]), 3.0)
+    out[17] = min(replicas[METRICS_AGE_S, r], 2.0)
+    out[18] = min((pending_s + new_s) / max(request[TTFT_SLO_S], 1e-3), 4.0)
+    out[19] = min(each_s / max(request[TPOT_SLO_S], 1e-4), 4.0)
+    out[20] = math.log1p(outstanding * new_s)
+    out[21] = math.log1p(outstanding * seq_s * predicted)
+    out[22] = math.log1p(pending_s + new_s + predicted * each_s) - 1.0
+    out[23] = math.log1p(prompt) - 6.0
+    out[24] = math.log1p(predicted) - 5.0

@@ -1,0 +1,167 @@
+"""Dispatchers as flat weights that a search can move: a rule's numbers, and a score beside it.
+
+They are networks of the family that all dispatchers are, of one hidden layer: what is searched here
+is exported, and runs in a router, like what is learned by gradients.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from servegym.agents.features import replica_inputs
+from servegym.agents.network import DispatchNetwork
+from servegym.agents.network_config import NetworkConfig
+from servegym.policy.layout import agent_actions, agent_arrays
+from servegym.policy.play_fleet import Dispatchers
+from servegym.policy.play_perceptron import Perceptrons
+from servegym.policy.policy import Observations, Policy
+from servegym.policy.replica_inputs import KV_USAGE_INPUT, NUM_INPUTS, OUTSTANDING_INPUT
+from servegym.typing import Float32Array, FloatArray, IntArray
+
+#: Numbers of the rule: the weight of its cost, of the delay by prefill, of that by tokens; as
+#: logarithms.
+_NUM_RULE = 3
+#: Weights of a hidden unit: of its inputs, its bias, and to the score.
+UNIT = NUM_INPUTS + 2
+#: An input that differs by less from replica to replica is given no weight.
+_LEAST_SPREAD = 1e-3
+#: In place of no weight, where only a weight's logarithm is searched.
+_NEXT_TO_NOTHING = 0.05
+#: Units of a network at least.
+_LEAST_HIDDEN = 4
+
+
+class Observer:
+    """A dispatcher that keeps what it sees.
+
+    Args:
+        inner: Who decides.
+        num_extra: Actions besides the replicas.
+    """
+
+    def __init__(self, inner: Policy, num_extra: int) -> None:
+        self._inner, self._num_extra = inner, num_extra
+        self.name, self.information, self.needs = inner.name, inner.information, inner.needs
+        self._kept: list[tuple[Float32Array, Float32Array, Float32Array]] = []
+
+    def reset(self, num_envs: int, seed: int) -> None:
+        """Reset who decides."""
+        self._inner.reset(num_envs, seed)
+
+    def act(self, observations: Observations, env_ids: IntArray) -> IntArray:
+        """Decide; see `Policy.act`."""
+        arrays = agent_arrays(observations, agent_actions(observations.mask, self._num_extra))
+        self._kept.append(arrays)
+        return self._inner.act(observations, env_ids)
+
+    def samples(self) -> tuple[Float32Array, Float32Array, Float32Array]:
+        """Return what was kept: `replicas`, `request` and `mask`, see `policy.layout`."""
+        replicas, request, mask = map(np.concatenate, zip(*self._kept, strict=True))
+        return replicas, request, mask
+
+
+class DispatchSpace:
+    """Dispatchers as flat weights: the rule's, a linear score, hidden units if there are any.
+
+    Args:
+        replicas: Of observations, `float32[n, R, F]`; inputs are normalised by them.
+        request: Of the same, `float32[n, G]`.
+        num_extra: Actions besides the replicas, which are never taken while a replica is allowed.
+    """
+
+    def __init__(self, replicas: Float32Array, request: Float32Array, num_extra: int) -> None:
+        self._num_extra = num_extra
+        x = replica_inputs(torch.from_numpy(replicas), torch.from_numpy(request)).numpy()
+        there = replicas[..., 0] > 0
+        own = x[there].astype(np.float64)
+        apart = np.abs(x - x[:, :1])[there & there[:, :1]]
+        spread = own.std(0)
+        self._varies = spread > _LEAST_SPREAD
+        self._mean = own.mean(0)
+        self._scale = np.where(self._varies, spread, 1.0)
+        # what all replicas have in common changes no linear choice
+        self._linear = np.flatnonzero(self._varies & (apart.max(0, initial=0.0) > _LEAST_SPREAD))
+
+    def guesses(self) -> list[FloatArray]:
+        """Return weights from which a search may begin, those of rules or near to them.
+
+        `added-delay` itself, least completion time (the same without delays of others), fewest
+        outstanding requests, least KV in use.
+        """
+        return [
+            self._guess(),
+            self._guess(prefill=_NEXT_TO_NOTHING, decode=_NEXT_TO_NOTHING),
+            self._guess({OUTSTANDING_INPUT: -1.0}, eta=_NEXT_TO_NOTHING),
+            self._guess({KV_USAGE_INPUT: -1.0}, eta=_NEXT_TO_NOTHING),
+        ]
+
+    def _guess(
+        self,
+        scores: dict[int, float] | None = None,
+        *,
+        eta: float = 1.0,
+        prefill: float = 1.0,
+        decode: float = 1.0,
+    ) -> FloatArray:
+        """Return the weights of a rule and of some inputs."""
+        linear = np.zeros(len(self._linear))
+        for k, weight in (scores or {}).items():
+            linear[self._linear == k] = weight
+        return np.concatenate([np.log([eta, prefill, decode]), linear])
+
+    def with_units(self, theta: FloatArray, count: int, rng: np.random.Generator) -> FloatArray:
+        """Put hidden units beside a linear score; their outputs are 0: choices stay as they are."""
+        free = np.zeros((count, UNIT))
+        free[:, : NUM_INPUTS + 1] = rng.normal(0.0, 0.3, (count, NUM_INPUTS + 1))
+        return np.concatenate([theta, free.ravel()])
+
+    def dispatchers(self, thetas: FloatArray) -> Dispatchers:
+        """Build dispatchers from flat weights, `float64[C, size]`.
+
+        A linear score passes two hidden units, one for each sign.
+        """
+        count, own = len(thetas), len(self._linear)
+        rule, linear, free = np.split(thetas, [_NUM_RULE, _NUM_RULE + own], axis=1)
+        extra = free.shape[1] // UNIT
+        hidden = np.zeros((count, NUM_INPUTS, 2 + extra))
+        bias = np.zeros((count, 2 + extra))
+        out = np.zeros((count, 2 + extra, 1))
+        hidden[:, self._linear, 0], hidden[:, self._linear, 1] = linear, -linear
+        out[:, 0], out[:, 1] = 1.0, -1.0
+        parts = free.reshape(count, extra, UNIT)
+        hidden[:, :, 2:] = (parts[:, :, :NUM_INPUTS] * self._varies).transpose(0, 2, 1)
+        bias[:, 2:] = parts[:, :, NUM_INPUTS]
+        out[:, 2:, 0] = parts[:, :, NUM_INPUTS + 1]
+        return Dispatchers(np.exp(rule), Perceptrons(self._mean, self._scale, hidden, bias, out))
+
+    def network(self, theta: FloatArray) -> DispatchNetwork:
+        """Return the network that chooses alike."""
+        rule, nets = self.dispatchers(theta[None])
+        inputs = nets.hidden[0] / nets.scale[:, None]
+        bias = nets.hidden_bias[0] - nets.mean @ inputs
+        used = len(bias)
+        eta, prefill, decode = rule[0].tolist()
+        config = NetworkConfig(
+            hidden=max(_LEAST_HIDDEN, used),
+            base="added-delay",
+            base_params=(prefill, decode),
+            eta=eta,
+            num_extra=self._num_extra,
+        )
+        network = DispatchNetwork(config)
+        actor = network.actor
+        first, second = actor.own[0], actor.own[2]
+        assert isinstance(first, nn.Linear)
+        assert isinstance(second, nn.Linear)
+        with torch.no_grad():
+            nn.init.zeros_(first.weight)
+            first.weight[:used] = torch.from_numpy(inputs.T)
+            first.bias[:used] = torch.from_numpy(bias)
+            # what is behind the hidden layer passes it on, whatever is around
+            nn.init.eye_(second.weight)
+            nn.init.eye_(actor.mix.weight)
+            nn.init.zeros_(actor.around.weight)
+            network.score.weight[0, :used] = torch.from_numpy(nets.out[0, :, 0])
+        return network

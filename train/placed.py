@@ -1,0 +1,185 @@
+"""Training both decisions of a fleet in which requests are placed: a search over two scores.
+
+What a choice does to a request that is prefilled here and decodes there shows only when it has been
+through both, so choices are not tried one by one: whole episodes are played, in compiled code, all
+candidates of a generation the same ones. What is kept is what is best on validation episodes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from servegym.errors import ConfigError
+from servegym.export.placed import save_placed
+from servegym.export.resolve import resolve_dispatch
+from servegym.policy.pair import Pair
+from servegym.policy.placed_scores import NUM_TERMS, TERMS, PlacedWeights, placed_policy
+from servegym.problems.dispatch import DispatchEpisodes
+from servegym.scenario import Scenario, load_scenario
+from servegym.train.placed_settings import PlacedTraining
+from servegym.train.run_folder import StoredRun
+from servegym.train.search import Search
+from servegym.train.training_run import Stage, TrainingRun
+from servegym.train.validation import FIRST_SEED, Validated, Validation
+from servegym.typing import FloatArray
+
+#: Where the search begins: what is late or slow is bad, a little of either is a little bad.
+_DISPATCH = {"log_ttft": 0.5, "late": 4.0, "log_tpot": 0.5, "slow": 4.0, "delays": 0.5}
+_PLACE = {"late": 2.0, "log_tpot": 0.5, "slow": 4.0, "kv_usage": 1.0}
+_REJECTION, _SPREAD = 7.0, 0.6
+
+
+class PlacedTrainer(TrainingRun[PlacedTraining, Scenario, PlacedWeights]):
+    """A run that searches weights for dispatches and placings."""
+
+    problem = "dispatch"
+    settings = PlacedTraining
+    stages = (Stage("search", "generations"),)
+    references = ("added-delay+least-tpot", "class-aware+least-tpot", "conductor+least-tpot")
+    validate_every = 5
+    save_every = 1
+    load_scenario = staticmethod(load_scenario)
+
+    def __init__(self, config: PlacedTraining, folder: Path | StoredRun) -> None:
+        super().__init__(config, folder)
+        self._rng = np.random.default_rng(config.seed)
+        guess = np.zeros(2 * NUM_TERMS + 1)
+        for first, weights in ((0, _DISPATCH), (NUM_TERMS + 1, _PLACE)):
+            for name, value in weights.items():
+                guess[first + TERMS.index(name)] = value
+        guess[NUM_TERMS] = _REJECTION
+        self.search = Search(guess, np.full(len(guess), _SPREAD))
+
+    @classmethod
+    @override
+    def stored_scenario(cls, contents: Mapping[str, Any]) -> Scenario:
+        return Scenario.model_validate(contents)
+
+    @staticmethod
+    @override
+    def completed(config: PlacedTraining, scenario: Scenario) -> PlacedTraining:
+        if not scenario.spec.disaggregated:
+            raise ConfigError(
+                f"scenario {scenario.name} must have replicas that only prefill or decode for "
+                "--learner search, as pd-unequal has: take --learner counterfactual"
+            )
+        return config
+
+    def _loads(self, count: int) -> list[float]:
+        low, high = self.config.load
+        return [low + (high - low) * ((i * 0.6180339887) % 1.0) for i in range(count)]
+
+    @cached_property
+    def validation(self) -> Validation:
+        """Validation episodes, over the range of loads."""
+        return Validation(
+            self.scenario,
+            loads=self._loads(self.config.num_validation),
+            num_episodes=self.config.num_validation,
+            num_requests=self.config.num_requests,
+        )
+
+    def losses(self, theta: FloatArray, episodes: DispatchEpisodes) -> float:
+        """Return the mean loss of some weights on episodes."""
+        return float(episodes.losses(placed_policy(_weights(theta), "candidate")).mean())
+
+    @override
+    def validate(self) -> Validated:
+        return self.validation.play(placed_policy(_weights(self.search.mean), "search"))
+
+    @override
+    def validate_rule(self, name: str) -> Validated:
+        policy = resolve_dispatch(name)
+        assert not isinstance(policy, Pair)
+        return self.validation.play(policy)
+
+    @override
+    def share_of_updates(self) -> float:
+        return self.updates[0] / self.config.max_generations
+
+    @override
+    def goes_on(self) -> bool:
+        if self.updates[0] == 0:
+            return True
+        has_time = self.budget.fits(self.update_s + self.validate_s)
+        return self.updates[0] < self.config.max_generations and has_time
+
+    @override
+    def warm_up(self) -> None:
+        if self.validate_s == 0.0:
+            self._validated()
+
+    @override
+    def improve(self) -> dict[str, float]:
+        config, search = self.config, self.search
+        first_seed = int(self._rng.integers(1, FIRST_SEED - config.num_episodes))
+        drawn = [
+            self.scenario.episode(first_seed + i, load=load, num_requests=config.num_requests)
+            for i, load in enumerate(self._loads(config.num_episodes))
+        ]
+        episodes = DispatchEpisodes(self.scenario, drawn)
+        loss = search.step(
+            lambda theta: self.losses(theta, episodes),
+            self._rng,
+            size=config.num_candidates,
+            elite=max(1, config.num_candidates // 4),
+        )
+        return {"rollout/return": -loss, "train/spread": float(search.spread.mean())}
+
+    @override
+    def parameters(self) -> Tensor:
+        return torch.from_numpy(self.search.mean.copy())
+
+    @override
+    def take_best(self) -> None:
+        self.search.mean = _checked(self.best.numpy()).copy()
+
+    @override
+    def found(self) -> PlacedWeights:
+        return _weights(self.best.numpy())
+
+    @override
+    def export(self, folder: Path | None = None) -> Path:
+        """Write both sets of weights as one policy."""
+        return save_placed(
+            self.found(),
+            folder or self.folder.path / "policy",
+            scenario=self.config.scenario,
+            objective=self.scenario.objective,
+            training={
+                "algorithm": "cross-entropy search",
+                "generations": self.updates[0],
+                "minutes": round(self.spent_s / 60.0, 2),
+                "seed": self.config.seed,
+                "validation_loss": round(float(self.best_scores.mean()), 5),
+            },
+        )
+
+    @override
+    def state(self) -> dict[str, Any]:
+        return {"search": self.search.state(), "rng": json.dumps(self._rng.bit_generator.state)}
+
+    @override
+    def restore(self, content: Mapping[str, Any]) -> None:
+        _checked(self.best.numpy())
+        self.search = Search.of(content["search"])
+        self._rng.bit_generator.state = json.loads(content["rng"])
+
+
+def _checked(theta: FloatArray) -> FloatArray:
+    if theta.shape != (2 * NUM_TERMS + 1,):
+        raise ValueError(f"{2 * NUM_TERMS + 1} weights expected, got {theta.shape}")
+    return theta
+
+
+def _weights(theta: FloatArray) -> PlacedWeights:
+    return PlacedWeights(theta[: NUM_TERMS + 1].copy(), theta[NUM_TERMS + 1 :].copy())

@@ -1,0 +1,45 @@
+"""Settings of a run that searches for both decisions of a fleet in which requests are placed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from tyro.conf import Fixed, Suppress, arg
+
+from servegym.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class PlacedTraining:
+    """Settings of a run."""
+
+    scenario: Annotated[str, Fixed, Suppress] = "pd-unequal"
+    """Bundled name or YAML file, with replicas that only prefill or decode."""
+    learner: Annotated[Literal["search"], Fixed, Suppress] = "search"
+    """What `--learner` calls it."""
+    load: tuple[float, float] = (0.8, 1.3)
+    """Range of the load factor, over which episodes are spread."""
+    max_minutes: Annotated[float, arg(name="minutes")] = 15.0
+    """Wall-clock time, from when all is compiled."""
+    max_generations: int = 1_000_000
+    """Generations, at most."""
+    num_candidates: int = 24
+    """Of a generation."""
+    num_episodes: int = 4
+    """That each of them plays."""
+    num_validation: int = 12
+    """Episodes by which the best is chosen."""
+    num_requests: int = 1024
+    """Requests per episode."""
+    seed: int = 0
+    """Of everything."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.load[0] <= self.load[1]:
+            raise ConfigError(f"load must go from low to high, above 0, got {self.load}")
+        if not self.max_minutes > 0:
+            raise ConfigError(f"minutes must be above 0, got {self.max_minutes:g}")
+        for name in ("max_generations", "num_candidates", "num_episodes", "num_validation"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
