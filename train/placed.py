@@ -27,9 +27,10 @@ from servegym.policy.placed_scores import NUM_TERMS, TERMS, PlacedWeights, place
 from servegym.policy.run_placed import make_simulator, run_placed
 from servegym.scenario import Scenario
 from servegym.train.placed_settings import PlacedTraining
+from servegym.train.request_run import losses
 from servegym.train.run_folder import StoredRun
 from servegym.train.search import Search
-from servegym.train.search_run import SearchRun, losses
+from servegym.train.search_run import SearchRun
 from servegym.train.training_run import Stage
 from servegym.train.validation import FIRST_SEED, Validated
 from servegym.typing import FloatArray

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -41,6 +41,21 @@ class Validated(NamedTuple):
         """
         objective = -scores.mean() if in_time else np.exp(scores).mean()
         p99_s = np.nanpercentile(np.concatenate(latencies_s), 99)
+        return cls(scores, float(objective), float(p99_s))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self], *, in_time: bool) -> Self:
+        """Put several scenarios together; seconds count by their geometric means.
+
+        Args:
+            parts: Of each scenario.
+            in_time: Whether scores are minus shares, not logarithms of seconds.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        scores = np.concatenate([part.scores for part in parts])
+        objective = -scores.mean() if in_time else np.exp(scores.mean())
+        p99_s = np.exp(np.mean([np.log(part.p99_s) for part in parts]))
         return cls(scores, float(objective), float(p99_s))
 
 
