@@ -50,8 +50,10 @@ _F = TypeVar("_F", bound=Callable[..., object])
     MIGRATE_REQUEST,
     LEAVE,
     STOP_MIGRATIONS,
-) = range(24)
-NUM_ENTRIES = 24
+    SEE_MOVES,
+    ANSWER_MOVE,
+) = range(26)
+NUM_ENTRIES = 26
 #: What only clusters call in which requests are prefilled on one replica and decode on another.
 DISAGGREGATION = frozenset(
     {
@@ -70,7 +72,7 @@ MIGRATION = frozenset(
     {ADMIT_LANDED, ADMIT_APART, GO_OFF_MIGRATION, MIGRATE_REQUEST, LEAVE, STOP_MIGRATIONS}
 )
 #: Those that are compiled only for who asks for them: the others' first start is not to wait.
-ON_DEMAND = frozenset({INFER, SEE_ROLES}) | DISAGGREGATION | MIGRATION
+ON_DEMAND = frozenset({INFER, SEE_ROLES, SEE_MOVES, ANSWER_MOVE}) | DISAGGREGATION | MIGRATION
 
 _compiled: dict[int, tuple[Any, types.Type, tuple[types.Type, ...]]] = {}
 
