@@ -21,6 +21,7 @@ from servegym.envs.preemption import PreemptionEnv
 from servegym.envs.workflow import WorkflowEnv
 from servegym.evaluate.compare import with_interval
 from servegym.evaluate.suite import load_record, load_suite, reference
+from servegym.export.shipped import shipped_names, shipped_text
 from servegym.policy.contract import (
     FIRST_ROLE,
     NUM_EXTENDED_FEATURES,
@@ -130,6 +131,13 @@ def rules_table(rules: Rules[Any]) -> str:
     return "\n".join(rows)
 
 
+def shipped_table() -> str:
+    """List the learned policies that come with servegym."""
+    rows = ["| policy | what it is |", "|---|---|"]
+    rows += [f"| `{name}` | {shipped_text(name)} |" for name in shipped_names()]
+    return "\n".join(rows)
+
+
 def policies_page() -> str:
     """List the rules of all problems."""
     sections = "\n\n".join(
@@ -157,6 +165,12 @@ share (`pushed`); where the scenario allows it, a request is rejected that costs
 everywhere. `added-delay-reject` does so if the least TTFT or TPOT is over a share of its limit.
 
 {sections}
+
+## Learned: dispatchers that come with servegym
+Named as rules are: `--policies generalist`. Files, manifests and cards are in `assets/policies`;
+what they reach is in [results](results.md#one-policy-for-many-scenarios).
+
+{shipped_table()}
 
 ## Placement: where a request decodes that is prefilled elsewhere
 {rules_table(PLACEMENTS)}

@@ -53,12 +53,22 @@ LEARNERS = {
             "servegym.train.joint_settings:JointTraining",
             "servegym.train.joint:JointTrainer",
         ),
+        "offline": Entry(
+            "offline",
+            "servegym.train.offline_settings:OfflineTraining",
+            "servegym.train.offline:OfflineTrainer",
+        ),
     },
     "order": {
         "search": Entry(
             "order",
             "servegym.train.ordering_settings:OrderingTraining",
             "servegym.train.ordering:OrderingTrainer",
+        ),
+        "ppo": Entry(
+            "order-ppo",
+            "servegym.train.order_ppo_settings:OrderPPOTraining",
+            "servegym.train.order_ppo:OrderPPOTrainer",
         ),
     },
     "workflow": {

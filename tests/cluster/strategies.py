@@ -19,6 +19,7 @@ from servegym.cluster.spec import (
     TransferRules,
 )
 from servegym.cluster.state import FAULT_DOWN, FAULT_SLOW, FAULT_UP
+from servegym.cluster.tier_rules import KvTier, LoadRule, TierRules
 from servegym.costs.grid import (
     NUM_BATCH_KNOTS,
     NUM_CHUNK_KNOTS,
@@ -350,3 +351,36 @@ def with_migration(spec: ClusterSpec, episode: Episode, seed: int) -> tuple[Clus
         max_stages=int(rng.integers(1, 5)),
     )
     return replace(spec, types=types, transfers=transfers, migration=migration), episode
+
+
+def with_tiers(spec: ClusterSpec, episode: Episode, seed: int) -> tuple[ClusterSpec, Episode]:
+    """Put small and slow tiers behind KV blocks, which are few."""
+    rng = np.random.default_rng((seed, 7))
+
+    def tier() -> KvTier:
+        read, write = rng.choice([1e3, 1e5, np.inf], 2).tolist()
+        return KvTier(int(rng.choice([1, 4, 30, 400])), read, write, rng.choice([0.0, 0.01, 0.2]))
+
+    def perhaps() -> KvTier | None:
+        return tier() if rng.random() < 0.6 else None
+
+    types = tuple(
+        replace(
+            kind,
+            num_blocks=-(-120 // spec.block_size) + int(rng.integers(0, 4)),
+            host_kv=perhaps(),
+            disk_kv=perhaps(),
+        )
+        for kind in spec.types
+    )
+    alone = all(t.host_kv is None and t.disk_kv is None for t in types)
+    rules: list[LoadRule] = ["always", "faster"]
+    tiers = TierRules(
+        load=rules[int(rng.integers(2))],
+        interference=float(rng.choice([1.0, 2.5])),
+        store=tier() if alone else perhaps(),
+        store_bytes_per_s=float(rng.choice([3e3, 1e6, np.inf])),
+    )
+    transfers = TransferRules(kv_token_bytes=float(rng.choice([1.0, 10.0])))
+    spec = replace(spec, types=types, tiers=tiers, transfers=transfers, prefix_caching=True)
+    return spec, episode

@@ -105,6 +105,7 @@ def plays_alone(spec: ClusterSpec, episode: Episode) -> bool:
         and not (episode.faults.kind == FAULT_DOWN).any()
         and not any(spec.types[t].num_ranks for t in episode.type_idx)
         and not spec.moves_kv
+        and not spec.tiered
     )
 
 
@@ -195,7 +196,8 @@ def best_choices(
 
 
 def _with_entries(spec: ClusterSpec, params: Params, state: State) -> Params:
-    params.entries[:] = addresses(typeof(params), typeof(state), wanted_entries(spec))
+    wanted = wanted_entries(spec, params.asks)
+    params.entries[:] = addresses(typeof(params), typeof(state), wanted)
     return params
 
 

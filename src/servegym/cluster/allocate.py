@@ -7,7 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from servegym.cluster.entry import DISAGGREGATION, MIGRATION, NUM_ENTRIES
+from servegym.cluster.entry import (
+    DISAGGREGATION,
+    MIGRATION,
+    NUM_ENTRIES,
+    SETTLE_TURN,
+    TIERS,
+)
 from servegym.cluster.kernels import reset_env
 from servegym.cluster.nominal import nominal_facts
 from servegym.cluster.outcome import EVENT_DTYPE, STEP_DTYPE
@@ -30,18 +36,23 @@ from servegym.cluster.state import (
     FORMING_DTYPE,
     LENGTH_DTYPE,
     LINK_DTYPE,
+    LOAD_DTYPE,
     MOVE_DTYPE,
+    NEVER,
     NUM_ITL_BINS,
     NUM_LENGTH_SUMS,
     NUM_OBSERVED_ROWS,
     NUM_SCRAPED,
     NUM_SHARED,
+    NUM_TIERS,
     ORDER_DTYPE,
     PREFIX_CACHE_DTYPE,
     REPLICA_DTYPE,
     REQUEST_DTYPE,
     SEGMENT_DTYPE,
     STREAM_DTYPE,
+    TIER_BLOCK_DTYPE,
+    TIER_DTYPE,
     TIMER_DTYPE,
     TRANSFER_DTYPE,
     Asks,
@@ -117,6 +128,11 @@ def make_params(spec: ClusterSpec, *, record: bool, asks: Asks = DISPATCH_ONLY) 
     def column(name: str) -> np.ndarray:
         return np.array([getattr(t, name) for t in spec.types], np.int64)
 
+    tiers = [(t.host_kv, t.disk_kv, spec.tiers.store) for t in spec.types]
+
+    def of_tiers(name: str) -> FloatArray:
+        return np.array([[getattr(x, name) if x else 1.0 for x in y] for y in tiers], np.float64)
+
     return Params(
         cpu_s=stack("cpu_s"),
         dense_tokens=stack("dense_tokens"),
@@ -151,6 +167,15 @@ def make_params(spec: ClusterSpec, *, record: bool, asks: Asks = DISPATCH_ONLY) 
         allow_reject=bool(spec.allow_reject),
         hold_s=float(spec.hold_s),
         retain_kv_s=float(spec.retain_kv_s),
+        retains=spec.retain_kv_s > 0 or asks.retain != NEVER,
+        tiered=spec.tiered,
+        tier_num_blocks=np.array([[x.num_blocks if x else 0 for x in y] for y in tiers], np.int64),
+        tier_read_bytes_per_s=of_tiers("read_bytes_per_s"),
+        tier_write_bytes_per_s=of_tiers("write_bytes_per_s"),
+        tier_latency_s=of_tiers("latency_s"),
+        store_bytes_per_s=float(spec.tiers.store_bytes_per_s),
+        interference=float(spec.tiers.interference),
+        loads_if_faster=spec.tiers.load == "faster",
         disaggregated=spec.disaggregated,
         destination_first=spec.transfers.reservation == "destination",
         kv_block_bytes=float(spec.transfers.kv_token_bytes * spec.block_size),
@@ -168,14 +193,23 @@ def make_params(spec: ClusterSpec, *, record: bool, asks: Asks = DISPATCH_ONLY) 
     )
 
 
-def wanted_entries(spec: ClusterSpec) -> frozenset[int]:
+def wanted_entries(spec: ClusterSpec, asks: Asks) -> frozenset[int]:
     """Return which entry points of `entry.ON_DEMAND` a cluster calls."""
     wanted: frozenset[int] = frozenset()
     if spec.disaggregated:
         wanted |= DISAGGREGATION
     if spec.migrates:
         wanted |= MIGRATION
+    if spec.tiered:
+        wanted |= TIERS
+    if asks.retain != NEVER:
+        wanted |= {SETTLE_TURN}
     return wanted
+
+
+def _slots(blocks: int) -> int:
+    """Places of a hash map that is at most half full."""
+    return 1 << max(0, 2 * blocks - 1).bit_length()
 
 
 def _migration(spec: ClusterSpec) -> Migration:
@@ -204,9 +238,14 @@ def make_state(spec: ClusterSpec, capacity: Capacity) -> State:
     blocks, slots, width, rows = 1, 1, 1, 1
     if spec.prefix_caching:
         blocks = max(t.num_blocks for t in spec.types)
-        slots = 1 << (2 * blocks - 1).bit_length()
+        slots = _slots(blocks)
         width = -(-capacity.longest_tokens // spec.block_size)
         rows = seqs + (spec.transfers.max_num_held if spec.moves_kv else 0)
+        rows += seqs if spec.tiered else 0  # for as many whose KV is loaded
+    own, store = 0, 0
+    if spec.tiered:
+        own = max([x.num_blocks for t in spec.types for x in (t.host_kv, t.disk_kv) if x] or [0])
+        store = spec.tiers.store.num_blocks if spec.tiers.store else 0
     return State(
         request=np.zeros((e, n), REQUEST_DTYPE),
         replica=np.zeros((e, r), REPLICA_DTYPE),
@@ -225,6 +264,12 @@ def make_state(spec: ClusterSpec, capacity: Capacity) -> State:
         transfer=np.zeros((e, n if spec.moves_kv else 1), TRANSFER_DTYPE),
         link=np.zeros((e, r), LINK_DTYPE),
         move=np.zeros((e, r if spec.migrates else 1), MOVE_DTYPE),
+        load=np.zeros((e, n if spec.tiered else 1), LOAD_DTYPE),
+        tier=np.zeros((e, r, NUM_TIERS), TIER_DTYPE),
+        tier_block=np.zeros((e, r, 2, own + 1), TIER_BLOCK_DTYPE),
+        tier_cache=np.zeros((e, r, 2, _slots(own)), PREFIX_CACHE_DTYPE),
+        store_block=np.zeros((e, store + 1), TIER_BLOCK_DTYPE),
+        store_cache=np.zeros((e, _slots(store)), PREFIX_CACHE_DTYPE),
         length_sums=np.zeros((e, NUM_LENGTH_SUMS)),
         stream=np.zeros((e, r), STREAM_DTYPE),
         length=np.zeros((e, n), LENGTH_DTYPE),

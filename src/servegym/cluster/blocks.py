@@ -81,8 +81,8 @@ def take_for_chunk(
 ) -> None:
     """Give a prefilling request the blocks of its next chunk and name those it fills."""
     q = s.request[e, request]
-    need = (computed + tokens + p.block_size - 1) // p.block_size
-    have = q.table_len
+    have = q.table_len  # of a request whose KV was loaded, all that its text needs
+    need = max(have, (computed + tokens + p.block_size - 1) // p.block_size)
     q.table_len = need
     if not p.prefix_caching:
         s.replica[e, r].free_blocks -= need - have

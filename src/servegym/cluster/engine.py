@@ -14,11 +14,12 @@ from servegym.cluster.blocks import (
 from servegym.cluster.entry import END_STEP, FORM_STEP, entry
 from servegym.cluster.heap import push_end, set_event
 from servegym.cluster.jit import helper, inlined
+from servegym.cluster.loads import admit_beside_loads, clear_loads, stop_loads
 from servegym.cluster.log import count_itl, log_event, log_steps
 from servegym.cluster.migration import leave, note_preempted, stop_migrations
 from servegym.cluster.phased import forget_pressure, form_phase
 from servegym.cluster.priority import form_by_priority, hold_back, reset_forming
-from servegym.cluster.retention import let_all_go, retain
+from servegym.cluster.retention import let_all_go
 from servegym.cluster.router import forget_outstanding, forget_prefill, take_back
 from servegym.cluster.running import (
     admit_head,
@@ -57,6 +58,7 @@ from servegym.cluster.transfers import (
     hand_over,
     stop_transfers,
 )
+from servegym.cluster.turns import end_turn
 from servegym.cluster.watch import note_ended, see_steps
 from servegym.engines import SGLANG, TRTLLM, VLLM_PRIORITY, VLLM_V0
 from servegym.workloads.table import ANY_END
@@ -103,6 +105,10 @@ def form_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
         if p.disaggregated or p.migration.on:
             if not preempted:
                 attention_s = admit_apart(p, s, e, r, now_s, budget, attention_s)
+                budget = s.link[e, r].budget
+        elif p.tiered:
+            if not preempted:
+                attention_s = admit_beside_loads(p, s, e, r, now_s, budget, attention_s)
                 budget = s.link[e, r].budget
         elif not preempted and v.num_waiting > 0:
             budget, attention_s = _admit(p, s, e, r, now_s, budget, attention_s)
@@ -299,8 +305,8 @@ def _finish(p: Params, s: State, e: int, r: int, request: int, now_s: float) -> 
     """A request has all its tokens."""
     q = s.request[e, request]
     leave_running(p, s, e, r, request)
-    if p.retain_kv_s > 0.0 and q.first_after >= 0:
-        retain(p, s, e, r, request, now_s)
+    if p.retains or p.tiered:
+        end_turn(p, s, e, r, request, now_s)
     q.status = FINISHED
     q.finish_s = now_s
     s.replica[e, r].emitted -= q.generated
@@ -374,6 +380,8 @@ def stop_replica(p: Params, s: State, e: int, r: int, now_s: float) -> None:
         stop_transfers(p, s, e, r, now_s)
     if p.migration.on:
         stop_migrations(p, s, e, r, now_s)
+    if p.tiered:
+        stop_loads(p, s, e, r, now_s)
     request = v.run_head
     while request >= 0:
         q = s.request[e, request]
@@ -414,6 +422,8 @@ def clear_replica(p: Params, s: State, e: int, r: int) -> None:
     v.num_running = 0
     v.first_retained = -1
     v.last_expiring = -1
+    if p.tiered:
+        clear_loads(s, e, r)
     v.first_prefill = -1
     v.num_decodes = 0
     v.kv_tokens = 0

@@ -46,6 +46,8 @@ STEP_DTYPE = np.dtype(
 #: `transfer_s` is when both held memory for it; `moved_bytes` counts all its transfers that landed.
 #: `num_migrations` counts moves to another replica while it waited or decoded, `num_stays` those
 #: that were given up; `paused_s` is how long it decoded nowhere for them.
+#: Of loads from tiers these are the same; `host_tokens` and its like are what came from each tier,
+#: `stored_bytes` what was written to all of them.
 OUTCOME_DTYPE = np.dtype(
     [
         ("request", "i4"),
@@ -72,8 +74,14 @@ OUTCOME_DTYPE = np.dtype(
         ("num_migrations", "i2"),
         ("num_stays", "i2"),
         ("paused_s", "f8"),
+        ("host_tokens", "i4"),
+        ("disk_tokens", "i4"),
+        ("store_tokens", "i4"),
+        ("stored_bytes", "f8"),
     ]
 )
+#: Columns of what was loaded, in the order of the tiers.
+TIER_COLUMNS = ("host_tokens", "disk_tokens", "store_tokens")
 
 
 def outcomes_from_events(events: NDArray[np.void], table: RequestTable) -> NDArray[np.void]:
@@ -127,7 +135,15 @@ def outcomes_from_events(events: NDArray[np.void], table: RequestTable) -> NDArr
     np.add.at(out["paused_s"], migrations["request"], migrations["value"])
     sent = events[np.isin(events["kind"], (s.EV_DISPATCH, s.EV_PLACE, s.EV_MIGRATE))]
     out["replica"][sent["request"]] = sent["replica"]
-    np.add.at(out["moved_bytes"], of(s.EV_LAND)["request"], of(s.EV_LAND)["value"])
+    for kind, column in (
+        (s.EV_LAND, "moved_bytes"),
+        (s.EV_HOST, "host_tokens"),
+        (s.EV_DISK, "disk_tokens"),
+        (s.EV_STORE, "store_tokens"),
+        (s.EV_STORED, "stored_bytes"),
+    ):
+        part = of(kind)
+        np.add.at(out[column], part["request"], part["value"].astype(out[column].dtype))
     rejected = of(s.EV_REJECT)
     out["rejected"][rejected["request"]] = True
     out["finish_s"][rejected["request"]] = rejected["time_s"]

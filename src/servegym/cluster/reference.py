@@ -17,9 +17,13 @@ from servegym.cluster import state as st
 from servegym.cluster.outcome import EVENT_DTYPE
 from servegym.cluster.reference_engines import RULES, Engine, Request, VllmPriority
 from servegym.cluster.reference_migration import Choose, Migrations
+from servegym.cluster.reference_tiers import Tiers
 from servegym.cluster.reference_transfers import Transfers
 from servegym.cluster.spec import ClusterSpec, Episode, first_ranks
 from servegym.workloads.table import ANY_END, BY_ITSELF
+
+#: Says what becomes of the KV of a turn, and for how many seconds it is kept, if it is.
+Retain = Callable[["ReferenceSimulator", int], tuple[int, float]]
 
 
 class ReferenceSimulator:
@@ -61,6 +65,8 @@ class ReferenceSimulator:
             for i in range(len(table))
         ]
         types = [spec.types[t] for t in episode.type_idx.tolist()]
+        self.retain: Retain | None = None
+        self.retain_all = False
         self.replicas = [RULES[kind.engine](self, r) for r, kind in enumerate(types)]
         first = first_ranks(np.array([kind.num_ranks for kind in types])).tolist()
         self.groups = [[r for r, own in enumerate(first) if own == i] for i in first]
@@ -75,6 +81,7 @@ class ReferenceSimulator:
         self._num_set = 0
         self.transfers = Transfers(self)
         self.migrations = Migrations(self)
+        self.tiers = Tiers(self)
         self._events: list[tuple[float, float, int, int, int]] = []
 
     def log(self, kind: int, request: int, replica: int, value: float = 0.0) -> None:
@@ -99,9 +106,9 @@ class ReferenceSimulator:
         """Those that wait for the end of this one."""
         return [other for other in self.requests if other.after == q.idx]
 
-    def expiry_s(self, q: Request) -> float:
-        """Set and return when a turn that ends now has been retained for its time."""
-        until_s = self.now_s + self.spec.retain_kv_s
+    def expiry_s(self, q: Request, keep_s: float) -> float:
+        """Set and return when a turn that is kept from now on has been so for its time."""
+        until_s = self.now_s + keep_s
         self.set_timer(until_s, st.EXPIRY, q.idx)
         return until_s
 
@@ -132,6 +139,9 @@ class ReferenceSimulator:
         dispatch: Callable[[ReferenceSimulator, int], int] | None = None,
         place: Callable[[ReferenceSimulator, int], int] | None = None,
         migrate: Choose | None = None,
+        retain: Retain | None = None,
+        *,
+        retain_all: bool = False,
     ) -> None:
         """Play to the end.
 
@@ -142,9 +152,13 @@ class ReferenceSimulator:
                 requests whose KV is on its way among those that wait.
             migrate: Names a request that moves and where to, or nobody, again and again at every
                 tick at which somebody could; None: the rule of the cluster decides.
+            retain: Answers what becomes of the KV of a turn, and for how long it is kept, if it
+                is; None: the rules of the cluster.
+            retain_all: Whether it is asked of all ended requests, not only where others follow.
         """
         self.place = place
         self.migrate = migrate
+        self.retain, self.retain_all = retain, retain_all
         self.dispatch = dispatch or _least_busy
         for q in self.requests:
             if q.after == BY_ITSELF:
@@ -213,8 +227,15 @@ class ReferenceSimulator:
             self.migrations.copied(self.replicas[subject])
         elif kind == st.TICK:
             self.migrations.tick(self.migrate)
+        elif kind == st.RETAINING:
+            for engine in [e for e in self.replicas if e.pool.undecided(subject)]:
+                assert self.retain is not None
+                engine.settle_turn(self.requests[subject], *self.retain(self, subject))
         elif st.LANDING <= kind <= st.PLACING:
-            self.transfers.go_off(kind, self.requests[subject])
+            if self.spec.tiered:
+                self.tiers.land(self.requests[subject])
+            else:
+                self.transfers.go_off(kind, self.requests[subject])
         elif kind == st.EXPIRY:
             for engine in self.replicas:
                 engine.pool.expire(subject)
@@ -250,6 +271,7 @@ class ReferenceSimulator:
             if engine.stepping and engine.due_s == self.now_s:
                 engine.end_step()
                 engine.stepping = False
+            self.tiers.fail(engine)
             (self.migrations if self.spec.migrates else self.transfers).fail(engine)
             for q in engine.stop():
                 self.set_timer(self.now_s, st.RETURN, q.idx)

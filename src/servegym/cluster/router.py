@@ -92,7 +92,7 @@ def enqueue(p: Params, s: State, e: int, r: int, request: int) -> None:
         v.wait_head = request
     v.wait_tail = request
     v.num_waiting += 1
-    if p.retain_kv_s > 0.0:
+    if p.retains:
         expect(p, s, e, r, request)
     wake(p, s, e, r, s.env[e].now_s)
 

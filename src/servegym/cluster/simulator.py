@@ -19,16 +19,22 @@ from servegym.cluster.allocate import (
 from servegym.cluster.entry import addresses
 from servegym.cluster.jit import kernel
 from servegym.cluster.kernels import advance, apply, may_answer
-from servegym.cluster.outcome import OUTCOME_DTYPE
+from servegym.cluster.outcome import OUTCOME_DTYPE, TIER_COLUMNS
 from servegym.cluster.spec import ClusterSpec, Episode
 from servegym.cluster.state import (
     DISPATCH,
     DISPATCH_ONLY,
     DONE,
+    DROP,
+    KEEP,
+    LEAVE,
     LOG_FULL,
     NO_DECISION,
     NOBODY,
+    NUM_RETENTIONS,
+    OFFLOAD,
     REJECTED,
+    RETAIN,
     Asks,
     Params,
     State,
@@ -99,7 +105,7 @@ class Simulator:
         self.params = make_params(spec, record=record, asks=asks)
         self._capacity = Capacity.of(episodes, max_replicas=max_replicas, record=record)
         self.state = make_state(spec, self._capacity)
-        self._on_demand = wanted_entries(spec)
+        self._on_demand = wanted_entries(spec, asks)
         self._find_entries()
         self.reasons = np.zeros(len(episodes), np.int64)
         self.scratch: object = None  # working memory of planners, see policy.what_if
@@ -191,6 +197,9 @@ class Simulator:
             if env["decision"] == DISPATCH:
                 width = self.max_replicas
                 stop, others = width + 2, f"{width} holds, {width + 1} rejects"
+            if env["decision"] == RETAIN:
+                stop = NUM_RETENTIONS
+                others = f"{DROP} drops, {LEAVE} leaves, {OFFLOAD} offloads, {KEEP} keeps"
             allowed = [a for a in range(-2, stop) if may_answer(self.params, self.state, bad, a)]
             raise InvalidAction(
                 f"action {int(answers[bad])} of environment {bad} is not allowed now: "
@@ -241,6 +250,13 @@ class Simulator:
                 "paused_s",
             ):
                 out[column] = way[column]
+        if self.spec.tiered:
+            load = self.state.load[env, : len(request)]
+            out["transfer_s"] = load["begin_s"]
+            for column in ("landed_s", "moved_bytes", "stored_bytes"):
+                out[column] = load[column]
+            for tier, column in enumerate(TIER_COLUMNS):
+                out[column] = load["tokens"][:, tier]
         return out
 
     def events(self, env: int = 0) -> NDArray[np.void]:

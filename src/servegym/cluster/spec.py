@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from servegym.cluster.state import FAULT_DOWN, FAULT_SLOW, FAULT_UP
+from servegym.cluster.tier_rules import KvTier, TierRules
 from servegym.costs.grid import CostGrid
 from servegym.costs.shared import SharedCost
 from servegym.engines import ENGINES, EngineName
@@ -155,6 +156,8 @@ class ReplicaType:
             when its own do; the grid holds the rest. None: it steps by itself.
         role: What it does of a request.
         link: How KV gets from it and to it.
+        host_kv: Memory of its host that keeps copies of its KV blocks; None: there is none.
+        disk_kv: The same on its disk.
     """
 
     name: str
@@ -168,6 +171,8 @@ class ReplicaType:
     shared: SharedCost | None = None
     role: Role = "mixed"
     link: Link = Link()
+    host_kv: KvTier | None = None
+    disk_kv: KvTier | None = None
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
@@ -257,8 +262,10 @@ class ClusterSpec:
         metrics_interval_s: Time between scrapes of engine metrics; 0 means always fresh.
         noise_sigma: Standard deviation of the logarithm of step times; 0 means none.
         noise_period_steps: Steps that share one draw of that noise.
-        transfers: How KV moves, if there are replicas that are not `"mixed"` or requests migrate.
+        transfers: How KV moves, if there are replicas that are not `"mixed"` or requests migrate;
+            and how large it is.
         migration: Which requests move to another replica while they wait or decode, and how.
+        tiers: What lies behind the KV blocks of replicas, besides their own hosts and disks.
     """
 
     types: tuple[ReplicaType, ...]
@@ -275,6 +282,7 @@ class ClusterSpec:
     noise_period_steps: int = 8
     transfers: TransferRules = TransferRules()
     migration: MigrationRules = MigrationRules()
+    tiers: TierRules = field(default_factory=TierRules)
 
     @property
     def migrates(self) -> bool:
@@ -285,6 +293,12 @@ class ClusterSpec:
     def moves_kv(self) -> bool:
         """Whether KV can move from one replica to another."""
         return self.disaggregated or self.migrates
+
+    @property
+    def tiered(self) -> bool:
+        """Whether copies of KV blocks are kept anywhere but on GPUs."""
+        own = any(t.host_kv is not None or t.disk_kv is not None for t in self.types)
+        return own or self.tiers.store is not None
 
     @property
     def disaggregated(self) -> bool:
@@ -325,11 +339,41 @@ class ClusterSpec:
                     f"{kind.name} must have the engine vllm and step by itself, as all replicas "
                     "where some only prefill or decode: take engine vllm, or the role mixed for all"
                 )
+        if self.tiered:
+            self._check_tiers()
         for kind in self.types:
             if kind.engine == "sglang" and kind.max_num_batched_tokens < self.block_size:
                 raise ConfigError(
                     f"max_num_batched_tokens of sglang ({kind.max_num_batched_tokens}) must be at "
                     f"least block_size ({self.block_size}): it cuts prompts between blocks"
+                )
+
+    def _check_tiers(self) -> None:
+        if not self.prefix_caching:
+            raise ConfigError(
+                "tiers keep copies of blocks of the prefix cache, which is off: set "
+                "prefix_caching, or leave the tiers out"
+            )
+        if self.disaggregated:
+            raise ConfigError(
+                "tiers behind KV blocks and the roles prefill and decode do not go together yet: "
+                "leave the tiers out, or take the role mixed for all"
+            )
+        if self.migrates:
+            raise ConfigError(
+                "tiers behind KV blocks and requests that migrate do not go together yet: leave "
+                "the tiers or the migration out"
+            )
+        if not self.transfers.kv_token_bytes > 0:
+            raise ConfigError(
+                "kv_token_bytes must be above 0 where there are tiers behind KV blocks, got "
+                f"{self.transfers.kv_token_bytes}"
+            )
+        for kind in self.types:
+            if kind.engine != "vllm" or kind.shared is not None:
+                raise ConfigError(
+                    f"{kind.name} must have the engine vllm and step by itself, as all replicas "
+                    "where there are tiers behind KV blocks: take engine vllm, or leave them out"
                 )
 
 

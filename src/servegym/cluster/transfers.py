@@ -211,7 +211,7 @@ def set_aside(p: Params, s: State, e: int, r: int, now_s: float) -> int:
     leave_waiting(s, e, r, request)
     v.emitted -= q.generated
     hold_matched(p, s, e, r, request, hits)
-    if p.retain_kv_s > 0.0 and is_retained(s, e, r, q.after):
+    if p.retains and is_retained(s, e, r, q.after):
         let_go(p, s, e, r, q.after)
     q.table_len = blocks
     take_ahead(p, s, e, r, q.seq_slot, hits, blocks)

@@ -14,6 +14,7 @@ from servegym.baselines.registry import policy
 from servegym.errors import ConfigError, unknown_name
 from servegym.export.manifest import Manifest, policy_name, read_manifest
 from servegym.export.ordering import SUFFIXES, exported_ordering
+from servegym.export.shipped import shipped_path
 from servegym.export.weights import read_network
 from servegym.policy.frozen import FrozenPolicy, NumpyPolicy
 from servegym.policy.migrating import Migrating
@@ -62,13 +63,20 @@ def load_policy(path: Path, problem: str = "") -> Policy | OrderingPolicy | Work
 
 
 def resolve_policy(text: str) -> Policy:
-    """Return a rule by name (`"speed-family:eta=0.5"`) or an exported policy by its file.
+    """Return a dispatch policy.
+
+    Args:
+        text: A rule by name (`"speed-family:eta=0.5"`), an exported policy by its file, or one that
+            comes with servegym by its name.
 
     Raises:
         ConfigError: If there is no such rule or parameter.
         ExportError: If the file is not a valid policy.
     """
-    return load_policy(Path(text), "dispatch") if text.endswith(SUFFIXES) else policy(text)
+    if text.endswith(SUFFIXES):
+        return load_policy(Path(text), "dispatch")
+    shipped = shipped_path(text)
+    return policy(text) if shipped is None else load_policy(shipped, "dispatch")
 
 
 def resolve_dispatch(text: str) -> Policy | Pair:

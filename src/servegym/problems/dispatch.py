@@ -203,7 +203,8 @@ class Dispatch(RequestProblem[Policy | Pair]):
             return None
         if isinstance(rule, Pair | Placed | Migrating):
             return None
-        if scenario.spec.moves_kv:  # choices cannot be tried there as if nothing moved
+        if scenario.spec.moves_kv or scenario.spec.tiered:
+            # choices cannot be tried there as if nothing moved
             return None
         episode = scenario.episode(seed, load=load, num_requests=num_units)
         return partings_section(find_partings(scenario, learned, rule, episode))
