@@ -85,7 +85,8 @@ class Course:
         *,
         least: int = 200,
     ) -> Course:
-        """Cut a trace into stretches of at least so many requests."""
+        """Cut a trace into stretches of at least so many requests; all have the same limits."""
+        table = replace(table, slo_class=np.zeros(len(table), np.int16))
         lengths = [round(share * len(table)) for share in _SHARES]
         parts = [busiest(table, length) for length in lengths if length >= least]
         return cls(question, types, [*parts, table])
