@@ -16,9 +16,10 @@ from servegym.drawing import save_figure
 from servegym.errors import ConfigError
 from servegym.evaluate.document import write_json
 from servegym.evaluate.harness import Evaluation, evaluate
+from servegym.evaluate.on_ray import evaluate_on_ray
 from servegym.evaluate.saturation import saturation_load
 from servegym.evaluate.table import comparison_table, saturation_table
-from servegym.evaluate.tune import resolve
+from servegym.evaluate.tune import TUNED, resolve
 from servegym.problems.problem import Policy, Scenario, Section
 
 #: Instead of a scenario: Taillard's first 50, as `servegym schedule --benchmark` has them.
@@ -60,6 +61,9 @@ class Evaluate(Played):
     share of the way from the best rule to it that each policy goes."""
     bound_budget: float = 3000.0
     """Simulation that the search may take for an episode, in whole episodes."""
+    ray: bool = False
+    """Spread policies and loads over a Ray cluster: the one that RAY_ADDRESS names, else one that
+    is started on this machine."""
     saturation: bool = False
     """Also find the largest load at which 90 % and 99 % of requests meet their limits (of jobs,
     their deadlines)."""
@@ -78,6 +82,8 @@ class Evaluate(Played):
                 "the search for the bound must have a budget above 0 and finite, got "
                 f"--bound-budget {self.bound_budget:g}"
             )
+        if self.ray:
+            self.refuse(("bound", "saturation"), "is not spread over a cluster by --ray")
         if self.saturation:
             problem.require_saturation(scenario)
         if self.plot and problem.plot is None:
@@ -95,6 +101,7 @@ class Evaluate(Played):
             self.seeds,
             num_units=self.num_requests,
             bound_budget=self.bound_budget if self.bound else 0.0,
+            on_ray=_texts(texts, policies) if self.ray else (),
         )
         if self.saturation:
             for policy in track(policies, "saturation", transient=True):
@@ -117,6 +124,12 @@ class Evaluate(Played):
         ScheduleDag(benchmark="taillard", policies=policies, json=self.json).run()
 
 
+def _texts(asked: Sequence[str], policies: Sequence[Policy]) -> list[str]:
+    """Return the policies' texts, of those that were tuned with the parameters found."""
+    pairs = zip(asked, policies, strict=True)
+    return [policy.name if text.endswith(TUNED) else text for text, policy in pairs]
+
+
 def evaluated(
     scenario: Scenario,
     policies: Sequence[Policy],
@@ -125,10 +138,20 @@ def evaluated(
     *,
     num_units: int | None = None,
     bound_budget: float = 0.0,
+    on_ray: Sequence[str] = (),
 ) -> Evaluation:
-    """Evaluate with a progress bar."""
+    """Evaluate with a progress bar; with `on_ray`, the policies' texts, over a Ray cluster."""
     with Progress(transient=True) as bar:
         task = bar.add_task("evaluate", total=1.0)
+        if on_ray:
+            return evaluate_on_ray(
+                scenario,
+                on_ray,
+                loads=loads,
+                num_seeds=seeds,
+                num_units=num_units,
+                progress=lambda text, share: bar.update(task, description=text, completed=share),
+            )
         return evaluate(
             scenario,
             policies,
