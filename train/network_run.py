@@ -13,16 +13,21 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from servegym.agents.network import DispatchNetwork, Prepared
+from servegym.agents.network import DispatchNetwork
 from servegym.agents.network_config import NetworkConfig
 from servegym.agents.torch_policy import TorchPolicy
 from servegym.baselines.registry import policy
 from servegym.export.from_torch import export_policy
-from servegym.export.sample import sample_observations
-from servegym.scenario import Scenario, load_scenario
+from servegym.export.sample import sample_observations, together
+from servegym.policy.policy import Policy
+from servegym.scenario import Scenario
+from servegym.train.card import NAME as CARD
+from servegym.train.card import card, changed
+from servegym.train.mix import Mix, parts_of
 from servegym.train.run_folder import StoredRun
 from servegym.train.training_run import TrainingRun, copied
-from servegym.train.validation import Validated, Validation
+from servegym.train.validation import Validated
+from servegym.whole_files import write_whole
 
 
 class NetworkSettings(Protocol):
@@ -79,19 +84,19 @@ class NetworkSettings(Protocol):
 N = TypeVar("N", bound=NetworkSettings)
 
 
-class NetworkRun(TrainingRun[N, Scenario, DispatchNetwork]):
+class NetworkRun(TrainingRun[N, Scenario | Mix, DispatchNetwork]):
     """A run that trains a dispatcher's network; `found` is the network.
 
     Attributes:
         network: The present policy.
         optimizer: Of its weights.
+        parts: Scenarios that are trained on, with the ranges of their loads.
     """
 
     problem = "dispatch"
     references = ("added-delay", "prefix-load", "mct")
     #: What manifests call the learner.
     algorithm: ClassVar[str]
-    load_scenario = staticmethod(load_scenario)
 
     def __init__(self, config: N, folder: Path | StoredRun) -> None:
         super().__init__(config, folder)
@@ -102,23 +107,23 @@ class NetworkRun(TrainingRun[N, Scenario, DispatchNetwork]):
         self.optimizer = torch.optim.Adam(
             self.network.parameters(), lr=config.learning_rate, eps=1e-5
         )
+        self.parts = parts_of(self.scenario, config.load)
 
     @classmethod
     @override
-    def stored_scenario(cls, contents: Mapping[str, Any]) -> Scenario:
-        return Scenario.model_validate(contents)
+    def stored_scenario(cls, contents: Mapping[str, Any]) -> Scenario | Mix:
+        return (Mix if "parts" in contents else Scenario).model_validate(contents)
 
     @staticmethod
-    def completed(config: N, scenario: Scenario) -> N:
+    def completed(config: N, scenario: Scenario | Mix) -> N:
         """Give the network an action for all that the scenario allows."""
         num_extra = scenario.actions.hold + scenario.actions.reject
         network = config.network.model_copy(update={"num_extra": num_extra})
         return replace(config, network=network)
 
-    @property
     @abstractmethod
-    def validation(self) -> Validation:
-        """Validation episodes, over the range of loads."""
+    def validate_policy(self, policy: Policy) -> Validated:
+        """Play the validation episodes under any policy."""
 
     @property
     def update(self) -> int:
@@ -153,13 +158,13 @@ class NetworkRun(TrainingRun[N, Scenario, DispatchNetwork]):
 
     def validate(self) -> Validated:
         """Play the validation episodes greedily."""
-        found = self.validation.play(TorchPolicy(self.network.cpu()))
+        found = self.validate_policy(TorchPolicy(self.network.cpu()))
         self.network.to(self.device)
         return found
 
     @override
     def validate_rule(self, name: str) -> Validated:
-        return self.validation.play(policy(name))
+        return self.validate_policy(policy(name))
 
     @override
     def parameters(self) -> dict[str, Tensor]:
@@ -174,14 +179,17 @@ class NetworkRun(TrainingRun[N, Scenario, DispatchNetwork]):
         return self.network
 
     def export(self, folder: Path | None = None) -> Path:
-        """Export with observations from the training scenario to check against."""
+        """Export, with a card, and with observations from training to check against."""
         self.take_best()
         self.network.cpu()
-        samples = sample_observations(self.network, self.scenario, load=self.config.load)
-        return export_policy(
+        samples = [
+            sample_observations(self.network, part.scenario, load=part.load) for part in self.parts
+        ]
+        folder = folder or self.folder.path / "policy"
+        path = export_policy(
             self.network,
-            folder or self.folder.path / "policy",
-            samples,
+            folder,
+            together(samples),
             scenario=self.config.scenario,
             objective=self.scenario.objective,
             training={
@@ -190,16 +198,25 @@ class NetworkRun(TrainingRun[N, Scenario, DispatchNetwork]):
                 "seed": self.config.seed,
                 "base": self.config.network.base,
                 "mean_e2e_s": self.last.get("rollout/mean_e2e_s", 0.0),
+                **self.provenance(),
             },
         )
-
-    def prepared(self, observation: Mapping[str, np.ndarray]) -> Prepared:
-        """Turn what environments show into what the network reads."""
-        return self.network.prepare(
-            torch.from_numpy(observation["replicas"]).to(self.device),
-            torch.from_numpy(observation["request"]).to(self.device),
-            torch.from_numpy(observation["action_mask"]).to(self.device, torch.float32),
+        text = card(
+            name=self.scenario.name,
+            learner=self.algorithm,
+            settings=changed(self.config),
+            parts=self.parts,
+            first_scores=self.first_scores,
+            best_scores=self.best_scores,
+            updates=self.update,
+            minutes=self.spent_s / 60.0,
         )
+        write_whole({folder / CARD: text.encode()})
+        return path
+
+    def provenance(self) -> dict[str, float | int | str]:
+        """Return what else a manifest says of the training; nothing unless overridden."""
+        return {}
 
     def on_device(self, array: np.ndarray) -> Tensor:
         """Bring numbers to where the network is, `float32`."""

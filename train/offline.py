@@ -25,14 +25,16 @@ from typing_extensions import override
 
 from servegym.agents.network import DispatchNetwork, Prepared
 from servegym.errors import ConfigError
-from servegym.scenario import Scenario
+from servegym.policy.policy import Policy
+from servegym.scenario import Scenario, load_scenario
 from servegym.train.dataset import DataSet, Decisions
+from servegym.train.mix import Mix
 from servegym.train.network_run import NetworkRun
 from servegym.train.offline_settings import OfflineTraining
 from servegym.train.returns import chosen
 from servegym.train.run_folder import StoredRun
 from servegym.train.training_run import Stage
-from servegym.train.validation import Validation
+from servegym.train.validation import Validated, Validation
 
 #: Most that iql lets one action count.
 _MAX_WEIGHT = 20.0
@@ -54,6 +56,7 @@ class OfflineTrainer(NetworkRun[OfflineTraining]):
     settings = OfflineTraining
     stages = (Stage("offline", "updates"),)
     algorithm = "offline"
+    load_scenario = staticmethod(load_scenario)
 
     def __init__(self, config: OfflineTraining, folder: Path | StoredRun) -> None:
         super().__init__(config, folder)
@@ -64,7 +67,7 @@ class OfflineTrainer(NetworkRun[OfflineTraining]):
 
     @staticmethod
     @override
-    def completed(config: OfflineTraining, scenario: Scenario) -> OfflineTraining:
+    def completed(config: OfflineTraining, scenario: Scenario | Mix) -> OfflineTraining:
         """Take from the data what follows from them, and refuse those of other decisions."""
         if not config.dataset:
             raise ConfigError("offline learning needs --dataset: make one with servegym record")
@@ -81,14 +84,18 @@ class OfflineTrainer(NetworkRun[OfflineTraining]):
         return config
 
     @cached_property
-    @override
     def validation(self) -> Validation:
+        """Validation episodes, over the range of loads."""
         return Validation(
-            self.scenario,
+            self.parts[0].scenario,
             loads=np.linspace(*self.config.load, 4).tolist(),
             num_episodes=self.config.validation_episodes,
             num_requests=self.config.validation_requests,
         )
+
+    @override
+    def validate_policy(self, policy: Policy) -> Validated:
+        return self.validation.play(policy)
 
     @property
     @override
@@ -119,8 +126,8 @@ class OfflineTrainer(NetworkRun[OfflineTraining]):
     @override
     def warm_up(self) -> None:
         d = self.decisions
-        self._rows = self.prepared(
-            {"replicas": d.replicas, "request": d.request, "action_mask": d.mask}
+        self._rows = self.network.prepare(
+            *(self.on_device(part) for part in (d.replicas, d.request, d.mask))
         )
         self._action = torch.from_numpy(d.action).to(self.device)
         self._reward = self.on_device(d.reward / self.scale)

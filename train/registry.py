@@ -84,6 +84,11 @@ LEARNERS = {
             "servegym.train.ordering_settings:OrderingTraining",
             "servegym.train.ordering:OrderingTrainer",
         ),
+        "ppo": Entry(
+            "order-ppo",
+            "servegym.train.order_ppo_settings:OrderPPOTraining",
+            "servegym.train.order_ppo:OrderPPOTrainer",
+        ),
     },
     "workflow": {
         "search-ppo": Entry(

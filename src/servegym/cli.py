@@ -22,6 +22,7 @@ from servegym.commands.evaluate import Evaluate
 from servegym.commands.export import Export
 from servegym.commands.fit import Fit
 from servegym.commands.leaderboard import Leaderboard
+from servegym.commands.plan import Plan
 from servegym.commands.policies import Policies
 from servegym.commands.record import Record
 from servegym.commands.replay import Replay
@@ -51,6 +52,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "search": Search,
     "record": Record,
     "tune": Tune,
+    "plan": Plan,
     "leaderboard": Leaderboard,
     "export": Export,
     "fit": Fit,

@@ -17,7 +17,11 @@ from servegym.problems.problem import AnyProblem
 from servegym.problems.registry import find_problem, load_problem
 from servegym.train.hyperparameters import made_settings, read_settings
 from servegym.train.job_shop import RandomJobShops
+from servegym.train.mix import is_mix
 from servegym.train.registry import LEARNERS, Entry, find_trainer
+
+#: The learner of mixes of scenarios.
+_MIXES = "counterfactual"
 
 
 def require_torch() -> None:
@@ -44,7 +48,8 @@ class Train(Played):
     """
 
     scenario: str = "mixed-chat"
-    """Bundled scenario name or YAML file, of any problem, or `job-shop`: small random job shops."""
+    """Bundled scenario name or YAML file, of any problem; `generalist` or a file of variants, which
+    one dispatcher is trained on together; or `job-shop`: small random job shops."""
     learner: str | None = None
     """What trains it: of a dispatcher ppo (else taken), counterfactual, which tries every choice of
     a decision on the state as it is, or offline, from a data set alone; or joint (else taken in a
@@ -74,12 +79,17 @@ class Train(Played):
         if not problem.takes_trace:
             why = f"is for scenarios of requests, and {self.scenario} is one of {problem.unit}"
             self.refuse(("trace", *TRACE_OPTIONS), why)
+        mixed = is_mix(self.scenario)
+        if mixed:
+            why = f"is for one scenario, and {self.scenario} is a mix of several"
+            self.refuse(("trace", *TRACE_OPTIONS), why)
         learner = self.learner
         if self.settings_file is not None:
             learner = read_settings(self.settings_file).learner
-        entry = find_trainer(problem.name, learner, posed)
+        entry = find_trainer(problem.name, _learner(self.scenario, learner), posed)
         out = self._folder(f"{prefix}{entry.folder}")
-        scenario = self.chosen_file(out) if problem.takes_trace else self.scenario
+        takes_trace = problem.takes_trace and not mixed
+        scenario = self.chosen_file(out) if takes_trace else self.scenario
         settings = getattr(self, "settings", None) or entry.settings()
         return entry, replace(settings, scenario=scenario), out
 
@@ -111,7 +121,8 @@ def train_command(words: Sequence[str], command: type[T]) -> type[T]:
     found = read_settings(Path(file)) if file else None
     if found and learner not in (None, found.learner):
         raise ConfigError(f"{file} has settings of learner {found.learner}: leave --learner out")
-    settings = find_trainer(problem.name, found.learner if found else learner, posed).settings
+    learner = _learner(scenario, found.learner if found else learner)
+    settings = find_trainer(problem.name, learner, posed).settings
     _refuse_others(words, scenario, problem.name, settings, command)
     usual = made_settings(settings, found, Path(file or "")) if found else settings()
     if base := _given(words, "--base"):
@@ -137,7 +148,25 @@ def _posed(scenario: str) -> tuple[AnyProblem, Any]:
     """Return the problem of what is trained on, and that if it is a scenario."""
     if scenario == RandomJobShops.name:
         return find_problem("workflow"), None
+    if is_mix(scenario):
+        return find_problem("dispatch"), None
     return load_problem(scenario)
+
+
+def _learner(scenario: str, named: str | None) -> str | None:
+    """Return the learner that is named, or the only one that a mix of scenarios has.
+
+    Raises:
+        ConfigError: If another one is named for a mix.
+    """
+    if not is_mix(scenario):
+        return named
+    if named not in (None, _MIXES):
+        raise ConfigError(
+            f"{scenario} is a mix of scenarios, which --learner {_MIXES} trains on, got {named}:"
+            " leave --learner out"
+        )
+    return _MIXES
 
 
 def _given(words: Sequence[str], option: str) -> str | None:
