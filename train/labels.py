@@ -21,13 +21,29 @@ def require_whole_requests(scenario: Scenario, instead: str) -> None:
         instead: An option that does without.
 
     Raises:
-        ConfigError: If some replicas only prefill or decode.
+        ConfigError: If KV moves: some replicas only prefill or decode, requests migrate, or there
+            are tiers behind the GPUs.
     """
-    if scenario.spec.disaggregated:
-        raise ConfigError(
-            "choices are tried as if a replica did all of a request, but some of "
-            f"{scenario.name} only prefill or decode: take {instead}"
-        )
+    spec = scenario.spec
+    for applies, tried, but in (
+        (
+            spec.disaggregated,
+            "a replica did all of a request",
+            f"some of {scenario.name} only prefill or decode",
+        ),
+        (
+            spec.migrates,
+            "requests stayed where they are",
+            f"those of {scenario.name} migrate",
+        ),
+        (
+            spec.tiered,
+            "a replica computed all of a request",
+            f"in {scenario.name} KV is loaded from behind the GPUs",
+        ),
+    ):
+        if applies:
+            raise ConfigError(f"choices are tried as if {tried}, but {but}: take {instead}")
 
 
 def make_teacher(scenario: Scenario, worth: Worth | None = None, *, num_threads: int) -> Teacher:

@@ -8,8 +8,9 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from servegym.cluster.outcome import worth_in_time
+from servegym.cluster.simulator import Simulator
 from servegym.policy.policy import Policy
-from servegym.problems.dispatch import DispatchEpisodes
+from servegym.policy.run import run
 from servegym.scenario import Scenario
 from servegym.typing import FloatArray
 
@@ -83,7 +84,8 @@ class Validation:
         Scores are logarithms of mean E2E latencies in seconds, or minus what counts for goodput,
         per request, under the `goodput` objective.
         """
-        simulator = DispatchEpisodes(self._scenario, self._episodes).run(policy)
+        simulator = Simulator(self._scenario.spec, self._episodes)
+        run(simulator, policy)
         ends = [simulator.outcomes(env) for env in range(len(self._episodes))]
         latencies_s = [x["finish_s"] - x["arrival_s"] for x in ends]
         in_time = self._scenario.objective == "goodput"
