@@ -12,7 +12,7 @@ from rich.progress import Progress, track
 from servegym.commands.console import make_console, print_remarks, require_writable
 from servegym.commands.schedule import ScheduleDag
 from servegym.commands.workload import TRACE_OPTIONS, Played
-from servegym.drawing import save_figure
+from servegym.drawing import PLOT_SUFFIXES, save_figure
 from servegym.errors import ConfigError
 from servegym.evaluate.document import write_json
 from servegym.evaluate.harness import Evaluation, evaluate
@@ -26,8 +26,6 @@ from servegym.problems.problem import Policy, Scenario, Section
 #: Instead of a scenario: Taillard's first 50, as `servegym schedule --benchmark` has them.
 _JOB_SHOPS = "taillard"
 _JOB_SHOP_RULES = ("spt", "lpt", "fifo", "mwkr", "lwkr", "mopnr", "lopnr", "heft")
-#: What matplotlib writes.
-_PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 #: Shares of an episode for which the largest load is searched.
 _SHARES = (0.9, 0.99)
 
@@ -94,8 +92,8 @@ class Evaluate(Played):
             problem.require_saturation(scenario)
         if self.plot and problem.plot is None:
             raise ConfigError(f"problem {problem.name} has no figure for --plot: leave it out")
-        if self.plot and self.plot.suffix not in _PLOT_SUFFIXES:
-            raise ConfigError(f"{self.plot} must end in {', '.join(_PLOT_SUFFIXES)}")
+        if self.plot and self.plot.suffix not in PLOT_SUFFIXES:
+            raise ConfigError(f"{self.plot} must end in {', '.join(PLOT_SUFFIXES)}")
         texts = problem.compared(scenario) if self.policies is None else self.policies
         policies = [
             resolve(problem, scenario, text, self.loads, self.num_requests) for text in texts
