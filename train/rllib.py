@@ -24,12 +24,13 @@ from typing_extensions import override
 
 import servegym
 from servegym.agents.rllib_module import DispatchModule
-from servegym.scenario import Scenario
+from servegym.policy.policy import Policy
+from servegym.scenario import Scenario, load_scenario
 from servegym.train.network_run import NetworkRun
 from servegym.train.rllib_settings import RllibTraining
 from servegym.train.run_folder import StoredRun
 from servegym.train.training_run import Stage
-from servegym.train.validation import Validation
+from servegym.train.validation import Validated, Validation
 
 _ENVIRONMENT = "servegym-dispatch"
 #: A runner may compile kernels first.
@@ -44,6 +45,7 @@ class RllibTrainer(NetworkRun[RllibTraining]):
     settings = RllibTraining
     stages = (Stage("RLlib", "updates"),)
     algorithm = "rllib"
+    load_scenario = staticmethod(load_scenario)
 
     def __init__(self, config: RllibTraining, folder: Path | StoredRun) -> None:
         super().__init__(config, folder)
@@ -52,14 +54,18 @@ class RllibTrainer(NetworkRun[RllibTraining]):
         self._started_ray = False
 
     @cached_property
-    @override
     def validation(self) -> Validation:
+        """Validation episodes, over the range of loads."""
         return Validation(
-            self.scenario,
+            self.parts[0].scenario,
             loads=np.linspace(*self.config.load, 4).tolist(),
             num_episodes=self.config.validation_episodes,
             num_requests=self.config.validation_requests,
         )
+
+    @override
+    def validate_policy(self, policy: Policy) -> Validated:
+        return self.validation.play(policy)
 
     @property
     @override
@@ -77,7 +83,7 @@ class RllibTrainer(NetworkRun[RllibTraining]):
             ray.init(address=c.address or None, log_to_driver=False, **more)
             self._started_ray = True
         register_env(_ENVIRONMENT, make_environments)
-        return algorithm_config(self.config, self.scenario).build_algo()
+        return algorithm_config(self.config, self.parts[0].scenario).build_algo()
 
     @override
     def warm_up(self) -> None:
