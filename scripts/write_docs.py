@@ -12,6 +12,7 @@ from typing import Any
 import gymnasium
 
 from servegym.baselines.placement import PLACEMENTS
+from servegym.baselines.retention.registry import RETENTIONS
 from servegym.baselines.rules import Rules
 from servegym.envs.cluster import ClusterEnv
 from servegym.envs.dispatch import DispatchEnv
@@ -143,8 +144,9 @@ Parameters are given after a colon: `--policies prefix-load:weight=0.01,eta=0.5 
 one file in `baselines/`. `NAME-oracle` is told the truth that others predict: a bound, no rival.
 In a fleet of engines that go by priorities, `DISPATCH+ORDER` names a policy of the first table and
 one of the second ([order](preemption.md#in-a-fleet)). Where some replicas only prefill,
-`DISPATCH+PLACEMENT` names one of the first and one of the last
-([disaggregation](disaggregation.md)).
+`DISPATCH+PLACEMENT` names one of the first and one of those of placement
+([disaggregation](disaggregation.md)). `DISPATCH+RETENTION` names one for the KV of ended turns
+([KV behind the GPU](kv-tiers.md#what-becomes-of-the-kv-of-an-ended-turn)).
 
 Some rules of dispatch go by what a router [infers](observation.md#what-is-inferred): `shrink` is
 how far they go from a predicted length towards the one that is expected, given how long answers
@@ -158,6 +160,9 @@ everywhere. `added-delay-reject` does so if the least TTFT or TPOT is over a sha
 
 ## Placement: where a request decodes that is prefilled elsewhere
 {rules_table(PLACEMENTS)}
+
+## Retention: what becomes of the KV of a turn that another request waits for
+{rules_table(RETENTIONS)}
 
 A learned policy is named by its file: `--policies runs/ppo-mixed-chat/policy/policy.onnx`.
 """

@@ -10,6 +10,7 @@ from servegym.baselines.ordering.registry import ordering_policy
 from servegym.baselines.parts import join_parts, split_parts
 from servegym.baselines.placement import PLACEMENTS, placement
 from servegym.baselines.registry import policy
+from servegym.baselines.retention.registry import RETENTIONS, retention
 from servegym.errors import ConfigError, unknown_name
 from servegym.export.manifest import Manifest, policy_name, read_manifest
 from servegym.export.ordering import SUFFIXES, exported_ordering
@@ -19,6 +20,7 @@ from servegym.policy.ordering import OrderingPolicy
 from servegym.policy.pair import Pair
 from servegym.policy.placed import Placed
 from servegym.policy.policy import Policy
+from servegym.policy.retention import Kept
 from servegym.workflow.online.policy import WorkflowPolicy
 
 #: Where the folder of a learned pair has the router's part, and that of the engines' plug-in.
@@ -74,6 +76,7 @@ def resolve_dispatch(text: str) -> Policy | Pair:
 
     Args:
         text: As `resolve_policy` takes it; or `"DISPATCH+PLACEMENT"`, which makes a `Placed`; or
+            `"DISPATCH+RETENTION"`, which makes a `Kept`; or
             `"DISPATCH+ORDER"`, the second part as `resolve_order` takes it, which makes a `Pair`;
             or a folder with both parts of a learned one.
 
@@ -88,11 +91,16 @@ def resolve_dispatch(text: str) -> Policy | Pair:
         return _placed_or_not(dispatch)
     first = resolve_policy(dispatch)
     name = more[0].partition(":")[0]
-    if not more[0].endswith(SUFFIXES) and name not in (known := [*PLACEMENTS, *ORDERS.names()]):
-        raise ConfigError(unknown_name("order or placement", name, known))
+    if not more[0].endswith(SUFFIXES) and name not in (
+        known := [*PLACEMENTS, *RETENTIONS, *ORDERS.names()]
+    ):
+        raise ConfigError(unknown_name("order, placement or retention", name, known))
     if is_placement(more[0]):
         place = placement(more[0])
         return Placed(first, place, name=join_parts((first.name, place.name)))
+    if is_retention(more[0]):
+        rule = retention(more[0])
+        return Kept(first, rule, name=join_parts((first.name, rule.name)))
     order = resolve_order(more[0])
     return Pair(first, order, name=join_parts((first.name, order.name)))
 
@@ -122,8 +130,13 @@ def is_placement(text: str) -> bool:
     return text.partition(":")[0] in PLACEMENTS.names()
 
 
+def is_retention(text: str) -> bool:
+    """Whether the text of a rule names one for the KV of ended turns."""
+    return text.partition(":")[0] in RETENTIONS.names()
+
+
 def dispatch_parts(text: str) -> tuple[str, ...]:
-    """Split the text of a dispatch policy: one part, or two with an order or a placement.
+    """Split the text of a dispatch policy: one part, or two with whatever else it decides.
 
     Raises:
         ConfigError: If there are more.
@@ -131,8 +144,8 @@ def dispatch_parts(text: str) -> tuple[str, ...]:
     parts = split_parts(text)
     if len(parts) > 2:
         raise ConfigError(
-            "a policy of a fleet must have one part or two, DISPATCH+ORDER or DISPATCH+PLACEMENT, "
-            f"got {text!r}"
+            "a policy of a fleet must have one part or two, DISPATCH+ORDER, DISPATCH+PLACEMENT or "
+            f"DISPATCH+RETENTION, got {text!r}"
         )
     return parts
 

@@ -10,16 +10,24 @@ from typing_extensions import override
 from servegym.baselines.ordering.registry import RULES as ORDERS
 from servegym.baselines.placement import PLACEMENTS
 from servegym.baselines.registry import RULES
+from servegym.baselines.retention.registry import RETENTIONS
 from servegym.baselines.rules import Rules
 from servegym.clairvoyant.dispatch import best_choices, replay
 from servegym.cluster.simulator import Simulator
 from servegym.errors import ConfigError
-from servegym.export.resolve import dispatch_parts, is_placement, resolve_dispatch
+from servegym.export.resolve import (
+    dispatch_parts,
+    is_placement,
+    is_retention,
+    resolve_dispatch,
+)
+from servegym.policy import run_kept as kept
 from servegym.policy import run_placed as placed
 from servegym.policy.ordering import OrderingRule
 from servegym.policy.pair import Pair
 from servegym.policy.placed import Placed
 from servegym.policy.policy import Heuristic, Policy
+from servegym.policy.retention import Kept
 from servegym.policy.run import run, time_decisions
 from servegym.policy.run_pair import make_simulator, run_pair, time_pair
 from servegym.problems.partings import find_partings, partings_section
@@ -44,6 +52,33 @@ _PLACED = (
     "added-delay+least-tpot",
     "class-aware+least-tpot",
 )
+
+#: What is compared where there are tiers behind the GPUs: usual dispatches, and what the best of
+#: them does with other rules for the KV of ended turns.
+_KEPT = (
+    "random",
+    "round-robin",
+    "least-outstanding",
+    "token-least-load",
+    "sglang",
+    "llm-d",
+    "dynamo",
+    "prefix-load",
+    "added-delay",
+    "prefix-load+lru",
+    "prefix-load+ttl",
+    "prefix-load+lognormal",
+    "prefix-load+by-tool",
+    "prefix-load+belady",
+)
+
+
+def _rules_of(part: str) -> Rules[Any]:
+    """Rules that the part behind a dispatch policy is one of."""
+    if is_placement(part):
+        return PLACEMENTS
+    return RETENTIONS if is_retention(part) else ORDERS
+
 
 #: What is compared where engines take orders: good dispatches with a good order, what the order
 #: brings, and what other orders do.
@@ -75,6 +110,10 @@ class DispatchEpisodes(RequestEpisodes[Policy | Pair]):
         if isinstance(policy, Placed):
             simulator = placed.make_simulator(self.scenario.spec, self.episodes, record=record)
             placed.run_placed(simulator, policy, seed=seed)
+            return simulator
+        if isinstance(policy, Kept):
+            simulator = kept.make_simulator(self.scenario.spec, self.episodes, record=record)
+            kept.run_kept(simulator, policy, seed=seed)
             return simulator
         simulator = Simulator(self.scenario.spec, self.episodes, record=record)
         run(simulator, policy, seed=seed)
@@ -111,7 +150,8 @@ class Dispatch(RequestProblem[Policy | Pair]):
 
     Where all engines go by priorities, a policy may have an order for them: `DISPATCH+ORDER`.
     Where some replicas only prefill, a rule may say where their requests decode:
-    `DISPATCH+PLACEMENT`.
+    `DISPATCH+PLACEMENT`. And one may say what becomes of the KV of ended turns:
+    `DISPATCH+RETENTION`.
     """
 
     name = "dispatch"
@@ -143,6 +183,8 @@ class Dispatch(RequestProblem[Policy | Pair]):
     def compared(self, scenario: Scenario) -> tuple[str, ...]:
         if scenario.orders_fleet:
             return _PAIRS
+        if scenario.spec.tiered:
+            return _KEPT
         return _PLACED if scenario.spec.disaggregated else self.default_policies
 
     def owns(self, scenario: AnyScenario) -> bool:
@@ -156,9 +198,7 @@ class Dispatch(RequestProblem[Policy | Pair]):
     def parts(self, text: str) -> list[tuple[Rules[Any], str]]:
         """Of which rules a policy is put together, with the text of each."""
         dispatch, *more = dispatch_parts(text)
-        others: list[tuple[Rules[Any], str]] = [
-            (PLACEMENTS if is_placement(part) else ORDERS, part) for part in more
-        ]
+        others: list[tuple[Rules[Any], str]] = [(_rules_of(part), part) for part in more]
         return [(RULES, dispatch), *others]
 
     def is_learned(self, policy: Policy | Pair) -> bool:
@@ -167,6 +207,8 @@ class Dispatch(RequestProblem[Policy | Pair]):
             return self.is_learned(policy.dispatch) or not isinstance(policy.order, OrderingRule)
         if isinstance(policy, Placed):
             return policy.learned or self.is_learned(policy.dispatch)
+        if isinstance(policy, Kept):
+            return self.is_learned(policy.dispatch)
         return not isinstance(policy, Heuristic)
 
     @override
@@ -180,7 +222,7 @@ class Dispatch(RequestProblem[Policy | Pair]):
         load: float,
         num_units: int | None,
     ) -> Section | None:
-        if isinstance(learned, Pair | Placed) or isinstance(rule, Pair | Placed):
+        if isinstance(learned, Pair | Placed | Kept) or isinstance(rule, Pair | Placed | Kept):
             return None
         if scenario.spec.disaggregated or scenario.spec.tiered:
             # choices cannot be tried there as if nothing moved
