@@ -127,7 +127,7 @@ def test_what_a_pair_may_not_do_is_refused():
         ("fcfs+added-delay", "unknown policy 'fcfs'"),
         (
             "a+b+c",
-            r"one part or two, DISPATCH\+ORDER, DISPATCH\+PLACEMENT or DISPATCH\+RETENTION, got 'a\+b\+c'",
+            "one part or two, DISPATCH.ORDER, DISPATCH.PLACEMENT or DISPATCH.RETENTION, got 'a",
         ),
     ):
         with pytest.raises(ConfigError, match=message):
