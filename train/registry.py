@@ -53,6 +53,11 @@ LEARNERS = {
             "servegym.train.joint_settings:JointTraining",
             "servegym.train.joint:JointTrainer",
         ),
+        "offline": Entry(
+            "offline",
+            "servegym.train.offline_settings:OfflineTraining",
+            "servegym.train.offline:OfflineTrainer",
+        ),
     },
     "order": {
         "search": Entry(

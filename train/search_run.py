@@ -7,7 +7,7 @@ validation episodes.
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 from typing_extensions import override
 
@@ -38,7 +38,10 @@ C = TypeVar("C", bound=SearchSettings)
 class SearchRun(RequestRun[C, Found]):
     """A run that searches weights on whole episodes of requests."""
 
-    stages = (Stage("linear", "generations"), Stage("hidden", "generations"))
+    stages: ClassVar[tuple[Stage, ...]] = (
+        Stage("linear", "generations"),
+        Stage("hidden", "generations"),
+    )
 
     @property
     def generation(self) -> int:

@@ -221,6 +221,11 @@ class TrainingRun(ABC, Generic[C, S, Found]):
         return float((self.first_scores - self.best_scores).mean())
 
     @property
+    def since_best(self) -> float:
+        """Validations in a row that found nothing better."""
+        return self.last.get("validation/since_best", 0.0)
+
+    @property
     def num_updates_made(self) -> int:
         """Updates of all stages."""
         return sum(self.updates)
@@ -310,9 +315,11 @@ class TrainingRun(ABC, Generic[C, S, Found]):
     def keep_the_better(self) -> dict[str, float]:
         """Validate, and keep the present policy if it is the best; return what is logged."""
         found = self._validated()
-        if found.scores.mean() < self.best_scores.mean():
+        better = found.scores.mean() < self.best_scores.mean()
+        if better:
             self.best, self.best_scores = self.parameters(), found.scores
         return {
+            "validation/since_best": 0.0 if better else self.since_best + 1.0,
             "validation/objective": found.objective,
             "validation/p99_s": found.p99_s,
             "validation/gain": float((self.first_scores - found.scores).mean()),

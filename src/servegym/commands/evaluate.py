@@ -17,7 +17,8 @@ from servegym.errors import ConfigError
 from servegym.evaluate.document import write_json
 from servegym.evaluate.harness import Evaluation, evaluate
 from servegym.evaluate.saturation import saturation_load
-from servegym.evaluate.table import comparison_table, saturation_table
+from servegym.evaluate.stability import Stability, play_worlds
+from servegym.evaluate.table import comparison_table, saturation_table, stability_table
 from servegym.evaluate.tune import resolve
 from servegym.problems.problem import Policy, Scenario, Section
 
@@ -60,6 +61,9 @@ class Evaluate(Played):
     share of the way from the best rule to it that each policy goes."""
     bound_budget: float = 3000.0
     """Simulation that the search may take for an episode, in whole episodes."""
+    uncertainty: int = 0
+    """Also play so many worlds in which kernels and engines are off as far as they may be: bands of
+    the metrics, and how stable the ranking is."""
     saturation: bool = False
     """Also find the largest load at which 90 % and 99 % of requests meet their limits (of jobs,
     their deadlines)."""
@@ -102,6 +106,8 @@ class Evaluate(Played):
                     share: saturation_load(scenario, policy, share, num_units=self.num_requests)
                     for share in _SHARES
                 }
+        if self.uncertainty:
+            result.stability = stability(result, policies, self.uncertainty, self.num_requests)
         said = differences(result, policies, self.num_requests) if self.report else []
         publish(result, self.json, self.report, said)
         if self.plot and problem.plot:
@@ -111,7 +117,7 @@ class Evaluate(Played):
     def _run_job_shops(self) -> None:
         """Nothing is drawn there: no loads, no seeds, and the answer is a gap to the best known."""
         others = ("trace", "num_requests", "report", "plot", "saturation", "loads", "seeds")
-        bound = ("bound", "bound_budget")
+        bound = ("bound", "bound_budget", "uncertainty")
         self.refuse((*others, *bound, *TRACE_OPTIONS), "has no meaning for job shops")
         policies = _JOB_SHOP_RULES if self.policies is None else self.policies
         ScheduleDag(benchmark="taillard", policies=policies, json=self.json).run()
@@ -136,6 +142,24 @@ def evaluated(
             num_seeds=seeds,
             num_units=num_units,
             bound_budget=bound_budget,
+            progress=lambda text, share: bar.update(task, description=text, completed=share),
+        )
+
+
+def stability(
+    result: Evaluation, policies: Sequence[Policy], num_worlds: int, num_units: int | None = None
+) -> Stability:
+    """Play a comparison again in other worlds, with a progress bar."""
+    with Progress(transient=True) as bar:
+        task = bar.add_task("worlds", total=1.0)
+        return play_worlds(
+            result.problem,
+            result.scenario,
+            policies,
+            loads=result.loads,
+            seeds=result.seeds,
+            num_worlds=num_worlds,
+            num_units=num_units,
             progress=lambda text, share: bar.update(task, description=text, completed=share),
         )
 
@@ -172,6 +196,10 @@ def publish(
     print_remarks(console, result.notes)
     for load in result.loads:
         console.print(comparison_table(result, load, console.width))
+    if result.stability:
+        for load in result.loads:
+            console.print(stability_table(result, load))
+            print_remarks(console, result.stability.sentences(load))
     if result.saturation:
         console.print(saturation_table(result))
     if json:

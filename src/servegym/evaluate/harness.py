@@ -19,6 +19,7 @@ from servegym.evaluate.compare import (
     with_interval,
 )
 from servegym.evaluate.repeats import plan
+from servegym.evaluate.stability import Stability
 from servegym.problems.objective import Objective
 from servegym.problems.problem import AnyProblem, Episodes, Policy, Scenario
 from servegym.problems.registry import problem_of
@@ -61,6 +62,7 @@ class Evaluation:
         saturation: Largest load by policy and share of an episode within limits, if searched.
         seeds_asked: How many seeds were asked for; those that play an episode again are left out.
         notes: What that left out, and how far the others are repeats, in sentences.
+        stability: The same in worlds in which kernels and engines are off, if that was asked.
         bound_budget: Simulation that `CLAIRVOYANT` took for an episode at most, in whole episodes;
             0 if there is no such row.
     """
@@ -78,6 +80,7 @@ class Evaluation:
     seeds_asked: int = 0
     notes: list[str] = field(default_factory=list)
     bound_budget: float = 0.0
+    stability: Stability | None = None
 
     @property
     def averaged(self) -> str:

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import override
 
 from servegym.cluster.outcome import latencies, worth_in_time
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import Episode
 from servegym.costs.step import StepCost
+from servegym.costs.uncertainty import World
 from servegym.errors import ConfigError
 from servegym.problems.keys import episode_key
 from servegym.problems.objective import Objective
@@ -68,10 +71,19 @@ P = TypeVar("P", bound=Policy)
 class RequestEpisodes(Episodes[P]):
     """Episodes of requests; subclasses say how a policy drives a simulator."""
 
-    def __init__(self, scenario: Scenario, episodes: Sequence[Episode]) -> None:
-        """Keep what is to be played; episodes are of the scenario's fleet."""
+    def __init__(
+        self, scenario: Scenario, episodes: Sequence[Episode], *, ttft_factor: float = 1.0
+    ) -> None:
+        """Keep what is to be played.
+
+        Args:
+            scenario: What is played.
+            episodes: Of its fleet.
+            ttft_factor: On the TTFT that metrics see, for what lies between simulator and clients.
+        """
         self.scenario = scenario
         self.episodes = list(episodes)
+        self.ttft_factor = ttft_factor
 
     @abstractmethod
     def run(self, policy: P, *, seed: int = 0, record: bool = False) -> Simulator:
@@ -86,7 +98,7 @@ class RequestEpisodes(Episodes[P]):
         spec = self.scenario.spec
         metrics = [
             measure(
-                simulator.outcomes(env),
+                self._seen(simulator.outcomes(env)),
                 simulator.steps(env),
                 simulator.itl_histogram(env),
                 spec,
@@ -96,6 +108,14 @@ class RequestEpisodes(Episodes[P]):
         ]
         replicas = tuple(spec.types[t].name for t in self.episodes[0].type_idx)
         return Played(metrics, Trail(simulator.outcomes(0), simulator.steps(0), replicas))
+
+    def _seen(self, outcomes: NDArray[np.void]) -> NDArray[np.void]:
+        """Return outcomes as clients see them; all tokens of a request come later together."""
+        if self.ttft_factor != 1.0:
+            ttft_s = outcomes["first_token_s"] - outcomes["arrival_s"]
+            for column in ("first_token_s", "finish_s"):
+                outcomes[column] += (self.ttft_factor - 1.0) * np.nan_to_num(ttft_s)
+        return outcomes
 
     def _best_played(self, simulators: Sequence[Simulator]) -> Played:
         """Measure, of each episode, the best of several runs by the objective."""
@@ -189,6 +209,20 @@ class RequestProblem(Problem[Scenario, P]):
         """Draw the episodes of seeds at a load."""
         drawn = [scenario.episode(seed, load=load, num_requests=num_units) for seed in seeds]
         return self.episodes_class(scenario, drawn)
+
+    @override
+    def episodes_in(
+        self,
+        world: World,
+        scenario: Scenario,
+        seeds: Sequence[int],
+        *,
+        load: float = 1.0,
+        num_units: int | None = None,
+    ) -> Episodes[P]:
+        drawn = [scenario.episode(seed, load=load, num_requests=num_units) for seed in seeds]
+        factor = world.ttft_factor(scenario.fleet[0].engine)
+        return self.episodes_class(scenario.in_world(world), drawn, ttft_factor=factor)
 
     def key(self, scenario: Scenario, seed: int, load: float, num_units: int | None) -> bytes:
         """Name an episode: those with equal keys are the same."""
