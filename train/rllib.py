@@ -53,20 +53,19 @@ class RllibTrainer(NetworkRun[RllibTraining]):
         self._stored = ""  # name of RLlib's checkpoint to go on from
         self._started_ray = False
 
-    @override
-    def validate_policy(self, policy: Policy) -> Validated:
-        return self.validation.play(policy)
-
     @cached_property
     def validation(self) -> Validation:
         """Validation episodes, over the range of loads."""
-        (part,) = self.parts
         return Validation(
-            part.scenario,
-            loads=np.linspace(*part.load, 4).tolist(),
+            self.parts[0].scenario,
+            loads=np.linspace(*self.config.load, 4).tolist(),
             num_episodes=self.config.validation_episodes,
             num_requests=self.config.validation_requests,
         )
+
+    @override
+    def validate_policy(self, policy: Policy) -> Validated:
+        return self.validation.play(policy)
 
     @property
     @override
@@ -84,8 +83,7 @@ class RllibTrainer(NetworkRun[RllibTraining]):
             ray.init(address=c.address or None, log_to_driver=False, **more)
             self._started_ray = True
         register_env(_ENVIRONMENT, make_environments)
-        (part,) = self.parts
-        return algorithm_config(self.config, part.scenario).build_algo()
+        return algorithm_config(self.config, self.parts[0].scenario).build_algo()
 
     @override
     def warm_up(self) -> None:
