@@ -38,7 +38,7 @@ from servegym.typing import FloatArray
 #: Where the search begins: what is late or slow is bad, a little of either is a little bad.
 _DISPATCH = {"log_ttft": 0.5, "late": 4.0, "log_tpot": 0.5, "slow": 4.0, "delays": 0.5}
 _PLACE = {"late": 2.0, "log_tpot": 0.5, "slow": 4.0, "kv_usage": 1.0}
-_REJECTION, _SPREAD = 7.0, 0.6
+_REJECTION, _SPREAD = 0.3, 0.6
 
 
 class PlacedTrainer(SearchRun[PlacedTraining, PlacedWeights]):
