@@ -52,6 +52,22 @@ _PLACED = (
     "class-aware+least-tpot",
 )
 
+#: Compared where requests migrate: what each kind of move brings.
+_MIGRATING = (
+    "random+stay",
+    "random+freeness",
+    "least-outstanding+stay",
+    "least-outstanding+freeness",
+    "llumnix+stay",
+    "llumnix+queued-only",
+    "llumnix+freeness",
+    "llumnix+freeness-waiting",
+    "added-delay+stay",
+    "added-delay+freeness",
+    "added-delay+freeness-waiting",
+    "class-aware+freeness-waiting",
+)
+
 #: What is compared where engines take orders: good dispatches with a good order, what the order
 #: brings, and what other orders do.
 _PAIRS = (
@@ -156,6 +172,8 @@ class Dispatch(RequestProblem[Policy | Pair]):
     def compared(self, scenario: Scenario) -> tuple[str, ...]:
         if scenario.orders_fleet:
             return _PAIRS
+        if scenario.spec.migrates:
+            return _MIGRATING
         return _PLACED if scenario.spec.disaggregated else self.default_policies
 
     def owns(self, scenario: AnyScenario) -> bool:
