@@ -11,6 +11,7 @@ from typing import Any
 
 import gymnasium
 
+from servegym.baselines.migration.registry import MIGRATIONS
 from servegym.baselines.placement import PLACEMENTS
 from servegym.baselines.rules import Rules
 from servegym.envs.cluster import ClusterEnv
@@ -20,6 +21,7 @@ from servegym.envs.preemption import PreemptionEnv
 from servegym.envs.workflow import WorkflowEnv
 from servegym.evaluate.compare import with_interval
 from servegym.evaluate.suite import load_record, load_suite, reference
+from servegym.export.shipped import shipped_names, shipped_text
 from servegym.policy.contract import (
     FIRST_ROLE,
     NUM_EXTENDED_FEATURES,
@@ -129,6 +131,13 @@ def rules_table(rules: Rules[Any]) -> str:
     return "\n".join(rows)
 
 
+def shipped_table() -> str:
+    """List the learned policies that come with servegym."""
+    rows = ["| policy | what it is |", "|---|---|"]
+    rows += [f"| `{name}` | {shipped_text(name)} |" for name in shipped_names()]
+    return "\n".join(rows)
+
+
 def policies_page() -> str:
     """List the rules of all problems."""
     sections = "\n\n".join(
@@ -143,8 +152,9 @@ Parameters are given after a colon: `--policies prefix-load:weight=0.01,eta=0.5 
 one file in `baselines/`. `NAME-oracle` is told the truth that others predict: a bound, no rival.
 In a fleet of engines that go by priorities, `DISPATCH+ORDER` names a policy of the first table and
 one of the second ([order](preemption.md#in-a-fleet)). Where some replicas only prefill,
-`DISPATCH+PLACEMENT` names one of the first and one of the last
-([disaggregation](disaggregation.md)).
+`DISPATCH+PLACEMENT` names one of the first and one of the placement rules
+([disaggregation](disaggregation.md)). Where requests migrate, `DISPATCH+MIGRATION` names one of the
+first and one of the last ([migration](migration.md)).
 
 Some rules of dispatch go by what a router [infers](observation.md#what-is-inferred): `shrink` is
 how far they go from a predicted length towards the one that is expected, given how long answers
@@ -156,8 +166,17 @@ everywhere. `added-delay-reject` does so if the least TTFT or TPOT is over a sha
 
 {sections}
 
+## Learned: dispatchers that come with servegym
+Named as rules are: `--policies generalist`. Files, manifests and cards are in `assets/policies`;
+what they reach is in [results](results.md#one-policy-for-many-scenarios).
+
+{shipped_table()}
+
 ## Placement: where a request decodes that is prefilled elsewhere
 {rules_table(PLACEMENTS)}
+
+## Migration: which request moves to another replica
+{rules_table(MIGRATIONS)}
 
 A learned policy is named by its file: `--policies runs/ppo-mixed-chat/policy/policy.onnx`.
 """

@@ -120,9 +120,12 @@ def test_an_oracle_tells_both_the_truth():
 
 def test_what_a_pair_may_not_do_is_refused():
     for wrong, message in (
-        ("added-delay+round-robin", "unknown order or placement 'round-robin': .*least-tpot.*srpt"),
+        (
+            "added-delay+round-robin",
+            "unknown order, placement or migration 'round-robin': .*least-tpot.*srpt",
+        ),
         ("fcfs+added-delay", "unknown policy 'fcfs'"),
-        ("a+b+c", r"one part or two, DISPATCH\+ORDER or DISPATCH\+PLACEMENT, got 'a\+b\+c'"),
+        ("a+b+c", r"one part or two, DISPATCH\+ORDER, .* or DISPATCH\+MIGRATION, got 'a\+b\+c'"),
     ):
         with pytest.raises(ConfigError, match=message):
             resolve_dispatch(wrong)

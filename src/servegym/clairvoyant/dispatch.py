@@ -14,8 +14,14 @@ from servegym.clairvoyant.copies import words_of
 from servegym.clairvoyant.fleet import UNKNOWN, play_assigned, sweep_fleet
 from servegym.clairvoyant.goal import NUM_FATES, Goal, is_better, judged, loss, make_goal
 from servegym.clairvoyant.replicas import REJECT, Effort, Fleet, new_tried, play_all, sweep
-from servegym.cluster.allocate import Capacity, load_episode, make_params, make_state
-from servegym.cluster.entry import DISAGGREGATION, addresses
+from servegym.cluster.allocate import (
+    Capacity,
+    load_episode,
+    make_params,
+    make_state,
+    wanted_entries,
+)
+from servegym.cluster.entry import addresses
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import ClusterSpec, Episode, Faults
 from servegym.cluster.state import (
@@ -98,7 +104,8 @@ def plays_alone(spec: ClusterSpec, episode: Episode) -> bool:
         (episode.table.after == BY_ITSELF).all()
         and not (episode.faults.kind == FAULT_DOWN).any()
         and not any(spec.types[t].num_ranks for t in episode.type_idx)
-        and not spec.disaggregated
+        and not spec.moves_kv
+        and not spec.tiered
     )
 
 
@@ -189,7 +196,7 @@ def best_choices(
 
 
 def _with_entries(spec: ClusterSpec, params: Params, state: State) -> Params:
-    wanted = DISAGGREGATION if spec.disaggregated else frozenset()
+    wanted = wanted_entries(spec, params.asks)
     params.entries[:] = addresses(typeof(params), typeof(state), wanted)
     return params
 

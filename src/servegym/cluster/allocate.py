@@ -7,11 +7,25 @@ from typing import NamedTuple
 
 import numpy as np
 
-from servegym.cluster.entry import NUM_ENTRIES
+from servegym.cluster.entry import (
+    DISAGGREGATION,
+    MIGRATION,
+    NUM_ENTRIES,
+    SETTLE_TURN,
+    TIERS,
+)
 from servegym.cluster.kernels import reset_env
 from servegym.cluster.nominal import nominal_facts
 from servegym.cluster.outcome import EVENT_DTYPE, STEP_DTYPE
-from servegym.cluster.spec import ROLES, ClusterSpec, Episode, ReplicaType, first_ranks
+from servegym.cluster.spec import (
+    MIGRATION_RULES,
+    ROLES,
+    VICTIMS,
+    ClusterSpec,
+    Episode,
+    ReplicaType,
+    first_ranks,
+)
 from servegym.cluster.state import (
     BLOCK_DTYPE,
     DISPATCH_ONLY,
@@ -22,20 +36,27 @@ from servegym.cluster.state import (
     FORMING_DTYPE,
     LENGTH_DTYPE,
     LINK_DTYPE,
+    LOAD_DTYPE,
+    MOVE_DTYPE,
+    NEVER,
     NUM_ITL_BINS,
     NUM_LENGTH_SUMS,
     NUM_OBSERVED_ROWS,
     NUM_SCRAPED,
     NUM_SHARED,
+    NUM_TIERS,
     ORDER_DTYPE,
     PREFIX_CACHE_DTYPE,
     REPLICA_DTYPE,
     REQUEST_DTYPE,
     SEGMENT_DTYPE,
     STREAM_DTYPE,
+    TIER_BLOCK_DTYPE,
+    TIER_DTYPE,
     TIMER_DTYPE,
     TRANSFER_DTYPE,
     Asks,
+    Migration,
     Params,
     State,
 )
@@ -107,6 +128,11 @@ def make_params(spec: ClusterSpec, *, record: bool, asks: Asks = DISPATCH_ONLY) 
     def column(name: str) -> np.ndarray:
         return np.array([getattr(t, name) for t in spec.types], np.int64)
 
+    tiers = [(t.host_kv, t.disk_kv, spec.tiers.store) for t in spec.types]
+
+    def of_tiers(name: str) -> FloatArray:
+        return np.array([[getattr(x, name) if x else 1.0 for x in y] for y in tiers], np.float64)
+
     return Params(
         cpu_s=stack("cpu_s"),
         dense_tokens=stack("dense_tokens"),
@@ -141,6 +167,15 @@ def make_params(spec: ClusterSpec, *, record: bool, asks: Asks = DISPATCH_ONLY) 
         allow_reject=bool(spec.allow_reject),
         hold_s=float(spec.hold_s),
         retain_kv_s=float(spec.retain_kv_s),
+        retains=spec.retain_kv_s > 0 or asks.retain != NEVER,
+        tiered=spec.tiered,
+        tier_num_blocks=np.array([[x.num_blocks if x else 0 for x in y] for y in tiers], np.int64),
+        tier_read_bytes_per_s=of_tiers("read_bytes_per_s"),
+        tier_write_bytes_per_s=of_tiers("write_bytes_per_s"),
+        tier_latency_s=of_tiers("latency_s"),
+        store_bytes_per_s=float(spec.tiers.store_bytes_per_s),
+        interference=float(spec.tiers.interference),
+        loads_if_faster=spec.tiers.load == "faster",
         disaggregated=spec.disaggregated,
         destination_first=spec.transfers.reservation == "destination",
         kv_block_bytes=float(spec.transfers.kv_token_bytes * spec.block_size),
@@ -151,9 +186,44 @@ def make_params(spec: ClusterSpec, *, record: bool, asks: Asks = DISPATCH_ONLY) 
         metrics_interval_s=float(spec.metrics_interval_s),
         noise_sigma=float(spec.noise_sigma),
         noise_period_steps=int(spec.noise_period_steps),
+        migration=_migration(spec),
         asks=Asks(*map(int, asks)),
         record=bool(record),
         entries=np.zeros(NUM_ENTRIES, np.int64),
+    )
+
+
+def wanted_entries(spec: ClusterSpec, asks: Asks) -> frozenset[int]:
+    """Return which entry points of `entry.ON_DEMAND` a cluster calls."""
+    wanted: frozenset[int] = frozenset()
+    if spec.disaggregated:
+        wanted |= DISAGGREGATION
+    if spec.migrates:
+        wanted |= MIGRATION
+    if spec.tiered:
+        wanted |= TIERS
+    if asks.retain != NEVER:
+        wanted |= {SETTLE_TURN}
+    return wanted
+
+
+def _slots(blocks: int) -> int:
+    """Places of a hash map that is at most half full."""
+    return 1 << max(0, 2 * blocks - 1).bit_length()
+
+
+def _migration(spec: ClusterSpec) -> Migration:
+    rules = spec.migration
+    return Migration(
+        on=spec.migrates,
+        interval_s=float(rules.interval_s),
+        rule=MIGRATION_RULES.index(rules.rule),
+        victim=VICTIMS.index(rules.victim),
+        source_below=float(rules.source_below),
+        target_above=float(rules.target_above),
+        queue_gap=int(rules.queue_gap),
+        last_stage_blocks=int(rules.last_stage_blocks),
+        max_stages=int(rules.max_stages),
     )
 
 
@@ -168,9 +238,14 @@ def make_state(spec: ClusterSpec, capacity: Capacity) -> State:
     blocks, slots, width, rows = 1, 1, 1, 1
     if spec.prefix_caching:
         blocks = max(t.num_blocks for t in spec.types)
-        slots = 1 << (2 * blocks - 1).bit_length()
+        slots = _slots(blocks)
         width = -(-capacity.longest_tokens // spec.block_size)
-        rows = seqs + (spec.transfers.max_num_held if spec.disaggregated else 0)
+        rows = seqs + (spec.transfers.max_num_held if spec.moves_kv else 0)
+        rows += seqs if spec.tiered else 0  # for as many whose KV is loaded
+    own, store = 0, 0
+    if spec.tiered:
+        own = max([x.num_blocks for t in spec.types for x in (t.host_kv, t.disk_kv) if x] or [0])
+        store = spec.tiers.store.num_blocks if spec.tiers.store else 0
     return State(
         request=np.zeros((e, n), REQUEST_DTYPE),
         replica=np.zeros((e, r), REPLICA_DTYPE),
@@ -186,14 +261,21 @@ def make_state(spec: ClusterSpec, capacity: Capacity) -> State:
         free_slots=np.zeros((e, r, rows), np.int32),
         scraped=np.zeros((e, NUM_SCRAPED, r)),
         observation=np.zeros((e, NUM_OBSERVED_ROWS, r)),
-        transfer=np.zeros((e, n if spec.disaggregated else 1), TRANSFER_DTYPE),
+        transfer=np.zeros((e, n if spec.moves_kv else 1), TRANSFER_DTYPE),
         link=np.zeros((e, r), LINK_DTYPE),
+        move=np.zeros((e, r if spec.migrates else 1), MOVE_DTYPE),
+        load=np.zeros((e, n if spec.tiered else 1), LOAD_DTYPE),
+        tier=np.zeros((e, r, NUM_TIERS), TIER_DTYPE),
+        tier_block=np.zeros((e, r, 2, own + 1), TIER_BLOCK_DTYPE),
+        tier_cache=np.zeros((e, r, 2, _slots(own)), PREFIX_CACHE_DTYPE),
+        store_block=np.zeros((e, store + 1), TIER_BLOCK_DTYPE),
+        store_cache=np.zeros((e, _slots(store)), PREFIX_CACHE_DTYPE),
         length_sums=np.zeros((e, NUM_LENGTH_SUMS)),
         stream=np.zeros((e, r), STREAM_DTYPE),
         length=np.zeros((e, n), LENGTH_DTYPE),
         order=np.zeros((e, n), ORDER_DTYPE),
         forming=np.zeros((e, r), FORMING_DTYPE),
-        timer=np.zeros((e, n + 2), TIMER_DTYPE),
+        timer=np.zeros((e, n + 2 + (r + 1 if spec.migrates else 0)), TIMER_DTYPE),
         allowed=np.zeros((e, r + 2), np.bool_),
         fault=np.zeros((e, capacity.faults), FAULT_DTYPE),
         itl_count=np.zeros((e, NUM_ITL_BINS), np.int64),

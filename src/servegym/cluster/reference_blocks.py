@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -14,13 +15,16 @@ class Retained:
     blocks: list[int]
     until_s: float  # infinite once the next turn waits
     order: int
+    decided: bool = True
 
 
 class BlockPool:
     """KV blocks of a replica: holders, identities, and a free list by last use."""
 
-    def __init__(self, num_blocks: int, caching: bool) -> None:
-        self.caching = caching
+    def __init__(
+        self, num_blocks: int, caching: bool, give_way: Callable[[int], None] | None = None
+    ) -> None:
+        self.caching, self.give_way = caching, give_way
         self.free = list(range(num_blocks))
         self.holders = dict.fromkeys(range(num_blocks), 0)
         self.identity: dict[int, int] = {}
@@ -41,7 +45,10 @@ class BlockPool:
     def take(self) -> int:
         """Take the least recently used free block; kept ones only when there is no other."""
         while not self.free:
-            self.let_go(min(self.retained, key=lambda one: (one.until_s, one.order)))
+            one = min(self.retained, key=lambda one: (one.until_s, one.order))
+            if self.give_way is not None and not one.decided:
+                self.give_way(one.turn)
+            self.let_go(one)
         block = self.free.pop(0)
         if block in self.identity:
             self.where[self.identity.pop(block)].remove(block)
@@ -70,11 +77,28 @@ class BlockPool:
                 (self.free if block in self.identity else nameless).append(block)
         self.free[:0] = nameless
 
-    def retain(self, turn: int, blocks: list[int], until_s: float) -> None:
+    def retain(self, turn: int, blocks: list[int], until_s: float, *, decided: bool = True) -> None:
         """Keep blocks of a turn that has ended."""
         self.free = [block for block in self.free if block not in blocks]
         self._num_ordered += 1
-        self.retained.append(Retained(turn, blocks, until_s, self._num_ordered))
+        self.retained.append(Retained(turn, blocks, until_s, self._num_ordered, decided))
+
+    def undecided(self, turn: int) -> Retained | None:
+        """A turn of which nobody has decided yet what becomes of it, if it is here."""
+        return next((o for o in self.retained if o.turn == turn and not o.decided), None)
+
+    def keep_until(self, one: Retained, until_s: float) -> None:
+        """It is decided that a turn keeps its blocks until a time."""
+        self._num_ordered += 1
+        one.until_s, one.order, one.decided = until_s, self._num_ordered, True
+
+    def drop(self, one: Retained) -> None:
+        """Give back what a turn keeps; it is taken next, the last block first."""
+        self.let_go(one)
+        for block in one.blocks:
+            if block in self.free:
+                self.free.remove(block)
+                self.free.insert(0, block)
 
     def expect(self, turn: int) -> None:
         """The turn after this one waits here: its time does not run any more."""

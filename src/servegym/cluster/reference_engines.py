@@ -16,10 +16,10 @@ from servegym.cluster.phased import (
     RATIO_DECAY,
     RETRACT_DECODE_STEPS,
 )
-from servegym.cluster.priority import STEP_WEIGHT
 from servegym.cluster.reference_blocks import BlockPool
 from servegym.cluster.rng import block_identity, private_key, step_noise_z
 from servegym.cluster.spec import WATERMARK_BLOCKS
+from servegym.cluster.stretches import STEP_WEIGHT
 from servegym.engines import EngineName
 from servegym.workloads.table import BY_ITSELF
 
@@ -71,7 +71,15 @@ class Engine:
         self.steps = 0
         self.due_s = math.inf
         self.stepping = False
-        self.pool = BlockPool(self.type.num_blocks, sim.spec.prefix_caching)
+        self.pool = self.empty_pool()
+
+    def empty_pool(self) -> BlockPool:
+        """Make the blocks of a replica of which nobody holds any."""
+        return BlockPool(self.type.num_blocks, self.sim.spec.prefix_caching, self.give_way)
+
+    def give_way(self, turn: int) -> None:
+        """A turn lets go before it was decided what becomes of its KV."""
+        self.sim.tiers.keep(self, self.sim.requests[turn])
 
     def identity(self, q: Request, j: int) -> int:
         """Name the content of block `j` of a request."""
@@ -96,20 +104,41 @@ class Engine:
         self.pool.release(q.blocks)
         q.blocks, q.named = [], 0
 
-    def retain(self, q: Request) -> None:
-        """Keep what a turn that has ended has in the cache, if another request waits for it."""
-        if self.sim.spec.retain_kv_s > 0 and self.sim.followers(q):
-            blocks = self.hits(q, q.computed // self.sim.spec.block_size)
+    def end_turn(self, q: Request) -> None:
+        """Decide what becomes of the KV of a request that has ended, or let it be decided."""
+        goes_on = bool(self.sim.followers(q))
+        blocks = self.hits(q, q.computed // self.sim.spec.block_size)
+        if self.sim.retain is not None and (goes_on or self.sim.retain_all):
             if blocks:
-                self.pool.retain(q.idx, blocks, self.sim.expiry_s(q))
+                self.sim.set_timer(self.sim.now_s, st.RETAINING, q.idx)
+                self.pool.retain(q.idx, blocks, self.sim.now_s, decided=False)
+            return
+        self.sim.tiers.keep(self, q)
+        if self.sim.spec.retain_kv_s > 0 and goes_on and blocks:
+            self.pool.retain(q.idx, blocks, self.sim.expiry_s(q, self.sim.spec.retain_kv_s))
+
+    def settle_turn(self, q: Request, answer: int, keep_s: float) -> None:
+        """Do with the KV of a turn what was decided."""
+        one = self.pool.undecided(q.idx)
+        assert one is not None
+        if answer in (st.OFFLOAD, st.KEEP):
+            self.sim.tiers.keep(self, q)
+        if answer == st.KEEP:
+            self.pool.keep_until(one, self.sim.expiry_s(q, keep_s))
+        elif answer == st.DROP:
+            self.pool.drop(one)
+        else:
+            self.pool.let_go(one)
 
     def preempt(self, q: Request, *, to_front: bool = True) -> None:
         """Preempt by recompute; the request waits at the front or the end of the queue."""
         self.running.remove(q)
         self.release(q)
+        self.sim.tiers.keep(self, q)
         q.computed, q.scheduled = 0, 0
         self.waiting.insert(0 if to_front else len(self.waiting), q)
         self.sim.log(st.EV_PREEMPT, q.idx, self.r)
+        self.sim.migrations.note_preempted(self, q)
 
     def form(self) -> tuple[list[tuple[int, int]], list[Request]]:
         """Give requests their tokens of the next step.
@@ -122,6 +151,7 @@ class Engine:
     def begin_step(self) -> None:
         """Form a step at the current time and set when it ends."""
         sim = self.sim
+        sim.migrations.leave(self)
         chunks, decodes = self.form()
         if not chunks and not decodes:
             self.due_s, self.stepping = math.inf, False
@@ -133,6 +163,7 @@ class Engine:
             window = self.steps // sim.spec.noise_period_steps
             z = step_noise_z(np.uint64(sim.episode.noise_seed), self.r, window)
             factor *= math.exp(sigma * z - 0.5 * sigma * sigma)
+        factor *= sim.tiers.factor(self)
         self.stepping = True
         self.due_s = sim.now_s + self.type.grid.step_s(chunks, len(decodes), kv) * factor
 
@@ -155,16 +186,27 @@ class Engine:
         found = self.hits(q, (q.total - 1) // self.sim.spec.block_size)
         return found, sum(self.pool.holders[b] == 0 for b in found)
 
-    def admit_landed(self, q: Request) -> tuple[int, int]:
-        """Move a request whose KV has landed to the running list; its last token is computed."""
+    def arrived(self, q: Request) -> tuple[int, int]:
+        """Blocks a request had here before its KV landed, and the tokens that it has now."""
+        if self.sim.spec.tiered:
+            hits, blocks = self.sim.tiers.there(q)
+            return hits, blocks * self.sim.spec.block_size
+        return self.sim.transfers.ways[q.idx].hits, q.total - 1
+
+    def admit_landed(self, q: Request, tokens: int) -> tuple[int, int]:
+        """Move a request whose KV has landed to the running list, with its first chunk."""
+        hits, computed = self.arrived(q)
         self.landed.remove(q)
         self.remote.remove(q)
         self.running.append(q)
-        q.prefilling, q.target, q.computed = True, q.total, q.total - 1
-        q.named = q.computed // self.sim.spec.block_size
-        for j in range(self.sim.transfers.ways[q.idx].hits, q.named):
+        q.prefilling, q.target, q.computed = True, q.total, computed
+        q.named = computed // self.sim.spec.block_size
+        for j in range(hits, q.named):
             self.pool.name(q.blocks[j], self.identity(q, j))
-        return self.give(q, 1)
+        if not q.admitted_once:
+            q.admitted_once = True
+            self.sim.log(st.EV_ADMIT, q.idx, self.r, computed)
+        return self.give(q, tokens)
 
     def admit(self, hit: list[int], tokens: int) -> tuple[int, int]:
         """Move the head of the queue to the running list, with its first chunk; return that."""
@@ -183,7 +225,7 @@ class Engine:
 
     def give(self, q: Request, tokens: int) -> tuple[int, int]:
         """Schedule tokens of a running request, with their blocks; return (tokens, context)."""
-        need = self.blocks(q.computed + tokens) - len(q.blocks)
+        need = self.blocks(q.computed + tokens) - len(q.blocks)  # fewer than 0 after a load
         q.blocks += [self.pool.take() for _ in range(need)]
         q.scheduled = tokens
         if q.prefilling:
@@ -217,7 +259,7 @@ class Engine:
                 ended += 1
                 self.running.remove(q)
                 self.release(q)
-                self.retain(q)
+                self.end_turn(q)
                 self.sim.end(q, st.EV_FINISH, self.r)
         self.stepped(bool(decoding), ended)
 
@@ -257,7 +299,7 @@ class Engine:
             q.computed, q.scheduled, q.blocks, q.named = 0, 0, [], 0
             self.sim.log(st.EV_RETURN, q.idx, self.r)
         self.running, self.waiting = [], []
-        self.pool = BlockPool(self.type.num_blocks, self.sim.spec.prefix_caching)
+        self.pool = self.empty_pool()
         self.up, self.due_s, self.stepping = False, math.inf, False
         return returned
 
@@ -302,15 +344,21 @@ class Vllm(Engine):
                     chunks.append(chunk)
                 else:
                     decodes.append(q)
+            waits = False
             for q in [] if preempted else [q for q in self.remote if q in self.landed]:
                 if budget > 0 and len(self.running) < self.type.max_num_seqs:
-                    chunks.append(self.admit_landed(q))
-                    budget -= 1
-            while not preempted and self.waiting and budget > 0:
+                    rest = q.total - self.arrived(q)[1]
+                    tokens = min(rest, budget)
+                    if tokens < rest and not self.may_chunk():
+                        waits = True
+                        break
+                    chunks.append(self.admit_landed(q, tokens))
+                    budget -= tokens
+            while not preempted and not waits and self.waiting and budget > 0:
                 q = self.first_waiting()
                 if len(self.running) >= self.type.max_num_seqs:
                     break
-                if self.sim.transfers.are_enough(self):
+                if self.sim.transfers.are_enough(self) or self.sim.tiers.are_enough(self):
                     break
                 if self.sim.transfers.awaits(q):
                     if not self.sim.transfers.set_aside(self, q):
@@ -323,6 +371,8 @@ class Vllm(Engine):
                     break
                 if not self.has_room(q, hit, unheld):
                     break
+                if self.sim.tiers.load(self, q):
+                    continue
                 self.waiting.remove(q)
                 self.waiting.insert(0, q)
                 chunks.append(self.admit(hit, tokens))

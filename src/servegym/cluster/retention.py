@@ -14,13 +14,24 @@ from servegym.cluster.entry import LET_GO, entry
 from servegym.cluster.jit import helper, inlined
 from servegym.cluster.pool import find_block, set_free, unlink
 from servegym.cluster.rng import block_identity, private_key
-from servegym.cluster.state import EXPIRY, Params, State
+from servegym.cluster.state import EXPIRY, RETAINING, Params, State
+from servegym.cluster.tiers import store_text
 from servegym.cluster.timers import remove_timer, set_turn
 
 
 @helper
-def retain(p: Params, s: State, e: int, r: int, request: int, now_s: float) -> None:
-    """Keep what a turn that has just released its blocks has in the cache, for the next one."""
+def retain(p: Params, s: State, e: int, r: int, request: int, until_s: float, kind: int) -> None:
+    """Keep what a turn that has just released its blocks has in the cache, for the next one.
+
+    Args:
+        p: Constants.
+        s: State.
+        e: Environment.
+        r: Replica.
+        request: The turn.
+        until_s: Until when, unless its next turn waits by then.
+        kind: Of the timer that goes off then: `EXPIRY`, or `RETAINING` if it is to be decided.
+    """
     q = s.request[e, request]
     v = s.replica[e, r]
     kept = q.computed // p.block_size
@@ -40,9 +51,27 @@ def retain(p: Params, s: State, e: int, r: int, request: int, now_s: float) -> N
             unlink(blocks, block)
             v.kept_blocks += 1
         blocks[block].keepers += 1
-    _stand_behind_expiring(s, e, r, request)
-    v.last_expiring = request
-    set_turn(s, e, now_s + p.retain_kv_s, EXPIRY, request)
+    _expire_at(s, e, r, request, until_s, kind)
+
+
+@inlined
+def _expire_at(s: State, e: int, r: int, request: int, until_s: float, kind: int) -> None:
+    """Let the time of a turn run, which is in no list."""
+    v = s.replica[e, r]
+    before = v.last_expiring
+    while before >= 0 and s.timer[e, s.request[e, before].timer_pos].time_s > until_s:
+        before = s.request[e, before].prev_request
+    _link_behind(s, e, r, request, before)
+    if before == v.last_expiring:
+        v.last_expiring = request
+    set_turn(s, e, until_s, kind, request)
+
+
+@inlined
+def keep_until(s: State, e: int, r: int, request: int, until_s: float) -> None:
+    """Let a retained turn whose timer has gone off keep its blocks until a time."""
+    _leave(s, e, r, request)
+    _expire_at(s, e, r, request, until_s, EXPIRY)
 
 
 @entry(LET_GO, types.void, types.int64, types.int64, types.int64)
@@ -88,7 +117,11 @@ def make_room(p: Params, s: State, e: int, r: int, count: int) -> None:
 def _give_way(p: Params, s: State, e: int, r: int, count: int) -> None:
     v = s.replica[e, r]
     while v.free_blocks - v.kept_blocks < count:
-        let_go(p, s, e, r, v.first_retained)
+        turn = v.first_retained
+        place = s.request[e, turn].timer_pos
+        if p.tiered and place >= 0 and s.timer[e, place].kind == RETAINING:
+            store_text(p, s, e, r, turn, s.env[e].now_s)
+        let_go(p, s, e, r, turn)
 
 
 @helper
@@ -98,7 +131,7 @@ def expect(p: Params, s: State, e: int, r: int, request: int) -> None:
     if is_retained(s, e, r, turn) and s.request[e, turn].timer_pos >= 0:
         remove_timer(s, e, s.request[e, turn].timer_pos)
         _leave(s, e, r, turn)
-        _stand_behind_expiring(s, e, r, turn)
+        _link_behind(s, e, r, turn, s.replica[e, r].last_expiring)
 
 
 @inlined
@@ -110,11 +143,10 @@ def is_retained(s: State, e: int, r: int, request: int) -> bool:
 
 
 @inlined
-def _stand_behind_expiring(s: State, e: int, r: int, request: int) -> None:
-    """Link a retained turn in, behind all whose time runs and before all others."""
+def _link_behind(s: State, e: int, r: int, request: int, before: int) -> None:
+    """Link a retained turn in behind another one, -1: before all."""
     v = s.replica[e, r]
     q = s.request[e, request]
-    before = v.last_expiring
     after = s.request[e, before].next_request if before >= 0 else v.first_retained
     q.prev_request = before
     q.next_request = after

@@ -17,7 +17,14 @@ from servegym.cluster.state import (
     Params,
     State,
 )
-from servegym.cluster.steptime import decode_span_s, dense_s, mixed_s, step_factor
+from servegym.cluster.steptime import (
+    decode_span_s,
+    decode_steps_past,
+    dense_s,
+    mixed_s,
+    step_factor,
+)
+from servegym.cluster.tiers import store_text
 
 
 @inlined
@@ -67,7 +74,7 @@ def admit_head(
         v.wait_tail = -1
     v.num_waiting -= 1
     hold_matched(p, s, e, r, request, hits)
-    if p.retain_kv_s > 0.0 and is_retained(s, e, r, q.after):
+    if p.retains and is_retained(s, e, r, q.after):
         let_go(p, s, e, r, q.after)
     link_running(s, e, r, request)
     q.computed = computed
@@ -140,8 +147,12 @@ def unlink_running(s: State, e: int, r: int, request: int) -> None:
 
 
 @inlined
-def leave_running(p: Params, s: State, e: int, r: int, request: int) -> None:
-    """Take a request off the running list, with its blocks; its token counts become current."""
+def stop_decoding(p: Params, s: State, e: int, r: int, request: int) -> int:
+    """Before a request leaves the running list: its token counts become current.
+
+    Returns:
+        Its tokens in the KV cache when it began to decode, -1 if it is still prefilling.
+    """
     v = s.replica[e, r]
     q = s.request[e, request]
     joined = -1
@@ -158,7 +169,14 @@ def leave_running(p: Params, s: State, e: int, r: int, request: int) -> None:
             remove_end(s, e, r, request)
     elif v.first_prefill == request:
         v.first_prefill = q.next_request
-    release(p, s, e, r, request, q.computed, joined)
+    return joined
+
+
+@inlined
+def leave_running(p: Params, s: State, e: int, r: int, request: int) -> None:
+    """Take a request off the running list, with its blocks; its token counts become current."""
+    joined = stop_decoding(p, s, e, r, request)
+    release(p, s, e, r, request, s.request[e, request].computed, joined)
     unlink_running(s, e, r, request)
 
 
@@ -169,6 +187,8 @@ def _interrupt(p: Params, s: State, e: int, r: int, request: int, now_s: float) 
     if q.join_iter >= 0 and s.replica[e, r].stalled == 0:
         q.last_token_s = now_s
     leave_running(p, s, e, r, request)
+    if p.tiered:
+        store_text(p, s, e, r, request, now_s)
     q.computed = 0
     q.landed_tokens = 0
     q.num_preemptions += 1
@@ -274,6 +294,11 @@ def begin_decodes(
     if single:
         steps = 1
     steps = _steps_with_blocks(p, s, e, r, steps, spare)
+    if p.tiered and now_s < v.slowed_until_s:
+        factor *= p.interference
+        v.stretch_factor = factor
+        slowed_s = (v.slowed_until_s - now_s) / factor
+        steps = decode_steps_past(p, t, batch, v.kv_tokens + batch, slowed_s, steps)
     v.stretch_steps = steps
     span = decode_span_s(p, t, batch, v.kv_tokens + batch, steps)
     set_event(s, e, r, now_s + factor * span)
@@ -305,6 +330,8 @@ def begin_mixed(
     v = s.replica[e, r]
     t = v.type_idx
     factor = step_factor(p, s, e, r)
+    if p.tiered and now_s < v.slowed_until_s:
+        factor *= p.interference
     v.stretch_begin_s = now_s
     v.stretch_factor = factor
     v.mode = STEP

@@ -9,20 +9,33 @@ import numpy as np
 from numba import typeof
 from numpy.typing import NDArray
 
-from servegym.cluster.allocate import Capacity, load_episode, make_params, make_state
-from servegym.cluster.entry import DISAGGREGATION, addresses
+from servegym.cluster.allocate import (
+    Capacity,
+    load_episode,
+    make_params,
+    make_state,
+    wanted_entries,
+)
+from servegym.cluster.entry import addresses
 from servegym.cluster.jit import kernel
 from servegym.cluster.kernels import advance, apply, may_answer
-from servegym.cluster.outcome import OUTCOME_DTYPE
+from servegym.cluster.outcome import OUTCOME_DTYPE, TIER_COLUMNS
 from servegym.cluster.spec import ClusterSpec, Episode
 from servegym.cluster.state import (
     DISPATCH,
     DISPATCH_ONLY,
     DONE,
+    DROP,
+    KEEP,
+    LEAVE,
     LOG_FULL,
+    MIGRATE,
     NO_DECISION,
     NOBODY,
+    NUM_RETENTIONS,
+    OFFLOAD,
     REJECTED,
+    RETAIN,
     Asks,
     Params,
     State,
@@ -93,7 +106,7 @@ class Simulator:
         self.params = make_params(spec, record=record, asks=asks)
         self._capacity = Capacity.of(episodes, max_replicas=max_replicas, record=record)
         self.state = make_state(spec, self._capacity)
-        self._on_demand: frozenset[int] = DISAGGREGATION if spec.disaggregated else frozenset()
+        self._on_demand = wanted_entries(spec, asks)
         self._find_entries()
         self.reasons = np.zeros(len(episodes), np.int64)
         self.scratch: object = None  # working memory of planners, see policy.what_if
@@ -185,6 +198,12 @@ class Simulator:
             if env["decision"] == DISPATCH:
                 width = self.max_replicas
                 stop, others = width + 2, f"{width} holds, {width + 1} rejects"
+            if env["decision"] == MIGRATE:
+                stop *= self.max_replicas
+                others = f"request times {self.max_replicas} plus replica; {NOBODY}: nobody"
+            if env["decision"] == RETAIN:
+                stop = NUM_RETENTIONS
+                others = f"{DROP} drops, {LEAVE} leaves, {OFFLOAD} offloads, {KEEP} keeps"
             allowed = [a for a in range(-2, stop) if may_answer(self.params, self.state, bad, a)]
             raise InvalidAction(
                 f"action {int(answers[bad])} of environment {bad} is not allowed now: "
@@ -222,11 +241,26 @@ class Simulator:
         out["prefill_replica"] = -1
         for column in ("prefilled_s", "transfer_s", "landed_s"):
             out[column] = np.nan
-        if self.spec.disaggregated:
+        if self.spec.moves_kv:
             way = self.state.transfer[env, : len(request)]
             out["transfer_s"] = way["begin_s"]
-            for column in ("prefill_replica", "prefilled_s", "landed_s", "moved_bytes"):
+            for column in (
+                "prefill_replica",
+                "prefilled_s",
+                "landed_s",
+                "moved_bytes",
+                "num_migrations",
+                "num_stays",
+                "paused_s",
+            ):
                 out[column] = way[column]
+        if self.spec.tiered:
+            load = self.state.load[env, : len(request)]
+            out["transfer_s"] = load["begin_s"]
+            for column in ("landed_s", "moved_bytes", "stored_bytes"):
+                out[column] = load[column]
+            for tier, column in enumerate(TIER_COLUMNS):
+                out[column] = load["tokens"][:, tier]
         return out
 
     def events(self, env: int = 0) -> NDArray[np.void]:

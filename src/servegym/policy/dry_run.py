@@ -13,13 +13,15 @@ from typing import NamedTuple
 import numpy as np
 
 from servegym.cluster.allocate import Capacity, make_state
-from servegym.cluster.engine import form_step, prefix_hit_tokens
+from servegym.cluster.engine import form_step
 from servegym.cluster.jit import inlined, kernel
 from servegym.cluster.kernels import advance, reset_env
+from servegym.cluster.router import prefix_hit_tokens
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import DECODE, DISPATCH_ONLY, PREFILL, QUEUED, STEP, Params, State
 from servegym.cluster.steptime import decode_span_s
 from servegym.cluster.stretches import steps_ended_by
+from servegym.cluster.tier_rules import TierRules
 from servegym.typing import IntArray
 from servegym.workloads.table import BY_ITSELF
 
@@ -186,7 +188,13 @@ class Scratch:
     """
 
     def __init__(self, simulator: Simulator) -> None:
-        spec = replace(simulator.spec, prefix_caching=False, retain_kv_s=0.0)
+        spec = replace(
+            simulator.spec,
+            types=tuple(replace(t, host_kv=None, disk_kv=None) for t in simulator.spec.types),
+            prefix_caching=False,
+            retain_kv_s=0.0,
+            tiers=TierRules(),
+        )
         self._size = simulator.state.request.shape[1]
         capacity = Capacity(
             num_envs=1,
@@ -206,6 +214,9 @@ class Scratch:
             metrics_interval_s=0.0,
             asks=DISPATCH_ONLY,
             disaggregated=False,
+            migration=simulator.params.migration._replace(on=False),
+            retains=False,
+            tiered=False,
             role=np.zeros_like(simulator.params.role),
         )
         self.copied = Copied(*(np.zeros(self._size + 1, np.int64) for _ in Copied._fields))

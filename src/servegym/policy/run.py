@@ -71,15 +71,25 @@ def run(simulator: Simulator, policy: Policy, seed: int = 0) -> None:
 
 
 def require_whole_requests(simulator: Simulator, policy: Policy) -> None:
-    """Refuse planners where requests are prefilled on one replica and decode on another.
+    """Refuse planners where KV moves: between replicas, or between them and what is behind them.
 
     Raises:
-        ConfigError: If a policy looks ahead as if a replica did all of a request.
+        ConfigError: If a policy looks ahead as if a replica computed all of a request.
     """
+    if policy.needs & Group.WHAT_IF and simulator.spec.migrates:
+        raise ConfigError(
+            f"{policy.name} simulates each replica as if requests stayed where they are, but here "
+            "they migrate: choose another policy"
+        )
     if policy.needs & Group.WHAT_IF and simulator.spec.disaggregated:
         raise ConfigError(
             f"{policy.name} simulates each replica as if it did all of a request, but here some "
             "only prefill or decode: choose another policy"
+        )
+    if policy.needs & Group.WHAT_IF and simulator.spec.tiered:
+        raise ConfigError(
+            f"{policy.name} simulates each replica as if it computed all of a request, but here KV "
+            "is loaded from behind the GPUs: choose another policy"
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from servegym.baselines.migration.registry import MIGRATIONS
 from servegym.baselines.ordering.registry import RULES as ORDERS
 from servegym.baselines.placement import PLACEMENTS
 from servegym.baselines.registry import RULES
@@ -14,8 +15,14 @@ from servegym.baselines.rules import Rules
 from servegym.clairvoyant.dispatch import best_choices, replay
 from servegym.cluster.simulator import Simulator
 from servegym.errors import ConfigError
-from servegym.export.resolve import dispatch_parts, is_placement, resolve_dispatch
+from servegym.export.resolve import (
+    dispatch_parts,
+    is_migration,
+    is_placement,
+    resolve_dispatch,
+)
 from servegym.policy import run_placed as placed
+from servegym.policy.migrating import Migrating
 from servegym.policy.ordering import OrderingRule
 from servegym.policy.pair import Pair
 from servegym.policy.placed import Placed
@@ -43,6 +50,22 @@ _PLACED = (
     "conductor-predicted+least-tpot",
     "added-delay+least-tpot",
     "class-aware+least-tpot",
+)
+
+#: Compared where requests migrate: what each kind of move brings.
+_MIGRATING = (
+    "random+stay",
+    "random+freeness",
+    "least-outstanding+stay",
+    "least-outstanding+freeness",
+    "llumnix+stay",
+    "llumnix+queued-only",
+    "llumnix+freeness",
+    "llumnix+freeness-waiting",
+    "added-delay+stay",
+    "added-delay+freeness",
+    "added-delay+freeness-waiting",
+    "class-aware+freeness-waiting",
 )
 
 #: What is compared where engines take orders: good dispatches with a good order, what the order
@@ -76,7 +99,10 @@ class DispatchEpisodes(RequestEpisodes[Policy | Pair]):
             simulator = placed.make_simulator(self.scenario.spec, self.episodes, record=record)
             placed.run_placed(simulator, policy, seed=seed)
             return simulator
-        simulator = Simulator(self.scenario.spec, self.episodes, record=record)
+        spec = self.scenario.spec
+        if isinstance(policy, Migrating):
+            spec, policy = policy.spec(spec), policy.dispatch
+        simulator = Simulator(spec, self.episodes, record=record)
         run(simulator, policy, seed=seed)
         return simulator
 
@@ -89,10 +115,10 @@ class DispatchEpisodes(RequestEpisodes[Policy | Pair]):
         the best of `starts` is better than what was found, it is that.
         """
         spec = self.scenario.spec
-        if spec.disaggregated:
+        if spec.moves_kv:
             raise ConfigError(
-                f"the clairvoyant search sends whole requests to replicas, but some of "
-                f"{self.scenario.name} only prefill or decode: leave it out"
+                f"the clairvoyant search sends whole requests to replicas, but in "
+                f"{self.scenario.name} they move from one to another: leave it out"
             )
         metric = OBJECTIVES[self.scenario.objective].metric
         runs = [self.run(policy, seed=seed, record=True) for policy in starts]
@@ -103,7 +129,10 @@ class DispatchEpisodes(RequestEpisodes[Policy | Pair]):
         """Measure single decisions in the first episode, seconds, `float64[n]`."""
         if isinstance(policy, Pair):
             return time_pair(policy, make_simulator(self.scenario.spec, self.episodes[:1], policy))
-        return time_decisions(policy, Simulator(self.scenario.spec, self.episodes[:1]))
+        spec = self.scenario.spec
+        if isinstance(policy, Migrating):
+            spec, policy = policy.spec(spec), policy.dispatch
+        return time_decisions(policy, Simulator(spec, self.episodes[:1]))
 
 
 class Dispatch(RequestProblem[Policy | Pair]):
@@ -111,7 +140,7 @@ class Dispatch(RequestProblem[Policy | Pair]):
 
     Where all engines go by priorities, a policy may have an order for them: `DISPATCH+ORDER`.
     Where some replicas only prefill, a rule may say where their requests decode:
-    `DISPATCH+PLACEMENT`.
+    `DISPATCH+PLACEMENT`. Where requests migrate, one may say which: `DISPATCH+MIGRATION`.
     """
 
     name = "dispatch"
@@ -143,6 +172,8 @@ class Dispatch(RequestProblem[Policy | Pair]):
     def compared(self, scenario: Scenario) -> tuple[str, ...]:
         if scenario.orders_fleet:
             return _PAIRS
+        if scenario.spec.migrates:
+            return _MIGRATING
         return _PLACED if scenario.spec.disaggregated else self.default_policies
 
     def owns(self, scenario: AnyScenario) -> bool:
@@ -157,7 +188,11 @@ class Dispatch(RequestProblem[Policy | Pair]):
         """Of which rules a policy is put together, with the text of each."""
         dispatch, *more = dispatch_parts(text)
         others: list[tuple[Rules[Any], str]] = [
-            (PLACEMENTS if is_placement(part) else ORDERS, part) for part in more
+            (
+                PLACEMENTS if is_placement(part) else MIGRATIONS if is_migration(part) else ORDERS,
+                part,
+            )
+            for part in more
         ]
         return [(RULES, dispatch), *others]
 
@@ -167,6 +202,8 @@ class Dispatch(RequestProblem[Policy | Pair]):
             return self.is_learned(policy.dispatch) or not isinstance(policy.order, OrderingRule)
         if isinstance(policy, Placed):
             return policy.learned or self.is_learned(policy.dispatch)
+        if isinstance(policy, Migrating):
+            return self.is_learned(policy.dispatch)
         return not isinstance(policy, Heuristic)
 
     @override
@@ -180,9 +217,12 @@ class Dispatch(RequestProblem[Policy | Pair]):
         load: float,
         num_units: int | None,
     ) -> Section | None:
-        if isinstance(learned, Pair | Placed) or isinstance(rule, Pair | Placed):
+        if isinstance(learned, Pair | Placed | Migrating):
             return None
-        if scenario.spec.disaggregated:  # choices cannot be tried there as if nothing moved
+        if isinstance(rule, Pair | Placed | Migrating):
+            return None
+        if scenario.spec.moves_kv or scenario.spec.tiered:
+            # choices cannot be tried there as if nothing moved
             return None
         episode = scenario.episode(seed, load=load, num_requests=num_units)
         return partings_section(find_partings(scenario, learned, rule, episode))

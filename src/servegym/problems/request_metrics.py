@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servegym.cluster.nominal import reference_request_s
-from servegym.cluster.outcome import goodput_rps, latencies, within_slo
+from servegym.cluster.outcome import TIER_COLUMNS, goodput_rps, latencies, within_slo
 from servegym.cluster.spec import ClusterSpec, Episode, ReplicaType
 from servegym.cluster.state import ITL_BINS_PER_DECADE, ITL_FIRST_S
 from servegym.typing import FloatArray, IntArray
@@ -123,7 +123,50 @@ def measure(
                 )
     if spec.disaggregated:
         out |= _of_transfers(outcomes, kept)
+    if spec.migrates:
+        out |= _of_migrations(outcomes)
+    if spec.tiered:
+        out |= _of_tiers(outcomes, kept, spec)
     return out
+
+
+def _of_migrations(outcomes: NDArray[np.void]) -> dict[str, float]:
+    """Reduce what moved to another replica while it waited or decoded."""
+    paused_s = outcomes["paused_s"][outcomes["paused_s"] > 0]
+    return {
+        "migrations": float(outcomes["num_migrations"].sum()),
+        "migrations_given_up": float(outcomes["num_stays"].sum()),
+        "moved_gb": float(outcomes["moved_bytes"].sum()) / 1e9,
+        "pause_mean_s": float(paused_s.mean()) if len(paused_s) else 0.0,
+        "pause_max_s": float(paused_s.max()) if len(paused_s) else 0.0,
+    }
+
+
+def _of_tiers(
+    outcomes: NDArray[np.void], kept: NDArray[np.void], spec: ClusterSpec
+) -> dict[str, float]:
+    """Reduce what was loaded from behind the GPUs, and written there."""
+    prompts = float(kept["prompt_tokens"].sum())
+    found = {
+        f"loaded_from_{column.removesuffix('_tokens')}": float(kept[column].sum()) / prompts
+        for column in TIER_COLUMNS
+    }
+    loaded = np.sum([kept[column] for column in TIER_COLUMNS], axis=0) > 0
+    ttft = latencies(kept)[0]
+    return {
+        **found,
+        "loaded_share": float(loaded.mean()),
+        "loaded_gb": float(outcomes["moved_bytes"].sum()) / 1e9,
+        "stored_gb": float(outcomes["stored_bytes"].sum()) / 1e9,
+        "load_mean_s": _mean((kept["landed_s"] - kept["transfer_s"])[loaded]),
+        "ttft_loaded_mean_s": _mean(ttft[loaded]),
+        "ttft_others_mean_s": _mean(ttft[~loaded]),
+    }
+
+
+def _mean(values: FloatArray) -> float:
+    real = values[~np.isnan(values)]
+    return float(real.mean()) if len(real) else float("nan")
 
 
 def _of_transfers(outcomes: NDArray[np.void], kept: NDArray[np.void]) -> dict[str, float]:

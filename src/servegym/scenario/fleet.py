@@ -12,7 +12,15 @@ from pydantic import Field, field_validator
 
 from servegym.assets.specs import gpu, model
 from servegym.calibrate.calibration import calibrated_cost
-from servegym.cluster.spec import Link, ReplicaType, Reservation, Role
+from servegym.cluster.spec import (
+    Link,
+    MigrationRule,
+    ReplicaType,
+    Reservation,
+    Role,
+    Victim,
+)
+from servegym.cluster.tier_rules import KvTier, LoadRule
 from servegym.costs.formats import ScenarioFormat, number_format
 from servegym.costs.step import StepCost
 from servegym.costs.tables import TableSource
@@ -77,6 +85,62 @@ class TransferConfig(Config):
     max_num_held: int = Field(256, ge=1)
 
 
+class MigrationConfig(Config):
+    """Which requests move to another replica while they wait or decode; docs/migration.md.
+
+    Every `interval_s` the `rule` says who does: `freeness` (Llumnix) pairs replicas with fewer than
+    `source_below` free blocks a request with those with more than `target_above`, and the `victim`
+    of the first goes to the second; `queues` levels waiting queues that differ by `queue_gap`;
+    `none` moves nobody. KV is copied in at most `max_stages` stages, until `last_stage_blocks` or
+    less are left, for which the request pauses.
+    """
+
+    interval_s: float = Field(0.05, gt=0)
+    rule: MigrationRule = "freeness"
+    victim: Victim = "shortest"
+    source_below: float = 3.0
+    target_above: float = 3.0
+    queue_gap: int = Field(2, ge=1)
+    last_stage_blocks: int = Field(16, ge=1)
+    max_stages: int = Field(3, ge=1)
+
+
+class KvTierConfig(Config):
+    """Memory of a replica's host, or its disk, that keeps copies of its KV blocks.
+
+    `gb_per_s` is of what comes from it, and of what goes to it unless `write_gb_per_s` says else.
+    """
+
+    gib: Factor
+    gb_per_s: Factor
+    write_gb_per_s: Factor | None = None
+    latency_s: float = Field(0.0, ge=0)
+
+
+class KvStoreConfig(Config):
+    """A store of KV blocks that all replicas share, with `gb_per_s` in either direction in all.
+
+    Each replica has a link to it, of `link_gb_per_s` in either direction.
+    """
+
+    gib: Factor
+    gb_per_s: Factor
+    link_gb_per_s: Factor
+    latency_s: float = Field(0.0, ge=0)
+
+
+class KvTiersConfig(Config):
+    """What replicas have in common of the tiers behind their KV blocks; docs/kv-tiers.md.
+
+    `load` says whether KV that a tier has is always loaded, or only where computing it anew takes
+    longer (`faster`). Steps that begin while KV moves between a GPU and its tiers last
+    `interference` times as long.
+    """
+
+    load: LoadRule = "always"
+    interference: float = Field(1.0, ge=1)
+
+
 class FleetEntry(Config):
     """Equal replicas; a pair of numbers is a range, drawn anew for every episode.
 
@@ -85,8 +149,9 @@ class FleetEntry(Config):
     `servegym calibrate` instead, made for this GPU, model and tp. `engine` says whose rules form
     the steps; `max_num_batched_tokens` and `max_num_seqs` are those of the scenario's `engine`
     section unless given, and where that names no budget, the engine's own. `role` says whether the
-    replicas do all of a request, or only prefill or only decode; where some do, each entry needs
-    a `link`.
+    replicas do all of a request, or only prefill or only decode; where some do, or requests
+    migrate, each entry needs a `link`. `host_kv` and `disk_kv` keep copies of each replica's KV
+    blocks.
     """
 
     gpu: str
@@ -101,6 +166,8 @@ class FleetEntry(Config):
     max_num_seqs: int | None = Field(None, ge=1)
     role: Role = "mixed"
     link: LinkConfig | None = None
+    host_kv: KvTierConfig | None = None
+    disk_kv: KvTierConfig | None = None
 
     _check_ranges = field_validator("count", "speed")(ascending)
 
@@ -155,7 +222,17 @@ def replica_type(
         engine=entry.engine,
         role=entry.role,
         link=_link(entry.link),
+        host_kv=_tier(entry.host_kv, cost, engine.block_size),
+        disk_kv=_tier(entry.disk_kv, cost, engine.block_size),
     )
+
+
+def kv_store(store: KvStoreConfig, cost: StepCost, block_size: int) -> KvTier:
+    """Return the store that all replicas share, with their links to it."""
+    own = KvTierConfig(gib=store.gib, gb_per_s=store.link_gb_per_s, latency_s=store.latency_s)
+    tier = _tier(own, cost, block_size)
+    assert tier is not None
+    return tier
 
 
 def in_world(replica: ReplicaType, uncertainty: Uncertainty, world: World) -> ReplicaType:
@@ -191,6 +268,17 @@ def _name(entry: FleetEntry) -> str:
 
 def _link(link: LinkConfig | None) -> Link:
     return Link(1e9 * link.gb_per_s, link.latency_s, link.piece_s) if link else Link()
+
+
+def _tier(tier: KvTierConfig | None, cost: StepCost, block_size: int) -> KvTier | None:
+    if tier is None:
+        return None
+    return KvTier(
+        num_blocks=int(tier.gib * 2**30 / (cost.kv_token_bytes * block_size)),
+        read_bytes_per_s=1e9 * tier.gb_per_s,
+        write_bytes_per_s=1e9 * (tier.write_gb_per_s or tier.gb_per_s),
+        latency_s=tier.latency_s,
+    )
 
 
 def _count(rng: np.random.Generator, count: int | tuple[int, int]) -> int:

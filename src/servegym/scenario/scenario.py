@@ -12,7 +12,14 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from servegym.cluster.nominal import request_alone_s
-from servegym.cluster.spec import ClusterSpec, Episode, SloClass, TransferRules
+from servegym.cluster.spec import (
+    ClusterSpec,
+    Episode,
+    MigrationRules,
+    SloClass,
+    TransferRules,
+)
+from servegym.cluster.tier_rules import TierRules
 from servegym.costs.formats import ScenarioFormat
 from servegym.costs.step import StepCost
 from servegym.costs.uncertainty import Uncertainty, World
@@ -23,9 +30,13 @@ from servegym.scenario.files import bundled_names, load, parse
 from servegym.scenario.fleet import (
     EngineConfig,
     FleetEntry,
+    KvStoreConfig,
+    KvTiersConfig,
+    MigrationConfig,
     TransferConfig,
     draw_fleet,
     in_world,
+    kv_store,
     replica_type,
     step_cost,
 )
@@ -63,6 +74,9 @@ class Scenario(Config):
     engine: EngineConfig = EngineConfig()
     fleet: tuple[FleetEntry, ...] = Field(min_length=1)
     transfers: TransferConfig = TransferConfig()
+    migration: MigrationConfig | None = None
+    kv_tiers: KvTiersConfig = KvTiersConfig()
+    kv_store: KvStoreConfig | None = None
     workload: WorkloadConfig
     slo_classes: tuple[SloConfig, ...] = Field(
         (SloConfig(name="default", ttft_s=2.0, tpot_s=0.1),), min_length=1
@@ -78,6 +92,8 @@ class Scenario(Config):
         if roles == {"mixed"}:
             # a scenario that was written out whole has the defaults in it
             for name, usual in TransferConfig():
+                if name == "max_num_held" and self.migration is not None:
+                    continue  # it bounds who holds memory at both ends of a migration, too
                 if getattr(self.transfers, name) != usual:
                     raise ValueError(
                         f"transfers.{name} is set, but all replicas have the role mixed, so that "
@@ -99,6 +115,64 @@ class Scenario(Config):
                 raise ValueError(
                     f"fleet.{i}.link is missing: where some replicas only prefill or decode, say "
                     "how KV gets to the others and back, as in link: {gb_per_s: 25}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_migration(self) -> Self:
+        if self.migration is None:
+            return self
+        if self.max_replicas < 2:
+            raise ValueError("migration needs two replicas or more, got a fleet of one")
+        for i, entry in enumerate(self.fleet):
+            if entry.role != "mixed":
+                raise ValueError(
+                    f"fleet.{i}.role must be mixed, as that of all replicas where requests "
+                    f"migrate, got {entry.role}"
+                )
+            if entry.engine not in ("vllm", "vllm-priority"):
+                raise ValueError(
+                    f"fleet.{i}.engine must be vllm or vllm-priority, as that of all replicas "
+                    f"where requests migrate, got {entry.engine}"
+                )
+            if entry.link is None:
+                raise ValueError(
+                    f"fleet.{i}.link is missing: where requests migrate, say how KV gets to the "
+                    "others and back, as in link: {gb_per_s: 25}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_tiers(self) -> Self:
+        own = [entry.host_kv is not None or entry.disk_kv is not None for entry in self.fleet]
+        if not any(own) and self.kv_store is None:
+            for name, usual in KvTiersConfig():
+                if getattr(self.kv_tiers, name) != usual:
+                    raise ValueError(
+                        f"kv_tiers.{name} is set, but no KV is kept anywhere but on GPUs: give "
+                        "fleet entries host_kv or disk_kv, or all a kv_store, or leave it out"
+                    )
+            return self
+        if not self.engine.prefix_caching:
+            raise ValueError(
+                "engine.prefix_caching is off, but tiers keep copies of what is in the prefix "
+                "cache: turn it on, or leave host_kv, disk_kv and kv_store out"
+            )
+        if self.migration is not None:
+            raise ValueError(
+                "migration and tiers of KV do not go together yet: leave out migration, or "
+                "host_kv, disk_kv and kv_store"
+            )
+        for i, entry in enumerate(self.fleet):
+            if entry.engine != "vllm":
+                raise ValueError(
+                    f"fleet.{i}.engine must be vllm, as that of all replicas where KV is kept "
+                    f"behind that of the GPUs, got {entry.engine}"
+                )
+            if entry.role != "mixed":
+                raise ValueError(
+                    f"fleet.{i}.role must be mixed, as that of all replicas where KV is kept "
+                    f"behind that of the GPUs, got {entry.role}"
                 )
         return self
 
@@ -124,6 +198,24 @@ class Scenario(Config):
             noise_sigma=trouble.step_noise_sigma,
             noise_period_steps=trouble.noise_period_steps,
             transfers=self._transfer_rules,
+            migration=(
+                MigrationRules(**self.migration.model_dump())
+                if self.migration is not None
+                else MigrationRules()
+            ),
+            tiers=self._tier_rules,
+        )
+
+    @property
+    def _tier_rules(self) -> TierRules:
+        rules, store = self.kv_tiers, self.kv_store
+        if store is None:
+            return TierRules(rules.load, rules.interference)
+        return TierRules(
+            rules.load,
+            rules.interference,
+            kv_store(store, self.step_cost(self.fleet[0]), self.engine.block_size),
+            1e9 * store.gb_per_s,
         )
 
     @cached_property

@@ -81,6 +81,15 @@ class Fleet:
                 "emulated engines compute whole requests: take a scenario whose replicas all have "
                 "the role mixed"
             )
+        if config.scenario.spec.migrates:
+            raise ConfigError(
+                "emulated engines keep their requests: take a scenario without migration"
+            )
+        if config.scenario.spec.tiered:
+            raise ConfigError(
+                "emulated engines keep KV on their GPUs alone: leave host_kv, disk_kv and kv_store "
+                "out of the scenario"
+            )
         self._config = config
         self._episode = config.scenario.episode(config.seed, num_requests=_NUM_LENGTHS)
         there = range(self._episode.num_replicas)
