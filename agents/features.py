@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from servegym.policy.contract import ReplicaFeature, RequestFeature
-from servegym.policy.costs import load_by_speed, prefix_load_s, step_s
+from servegym.policy.costs import added_delay_s, delay_s, load_by_speed, prefix_load_s, step_s
 
 _R = {f.name: int(f) for f in ReplicaFeature}
 _Q = {f.name: int(f) for f in RequestFeature}
@@ -128,4 +128,19 @@ def base_cost(name: str, replicas: Tensor, request: Tensor, params: tuple[float,
         alone_s = entry(request, "PREDICTED_OUTPUT_TOKENS") * column(replicas, "DECODE_STEP_S")
         own_s = column(replicas, "PENDING_PREFILL_TOKENS") / rate + new_s + alone_s
         return own_s + load * (params[0] * new_s + (1.0 + params[1]) * slowed_s)
+    if name == "added-delay-inferred":
+        prefill, decode, shrink, observed = params
+        predicted = entry(request, "PREDICTED_OUTPUT_TOKENS")
+        tokens = predicted + shrink * (entry(request, "EXPECTED_TOKENS") - predicted)
+        hit = column(replicas, "PREFIX_HIT_TOKENS")
+        rate = column(replicas, "PREFILL_TOKENS_PER_S").clamp(min=1.0)
+        new_s = (entry(request, "PROMPT_TOKENS") - hit).clamp(min=0.0) / rate
+        seq_s = column(replicas, "DECODE_SEQ_S")
+        cost = added_delay_s(
+            column(replicas, "PENDING_PREFILL_TOKENS") / rate,
+            new_s,
+            tokens * step_s(column(replicas, "DECODE_STEP_S"), seq_s, load),
+            delay_s(load, new_s, seq_s, tokens, prefill, decode),
+        )
+        return cost * column(replicas, "STEP_TIME_RATIO") ** observed
     raise ValueError(f"no base cost {name!r}")

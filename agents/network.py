@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from servegym.agents.features import base_cost, replica_inputs
 from servegym.agents.network_config import NetworkConfig
 from servegym.policy.contract import Group, observed_groups
-from servegym.policy.numpy_network import num_inputs
+from servegym.policy.numpy_network import LEAST_COST, num_inputs
 
 #: Added to the logits of forbidden actions (Huang and Ontañón 2022).
 MASKED = -1e8
@@ -54,7 +54,7 @@ class DispatchNetwork(nn.Module):
     """Scores for every action, and the value of the state.
 
     Logits are `-eta * (cost - least cost) + f`, where `f` is zero at the start: the untrained
-    policy is the heuristic, action for action.
+    policy is the heuristic, action for action. Costs are seconds, or the logarithms of them.
     """
 
     def __init__(self, config: NetworkConfig) -> None:
@@ -93,6 +93,8 @@ class DispatchNetwork(nn.Module):
         """
         num = replicas.shape[-2]
         cost = base_cost(self.config.base, replicas, request, self.config.base_params)
+        if self.config.relative:
+            cost = cost.clamp(min=LEAST_COST).log()
         least = (cost - MASKED * (1.0 - mask[..., :num])).amin(-1, keepdim=True)
         return Prepared(
             replica_inputs(replicas, request, extended=self.config.extended),

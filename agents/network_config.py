@@ -17,7 +17,7 @@ from tyro.conf import Fixed, Suppress
 from servegym.baselines.registry import policy
 from servegym.documents import one_sentence
 from servegym.errors import ConfigError
-from servegym.policy.costs import BASES
+from servegym.policy.costs import BASES, INFERRED_BASES
 
 
 class NetworkConfig(BaseModel):
@@ -33,12 +33,16 @@ class NetworkConfig(BaseModel):
     context: Literal["mean", "attention"] = "mean"
     """How replicas see each other."""
     base: str = "added-delay"
-    """Rule the policy starts from, with its parameters: added-delay, prefix-load, speed-family or
-    least-outstanding."""
+    """Rule the policy starts from, with its parameters: added-delay, prefix-load, speed-family,
+    least-outstanding or, with --extended, added-delay-inferred."""
     base_params: Annotated[tuple[float, ...], Fixed, Suppress] = ()
     """The rule's parameters, where `base` is its name alone; none: its defaults."""
     eta: float = Field(10.0, gt=0)
     """Weight of the rule's cost in the logits."""
+    relative: bool = False
+    """Let the rule's cost count by its logarithm: a replica that costs a tenth more is as much
+    worse where requests take a second as where they take a minute, so that one network can serve
+    both."""
     num_extra: Annotated[int, Fixed, Suppress] = Field(0, ge=0, le=2)
     """Actions besides the replicas, hold and reject; training takes the scenario's."""
 
@@ -50,6 +54,8 @@ class NetworkConfig(BaseModel):
             rule, name = policy(text), text.partition(":")[0]
             if name not in BASES:
                 raise ConfigError(f"base must be one of {', '.join(BASES)}, got {text!r}")
+            if name in INFERRED_BASES and not data.get("extended"):
+                raise ConfigError(f"base {name} goes by what a router infers: give --extended")
             if ":" in text or not data.get("base_params"):
                 data = {**data, "base": name, "base_params": tuple(rule.params.tolist())}
         try:

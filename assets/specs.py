@@ -155,6 +155,8 @@ class GpuSpec(_Spec):
         mla: Latent attention: `absorption`, and `prefill` and `decode` by precision of the KV
             cache, e.g. `"decode bf16"` (`servegym.costs.mla`).
         elementwise: Norms, rotary embedding and activation of a layer.
+        pcie: Whether several of these GPUs reach each other over PCIe: then collectives depend on
+            the host.
         all_reduce: By number of GPUs.
         all_gather: The same for an all-gather or a reduce-scatter by NCCL, whose volume is half as
             large; not measured: half an all-reduce.
@@ -189,6 +191,7 @@ class GpuSpec(_Spec):
     moe: dict[str, KernelFit] = {}
     mla: dict[str, KernelFit] = {}
     elementwise: KernelFit | None = None
+    pcie: bool = False
     all_reduce: dict[int, AllReduceFit]
     all_gather: dict[int, AllReduceFit] = {}
     engines: dict[str, EngineFits] = {}

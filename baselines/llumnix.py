@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from servegym.baselines.choice import better, no_replica, num_replicas
+from servegym.cluster.pairing import free_per_request
 from servegym.policy.contract import (
     KV_CACHE_USAGE,
     KV_CAPACITY_TOKENS,
@@ -35,11 +36,10 @@ def decide(
             mean = replicas[OUTSTANDING_PROMPT_TOKENS, r] / max(
                 1.0, replicas[OUTSTANDING_REQUESTS, r]
             )
-            free -= mean if replicas[NUM_WAITING, r] > 0.0 else 0.0
-            count = replicas[NUM_RUNNING, r] + (1.0 if replicas[NUM_WAITING, r] > 0.0 else 0.0)
+            running, waiting = replicas[NUM_RUNNING, r], replicas[NUM_WAITING, r]
             cost = (
-                -free / count
-                if count > 0.0
+                -free_per_request(free, mean, running, waiting)
+                if running + waiting > 0.0
                 else -1e12 * replicas[RELATIVE_SPEED, r] + replicas[OUTSTANDING_REQUESTS, r]
             )
             if better(cost, r, best_cost, best):

@@ -6,12 +6,13 @@ splits (`token-least-load+least-tpot`); and the split that DistServe's placement
 playing any of them, from one instance of each phase alone.
 
 Run with:
-    python benchmarks/disaggregation.py [--seeds 4] [--requests 600]
+    python benchmarks/disaggregation.py [--seeds 4] [--requests 600] [--traces FILE ...]
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from servegym.evaluate.placement import distserve_placement
@@ -22,8 +23,17 @@ GPU, LINK = "A100-SXM-80GB", {"gb_per_s": 40.0, "latency_s": 0.001}
 ATTAINED, TTFT_S = 0.9, 1.0
 
 
+def generated(prompt_tokens: float) -> dict[str, Any]:
+    """Make a workload of prompts of a median length."""
+    return {
+        "kind": "generated",
+        "prompt": {"medians_tokens": [prompt_tokens], "sigmas": [0.6], "max_tokens": 16000},
+        "output": {"medians_tokens": [150.0], "sigmas": [0.7], "max_tokens": 1500},
+    }
+
+
 def scenario(
-    fleet: list[dict[str, Any]], prompt_tokens: float, tpot_s: float, rate_rps: float = 1.0
+    fleet: list[dict[str, Any]], workload: dict[str, Any], tpot_s: float, rate_rps: float = 1.0
 ) -> Scenario:
     """Make a scenario."""
     return Scenario.model_validate(
@@ -31,12 +41,7 @@ def scenario(
             "name": "disaggregation",
             "engine": {"prefix_caching": False},
             "fleet": fleet,
-            "workload": {
-                "kind": "generated",
-                "rate_rps": rate_rps,
-                "prompt": {"medians_tokens": [prompt_tokens], "sigmas": [0.6], "max_tokens": 16000},
-                "output": {"medians_tokens": [150.0], "sigmas": [0.7], "max_tokens": 1500},
-            },
+            "workload": {**workload, "rate_rps": rate_rps},
             "slo_classes": [{"name": "all", "ttft_s": TTFT_S, "tpot_s": tpot_s}],
         }
     )
@@ -66,22 +71,24 @@ def highest_rate(
     return low
 
 
-def row(num_gpus: int, prompt_tokens: float, tpot_s: float, seeds: int, requests: int) -> str:
+def row(
+    num_gpus: int, name: str, workload: dict[str, Any], tpot_s: float, seeds: int, requests: int
+) -> str:
     """Compare the fleet that does all with the best split of it."""
 
     def rate(num_prefill: int, policy: str) -> float:
-        made = scenario(split(num_gpus, num_prefill), prompt_tokens, tpot_s)
+        made = scenario(split(num_gpus, num_prefill), workload, tpot_s)
         return highest_rate(made, policy, 60.0 * num_gpus, seeds, requests * num_gpus) / num_gpus
 
     mixed = rate(0, "added-delay")
     rates = {n: rate(n, "token-least-load+least-tpot") for n in range(1, num_gpus)}
     best = max(rates, key=lambda n: rates[n])
-    whole = scenario(split(num_gpus, 0), prompt_tokens, tpot_s, rate_rps=5.0)
+    whole = scenario(split(num_gpus, 0), workload, tpot_s, rate_rps=5.0)
     found = distserve_placement(
         whole, num_gpus, attainment=ATTAINED, num_seeds=seeds, num_requests=requests
     )
     planned = found.num_prefill  # all others decode
-    cells = (num_gpus, f"{prompt_tokens:.0f}", f"{1e3 * tpot_s:.0f} ms", f"{mixed:.2f}")
+    cells = (num_gpus, name, f"{1e3 * tpot_s:.0f} ms", f"{mixed:.2f}")
     splits = " | ".join(f"{rates[n]:.2f} | {n}" for n in (best, planned))
     return f"| {' | '.join(map(str, cells))} | {splits} |"
 
@@ -91,16 +98,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--requests", type=int, default=600, help="of an episode, per GPU")
+    parser.add_argument("--traces", nargs="*", default=[], help="instead, on eight GPUs")
     given = parser.parse_args()
+    played = [
+        (num_gpus, f"{tokens:.0f}", generated(tokens))
+        for num_gpus in (2, 8)
+        for tokens in (150.0, 2000.0)
+    ]
+    if given.traces:
+        played = [
+            (8, Path(path).name, {"kind": "trace", "path": path, "too_long": "skip"})
+            for path in given.traces
+        ]
     print(
-        "| GPUs | median prompt | TPOT limit | mixed, requests/s per GPU | split | prefill GPUs "
-        "| DistServe's split | prefill GPUs |"
+        "| GPUs | median prompt or trace | TPOT limit | mixed, requests/s per GPU "
+        "| split | prefill GPUs | DistServe's split | prefill GPUs |"
     )
     print("|--:|--:|--:|--:|--:|--:|--:|--:|")
-    for num_gpus in (2, 8):
-        for prompt_tokens in (150.0, 2000.0):
-            for tpot_s in (0.02, 0.1):
-                print(row(num_gpus, prompt_tokens, tpot_s, given.seeds, given.requests), flush=True)
+    for num_gpus, name, workload in played:
+        for tpot_s in (0.02, 0.1):
+            found = row(num_gpus, name, workload, tpot_s, given.seeds, given.requests)
+            print(found, flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 
 import gymnasium
 
+from servegym.baselines.migration.registry import MIGRATIONS
 from servegym.baselines.placement import PLACEMENTS
 from servegym.baselines.retention.registry import RETENTIONS
 from servegym.baselines.rules import Rules
@@ -21,6 +22,7 @@ from servegym.envs.preemption import PreemptionEnv
 from servegym.envs.workflow import WorkflowEnv
 from servegym.evaluate.compare import with_interval
 from servegym.evaluate.suite import load_record, load_suite, reference
+from servegym.export.shipped import shipped_names, shipped_text
 from servegym.policy.contract import (
     FIRST_ROLE,
     NUM_EXTENDED_FEATURES,
@@ -130,6 +132,13 @@ def rules_table(rules: Rules[Any]) -> str:
     return "\n".join(rows)
 
 
+def shipped_table() -> str:
+    """List the learned policies that come with servegym."""
+    rows = ["| policy | what it is |", "|---|---|"]
+    rows += [f"| `{name}` | {shipped_text(name)} |" for name in shipped_names()]
+    return "\n".join(rows)
+
+
 def policies_page() -> str:
     """List the rules of all problems."""
     sections = "\n\n".join(
@@ -144,9 +153,10 @@ Parameters are given after a colon: `--policies prefix-load:weight=0.01,eta=0.5 
 one file in `baselines/`. `NAME-oracle` is told the truth that others predict: a bound, no rival.
 In a fleet of engines that go by priorities, `DISPATCH+ORDER` names a policy of the first table and
 one of the second ([order](preemption.md#in-a-fleet)). Where some replicas only prefill,
-`DISPATCH+PLACEMENT` names one of the first and one of those of placement
-([disaggregation](disaggregation.md)). `DISPATCH+RETENTION` names one for the KV of ended turns
-([KV behind the GPU](kv-tiers.md#what-becomes-of-the-kv-of-an-ended-turn)).
+`DISPATCH+PLACEMENT` names one of the first and one of the placement rules
+([disaggregation](disaggregation.md)). Where requests migrate, `DISPATCH+MIGRATION` names one of the
+first and one of those of migration ([migration](migration.md)). `DISPATCH+RETENTION` names one for
+the KV of ended turns ([KV behind the GPU](kv-tiers.md#what-becomes-of-the-kv-of-an-ended-turn)).
 
 Some rules of dispatch go by what a router [infers](observation.md#what-is-inferred): `shrink` is
 how far they go from a predicted length towards the one that is expected, given how long answers
@@ -158,8 +168,17 @@ everywhere. `added-delay-reject` does so if the least TTFT or TPOT is over a sha
 
 {sections}
 
+## Learned: dispatchers that come with servegym
+Named as rules are: `--policies generalist`. Files, manifests and cards are in `assets/policies`;
+what they reach is in [results](results.md#one-policy-for-many-scenarios).
+
+{shipped_table()}
+
 ## Placement: where a request decodes that is prefilled elsewhere
 {rules_table(PLACEMENTS)}
+
+## Migration: which request moves to another replica
+{rules_table(MIGRATIONS)}
 
 ## Retention: what becomes of the KV of a turn that another request waits for
 {rules_table(RETENTIONS)}

@@ -16,6 +16,9 @@ IMPORTED_AS = {
     "aiconfigurator-core": "aiconfigurator_core",
     "stable-baselines3": "stable_baselines3",
     "sb3-contrib": "sb3_contrib",
+    "pillow": "PIL",
+    "ray[rllib]": "ray",
+    "mlflow-skinny": "mlflow",
 }
 
 ALONE = """

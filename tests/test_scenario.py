@@ -266,6 +266,32 @@ WRONG = {
         text(transfers={"lease_s": 5.0}),
         ["transfers.lease_s is set", "role mixed"],
     ),
+    "migration without a link": (
+        text(migration={"interval_s": 0.1}),
+        ["fleet.0.link is missing", "where requests migrate", "link: {gb_per_s: 25}"],
+    ),
+    "migration of one replica": (
+        text(**fleet(count=1, link={"gb_per_s": 9.0}), migration={}),
+        ["migration needs two replicas or more"],
+    ),
+    "migration of another engine": (
+        text(**fleet(count=2, engine="sglang", link={"gb_per_s": 9.0}), migration={}),
+        ["fleet.0.engine must be vllm or vllm-priority", "got sglang"],
+    ),
+    "migration between roles": (
+        text(
+            fleet=[
+                {"gpu": "L40S", "role": "prefill", "link": {"gb_per_s": 9.0}},
+                {"gpu": "L40S", "link": {"gb_per_s": 9.0}},
+            ],
+            migration={},
+        ),
+        ["fleet.0.role must be mixed", "got prefill"],
+    ),
+    "unknown migration rule": (
+        text(**fleet(count=2, link={"gb_per_s": 9.0}), migration={"rule": "freenes"}),
+        ["migration.rule", "freeness", "queues"],
+    ),
     "unknown reservation": (
         text(transfers={"reservation": "sorce"}),
         ["transfers.reservation", "source", "destination"],

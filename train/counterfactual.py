@@ -21,15 +21,17 @@ from typing_extensions import override
 
 from servegym.agents.network import Prepared
 from servegym.errors import ConfigError
-from servegym.policy.counterfactual import Teacher, due, worth_of
-from servegym.policy.drawn_lengths import learn_lengths
-from servegym.policy.layout import scenario_actions
-from servegym.scenario import Scenario
+from servegym.policy.counterfactual import Teacher, worth_of
+from servegym.policy.policy import Policy
+from servegym.scenario import Scenario, load_scenario
+from servegym.train.arena import Arena
 from servegym.train.counterfactual_settings import CounterfactualTraining
 from servegym.train.dispatcher_run import DispatcherRun, episode_stats
+from servegym.train.labels import advantages, label, make_teacher, require_whole_requests
+from servegym.train.mix import Mix, is_mix, load_mix, parts_of
 from servegym.train.run_folder import StoredRun
 from servegym.train.training_run import Stage
-from servegym.train.validation import Validation
+from servegym.train.validation import Validated, Validation
 
 #: First logit of holds and rejections; that of the rule's choice is 0.
 FIRST_EXTRA = -4.0
@@ -47,134 +49,176 @@ class CounterfactualTrainer(DispatcherRun[CounterfactualTraining]):
         # what is not tried does not show in the gradient, so that holds and rejections begin rare,
         # but not so rare as PPO, which tries what it does, can afford
         nn.init.constant_(self.network.extra.bias, FIRST_EXTRA)
-        self.memory = Memory(config.memory)
+        self.memories = [Memory(config.memory // len(self.parts)) for _ in self.parts]
 
     @staticmethod
     @override
-    def completed(config: CounterfactualTraining, scenario: Scenario) -> CounterfactualTraining:
-        if scenario.spec.disaggregated:
+    def load_scenario(name_or_path: str) -> Scenario | Mix:
+        return load_mix(name_or_path) if is_mix(name_or_path) else load_scenario(name_or_path)
+
+    @staticmethod
+    @override
+    def completed(
+        config: CounterfactualTraining, scenario: Scenario | Mix
+    ) -> CounterfactualTraining:
+        parts = parts_of(scenario, config.load)
+        for part in parts:
+            require_whole_requests(part.scenario, "--learner ppo")
+        least = len(parts) * config.labels_per_update
+        if config.total_labels < least:
             raise ConfigError(
-                "choices are tried as if a replica did all of a request, but some of "
-                f"{scenario.name} only prefill or decode: take --learner ppo"
+                f"total_labels must be at least those of an update of {len(parts)} scenarios,"
+                f" {least}, got {config.total_labels}"
             )
-        if scenario.spec.tiered:
+        if config.memory < least:
             raise ConfigError(
-                "choices are tried as if a replica computed all of a request, but in "
-                f"{scenario.name} KV is loaded from behind the GPUs: take --learner ppo"
+                f"memory must hold the {least} labels of an update of {len(parts)} scenarios, got"
+                f" {config.memory}"
             )
         return DispatcherRun.completed(config, scenario)
 
     @cached_property
+    def validations(self) -> list[Validation]:
+        """Validation episodes of each scenario, over the range of its loads."""
+        return [
+            Validation(
+                part.scenario,
+                loads=np.linspace(*part.load, 4).tolist(),
+                num_episodes=self.config.validation_episodes,
+                num_requests=self.config.validation_requests,
+            )
+            for part in self.parts
+        ]
+
     @override
-    def validation(self) -> Validation:
-        return Validation(
-            self.scenario,
-            loads=np.linspace(*self.config.load, 4).tolist(),
-            num_episodes=self.config.validation_episodes,
-            num_requests=self.config.validation_requests,
-        )
+    def validate_policy(self, policy: Policy) -> Validated:
+        found = [validation.play(policy) for validation in self.validations]
+        return Validated.joined(found, in_time=self.scenario.objective == "goodput")
 
     @property
     @override
     def num_updates(self) -> int:
-        return self.config.total_labels // self.config.labels_per_update
+        return self.config.total_labels // (len(self.parts) * self.config.labels_per_update)
+
+    @override
+    def goes_on(self) -> bool:
+        stale = 0 < self.config.patience <= self.since_best
+        return super().goes_on() and not stale
 
     @cached_property
-    def teacher(self) -> Teacher:
-        """Who says what choices are worth."""
+    def teachers(self) -> list[Teacher]:
+        """Who says what choices are worth, in each scenario."""
         c = self.config
         worth = worth_of(self.scenario.objective)._replace(
-            num_samples=c.num_samples, prefix_price=c.prefix_price
+            num_samples=c.num_samples,
+            prefix_price=c.prefix_price,
+            prefill_price=c.prefill_price,
+            memory_price=c.memory_price,
         )
         if self.scenario.objective == "goodput":
             worth = worth._replace(second=c.second_price, stretch=c.stretch, softness=c.softness)
-        return Teacher(learn_lengths(self.scenario), worth, num_threads=c.label_threads)
+        return [
+            make_teacher(part.scenario, part.prices.over(worth), num_threads=c.label_threads)
+            for part in self.parts
+        ]
 
     def warm_up(self) -> None:
         """Compile, and bring the environments to their places."""
         super().warm_up()
-        self._label(0)
+        for arena, teacher in zip(self.arenas, self.teachers, strict=True):
+            label(arena, teacher, 0)
 
     @override
     def close_stage(self) -> None:
-        self.teacher.close()
+        for teacher in self.teachers:
+            teacher.close()
         super().close_stage()
 
     def improve(self) -> dict[str, float]:
         """Play, label and fit."""
         done_share = self.share()
-        episodes = self._collect()
+        episodes: list[tuple[float, float]] = []
+        for arena, teacher, memory in zip(self.arenas, self.teachers, self.memories, strict=True):
+            self._collect(arena, teacher, memory, episodes)
         return self._fit(done_share) | episode_stats(episodes)
 
-    def _label(self, key: int) -> np.ndarray:
-        """Value every action in all environments, `float64[num_envs, A]`."""
-        simulator, actions = self.env.batch.simulator, self.scenario.actions
-        own = scenario_actions(simulator.max_replicas, hold=actions.hold, reject=actions.reject)
-        return self.teacher.values(simulator, due(simulator), key)[:, own]
-
     @torch.no_grad()
-    def _collect(self) -> list[tuple[float, float]]:
-        """Let the present policy play, and label some of its decisions."""
+    def _collect(
+        self,
+        arena: Arena,
+        teacher: Teacher,
+        memory: Memory,
+        episodes: list[tuple[float, float]],
+    ) -> None:
+        """Let the present policy play a scenario, and label some of its decisions."""
         c = self.config
-        episodes: list[tuple[float, float]] = []
         first = self.update * c.num_steps
         for step in range(c.num_steps):
-            prepared = self.prepared(self.observation)
+            prepared = arena.prepared(self.network)
             if step % c.label_every == 0:
-                values = self.on_device(self._label((c.seed << 32) + first + step))
-                self.memory.add(prepared, advantages(values, prepared.mask))
-            self.step(self.network.logits(prepared), episodes)
-        return episodes
+                values = self.on_device(label(arena, teacher, (c.seed << 32) + first + step))
+                memory.add(prepared, advantages(values, prepared.mask))
+            arena.step(self.network.logits(prepared), episodes)
 
     def _fit(self, done_share: float) -> dict[str, float]:
-        """Raise the mean advantage of what the network would do in the states of the memory."""
+        """Raise the mean advantage of what the network would do in the states of the memories.
+
+        Those of each scenario count in their own standard deviation, and all scenarios alike.
+        """
         c = self.config
         self.optimizer.param_groups[0]["lr"] = c.learning_rate * (1.0 - done_share)
         smoothing = c.smoothing * (1.0 - 0.9 * done_share)
-        rows, advantage = self.memory.content()
-        scale = float(advantage.std()) + 1e-8
+        contents = [memory.content() for memory in self.memories]
+        scales = [float(advantage.std()) + 1e-8 for _, advantage in contents]
+        size = max(1, c.batch // len(contents))
         gains, regrets = [], []
         for _ in range(c.num_batches):
-            part = torch.randint(len(advantage), (c.batch,), device=advantage.device)
-            some = Prepared(*(x[part] for x in rows))
-            log_probs = self.network.logits(some).log_softmax(-1)
-            probs, a = log_probs.exp(), advantage[part]
-            gain = (probs * a).sum(-1).mean()
-            evenness = ((log_probs * some.mask).sum(-1) / some.mask.sum(-1)).mean()
-            loss = -gain / scale - smoothing * evenness
+            batches: dict[int, list[tuple[Prepared, Tensor, float]]] = {}
+            for (rows, advantage), scale in zip(contents, scales, strict=True):
+                part = torch.randint(len(advantage), (size,), device=advantage.device)
+                drawn = Prepared(*(x[part] for x in rows)), advantage[part], scale
+                batches.setdefault(advantage.shape[-1], []).append(drawn)
+            losses = []
+            for same_width in batches.values():
+                some = Prepared(*map(torch.cat, zip(*(b[0] for b in same_width), strict=True)))
+                a = torch.cat([b[1] for b in same_width])
+                own = torch.tensor([b[2] for b in same_width], device=a.device)
+                log_probs = self.network.logits(some).log_softmax(-1)
+                probs = log_probs.exp()
+                gain = (probs * a).sum(-1)
+                evenness = (log_probs * some.mask).sum(-1) / some.mask.sum(-1)
+                scaled = gain.unflatten(0, (-1, size)).mean(-1) / own
+                losses.append(-scaled.sum() - smoothing * len(own) * evenness.mean())
+                gains.append(float(gain.detach().mean()))
+                regrets.append(float(a.amax(-1).mean()) - gains[-1])
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            (torch.stack(losses).sum() / len(contents)).backward()
             nn.utils.clip_grad_norm_(self.network.parameters(), c.max_grad_norm)
             self.optimizer.step()
-            gains.append(float(gain.detach()))
-            regrets.append(float(a.amax(-1).mean()) - gains[-1])
         return {
             "train/policy_loss": -float(np.mean(gains)),
             "train/regret": float(np.mean(regrets)),
             "train/entropy": float(-(probs * log_probs).sum(-1).mean().detach()),
-            "train/labels": float(len(advantage)),
+            "train/labels": float(sum(len(advantage) for _, advantage in contents)),
             "train/learning_rate": self.optimizer.param_groups[0]["lr"],
         }
 
     @override
+    def provenance(self) -> dict[str, float | int | str]:
+        return {
+            "labels": self.update * len(self.parts) * self.config.labels_per_update,
+            "validation_gain": self.gain,
+        }
+
+    @override
     def state(self) -> dict[str, Any]:
-        return {**super().state(), "memory": self.memory.state()}
+        return {**super().state(), "memory": [memory.state() for memory in self.memories]}
 
     @override
     def restore(self, content: Mapping[str, Any]) -> None:
         super().restore(content)
-        self.memory.restore(content["memory"])
-
-
-def advantages(values: Tensor, mask: Tensor) -> Tensor:
-    """Subtract from what is allowed its mean; what is not allowed has 0.
-
-    Args:
-        values: Of all actions, `float32[batch, A]`.
-        mask: 1 where allowed, same shape.
-    """
-    mean = (values * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
-    return (values - mean) * mask
+        for memory, stored in zip(self.memories, content["memory"], strict=True):
+            memory.restore(stored)
 
 
 class Memory:
@@ -211,7 +255,8 @@ class Memory:
 
     def state(self) -> dict[str, Any]:
         """Return what `restore` takes."""
-        kept = [x[: min(self._count, self._size)].cpu() for x in self._arrays]
+        # a copy: of a view all would be saved
+        kept = [x[: min(self._count, self._size)].cpu().clone() for x in self._arrays]
         return {"kept": kept, "count": self._count}
 
     def restore(self, state: Mapping[str, Any]) -> None:

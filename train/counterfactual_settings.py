@@ -18,7 +18,7 @@ class CounterfactualTraining:
     """Settings of a training run."""
 
     scenario: Annotated[str, Fixed, Suppress] = "mixed-chat"
-    """Bundled scenario name or YAML file."""
+    """Bundled scenario name or YAML file; or a mix of scenarios."""
     learner: Annotated[Literal["counterfactual"], Fixed, Suppress] = "counterfactual"
     """What `--learner` calls it."""
     total_labels: Annotated[int, arg(name="labels")] = 100_000
@@ -26,7 +26,7 @@ class CounterfactualTraining:
     max_minutes: Annotated[float, arg(name="minutes")] = math.inf
     """Stop earlier after this wall-clock time, which counts from when all is compiled."""
     num_envs: int = 32
-    """Environments stepped together."""
+    """Environments stepped together, of each scenario."""
     group_size: int = 1
     """Environments that play the same requests."""
     num_steps: int = 256
@@ -38,10 +38,16 @@ class CounterfactualTraining:
     num_requests: int = 2048
     """Requests per episode."""
     load: tuple[float, float] = (0.6, 1.1)
-    """Range of the load factor, drawn per episode."""
+    """Range of the load factor, drawn per episode; a mix has its own."""
     prefix_price: float = SECONDS.prefix_price
     """What a second of uncached prefill costs for each request there besides the time that it adds,
     in seconds; of requests with a prefix that others may share."""
+    prefill_price: float = SECONDS.prefill_price
+    """The same, whether a request has a prefix or not: who comes later is delayed, too."""
+    memory_price: float = SECONDS.memory_price
+    """What all of a replica's KV memory costs for each second that it is held and each request
+    there, in seconds: who comes later will want it. Where memory is short, 1 is a good price.
+    A mix can have prices of its own for each scenario."""
     second_price: float = LIMITS.second
     """Under the goodput objective: share of a request in time that a second of added time costs."""
     stretch: float = LIMITS.stretch
@@ -52,7 +58,7 @@ class CounterfactualTraining:
     learning_rate: float = 5e-3
     """Adam's, falling linearly to 0."""
     memory: int = 65_536
-    """Labelled decisions that are learned from, the latest."""
+    """Labelled decisions that are learned from, the latest; of a mix as many of each."""
     num_batches: int = 128
     """Gradient steps per update."""
     batch: int = 512
@@ -65,8 +71,10 @@ class CounterfactualTraining:
     """Gradient clip."""
     validate_every: int = 5
     """Updates between validations; the network that did best there is the one exported."""
+    patience: int = 0
+    """Validations in a row without a better network after which training ends; 0: goes on."""
     validation_episodes: int = 8
-    """Episodes of a validation."""
+    """Episodes of a validation, of each scenario."""
     validation_requests: int = 4096
     """Requests of each: as many as policies are judged on, as what is good in short ones need not
     be in long ones."""
@@ -94,6 +102,9 @@ class CounterfactualTraining:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("prefix_price", "prefill_price", "memory_price", "patience"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name):g}")
         for name in ("max_minutes", "stretch", "softness"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name):g}")
@@ -124,5 +135,5 @@ class CounterfactualTraining:
 
     @property
     def labels_per_update(self) -> int:
-        """Decisions that an update labels."""
+        """Decisions of one scenario that an update labels."""
         return self.num_envs * self.num_steps // self.label_every

@@ -35,9 +35,10 @@ from servegym.scenario import Scenario
 from servegym.train.dispatch_space import DispatchSpace, Observer
 from servegym.train.joint_settings import JointTraining
 from servegym.train.order_space import OrderSpace, Sampler
+from servegym.train.request_run import losses
 from servegym.train.run_folder import StoredRun
 from servegym.train.search import Search
-from servegym.train.search_run import SearchRun, losses
+from servegym.train.search_run import SearchRun
 from servegym.train.validation import FIRST_SEED, Validated
 from servegym.typing import Float32Array, FloatArray
 

@@ -7,6 +7,8 @@ any product of powers of them, of which shortest remaining first is one.
 from __future__ import annotations
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from servegym.errors import ConfigError
 from servegym.policy.learned_ordering import OrderingWeights
@@ -129,6 +131,23 @@ class OrderSpace:
         bias[:, 4:] = parts[:, :, NUM_ORDERING_FEATURES]
         out[:, 4:] = parts[:, :, NUM_ORDERING_FEATURES + 1 :]
         return Perceptrons(self._mean, self.scale, hidden, bias, out)
+
+    def scores(self, theta: Tensor, rows: Tensor) -> Tensor:
+        """Score rows as `perceptrons` does, with gradients.
+
+        Args:
+            theta: Flat weights, `float64[size]`.
+            rows: Normalised features, `float64[..., NUM_ORDERING_FEATURES]`.
+
+        Returns:
+            Of both heads, `float64[..., 2]`.
+        """
+        linear, free = theta.split([2 * len(self.linear), len(theta) - 2 * len(self.linear)])
+        parts = free.view(-1, UNIT)
+        inputs = parts[:, :NUM_ORDERING_FEATURES] * torch.from_numpy(self._varies)
+        units = (rows @ inputs.T + parts[:, NUM_ORDERING_FEATURES]).relu()
+        own = rows[..., self.linear] @ linear.view(2, -1).T
+        return own + units @ parts[:, NUM_ORDERING_FEATURES + 1 :]
 
     def weights(self, theta: FloatArray) -> OrderingWeights:
         """Return an order as its file holds it."""

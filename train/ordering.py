@@ -10,113 +10,47 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from typing_extensions import override
 
-from servegym.baselines.ordering.registry import ordering_policy
-from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import Episode
-from servegym.errors import ConfigError
-from servegym.export.ordering import save_ordering
-from servegym.policy.learned_ordering import OrderingWeights
-from servegym.policy.ordering import PREDICTED_REMAINING_TOKENS
-from servegym.policy.play_perceptron import play_perceptrons
-from servegym.policy.run_ordering import make_simulator, run_ordering
-from servegym.scenario import Scenario
-from servegym.train.order_space import OrderSpace, Sampler
+from servegym.train.order_run import OrderRun, Trained
 from servegym.train.ordering_settings import OrderingTraining
+from servegym.train.request_run import losses
 from servegym.train.run_folder import StoredRun
 from servegym.train.search import Search
-from servegym.train.search_run import SearchRun, losses
-from servegym.train.validation import FIRST_SEED, Validated
+from servegym.train.search_run import SearchRun
 from servegym.typing import FloatArray
 
 
-@dataclass
-class Trained:
-    """What a run found.
-
-    Attributes:
-        weights: The perceptron.
-        loss: Its mean loss on the validation episodes, see `losses`.
-        base_loss: That of `srpt`, where the search begins.
-        generations: Of both searches.
-        spent_s: Wall-clock time of both.
-        samples: Rows of features, `float64[n, NUM_ORDERING_FEATURES]`.
-    """
-
-    weights: OrderingWeights
-    loss: float
-    base_loss: float
-    generations: int
-    spent_s: float
-    samples: FloatArray
-
-
-class OrderingTrainer(SearchRun[OrderingTraining, Trained]):
+class OrderingTrainer(OrderRun[OrderingTraining], SearchRun[OrderingTraining, Trained]):
     """A run that searches an order."""
 
-    problem = "order"
     settings = OrderingTraining
-    references = ("srpt", "footprint", "edf")
 
     def __init__(self, config: OrderingTraining, folder: Path | StoredRun) -> None:
         super().__init__(config, folder)
-        self.samples = self._sample()
-        self.space = OrderSpace(self.samples)
         guess = self._first_guess()
         self.search = Search(guess, np.full(len(guess), 0.3))
 
-    @staticmethod
-    def completed(config: OrderingTraining, scenario: Scenario) -> OrderingTraining:
-        """Refuse scenarios in which nothing is ordered."""
-        if not scenario.orders_requests:
-            raise ConfigError(
-                f"scenario {scenario.name} must have a fleet of one replica with "
-                "engine: vllm-priority to train an order on it"
-            )
-        return config
-
+    @property
     @override
-    def _validation_episodes(self) -> list[Episode]:
-        return self.episodes(FIRST_SEED, self.config.num_validation, self.config.num_requests)
+    def present(self) -> FloatArray:
+        return self.search.mean
 
-    def _sample(self) -> FloatArray:
-        sampler = Sampler(ordering_policy("srpt"), self._rng)
-        episodes = self._validation[:4]
-        run_ordering(make_simulator(self.scenario.spec, episodes, sampler), sampler)
-        return sampler.samples(f"{self.scenario.name} at load {self.config.load}")
-
-    def _play(self, thetas: FloatArray, episodes: list[Episode]) -> Simulator:
-        """Play the same episodes under each of some weights."""
-        nets, threads = self.space.perceptrons(thetas), self.config.num_threads
-        return play_perceptrons(self.scenario.spec, episodes, nets, threads)
+    @property
+    @override
+    def described(self) -> dict[str, float | int | str]:
+        return {"algorithm": "cross-entropy search", "generations": self.generation}
 
     def loss(self, thetas: FloatArray, episodes: list[Episode]) -> FloatArray:
         """Return the mean loss of each of some weights on the same episodes, `float64[C]`."""
         found: FloatArray = losses(self.scenario, self._play(thetas, episodes).state.env)
         return found.reshape(len(thetas), len(episodes)).mean(1)
-
-    def validate(self) -> Validated:
-        """Play the validation episodes under the mean of the search."""
-        return self.validated_by(self._play(self.search.mean[None], self._validation))
-
-    @override
-    def validate_rule(self, name: str) -> Validated:
-        policy = ordering_policy(name)
-        simulator = make_simulator(self.scenario.spec, self._validation, policy)
-        run_ordering(simulator, policy)
-        return self.validated_by(simulator)
-
-    def _first_guess(self) -> FloatArray:
-        """Shortest remaining first, for both heads."""
-        return self.space.guess({PREDICTED_REMAINING_TOKENS: 1.0})
 
     def open_stage(self) -> None:
         """Put hidden units beside the linear score."""
@@ -134,38 +68,6 @@ class OrderingTrainer(SearchRun[OrderingTraining, Trained]):
         tried = search.draw(self._rng, config.num_candidates)
         found = search.update(tried, self.loss(tried, episodes), config.num_candidates // 4)
         return {"rollout/return": -found, "train/spread": float(search.spread.mean())}
-
-    @override
-    def parameters(self) -> Tensor:
-        return torch.from_numpy(self.search.mean.copy())
-
-    @override
-    def take_best(self) -> None:
-        self.space.perceptrons(self.best.numpy()[None])  # of the right size
-
-    @override
-    def found(self) -> Trained:
-        weights = self.space.weights(self.best.numpy())
-        loss, first = float(self.best_scores.mean()), float(self.first_scores.mean())
-        return Trained(weights, loss, first, self.generation, self.spent_s, self.samples)
-
-    def export(self, folder: Path | None = None) -> Path:
-        """Write a file for the plug-in of the engine."""
-        found = self.found()
-        return save_ordering(
-            found.weights,
-            folder or self.folder.path,
-            found.samples,
-            scenario=self.config.scenario,
-            training={
-                "algorithm": "cross-entropy search",
-                "generations": found.generations,
-                "minutes": round(found.spent_s / 60.0, 2),
-                "seed": self.config.seed,
-                "validation_loss": round(found.loss, 5),
-                "validation_loss_srpt": round(found.base_loss, 5),
-            },
-        )
 
     @override
     def state(self) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,22 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from servegym.cluster.simulator import Simulator
+from servegym.cluster.spec import Episode
 from servegym.errors import ConfigError
 from servegym.export.placed import save_placed
 from servegym.export.resolve import resolve_dispatch
-from servegym.policy.pair import Pair
+from servegym.policy.placed import Placed
 from servegym.policy.placed_scores import NUM_TERMS, TERMS, PlacedWeights, placed_policy
-from servegym.problems.dispatch import DispatchEpisodes
-from servegym.scenario import Scenario, load_scenario
+from servegym.policy.run_placed import make_simulator, run_placed
+from servegym.scenario import Scenario
 from servegym.train.placed_settings import PlacedTraining
+from servegym.train.request_run import losses
 from servegym.train.run_folder import StoredRun
 from servegym.train.search import Search
-from servegym.train.training_run import Stage, TrainingRun
-from servegym.train.validation import FIRST_SEED, Validated, Validation
+from servegym.train.search_run import SearchRun
+from servegym.train.training_run import Stage
+from servegym.train.validation import FIRST_SEED, Validated
 from servegym.typing import FloatArray
 
 #: Where the search begins: what is late or slow is bad, a little of either is a little bad.
@@ -38,20 +41,16 @@ _PLACE = {"late": 2.0, "log_tpot": 0.5, "slow": 4.0, "kv_usage": 1.0}
 _REJECTION, _SPREAD = 7.0, 0.6
 
 
-class PlacedTrainer(TrainingRun[PlacedTraining, Scenario, PlacedWeights]):
+class PlacedTrainer(SearchRun[PlacedTraining, PlacedWeights]):
     """A run that searches weights for dispatches and placings."""
 
     problem = "dispatch"
     settings = PlacedTraining
     stages = (Stage("search", "generations"),)
     references = ("added-delay+least-tpot", "class-aware+least-tpot", "conductor+least-tpot")
-    validate_every = 5
-    save_every = 1
-    load_scenario = staticmethod(load_scenario)
 
     def __init__(self, config: PlacedTraining, folder: Path | StoredRun) -> None:
         super().__init__(config, folder)
-        self._rng = np.random.default_rng(config.seed)
         guess = np.zeros(2 * NUM_TERMS + 1)
         for first, weights in ((0, _DISPATCH), (NUM_TERMS + 1, _PLACE)):
             for name, value in weights.items():
@@ -59,81 +58,53 @@ class PlacedTrainer(TrainingRun[PlacedTraining, Scenario, PlacedWeights]):
         guess[NUM_TERMS] = _REJECTION
         self.search = Search(guess, np.full(len(guess), _SPREAD))
 
-    @classmethod
-    @override
-    def stored_scenario(cls, contents: Mapping[str, Any]) -> Scenario:
-        return Scenario.model_validate(contents)
-
     @staticmethod
     @override
     def completed(config: PlacedTraining, scenario: Scenario) -> PlacedTraining:
         if not scenario.spec.disaggregated:
             raise ConfigError(
                 f"scenario {scenario.name} must have replicas that only prefill or decode for "
-                "--learner search, as pd-unequal has: take --learner counterfactual"
+                "--learner search, as pd-unequal has: take another learner"
             )
         return config
 
-    def _loads(self, count: int) -> list[float]:
-        low, high = self.config.load
-        return [low + (high - low) * ((i * 0.6180339887) % 1.0) for i in range(count)]
+    @override
+    def _validation_episodes(self) -> list[Episode]:
+        return self.episodes(FIRST_SEED, self.config.num_validation, self.config.num_requests)
 
-    @cached_property
-    def validation(self) -> Validation:
-        """Validation episodes, over the range of loads."""
-        return Validation(
-            self.scenario,
-            loads=self._loads(self.config.num_validation),
-            num_episodes=self.config.num_validation,
-            num_requests=self.config.num_requests,
-        )
+    def _play(self, policy: Placed, episodes: list[Episode]) -> Simulator:
+        simulator = make_simulator(self.scenario.spec, episodes)
+        run_placed(simulator, policy)
+        return simulator
 
-    def losses(self, theta: FloatArray, episodes: DispatchEpisodes) -> float:
+    def loss(self, theta: FloatArray, episodes: list[Episode]) -> float:
         """Return the mean loss of some weights on episodes."""
-        return float(episodes.losses(placed_policy(_weights(theta), "candidate")).mean())
+        played = self._play(placed_policy(_weights(theta), "candidate"), episodes)
+        return float(losses(self.scenario, played.state.env).mean())
 
     @override
     def validate(self) -> Validated:
-        return self.validation.play(placed_policy(_weights(self.search.mean), "search"))
+        policy = placed_policy(_weights(self.search.mean), "search")
+        return self.validated_by(self._play(policy, self._validation))
 
     @override
     def validate_rule(self, name: str) -> Validated:
         policy = resolve_dispatch(name)
-        assert not isinstance(policy, Pair)
-        return self.validation.play(policy)
-
-    @override
-    def share_of_updates(self) -> float:
-        return self.updates[0] / self.config.max_generations
-
-    @override
-    def goes_on(self) -> bool:
-        if self.updates[0] == 0:
-            return True
-        has_time = self.budget.fits(self.update_s + self.validate_s)
-        return self.updates[0] < self.config.max_generations and has_time
-
-    @override
-    def warm_up(self) -> None:
-        if self.validate_s == 0.0:
-            self._validated()
+        assert isinstance(policy, Placed)
+        return self.validated_by(self._play(policy, self._validation))
 
     @override
     def improve(self) -> dict[str, float]:
-        config, search = self.config, self.search
-        first_seed = int(self._rng.integers(1, FIRST_SEED - config.num_episodes))
-        drawn = [
-            self.scenario.episode(first_seed + i, load=load, num_requests=config.num_requests)
-            for i, load in enumerate(self._loads(config.num_episodes))
-        ]
-        episodes = DispatchEpisodes(self.scenario, drawn)
-        loss = search.step(
-            lambda theta: self.losses(theta, episodes),
+        config = self.config
+        first_seed = self.draw_first_seed()
+        episodes = self.episodes(first_seed, config.num_episodes, config.num_requests)
+        loss = self.search.step(
+            lambda theta: self.loss(theta, episodes),
             self._rng,
             size=config.num_candidates,
             elite=max(1, config.num_candidates // 4),
         )
-        return {"rollout/return": -loss, "train/spread": float(search.spread.mean())}
+        return {"rollout/return": -loss, "train/spread": float(self.search.spread.mean())}
 
     @override
     def parameters(self) -> Tensor:
@@ -157,7 +128,7 @@ class PlacedTrainer(TrainingRun[PlacedTraining, Scenario, PlacedWeights]):
             objective=self.scenario.objective,
             training={
                 "algorithm": "cross-entropy search",
-                "generations": self.updates[0],
+                "generations": self.generation,
                 "minutes": round(self.spent_s / 60.0, 2),
                 "seed": self.config.seed,
                 "validation_loss": round(float(self.best_scores.mean()), 5),

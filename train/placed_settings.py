@@ -35,6 +35,11 @@ class PlacedTraining:
     seed: int = 0
     """Of everything."""
 
+    @property
+    def num_hidden(self) -> int:
+        """None: scores are linear in their terms."""
+        return 0
+
     def __post_init__(self) -> None:
         if not 0 < self.load[0] <= self.load[1]:
             raise ConfigError(f"load must go from low to high, above 0, got {self.load}")

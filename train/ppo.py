@@ -15,13 +15,18 @@ from typing_extensions import override
 
 from servegym.agents.network import Prepared
 from servegym.baselines.registry import policy
+from servegym.policy.counterfactual import Teacher
+from servegym.policy.policy import Policy
+from servegym.scenario import Scenario, load_scenario
 from servegym.train.dispatcher_run import DispatcherRun, episode_stats
 from servegym.train.imitation import demonstrations, imitate
+from servegym.train.labels import label, make_teacher, require_whole_requests
+from servegym.train.mix import Mix, parts_of
 from servegym.train.ppo_settings import PPOConfig
 from servegym.train.returns import RunningScale, chosen, gae, less_group_mean
 from servegym.train.run_folder import StoredRun
 from servegym.train.training_run import Stage
-from servegym.train.validation import Validation
+from servegym.train.validation import Validated, Validation
 
 _log = logging.getLogger(__name__)
 
@@ -32,15 +37,21 @@ class Trainer(DispatcherRun[PPOConfig]):
     settings = PPOConfig
     stages = (Stage("PPO", "updates"),)
     algorithm = "ppo"
+    load_scenario = staticmethod(load_scenario)
 
     def __init__(self, config: PPOConfig, folder: Path | StoredRun) -> None:
         super().__init__(config, folder)
         self.scale = RunningScale(config.num_envs, config.horizon_s)
 
-    @cached_property
     @override
+    def validate_policy(self, policy: Policy) -> Validated:
+        return self.validation.play(policy)
+
+    @cached_property
     def validation(self) -> Validation:
-        return Validation(self.scenario, loads=np.linspace(*self.config.load, 4).tolist())
+        """Validation episodes, over the range of loads."""
+        (part,) = self.parts
+        return Validation(part.scenario, loads=np.linspace(*part.load, 4).tolist())
 
     @property
     @override
@@ -53,10 +64,19 @@ class Trainer(DispatcherRun[PPOConfig]):
             self._imitate()
         super().warm_up()
 
+    @staticmethod
+    @override
+    def completed(config: PPOConfig, scenario: Scenario | Mix) -> PPOConfig:
+        for part in parts_of(scenario, config.load):
+            if config.advantage == "counterfactual":
+                require_whole_requests(part.scenario, "--advantage gae")
+        return DispatcherRun.completed(config, scenario)
+
     def _imitate(self) -> None:
         c = self.config
+        (part,) = self.parts
         data = demonstrations(
-            self.scenario,
+            part.scenario,
             policy(c.imitate),
             c.imitate_decisions,
             num_extra=c.network.num_extra,
@@ -70,21 +90,23 @@ class Trainer(DispatcherRun[PPOConfig]):
     def improve(self) -> dict[str, float]:
         """Step all environments for a while, and learn from that."""
         done_share = self.share()
-        batch, rows, episodes = self._rollout()
+        by_trying = self.config.advantage == "counterfactual"
+        batch, rows, episodes = self._labelled() if by_trying else self._rollout()
         return self._learn(batch, rows, done_share) | episode_stats(episodes)
 
     @torch.no_grad()
     def _rollout(self) -> tuple[dict[str, Tensor], Prepared, list[tuple[float, float]]]:
         c = self.config
+        (arena,) = self.arenas
         seen: list[Prepared] = []
         logits: list[Tensor] = []
         actions: list[Tensor] = []
         rewards, dts, ends = (np.empty((c.num_steps, c.num_envs)) for _ in range(3))
         episodes: list[tuple[float, float]] = []  # return, mean E2E seconds
         for step in range(c.num_steps):
-            prepared = self.prepared(self.observation)
+            prepared = arena.prepared(self.network)
             scores = self.network.logits(prepared)
-            action, reward, dts[step], ends[step] = self.step(scores, episodes)
+            action, reward, dts[step], ends[step] = arena.step(scores, episodes)
             rewards[step] = self.scale(reward, dts[step], ends[step] > 0)
             seen.append(prepared)
             logits.append(scores)
@@ -92,7 +114,7 @@ class Trainer(DispatcherRun[PPOConfig]):
         rows = Prepared(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
         shape = (c.num_steps, c.num_envs)
         value = self.network.values(rows).view(shape)
-        last = self.network.values(self.prepared(self.observation))
+        last = self.network.values(arena.prepared(self.network))
         gamma = self.on_device(np.exp(-dts / c.horizon_s) * (1.0 - ends))
         lam = self.on_device(np.exp(-dts / c.credit_s))
         advantage = gae(self.on_device(rewards), value, gamma, last, lam)
@@ -106,6 +128,49 @@ class Trainer(DispatcherRun[PPOConfig]):
         }
         return batch, rows, episodes
 
+    @cached_property
+    def teacher(self) -> Teacher:
+        """Who says what choices are worth."""
+        (part,) = self.parts
+        return make_teacher(part.scenario, num_threads=1)
+
+    @torch.no_grad()
+    def _labelled(self) -> tuple[dict[str, Tensor], Prepared, list[tuple[float, float]]]:
+        """Step all environments, and keep the decisions whose choices are all tried."""
+        c = self.config
+        (arena,) = self.arenas
+        seen: list[Prepared] = []
+        logits: list[Tensor] = []
+        actions: list[Tensor] = []
+        gains: list[Tensor] = []
+        episodes: list[tuple[float, float]] = []
+        first = self.update * c.num_steps
+        for step in range(c.num_steps):
+            prepared = arena.prepared(self.network)
+            scores = self.network.logits(prepared)
+            tried = step % c.label_every == 0
+            if tried:
+                values = self.on_device(label(arena, self.teacher, (c.seed << 32) + first + step))
+            action = arena.step(scores, episodes).action
+            if tried:
+                # less the mean under the policy itself, so that nothing else is left of the state
+                expected = (scores.softmax(-1) * values * prepared.mask).sum(-1)
+                seen.append(prepared)
+                logits.append(scores)
+                actions.append(action)
+                gains.append(chosen(values, action) - expected)
+        rows = Prepared(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
+        action = torch.cat(actions)
+        value = self.network.values(rows)
+        batch = {
+            "action": action,
+            "log_prob": chosen(torch.cat(logits).log_softmax(-1), action),
+            "value": value,
+            "target": value,  # nobody asks the critic
+            "advantage": torch.cat(gains),
+        }
+        return batch, rows, episodes
+
     def _learn(
         self, batch: dict[str, Tensor], rows: Prepared, done_share: float
     ) -> dict[str, float]:
@@ -115,7 +180,7 @@ class Trainer(DispatcherRun[PPOConfig]):
         advantage = batch["advantage"]
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
         size = len(advantage)
-        warm = self.update < c.warmup_updates
+        warm = c.advantage == "gae" and self.update < c.warmup_updates
         kl, clipped, losses, gains = 0.0, 0.0, [], []
         for _ in range(c.epochs):
             for part in torch.randperm(size, device=self.device).split(c.minibatch):

@@ -39,6 +39,13 @@ class PPOConfig:
     """Discount: a reward t seconds ahead counts exp(-t / horizon)."""
     credit_s: float = 5.0
     """Time constant of generalised advantage estimation: lambda is exp(-dt / credit_s)."""
+    advantage: Literal["gae", "counterfactual"] = "gae"
+    """What a choice is judged by: the rewards after it, or what all choices would have done, tried
+    on the state as it is, which is told from fewer decisions but looks no further than what is
+    there."""
+    label_every: int = 4
+    """Of the decisions of an environment one in so many is tried and learned from, under
+    --advantage counterfactual."""
     epochs: int = 3
     """Passes over each batch."""
     minibatch: int = 1024
@@ -81,6 +88,12 @@ class PPOConfig:
             raise ConfigError(f"load must be two ascending numbers above 0, got {self.load}")
         if not self.max_minutes > 0:
             raise ConfigError(f"minutes must be above 0, got {self.max_minutes:g}")
+        labels = self.advantage == "counterfactual"
+        if self.label_every < 1 or (labels and self.num_steps % self.label_every):
+            raise ConfigError(
+                f"num_steps ({self.num_steps}) must be a multiple of label_every"
+                f" ({self.label_every})"
+            )
         if self.device not in ("cpu", "cuda"):
             raise ConfigError(f"device must be cpu or cuda, got {self.device!r}")
         if self.imitate and policy(self.imitate).information == "oracle":

@@ -1,49 +1,25 @@
-"""What all runs have in common that search weights of policies on whole episodes.
+"""What all runs have in common that search weights of policies.
 
 First the weights of linear scores, then those of hidden units beside them. All candidates of a
-generation play the same episodes, in compiled code, so what arrivals do cancels. What is kept is
-what is best on validation episodes.
+generation play the same episodes, so what arrivals do cancels. What is kept is what is best on
+validation episodes.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
-import numpy as np
 from typing_extensions import override
 
-from servegym.cluster.simulator import Simulator
-from servegym.cluster.spec import Episode
-from servegym.scenario import Scenario, load_scenario
-from servegym.train.run_folder import StoredRun
-from servegym.train.training_run import Found, Stage, TrainingRun
-from servegym.train.validation import FIRST_SEED, Validated
-from servegym.typing import FloatArray
+from servegym.train.request_run import RequestRun, RequestSettings
+from servegym.train.training_run import Found, Stage
 
 #: Share of the run for the search of linear scores, where hidden units follow.
 _LINEAR_SHARE = 0.4
 
 
-class SearchSettings(Protocol):
+class SearchSettings(RequestSettings, Protocol):
     """What the settings of all of them have."""
-
-    @property
-    def scenario(self) -> str:
-        """Name or path of what is played."""
-        ...
-
-    @property
-    def load(self) -> tuple[float, float]:
-        """Range of the load factor, drawn per episode."""
-        ...
-
-    @property
-    def max_minutes(self) -> float:
-        """Wall-clock minutes after which training ends."""
-        ...
 
     @property
     def max_generations(self) -> int:
@@ -55,66 +31,17 @@ class SearchSettings(Protocol):
         """Hidden units beside a linear score; 0 stops with that."""
         ...
 
-    @property
-    def num_episodes(self) -> int:
-        """That each candidate plays."""
-        ...
-
-    @property
-    def seed(self) -> int:
-        """Of everything."""
-        ...
-
 
 C = TypeVar("C", bound=SearchSettings)
 
 
-class SearchRun(TrainingRun[C, Scenario, Found]):
+class SearchRun(RequestRun[C, Found]):
     """A run that searches weights on whole episodes of requests."""
 
-    stages = (Stage("linear", "generations"), Stage("hidden", "generations"))
-    validate_every = 5
-    save_every = 1
-    load_scenario = staticmethod(load_scenario)
-
-    def __init__(self, config: C, folder: Path | StoredRun) -> None:
-        super().__init__(config, folder)
-        self._rng = np.random.default_rng(config.seed)
-        self._validation = self._validation_episodes()
-
-    @classmethod
-    @override
-    def stored_scenario(cls, contents: Mapping[str, Any]) -> Scenario:
-        return Scenario.model_validate(contents)
-
-    @abstractmethod
-    def _validation_episodes(self) -> list[Episode]:
-        """Draw those by which the best is chosen."""
-
-    def episodes(self, first_seed: int, count: int, num_requests: int | None) -> list[Episode]:
-        """Draw episodes over the range of loads, evenly, in the order of their seeds."""
-        low, high = self.config.load
-        return [
-            self.scenario.episode(
-                first_seed + i,
-                load=low + (high - low) * ((i * 0.6180339887) % 1.0),
-                num_requests=num_requests,
-            )
-            for i in range(count)
-        ]
-
-    def draw_first_seed(self) -> int:
-        """Draw the first seed of a generation's episodes."""
-        return int(self._rng.integers(1, FIRST_SEED - self.config.num_episodes))
-
-    def validated_by(self, simulator: Simulator) -> Validated:
-        """Sum up what a simulator has played of the validation episodes."""
-        ends = [simulator.outcomes(env) for env in range(len(self._validation))]
-        return Validated.of(
-            losses(self.scenario, simulator.state.env),
-            [x["finish_s"] - x["arrival_s"] for x in ends],
-            in_time=self.scenario.objective == "goodput",
-        )
+    stages: ClassVar[tuple[Stage, ...]] = (
+        Stage("linear", "generations"),
+        Stage("hidden", "generations"),
+    )
 
     @property
     def generation(self) -> int:
@@ -135,16 +62,3 @@ class SearchRun(TrainingRun[C, Scenario, Found]):
         share = 1.0 if last else _LINEAR_SHARE
         has_time = self.budget.fits(self.update_s + self.validate_s, share)
         return self.share_of_updates() < share and has_time
-
-    def warm_up(self) -> None:
-        """Compile, where no validation has done so yet, and see how long one takes."""
-        if self.validate_s == 0.0:
-            self._validated()
-
-
-def losses(scenario: Scenario, state_env: np.ndarray) -> FloatArray:
-    """Return each episode's loss: log of the mean E2E seconds, or minus the share in time."""
-    if scenario.objective == "goodput":
-        good: FloatArray = -state_env["good"] / state_env["num_requests"]
-        return good
-    return np.log(state_env["area"] / state_env["num_requests"])

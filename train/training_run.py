@@ -23,6 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 from servegym.errors import ConfigError
 from servegym.train.budget import Budget
 from servegym.train.run_folder import RunFolder, StoredRun, restoring
+from servegym.train.tracking import Tracker
 from servegym.train.validation import Validated
 
 _log = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class TrainingRun(ABC, Generic[C, S, Found]):
         best: What did best on validation episodes.
         history: What was logged in this sitting, an entry an update.
         last: What was logged last under each name.
+        trackers: Who else takes what is logged.
         finished: Whether nothing is left to do.
     """
 
@@ -107,6 +109,7 @@ class TrainingRun(ABC, Generic[C, S, Found]):
         self.lines: dict[str, float] = {}
         self.history: list[dict[str, float]] = []
         self.last: dict[str, float] = {}
+        self.trackers: list[Tracker] = []
         self.finished = self._prepared = False
 
     @classmethod
@@ -221,6 +224,11 @@ class TrainingRun(ABC, Generic[C, S, Found]):
         return float((self.first_scores - self.best_scores).mean())
 
     @property
+    def since_best(self) -> float:
+        """Validations in a row that found nothing better."""
+        return self.last.get("validation/since_best", 0.0)
+
+    @property
     def num_updates_made(self) -> int:
         """Updates of all stages."""
         return sum(self.updates)
@@ -289,6 +297,8 @@ class TrainingRun(ABC, Generic[C, S, Found]):
             stats["time/fps"] = (self._step - first_step) / (time.perf_counter() - begin_s)
             for key, value in stats.items():
                 writer.add_scalar(key, value, self._step)
+            for tracker in self.trackers:
+                tracker.log(stats, self._step)
             self.history.append(stats)
             self.last |= stats
             _log.info("%s, update %d: %s", self.stages[stage].name, self.updates[stage], stats)
@@ -310,9 +320,11 @@ class TrainingRun(ABC, Generic[C, S, Found]):
     def keep_the_better(self) -> dict[str, float]:
         """Validate, and keep the present policy if it is the best; return what is logged."""
         found = self._validated()
-        if found.scores.mean() < self.best_scores.mean():
+        better = found.scores.mean() < self.best_scores.mean()
+        if better:
             self.best, self.best_scores = self.parameters(), found.scores
         return {
+            "validation/since_best": 0.0 if better else self.since_best + 1.0,
             "validation/objective": found.objective,
             "validation/p99_s": found.p99_s,
             "validation/gain": float((self.first_scores - found.scores).mean()),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
 from servegym.cluster.outcome import worth_in_time
+from servegym.cluster.simulator import Simulator
 from servegym.policy.policy import Policy
-from servegym.problems.dispatch import DispatchEpisodes
+from servegym.policy.run import run
 from servegym.scenario import Scenario
 from servegym.typing import FloatArray
 
@@ -42,6 +43,21 @@ class Validated(NamedTuple):
         p99_s = np.nanpercentile(np.concatenate(latencies_s), 99)
         return cls(scores, float(objective), float(p99_s))
 
+    @classmethod
+    def joined(cls, parts: Sequence[Self], *, in_time: bool) -> Self:
+        """Put several scenarios together; seconds count by their geometric means.
+
+        Args:
+            parts: Of each scenario.
+            in_time: Whether scores are minus shares, not logarithms of seconds.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        scores = np.concatenate([part.scores for part in parts])
+        objective = -scores.mean() if in_time else np.exp(scores.mean())
+        p99_s = np.exp(np.mean([np.log(part.p99_s) for part in parts]))
+        return cls(scores, float(objective), float(p99_s))
+
 
 class Validation:
     """Validation episodes of requests that are dispatched."""
@@ -68,7 +84,8 @@ class Validation:
         Scores are logarithms of mean E2E latencies in seconds, or minus what counts for goodput,
         per request, under the `goodput` objective.
         """
-        simulator = DispatchEpisodes(self._scenario, self._episodes).run(policy)
+        simulator = Simulator(self._scenario.spec, self._episodes)
+        run(simulator, policy)
         ends = [simulator.outcomes(env) for env in range(len(self._episodes))]
         latencies_s = [x["finish_s"] - x["arrival_s"] for x in ends]
         in_time = self._scenario.objective == "goodput"

@@ -17,14 +17,18 @@ from servegym.commands.calibrate import Calibrate
 from servegym.commands.compile import Compile
 from servegym.commands.costs import Costs
 from servegym.commands.demo import Demo
+from servegym.commands.estimate import Estimate
 from servegym.commands.evaluate import Evaluate
 from servegym.commands.export import Export
 from servegym.commands.fit import Fit
 from servegym.commands.leaderboard import Leaderboard
+from servegym.commands.plan import Plan
 from servegym.commands.policies import Policies
+from servegym.commands.record import Record
 from servegym.commands.replay import Replay
 from servegym.commands.scenarios import Scenarios
 from servegym.commands.schedule import ScheduleDag
+from servegym.commands.search import Search
 from servegym.commands.serve import Serve
 from servegym.commands.simulate import Simulate
 from servegym.commands.train import Train, train_command
@@ -45,7 +49,10 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "simulate": Simulate,
     "evaluate": Evaluate,
     "train": Train,
+    "search": Search,
+    "record": Record,
     "tune": Tune,
+    "plan": Plan,
     "leaderboard": Leaderboard,
     "export": Export,
     "fit": Fit,
@@ -56,6 +63,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "calibrate": Calibrate,
     "validate": Validate,
     "replay": Replay,
+    "estimate": Estimate,
     "schedule": ScheduleDag,
     "serve": Serve,
     "bench": Bench,
@@ -113,8 +121,9 @@ def _parse(words: list[str]) -> Command:
         raise ServeGymError(unknown_name("command", words[0], COMMANDS))
     _refuse_repeated(words)
     commands = COMMANDS
-    if words[:1] == ["train"]:
-        commands = {**COMMANDS, "train": train_command(words[1:])}
+    for name, command in (("train", Train), ("search", Search)):
+        if words[:1] == [name]:
+            commands = {**COMMANDS, name: train_command(words[1:], command)}
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

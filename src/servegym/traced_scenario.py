@@ -69,13 +69,19 @@ def with_trace(
     assert isinstance(played, TraceConfig)
     table = played.whole()
     if rate_rps is None and not played.is_batch:
-        rate_rps = 0.8 * _capacity_rps(scenario.spec, episode, table)
+        rate_rps = 0.8 * capacity_rps(scenario.spec, episode, table)
     workload = played.model_copy(update={"rate_rps": rate_rps})
     return scenario.model_copy(update={"workload": workload, "name": name})
 
 
-def _capacity_rps(spec: ClusterSpec, episode: Episode, table: RequestTable) -> float:
-    """Rate that a fleet can bear of requests such as these, by the cost model."""
+def capacity_rps(spec: ClusterSpec, episode: Episode, table: RequestTable) -> float:
+    """Rate that a fleet can bear of requests such as these, by the cost model.
+
+    Args:
+        spec: Its types of replicas.
+        episode: Has the fleet.
+        table: Requests; their mean lengths count, prefixes do not.
+    """
     prompt, output = float(table.prompt_tokens.mean()), float(table.output_tokens.mean())
     capacity = 0.0
     for t, speed in zip(episode.type_idx, episode.speed, strict=True):

@@ -11,9 +11,16 @@ from servegym.agents.network import DispatchNetwork, NetworkConfig
 from servegym.agents.torch_policy import TorchPolicy
 from servegym.baselines.registry import policy
 from servegym.cluster.simulator import Simulator
-from servegym.policy.contract import NUM_OBSERVED_FEATURES, ReplicaFeature, RequestFeature
+from servegym.errors import ConfigError
+from servegym.policy.contract import (
+    NUM_REPLICA_FEATURES,
+    NUM_REQUEST_FEATURES,
+    ReplicaFeature,
+    RequestFeature,
+)
 from servegym.policy.costs import (
     BASES,
+    INFERRED_BASES,
     added_delay_s,
     delay_s,
     load_by_speed,
@@ -29,13 +36,18 @@ RULES = (
     "speed-family:eta=0.5",
     "prefix-load:weight=0.3,eta=0.7",
     "added-delay:prefill=3,decode=0.2",
+    "added-delay-inferred:prefill=3,decode=0.2,shrink=0.5,observed=0.7",
 )
 
 
 def network_on(rule, **settings) -> DispatchNetwork:
+    base = rule.name.partition(":")[0]
     return DispatchNetwork(
         NetworkConfig(
-            base=rule.name.partition(":")[0], base_params=tuple(rule.params.tolist()), **settings
+            base=base,
+            base_params=tuple(rule.params.tolist()),
+            extended=base in INFERRED_BASES,
+            **settings,
         )
     )
 
@@ -62,12 +74,15 @@ class Twins:
         return action
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("rule", "relative"),
+    [*((rule, False) for rule in RULES), ("added-delay", True), (RULES[-1], True)],
+)
 @pytest.mark.parametrize("scenario", ["mixed-chat", "hetero-prefix", "failures"])
-def test_untrained_network_is_its_base_action_for_action(rule, scenario):
+def test_untrained_network_is_its_base_action_for_action(rule, relative, scenario):
     loaded = load_scenario(scenario)
     episodes = [loaded.episode(seed, num_requests=400) for seed in range(3)]
-    twins = Twins(policy(rule), network_on(policy(rule)))
+    twins = Twins(policy(rule), network_on(policy(rule), relative=relative))
     run(Simulator(loaded.spec, episodes), twins)
     assert twins.num_decisions >= 1200
     assert twins.num_different == 0
@@ -143,7 +158,12 @@ def test_base_costs_agree_with_a_hand_computation():
 @pytest.mark.parametrize("base", BASES)
 def test_costs_of_networks_and_rules_are_those_of_one_formula(base):
     rng = np.random.default_rng(5)
-    params = {"speed-family": (0.7,), "prefix-load": (0.3, 0.7), "added-delay": (1.9, 0.4)}
+    params = {
+        "speed-family": (0.7,),
+        "prefix-load": (0.3, 0.7),
+        "added-delay": (1.9, 0.4),
+        "added-delay-inferred": (1.9, 0.4, 0.6, 0.8),
+    }
     ranges = {
         "UP": (1, 1),
         "OUTSTANDING_REQUESTS": (0, 60),
@@ -153,11 +173,12 @@ def test_costs_of_networks_and_rules_are_those_of_one_formula(base):
         "PREFIX_HIT_TOKENS": (0, 900),
         "DECODE_STEP_S": (0.005, 0.03),
         "DECODE_SEQ_S": (1e-5, 1e-3),
+        "STEP_TIME_RATIO": (0.8, 4),
     }
-    replicas = np.zeros((300, NUM_OBSERVED_FEATURES, 5))
+    replicas = np.zeros((300, NUM_REPLICA_FEATURES, 5))
     for name, (low, high) in ranges.items():
         replicas[:, ReplicaFeature[name]] = rng.uniform(low, high, (300, 5))
-    request = np.ones((300, 9))
+    request = np.ones((300, NUM_REQUEST_FEATURES))
     request[:, RequestFeature.PROMPT_TOKENS] = rng.uniform(1, 4000, 300)
     request[:, RequestFeature.PREDICTED_OUTPUT_TOKENS] = rng.uniform(1, 500, 300)
 
@@ -176,6 +197,8 @@ def test_costs_of_networks_and_rules_are_those_of_one_formula(base):
         column("DECODE_SEQ_S"),
     )
     given = params.get(base, ())
+    request[:, RequestFeature.EXPECTED_TOKENS] = rng.uniform(1, 500, 300)
+    tokens = predicted + 0.6 * (request[:, RequestFeature.EXPECTED_TOKENS, None] - predicted)
     cost = {
         "least-outstanding": lambda: load,
         "speed-family": lambda: load_by_speed(load, speed, *given),
@@ -185,6 +208,15 @@ def test_costs_of_networks_and_rules_are_those_of_one_formula(base):
             new / rate,
             predicted * step_s(alone_s, seq_s, load),
             delay_s(load, new / rate, seq_s, predicted, *given),
+        ),
+        "added-delay-inferred": lambda: (
+            added_delay_s(
+                queue_s,
+                new / rate,
+                tokens * step_s(alone_s, seq_s, load),
+                delay_s(load, new / rate, seq_s, tokens, *given[:2]),
+            )
+            * column("STEP_TIME_RATIO") ** given[3]
         ),
     }[base]()
     of_network = base_cost(
@@ -197,3 +229,18 @@ def test_costs_of_networks_and_rules_are_those_of_one_formula(base):
     mask = np.tile([True] * 5 + [False] * 2, (300, 1))
     chosen = rule.act(Observations(replicas, request, mask), np.zeros(300, np.int64))
     np.testing.assert_array_equal(chosen, cost.argmin(-1))
+
+
+def test_a_relative_base_weighs_shares_of_its_costs():
+    # costs 2 and 1 in the fleet of one request more: a half less counts as log 2, at any scale
+    replicas, request = torch.zeros(2, 2, 21), torch.ones(2, 9)
+    replicas[..., ReplicaFeature.UP] = 1.0
+    replicas[..., ReplicaFeature.OUTSTANDING_REQUESTS] = torch.tensor([[2.0, 1.0], [60.0, 30.0]])
+    config = NetworkConfig(base="least-outstanding", relative=True, eta=3.0)
+    prior = DispatchNetwork(config).prepare(replicas, request, torch.ones(2, 2)).prior
+    torch.testing.assert_close(prior, -3.0 * np.log(2.0) * torch.tensor([[1.0, 0.0]] * 2))
+
+
+def test_a_base_that_goes_by_what_is_inferred_must_see_it():
+    with pytest.raises(ConfigError, match=r"added-delay-inferred goes by .*: give --extended"):
+        NetworkConfig(base="added-delay-inferred")

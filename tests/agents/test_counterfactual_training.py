@@ -239,8 +239,8 @@ def test_every_setting_is_an_option(capsys):
             "--num-samples is for scenarios of dispatch, and kv-starved is one of order: leave it",
         ),
         (
-            ["--scenario", "kv-starved", "--learner", "ppo"],
-            "problem order has no learner ppo: choose search",
+            ["--scenario", "kv-starved", "--learner", "counterfactual"],
+            "problem order has no learner counterfactual: choose search or ppo",
         ),
     ],
 )

@@ -26,8 +26,8 @@ from servegym.serve.vllm.plugin import load_policy
 from servegym.train.joint import DISPATCHER, SCHEDULERS, JointTrainer
 from servegym.train.joint_settings import JointTraining
 from servegym.train.registry import find_trainer
+from servegym.train.request_run import losses
 from servegym.train.search import Search
-from servegym.train.search_run import losses
 
 FLEET = {
     "name": "tight fleet",

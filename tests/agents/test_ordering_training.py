@@ -20,7 +20,8 @@ from servegym.policy.run_ordering import make_simulator, run_ordering
 from servegym.scenario import load_scenario
 from servegym.serve.vllm.plugin import load_policy
 from servegym.train import training_run
-from servegym.train.ordering import OrderingTrainer, OrderingTraining
+from servegym.train.ordering import OrderingTrainer
+from servegym.train.ordering_settings import OrderingTraining
 from servegym.train.search import Search
 
 TIGHT = {

@@ -148,8 +148,10 @@ def test_what_is_found_is_better_on_validation_and_plays_so_from_its_file(split,
     policy = resolve_dispatch(str(path))
     assert policy.name == "run"
     assert Dispatch().is_learned(policy)
-    episodes = DispatchEpisodes(trainer.scenario, trainer.validation._episodes)
-    np.testing.assert_array_equal(episodes.losses(policy), trainer.best_scores)
+    played = trainer.validated_by(
+        DispatchEpisodes(trainer.scenario, trainer._validation).run(policy)
+    )
+    np.testing.assert_array_equal(played.scores, trainer.best_scores)
 
 
 class Killed(Exception):
@@ -190,7 +192,7 @@ def test_files_that_are_no_weights_of_both_decisions_are_refused(tmp_path):
 
 
 def test_a_fleet_in_which_nothing_is_placed_is_refused(capsys, tmp_path):
-    with pytest.raises(ConfigError, match="--learner search, as pd-unequal has"):
+    with pytest.raises(ConfigError, match="--learner search, as pd-unequal has: take another"):
         PlacedTrainer(settings("mixed-chat"), tmp_path / "run")
     with pytest.raises(SystemExit):
         main(["train", "--scenario", "mixed-chat", "--learner", "search", "--num-candidates", "0"])

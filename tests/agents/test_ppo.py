@@ -264,9 +264,10 @@ def test_interrupted_run_ends_as_an_uninterrupted_one(tiny, tmp_path, monkeypatc
     for name in ("mean", "square", "count"):
         assert getattr(again.scale, name) == getattr(whole.scale, name)
     np.testing.assert_array_equal(again.scale.returns, whole.scale.returns)
-    np.testing.assert_array_equal(again.places.episodes, whole.places.episodes)
-    assert again.places.episodes.min() > 1
-    for got, want in zip(again.places.taken(), whole.places.taken(), strict=True):
+    here, there = again.arenas[0].places, whole.arenas[0].places
+    np.testing.assert_array_equal(here.episodes, there.episodes)
+    assert here.episodes.min() > 1
+    for got, want in zip(here.taken(), there.taken(), strict=True):
         np.testing.assert_array_equal(got, want)
     assert again.history[-1]["train/value_loss"] == whole.history[-1]["train/value_loss"]
 
@@ -351,6 +352,10 @@ def test_broken_files_are_refused_in_one_sentence(tiny, tmp_path, content):
     ("settings", "sentence"),
     [
         ({"num_envs": 5}, r"num_envs \(5\) must be a multiple of group_size \(2\)"),
+        (
+            {"label_every": 5, "advantage": "counterfactual"},
+            r"num_steps \(16\) must be a multiple of label_every \(5\)",
+        ),
         ({"total_decisions": 63}, "total_decisions must be at least .* = 64, got 63"),
     ],
 )
@@ -412,3 +417,30 @@ def test_learning_overcomes_a_bad_base(write_scenario, tmp_path: Path):
     # sending everything to the fast one halves the mean; a third is the margin asked for
     assert mean_e2e_s(path, policy("speed-family:eta=2")) < 0.5 * before_s
     assert after_s < 0.67 * before_s
+
+
+def test_it_learns_from_what_all_choices_would_have_done(write_scenario, tmp_path, monkeypatch):
+    # an H100 and two L40S: who counts requests alone sends too many to the slow ones
+    short = functools.partial(Validation, num_episodes=4, num_requests=300)
+    monkeypatch.setattr(ppo, "Validation", short)
+    config = PPOConfig(
+        scenario=write_scenario(),
+        total_decisions=8 * 16 * 64,
+        num_envs=16,
+        group_size=1,
+        num_steps=64,
+        num_requests=300,
+        load=(0.8, 1.2),
+        advantage="counterfactual",
+        label_every=2,
+        minibatch=128,
+        learning_rate=3e-3,
+        network=NetworkConfig(base="least-outstanding", eta=1.0),
+    )
+    trainer = Trainer(config, tmp_path)
+    first = {k: v.clone() for k, v in trainer.network.critic.state_dict().items()}
+    trainer.run()
+    assert trainer.gain > 0.03
+    assert equal(first, trainer.network.critic.state_dict())  # nobody asks it
+    with pytest.raises(ConfigError, match="some of pd-equal only prefill or decode: take --adv"):
+        Trainer(PPOConfig(scenario="pd-equal", advantage="counterfactual"), tmp_path / "other")

@@ -13,11 +13,13 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from servegym.agents.network_config import NetworkConfig
 from servegym.cli import _parse, main
 from servegym.errors import ExportError
 from servegym.export.manifest import Manifest, read_manifest
 from servegym.export.resolve import load_policy
 from servegym.problems.registry import PROBLEMS
+from servegym.train.ppo_settings import PPOConfig
 from servegym.train.registry import TRAINERS
 from servegym.train.run_folder import RunFolder, StoredRun, digest
 from servegym.train.validation import Validated
@@ -132,6 +134,14 @@ def test_validation_is_summed_up_in_the_unit_of_the_objective():
     assert found.p99_s == pytest.approx(3.0 + 0.98 * 5.0)  # between the second and the third of 3
     shares = Validated.of(torch.tensor([-0.5, -1.0]).numpy(), latencies_s, in_time=True)
     assert shares.objective == 0.75
+
+
+def test_a_network_begins_with_the_parameters_of_its_own_rule():
+    for words in (["--base", "prefix-load"], ["--base=prefix-load"]):
+        assert _parse(["train", *words]).settings.network == NetworkConfig(base="prefix-load")
+    assert _parse(["train"]).settings == PPOConfig()
+    given = _parse(["train", "--base", "speed-family:eta=0.5", "--hidden", "8"]).settings.network
+    assert given == NetworkConfig(base="speed-family", base_params=(0.5,), hidden=8)
 
 
 @pytest.mark.parametrize("problem", TRAINERS)

@@ -94,7 +94,9 @@ def test_rules_are_named_behind_a_dispatch_policy():
         "predictive",
         "oracle",
     )
-    with pytest.raises(ConfigError, match="unknown order, placement or retention 'bellady'"):
+    with pytest.raises(
+        ConfigError, match="unknown order, placement, migration or retention 'bellady'"
+    ):
         resolve_dispatch("prefix-load+bellady")
 
 

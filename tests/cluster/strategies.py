@@ -8,10 +8,12 @@ from dataclasses import replace
 import numpy as np
 
 from servegym.cluster.spec import (
+    VICTIMS,
     ClusterSpec,
     Episode,
     Faults,
     Link,
+    MigrationRules,
     ReplicaType,
     Role,
     TransferRules,
@@ -311,6 +313,44 @@ def with_roles(spec: ClusterSpec, episode: Episode, seed: int) -> tuple[ClusterS
         max_num_held=int(rng.choice([1, 4, 256])),
     )
     return replace(spec, types=types, transfers=rules), episode
+
+
+def with_migration(spec: ClusterSpec, episode: Episode, seed: int) -> tuple[ClusterSpec, Episode]:
+    """Let requests move between replicas often, over slow links and in few stages."""
+    rng = np.random.default_rng((seed, 7))
+    types = tuple(
+        replace(
+            kind,
+            link=Link(
+                bytes_per_s=float(rng.choice([1e2, 1e3, 1e5, np.inf])),
+                latency_s=float(rng.choice([0.0, 0.01, 0.2])),
+                piece_s=float(rng.choice([0.0, 1e-3])),
+            ),
+        )
+        for kind in spec.types
+    )
+    type_idx = np.concatenate((episode.type_idx, rng.integers(0, len(types), 2)))
+    episode = replace(
+        episode,
+        type_idx=type_idx.astype(np.int16),
+        speed=rng.uniform(0.5, 2.0, len(type_idx)),
+    )
+    transfers = TransferRules(
+        kv_token_bytes=float(rng.choice([0.0, 1.0, 10.0])),
+        kv_block_pieces=int(rng.integers(0, 4)),
+        max_num_held=int(rng.choice([1, 4, 256])),
+    )
+    migration = MigrationRules(
+        interval_s=float(rng.choice([0.005, 0.02, 0.1])),
+        rule=("freeness", "freeness", "queues")[rng.integers(3)],
+        victim=VICTIMS[rng.integers(len(VICTIMS))],
+        source_below=float(rng.choice([3.0, 10.0, 1e9])),
+        target_above=float(rng.choice([-1e9, 0.0, 3.0])),
+        queue_gap=int(rng.integers(1, 4)),
+        last_stage_blocks=int(rng.choice([1, 2, 16])),
+        max_stages=int(rng.integers(1, 5)),
+    )
+    return replace(spec, types=types, transfers=transfers, migration=migration), episode
 
 
 def with_tiers(spec: ClusterSpec, episode: Episode, seed: int) -> tuple[ClusterSpec, Episode]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from servegym.cluster.outcome import outcomes_from_events
 from servegym.cluster.reference import ReferenceSimulator
 from servegym.cluster.simulator import Simulator
-from servegym.cluster.spec import ClusterSpec, Episode, TransferRules
+from servegym.cluster.spec import ClusterSpec, Episode, MigrationRules, TransferRules
 from servegym.cluster.state import (
     ALWAYS,
     DECISION,
@@ -384,6 +384,10 @@ def check(sim: Simulator) -> None:
         (
             lambda: replace(tiered(host_kv=SLOW), types=prefilling(), tiers=SHARED),
             "the roles prefill and decode do not go together",
+        ),
+        (
+            lambda: replace(tiered(host_kv=SLOW), migration=MigrationRules(interval_s=1.0)),
+            "requests that migrate do not go together",
         ),
     ],
 )

@@ -23,7 +23,7 @@ from servegym.cluster.state import (
     NEVER,
     NOBODY,
     PREEMPT,
-    SCRAPE,
+    TICK,
     WHERE_IT_MATTERS,
     Asks,
 )
@@ -74,7 +74,7 @@ def test_timers_come_out_by_time_then_kind_then_order_whichever_are_removed(stat
             set_one(state, *inside[-1])
         elif inside and not isinstance(step, tuple):
             inside.sort()
-            of_requests = [one for one in inside if one[1] > SCRAPE]
+            of_requests = [one for one in inside if one[1] > TICK]
             gone = inside[0]
             if step is not None and of_requests:
                 gone = of_requests[step % len(of_requests)]
@@ -86,7 +86,7 @@ def test_timers_come_out_by_time_then_kind_then_order_whichever_are_removed(stat
         listed = [tuple(one[name].item() for name in FIELDS) for one in timers]
         assert sorted(listed) == sorted(inside)
         assert not listed or listed[0] == min(inside)
-        places = {one[3]: i for i, one in enumerate(listed) if one[1] > SCRAPE}
+        places = {one[3]: i for i, one in enumerate(listed) if one[1] > TICK}
         for request in range(CAPACITY - 2):
             assert state.request[0, request]["timer_pos"] == places.get(request, -1)
 

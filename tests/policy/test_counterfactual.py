@@ -120,6 +120,16 @@ def test_the_price_is_on_prefill_that_no_cache_saves_beside_others():
     rate = simulator.params.nominal[0, 1]
     assert free[0] - paid[0] == pytest.approx(3.0 * 2 * (100 - 64) / rate)
     assert paid[1] == free[1]  # nobody is there
+    both = values(simulator, LATENCY._replace(prefix_price=1.0, prefill_price=2.0))
+    np.testing.assert_allclose(both, paid)
+
+
+def test_memory_has_a_price_while_others_are_there():
+    # as by hand above: after its first token it holds 54 of 16,000 tokens for 3 steps of 12 ms
+    simulator = follow(fleet([(0.0, 50, 4), (0.0, 50, 4)], [1.0, 1.0]), [0])
+    free, paid = values(simulator), values(simulator, LATENCY._replace(memory_price=2000.0))
+    assert free[0] - paid[0] == pytest.approx(2000.0 * 54 / 16_000 * 0.036)
+    assert paid[1] == free[1]  # nobody is there
 
 
 def test_who_leaves_or_waits_is_no_gain_where_times_are_judged():

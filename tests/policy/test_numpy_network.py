@@ -13,7 +13,7 @@ from servegym.policy.contract import (
     ReplicaFeature,
     observed,
 )
-from servegym.policy.costs import BASES
+from servegym.policy.costs import BASES, INFERRED_BASES
 from servegym.policy.frozen import NumpyPolicy
 from servegym.policy.numpy_network import EXTENDED_FAMILY, FAMILY, NetworkShape, NumpyNetwork
 from servegym.policy.policy import Observations
@@ -23,11 +23,12 @@ PARAMS = {
     "prefix-load": (0.03, 0.7),
     "speed-family": (0.8,),
     "least-outstanding": (),
+    "added-delay-inferred": (1.9, 0.4, 0.6, 0.8),
 }
 
 
 def make(
-    base: str, context: str, num_extra: int, *, extended: bool = False
+    base: str, context: str, num_extra: int, *, extended: bool = False, relative: bool = False
 ) -> tuple[DispatchNetwork, NumpyNetwork]:
     torch.manual_seed(1)
     config = NetworkConfig(
@@ -37,13 +38,14 @@ def make(
         base_params=PARAMS[base],
         hidden=20,
         extended=extended,
+        relative=relative,
     )
     network = DispatchNetwork(config).eval()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     family = EXTENDED_FAMILY if extended else FAMILY
-    shape = NetworkShape(family, context, base, PARAMS[base], config.eta, num_extra)
+    shape = NetworkShape(family, context, base, PARAMS[base], config.eta, num_extra, relative)
     return network, NumpyNetwork(shape, {k: v.numpy() for k, v in network.state_dict().items()})
 
 
@@ -76,12 +78,15 @@ def test_every_base_of_training_is_known_here():
     assert set(PARAMS) == set(BASES)
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    ("base", "extended"),
+    [(base, e) for base in BASES for e in (False, True) if e or base not in INFERRED_BASES],
+)
 @pytest.mark.parametrize("context", ["mean", "attention"])
 @pytest.mark.parametrize("num_extra", [0, 1, 2])
-@pytest.mark.parametrize("extended", [False, True])
-def test_logits_are_those_of_pytorch(base, context, num_extra, extended):
-    network, other = make(base, context, num_extra, extended=extended)
+def test_logits_are_those_of_pytorch(base, extended, context, num_extra):
+    relative = num_extra == 1
+    network, other = make(base, context, num_extra, extended=extended, relative=relative)
     for size in (1, 2, 7, 16, 128, 400):  # the large ones are multiplied in pieces
         replicas, request, mask = draw(6, size, num_extra, extended=extended)
         with torch.inference_mode():
@@ -118,6 +123,7 @@ def test_nan_is_no_choice():
     [
         ({"family": "dispatch-9"}, "networks of family 'dispatch-9' are unknown"),
         ({"base": "magic"}, "no base cost 'magic'"),
+        ({"base": "added-delay-inferred"}, "base cost added-delay-inferred needs a network of"),
     ],
 )
 def test_another_kind_of_network_is_refused(change, sentence):

@@ -70,9 +70,25 @@ SEEN = observe([0, 5, 5])
 
 def test_acts_by_the_policy():
     runtime, _, _ = scripted()
-    assert runtime.decide(SEEN) == (1, "policy", Reason.POLICY, 0.0, 1)
+    assert runtime.decide(SEEN) == (1, "policy", Reason.POLICY, 0.0, 1, None)
     assert runtime.counters.num_policy == 1
     assert runtime.latency.count == 1
+
+
+def test_explores_as_often_as_it_says_and_only_where_the_policy_decides():
+    runtime, policy, _ = scripted(explored=0.3)
+    found = [runtime.decide(SEEN) for _ in range(3000)]
+    assert {d.by for d in found} == {"policy"}
+    assert {d.proposed for d in found} == {1}
+    stated = {d.action: d.propensity for d in found}
+    assert stated == pytest.approx({0: 0.1, 1: 0.8, 2: 0.1})
+    shares = {a: np.mean([d.action == a for d in found]) for a in stated}
+    assert shares == pytest.approx(stated, abs=0.025)
+    assert {d.reason for d in found if d.action != 1} == {Reason.EXPLORED}
+    assert {d.reason for d in found if d.action == 1} == {Reason.POLICY}
+    policy.action = RuntimeError("broken")
+    assert runtime.decide(SEEN)[:3] == (0, "fallback", Reason.ERROR)
+    assert runtime.decide(SEEN).propensity is None
 
 
 @pytest.mark.parametrize(
@@ -153,13 +169,13 @@ def test_a_late_answer_is_taken_and_counted_until_the_breaker_opens():
     clock.now_s += 10.0
     policy.takes_s = 0.0
     for _ in range(20):  # on trial it is asked, and watched
-        assert runtime.decide(SEEN) == (0, "fallback", Reason.BREAKER, 0.0, 1)
+        assert runtime.decide(SEEN) == (0, "fallback", Reason.BREAKER, 0.0, 1, None)
     assert runtime.decide(SEEN).by == "policy"
 
 
 def test_shadow_asks_and_counts_but_acts_by_the_fallback():
     runtime, policy, _ = scripted(mode="shadow")
-    assert runtime.decide(SEEN) == (0, "fallback", Reason.SHADOW, 0.0, 1)
+    assert runtime.decide(SEEN) == (0, "fallback", Reason.SHADOW, 0.0, 1, None)
     policy.action = 0
     runtime.decide(SEEN)
     policy.action = 9

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -144,7 +144,7 @@ class CorrectedSource(CostSource):
             f"{evidence.note}; times {found.step:g} a step, {found.kv:g} KV, {found.prefill:g} "
             f"prefill from {found.num_requests} logged requests"
         )
-        return Evidence(evidence.operator, evidence.kind, note.removeprefix("; "))
+        return replace(evidence, note=note.removeprefix("; "))
 
     def gemm_evidence(self, n: int, k: int) -> Evidence:
         """That of the base, and the log."""

@@ -236,7 +236,7 @@ class EngineSource(CostSource):
     def _evidence(self, operator: str) -> Evidence:
         fit = self.fit
         note = f"{fit.num_steps} engine steps, error {fit.error[0]:g} / {fit.error[1]:g} %"
-        return Evidence(operator, "interpolated", note)
+        return Evidence(operator, "interpolated", note, fit.error)
 
     def gemm_evidence(self, n: int, k: int) -> Evidence:
         """Name the log of steps that the fit was made from."""

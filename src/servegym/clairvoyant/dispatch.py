@@ -104,7 +104,7 @@ def plays_alone(spec: ClusterSpec, episode: Episode) -> bool:
         (episode.table.after == BY_ITSELF).all()
         and not (episode.faults.kind == FAULT_DOWN).any()
         and not any(spec.types[t].num_ranks for t in episode.type_idx)
-        and not spec.disaggregated
+        and not spec.moves_kv
         and not spec.tiered
     )
 

@@ -7,11 +7,25 @@ from typing import NamedTuple
 
 import numpy as np
 
-from servegym.cluster.entry import DISAGGREGATION, NUM_ENTRIES, SETTLE_TURN, TIERS
+from servegym.cluster.entry import (
+    DISAGGREGATION,
+    MIGRATION,
+    NUM_ENTRIES,
+    SETTLE_TURN,
+    TIERS,
+)
 from servegym.cluster.kernels import reset_env
 from servegym.cluster.nominal import nominal_facts
 from servegym.cluster.outcome import EVENT_DTYPE, STEP_DTYPE
-from servegym.cluster.spec import ROLES, ClusterSpec, Episode, ReplicaType, first_ranks
+from servegym.cluster.spec import (
+    MIGRATION_RULES,
+    ROLES,
+    VICTIMS,
+    ClusterSpec,
+    Episode,
+    ReplicaType,
+    first_ranks,
+)
 from servegym.cluster.state import (
     BLOCK_DTYPE,
     DISPATCH_ONLY,
@@ -23,6 +37,7 @@ from servegym.cluster.state import (
     LENGTH_DTYPE,
     LINK_DTYPE,
     LOAD_DTYPE,
+    MOVE_DTYPE,
     NEVER,
     NUM_ITL_BINS,
     NUM_LENGTH_SUMS,
@@ -41,6 +56,7 @@ from servegym.cluster.state import (
     TIMER_DTYPE,
     TRANSFER_DTYPE,
     Asks,
+    Migration,
     Params,
     State,
 )
@@ -170,10 +186,25 @@ def make_params(spec: ClusterSpec, *, record: bool, asks: Asks = DISPATCH_ONLY) 
         metrics_interval_s=float(spec.metrics_interval_s),
         noise_sigma=float(spec.noise_sigma),
         noise_period_steps=int(spec.noise_period_steps),
+        migration=_migration(spec),
         asks=Asks(*map(int, asks)),
         record=bool(record),
         entries=np.zeros(NUM_ENTRIES, np.int64),
     )
+
+
+def wanted_entries(spec: ClusterSpec, asks: Asks) -> frozenset[int]:
+    """Return which entry points of `entry.ON_DEMAND` a cluster calls."""
+    wanted: frozenset[int] = frozenset()
+    if spec.disaggregated:
+        wanted |= DISAGGREGATION
+    if spec.migrates:
+        wanted |= MIGRATION
+    if spec.tiered:
+        wanted |= TIERS
+    if asks.retain != NEVER:
+        wanted |= {SETTLE_TURN}
+    return wanted
 
 
 def _slots(blocks: int) -> int:
@@ -181,12 +212,19 @@ def _slots(blocks: int) -> int:
     return 1 << max(0, 2 * blocks - 1).bit_length()
 
 
-def wanted_entries(spec: ClusterSpec, asks: Asks) -> frozenset[int]:
-    """Return which entry points of `entry.ON_DEMAND` a cluster calls."""
-    found: frozenset[int] = DISAGGREGATION if spec.disaggregated else frozenset()
-    if spec.tiered:
-        found |= TIERS
-    return found | {SETTLE_TURN} if asks.retain != NEVER else found
+def _migration(spec: ClusterSpec) -> Migration:
+    rules = spec.migration
+    return Migration(
+        on=spec.migrates,
+        interval_s=float(rules.interval_s),
+        rule=MIGRATION_RULES.index(rules.rule),
+        victim=VICTIMS.index(rules.victim),
+        source_below=float(rules.source_below),
+        target_above=float(rules.target_above),
+        queue_gap=int(rules.queue_gap),
+        last_stage_blocks=int(rules.last_stage_blocks),
+        max_stages=int(rules.max_stages),
+    )
 
 
 #: Arrays of the state that have a row, or more, for every request.
@@ -202,7 +240,7 @@ def make_state(spec: ClusterSpec, capacity: Capacity) -> State:
         blocks = max(t.num_blocks for t in spec.types)
         slots = _slots(blocks)
         width = -(-capacity.longest_tokens // spec.block_size)
-        rows = seqs + (spec.transfers.max_num_held if spec.disaggregated else 0)
+        rows = seqs + (spec.transfers.max_num_held if spec.moves_kv else 0)
         rows += seqs if spec.tiered else 0  # for as many whose KV is loaded
     own, store = 0, 0
     if spec.tiered:
@@ -223,8 +261,9 @@ def make_state(spec: ClusterSpec, capacity: Capacity) -> State:
         free_slots=np.zeros((e, r, rows), np.int32),
         scraped=np.zeros((e, NUM_SCRAPED, r)),
         observation=np.zeros((e, NUM_OBSERVED_ROWS, r)),
-        transfer=np.zeros((e, n if spec.disaggregated else 1), TRANSFER_DTYPE),
+        transfer=np.zeros((e, n if spec.moves_kv else 1), TRANSFER_DTYPE),
         link=np.zeros((e, r), LINK_DTYPE),
+        move=np.zeros((e, r if spec.migrates else 1), MOVE_DTYPE),
         load=np.zeros((e, n if spec.tiered else 1), LOAD_DTYPE),
         tier=np.zeros((e, r, NUM_TIERS), TIER_DTYPE),
         tier_block=np.zeros((e, r, 2, own + 1), TIER_BLOCK_DTYPE),
@@ -236,7 +275,7 @@ def make_state(spec: ClusterSpec, capacity: Capacity) -> State:
         length=np.zeros((e, n), LENGTH_DTYPE),
         order=np.zeros((e, n), ORDER_DTYPE),
         forming=np.zeros((e, r), FORMING_DTYPE),
-        timer=np.zeros((e, n + 2), TIMER_DTYPE),
+        timer=np.zeros((e, n + 2 + (r + 1 if spec.migrates else 0)), TIMER_DTYPE),
         allowed=np.zeros((e, r + 2), np.bool_),
         fault=np.zeros((e, capacity.faults), FAULT_DTYPE),
         itl_count=np.zeros((e, NUM_ITL_BINS), np.int64),

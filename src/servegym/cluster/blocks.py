@@ -187,6 +187,38 @@ def hold_matched(p: Params, s: State, e: int, r: int, request: int, hits: int) -
 
 
 @inlined
+def settle_blocks(
+    p: Params, s: State, e: int, r: int, request: int, computed: int, joined: int
+) -> int:
+    """Say which blocks a request that leaves the running list has, and name those it filled.
+
+    Args:
+        p: Constants.
+        s: State.
+        e: Environment.
+        r: Replica.
+        request: The one that leaves.
+        computed: Its tokens in the KV cache.
+        joined: `computed` when it began to decode, -1 if it is still prefilling.
+
+    Returns:
+        How many it has; with prefix caching they are in its row of the block table.
+    """
+    v = s.replica[e, r]
+    q = s.request[e, request]
+    have = q.table_len
+    held = have if joined < 0 else (computed + p.block_size - 1) // p.block_size
+    q.table_len = held
+    if p.prefix_caching and joined >= 0:
+        row = s.table[e, r, q.seq_slot]
+        for j in range(have, held):
+            v.num_reserve -= 1
+            row[j] = s.reserve[e, r, v.num_reserve]
+        name_blocks(p, s, e, r, request, joined // p.block_size, computed // p.block_size)
+    return held
+
+
+@inlined
 def release(p: Params, s: State, e: int, r: int, request: int, computed: int, joined: int) -> None:
     """Take all blocks from a request that leaves the running list.
 
@@ -201,20 +233,13 @@ def release(p: Params, s: State, e: int, r: int, request: int, computed: int, jo
     """
     v = s.replica[e, r]
     q = s.request[e, request]
-    have = q.table_len
+    held = settle_blocks(p, s, e, r, request, computed, joined)
     q.table_len = 0
-    held = have if joined < 0 else (computed + p.block_size - 1) // p.block_size
     if not p.prefix_caching:
         v.free_blocks += held
         return
     slot = q.seq_slot
-    row = s.table[e, r, slot]
-    for j in range(have, held):
-        v.num_reserve -= 1
-        row[j] = s.reserve[e, r, v.num_reserve]
-    if joined >= 0:
-        name_blocks(p, s, e, r, request, joined // p.block_size, computed // p.block_size)
-    blocks = s.block[e, r]
+    row, blocks = s.table[e, r, slot], s.block[e, r]
     for j in range(held - 1, -1, -1):  # at most the last one has no identity
         block = row[j]
         blocks[block].holders -= 1

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import math
 
-from servegym.cluster.engine import leave_system, prefix_hit_tokens
+from servegym.cluster.engine import leave_system
 from servegym.cluster.jit import helper, inlined
 from servegym.cluster.log import log_event
-from servegym.cluster.router import count_outstanding, enqueue, kv_need
+from servegym.cluster.router import (
+    count_outstanding,
+    count_prefill,
+    enqueue,
+    kv_need,
+    prefix_hit_tokens,
+)
 from servegym.cluster.state import (
     DECODE_ONLY,
     DISPATCH,
@@ -18,7 +24,6 @@ from servegym.cluster.state import (
     HOLD_OVER,
     NEVER,
     OBSERVED_KV_CAPACITY,
-    OBSERVED_PENDING_PREFILL,
     OBSERVED_UP,
     PREFILL_ONLY,
     QUEUED,
@@ -126,11 +131,9 @@ def send(p: Params, s: State, e: int, request: int, r: int) -> None:
     q.replica = r
     q.dispatch_s = now_s
     log_event(p, s, e, now_s, EV_DISPATCH, request, r, 0.0)
-    hint = prefix_hit_tokens(p, s, e, r, request, now_s) if p.prefix_caching else 0
-    q.hit_hint = hint
+    q.hit_hint = prefix_hit_tokens(p, s, e, r, request, now_s) if p.prefix_caching else 0
     count_outstanding(s, e, r, request)
-    if math.isnan(q.first_token_s):
-        s.observation[e, OBSERVED_PENDING_PREFILL, r] += q.prompt - hint
+    count_prefill(s, e, r, request)
     s.replica[e, r].last_dispatch_s = now_s
     if p.destination_first and p.role[s.replica[e, r].type_idx] == PREFILL_ONLY:
         s.transfer[e, request].prefill_on = r

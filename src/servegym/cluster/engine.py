@@ -7,18 +7,18 @@ import math
 from numba import types
 
 from servegym.cluster.blocks import (
-    count_hits,
     reset_blocks,
     take_for_chunk,
     take_for_decodes,
 )
-from servegym.cluster.entry import END_STEP, FORM_STEP, PREFIX_HIT_TOKENS, entry
+from servegym.cluster.entry import END_STEP, FORM_STEP, entry
 from servegym.cluster.heap import push_end, set_event
 from servegym.cluster.jit import helper, inlined
 from servegym.cluster.loads import admit_beside_loads, clear_loads, stop_loads
 from servegym.cluster.log import count_itl, log_event, log_steps
+from servegym.cluster.migration import leave, note_preempted, stop_migrations
 from servegym.cluster.phased import forget_pressure, form_phase
-from servegym.cluster.priority import form_by_priority, hold_back, note_durations, reset_forming
+from servegym.cluster.priority import form_by_priority, hold_back, reset_forming
 from servegym.cluster.retention import let_all_go
 from servegym.cluster.router import forget_outstanding, forget_prefill, take_back
 from servegym.cluster.running import (
@@ -51,7 +51,7 @@ from servegym.cluster.steptime import (
     decode_span_s,
     prefill_s,
 )
-from servegym.cluster.stretches import catch_up, settle_decodes, steps_ended_by
+from servegym.cluster.stretches import note_durations, settle_decodes, steps_ended_by
 from servegym.cluster.timers import set_timer
 from servegym.cluster.transfers import (
     admit_apart,
@@ -69,6 +69,8 @@ def form_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     """Begin the next step, or a stretch of decode steps up to where something changes."""
     v = s.replica[e, r]
     t = v.type_idx
+    if p.migration.on and s.move[e, r].leaving > 0:
+        leave(p, s, e, r, now_s)
     if p.engine[t] == SGLANG or p.engine[t] == VLLM_V0:
         form_phase(p, s, e, r, now_s)
         return
@@ -92,13 +94,15 @@ def form_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
             if blocks - q.table_len > v.free_blocks:
                 # it is the last of the running list, so it is its own victim
                 preempt(p, s, e, r, request, now_s)
+                if p.migration.on:
+                    note_preempted(s, e, r, request)
                 preempted = True
             else:
                 take_for_chunk(p, s, e, r, request, computed, take)
                 q.chunk = take
                 budget -= take
                 attention_s += prefill_s(p, t, take, computed)
-        if p.disaggregated:
+        if p.disaggregated or p.migration.on:
             if not preempted:
                 attention_s = admit_apart(p, s, e, r, now_s, budget, attention_s)
                 budget = s.link[e, r].budget
@@ -141,6 +145,8 @@ def _feed_decodes(p: Params, s: State, e: int, r: int, now_s: float) -> bool:
             while v.free_blocks == 0:
                 victim = v.run_tail
                 preempt(p, s, e, r, victim, now_s)
+                if p.migration.on:
+                    note_preempted(s, e, r, victim)
                 if victim == request:
                     return True
                 if victim == following:
@@ -372,7 +378,9 @@ def stop_replica(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     aborted = 1 if v.mode == DECODE or v.mode == STEP else 0
     if p.disaggregated:
         stop_transfers(p, s, e, r, now_s)
-    elif p.tiered:
+    if p.migration.on:
+        stop_migrations(p, s, e, r, now_s)
+    if p.tiered:
         stop_loads(p, s, e, r, now_s)
     request = v.run_head
     while request >= 0:
@@ -427,13 +435,3 @@ def clear_replica(p: Params, s: State, e: int, r: int) -> None:
     reset_forming(s, e, r)
     s.phase[e, r, :] = 0
     reset_blocks(p, s, e, r)
-
-
-@entry(PREFIX_HIT_TOKENS, types.int64, *[types.int64] * 3, types.float64)
-def prefix_hit_tokens(p: Params, s: State, e: int, r: int, request: int, now_s: float) -> int:
-    """Leading prompt tokens of a request in a replica's cache; its last token never counts."""
-    if not p.prefix_caching:
-        return 0
-    catch_up(p, s, e, r, now_s)
-    size = p.block_size
-    return size * count_hits(p, s, e, r, request, (s.request[e, request].prompt - 1) // size)

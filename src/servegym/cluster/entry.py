@@ -46,6 +46,10 @@ _F = TypeVar("_F", bound=Callable[..., object])
     INFER,
     ADMIT_APART,
     SEE_ROLES,
+    GO_OFF_MIGRATION,
+    MIGRATE_REQUEST,
+    LEAVE,
+    STOP_MIGRATIONS,
     STORE_TEXT,
     RESET_TIERS,
     LOSE_HOST,
@@ -53,8 +57,10 @@ _F = TypeVar("_F", bound=Callable[..., object])
     LAND_LOAD,
     STOP_LOADS,
     SETTLE_TURN,
-) = range(27)
-NUM_ENTRIES = 27
+    SEE_MOVES,
+    ANSWER_MOVE,
+) = range(33)
+NUM_ENTRIES = 33
 #: What only clusters call in which requests are prefilled on one replica and decode on another.
 DISAGGREGATION = frozenset(
     {
@@ -68,10 +74,19 @@ DISAGGREGATION = frozenset(
         STOP_TRANSFERS,
     }
 )
+#: What only clusters call whose requests migrate.
+MIGRATION = frozenset(
+    {ADMIT_LANDED, ADMIT_APART, GO_OFF_MIGRATION, MIGRATE_REQUEST, LEAVE, STOP_MIGRATIONS}
+)
 #: What only clusters call that have tiers behind their KV blocks.
 TIERS = frozenset({STORE_TEXT, RESET_TIERS, LOSE_HOST, ADMIT_BESIDE_LOADS, LAND_LOAD, STOP_LOADS})
 #: Those that are compiled only for who asks for them: the others' first start is not to wait.
-ON_DEMAND = frozenset({INFER, SEE_ROLES, SETTLE_TURN}) | DISAGGREGATION | TIERS
+ON_DEMAND = (
+    frozenset({INFER, SEE_ROLES, SETTLE_TURN, SEE_MOVES, ANSWER_MOVE})
+    | DISAGGREGATION
+    | MIGRATION
+    | TIERS
+)
 
 _compiled: dict[int, tuple[Any, types.Type, tuple[types.Type, ...]]] = {}
 

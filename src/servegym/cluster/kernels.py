@@ -20,6 +20,8 @@ from servegym.cluster.jit import helper, inlined, kernel
 from servegym.cluster.loads import land_load
 from servegym.cluster.lockstep import step_together
 from servegym.cluster.log import log_event
+from servegym.cluster.migration import go_off_migration, migrate, reset_moves
+from servegym.cluster.pairing import may_migrate
 from servegym.cluster.priority import form_by_priority
 from servegym.cluster.retention import is_retained, let_all_go, let_go
 from servegym.cluster.running import blocks_for_steps
@@ -27,6 +29,7 @@ from servegym.cluster.state import (
     ADMIT,
     ALWAYS,
     ARRIVAL,
+    COPIED,
     DECISION,
     DECODE,
     DISPATCH,
@@ -41,6 +44,7 @@ from servegym.cluster.state import (
     IDLE,
     LANDING,
     LOG_FULL,
+    MIGRATE,
     NO_DECISION,
     NOBODY,
     OBSERVED_DECODE_SEQ,
@@ -62,6 +66,7 @@ from servegym.cluster.state import (
     SCRAPED_KV_USAGE,
     SCRAPED_RUNNING,
     SCRAPED_WAITING,
+    TICK,
     WAKING,
     Params,
     State,
@@ -146,6 +151,8 @@ def go_off(p: Params, s: State, e: int) -> None:
         catch_up(p, s, e, r, env.now_s)  # blocks taken by now may have been this turn's already
         if is_retained(s, e, r, subject):
             let_go(p, s, e, r, subject)
+    elif kind in (COPIED, TICK):
+        go_off_migration(p, s, e, kind, subject)
     elif kind == RETAINING:
         ask_retention(s, e, subject)
     elif LANDING <= kind <= PLACING:
@@ -205,6 +212,8 @@ def may_answer(p: Params, s: State, e: int, answer: int) -> bool:
         return 0 <= answer < s.allowed.shape[1] and s.allowed[e, answer]
     if kind == ADMIT and answer == NOBODY:
         return p.asks.admit == ALWAYS and s.replica[e, r].num_running > 0
+    if kind == MIGRATE:
+        return answer == NOBODY or may_migrate(s, e, answer)
     if kind in (ADMIT, PREEMPT):
         status = QUEUED if kind == ADMIT else RUNNING
         return (
@@ -227,7 +236,9 @@ def apply(p: Params, s: State, e: int, answer: int) -> None:
         e: Environment.
         answer: To `DISPATCH` and `PLACE` an action that `s.allowed[e]` allows; to `ADMIT` and
             `PREEMPT` a request, or `NOBODY`; to `ORDER` anything: the keys have been written; to
-            `RETAIN` what becomes of the KV, and if that is `KEEP`, for `keep_s` of `s.env[e]`.
+            `MIGRATE` `NOBODY`, or a request times the replica columns of `s` plus the replica it
+            goes to; to `RETAIN` what becomes of the KV, and if that is `KEEP`, for `keep_s` of
+            `s.env[e]`.
     """
     env = s.env[e]
     request, r = env.deciding, env.asking
@@ -246,6 +257,10 @@ def apply(p: Params, s: State, e: int, answer: int) -> None:
         return
     if kind == PLACE:
         place(p, s, e, request, answer)
+        return
+    if kind == MIGRATE:
+        if answer != NOBODY:
+            migrate(p, s, e, answer)
         return
     if kind == RETAIN:
         settle_turn(p, s, e, r, request, answer)
@@ -300,7 +315,7 @@ def measure(p: Params, s: State, e: int, r: int, time_s: float, out: np.ndarray)
         emitted += ended * v.num_decodes
     out[e, SCRAPED_RUNNING, r] = v.num_running
     out[e, SCRAPED_WAITING, r] = v.num_waiting
-    if p.disaggregated or p.tiered:
+    if p.disaggregated or p.migration.on or p.tiered:
         out[e, SCRAPED_WAITING, r] += s.link[e, r].num_remote
     out[e, SCRAPED_KV_USAGE, r] = used / blocks
     out[e, SCRAPED_EMITTED, r] = emitted
@@ -365,7 +380,7 @@ def reset_env(p: Params, s: State, e: int) -> None:
         s.observation[e, OBSERVED_DECODE_STEP, r] /= v.base_speed
         s.observation[e, OBSERVED_DECODE_SEQ, r] /= v.base_speed
         clear_replica(p, s, e, r)
-    if p.disaggregated:
+    if p.disaggregated or p.migration.on:
         reset_transfers(s, e)
     if p.tiered:
         reset_tiers(p, s, e)
@@ -413,3 +428,6 @@ def reset_env(p: Params, s: State, e: int) -> None:
     _set_fault(s, e, 0)
     if p.metrics_interval_s > 0.0:
         set_timer(s, e, 0.0, SCRAPE, 0, 0)
+    if p.migration.on:
+        reset_moves(s, e)
+        set_timer(s, e, p.migration.interval_s, TICK, 0, 0)

@@ -14,6 +14,7 @@ from servegym.cluster.entry import ADMIT_BESIDE_LOADS, LAND_LOAD, STOP_LOADS, en
 from servegym.cluster.jit import helper, inlined
 from servegym.cluster.log import log_event
 from servegym.cluster.pool import take as take_block
+from servegym.cluster.remote import leave_remote, look_again
 from servegym.cluster.retention import is_retained, let_go, make_room
 from servegym.cluster.rng import block_identity, private_key
 from servegym.cluster.router import forget_outstanding, forget_prefill, take_back
@@ -35,7 +36,6 @@ from servegym.cluster.state import (
 from servegym.cluster.steptime import dense_s, prefill_s
 from servegym.cluster.tiers import lose_host, put, tier_with, touch
 from servegym.cluster.timers import remove_timer, set_turn
-from servegym.cluster.transfers import leave_remote, look_again
 
 
 @inlined

@@ -14,7 +14,8 @@ from servegym.cluster.spec import ClusterSpec
 from servegym.typing import BoolArray, FloatArray
 from servegym.workloads.table import ANY_END, RequestTable
 
-#: One event: `kind` is one of `state.EV_*`; `value` is cached tokens for `EV_ADMIT`, else 0.
+#: One event: `kind` is one of `state.EV_*`; `value` is cached tokens for `EV_ADMIT`, bytes for
+#: `EV_TRANSFER` and `EV_LAND`, seconds without decoding for `EV_MIGRATE` and `EV_STAY`, else 0.
 EVENT_DTYPE = np.dtype(
     [
         ("time_s", "f8"),
@@ -43,6 +44,8 @@ STEP_DTYPE = np.dtype(
 #: One request's fate. Times are NaN for what did not happen; `rejected` requests have no replica.
 #: `prefill_replica` is the one that computed its prompt for the replica where it decoded, or -1;
 #: `transfer_s` is when both held memory for it; `moved_bytes` counts all its transfers that landed.
+#: `num_migrations` counts moves to another replica while it waited or decoded, `num_stays` those
+#: that were given up; `paused_s` is how long it decoded nowhere for them.
 #: Of loads from tiers these are the same; `host_tokens` and its like are what came from each tier,
 #: `stored_bytes` what was written to all of them.
 OUTCOME_DTYPE = np.dtype(
@@ -68,6 +71,9 @@ OUTCOME_DTYPE = np.dtype(
         ("transfer_s", "f8"),
         ("landed_s", "f8"),
         ("moved_bytes", "f8"),
+        ("num_migrations", "i2"),
+        ("num_stays", "i2"),
+        ("paused_s", "f8"),
         ("host_tokens", "i4"),
         ("disk_tokens", "i4"),
         ("store_tokens", "i4"),
@@ -124,7 +130,10 @@ def outcomes_from_events(events: NDArray[np.void], table: RequestTable) -> NDArr
     last(s.EV_PREFILLED, "prefilled_s", "prefill_replica")
     last(s.EV_TRANSFER, "transfer_s")
     last(s.EV_LAND, "landed_s")
-    sent = events[np.isin(events["kind"], (s.EV_DISPATCH, s.EV_PLACE))]
+    out["paused_s"] = 0.0
+    migrations = events[np.isin(events["kind"], (s.EV_MIGRATE, s.EV_STAY))]
+    np.add.at(out["paused_s"], migrations["request"], migrations["value"])
+    sent = events[np.isin(events["kind"], (s.EV_DISPATCH, s.EV_PLACE, s.EV_MIGRATE))]
     out["replica"][sent["request"]] = sent["replica"]
     for kind, column in (
         (s.EV_LAND, "moved_bytes"),
@@ -143,6 +152,8 @@ def outcomes_from_events(events: NDArray[np.void], table: RequestTable) -> NDArr
         (s.EV_PREEMPT, "num_preemptions"),
         (s.EV_RETURN, "num_restarts"),
         (s.EV_HOLD, "num_holds"),
+        (s.EV_MIGRATE, "num_migrations"),
+        (s.EV_STAY, "num_stays"),
     ):
         out[column] = np.bincount(of(kind)["request"], minlength=len(table))
     return out

@@ -19,6 +19,8 @@ from servegym.cluster.blocks import (
 from servegym.cluster.entry import FORM_BY_PRIORITY, entry
 from servegym.cluster.heap import push_end, remove_end, set_event
 from servegym.cluster.jit import helper, inlined
+from servegym.cluster.migration import note_preempted
+from servegym.cluster.remote import admit_landed, are_enough
 from servegym.cluster.running import (
     admit_head,
     at_hand,
@@ -45,9 +47,6 @@ from servegym.cluster.state import (
     State,
 )
 from servegym.cluster.steptime import decode_span_s, prefill_s, step_factor
-
-#: Weight of the newest step in the average step time, as in the vLLM plug-in.
-STEP_WEIGHT = 0.05
 
 
 @helper
@@ -78,6 +77,10 @@ def form_by_priority(p: Params, s: State, e: int, r: int, now_s: float) -> None:
                 _ask(s, e, r, PREEMPT)
                 return
             f.stage = ADMITTING
+            if p.migration.on and f.preempted == 0 and s.link[e, r].num_landed > 0:
+                running = v.num_running
+                f.attention_s = admit_landed(p, s, e, r, f.budget, f.attention_s)
+                f.budget -= v.num_running - running
         if f.preempted == 0 and not _admit(p, s, e, r, now_s):
             _ask(s, e, r, ADMIT)
             return
@@ -239,6 +242,8 @@ def _preempt_in_step(
     ):
         give_back_from_decodes(p, s, e, r)
     preempt(p, s, e, r, victim, now_s)
+    if p.migration.on:
+        note_preempted(s, e, r, victim)
     s.order[e, victim].idle_since_s = now_s
     s.forming[e, r].preempted = 1
 
@@ -310,26 +315,6 @@ def hold_back(p: Params, s: State, e: int, r: int) -> int:
     return held
 
 
-@helper
-def note_durations(p: Params, s: State, e: int, r: int, steps: int, end_s: float) -> None:
-    """Take the next `steps` steps of the stretch in progress, over at `end_s`, into the average."""
-    v = s.replica[e, r]
-    f = s.forming[e, r]
-    before_s = 0.0
-    for i in range(steps):
-        duration_s = end_s - v.stretch_begin_s
-        if steps > 1:
-            kv_tokens = v.kv_tokens + v.num_decodes
-            after_s = (
-                decode_span_s(p, v.type_idx, v.num_decodes, kv_tokens, i + 1) * v.stretch_factor
-            )
-            duration_s = after_s - before_s
-            before_s = after_s
-        if f.step_s == 0.0:
-            f.step_s = duration_s
-        f.step_s += STEP_WEIGHT * (duration_s - f.step_s)
-
-
 @inlined
 def _admit(p: Params, s: State, e: int, r: int, now_s: float) -> bool:
     """Admit waiting requests, the first by key or as picked; return False to ask for a pick."""
@@ -337,6 +322,8 @@ def _admit(p: Params, s: State, e: int, r: int, now_s: float) -> bool:
     f = s.forming[e, r]
     t = v.type_idx
     while f.budget > 0 and v.num_waiting > 0 and v.num_running < p.max_num_seqs[t]:
+        if p.migration.on and are_enough(p, s, e, r):
+            break
         if p.asks.admit != NEVER:
             request = f.picked
             f.picked = NOT_PICKED

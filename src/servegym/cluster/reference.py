@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from servegym.cluster import state as st
 from servegym.cluster.outcome import EVENT_DTYPE
 from servegym.cluster.reference_engines import RULES, Engine, Request, VllmPriority
+from servegym.cluster.reference_migration import Choose, Migrations
 from servegym.cluster.reference_tiers import Tiers
 from servegym.cluster.reference_transfers import Transfers
 from servegym.cluster.spec import ClusterSpec, Episode, first_ranks
@@ -79,6 +80,7 @@ class ReferenceSimulator:
         self.timers: list[tuple[float, int, int, int]] = []  # time_s, kind, order, subject
         self._num_set = 0
         self.transfers = Transfers(self)
+        self.migrations = Migrations(self)
         self.tiers = Tiers(self)
         self._events: list[tuple[float, float, int, int, int]] = []
 
@@ -136,6 +138,7 @@ class ReferenceSimulator:
         self,
         dispatch: Callable[[ReferenceSimulator, int], int] | None = None,
         place: Callable[[ReferenceSimulator, int], int] | None = None,
+        migrate: Choose | None = None,
         retain: Retain | None = None,
         *,
         retain_all: bool = False,
@@ -147,11 +150,14 @@ class ReferenceSimulator:
                 of running and four times its waiting requests.
             place: Answers with an index of `places`, where there are several; None: as above, with
                 requests whose KV is on its way among those that wait.
+            migrate: Names a request that moves and where to, or nobody, again and again at every
+                tick at which somebody could; None: the rule of the cluster decides.
             retain: Answers what becomes of the KV of a turn, and for how long it is kept, if it
                 is; None: the rules of the cluster.
             retain_all: Whether it is asked of all ended requests, not only where others follow.
         """
         self.place = place
+        self.migrate = migrate
         self.retain, self.retain_all = retain, retain_all
         self.dispatch = dispatch or _least_busy
         for q in self.requests:
@@ -160,6 +166,7 @@ class ReferenceSimulator:
         self._set_fault(0)
         if self.spec.metrics_interval_s > 0:
             self.set_timer(0.0, st.SCRAPE, 0)
+        self.migrations.begin()
         while self.ended < len(self.requests):
             engine = min(self.replicas, key=lambda e: e.due_s)
             timer_s, kind = self.timers[0][:2] if self.timers else (math.inf, st.FAULT)
@@ -192,7 +199,7 @@ class ReferenceSimulator:
 
     def cancel(self, subject: int) -> None:
         """Remove the timer of a request, if it has one."""
-        self.timers = [x for x in self.timers if x[1] <= st.SCRAPE or x[3] != subject]
+        self.timers = [x for x in self.timers if x[1] <= st.TICK or x[3] != subject]
         heapq.heapify(self.timers)
 
     def set_timer(self, time_s: float, kind: int, subject: int) -> None:
@@ -216,6 +223,10 @@ class ReferenceSimulator:
         elif kind == st.SCRAPE:
             self.scraped = [e.metrics() for e in self.replicas]
             self.set_timer(time_s + self.spec.metrics_interval_s, st.SCRAPE, 0)
+        elif kind == st.COPIED:
+            self.migrations.copied(self.replicas[subject])
+        elif kind == st.TICK:
+            self.migrations.tick(self.migrate)
         elif kind == st.RETAINING:
             for engine in [e for e in self.replicas if e.pool.undecided(subject)]:
                 assert self.retain is not None
@@ -261,7 +272,7 @@ class ReferenceSimulator:
                 engine.end_step()
                 engine.stepping = False
             self.tiers.fail(engine)
-            self.transfers.fail(engine)
+            (self.migrations if self.spec.migrates else self.transfers).fail(engine)
             for q in engine.stop():
                 self.set_timer(self.now_s, st.RETURN, q.idx)
         else:

@@ -16,10 +16,10 @@ from servegym.cluster.phased import (
     RATIO_DECAY,
     RETRACT_DECODE_STEPS,
 )
-from servegym.cluster.priority import STEP_WEIGHT
 from servegym.cluster.reference_blocks import BlockPool
 from servegym.cluster.rng import block_identity, private_key, step_noise_z
 from servegym.cluster.spec import WATERMARK_BLOCKS
+from servegym.cluster.stretches import STEP_WEIGHT
 from servegym.engines import EngineName
 from servegym.workloads.table import BY_ITSELF
 
@@ -138,6 +138,7 @@ class Engine:
         q.computed, q.scheduled = 0, 0
         self.waiting.insert(0 if to_front else len(self.waiting), q)
         self.sim.log(st.EV_PREEMPT, q.idx, self.r)
+        self.sim.migrations.note_preempted(self, q)
 
     def form(self) -> tuple[list[tuple[int, int]], list[Request]]:
         """Give requests their tokens of the next step.
@@ -150,6 +151,7 @@ class Engine:
     def begin_step(self) -> None:
         """Form a step at the current time and set when it ends."""
         sim = self.sim
+        sim.migrations.leave(self)
         chunks, decodes = self.form()
         if not chunks and not decodes:
             self.due_s, self.stepping = math.inf, False

@@ -40,6 +40,11 @@ class Transfers:
         self.out_bytes = [0.0] * len(sim.replicas)
         self.in_bytes = [0.0] * len(sim.replicas)
 
+    @property
+    def block_bytes(self) -> float:
+        """KV of one block."""
+        return self.rules.kv_token_bytes * self.sim.spec.block_size
+
     def holders(self, engine: Engine) -> int:
         """Requests beside the running ones that hold blocks of a replica."""
         here = [w.source == engine.r or w.target == engine.r for w in self.ways]
@@ -47,7 +52,7 @@ class Transfers:
 
     def are_enough(self, engine: Engine) -> bool:
         """Whether as many requests hold blocks of a replica as can."""
-        if not self.sim.spec.disaggregated:
+        if not self.sim.spec.moves_kv:
             return False
         most = engine.type.max_num_seqs + self.rules.max_num_held
         return len(engine.running) + self.holders(engine) >= most
@@ -133,18 +138,23 @@ class Transfers:
     def begin(self, q: Request, engine: Engine) -> None:
         """Begin to move KV to a replica: links serve in order, one transfer at a time."""
         sim, way = self.sim, self.ways[q.idx]
-        a, b = sim.replicas[way.source].type.link, engine.type.link
-        poster = a if self.rules.reservation == "destination" else b
         blocks = engine.blocks(q.total) - way.hits
-        way.num_bytes = blocks * (self.rules.kv_token_bytes * sim.spec.block_size)
-        busy_s = blocks * self.rules.kv_block_pieces * poster.piece_s
-        busy_s += way.num_bytes / min(a.bytes_per_s, b.bytes_per_s)
-        begin_s = max(sim.now_s, self.out_free_s[way.source], self.in_free_s[engine.r])
-        self.out_free_s[way.source] = self.in_free_s[engine.r] = begin_s + busy_s
+        landing_s, way.num_bytes = self.book(sim.replicas[way.source], engine, blocks)
         way.queued_at, way.moving = engine.r, True
         engine.remote.append(q)
-        sim.set_timer(begin_s + busy_s + poster.latency_s, st.LANDING, q.idx)
+        sim.set_timer(landing_s, st.LANDING, q.idx)
         sim.log(st.EV_TRANSFER, q.idx, engine.r, way.num_bytes)
+
+    def book(self, source: Engine, engine: Engine, blocks: int) -> tuple[float, float]:
+        """Send blocks from one replica to another; return when they land, and their bytes."""
+        a, b = source.type.link, engine.type.link
+        poster = a if self.rules.reservation == "destination" else b
+        num_bytes = blocks * self.block_bytes
+        busy_s = blocks * self.rules.kv_block_pieces * poster.piece_s
+        busy_s += num_bytes / min(a.bytes_per_s, b.bytes_per_s)
+        begin_s = max(self.sim.now_s, self.out_free_s[source.r], self.in_free_s[engine.r])
+        self.out_free_s[source.r] = self.in_free_s[engine.r] = begin_s + busy_s
+        return begin_s + busy_s + poster.latency_s, num_bytes
 
     def go_off(self, kind: int, q: Request) -> None:
         """Do what a timer of a request on its way was set for."""

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 
+from numba import types
+
+from servegym.cluster.blocks import count_hits
+from servegym.cluster.entry import PREFIX_HIT_TOKENS, entry
 from servegym.cluster.jit import inlined
 from servegym.cluster.log import log_event
 from servegym.cluster.retention import expect
@@ -18,7 +22,7 @@ from servegym.cluster.state import (
     Params,
     State,
 )
-from servegym.cluster.stretches import wake
+from servegym.cluster.stretches import catch_up, wake
 from servegym.cluster.timers import set_turn
 
 
@@ -27,6 +31,16 @@ def kv_need(s: State, e: int, request: int) -> int:
     """KV tokens a request holds at its end."""
     q = s.request[e, request]
     return q.prompt + q.output - 1
+
+
+@entry(PREFIX_HIT_TOKENS, types.int64, *[types.int64] * 3, types.float64)
+def prefix_hit_tokens(p: Params, s: State, e: int, r: int, request: int, now_s: float) -> int:
+    """Leading prompt tokens of a request in a replica's cache; its last token never counts."""
+    if not p.prefix_caching:
+        return 0
+    catch_up(p, s, e, r, now_s)
+    size = p.block_size
+    return size * count_hits(p, s, e, r, request, (s.request[e, request].prompt - 1) // size)
 
 
 @inlined
@@ -47,6 +61,14 @@ def forget_outstanding(s: State, e: int, r: int, request: int) -> None:
     s.observation[e, OBSERVED_OUTSTANDING_PREDICTED, r] -= q.predicted
     if s.observation[e, OBSERVED_OUTSTANDING, r] == 0:
         s.observation[e, OBSERVED_OUTSTANDING_PREDICTED, r] = 0.0  # no rounding left behind
+
+
+@inlined
+def count_prefill(s: State, e: int, r: int, request: int) -> None:
+    """Take a prefill that a replica will do into the router's counters."""
+    q = s.request[e, request]
+    if math.isnan(q.first_token_s):
+        s.observation[e, OBSERVED_PENDING_PREFILL, r] += q.prompt - q.hit_hint
 
 
 @inlined

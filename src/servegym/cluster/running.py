@@ -147,8 +147,12 @@ def unlink_running(s: State, e: int, r: int, request: int) -> None:
 
 
 @inlined
-def leave_running(p: Params, s: State, e: int, r: int, request: int) -> None:
-    """Take a request off the running list, with its blocks; its token counts become current."""
+def stop_decoding(p: Params, s: State, e: int, r: int, request: int) -> int:
+    """Before a request leaves the running list: its token counts become current.
+
+    Returns:
+        Its tokens in the KV cache when it began to decode, -1 if it is still prefilling.
+    """
     v = s.replica[e, r]
     q = s.request[e, request]
     joined = -1
@@ -165,7 +169,14 @@ def leave_running(p: Params, s: State, e: int, r: int, request: int) -> None:
             remove_end(s, e, r, request)
     elif v.first_prefill == request:
         v.first_prefill = q.next_request
-    release(p, s, e, r, request, q.computed, joined)
+    return joined
+
+
+@inlined
+def leave_running(p: Params, s: State, e: int, r: int, request: int) -> None:
+    """Take a request off the running list, with its blocks; its token counts become current."""
+    joined = stop_decoding(p, s, e, r, request)
+    release(p, s, e, r, request, s.request[e, request].computed, joined)
     unlink_running(s, e, r, request)
 
 

@@ -237,10 +237,18 @@ class Simulator:
         out["prefill_replica"] = -1
         for column in ("prefilled_s", "transfer_s", "landed_s"):
             out[column] = np.nan
-        if self.spec.disaggregated:
+        if self.spec.moves_kv:
             way = self.state.transfer[env, : len(request)]
             out["transfer_s"] = way["begin_s"]
-            for column in ("prefill_replica", "prefilled_s", "landed_s", "moved_bytes"):
+            for column in (
+                "prefill_replica",
+                "prefilled_s",
+                "landed_s",
+                "moved_bytes",
+                "num_migrations",
+                "num_stays",
+                "paused_s",
+            ):
                 out[column] = way[column]
         if self.spec.tiered:
             load = self.state.load[env, : len(request)]

@@ -89,6 +89,56 @@ class TransferRules:
             raise ConfigError(f"max_num_held must be at least 1, got {self.max_num_held}")
 
 
+#: Who says which requests move: Llumnix's pairs by freeness, the lengths of queues, nobody.
+MigrationRule = Literal["none", "freeness", "queues"]
+MIGRATION_RULES: tuple[MigrationRule, ...] = get_args(MigrationRule)
+#: Which request of a replica moves: the decoding one with the fewest tokens, with the most, the
+#: last; or the first that waits, and no other or else the one with the fewest tokens.
+Victim = Literal["shortest", "longest", "last", "first-waiting", "first-waiting-or-shortest"]
+VICTIMS: tuple[Victim, ...] = get_args(Victim)
+
+
+@dataclass(frozen=True)
+class MigrationRules:
+    """How requests that wait or decode move to other replicas; docs/migration.md.
+
+    Attributes:
+        interval_s: From one decision about all replicas to the next, seconds; 0: nothing moves.
+        rule: Who decides, unless somebody is asked.
+        victim: Of `"freeness"`: which request of a replica moves.
+        source_below: Of `"freeness"`: a replica with fewer free blocks a request gives some away.
+        target_above: And one with more takes some.
+        queue_gap: Of `"queues"`: requests that one queue must have more than the other.
+        last_stage_blocks: With at most so many blocks left to copy a request stops decoding, and
+            goes on elsewhere when they have landed.
+        max_stages: Copies after which that must be so, or it stays.
+    """
+
+    interval_s: float = 0.0
+    rule: MigrationRule = "freeness"
+    victim: Victim = "shortest"
+    source_below: float = 3.0
+    target_above: float = 3.0
+    queue_gap: int = 2
+    last_stage_blocks: int = 16
+    max_stages: int = 3
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.interval_s < np.inf:
+            raise ConfigError(
+                f"interval_s of migration must be at least 0 and finite, got {self.interval_s}"
+            )
+        if self.rule not in MIGRATION_RULES:
+            raise ConfigError(unknown_name("migration rule", self.rule, list(MIGRATION_RULES)))
+        if self.victim not in VICTIMS:
+            raise ConfigError(unknown_name("victim", self.victim, list(VICTIMS)))
+        for name in ("queue_gap", "last_stage_blocks", "max_stages"):
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"{name} of migration must be at least 1, got {getattr(self, name)}"
+                )
+
+
 @dataclass(frozen=True)
 class ReplicaType:
     """One kind of engine instance: a GPU type, a tensor-parallel degree and a model.
@@ -212,7 +262,9 @@ class ClusterSpec:
         metrics_interval_s: Time between scrapes of engine metrics; 0 means always fresh.
         noise_sigma: Standard deviation of the logarithm of step times; 0 means none.
         noise_period_steps: Steps that share one draw of that noise.
-        transfers: How KV moves, if there are replicas that are not `"mixed"`; and how large it is.
+        transfers: How KV moves, if there are replicas that are not `"mixed"` or requests migrate;
+            and how large it is.
+        migration: Which requests move to another replica while they wait or decode, and how.
         tiers: What lies behind the KV blocks of replicas, besides their own hosts and disks.
     """
 
@@ -229,7 +281,18 @@ class ClusterSpec:
     noise_sigma: float = 0.0
     noise_period_steps: int = 8
     transfers: TransferRules = TransferRules()
+    migration: MigrationRules = MigrationRules()
     tiers: TierRules = field(default_factory=TierRules)
+
+    @property
+    def migrates(self) -> bool:
+        """Whether requests can move from one replica to another."""
+        return self.migration.interval_s > 0
+
+    @property
+    def moves_kv(self) -> bool:
+        """Whether KV can move from one replica to another."""
+        return self.disaggregated or self.migrates
 
     @property
     def tiered(self) -> bool:
@@ -258,6 +321,18 @@ class ClusterSpec:
                 f"retain_kv_s is {self.retain_kv_s}, but the prefix cache, where blocks are kept, "
                 "is off: set prefix_caching, or retain_kv_s to 0"
             )
+        if self.disaggregated and self.migrates:
+            raise ConfigError(
+                "requests migrate between replicas that do all of a request, but some here only "
+                "prefill or decode: take the role mixed for all, or leave migration out"
+            )
+        for kind in self.types if self.migrates else ():
+            if kind.engine not in ("vllm", "vllm-priority") or kind.shared is not None:
+                raise ConfigError(
+                    f"{kind.name} must have the engine vllm or vllm-priority and step by itself, as"
+                    " all replicas where requests migrate: take one of these, or leave migration"
+                    " out"
+                )
         for kind in self.types if self.disaggregated else ():
             if kind.engine != "vllm" or kind.shared is not None:
                 raise ConfigError(
@@ -283,6 +358,11 @@ class ClusterSpec:
             raise ConfigError(
                 "tiers behind KV blocks and the roles prefill and decode do not go together yet: "
                 "leave the tiers out, or take the role mixed for all"
+            )
+        if self.migrates:
+            raise ConfigError(
+                "tiers behind KV blocks and requests that migrate do not go together yet: leave "
+                "the tiers or the migration out"
             )
         if not self.transfers.kv_token_bytes > 0:
             raise ConfigError(

@@ -37,18 +37,21 @@ FAULT_SLOW, FAULT_DOWN, FAULT_UP = range(3)
     EV_PLACE,
     EV_TRANSFER,
     EV_LAND,
+    EV_PAUSE,
+    EV_MIGRATE,
+    EV_STAY,
     EV_HOST,
     EV_DISK,
     EV_STORE,
     EV_STORED,
-) = range(17)
-NUM_EVENTS = 17
+) = range(20)
+NUM_EVENTS = 20
 # Why `advance` came back
 DECISION, DONE, LOG_FULL = range(3)
 # Kinds of decisions: which replica a request goes to; and of an engine that goes by priorities
 # the order of its requests, whom to admit next, whom to preempt; where a request decodes that is
-# prefilled elsewhere; what becomes of the KV of a turn that has ended
-NO_DECISION, DISPATCH, ORDER, ADMIT, PREEMPT, PLACE, RETAIN = range(7)
+# prefilled elsewhere; who moves to another replica; what becomes of the KV of a turn that has ended
+NO_DECISION, DISPATCH, ORDER, ADMIT, PREEMPT, PLACE, MIGRATE, RETAIN = range(8)
 # What can become of it: its blocks are the next to be taken; they are free as any others; they are
 # free, and copies of them are written to the tiers; copies are written, and the blocks are kept
 DROP, LEAVE, OFFLOAD, KEEP = range(4)
@@ -60,20 +63,13 @@ NUM_TIERS = 3
 # is a choice, or always
 NEVER, WHERE_IT_MATTERS, ALWAYS = range(3)
 # Kinds of timers, in the order in which those of one instant are due; engines have their turn after
-# the faults. All behind SCRAPE are about a request, which has one at a time
-(
-    FAULT,
-    SCRAPE,
-    EXPIRY,
-    RETAINING,
-    LANDING,
-    LEASE,
-    JOINING,
-    PLACING,
-    RETURN,
-    HOLD_OVER,
-    ARRIVAL,
-) = range(11)
+# the faults. COPIED is about a replica from which a request moves; all behind TICK are about a
+# request, which has one at a time
+FAULT, SCRAPE, COPIED, TICK = range(4)
+EXPIRY, RETAINING, LANDING, LEASE, JOINING, PLACING, RETURN, HOLD_OVER, ARRIVAL = range(4, 13)
+# Rules that say who moves, and whom of a replica
+STAY, BY_FREENESS, BY_QUEUES = range(3)
+SHORTEST, LONGEST, LAST, FIRST_WAITING, FIRST_WAITING_OR_SHORTEST = range(5)
 # Picks that are not a request: none yet, nobody
 NOT_PICKED, NOBODY = -1, -2
 # How far such an engine is with its next step
@@ -98,6 +94,9 @@ class Asks(NamedTuple):
         place: `ALWAYS` is also where there is one replica to choose. If never, a request decodes on
             the replica with the smallest sum of running and four times its waiting requests, those
             whose KV is on its way included.
+        migrate: `WHERE_IT_MATTERS`: at ticks at which a request could leave a replica that is
+            short of memory by the measure of the rule, or that has preempted one since the last
+            tick. `ALWAYS`: whenever a request could move. If never, the rule decides.
         retain: `WHERE_IT_MATTERS` is of turns whose end another request waits for, `ALWAYS` of all
             requests that have ended. If never, the KV of the former is kept for `retain_kv_s`; and
             what ends is offloaded where there are tiers.
@@ -108,7 +107,34 @@ class Asks(NamedTuple):
     admit: int = NEVER
     preempt: int = NEVER
     place: int = NEVER
+    migrate: int = NEVER
     retain: int = NEVER
+
+
+class Migration(NamedTuple):
+    """How requests move to other replicas; docs/migration.md.
+
+    Attributes:
+        on: Whether they do.
+        interval_s: From one tick to the next.
+        rule: `STAY`, `BY_FREENESS` or `BY_QUEUES`; decides unless it is asked for.
+        victim: Which request of a replica, `SHORTEST`, ...; of `BY_FREENESS`.
+        source_below: A replica with less freeness gives requests away, blocks a request.
+        target_above: One with more takes some.
+        queue_gap: Of `BY_QUEUES`: requests that one queue must have more than the other.
+        last_stage_blocks: With so many blocks left to copy a request pauses.
+        max_stages: Copies after which that must be so.
+    """
+
+    on: bool
+    interval_s: float
+    rule: int
+    victim: int
+    source_below: float
+    target_above: float
+    queue_gap: int
+    last_stage_blocks: int
+    max_stages: int
 
 
 #: What is asked for unless somebody says otherwise.
@@ -170,6 +196,7 @@ class Params(NamedTuple):
     metrics_interval_s: float  # 0: metrics are always fresh
     noise_sigma: float
     noise_period_steps: int
+    migration: Migration
     asks: Asks
     record: bool  # write the event log, the step log and the ITL histogram
     entries: IntArray  # [NUM_ENTRIES] addresses of entry points, see cluster.entry
@@ -390,6 +417,26 @@ TRANSFER_DTYPE = np.dtype(
         ("landed_s", "f8"),
         ("prefill_replica", "i8"),  # -1 before
         ("moved_bytes", "f8"),  # of all transfers that have landed
+        ("num_migrations", "i8"),  # to another replica, while it waited or decoded
+        ("num_stays", "i8"),  # migrations given up
+        ("paused_s", "f8"),  # how long it decoded nowhere, sum
+    ],
+    align=True,
+)
+#: The migration under way from a replica, and what its rule has seen of the replica.
+MOVE_DTYPE = np.dtype(
+    [
+        ("request", "i8"),  # -1: none is under way
+        ("target", "i8"),  # replica it goes to
+        ("stage", "i8"),  # copies begun
+        ("moved", "i8"),  # blocks there: found in the cache, or copied
+        ("copying", "i8"),  # blocks on their way, -1: nothing is
+        ("alive", "i8"),  # whether it has not been preempted meanwhile
+        ("leaving", "i8"),  # whether it leaves when the step in progress ends
+        ("pause_s", "f8"),  # when it left, NaN: it decodes
+        ("preempted", "i8"),  # whether the replica has preempted a request since the last tick
+        ("lately", "i8"),  # and between the two last ticks
+        ("paired", "i8"),  # whether it has had its turn at this tick
     ],
     align=True,
 )
@@ -477,14 +524,13 @@ class State(NamedTuple):
     block: Records  # BLOCK_DTYPE[E, R, B + 1]; who has them, free list with its end at index B
     prefix_cache: Records  # PREFIX_CACHE_DTYPE[E, R, H] hash map from identity to block; 0: empty
     reserve: Int32Array  # [E, R, B] blocks taken by decodes, not yet given to one
-    table: (
-        Int32Array  # [E, R, max_num_seqs, W] block table; `max_num_held` more rows if disaggregated
-    )
+    table: Int32Array  # [E, R, max_num_seqs, W] block table; `max_num_held` more rows if KV moves
     free_slots: Int32Array  # [E, R, max_num_seqs] unused rows of it; as many as that has
     scraped: FloatArray  # [E, NUM_SCRAPED, R]
     observation: FloatArray  # [E, NUM_OBSERVED_ROWS, R] its replica rows, see OBSERVED_*
-    transfer: Records  # TRANSFER_DTYPE[E, N]; [E, 1] if all replicas are MIXED
+    transfer: Records  # TRANSFER_DTYPE[E, N]; [E, 1] if no KV moves between replicas
     link: Records  # LINK_DTYPE[E, R]
+    move: Records  # MOVE_DTYPE[E, R]; [E, 1] if no request migrates
     load: Records  # LOAD_DTYPE[E, N]; [E, 1] if there are no tiers, as 1 for all other lengths here
     tier: Records  # TIER_DTYPE[E, R, NUM_TIERS]
     tier_block: Records  # TIER_BLOCK_DTYPE[E, R, 2, C + 1] of host and disk, list's end at index C
@@ -496,7 +542,8 @@ class State(NamedTuple):
     length: Records  # LENGTH_DTYPE[E, N]
     order: Records  # ORDER_DTYPE[E, N]
     forming: Records  # FORMING_DTYPE[E, R]
-    timer: Records  # TIMER_DTYPE[E, N + 2] heap: one a request, the next fault and scrape
+    timer: Records  # TIMER_DTYPE[E, N + 2] heap: one a request, the next fault and scrape; if
+    # requests migrate, the next tick and one a replica besides
     allowed: BoolArray  # [E, R + 2] actions of a dispatch: replicas, then hold, then reject
     fault: Records  # FAULT_DTYPE[E, F]
     itl_count: IntArray  # [E, NUM_ITL_BINS] inter-token times

@@ -10,14 +10,16 @@ from numba import types
 from servegym.cluster.blocks import take_for_decodes
 from servegym.cluster.entry import CATCH_UP, entry
 from servegym.cluster.heap import set_event
-from servegym.cluster.jit import inlined
+from servegym.cluster.jit import helper, inlined
 from servegym.cluster.log import log_steps
-from servegym.cluster.priority import note_durations
 from servegym.cluster.running import blocks_for_steps
 from servegym.cluster.state import DECODE, IDLE, WAKING, Params, State
 from servegym.cluster.steptime import decode_span_s, decode_steps_past
 from servegym.cluster.watch import see_steps
 from servegym.engines import VLLM_PRIORITY
+
+#: Weight of the newest step in the average step time, as in the vLLM plug-in.
+STEP_WEIGHT = 0.05
 
 
 @inlined
@@ -75,6 +77,26 @@ def wake(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     elif v.num_running < p.max_num_seqs[t] and (v.num_waiting == 1 or p.engine[t] == VLLM_PRIORITY):
         # an engine that could not admit the head of its queue cannot admit what comes behind it
         cut_stretch(p, s, e, r, now_s)
+
+
+@helper
+def note_durations(p: Params, s: State, e: int, r: int, steps: int, end_s: float) -> None:
+    """Take the next `steps` steps of the stretch in progress, over at `end_s`, into the average."""
+    v = s.replica[e, r]
+    f = s.forming[e, r]
+    before_s = 0.0
+    for i in range(steps):
+        duration_s = end_s - v.stretch_begin_s
+        if steps > 1:
+            kv_tokens = v.kv_tokens + v.num_decodes
+            after_s = (
+                decode_span_s(p, v.type_idx, v.num_decodes, kv_tokens, i + 1) * v.stretch_factor
+            )
+            duration_s = after_s - before_s
+            before_s = after_s
+        if f.step_s == 0.0:
+            f.step_s = duration_s
+        f.step_s += STEP_WEIGHT * (duration_s - f.step_s)
 
 
 @entry(CATCH_UP, types.void, types.int64, types.int64, types.float64)

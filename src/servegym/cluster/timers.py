@@ -7,7 +7,7 @@ knows the place of its timer, so that it can be removed.
 from __future__ import annotations
 
 from servegym.cluster.jit import helper, inlined
-from servegym.cluster.state import SCRAPE, Records, State
+from servegym.cluster.state import TICK, Records, State
 
 
 @inlined
@@ -24,7 +24,7 @@ def _earlier(timer: Records, i: int, time_s: float, kind: int, order: int) -> bo
 def _note_place(s: State, e: int, i: int) -> None:
     """Let the request that the timer at place `i` is about know the place."""
     timer = s.timer[e]
-    if timer[i].kind > SCRAPE:
+    if timer[i].kind > TICK:
         s.request[e, timer[i].subject].timer_pos = i
 
 
@@ -65,7 +65,7 @@ def _sift(s: State, e: int, i: int) -> None:
 
 @inlined
 def set_timer(s: State, e: int, time_s: float, kind: int, order: int, subject: int) -> None:
-    """Let something happen at a time; the heap has a place for one timer a request and two more.
+    """Let something happen at a time; `State.timer` says for how many timers there is room.
 
     Args:
         s: State.
@@ -73,7 +73,7 @@ def set_timer(s: State, e: int, time_s: float, kind: int, order: int, subject: i
         time_s: Seconds, not before now.
         kind: `FAULT`, `SCRAPE`, ...
         order: Among timers of this kind and time, the lowest is due first.
-        subject: Fault or request it is about; a request has no other timer.
+        subject: Fault, replica or request it is about; a request has no other timer.
     """
     timer = s.timer[e]
     i = s.env[e].num_timers
@@ -86,10 +86,10 @@ def set_timer(s: State, e: int, time_s: float, kind: int, order: int, subject: i
 
 
 @inlined
-def set_turn(s: State, e: int, time_s: float, kind: int, request: int) -> None:
-    """Let a request have its turn at a time; at equal times the one that was told so first."""
+def set_turn(s: State, e: int, time_s: float, kind: int, subject: int) -> None:
+    """Let a request or replica have its turn; at equal times the one that was told so first."""
     env = s.env[e]
-    set_timer(s, e, time_s, kind, env.num_set, request)
+    set_timer(s, e, time_s, kind, env.num_set, subject)
     env.num_set += 1
 
 
@@ -103,7 +103,7 @@ def remove_timer(s: State, e: int, i: int) -> None:
         i: Its place: 0 of the one that is due first, `timer_pos` of a request's.
     """
     timer = s.timer[e]
-    if timer[i].kind > SCRAPE:
+    if timer[i].kind > TICK:
         s.request[e, timer[i].subject].timer_pos = -1
     last = s.env[e].num_timers - 1
     s.env[e].num_timers = last

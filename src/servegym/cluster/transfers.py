@@ -18,10 +18,9 @@ import math
 import numpy as np
 from numba import types
 
-from servegym.cluster.blocks import hold_matched, name_blocks, release, take_for_chunk
+from servegym.cluster.blocks import hold_matched
 from servegym.cluster.entry import (
     ADMIT_APART,
-    ADMIT_LANDED,
     FIND_PLACE,
     GO_OFF_TRANSFER,
     HAND_OVER,
@@ -30,11 +29,23 @@ from servegym.cluster.entry import (
     STOP_TRANSFERS,
     entry,
 )
-from servegym.cluster.heap import set_event
 from servegym.cluster.jit import helper, inlined
 from servegym.cluster.log import log_event
-from servegym.cluster.pool import take as take_block
-from servegym.cluster.retention import is_retained, let_go, make_room
+from servegym.cluster.remote import (
+    admit_landed,
+    are_enough,
+    book,
+    book_landed,
+    clear_links,
+    join_remote,
+    land,
+    leave_remote,
+    look_again,
+    release_at,
+    release_source,
+    take_ahead,
+)
+from servegym.cluster.retention import is_retained, let_go
 from servegym.cluster.router import (
     count_outstanding,
     enqueue,
@@ -47,17 +58,13 @@ from servegym.cluster.running import (
     admit_head,
     at_hand,
     leave_waiting,
-    link_running,
     unlink_running,
 )
 from servegym.cluster.state import (
     ALWAYS,
-    DOWN,
-    EV_LAND,
     EV_PLACE,
     EV_PREFILLED,
     EV_TRANSFER,
-    IDLE,
     JOINING,
     LANDED,
     LANDING,
@@ -73,12 +80,11 @@ from servegym.cluster.state import (
     RUNNING,
     TRANSFERRING,
     UNPLACED,
-    WAKING,
     Params,
     State,
 )
 from servegym.cluster.steptime import prefill_s
-from servegym.cluster.stretches import catch_up, cut_stretch
+from servegym.cluster.stretches import catch_up
 from servegym.cluster.timers import remove_timer, set_turn
 
 
@@ -208,12 +214,7 @@ def set_aside(p: Params, s: State, e: int, r: int, now_s: float) -> int:
     if p.retains and is_retained(s, e, r, q.after):
         let_go(p, s, e, r, q.after)
     q.table_len = blocks
-    if p.prefix_caching:  # they get their identities when the request is admitted
-        make_room(p, s, e, r, blocks - hits)
-        row, pool, prefix_cache = s.table[e, r, q.seq_slot], s.block[e, r], s.prefix_cache[e, r]
-        for j in range(hits, blocks):
-            row[j] = take_block(pool, prefix_cache)
-    v.free_blocks -= blocks - hits
+    take_ahead(p, s, e, r, q.seq_slot, hits, blocks)
     k.num_holding += 1
     t.hits = hits
     if t.source >= 0:
@@ -233,146 +234,18 @@ def set_aside(p: Params, s: State, e: int, r: int, now_s: float) -> int:
 def _begin(p: Params, s: State, e: int, request: int, r: int, now_s: float) -> None:
     """Begin to move the KV of a request, which holds blocks at both ends, to replica `r`."""
     q, t = s.request[e, request], s.transfer[e, request]
-    v, here, there = s.replica[e, r], s.link[e, t.source], s.link[e, r]
-    a, b = s.replica[e, t.source].type_idx, v.type_idx
-    poster = a if p.destination_first else b
     blocks = (q.prompt + q.generated + p.block_size - 1) // p.block_size - t.hits
-    t.num_bytes = blocks * p.kv_block_bytes
-    busy_s = blocks * p.kv_block_pieces * p.link_piece_s[poster]
-    busy_s += t.num_bytes / min(p.link_bytes_per_s[a], p.link_bytes_per_s[b])
-    free_s = max(now_s, here.out_free_s, there.in_free_s) + busy_s
-    here.out_free_s = free_s
-    there.in_free_s = free_s
-    t.begin_s = now_s
-    q.status = TRANSFERRING
-    q.replica = r
-    v.emitted += q.generated
-    q.next_request = -1
-    q.prev_request = there.last_remote
-    if there.last_remote >= 0:
-        s.request[e, there.last_remote].next_request = request
-    else:
-        there.first_remote = request
-    there.last_remote = request
-    there.num_remote += 1
-    set_turn(s, e, free_s + p.link_latency_s[poster], LANDING, request)
+    landing_s = book(p, s, e, request, t.source, r, blocks, now_s)
+    join_remote(s, e, r, request)
+    set_turn(s, e, landing_s, LANDING, request)
     log_event(p, s, e, now_s, EV_TRANSFER, request, r, t.num_bytes)
 
 
 @inlined
-def leave_remote(s: State, e: int, r: int, request: int) -> None:
-    """Take a request out of the list of those whose KV comes to a replica or has landed there."""
-    q, k = s.request[e, request], s.link[e, r]
-    before, after = q.prev_request, q.next_request
-    if before >= 0:
-        s.request[e, before].next_request = after
-    else:
-        k.first_remote = after
-    if after >= 0:
-        s.request[e, after].prev_request = before
-    else:
-        k.last_remote = before
-    k.num_remote -= 1
-    q.next_request = -1
-    q.prev_request = -1
-
-
-@inlined
-def _land(p: Params, s: State, e: int, request: int, now_s: float) -> None:
+def _arrive(p: Params, s: State, e: int, request: int, now_s: float) -> None:
     """The KV of a request has come: it can be admitted, and its source is free of it."""
-    q, t = s.request[e, request], s.transfer[e, request]
-    q.status = LANDED
-    t.landed_s = now_s
-    t.moved_bytes += t.num_bytes
-    s.link[e, t.source].out_bytes += t.num_bytes
-    s.link[e, q.replica].in_bytes += t.num_bytes
-    log_event(p, s, e, now_s, EV_LAND, request, q.replica, t.num_bytes)
-    _release_source(p, s, e, request, now_s)
-    s.link[e, q.replica].num_landed += 1
-    look_again(p, s, e, q.replica, now_s, now_s)
-
-
-@helper
-def _release_source(p: Params, s: State, e: int, request: int, now_s: float) -> None:
-    """Give back the blocks of a request where it was prefilled."""
-    t = s.transfer[e, request]
-    source = t.source
-    t.source = -1
-    _release_at(p, s, e, request, source, t.source_slot, t.source_blocks)
-    look_again(p, s, e, source, now_s, now_s)
-
-
-@inlined
-def _release_at(p: Params, s: State, e: int, request: int, r: int, slot: int, blocks: int) -> None:
-    """Give back the blocks that a request holds of a replica in whose lists it is not."""
-    q = s.request[e, request]
-    own_slot, own_blocks = q.seq_slot, q.table_len
-    q.seq_slot = slot
-    q.table_len = blocks
-    release(p, s, e, r, request, 0, -1)
-    q.seq_slot = own_slot
-    q.table_len = own_blocks
-    s.link[e, r].num_holding -= 1
-
-
-@helper
-def look_again(p: Params, s: State, e: int, r: int, now_s: float, ended_by_s: float) -> None:
-    """Blocks are free, or KV has landed: let the engine see what it can admit.
-
-    Args:
-        p: Constants.
-        s: State.
-        e: Environment.
-        r: Replica.
-        now_s: Time, seconds.
-        ended_by_s: Steps that end later are still in progress.
-    """
-    v = s.replica[e, r]
-    if v.mode == DOWN or (v.num_waiting == 0 and s.link[e, r].num_landed == 0):
-        return
-    if v.mode == IDLE:
-        v.mode = WAKING
-        set_event(s, e, r, np.nextafter(now_s, math.inf))
-    elif v.num_running < p.max_num_seqs[v.type_idx]:
-        cut_stretch(p, s, e, r, ended_by_s)
-
-
-@entry(ADMIT_LANDED, types.float64, types.int64, types.int64, types.int64, types.float64)
-def admit_landed(p: Params, s: State, e: int, r: int, budget: int, attention_s: float) -> float:
-    """Admit requests whose KV has landed: each computes its last token, and emits one.
-
-    Args:
-        p: Constants.
-        s: State.
-        e: Environment.
-        r: Replica.
-        budget: Tokens left of the step that forms.
-        attention_s: Of its prefills.
-
-    Returns:
-        Those seconds, theirs included.
-    """
-    v, k = s.replica[e, r], s.link[e, r]
-    t = v.type_idx
-    request = k.first_remote
-    while k.num_landed > 0 and budget > 0 and v.num_running < p.max_num_seqs[t]:
-        q = s.request[e, request]
-        following = q.next_request
-        if q.status == LANDED:
-            leave_remote(s, e, r, request)
-            k.num_landed -= 1
-            k.num_holding -= 1
-            link_running(s, e, r, request)
-            q.computed = q.prompt + q.generated - 1
-            if p.prefix_caching:
-                hits = s.transfer[e, request].hits
-                name_blocks(p, s, e, r, request, hits, q.computed // p.block_size)
-            take_for_chunk(p, s, e, r, request, q.computed, 1)
-            q.chunk = 1
-            budget -= 1
-            attention_s += prefill_s(p, t, 1, q.computed)
-        request = following
-    return attention_s
+    book_landed(p, s, e, request, s.transfer[e, request].source, s.request[e, request].replica)
+    land(p, s, e, request, now_s)
 
 
 @entry(ADMIT_APART, types.float64, *[types.int64] * 2, types.float64, types.int64, types.float64)
@@ -401,7 +274,7 @@ def admit_apart(
         attention_s = admit_landed(p, s, e, r, budget, attention_s)
     budget -= v.num_running - running
     while budget > 0 and v.num_waiting > 0 and v.num_running < p.max_num_seqs[t]:
-        if v.num_running + k.num_holding >= p.max_num_seqs[t] + p.max_num_held:
+        if are_enough(p, s, e, r):
             break
         request = v.wait_head
         if is_prefilled_elsewhere(s, e, request):
@@ -428,7 +301,7 @@ def go_off_transfer(p: Params, s: State, e: int, kind: int, request: int) -> Non
     """Do what a timer of a request on its way was set for."""
     now_s = s.env[e].now_s
     if kind == LANDING:
-        _land(p, s, e, request, now_s)
+        _arrive(p, s, e, request, now_s)
     elif kind == LEASE:
         _expire(p, s, e, request, now_s)
     elif kind == PLACING:
@@ -445,7 +318,7 @@ def go_off_transfer(p: Params, s: State, e: int, kind: int, request: int) -> Non
 def _expire(p: Params, s: State, e: int, request: int, now_s: float) -> None:
     """Nobody has fetched prefilled KV in time: it is given up, and the request dispatched anew."""
     source = s.transfer[e, request].source
-    _release_source(p, s, e, request, now_s)
+    release_source(p, s, e, request, now_s, now_s)
     _drop(p, s, e, request, source, now_s, now_s)
 
 
@@ -478,7 +351,7 @@ def _drop(
         s.replica[e, there].emitted -= q.generated
         forget_outstanding(s, e, there, request)
         catch_up(p, s, e, there, ended_by_s)
-        _release_at(p, s, e, request, there, q.seq_slot, q.table_len)
+        release_at(p, s, e, request, there, q.seq_slot, q.table_len)
         look_again(p, s, e, there, now_s, ended_by_s)
     _give_up_target(p, s, e, request, now_s, ended_by_s)
     t.prefill_on = -1
@@ -497,7 +370,7 @@ def _give_up_target(
         t.target = -1
         forget_outstanding(s, e, target, request)
         catch_up(p, s, e, target, ended_by_s)
-        _release_at(p, s, e, request, target, t.target_slot, t.target_blocks)
+        release_at(p, s, e, request, target, t.target_slot, t.target_blocks)
         look_again(p, s, e, target, now_s, ended_by_s)
 
 
@@ -537,14 +410,7 @@ def stop_transfers(p: Params, s: State, e: int, r: int, now_s: float) -> None:
                 _unplace(s, e, i, now_s)
             elif status != UNPLACED and status != RESERVED:
                 _give_up_target(p, s, e, i, now_s, ended_by_s)
-    k = s.link[e, r]
-    k.out_free_s = 0.0
-    k.in_free_s = 0.0
-    k.num_holding = 0
-    k.first_remote = -1
-    k.last_remote = -1
-    k.num_remote = 0
-    k.num_landed = 0
+    clear_links(s, e, r)
 
 
 @inlined
@@ -563,14 +429,10 @@ def reset_transfers(s: State, e: int) -> None:
         t.landed_s = math.nan
         t.prefill_replica = -1
         t.moved_bytes = 0.0
+        t.num_migrations = 0
+        t.num_stays = 0
+        t.paused_s = 0.0
     for r in range(s.env[e].num_replicas):
-        k = s.link[e, r]
-        k.out_free_s = 0.0
-        k.in_free_s = 0.0
-        k.out_bytes = 0.0
-        k.in_bytes = 0.0
-        k.num_holding = 0
-        k.first_remote = -1
-        k.last_remote = -1
-        k.num_remote = 0
-        k.num_landed = 0
+        clear_links(s, e, r)
+        s.link[e, r].out_bytes = 0.0
+        s.link[e, r].in_bytes = 0.0

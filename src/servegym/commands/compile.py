@@ -22,7 +22,7 @@ from servegym.commands.console import make_console
 from servegym.errors import ConfigError
 from servegym.scenario import load_scenario
 
-Part = Literal["dispatch", "orders", "jobs", "schedules", "bounds", "live"]
+Part = Literal["dispatch", "migration", "orders", "jobs", "schedules", "bounds", "live"]
 
 
 def compile_dispatch() -> None:
@@ -57,6 +57,18 @@ def compile_placed() -> None:
     run_placed(make_simulator(scenario.spec, [scenario.episode(0, num_requests=16)]), placed)
     play_environments("servegym/Cluster-v0", scenario="pd-unequal", num_requests=16)
     cluster_v0.parallel_env("pd-unequal", num_requests=16).reset(seed=0)
+
+
+def compile_migration() -> None:
+    """Requests that move to other replicas, and who controls them; it needs `dispatch`, too."""
+    from servegym.baselines.registry import policy
+    from servegym.cluster.simulator import Simulator
+    from servegym.policy.run import run
+
+    scenario = load_scenario("near-full-kv")
+    episode = scenario.episode(0, num_requests=8)
+    run(Simulator(scenario.spec, [episode]), policy("llumnix"))
+    play_environments("servegym/Cluster-v0", scenario="near-full-kv", num_requests=16)
 
 
 def compile_orders() -> None:
@@ -175,6 +187,7 @@ def play_environments(name: str, **settings: Any) -> None:
 
 PARTS: dict[Part, Callable[[], None]] = {
     "dispatch": compile_dispatch,
+    "migration": compile_migration,
     "orders": compile_orders,
     "jobs": compile_jobs,
     "schedules": compile_schedules,
@@ -192,8 +205,9 @@ class Compile:
     """
 
     parts: tuple[Part, ...] = tuple(PARTS)
-    """Which: dispatch (with the rules, environments and planners), orders, jobs, schedules, bounds
-    (clairvoyant searches), live (router and emulated engine, which need `dispatch` too)."""
+    """Which: dispatch (with the rules, environments and planners), migration (of requests between
+    replicas), orders, jobs, schedules, bounds (clairvoyant searches), live (router and emulated
+    engine). Migration and live need `dispatch` too."""
 
     def run(self) -> None:
         """Compile and say what was done."""

@@ -127,7 +127,7 @@ class Demo(Played):
 def _plan(problem: AnyProblem, scenario: Any, tuned: Sequence[str]) -> _Plan:
     if problem.name != "dispatch":
         return _Plan(None, (0.8, 1.6), (1.0, 1.3, 1.6), {})
-    if scenario.orders_fleet:
+    if scenario.orders_fleet or scenario.spec.disaggregated:
         return _Plan(None, (0.8, 1.25), (1.0, 1.2), {})
     network = {"network": NetworkConfig(base=tuned[0])} if tuned else {}
     if scenario.objective == "goodput":

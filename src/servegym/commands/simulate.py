@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from servegym.commands.console import make_console, print_remarks
+from servegym.commands.evaluate import stability
 from servegym.commands.workload import Played
 from servegym.costs.explain import costs_table
 from servegym.evaluate.harness import evaluate
@@ -26,6 +27,8 @@ class Simulate(Played):
     """Episodes."""
     num_requests: int | None = None
     """Requests (or jobs) per episode, instead of the scenario's own number."""
+    uncertainty: int = 0
+    """Worlds in which kernels and engines are off as far as they may be, for bands; 0: none."""
     explain: bool = False
     """Also show what the steps of each replica type cost."""
 
@@ -51,6 +54,14 @@ class Simulate(Played):
         table.add_column(
             "mean over seeds" if len(result.seeds) > 1 else "one episode", justify="right"
         )
+        found = None
+        if self.uncertainty:
+            found = stability(result, [policy], self.uncertainty, self.num_requests)
+            table.add_column(f"90 % band, {self.uncertainty} worlds", justify="right")
         for key in result.runs[0].metrics:
-            table.add_row(key, f"{result.mean(policy.name, self.load, key):.5g}")
+            cells = [f"{result.mean(policy.name, self.load, key):.5g}"]
+            if found is not None:
+                low, high = found.band(policy.name, self.load, key)
+                cells.append(f"{low:.5g} to {high:.5g}")
+            table.add_row(key, *cells)
         console.print(table)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 from tyro.conf import OmitArgPrefixes, arg
 
@@ -15,8 +15,13 @@ from servegym.commands.workload import TRACE_OPTIONS, Played
 from servegym.errors import ConfigError
 from servegym.problems.problem import AnyProblem
 from servegym.problems.registry import find_problem, load_problem
+from servegym.train.hyperparameters import made_settings, read_settings
 from servegym.train.job_shop import RandomJobShops
-from servegym.train.registry import LEARNERS, find_trainer
+from servegym.train.mix import is_mix
+from servegym.train.registry import LEARNERS, Entry, find_trainer
+
+#: The learner of mixes of scenarios.
+_MIXES = "counterfactual"
 
 
 def require_torch() -> None:
@@ -43,12 +48,19 @@ class Train(Played):
     """
 
     scenario: str = "mixed-chat"
-    """Bundled scenario name or YAML file, of any problem, or `job-shop`: small random job shops."""
+    """Bundled scenario name or YAML file, of any problem; `generalist` or a file of variants, which
+    one dispatcher is trained on together; or `job-shop`: small random job shops."""
     learner: str | None = None
-    """What trains it: of a dispatcher ppo (else taken) or counterfactual, which tries every choice
-    of a decision on the state as it is; or joint (else taken in a fleet whose engines take
-    orders), which searches the order of the engines, too; or search (else taken where some replicas
-    only prefill or decode), which finds weights for both decisions there."""
+    """What trains it: of a dispatcher ppo (else taken), counterfactual, which tries every choice of
+    a decision on the state as it is, or offline, from a data set alone; or joint (else taken in a
+    fleet whose engines take orders), which searches the order of the engines, too; or search (else
+    taken where some replicas only prefill or decode), which finds weights for both decisions
+    there."""
+    settings_file: Annotated[Path | None, arg(name="settings")] = None
+    """File of settings that `servegym search` has written; other options change them."""
+    track: tuple[Literal["mlflow", "wandb"], ...] = ()
+    """Log to MLflow or Weights & Biases, too; where to is said to them in their own ways, such as
+    MLFLOW_TRACKING_URI and WANDB_MODE=offline."""
     out: Path | None = None
     """Folder of the run: config.json, tensorboard/, checkpoint.pt, policy/. By default
     runs/KIND-SCENARIO, such as runs/ppo-mixed-chat. A folder is gone on with under the same
@@ -56,17 +68,30 @@ class Train(Played):
 
     def run(self) -> None:
         """Train and export."""
+        learner, settings, out = self.asked()
+        path = trained(learner.trainer(settings, out), self.track)
+        make_console().print(f"policy: {path}\ntensorboard --logdir {out}")
+
+    def asked(self, prefix: str = "") -> tuple[Entry, Any, Path]:
+        """Return the trainer, its settings and the folder; `prefix` begins the folder's name."""
         require_torch()
         problem, posed = _posed(self.scenario)
         if not problem.takes_trace:
             why = f"is for scenarios of requests, and {self.scenario} is one of {problem.unit}"
             self.refuse(("trace", *TRACE_OPTIONS), why)
-        entry = find_trainer(problem.name, self.learner, posed)
-        out = self._folder(entry.folder)
-        scenario = self.chosen_file(out) if problem.takes_trace else self.scenario
+        mixed = is_mix(self.scenario)
+        if mixed:
+            why = f"is for one scenario, and {self.scenario} is a mix of several"
+            self.refuse(("trace", *TRACE_OPTIONS), why)
+        learner = self.learner
+        if self.settings_file is not None:
+            learner = read_settings(self.settings_file).learner
+        entry = find_trainer(problem.name, _learner(self.scenario, learner), posed)
+        out = self._folder(f"{prefix}{entry.folder}")
+        takes_trace = problem.takes_trace and not mixed
+        scenario = self.chosen_file(out) if takes_trace else self.scenario
         settings = getattr(self, "settings", None) or entry.settings()
-        path = trained(entry.trainer(replace(settings, scenario=scenario), out))
-        make_console().print(f"policy: {path}\ntensorboard --logdir {out}")
+        return entry, replace(settings, scenario=scenario), out
 
     def _folder(self, kind: str) -> Path:
         """Folder of the run: runs of different scenarios do not meet unless they are told to."""
@@ -77,36 +102,76 @@ class Train(Played):
         return Path("runs") / "-".join(parts)
 
 
-def train_command(words: Sequence[str]) -> type[Train]:
-    """Return the command with all settings of the trainer that the words' scenario calls for.
+T = TypeVar("T", bound=Train)
+
+
+def train_command(words: Sequence[str], command: type[T]) -> type[T]:
+    """Return a command with all settings of the trainer that the words' scenario calls for.
+
+    Args:
+        words: Of the command line.
+        command: `Train`, or what takes the same options.
 
     Raises:
         ConfigError: If there is no such scenario, or an option is for other problems.
     """
     scenario = _given(words, "--scenario") or Train.scenario
     problem, posed = _posed(scenario)
-    learner = _given(words, "--learner")
+    learner, file = _given(words, "--learner"), _given(words, "--settings")
+    found = read_settings(Path(file)) if file else None
+    if found and learner not in (None, found.learner):
+        raise ConfigError(f"{file} has settings of learner {found.learner}: leave --learner out")
+    learner = _learner(scenario, found.learner if found else learner)
     settings = find_trainer(problem.name, learner, posed).settings
-    _refuse_others(words, scenario, problem.name, settings)
+    _refuse_others(words, scenario, problem.name, settings, command)
+    usual = made_settings(settings, found, Path(file or "")) if found else settings()
+    if base := _given(words, "--base"):
+        usual = _with_base(usual, base)
     kind = OmitArgPrefixes[Annotated[settings, arg(help=f"What trains {problem.name}.")]]  # type: ignore[valid-type]
     made = make_dataclass(
-        "Train", [("settings", kind, field(default_factory=settings))], bases=(Train,), frozen=True
+        command.__name__, [("settings", kind, field(default=usual))], bases=(command,), frozen=True
     )
-    made.__doc__ = Train.__doc__
-    found: type[Train] = made
-    return found
+    made.__doc__ = command.__doc__
+    return made
+
+
+def _with_base(settings: Any, base: str) -> Any:
+    """Give a network the parameters of the rule that it is to begin as, not those of another."""
+    network: Any = getattr(settings, "network", None)
+    if "base_params" not in getattr(type(network), "model_fields", ()):
+        return settings
+    others = network.model_dump(exclude={"base", "base_params"})
+    return replace(settings, network=type(network)(**others, base=base))
 
 
 def _posed(scenario: str) -> tuple[AnyProblem, Any]:
     """Return the problem of what is trained on, and that if it is a scenario."""
     if scenario == RandomJobShops.name:
         return find_problem("workflow"), None
+    if is_mix(scenario):
+        return find_problem("dispatch"), None
     return load_problem(scenario)
+
+
+def _learner(scenario: str, named: str | None) -> str | None:
+    """Return the learner that is named, or the only one that a mix of scenarios has.
+
+    Raises:
+        ConfigError: If another one is named for a mix.
+    """
+    if not is_mix(scenario):
+        return named
+    if named not in (None, _MIXES):
+        raise ConfigError(
+            f"{scenario} is a mix of scenarios, which --learner {_MIXES} trains on, got {named}:"
+            " leave --learner out"
+        )
+    return _MIXES
 
 
 def _given(words: Sequence[str], option: str) -> str | None:
     """Return an option's value among the words of a command."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):  # there may be none at all
         if word == option:
             return following
         if word.startswith(f"{option}="):
@@ -114,10 +179,12 @@ def _given(words: Sequence[str], option: str) -> str | None:
     return None
 
 
-def _refuse_others(words: Sequence[str], scenario: str, problem: str, settings: type[Any]) -> None:
+def _refuse_others(
+    words: Sequence[str], scenario: str, problem: str, settings: type[Any], command: type[Train]
+) -> None:
     """Refuse options that only other trainers have, of other problems or of this one."""
     given = {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
-    unknown = given - _options(Train) - _options(settings)
+    unknown = given - _options(command) - _options(settings)
     for option in sorted(unknown):
         owners = {
             name: [x for x, entry in entries.items() if option in _options(entry.settings)]

@@ -10,17 +10,20 @@ from rich.progress import Progress
 from servegym.commands.console import make_console
 from servegym.errors import ConfigError
 from servegym.validate.constants import PROPOSED, fit_families, sample
+from servegym.validate.coverage import banded_rows, coverage, family_spreads
 from servegym.validate.document import write_json, write_markdown
-from servegym.validate.published import read_published
+from servegym.validate.published import Row, read_published
 from servegym.validate.score import Constants, Validation, score_published, score_runs
 from servegym.validate.tables import (
     TextTable,
+    coverage_table,
     fit_table,
     proposed_table,
     published_tables,
     reach_table,
     run_tables,
     skipped_files_table,
+    spread_table,
 )
 
 
@@ -37,7 +40,11 @@ class Validate:
     refit: bool = False
     """Instead fit those constants on the published rows, with each source and GPU left out."""
     sample: int | None = None
-    """With --refit: draw about so many rows, by source and GPU in proportion, instead of all."""
+    """With --refit or --coverage: draw about so many rows, by source and GPU in proportion, instead
+    of all."""
+    coverage: bool = False
+    """Instead ask how many published rows lie in the bands of their predictions, with each source
+    left out of what its band is made of; see docs/fidelity.md."""
     json: Path | None = None
     """Write every run and row, measured, simulated and error, here."""
     report: Path | None = None
@@ -49,12 +56,18 @@ class Validate:
         """Score, print and write."""
         if self.e2e is None and self.published is None:
             raise ConfigError("nothing to validate against: give --e2e DIR or --published FILE")
+        if self.refit and self.coverage:
+            raise ConfigError("--refit and --coverage are two questions: give one of them")
         if self.refit:
             self._refit()
             return
+        if self.coverage:
+            self._cover()
+            return
         if self.sample is not None:
             raise ConfigError(
-                "--sample draws rows for --refit: give --refit, or leave --sample out"
+                "--sample draws some of the rows: give --refit or --coverage with it, or leave it "
+                "out"
             )
         result = self._score()
         runs, published = run_tables(result), published_tables(result)
@@ -86,13 +99,7 @@ class Validate:
         return Validation(runs, rows, files, skipped, constants)
 
     def _refit(self) -> None:
-        if self.published is None:
-            raise ConfigError("--refit fits on published rows: give --published FILE")
-        if self.sample is not None and self.sample < 1:
-            raise ConfigError(f"--sample is a number of rows, got {self.sample}: give 1 or more")
-        rows = read_published(self.published)
-        if self.sample is not None:
-            rows = sample(rows, self.sample)
+        rows = self._drawn("--refit fits on published rows")
         with Progress(transient=True) as bar:
             task = bar.add_task("constants of engine families", total=1.0)
             fits, variants = fit_families(rows, lambda share: bar.update(task, completed=share))
@@ -100,6 +107,25 @@ class Validate:
         for table in tables:
             make_console().print(table.rich())
         self._write_markdown("constants", tables)
+
+    def _cover(self) -> None:
+        rows = self._drawn("--coverage asks about published rows")
+        with Progress(transient=True) as bar:
+            task = bar.add_task("bands of published rows", total=1.0)
+            found = banded_rows(rows, progress=lambda share: bar.update(task, completed=share))
+        tables = [coverage_table(coverage(found)), spread_table(family_spreads(found))]
+        for table in tables:
+            make_console().print(table.rich())
+        self._write_markdown("coverage", tables)
+
+    def _drawn(self, why: str) -> list[Row]:
+        """Read the published rows, or draw some of them."""
+        if self.published is None:
+            raise ConfigError(f"{why}: give --published FILE")
+        if self.sample is not None and self.sample < 1:
+            raise ConfigError(f"--sample is a number of rows, got {self.sample}: give 1 or more")
+        rows = read_published(self.published)
+        return rows if self.sample is None else sample(rows, self.sample)
 
     def _write_markdown(self, name: str, tables: list[TextTable]) -> None:
         if self.markdown and tables:

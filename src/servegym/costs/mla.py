@@ -175,7 +175,7 @@ def latent_evidence(gpu: GpuSpec, shape: LatentHeads) -> list[Evidence]:
             found.append(Evidence(operator, "prior", note))
         elif sizes != MEASURED:
             note = f"fitted on heads of {MEASURED[0]} over latents of {MEASURED[1]} elements"
-            found.append(Evidence(operator, "extrapolated", note))
+            found.append(Evidence(operator, "extrapolated", note, fit.error))
         else:
-            found.append(Evidence(operator, "interpolated", fit.source))
+            found.append(Evidence(operator, "interpolated", fit.source, fit.error))
     return found

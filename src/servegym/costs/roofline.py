@@ -436,7 +436,7 @@ class RooflineSource:
                 evidence = Evidence(evidence.operator, "prior", self._borrowed)
             if shape.head_dim != 128 and evidence.kind == "interpolated":
                 note = "fitted on heads of 128 elements"
-                evidence = Evidence(evidence.operator, "extrapolated", note)
+                evidence = Evidence(evidence.operator, "extrapolated", note, evidence.error)
             found.append(evidence)
         return found + self._mixed_evidence(shape)
 
@@ -457,7 +457,7 @@ class RooflineSource:
         return [
             Evidence(operator, "prior", note)
             if fit.prior
-            else Evidence(operator, "interpolated", fit.source)
+            else Evidence(operator, "interpolated", fit.source, fit.error)
         ]
 
     def latent_evidence(self, shape: LatentHeads) -> list[Evidence]:
@@ -465,10 +465,14 @@ class RooflineSource:
         return mla.latent_evidence(self.gpu, shape)
 
     def all_reduce_evidence(self, num_gpus: int) -> Evidence:
-        """A fit by size, or a prior."""
+        """A fit by size, or a prior: over PCIe hosts differ by a factor of four to six."""
+        operator = f"all-reduce over {num_gpus}"
+        if self.gpu.pcie:
+            note = "over PCIe, fitted on another host: servegym calibrate kernels measures yours"
+            return Evidence(operator, "prior", note)
         prior = num_gpus in self.gpu.all_reduce and self.gpu.all_reduce[num_gpus].prior
         kind: Literal["prior", "interpolated"] = "prior" if prior else "interpolated"
-        return Evidence(f"all-reduce over {num_gpus}", kind, "fit over message sizes")
+        return Evidence(operator, kind, "fit over message sizes")
 
 
 def _curve(x: FloatArray, seconds: FloatArray) -> Surface:
@@ -484,5 +488,5 @@ def _fit_evidence(operator: str, fit: KernelFit, shape: dict[str, FloatArray]) -
             if knots and not knots[0] * 0.999 <= float(value) <= knots[-1] * 1.001:
                 reach = f"{knots[0]:g} to {knots[-1]:g}"
                 note = f"{name} {float(value):g} is outside the measured {reach}"
-                return Evidence(operator, "extrapolated", note)
-    return Evidence(operator, "interpolated", fit.source)
+                return Evidence(operator, "extrapolated", note, fit.error)
+    return Evidence(operator, "interpolated", fit.source, fit.error)

@@ -108,30 +108,38 @@ class StepCost:
     @property
     def evidence(self) -> tuple[Evidence, ...]:
         """What stands behind the time of every operator of a step."""
+        return tuple(one for group in self.evidence_by_operator.values() for one in group)
+
+    @property
+    def evidence_by_operator(self) -> dict[str, list[Evidence]]:
+        """The same by `GEMM`, `experts`, `attention` (prefill first), `window`, `collectives`."""
         m, op, shard = self.model, self.operators, self.shard
         gemms = {(shard.is_16bit(one.part), one.n, one.k): one for one in shard.gemms}
-        found = [self._source_of(one.part).gemm_evidence(one.n, one.k) for one in gemms.values()]
-        if m.num_experts:
-            found.append(op.experts_evidence(self._experts))
-        if m.latent_dim:
-            found += op.latent_evidence(shard.latent_heads)
-        else:
-            found += op.attention_evidence(shard.attention_heads)
-        if m.window_layers:
-            note = "a window computes as that many tokens without one"
-            found.append(Evidence("sliding window", "extrapolated", note))
-        if self.tp > 1:
-            found.append(op.all_reduce_evidence(self.tp))
-        return tuple(found)
+        attention = (
+            op.latent_evidence(shard.latent_heads)
+            if m.latent_dim
+            else op.attention_evidence(shard.attention_heads)
+        )
+        note = "a window computes as that many tokens without one"
+        window = [Evidence("sliding window", "extrapolated", note)]
+        return {
+            "GEMM": [
+                self._source_of(one.part).gemm_evidence(one.n, one.k) for one in gemms.values()
+            ],
+            "experts": [op.experts_evidence(self._experts)] if m.num_experts else [],
+            "attention": list(attention),
+            "window": window if m.window_layers else [],
+            "collectives": [op.all_reduce_evidence(self.tp)] if self.tp > 1 else [],
+        }
 
     @property
     def validated(self) -> bool:
-        """Whether every operator was measured on this GPU, so that no prior stands in for one."""
+        """Whether every operator was measured on that kind of machine: no prior stands in."""
         return all(e.kind != "prior" for e in self.evidence)
 
     @property
     def status(self) -> str:
-        """`validated` (operators measured on this GPU) or `extrapolated` (some are priors)."""
+        """`validated` (operators measured on that kind of machine), else `extrapolated`."""
         return "validated" if self.validated else "extrapolated"
 
     def terms(

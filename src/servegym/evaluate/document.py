@@ -54,6 +54,7 @@ def evaluation_document(result: Evaluation) -> dict[str, Any]:
             name: {f"{share:g}": load for share, load in loads.items()}
             for name, loads in result.saturation.items()
         },
+        "uncertainty": result.stability.document() if result.stability else None,
         "runs": [
             {"policy": r.policy, "load": r.load, "seed": r.seed, "metrics": r.metrics}
             for r in result.runs

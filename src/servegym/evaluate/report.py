@@ -11,7 +11,7 @@ import numpy as np
 import servegym
 from servegym.drawing import PALETTE, as_image, pyplot
 from servegym.evaluate.harness import CLAIRVOYANT, Evaluation
-from servegym.evaluate.table import saturation_cells
+from servegym.evaluate.table import saturation_cells, stability_cells
 from servegym.problems.problem import Section
 from servegym.whole_files import write_whole
 
@@ -69,7 +69,7 @@ def report_page(result: Evaluation, sections: Sequence[Section] = ()) -> str:
 {_comparison(result)}. Oracles know {problem.truth}.{_bound(result)}</p>
 <h2>How far from the best rule (load {top:g})</h2>{_against_figure(result, top)}
 <p class="note">The line is the best rule. Learned policies are orange.</p>
-{_sections(sections)}{_saturation(result)}{figures}
+{_sections(sections)}{_stability(result)}{_saturation(result)}{figures}
 <p class="note">servegym {servegym.__version__}</p>
 {script}</body></html>
 """
@@ -137,6 +137,23 @@ def _bound(result: Evaluation) -> str:
         " of simulation each; knowing it brings at least so much. Headroom: 0 is the best rule,"
         " 100 is what the search found"
         f"{result.interval_suffix}."
+    )
+
+
+def _stability(result: Evaluation) -> str:
+    """Tabulate bands over worlds, and say how stable the ranking is, if that was asked."""
+    stability = result.stability
+    if stability is None:
+        return ""
+    shown = f"<h2>In {stability.num_worlds} worlds with other kernels and engines</h2>"
+    for load in result.loads:
+        heads, rows = stability_cells(result, load)
+        said = html.escape("; ".join(stability.sentences(load)))
+        shown += f"<h3>Load {load:g}</h3><div class='scroll'>{_html_table(heads, rows)}</div>"
+        shown += f"<p>{said}</p>" if said else ""
+    return (
+        shown + '<p class="note">Bands that nine of ten worlds lie in; first in: worlds in which '
+        "no other policy is better. See docs/evaluation.md.</p>"
     )
 
 

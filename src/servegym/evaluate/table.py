@@ -61,6 +61,44 @@ def _comparison(result: Evaluation, load: float, columns: Sequence[Column]) -> T
     return table
 
 
+def stability_table(result: Evaluation, load: float) -> Table:
+    """Tabulate in what bands metrics lie over worlds, and how often each policy is first."""
+    heads, rows = stability_cells(result, load)
+    stability = result.stability
+    count = stability.num_worlds if stability else 0
+    table = Table(
+        title=f"{result.scenario.name}, load {load:g}: 90 % bands over {count} worlds with other "
+        "kernels and engines",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def stability_cells(result: Evaluation, load: float) -> tuple[list[str], list[list[str]]]:
+    """Return headings of the metrics, and a row for each policy that was played in worlds."""
+    stability = result.stability
+    assert stability is not None
+    columns = [
+        c
+        for c in result.problem.columns
+        if c.metric in stability.metrics[stability.policies[0], load][0]
+        and c.dispensable in (0, 4, 5, 6)
+    ]
+    rows = []
+    for name in [n for n, _ in result.ranking(load) if n in stability.policies]:
+        bands = [stability.band(name, load, column.metric) for column in columns]
+        cells = [
+            f"{c.cell(b.low)} to {c.cell(b.high)}" for c, b in zip(columns, bands, strict=True)
+        ]
+        rows.append([name, *cells, f"{stability.first(name, load)} of {stability.num_worlds}"])
+    return ["policy", *(column.heading for column in columns), "first in"], rows
+
+
 def saturation_table(result: Evaluation) -> Table:
     """Tabulate the largest loads at which shares of an episode are as they should be."""
     heads, rows = saturation_cells(result)

@@ -113,7 +113,13 @@ def _shape(network: DispatchNetwork) -> NetworkShape:
     config = network.config
     family = EXTENDED_FAMILY if config.extended else FAMILY
     return NetworkShape(
-        family, config.context, config.base, config.base_params, config.eta, config.num_extra
+        family,
+        config.context,
+        config.base,
+        config.base_params,
+        config.eta,
+        config.num_extra,
+        config.relative,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, overload
 
+from servegym.baselines.migration.registry import MIGRATIONS, migration
 from servegym.baselines.ordering.registry import RULES as ORDERS
 from servegym.baselines.ordering.registry import ordering_policy
 from servegym.baselines.parts import join_parts, split_parts
@@ -14,8 +15,10 @@ from servegym.baselines.retention.registry import RETENTIONS, retention
 from servegym.errors import ConfigError, unknown_name
 from servegym.export.manifest import Manifest, policy_name, read_manifest
 from servegym.export.ordering import SUFFIXES, exported_ordering
+from servegym.export.shipped import shipped_path
 from servegym.export.weights import read_network
 from servegym.policy.frozen import FrozenPolicy, NumpyPolicy
+from servegym.policy.migrating import Migrating
 from servegym.policy.ordering import OrderingPolicy
 from servegym.policy.pair import Pair
 from servegym.policy.placed import Placed
@@ -62,23 +65,30 @@ def load_policy(path: Path, problem: str = "") -> Policy | OrderingPolicy | Work
 
 
 def resolve_policy(text: str) -> Policy:
-    """Return a rule by name (`"speed-family:eta=0.5"`) or an exported policy by its file.
+    """Return a dispatch policy.
+
+    Args:
+        text: A rule by name (`"speed-family:eta=0.5"`), an exported policy by its file, or one that
+            comes with servegym by its name.
 
     Raises:
         ConfigError: If there is no such rule or parameter.
         ExportError: If the file is not a valid policy.
     """
-    return load_policy(Path(text), "dispatch") if text.endswith(SUFFIXES) else policy(text)
+    if text.endswith(SUFFIXES):
+        return load_policy(Path(text), "dispatch")
+    shipped = shipped_path(text)
+    return policy(text) if shipped is None else load_policy(shipped, "dispatch")
 
 
 def resolve_dispatch(text: str) -> Policy | Pair:
     """Return a dispatch policy, or what it makes with the rule behind a plus.
 
     Args:
-        text: As `resolve_policy` takes it; or `"DISPATCH+PLACEMENT"`, which makes a `Placed`; or
-            `"DISPATCH+RETENTION"`, which makes a `Kept`; or
-            `"DISPATCH+ORDER"`, the second part as `resolve_order` takes it, which makes a `Pair`;
-            or a folder with both parts of a learned one.
+        text: As `resolve_policy` takes it; or `"DISPATCH+PLACEMENT"`, which makes a `Placed`;
+            `"DISPATCH+MIGRATION"`, which makes a `Migrating`; `"DISPATCH+RETENTION"`, which makes a
+            `Kept`; or `"DISPATCH+ORDER"`, the second part as `resolve_order` takes it, which makes
+            a `Pair`; or a folder with both parts of a learned one.
 
     Raises:
         ConfigError: If there is no such rule, order or parameter, or there are more parts.
@@ -91,16 +101,18 @@ def resolve_dispatch(text: str) -> Policy | Pair:
         return _placed_or_not(dispatch)
     first = resolve_policy(dispatch)
     name = more[0].partition(":")[0]
-    if not more[0].endswith(SUFFIXES) and name not in (
-        known := [*PLACEMENTS, *RETENTIONS, *ORDERS.names()]
-    ):
-        raise ConfigError(unknown_name("order, placement or retention", name, known))
+    known = [*PLACEMENTS, *MIGRATIONS, *RETENTIONS, *ORDERS.names()]
+    if not more[0].endswith(SUFFIXES) and name not in known:
+        raise ConfigError(unknown_name("order, placement, migration or retention", name, known))
     if is_placement(more[0]):
         place = placement(more[0])
         return Placed(first, place, name=join_parts((first.name, place.name)))
+    if is_migration(more[0]):
+        rule = migration(more[0])
+        return Migrating(first, rule, name=join_parts((first.name, rule.name)))
     if is_retention(more[0]):
-        rule = retention(more[0])
-        return Kept(first, rule, name=join_parts((first.name, rule.name)))
+        keep = retention(more[0])
+        return Kept(first, keep, name=join_parts((first.name, keep.name)))
     order = resolve_order(more[0])
     return Pair(first, order, name=join_parts((first.name, order.name)))
 
@@ -130,6 +142,11 @@ def is_placement(text: str) -> bool:
     return text.partition(":")[0] in PLACEMENTS.names()
 
 
+def is_migration(text: str) -> bool:
+    """Whether the text of a rule names one for which requests move to another replica."""
+    return text.partition(":")[0] in MIGRATIONS.names()
+
+
 def is_retention(text: str) -> bool:
     """Whether the text of a rule names one for the KV of ended turns."""
     return text.partition(":")[0] in RETENTIONS.names()
@@ -144,8 +161,8 @@ def dispatch_parts(text: str) -> tuple[str, ...]:
     parts = split_parts(text)
     if len(parts) > 2:
         raise ConfigError(
-            "a policy of a fleet must have one part or two, DISPATCH+ORDER, DISPATCH+PLACEMENT or "
-            f"DISPATCH+RETENTION, got {text!r}"
+            "a policy of a fleet must have one part or two, DISPATCH+ORDER, DISPATCH+PLACEMENT, "
+            f"DISPATCH+MIGRATION or DISPATCH+RETENTION, got {text!r}"
         )
     return parts
 

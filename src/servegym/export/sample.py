@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import gymnasium
 import numpy as np
 import torch
@@ -58,3 +60,31 @@ def sample_observations(
     )
     some = mask.any(-1) & (request[:, 0] > 0)
     return replicas[some], request[some], mask[some].astype(np.float32)
+
+
+def together(
+    samples: Sequence[tuple[Float32Array, Float32Array, Float32Array]],
+) -> tuple[Float32Array, Float32Array, Float32Array]:
+    """Join observations of several scenarios, as if all fleets were as large as the largest.
+
+    Args:
+        samples: Of each, as `sample_observations` returns them, with the same actions besides the
+            replicas.
+    """
+    if len(samples) == 1:
+        return samples[0]
+    width = max(replicas.shape[1] for replicas, _, _ in samples)
+    made = []
+    for replicas, request, mask in samples:
+        own = replicas.shape[1]
+        more = ((0, 0), (0, width - own))
+        allowed = np.pad(mask[:, :own], more)
+        made.append(
+            (
+                np.pad(replicas, (*more, (0, 0))),
+                request,
+                np.concatenate([allowed, mask[:, own:]], axis=1),
+            )
+        )
+    replicas, request, mask = (np.concatenate(parts) for parts in zip(*made, strict=True))
+    return replicas, request, mask

@@ -13,7 +13,9 @@ from typing import Any
 from servegym.cluster.jit import inlined
 
 #: Rules whose costs a network can start from.
-BASES = ("added-delay", "prefix-load", "speed-family", "least-outstanding")
+BASES = ("added-delay", "prefix-load", "speed-family", "least-outstanding", "added-delay-inferred")
+#: Those that go by what a router infers.
+INFERRED_BASES = ("added-delay-inferred",)
 
 #: A number, an array or a tensor.
 Quantity = Any

@@ -19,6 +19,7 @@ from servegym.cluster.rng import mix64, uniform
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import (
     DISPATCH,
+    OBSERVED_KV_CAPACITY,
     OBSERVED_OUTSTANDING,
     OBSERVED_PREFILL_RATE,
     Params,
@@ -43,6 +44,8 @@ class Worth(NamedTuple):
     stretch: float  # what is foreseen of a request's times, times this
     softness: float  # share of a limit by which one must stay below it to be rather sure of it
     prefix_price: float  # of uncached prefill, per second and request there; if it has a prefix
+    prefill_price: float = 0.0  # of uncached prefill, per second and request there
+    memory_price: float = 0.0  # of all KV memory of a replica, per second and request there
     sees_speed: bool = True  # knows how fast a replica is now, not only how fast it should be
 
 
@@ -142,6 +145,8 @@ def _value(
         delay_s = step_left_s(p, s, e, r)
         speed = s.replica[e, r].speed if w.sees_speed else s.replica[e, r].base_speed
         count = list_requests(p, s, e, r, i, c)
+        own = count - 1
+        memory_tokens = s.observation[e, OBSERVED_KV_CAPACITY, r]
         new_tokens = request.prompt - c.computed[count - 1]
         value = 0.0
         for k in range(w.num_samples):
@@ -154,10 +159,17 @@ def _value(
             if w.in_time > 0.0:
                 value += w.in_time * _in_time(p, s, e, w, c, count, delay_s, scratch)
             value -= w.second * (delay_s + after_s - before_s)
+            if w.memory_price > 0.0:
+                held_s = scratch.request[0, own].finish_s - scratch.request[0, own].first_token_s
+                share = (request.prompt + c.output[own]) / memory_tokens
+                value -= w.second * w.memory_price * share * held_s * own
         value /= w.num_samples
+        price = w.prefill_price
         if request.segment_stop > request.segment_first:
+            price += w.prefix_price
+        if price > 0.0:
             new_s = new_tokens / s.observation[e, OBSERVED_PREFILL_RATE, r]
-            value -= w.second * w.prefix_price * s.observation[e, OBSERVED_OUTSTANDING, r] * new_s
+            value -= w.second * price * s.observation[e, OBSERVED_OUTSTANDING, r] * new_s
         out[r] = value
         worst = min(worst, value)
     out[width] = worst  # nobody knows what a hold is worth: it is not to be learned

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from servegym.cluster.allocate import Capacity, make_state
-from servegym.cluster.engine import form_step, prefix_hit_tokens
+from servegym.cluster.engine import form_step
 from servegym.cluster.jit import inlined, kernel
 from servegym.cluster.kernels import advance, reset_env
+from servegym.cluster.router import prefix_hit_tokens
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import DECODE, DISPATCH_ONLY, PREFILL, QUEUED, STEP, Params, State
 from servegym.cluster.steptime import decode_span_s
@@ -213,6 +214,7 @@ class Scratch:
             metrics_interval_s=0.0,
             asks=DISPATCH_ONLY,
             disaggregated=False,
+            migration=simulator.params.migration._replace(on=False),
             retains=False,
             tiered=False,
             role=np.zeros_like(simulator.params.role),

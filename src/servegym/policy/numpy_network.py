@@ -19,11 +19,13 @@ from servegym.policy.contract import (
     RequestFeature,
     observed,
 )
-from servegym.policy.costs import BASES
+from servegym.policy.costs import BASES, INFERRED_BASES
 from servegym.typing import BoolArray, Float32Array, FloatArray
 
 #: Added to the logits of forbidden actions, as in training.
 MASKED = np.float32(-1e8)
+#: Costs below this one count as this one where logarithms are taken.
+LEAST_COST = 1e-6
 #: Inputs of the network a replica; what they mean is said in `servegym.agents.features`. First
 #: those of the plain observation, then those of the extended one.
 _NUM_PLAIN, _NUM_EXTENDED = 25, 38
@@ -66,6 +68,7 @@ class NetworkShape(NamedTuple):
         base_params: Its parameters.
         eta: Weight of that cost.
         num_extra: Actions besides the replicas.
+        relative: Whether the cost counts by its logarithm.
     """
 
     family: str
@@ -74,6 +77,7 @@ class NetworkShape(NamedTuple):
     base_params: tuple[float, ...]
     eta: float
     num_extra: int
+    relative: bool = False
 
 
 #: Families of networks that this module runs: with the plain observation and the extended one.
@@ -162,6 +166,8 @@ class NumpyNetwork:
             )
         if shape.base not in BASES:
             raise ValueError(f"no base cost {shape.base!r}: choose one of {', '.join(BASES)}")
+        if shape.base in INFERRED_BASES and shape.family != EXTENDED_FAMILY:
+            raise ValueError(f"base cost {shape.base} needs a network of family {EXTENDED_FAMILY}")
         self.shape = shape
         self._attention = shape.context == "attention"
         self._extended = shape.family == EXTENDED_FAMILY
@@ -297,7 +303,7 @@ class NumpyNetwork:
         x[13].fill(predicted)
         if self._extended:
             self._describe_inferred(b, request, tpot)
-        self._cost(b, waiting_s, predicted)
+        self._cost(b, waiting_s, request)
         np.multiply(b.log, _LOG_SCALES, out=b.log)
         np.log1p(b.log, out=b.log)
         np.minimum(x[8], _THREE, out=x[8])
@@ -331,10 +337,11 @@ class NumpyNetwork:
         np.copyto(b.limit_copied, b.seen[OUTSTANDING_AS_TIGHT : PUSHED_OVER_100 + 1])
         np.log1p(b.extended_log, out=b.extended_log)
 
-    def _cost(self, b: _Buffers, waiting_s: Float32Array, predicted: np.float32) -> None:
+    def _cost(self, b: _Buffers, waiting_s: Float32Array, request: FloatArray) -> None:
         """Fill the cost of the base rule (`policy.costs`)."""
         seen, cost, params = b.seen_rows, b.cost, self._params
         load, speed = seen[_OUTSTANDING], seen[_SPEED]
+        predicted = np.float32(request[_PREDICTED])
         if self.shape.base == "least-outstanding":
             np.copyto(cost, load)
         elif self.shape.base == "speed-family":
@@ -345,6 +352,18 @@ class NumpyNetwork:
             np.multiply(cost, params[0], out=cost)
             np.divide(cost, np.maximum(speed, _SLOWEST) ** params[1], out=cost)
             np.add(cost, waiting_s, out=cost)
+        elif self.shape.base == "added-delay-inferred":
+            prefill, decode, shrink, observed = params
+            tokens = predicted + shrink * (np.float32(request[_EXPECTED]) - predicted)
+            np.multiply(load, seen[_SEQ], out=cost)
+            np.multiply(cost, _ONE + decode, out=cost)
+            np.add(cost, seen[_STEP], out=cost)
+            np.multiply(cost, tokens, out=cost)
+            np.add(cost, waiting_s, out=cost)
+            other = b.temp_rows[7]
+            np.multiply(b.input_rows[9], prefill, out=other)
+            np.add(cost, other, out=cost)
+            np.multiply(cost, seen[_RATIO] ** observed, out=cost)
         else:  # added-delay; the inputs' rows hold load * new_s and load * slowed_s
             np.multiply(b.input_rows[9], params[0], out=cost)
             np.add(cost, waiting_s, out=cost)
@@ -353,6 +372,9 @@ class NumpyNetwork:
             np.add(cost, other, out=cost)
             np.multiply(seen[_STEP], predicted, out=other)
             np.add(cost, other, out=cost)
+        if self.shape.relative:
+            np.maximum(cost, _LEAST_COST, out=cost)
+            np.log(cost, out=cost)
 
     def _encode(self, b: _Buffers) -> None:
         """Run the shared encoder over the inputs."""
@@ -394,7 +416,7 @@ class NumpyNetwork:
 
 
 _TWO, _THREE, _FOUR = np.float32(2.0), np.float32(3.0), np.float32(4.0)
-_SLOWEST = np.float32(1e-6)
+_SLOWEST, _LEAST_COST = np.float32(1e-6), np.float32(LEAST_COST)
 _OUTSTANDING, _PENDING = _R["OUTSTANDING_REQUESTS"], _R["PENDING_PREFILL_TOKENS"]
 _LEFT, _HELD_PROMPT = _R["OUTSTANDING_PREDICTED_TOKENS"], _R["OUTSTANDING_PROMPT_TOKENS"]
 _SPEED, _RATE, _STEP, _SEQ = (

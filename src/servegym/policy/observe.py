@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from servegym.cluster.engine import prefix_hit_tokens
 from servegym.cluster.entry import INFER, SEE_ROLES
 from servegym.cluster.jit import kernel
 from servegym.cluster.kernels import measure
+from servegym.cluster.router import prefix_hit_tokens
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import (
     DISPATCH,

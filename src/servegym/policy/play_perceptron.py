@@ -67,6 +67,15 @@ def perceptron(n: Perceptrons, c: int, x: FloatArray, head: int) -> float:
 
 
 @inlined
+def score_row(n: Perceptrons, c: int, row: FloatArray, head: int) -> float:
+    """Score one request; its row, `float64[NUM_ORDERING_FEATURES]`, is normalised in place."""
+    for k in range(row.shape[0]):
+        x = math.copysign(math.log1p(abs(row[k])), row[k])
+        row[k] = min(max((x - n.mean[k]) / n.scale[k], -CLIP), CLIP)
+    return perceptron(n, c, row, head)
+
+
+@inlined
 def order_engine(p: Params, s: State, e: int, n: Perceptrons, c: int, row: FloatArray) -> None:
     """Write the keys of all requests of the engine that asks.
 
@@ -83,10 +92,7 @@ def order_engine(p: Params, s: State, e: int, n: Perceptrons, c: int, row: Float
         request = s.replica[e, r].run_head if running else s.replica[e, r].wait_head
         while request >= 0:
             write_row(p, s, e, r, request, running > 0, row)
-            for k in range(row.shape[0]):
-                x = math.copysign(math.log1p(abs(row[k])), row[k])
-                row[k] = min(max((x - n.mean[k]) / n.scale[k], -CLIP), CLIP)
-            s.order[e, request].key = perceptron(n, c, row, running)
+            s.order[e, request].key = score_row(n, c, row, running)
             request = s.request[e, request].next_request
 
 

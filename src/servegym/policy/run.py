@@ -76,6 +76,11 @@ def require_whole_requests(simulator: Simulator, policy: Policy) -> None:
     Raises:
         ConfigError: If a policy looks ahead as if a replica computed all of a request.
     """
+    if policy.needs & Group.WHAT_IF and simulator.spec.migrates:
+        raise ConfigError(
+            f"{policy.name} simulates each replica as if requests stayed where they are, but here "
+            "they migrate: choose another policy"
+        )
     if policy.needs & Group.WHAT_IF and simulator.spec.disaggregated:
         raise ConfigError(
             f"{policy.name} simulates each replica as if it did all of a request, but here some "

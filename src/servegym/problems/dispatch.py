@@ -7,6 +7,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from servegym.baselines.migration.registry import MIGRATIONS
 from servegym.baselines.ordering.registry import RULES as ORDERS
 from servegym.baselines.placement import PLACEMENTS
 from servegym.baselines.registry import RULES
@@ -17,12 +18,14 @@ from servegym.cluster.simulator import Simulator
 from servegym.errors import ConfigError
 from servegym.export.resolve import (
     dispatch_parts,
+    is_migration,
     is_placement,
     is_retention,
     resolve_dispatch,
 )
 from servegym.policy import run_kept as kept
 from servegym.policy import run_placed as placed
+from servegym.policy.migrating import Migrating
 from servegym.policy.ordering import OrderingRule
 from servegym.policy.pair import Pair
 from servegym.policy.placed import Placed
@@ -77,6 +80,8 @@ def _rules_of(part: str) -> Rules[Any]:
     """Rules that the part behind a dispatch policy is one of."""
     if is_placement(part):
         return PLACEMENTS
+    if is_migration(part):
+        return MIGRATIONS
     return RETENTIONS if is_retention(part) else ORDERS
 
 
@@ -115,7 +120,10 @@ class DispatchEpisodes(RequestEpisodes[Policy | Pair]):
             simulator = kept.make_simulator(self.scenario.spec, self.episodes, record=record)
             kept.run_kept(simulator, policy, seed=seed)
             return simulator
-        simulator = Simulator(self.scenario.spec, self.episodes, record=record)
+        spec = self.scenario.spec
+        if isinstance(policy, Migrating):
+            spec, policy = policy.spec(spec), policy.dispatch
+        simulator = Simulator(spec, self.episodes, record=record)
         run(simulator, policy, seed=seed)
         return simulator
 
@@ -128,10 +136,10 @@ class DispatchEpisodes(RequestEpisodes[Policy | Pair]):
         the best of `starts` is better than what was found, it is that.
         """
         spec = self.scenario.spec
-        if spec.disaggregated:
+        if spec.moves_kv:
             raise ConfigError(
-                f"the clairvoyant search sends whole requests to replicas, but some of "
-                f"{self.scenario.name} only prefill or decode: leave it out"
+                f"the clairvoyant search sends whole requests to replicas, but in "
+                f"{self.scenario.name} they move from one to another: leave it out"
             )
         metric = OBJECTIVES[self.scenario.objective].metric
         runs = [self.run(policy, seed=seed, record=True) for policy in starts]
@@ -142,7 +150,10 @@ class DispatchEpisodes(RequestEpisodes[Policy | Pair]):
         """Measure single decisions in the first episode, seconds, `float64[n]`."""
         if isinstance(policy, Pair):
             return time_pair(policy, make_simulator(self.scenario.spec, self.episodes[:1], policy))
-        return time_decisions(policy, Simulator(self.scenario.spec, self.episodes[:1]))
+        spec = self.scenario.spec
+        if isinstance(policy, Migrating):
+            spec, policy = policy.spec(spec), policy.dispatch
+        return time_decisions(policy, Simulator(spec, self.episodes[:1]))
 
 
 class Dispatch(RequestProblem[Policy | Pair]):
@@ -150,8 +161,8 @@ class Dispatch(RequestProblem[Policy | Pair]):
 
     Where all engines go by priorities, a policy may have an order for them: `DISPATCH+ORDER`.
     Where some replicas only prefill, a rule may say where their requests decode:
-    `DISPATCH+PLACEMENT`. And one may say what becomes of the KV of ended turns:
-    `DISPATCH+RETENTION`.
+    `DISPATCH+PLACEMENT`. Where requests migrate, one may say which: `DISPATCH+MIGRATION`. And one
+    may say what becomes of the KV of ended turns: `DISPATCH+RETENTION`.
     """
 
     name = "dispatch"
@@ -207,7 +218,7 @@ class Dispatch(RequestProblem[Policy | Pair]):
             return self.is_learned(policy.dispatch) or not isinstance(policy.order, OrderingRule)
         if isinstance(policy, Placed):
             return policy.learned or self.is_learned(policy.dispatch)
-        if isinstance(policy, Kept):
+        if isinstance(policy, Migrating | Kept):
             return self.is_learned(policy.dispatch)
         return not isinstance(policy, Heuristic)
 
@@ -222,9 +233,11 @@ class Dispatch(RequestProblem[Policy | Pair]):
         load: float,
         num_units: int | None,
     ) -> Section | None:
-        if isinstance(learned, Pair | Placed | Kept) or isinstance(rule, Pair | Placed | Kept):
+        if isinstance(learned, Pair | Placed | Migrating | Kept):
             return None
-        if scenario.spec.disaggregated or scenario.spec.tiered:
+        if isinstance(rule, Pair | Placed | Migrating | Kept):
+            return None
+        if scenario.spec.moves_kv or scenario.spec.tiered:
             # choices cannot be tried there as if nothing moved
             return None
         episode = scenario.episode(seed, load=load, num_requests=num_units)

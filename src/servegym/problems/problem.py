@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 from servegym.baselines.rules import Rules
 from servegym.costs.step import StepCost
+from servegym.costs.uncertainty import World
 from servegym.errors import ConfigError
 from servegym.export.manifest import Contract as Contract
 from servegym.export.manifest import contract_of
@@ -275,6 +276,24 @@ class Problem(ABC, Generic[S, P]):
         Raises:
             ConfigError: If the load or the number is impossible.
         """
+
+    def episodes_in(
+        self,
+        world: World,
+        scenario: S,
+        seeds: Sequence[int],
+        *,
+        load: float = 1.0,
+        num_units: int | None = None,
+    ) -> Episodes[P]:
+        """Draw the same episodes in a world in which kernels and engines are off.
+
+        Raises:
+            ConfigError: If there are no such worlds.
+        """
+        raise ConfigError(
+            f"how far times of {self.name} may be off is not known: leave --uncertainty out"
+        )
 
     @abstractmethod
     def key(self, scenario: S, seed: int, load: float, num_units: int | None) -> bytes:

@@ -123,9 +123,23 @@ def measure(
                 )
     if spec.disaggregated:
         out |= _of_transfers(outcomes, kept)
+    if spec.migrates:
+        out |= _of_migrations(outcomes)
     if spec.tiered:
         out |= _of_tiers(outcomes, kept, spec)
     return out
+
+
+def _of_migrations(outcomes: NDArray[np.void]) -> dict[str, float]:
+    """Reduce what moved to another replica while it waited or decoded."""
+    paused_s = outcomes["paused_s"][outcomes["paused_s"] > 0]
+    return {
+        "migrations": float(outcomes["num_migrations"].sum()),
+        "migrations_given_up": float(outcomes["num_stays"].sum()),
+        "moved_gb": float(outcomes["moved_bytes"].sum()) / 1e9,
+        "pause_mean_s": float(paused_s.mean()) if len(paused_s) else 0.0,
+        "pause_max_s": float(paused_s.max()) if len(paused_s) else 0.0,
+    }
 
 
 def _of_tiers(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -11,11 +12,19 @@ from pydantic import Field, field_validator
 
 from servegym.assets.specs import gpu, model
 from servegym.calibrate.calibration import calibrated_cost
-from servegym.cluster.spec import Link, ReplicaType, Reservation, Role
+from servegym.cluster.spec import (
+    Link,
+    MigrationRule,
+    ReplicaType,
+    Reservation,
+    Role,
+    Victim,
+)
 from servegym.cluster.tier_rules import KvTier, LoadRule
 from servegym.costs.formats import ScenarioFormat, number_format
 from servegym.costs.step import StepCost
 from servegym.costs.tables import TableSource
+from servegym.costs.uncertainty import Uncertainty, World, scaled
 from servegym.engines import MAX_NUM_BATCHED_TOKENS, EngineName, kernels_of
 from servegym.errors import ConfigError
 from servegym.scenario.config import Config, Count, Factor, ascending
@@ -76,6 +85,26 @@ class TransferConfig(Config):
     max_num_held: int = Field(256, ge=1)
 
 
+class MigrationConfig(Config):
+    """Which requests move to another replica while they wait or decode; docs/migration.md.
+
+    Every `interval_s` the `rule` says who does: `freeness` (Llumnix) pairs replicas with fewer than
+    `source_below` free blocks a request with those with more than `target_above`, and the `victim`
+    of the first goes to the second; `queues` levels waiting queues that differ by `queue_gap`;
+    `none` moves nobody. KV is copied in at most `max_stages` stages, until `last_stage_blocks` or
+    less are left, for which the request pauses.
+    """
+
+    interval_s: float = Field(0.05, gt=0)
+    rule: MigrationRule = "freeness"
+    victim: Victim = "shortest"
+    source_below: float = 3.0
+    target_above: float = 3.0
+    queue_gap: int = Field(2, ge=1)
+    last_stage_blocks: int = Field(16, ge=1)
+    max_stages: int = Field(3, ge=1)
+
+
 class KvTierConfig(Config):
     """Memory of a replica's host, or its disk, that keeps copies of its KV blocks.
 
@@ -120,8 +149,9 @@ class FleetEntry(Config):
     `servegym calibrate` instead, made for this GPU, model and tp. `engine` says whose rules form
     the steps; `max_num_batched_tokens` and `max_num_seqs` are those of the scenario's `engine`
     section unless given, and where that names no budget, the engine's own. `role` says whether the
-    replicas do all of a request, or only prefill or only decode; where some do, each entry needs
-    a `link`. `host_kv` and `disk_kv` keep copies of each replica's KV blocks.
+    replicas do all of a request, or only prefill or only decode; where some do, or requests
+    migrate, each entry needs a `link`. `host_kv` and `disk_kv` keep copies of each replica's KV
+    blocks.
     """
 
     gpu: str
@@ -203,6 +233,12 @@ def kv_store(store: KvStoreConfig, cost: StepCost, block_size: int) -> KvTier:
     tier = _tier(own, cost, block_size)
     assert tier is not None
     return tier
+
+
+def in_world(replica: ReplicaType, uncertainty: Uncertainty, world: World) -> ReplicaType:
+    """Return a replica type with the kernels and the engine of a world."""
+    grid = uncertainty.in_world(replica.grid, world)
+    return replace(replica, grid=scaled(grid, uncertainty.engine_factor(world, replica.engine)))
 
 
 def draw_fleet(

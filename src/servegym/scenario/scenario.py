@@ -12,10 +12,17 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from servegym.cluster.nominal import request_alone_s
-from servegym.cluster.spec import ClusterSpec, Episode, SloClass, TransferRules
+from servegym.cluster.spec import (
+    ClusterSpec,
+    Episode,
+    MigrationRules,
+    SloClass,
+    TransferRules,
+)
 from servegym.cluster.tier_rules import TierRules
 from servegym.costs.formats import ScenarioFormat
 from servegym.costs.step import StepCost
+from servegym.costs.uncertainty import Uncertainty, World
 from servegym.errors import ConfigError
 from servegym.scenario.config import Config
 from servegym.scenario.disturbances import DisturbanceConfig, draw_faults
@@ -25,8 +32,10 @@ from servegym.scenario.fleet import (
     FleetEntry,
     KvStoreConfig,
     KvTiersConfig,
+    MigrationConfig,
     TransferConfig,
     draw_fleet,
+    in_world,
     kv_store,
     replica_type,
     step_cost,
@@ -65,6 +74,7 @@ class Scenario(Config):
     engine: EngineConfig = EngineConfig()
     fleet: tuple[FleetEntry, ...] = Field(min_length=1)
     transfers: TransferConfig = TransferConfig()
+    migration: MigrationConfig | None = None
     kv_tiers: KvTiersConfig = KvTiersConfig()
     kv_store: KvStoreConfig | None = None
     workload: WorkloadConfig
@@ -82,6 +92,8 @@ class Scenario(Config):
         if roles == {"mixed"}:
             # a scenario that was written out whole has the defaults in it
             for name, usual in TransferConfig():
+                if name == "max_num_held" and self.migration is not None:
+                    continue  # it bounds who holds memory at both ends of a migration, too
                 if getattr(self.transfers, name) != usual:
                     raise ValueError(
                         f"transfers.{name} is set, but all replicas have the role mixed, so that "
@@ -107,6 +119,30 @@ class Scenario(Config):
         return self
 
     @model_validator(mode="after")
+    def _check_migration(self) -> Self:
+        if self.migration is None:
+            return self
+        if self.max_replicas < 2:
+            raise ValueError("migration needs two replicas or more, got a fleet of one")
+        for i, entry in enumerate(self.fleet):
+            if entry.role != "mixed":
+                raise ValueError(
+                    f"fleet.{i}.role must be mixed, as that of all replicas where requests "
+                    f"migrate, got {entry.role}"
+                )
+            if entry.engine not in ("vllm", "vllm-priority"):
+                raise ValueError(
+                    f"fleet.{i}.engine must be vllm or vllm-priority, as that of all replicas "
+                    f"where requests migrate, got {entry.engine}"
+                )
+            if entry.link is None:
+                raise ValueError(
+                    f"fleet.{i}.link is missing: where requests migrate, say how KV gets to the "
+                    "others and back, as in link: {gb_per_s: 25}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_tiers(self) -> Self:
         own = [entry.host_kv is not None or entry.disk_kv is not None for entry in self.fleet]
         if not any(own) and self.kv_store is None:
@@ -121,6 +157,11 @@ class Scenario(Config):
             raise ValueError(
                 "engine.prefix_caching is off, but tiers keep copies of what is in the prefix "
                 "cache: turn it on, or leave host_kv, disk_kv and kv_store out"
+            )
+        if self.migration is not None:
+            raise ValueError(
+                "migration and tiers of KV do not go together yet: leave out migration, or "
+                "host_kv, disk_kv and kv_store"
             )
         for i, entry in enumerate(self.fleet):
             if entry.engine != "vllm":
@@ -157,6 +198,11 @@ class Scenario(Config):
             noise_sigma=trouble.step_noise_sigma,
             noise_period_steps=trouble.noise_period_steps,
             transfers=self._transfer_rules,
+            migration=(
+                MigrationRules(**self.migration.model_dump())
+                if self.migration is not None
+                else MigrationRules()
+            ),
             tiers=self._tier_rules,
         )
 
@@ -171,6 +217,24 @@ class Scenario(Config):
             kv_store(store, self.step_cost(self.fleet[0]), self.engine.block_size),
             1e9 * store.gb_per_s,
         )
+
+    @cached_property
+    def _uncertainties(self) -> tuple[Uncertainty, ...]:
+        """How far the steps of each type of replica may be off."""
+        return tuple(
+            Uncertainty.of(entry.gpu, self.step_cost(entry), kind.grid)
+            for entry, kind in zip(self.fleet, self.spec.types, strict=True)
+        )
+
+    def in_world(self, world: World) -> Self:
+        """Return the scenario with kernels and engines that are off as in a world."""
+        types = zip(self.spec.types, self._uncertainties, strict=True)
+        made = self.model_copy()
+        # where the cached property keeps what it found
+        made.__dict__["spec"] = replace(
+            self.spec, types=tuple(in_world(kind, doubt, world) for kind, doubt in types)
+        )
+        return made
 
     @property
     def _transfer_rules(self) -> TransferRules:

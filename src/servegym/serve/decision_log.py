@@ -253,6 +253,7 @@ def _schema(pa: Any) -> Any:
             ("reason", pa.string()),
             ("duration_s", pa.float64()),
             ("proposed", pa.int32()),
+            ("propensity", pa.float64()),
             ("policy", pa.string()),
             (
                 "observation",

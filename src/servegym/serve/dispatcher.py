@@ -333,10 +333,12 @@ class Dispatcher:
         if counts_replicas(self.runtime.fallback) or (loaded and counts_replicas(loaded.policy)):
             return self.runtime.decide(seen, key)
         shown, order = self._ties.show(seen)
-        action, by, reason, duration_s, proposed = self.runtime.decide(shown, key)
-        if proposed is not None:
-            proposed = int(order[proposed])
-        return Decision(int(order[action]), by, reason, duration_s, proposed)
+        decision = self.runtime.decide(shown, key)
+        proposed = decision.proposed
+        return decision._replace(
+            action=int(order[decision.action]),
+            proposed=None if proposed is None else int(order[proposed]),
+        )
 
     def _take_back(self, job: Job) -> None:
         if job.request.replica >= 0:
@@ -376,6 +378,7 @@ class Dispatcher:
             "proposed": None
             if decision.proposed is None
             else logged_action(decision.proposed, self.state.num_replicas),
+            "propensity": decision.propensity,
             "policy": loaded.version if loaded else None,
             "observation": None,
         }

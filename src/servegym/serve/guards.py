@@ -14,6 +14,7 @@ class Reason(StrEnum):
     """Why a decision was made by whom it was made."""
 
     POLICY = "policy"  # nothing spoke against the policy
+    EXPLORED = "explored"  # the policy decided, and another replica was drawn instead
     SHADOW = "shadow"  # the policy is only watched
     CANARY = "canary"  # the request is not in the policy's share
     BREAKER = "breaker"  # the circuit breaker is open

@@ -20,6 +20,7 @@ from servegym.policy.contract import (
     NUM_REQUEST_FEATURES,
     Group,
 )
+from servegym.policy.exploration import explore
 from servegym.policy.policy import Observations, Policy
 from servegym.serve.guards import (
     FAULTS,
@@ -52,6 +53,8 @@ class RuntimeConfig(BaseModel):
             reload brings a good one.
         mode: `live` acts by the policy, `shadow` only watches it.
         canary_fraction: Share of the requests, told by their keys, that the policy decides.
+        explored: Share of the policy's choices in place of which a replica is drawn evenly from
+            those allowed, so that its log can say what other policies would have done.
         timeout_s: A slower decision counts as a fault of the policy. A decision takes a hundredth
             of the default; the rest is room for a machine that is busy with other things.
         max_metrics_age_s: Older engine metrics of an allowed replica are stale.
@@ -61,7 +64,7 @@ class RuntimeConfig(BaseModel):
         silent_after_decisions: It is said, loudly, when the state has kept the policy from being
             asked so many times in a row.
         breaker: Of the circuit breaker.
-        seed: Of rules that draw.
+        seed: Of rules that draw, and of what is explored.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -71,6 +74,7 @@ class RuntimeConfig(BaseModel):
     require_policy: bool = True
     mode: Mode = "live"
     canary_fraction: float = Field(1.0, ge=0, le=1)
+    explored: float = Field(0.0, ge=0, le=1)
     timeout_s: float = Field(0.02, gt=0)
     max_metrics_age_s: float = Field(5.0, gt=0)
     range_margin: float = Field(1.0, ge=0)
@@ -89,6 +93,7 @@ class Decision(NamedTuple):
         reason: Why that one decided.
         duration_s: Wall-clock seconds from the observation to the decision.
         proposed: What the policy answered, where it was asked and did not fail.
+        propensity: Probability of the action, where the policy decided and explores.
     """
 
     action: int
@@ -96,6 +101,7 @@ class Decision(NamedTuple):
     reason: Reason
     duration_s: float
     proposed: int | None
+    propensity: float | None = None
 
 
 def _reads_metrics(policy: Policy) -> bool:
@@ -142,6 +148,7 @@ class PolicyRuntime:
         self.silence = Silence(config.silent_after_decisions)
         self.clock = clock
         self._turn = 0
+        self._explorer = np.random.default_rng(config.seed)
         self._fleet: FloatArray | None = None
         self.loaded: LoadedPolicy | None = None
         if config.fallback.endswith(".onnx"):
@@ -235,15 +242,21 @@ class PolicyRuntime:
                 proposed, fault = self._ask(observations, begin_s)
                 reason = fault or reason
         by: Literal["policy", "fallback"] = "fallback"
+        propensity: float | None = None
         if proposed is not None and (reason is None or self._may_be_late(reason, begin_s)):
             action, by = proposed, "policy"
             reason = reason or Reason.POLICY
+            if share := self.config.explored:
+                mask = observations.mask[0]
+                action, propensity = explore(proposed, mask, share, self._explorer)
+                if reason is Reason.POLICY and action != proposed:
+                    reason = Reason.EXPLORED
         else:
             assert reason is not None
             action, reason = self._fall_back(observations, reason)
         duration_s = self.clock() - begin_s
         self._count(by, action, proposed, reason, duration_s)
-        return Decision(action, by, reason, duration_s, proposed)
+        return Decision(action, by, reason, duration_s, proposed, propensity)
 
     def _announce_silence(self, doubt: Reason) -> None:
         assert self.loaded is not None

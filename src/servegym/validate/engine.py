@@ -15,6 +15,7 @@ from servegym.costs.grid import CostGrid
 from servegym.costs.shared import SharedCost
 from servegym.costs.source import Routing
 from servegym.costs.step import StepCost
+from servegym.costs.uncertainty import Uncertainty, World
 from servegym.engines import EngineName
 
 
@@ -86,14 +87,23 @@ class EngineSetup:
     separate_attention: bool = False
     host_sequence_s: float = 0.0
 
-    def replica(self, constants: EngineConstants) -> ReplicaType:
+    def replica(self, constants: EngineConstants, world: World | None = None) -> ReplicaType:
         """Return the replica type to simulate; with shared experts a rank in lockstep.
+
+        Args:
+            constants: Of the engine family.
+            world: Whose kernels it has; None: as predicted.
 
         Raises:
             ConfigError: If the GPU, the model or the degree is not allowed, or the weights do
                 not fit.
         """
         grid, kv_tokens = _compiled(self._kernels, self.memory_fraction, self.expert_ranks)
+        shared = self.shared()
+        if world is not None:
+            uncertainty = _uncertainty(self._kernels, self.memory_fraction, self.expert_ranks)
+            grid = uncertainty.in_world(grid, world)
+            shared = shared and uncertainty.shared_in_world(shared, world)
         if self.separate_attention:
             grid = replace(grid, mixed_s=grid.decode_s, empty_tiles_s=0.0)
         constants = replace(constants, sequence_s=constants.sequence_s + self.host_sequence_s)
@@ -105,7 +115,7 @@ class EngineSetup:
             max_num_seqs=self.max_num_seqs,
             num_gpus=self.tp,
             engine=self.rules,
-            shared=self.shared(),
+            shared=shared,
         )
 
     @property
@@ -181,6 +191,17 @@ def _compiled(kernels: _Kernels, fraction: float, ranks: int) -> tuple[CostGrid,
     if ranks == 1:
         return cost.compile(), cost.kv_capacity_tokens(fraction)
     return _own_work(cost), _rank_capacity(cost, ranks, fraction)
+
+
+@lru_cache(maxsize=1024)
+def _uncertainty(kernels: _Kernels, fraction: float, ranks: int) -> Uncertainty:
+    grid, _ = _compiled(kernels, fraction, ranks)
+    found = Uncertainty.of(kernels.gpu, _step_cost(kernels), grid)
+    if ranks == 1:
+        return found
+    own = dict(found.parts_s)
+    del own["experts"]
+    return replace(found, parts_s=own)
 
 
 def _own_work(cost: StepCost) -> CostGrid:

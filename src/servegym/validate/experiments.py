@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from servegym.costs.uncertainty import World
 from servegym.errors import ConfigError
 from servegym.typing import IntArray
 from servegym.validate.engine import EngineConstants
@@ -14,12 +15,15 @@ from servegym.validate.published import Experiment
 from servegym.validate.replay import Replay, replay_closed, replay_open
 
 
-def play(plan: Experiment, constants: EngineConstants) -> tuple[dict[str, float], Replay]:
+def play(
+    plan: Experiment, constants: EngineConstants, world: World | None = None
+) -> tuple[dict[str, float], Replay]:
     """Simulate what a row measured.
 
     Args:
         plan: The experiment.
         constants: Of the engine family.
+        world: Whose kernels it has; None: as predicted.
 
     Returns:
         `tpot_s`, `ttft_s`, `e2e_s` (means) and `output_tokens_per_s`, and the replay.
@@ -27,7 +31,7 @@ def play(plan: Experiment, constants: EngineConstants) -> tuple[dict[str, float]
     Raises:
         ConfigError: If the model does not fit the GPUs, or a request the KV cache.
     """
-    replica, num_replicas = plan.setup.replica(constants), plan.setup.expert_ranks
+    replica, num_replicas = plan.setup.replica(constants, world), plan.setup.expert_ranks
     # the same requests for the same experiment, whatever else is in the table
     seed = zlib.crc32(repr((plan.prompt_tokens, plan.output_tokens, plan.num_requests)).encode())
     rng = np.random.default_rng(seed)

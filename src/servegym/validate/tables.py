@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import html
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from rich import box
 from rich.table import Table
 
+from servegym.costs.uncertainty import EngineSpread
 from servegym.validate.constants import PROPOSED, VARIANTS, Fit, LeftOut, Variants
+from servegym.validate.coverage import Coverage
 from servegym.validate.engine import EngineConstants
 from servegym.validate.ranking import rankings
 from servegym.validate.score import (
@@ -279,6 +281,38 @@ def reach_table(variants: Variants) -> TextTable:
         "No constants: the simulator as it is. Of the family: one set for each engine family, "
         "fitted on these rows and its others. Left out: fitted without the source, or the GPU, of "
         "the row; without constants if there is no other.",
+    )
+
+
+def coverage_table(found: Sequence[Coverage]) -> TextTable:
+    """How many rows lie in their bands, by figure and engine family."""
+    return TextTable(
+        "Rows of grade A and B within their 90 % bands, in %",
+        ("figure", "engine", "rows", "kernels alone", "whole band", "up to"),
+        [
+            (
+                _NAMES[one.metric],
+                one.family,
+                str(one.num_rows),
+                f"{100 * one.kernels:.0f}",
+                f"{100 * one.whole:.0f}",
+                f"x{one.width:.2f}",
+            )
+            for one in found
+        ],
+        "Kernels alone: how far held-out kernel tables let the figure be off. Whole band: with the "
+        "spread of the engine family, of all sources but the row's. Up to: upper end of the whole "
+        "band over the prediction, median.",
+    )
+
+
+def spread_table(spreads: Mapping[str, EngineSpread]) -> TextTable:
+    """What no kernel explains, by engine family."""
+    return TextTable(
+        "Spread of engine families beside that of kernels",
+        ("engine", "step", "TTFT"),
+        [(name, f"{s.step:.2f}", f"{s.ttft:.2f}") for name, s in spreads.items()],
+        "Standard deviations of logarithms, from the 90th percentile of all rows.",
     )
 
 

@@ -81,6 +81,10 @@ class Fleet:
                 "emulated engines compute whole requests: take a scenario whose replicas all have "
                 "the role mixed"
             )
+        if config.scenario.spec.migrates:
+            raise ConfigError(
+                "emulated engines keep their requests: take a scenario without migration"
+            )
         if config.scenario.spec.tiered:
             raise ConfigError(
                 "emulated engines keep KV on their GPUs alone: leave host_kv, disk_kv and kv_store "

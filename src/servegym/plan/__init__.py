@@ -1,0 +1,1 @@
+"""Which fleet is the cheapest that keeps service levels on a trace."""

@@ -1,0 +1,99 @@
+"""The kinds of replicas that fleets can be made of, and the fleets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from servegym.assets.specs import gpu, model
+from servegym.baselines.registry import RULES
+from servegym.cluster.spec import ReplicaType
+from servegym.costs.step import StepCost
+from servegym.errors import ConfigError
+from servegym.plan.prices import Price
+from servegym.plan.question import Question
+from servegym.scenario.fleet import FleetEntry, replica_type, step_cost
+
+#: Replicas of each option, in their order.
+Fleet = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Option:
+    """A kind of replica.
+
+    Attributes:
+        entry: Its GPU and degree.
+        cost: What its steps cost.
+        replica: The same, compiled.
+        usd_per_h: Rent of one.
+    """
+
+    entry: FleetEntry
+    cost: StepCost
+    replica: ReplicaType
+    usd_per_h: float
+
+    @property
+    def name(self) -> str:
+        """GPU and degree."""
+        return self.replica.name
+
+
+class LeftOut(NamedTuple):
+    """A kind of replica that no fleet can have, and why."""
+
+    name: str
+    why: str
+
+
+def find_options(
+    question: Question, prices: Mapping[str, Price]
+) -> tuple[list[Option], list[LeftOut]]:
+    """Compile every GPU at every degree, the cheapest first.
+
+    Args:
+        question: GPUs, degrees and the model.
+        prices: By GPU.
+
+    Returns:
+        Those that can serve the model, and those that cannot.
+
+    Raises:
+        ConfigError: If a GPU, the model or a rule is unknown, or nothing can serve the model.
+    """
+    model(question.model)
+    for name in question.rules:
+        RULES.make(name)
+    options: list[Option] = []
+    left_out: list[LeftOut] = []
+    for name in question.gpus:
+        gpu(name)
+        for degree in question.degrees:
+            entry = FleetEntry(gpu=name, tp=degree)
+            try:
+                cost = step_cost(entry, question.model, question.precision)
+                replica = replica_type(entry, question.model, question.precision, question.engine)
+            except ConfigError as error:
+                left_out.append(LeftOut(f"{name} x{degree}", str(error)))
+                continue
+            options.append(Option(entry, cost, replica, prices[name].usd_per_h * degree))
+    if not options:
+        raise ConfigError(
+            f"no replica of these GPUs and degrees can serve {question.model} in "
+            f"{question.precision}: {left_out[0].name}: {left_out[0].why}"
+        )
+    return sorted(options, key=lambda option: option.usd_per_h), left_out
+
+
+def usd_per_h(fleet: Fleet, options: Sequence[Option]) -> float:
+    """Rent of a fleet, dollars an hour."""
+    # rounded, so that fleets of equal rent compare equal whatever they add up
+    return round(sum(n * o.usd_per_h for n, o in zip(fleet, options, strict=True)), 9)
+
+
+def fleet_text(fleet: Fleet, options: Sequence[Option]) -> str:
+    """Name a fleet, such as `2 H100-SXM-80GB x2 + 1 L40S x1`."""
+    parts = [f"{n} {o.name}" for n, o in zip(fleet, options, strict=True) if n]
+    return " + ".join(parts)
