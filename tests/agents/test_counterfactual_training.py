@@ -230,7 +230,7 @@ def test_every_setting_is_an_option(capsys):
     [
         (
             ["--learner", "dqn"],
-            "problem dispatch has no learner dqn: choose ppo or counterfactual or joint",
+            "problem dispatch has no learner dqn: choose ppo or counterfactual or search",
         ),
         (["--num-samples", "3"], "--num-samples is an option of --learner counterfactual: name"),
         (["--learner", "counterfactual", "--clip", "0.1"], "--clip is an option of --learner ppo"),
