@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -94,7 +95,9 @@ def test_rules_are_named_behind_a_dispatch_policy():
         "predictive",
         "oracle",
     )
-    with pytest.raises(ConfigError, match="unknown order, placement or retention 'bellady'"):
+    with pytest.raises(
+        ConfigError, match="unknown order, placement, migration or retention 'bellady'"
+    ):
         resolve_dispatch("prefix-load+bellady")
 
 
@@ -122,7 +125,9 @@ def test_who_knows_when_turns_come_back_computes_least_anew(scenario):
     assert hits["belady"] > hits["lru"] + 0.01
 
 
-def test_nothing_is_decided_without_a_prefix_cache():
-    spec = load_scenario("pd-equal").spec
+def test_nothing_is_decided_without_a_prefix_cache_or_where_kv_moves():
+    off = replace(load_scenario("homogeneous-light").spec, prefix_caching=False)
     with pytest.raises(ConfigError, match="prefix cache, which is off: turn it on, or take"):
-        make_simulator(spec, [])
+        make_simulator(off, [])
+    with pytest.raises(ConfigError, match="do not go together yet: take the dispatch policy alone"):
+        make_simulator(load_scenario("pd-equal").spec, [])

@@ -28,8 +28,13 @@ def make_simulator(
     """Make a simulator that asks what becomes of the KV of ended turns.
 
     Raises:
-        ConfigError: If nothing is kept of them anyway.
+        ConfigError: If nothing is kept of them anyway, or KV moves between replicas.
     """
+    if spec.moves_kv:
+        raise ConfigError(
+            "retention rules and requests that move between replicas do not go together yet: take "
+            "the dispatch policy alone, or a cluster in which none moves"
+        )
     if not spec.prefix_caching:
         raise ConfigError(
             "a retention rule says what becomes of blocks of the prefix cache, which is off: turn "
