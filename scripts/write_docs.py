@@ -153,10 +153,10 @@ Parameters are given after a colon: `--policies prefix-load:weight=0.01,eta=0.5 
 one file in `baselines/`. `NAME-oracle` is told the truth that others predict: a bound, no rival.
 In a fleet of engines that go by priorities, `DISPATCH+ORDER` names a policy of the first table and
 one of the second ([order](preemption.md#in-a-fleet)). Where some replicas only prefill,
-`DISPATCH+PLACEMENT` names one of the first and one of the placement rules
-([disaggregation](disaggregation.md)). Where requests migrate, `DISPATCH+MIGRATION` names one of the
-first and one of those of migration ([migration](migration.md)). `DISPATCH+RETENTION` names one for
-the KV of ended turns ([KV behind the GPU](kv-tiers.md#what-becomes-of-the-kv-of-an-ended-turn)).
+`DISPATCH+PLACEMENT` names one of the first and one of those of placement
+([disaggregation](disaggregation.md)). Where requests migrate, `DISPATCH+MIGRATION` names one for
+who moves ([migration](migration.md)). `DISPATCH+RETENTION` names one for the KV of ended turns
+([KV behind the GPU](kv-tiers.md#what-becomes-of-the-kv-of-an-ended-turn)).
 
 Some rules of dispatch go by what a router [infers](observation.md#what-is-inferred): `shrink` is
 how far they go from a predicted length towards the one that is expected, given how long answers

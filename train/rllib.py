@@ -11,27 +11,23 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-import ray
 import torch
-from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
-from ray.rllib.algorithms.appo import APPOConfig
-from ray.rllib.algorithms.impala import IMPALAConfig
-from ray.rllib.algorithms.ppo import PPOConfig
-from ray.rllib.core import DEFAULT_MODULE_ID
-from ray.rllib.core.rl_module.rl_module import RLModuleSpec
-from ray.tune import register_env
 from typing_extensions import override
 
 import servegym
-from servegym.agents.rllib_module import DispatchModule
-from servegym.scenario import Scenario
+from servegym.agents.rllib_module import dispatch_module
+from servegym.errors import ConfigError
+from servegym.policy.policy import Policy
+from servegym.scenario import Scenario, load_scenario
 from servegym.train.network_run import NetworkRun
 from servegym.train.rllib_settings import RllibTraining
 from servegym.train.run_folder import StoredRun
 from servegym.train.training_run import Stage
-from servegym.train.validation import Validation
+from servegym.train.validation import Validated, Validation
 
 _ENVIRONMENT = "servegym-dispatch"
+#: What RLlib calls the one module of an agent alone.
+_MODULE = "default_policy"
 #: A runner may compile kernels first.
 _SAMPLE_TIMEOUT_S = 600.0
 #: Folder of RLlib's own checkpoints in that of the run.
@@ -44,22 +40,28 @@ class RllibTrainer(NetworkRun[RllibTraining]):
     settings = RllibTraining
     stages = (Stage("RLlib", "updates"),)
     algorithm = "rllib"
+    load_scenario = staticmethod(load_scenario)
 
     def __init__(self, config: RllibTraining, folder: Path | StoredRun) -> None:
+        _ray()
         super().__init__(config, folder)
         self.steps_per_update = config.decisions_per_update
         self._stored = ""  # name of RLlib's checkpoint to go on from
         self._started_ray = False
 
     @cached_property
-    @override
     def validation(self) -> Validation:
+        """Validation episodes, over the range of loads."""
         return Validation(
-            self.scenario,
+            self.parts[0].scenario,
             loads=np.linspace(*self.config.load, 4).tolist(),
             num_episodes=self.config.validation_episodes,
             num_requests=self.config.validation_requests,
         )
+
+    @override
+    def validate_policy(self, policy: Policy) -> Validated:
+        return self.validation.play(policy)
 
     @property
     @override
@@ -69,6 +71,7 @@ class RllibTrainer(NetworkRun[RllibTraining]):
     @cached_property
     def learner(self) -> Any:
         """RLlib's algorithm; Ray is started or joined with it."""
+        ray = _ray()
         if not ray.is_initialized():
             c = self.config
             joins = c.address or os.environ.get("RAY_ADDRESS")
@@ -76,8 +79,8 @@ class RllibTrainer(NetworkRun[RllibTraining]):
             more = {} if joins else {"num_cpus": max(os.cpu_count() or 1, c.num_env_runners + 2)}
             ray.init(address=c.address or None, log_to_driver=False, **more)
             self._started_ray = True
-        register_env(_ENVIRONMENT, make_environments)
-        return algorithm_config(self.config, self.scenario).build_algo()
+        ray.tune.register_env(_ENVIRONMENT, make_environments)
+        return algorithm_config(self.config, self.parts[0].scenario).build_algo()
 
     @override
     def warm_up(self) -> None:
@@ -86,7 +89,7 @@ class RllibTrainer(NetworkRun[RllibTraining]):
             return
         weights = {f"network.{k}": v.cpu().numpy() for k, v in self.network.state_dict().items()}
         learners = self.learner.learner_group
-        learners.set_weights({DEFAULT_MODULE_ID: weights})
+        learners.set_weights({_MODULE: weights})
         self.learner.env_runner_group.sync_weights(
             from_worker_or_learner_group=learners, inference_only=True
         )
@@ -95,7 +98,7 @@ class RllibTrainer(NetworkRun[RllibTraining]):
     def improve(self) -> dict[str, float]:
         """Let RLlib make an update, and take over its network."""
         result = self.learner.train()
-        weights = self.learner.learner_group.get_weights()[DEFAULT_MODULE_ID]
+        weights = self.learner.learner_group.get_weights()[_MODULE]
         own = {
             name.removeprefix("network."): torch.as_tensor(value)
             for name, value in weights.items()
@@ -108,7 +111,7 @@ class RllibTrainer(NetworkRun[RllibTraining]):
     def close_stage(self) -> None:
         self.learner.stop()
         if self._started_ray:
-            ray.shutdown()
+            _ray().shutdown()
 
     @override
     def state(self) -> dict[str, Any]:
@@ -139,10 +142,15 @@ def make_environments(context: Mapping[str, Any]) -> Any:
     return gymnasium.make_vec("servegym/Dispatch-v1", context["num_envs"], **settings)
 
 
-def algorithm_config(config: RllibTraining, scenario: Scenario) -> AlgorithmConfig:
-    """Return RLlib's configuration."""
+def algorithm_config(config: RllibTraining, scenario: Scenario) -> Any:
+    """Return RLlib's configuration, an `AlgorithmConfig`."""
+    from ray.rllib.algorithms.appo import APPOConfig
+    from ray.rllib.algorithms.impala import IMPALAConfig
+    from ray.rllib.algorithms.ppo import PPOConfig
+    from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+
     kinds = {"ppo": PPOConfig, "appo": APPOConfig, "impala": IMPALAConfig}
-    made: AlgorithmConfig = kinds[config.algorithm]()
+    made = kinds[config.algorithm]()
     made.environment(
         _ENVIRONMENT,
         env_config={
@@ -162,7 +170,7 @@ def algorithm_config(config: RllibTraining, scenario: Scenario) -> AlgorithmConf
     )
     made.rl_module(
         rl_module_spec=RLModuleSpec(
-            module_class=DispatchModule,
+            module_class=dispatch_module(),
             model_config={"network": config.network.model_dump(mode="json")},
         )
     )
@@ -194,7 +202,7 @@ def algorithm_config(config: RllibTraining, scenario: Scenario) -> AlgorithmConf
     return made
 
 
-_OF_LEARNER = ("learners", DEFAULT_MODULE_ID)
+_OF_LEARNER = ("learners", _MODULE)
 #: Names in TensorBoard, and where results have them: IMPALA calls losses otherwise.
 _LOGGED = (
     ("rollout/return", ("env_runners", "episode_return_mean")),
@@ -218,3 +226,14 @@ def logged(result: Mapping[str, Any]) -> dict[str, float]:
         if value is not None and np.isfinite(float(value)):
             found[name] = float(value)
     return found
+
+
+def _ray() -> Any:
+    """Import Ray, or say what to install; those who only look at this module need none."""
+    try:
+        import ray.tune
+    except ImportError as error:
+        raise ConfigError(
+            f"learner rllib needs {error.name}: pip install -e '.[ray]' in a checkout of servegym"
+        ) from error
+    return ray

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from servegym.baselines.migration.registry import MIGRATIONS, migration
 from servegym.baselines.ordering.registry import RULES as ORDERS
@@ -12,6 +12,7 @@ from servegym.baselines.parts import join_parts, split_parts
 from servegym.baselines.placement import PLACEMENTS, placement
 from servegym.baselines.registry import policy
 from servegym.baselines.retention.registry import RETENTIONS, retention
+from servegym.baselines.rules import Rules
 from servegym.errors import ConfigError, unknown_name
 from servegym.export.manifest import Manifest, policy_name, read_manifest
 from servegym.export.ordering import SUFFIXES, exported_ordering
@@ -104,16 +105,17 @@ def resolve_dispatch(text: str) -> Policy | Pair:
     known = [*PLACEMENTS, *MIGRATIONS, *RETENTIONS, *ORDERS.names()]
     if not more[0].endswith(SUFFIXES) and name not in known:
         raise ConfigError(unknown_name("order, placement, migration or retention", name, known))
-    if is_placement(more[0]):
-        place = placement(more[0])
+    rules, other = second_rules(more[0]), more[0]
+    if rules is PLACEMENTS:
+        place = placement(other)
         return Placed(first, place, name=join_parts((first.name, place.name)))
-    if is_migration(more[0]):
-        rule = migration(more[0])
-        return Migrating(first, rule, name=join_parts((first.name, rule.name)))
-    if is_retention(more[0]):
-        keep = retention(more[0])
-        return Kept(first, keep, name=join_parts((first.name, keep.name)))
-    order = resolve_order(more[0])
+    if rules is MIGRATIONS:
+        move = migration(other)
+        return Migrating(first, move, name=join_parts((first.name, move.name)))
+    if rules is RETENTIONS:
+        rule = retention(other)
+        return Kept(first, rule, name=join_parts((first.name, rule.name)))
+    order = resolve_order(other)
     return Pair(first, order, name=join_parts((first.name, order.name)))
 
 
@@ -137,19 +139,11 @@ def load_pair(folder: Path) -> Pair:
     return Pair(first, order, name=order.name)
 
 
-def is_placement(text: str) -> bool:
-    """Whether the text of a rule names one for where a request decodes."""
-    return text.partition(":")[0] in PLACEMENTS.names()
-
-
-def is_migration(text: str) -> bool:
-    """Whether the text of a rule names one for which requests move to another replica."""
-    return text.partition(":")[0] in MIGRATIONS.names()
-
-
-def is_retention(text: str) -> bool:
-    """Whether the text of a rule names one for the KV of ended turns."""
-    return text.partition(":")[0] in RETENTIONS.names()
+def second_rules(part: str) -> Rules[Any]:
+    """Rules that the part behind a dispatch policy is one of; a file is of an order."""
+    name = part.partition(":")[0]
+    others: tuple[Rules[Any], ...] = (PLACEMENTS, MIGRATIONS, RETENTIONS)
+    return next((rules for rules in others if name in rules.names()), ORDERS)
 
 
 def dispatch_parts(text: str) -> tuple[str, ...]:

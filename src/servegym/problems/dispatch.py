@@ -7,21 +7,15 @@ from typing import Any
 
 from typing_extensions import override
 
-from servegym.baselines.migration.registry import MIGRATIONS
-from servegym.baselines.ordering.registry import RULES as ORDERS
-from servegym.baselines.placement import PLACEMENTS
 from servegym.baselines.registry import RULES
-from servegym.baselines.retention.registry import RETENTIONS
 from servegym.baselines.rules import Rules
 from servegym.clairvoyant.dispatch import best_choices, replay
 from servegym.cluster.simulator import Simulator
 from servegym.errors import ConfigError
 from servegym.export.resolve import (
     dispatch_parts,
-    is_migration,
-    is_placement,
-    is_retention,
     resolve_dispatch,
+    second_rules,
 )
 from servegym.policy import run_kept as kept
 from servegym.policy import run_placed as placed
@@ -56,6 +50,22 @@ _PLACED = (
     "class-aware+least-tpot",
 )
 
+#: Compared where requests migrate: what each kind of move brings.
+_MIGRATING = (
+    "random+stay",
+    "random+freeness",
+    "least-outstanding+stay",
+    "least-outstanding+freeness",
+    "llumnix+stay",
+    "llumnix+queued-only",
+    "llumnix+freeness",
+    "llumnix+freeness-waiting",
+    "added-delay+stay",
+    "added-delay+freeness",
+    "added-delay+freeness-waiting",
+    "class-aware+freeness-waiting",
+)
+
 #: What is compared where there are tiers behind the GPUs: usual dispatches, and what the best of
 #: them does with other rules for the KV of ended turns.
 _KEPT = (
@@ -74,16 +84,6 @@ _KEPT = (
     "prefix-load+by-tool",
     "prefix-load+belady",
 )
-
-
-def _rules_of(part: str) -> Rules[Any]:
-    """Rules that the part behind a dispatch policy is one of."""
-    if is_placement(part):
-        return PLACEMENTS
-    if is_migration(part):
-        return MIGRATIONS
-    return RETENTIONS if is_retention(part) else ORDERS
-
 
 #: What is compared where engines take orders: good dispatches with a good order, what the order
 #: brings, and what other orders do.
@@ -194,6 +194,8 @@ class Dispatch(RequestProblem[Policy | Pair]):
     def compared(self, scenario: Scenario) -> tuple[str, ...]:
         if scenario.orders_fleet:
             return _PAIRS
+        if scenario.spec.migrates:
+            return _MIGRATING
         if scenario.spec.tiered:
             return _KEPT
         return _PLACED if scenario.spec.disaggregated else self.default_policies
@@ -209,7 +211,7 @@ class Dispatch(RequestProblem[Policy | Pair]):
     def parts(self, text: str) -> list[tuple[Rules[Any], str]]:
         """Of which rules a policy is put together, with the text of each."""
         dispatch, *more = dispatch_parts(text)
-        others: list[tuple[Rules[Any], str]] = [(_rules_of(part), part) for part in more]
+        others: list[tuple[Rules[Any], str]] = [(second_rules(part), part) for part in more]
         return [(RULES, dispatch), *others]
 
     def is_learned(self, policy: Policy | Pair) -> bool:
@@ -233,9 +235,8 @@ class Dispatch(RequestProblem[Policy | Pair]):
         load: float,
         num_units: int | None,
     ) -> Section | None:
-        if isinstance(learned, Pair | Placed | Migrating | Kept):
-            return None
-        if isinstance(rule, Pair | Placed | Migrating | Kept):
+        both = Pair | Placed | Migrating | Kept
+        if isinstance(learned, both) or isinstance(rule, both):
             return None
         if scenario.spec.moves_kv or scenario.spec.tiered:
             # choices cannot be tried there as if nothing moved

@@ -8,7 +8,7 @@ import ray
 import torch
 import yaml
 
-from servegym.agents.rllib_module import DispatchModule
+from servegym.agents.network import DispatchNetwork
 from servegym.evaluate.harness import evaluate
 from servegym.evaluate.on_ray import evaluate_on_ray
 from servegym.export.resolve import resolve_policy
@@ -89,7 +89,7 @@ def test_a_killed_run_goes_on_and_exports_what_rllib_has(scenario, tmp_path, mon
     assert trainer.update == 4
     assert len(trainer.history) == 2  # a checkpoint every 2 updates
     module = trainer.learner.get_module()
-    assert isinstance(module, DispatchModule)
+    assert isinstance(module.network, DispatchNetwork)
     trainer.best = {name: x.clone() for name, x in module.network.state_dict().items()}
     policy = resolve_policy(str(trainer.export()))
     replicas, request, mask = sample_observations(trainer.network, trainer.scenario, num=512)
