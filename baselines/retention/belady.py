@@ -1,4 +1,4 @@
-"""The clairvoyant bound: whose next turn comes last lets go first."""
+"""Knowing the future: whose next turn comes last lets go first."""
 
 from __future__ import annotations
 
