@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from servegym.envs.cluster_batch import ClusterBatch
+from servegym.envs.migration_kernels import MOVE_FEATURES
 from servegym.envs.observation import column_table
 from servegym.envs.preemption_batch import ENGINE_FEATURES
 from servegym.envs.single import BatchEnv
@@ -33,11 +34,15 @@ In a fleet in which some replicas only prefill or decode (`docs/disaggregation.m
 orders. There the dispatcher is asked alone, and twice: to whom a request goes, and where it decodes
 if that replica only prefills.
 
+Where requests migrate (`docs/migration.md`) a controller is asked, too, whenever a replica is short of
+memory: from which replica to which other one a request moves.
+
 ## Action Space
 `Discrete`: first the actions of `Dispatch-v1` (replicas, then *hold* and *reject* if the scenario
 allows them), then those of `Preemption-v0` (rows of `requests`, then, with `allow_none`, *nobody*).
 The mask allows those of the agent that is asked. Where requests are placed there are only the first;
-to dispatch allows replicas that prefill, to place those that decode. Actions outside `action_mask` raise
+to dispatch allows replicas that prefill, to place those that decode. Where requests migrate there are
+R * R + 1 more, the last: `source * R + target`, then *nobody*. Actions outside `action_mask` raise
 `InvalidAction` unless `invalid_action` says otherwise; `action_space.sample()` draws from those
 inside.
 
@@ -50,7 +55,9 @@ A `Dict`. Of the dispatcher: `replicas` (`float32[R, {NUM_OBSERVED_FEATURES}]`) 
 not see is 0. Then, one of them 1 and the others 0, `kind` (to dispatch, to admit, to preempt) and
 `agent` (the dispatcher, the scheduler of each replica), and `action_mask` (`int8`, 1 is allowed).
 All in raw units. Where requests are placed, `replicas` has {NUM_ROLE_FEATURES} columns more, `kind` is to dispatch
-or to place, and there are no `requests`, `engine` and `agent`.
+or to place, and there are no `requests`, `engine` and `agent`. Where requests migrate there are `moves`
+(`float32[R, {len(MOVE_FEATURES)}]`), of the controller, and one more number in `kind` and `agent`, the last; and no
+`requests` and `engine` unless all engines are `vllm-priority`.
 
 Columns of `replicas`:
 
@@ -59,6 +66,10 @@ Columns of `replicas`:
 Where requests are placed, behind these:
 
 {column_table(REPLICA_FEATURES[FIRST_ROLE:], "Feature", NUM_OBSERVED_FEATURES)}
+
+Of `moves`:
+
+{column_table(MOVE_FEATURES, "Feature")}
 
 Of `request`:
 
@@ -84,7 +95,7 @@ decision after the last arrival instead.
 
 ## Arguments
 `scenario` (name, path or `Scenario`, of two replicas or more, all with `engine: vllm-priority` or
-some with a `role`), `num_requests`; of schedulers `max_waiting`, `queue_order` (`shortest` by
+some with a `role`, or with `migration`), `num_requests`; of schedulers `max_waiting`, `queue_order` (`shortest` by
 predicted tokens left, or `arrival`) and `allow_none`; `load` (factor on the arrival rate, or a range drawn per episode), `objective`,
 `reward_scale`, `shaping`, `warmup`, `episode_end`, `invalid_action` and `invalid_penalty`,
 `normalise`, `flat`; see `docs/env-cluster.md` and `docs/environments.md`.

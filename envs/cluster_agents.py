@@ -1,4 +1,4 @@
-"""The dispatcher and the schedulers of one fleet: names, spaces, what they see and earn."""
+"""The agents of one fleet: names, spaces, what they see and earn."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from gymnasium.utils.seeding import np_random
 from servegym.cluster.state import OBSERVED_UP
 from servegym.envs.cluster_batch import ClusterBatch
 from servegym.envs.cluster_kernels import KIND_PREEMPT
+from servegym.envs.migration_kernels import MOVE_FEATURES
 from servegym.envs.observation import Table
 from servegym.envs.preemption_batch import ENGINE_FEATURES
 from servegym.envs.settings import ClusterSettings, make_settings, one_of
@@ -35,6 +36,7 @@ METADATA: dict[str, Any] = {
     "name": "cluster_v0",
 }
 DISPATCHER = "dispatcher_0"
+CONTROLLER = "controller_0"
 _IS_PREEMPTION = Feature(
     "is_preemption", 0, 1, "-", Group.COUNTERS, "1 if it is asked whom to preempt"
 )
@@ -98,11 +100,14 @@ class ClusterAgents:
         self._rewards = rewards
         width = self.batch.num_schedulers
         self.possible_agents = [DISPATCHER, *(f"scheduler_{r}" for r in range(width))]
+        self._others = [CONTROLLER] * (self.batch.controller > 0)
+        self.possible_agents += self._others
         self._place = {name: i for i, name in enumerate(self.possible_agents)}
         self._num_schedulers = width
         self.agents: list[str] = []
         sizes = [n + can_pass for n in (self.batch.num_dispatch, self.batch.num_picks)]
         self._num_actions = [sizes[0], *[sizes[1]] * width]
+        self._num_actions += [self.batch.num_moves + can_pass] * len(self._others)
         self._make_spaces(given.normalise)
         self._idle_masks = [np.zeros(n, np.int8) for n in self._num_actions]
         for mask in self._idle_masks:
@@ -117,8 +122,11 @@ class ClusterAgents:
         replicas = self.batch.shown * self.batch.num_replicas
         columns = [*replicas, *REQUEST_FEATURES[:NUM_OBSERVED_REQUEST_FEATURES]]
         of_engine = [*ORDERING_FEATURES * rows, *ENGINE_FEATURES, _IS_PREEMPTION]
-        of_fleet = [*columns, *ENGINE_FEATURES * width, *[_IS_ASKED] * (1 + width)]
-        self._tables = tuple(Table(part, (len(part),)) for part in (columns, of_engine))
+        of_moves = [*MOVE_FEATURES * self.batch.moves.shape[1]]
+        of_fleet = [*columns, *ENGINE_FEATURES * width, *of_moves]
+        of_fleet += [_IS_ASKED] * len(self.possible_agents)
+        parts = [columns, *[of_engine] * width, *[of_moves] * len(self._others)]
+        self._tables = [Table(part, (len(part),)) for part in parts]
         self._fleet_table = Table(of_fleet, (len(of_fleet),))
         self.state_space = self._fleet_table.space(normalise)
         self._action_spaces = {
@@ -128,7 +136,7 @@ class ClusterAgents:
         self._observation_spaces = {
             name: spaces.Dict(
                 {
-                    "observation": self._tables[name != DISPATCHER].space(normalise),
+                    "observation": self._tables[self._place[name]].space(normalise),
                     "action_mask": spaces.MultiBinary(n),
                 }
             )
@@ -154,7 +162,7 @@ class ClusterAgents:
         """What a centralised critic may see, `float32[n]`.
 
         The dispatcher's observation (its request is 0 where no dispatch is due), the own features
-        of each engine, and who is asked, one number an agent.
+        of each engine, the controller's observation, and who is asked, one number an agent.
         """
         batch, v = self.batch, self._views
         batch.look(0, 0, 1 + self._num_schedulers, v)
@@ -163,7 +171,9 @@ class ClusterAgents:
         asked = np.zeros(len(self.possible_agents), np.float32)
         if not batch.done[0]:
             asked[batch.agent[0]] = 1.0
-        raw = np.concatenate((v.replicas.ravel(), v.request, engine.ravel(), asked))
+        parts = [v.replicas.ravel(), v.request, engine.ravel()]
+        parts += [batch.look_at_moves(0).ravel()] * len(self._others)
+        raw = np.concatenate((*parts, asked))
         return self._fleet_table.normalised(raw) if batch.settings.normalise else raw
 
     def _show(self) -> None:
@@ -186,7 +196,7 @@ class ClusterAgents:
         self._ready = True
         if self.batch.num_schedulers:
             self._num_schedulers = int(self.batch.simulator.state.env[0]["num_replicas"])
-        self.agents = self.possible_agents[: 1 + self._num_schedulers]
+        self.agents = self.possible_agents[: 1 + self._num_schedulers] + self._others
 
     @property
     def _asked(self) -> str:
@@ -198,9 +208,7 @@ class ClusterAgents:
         if not self._ready or self.batch.done[0] or self.batch.truncated[0]:
             raise ResetNeeded("the episode is over or none has begun: call reset")
         batch, asked = self.batch, int(self.batch.agent[0])
-        first, count = (
-            (0, batch.num_dispatch) if asked == 0 else (batch.num_dispatch, batch.num_picks)
-        )
+        first, count = self._own_actions(asked)
         try:
             chosen = int(action)
         except (TypeError, ValueError):
@@ -219,23 +227,35 @@ class ClusterAgents:
         batch.step(np.array([first + chosen if inside else -1]), self._everyone)
         return self._earned(asked)
 
+    def _own_actions(self, i: int) -> tuple[int, int]:
+        """Return the first of an agent's actions, and how many there are, without passing."""
+        batch = self.batch
+        if i == batch.controller:
+            return batch.first_move, batch.num_moves
+        return (0, batch.num_dispatch) if i == 0 else (batch.num_dispatch, batch.num_picks)
+
     def _earned(self, asked: int) -> dict[str, float]:
         batch, names = self.batch, self.possible_agents
         earned = float(batch.reward[0])
         if self._rewards == "shared":
             return dict.fromkeys(names, earned)
         if self._rewards == "team":
-            return dict.fromkeys(names, earned / (1 + self._num_schedulers))
+            num_agents = 1 + self._num_schedulers + len(self._others)
+            return dict.fromkeys(names, earned / num_agents)
         settings = batch.settings
         penalises = settings.invalid_action == "penalise" and bool(batch.invalid[0])
         penalty = float(settings.invalid_penalty) if penalises else 0.0
         each = [earned + penalty, *batch.of_replica[0, : batch.num_schedulers].tolist()]
+        each += [earned + penalty] * len(self._others)
         each[asked] -= penalty
         return dict(zip(names, each, strict=True))
 
     def _look(self, first: int, stop: int) -> list[Float32Array]:
         """Return what agents `first..stop-1` see, fresh arrays."""
         batch, v = self.batch, self._views
+        if first == batch.controller:
+            raw = batch.look_at_moves(0).ravel()
+            return [self._tables[first].normalised(raw) if batch.settings.normalise else raw]
         batch.look(0, first, stop, v)
         seen: list[Float32Array] = []
         if first == 0:
@@ -249,9 +269,7 @@ class ClusterAgents:
                 kind[r - begin] = 1.0
             seen.extend(np.concatenate((requests, v.engine[begin:end], kind), axis=1))
         if batch.settings.normalise:
-            seen = [
-                self._tables[i > 0].normalised(part) for i, part in enumerate(seen, start=first)
-            ]
+            seen = [self._tables[i].normalised(part) for i, part in enumerate(seen, start=first)]
         return seen
 
     def _mask(self, i: int) -> Int8Array:
@@ -260,18 +278,19 @@ class ClusterAgents:
         if i != batch.agent[0] or batch.done[0]:
             return self._idle_masks[i].copy()
         mask = np.zeros(self._num_actions[i], np.int8)
-        if batch.is_dispatchers(0):
-            mask[: batch.num_dispatch] = batch.mask[0, : batch.num_dispatch]
-        else:
-            mask[: batch.num_picks] = batch.mask[0, batch.num_dispatch :]
+        first, count = self._own_actions(i)
+        mask[:count] = batch.mask[0, first : first + count]
         return mask
 
     def _observations(self, names: list[str]) -> dict[str, Observation]:
         """Return the observations of agents, the first ones or all of the episode."""
-        seen = self._look(0, len(names))
+        others = len(self._others)
+        seen = self._look(0, len(names) - others)
+        for name in names[len(names) - others :]:
+            seen += self._look(self._place[name], self._place[name] + 1)
         return {
-            name: {"observation": seen[i], "action_mask": self._mask(i)}
-            for i, name in enumerate(names)
+            name: {"observation": part, "action_mask": self._mask(self._place[name])}
+            for name, part in zip(names, seen, strict=True)
         }
 
     def _infos(self, names: list[str]) -> dict[str, dict[str, Any]]:
@@ -279,6 +298,7 @@ class ClusterAgents:
         batch = self.batch
         state = batch.simulator.state
         up = [True, *(state.observation[0, OBSERVED_UP] > 0.0).tolist()]
+        up[1 + batch.num_schedulers :] = [True] * len(self._others)
         asked = -1 if batch.done[0] else int(batch.agent[0])
         metrics = dict(zip(batch.metric_names, batch.metrics[:, 0].tolist(), strict=True))
         common = {

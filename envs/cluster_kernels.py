@@ -11,6 +11,7 @@ from servegym.cluster.state import (
     DECISION,
     DISPATCH,
     FINISHED,
+    MIGRATE,
     NOBODY,
     PLACE,
     REJECTED,
@@ -19,15 +20,17 @@ from servegym.cluster.state import (
 )
 from servegym.envs.dispatch_kernels import core_action, write_observation, write_replicas
 from servegym.envs.kernels import waited
+from servegym.envs.migration_kernels import answer_move, see_moves
 from servegym.envs.preemption_kernels import allow_picks, write_engine
 from servegym.policy.contract import PREFIX_HIT_TOKENS, Group
 from servegym.policy.observe import observe
 from servegym.typing import BoolArray, Float32Array, FloatArray, Int8Array, IntArray
 from servegym.workloads.table import BY_ITSELF
 
-#: Kinds of decisions; the dispatcher takes the first and the last.
-KIND_DISPATCH, KIND_ADMIT, KIND_PREEMPT, KIND_PLACE = range(4)
-NUM_KINDS = 4
+#: Kinds of decisions; the dispatcher dispatches and places, schedulers admit and preempt, the
+#: controller lets requests migrate.
+KIND_DISPATCH, KIND_ADMIT, KIND_PREEMPT, KIND_PLACE, KIND_MIGRATE = range(5)
+NUM_KINDS = 5
 
 _PREFIX = int(Group.PREFIX)
 
@@ -43,6 +46,7 @@ class KernelSettings(NamedTuple):
         scale: Divides rewards.
         width: Rows for waiting requests; the running ones follow.
         num_roles: How many of a replica's features, the last, are those about roles.
+        controller: Number of the agent that lets requests migrate.
     """
 
     needs: int
@@ -52,14 +56,16 @@ class KernelSettings(NamedTuple):
     scale: float
     width: int
     num_roles: int
+    controller: int
 
 
 class Output(NamedTuple):
     """What environments give.
 
     Axes: E environments, R replica rows, F features of a replica, M rows of requests, D dispatch
-    actions, A all actions: those of a dispatch, rows, nobody where that is allowed. What the asked
-    agent does not see is 0. Where requests are placed there are no schedulers, and M is 0.
+    actions, P those of a controller, A all actions: those of a dispatch, rows, nobody where that is
+    allowed, those of a controller. What the asked agent does not see is 0. Where there are no
+    schedulers M is 0, where there is no controller P is.
     """
 
     replicas: Float32Array  # [E, R, F]: NUM_OBSERVED_FEATURES, and those about roles where needed
@@ -67,7 +73,8 @@ class Output(NamedTuple):
     requests: Float32Array  # [E, M, NUM_ORDERING_FEATURES]
     engine: Float32Array  # [E, number of the engine's features]
     kind: Int8Array  # [E] KIND_*
-    agent: IntArray  # [E] who is asked: 0 the dispatcher, 1 + r the scheduler of replica r
+    moves: Float32Array  # [E, R, len(MOVE_FEATURES)]; R is 0 where there is no controller
+    agent: IntArray  # [E] who is asked: 0 the dispatcher, 1 + r the scheduler of replica r, ...
     mask: Int8Array  # [E, D] of the dispatch or placing that is due
     allowed: Int8Array  # [E, A]
     ids: IntArray  # [E, M] request of each row
@@ -107,6 +114,12 @@ def _is_dispatchers(kind: int) -> bool:
 
 
 @inlined
+def _num_pairs(o: Output) -> int:
+    """Actions of the controller; they are the last."""
+    return o.moves.shape[1] * o.moves.shape[1] + 1
+
+
+@inlined
 def _write_decision(p: Params, s: State, c: KernelSettings, o: Output, e: int, m: Memory) -> None:
     """Write the observation of one pending decision."""
     env = s.env[e]
@@ -117,6 +130,10 @@ def _write_decision(p: Params, s: State, c: KernelSettings, o: Output, e: int, m
             o.allowed[e, a] = o.mask[e, a]
         o.kind[e] = KIND_DISPATCH if env.decision == DISPATCH else KIND_PLACE
         o.agent[e] = 0
+    elif env.decision == MIGRATE:
+        see_moves(p, s, e, o.moves[e], o.allowed[e], o.allowed.shape[1] - _num_pairs(o))
+        o.kind[e] = KIND_MIGRATE
+        o.agent[e] = c.controller
     else:
         count = write_engine(
             p,
@@ -142,6 +159,8 @@ def _write_nothing(o: Output, e: int) -> None:
     if _is_dispatchers(o.kind[e]):
         o.replicas[e] = 0.0
         o.request[e] = 0.0
+    elif o.kind[e] == KIND_MIGRATE:
+        o.moves[e] = 0.0
     else:
         o.requests[e] = 0.0
         o.engine[e] = 0.0
@@ -215,6 +234,9 @@ def step_range(
         before_s = s.env[e].now_s
         if _is_dispatchers(o.kind[e]):
             answer = core_action(p, width, actions[e])
+        elif o.kind[e] == KIND_MIGRATE:
+            pair = actions[e] - (o.allowed.shape[1] - _num_pairs(o))
+            answer = answer_move(p, s, e, o.moves.shape[1], pair)
         else:
             row = actions[e] - o.mask.shape[1]
             answer = NOBODY if row == num_rows else o.ids[e, row]

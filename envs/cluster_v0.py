@@ -16,7 +16,9 @@ allow that alone. Agents that learn with shared parameters need neither: `Cluste
 the decisions of all agents of many fleets as one batch.
 
 Where some replicas only prefill or decode there is `dispatcher_0` alone, which is also asked where
-a request decodes: then some replica's `has_prefill` is 1.
+a request decodes: then some replica's `has_prefill` is 1. Where requests migrate there is
+`controller_0`, which chooses a pair of replicas or nobody and sees the rows of `moves` of
+`Cluster-v0`; with engines that have no orders there are no schedulers.
 
 The scheduler of a replica that is down stays: an agent that leaves must not come back within an
 episode in PettingZoo. Nobody asks it until the replica is up again, and `info["is_up"]` says so. An
@@ -24,9 +26,9 @@ episode whose fleet is smaller than the largest has fewer `agents` than `possibl
 
 `rewards` says who earns what: `shared`, each agent what the whole fleet earned (the reward of
 `Cluster-v0`, with its `objective`, `reward_scale` and `shaping`); `team`, an equal part of it, so
-that all of them together earned that; `class`, the dispatcher what the fleet earned, a scheduler
-the part that the requests at its replica are. `state()` shows a centralised critic all replicas,
-engines, the request and who is asked.
+that all of them together earned that; `class`, dispatcher and controller what the fleet earned, a
+scheduler the part that the requests at its replica are. `state()` shows a centralised critic all
+replicas, engines, the request and who is asked.
 
 With `max_cycles` an agent of `env` is truncated after so many decisions of its own (then a rule
 decides in its place until nobody is left), and all of `parallel_env` after so many rounds.

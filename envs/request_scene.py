@@ -9,6 +9,7 @@ from servegym.cluster.state import (
     ADMIT,
     DECODE_ONLY,
     LANDED,
+    MIGRATE,
     PLACE,
     PREFILL_ONLY,
     QUEUED,
@@ -47,6 +48,14 @@ def place_deed(simulator: Simulator, env: int, replica: int) -> str:
     """Say where the request that is to be placed decodes."""
     request = int(simulator.state.env[env]["deciding"])
     return f"request {request} will decode on replica {replica}"
+
+
+def move_deed(pair: int, num_replicas: int) -> str:
+    """Say what the controller does."""
+    if pair == num_replicas**2:
+        return "nobody moved"
+    source, target = divmod(pair, num_replicas)
+    return f"replica {source} gave a request to replica {target}"
 
 
 def pick_deed(simulator: Simulator, env: int, ids: IntArray, row: int) -> str:
@@ -166,6 +175,8 @@ def cluster_scene(scenario: Scenario, simulator: Simulator, env: int) -> Scene:
     due = simulator.state.env[env]
     if scenario.spec.disaggregated:
         return _with_roles(scene, simulator, env)
+    if due["decision"] == MIGRATE:
+        return scene._replace(question="who moves to another replica")
     r = int(due["asking"])
     if r < 0:
         return scene

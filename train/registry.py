@@ -58,6 +58,11 @@ LEARNERS = {
             "servegym.train.offline_settings:OfflineTraining",
             "servegym.train.offline:OfflineTrainer",
         ),
+        "rllib": Entry(
+            "rllib",
+            "servegym.train.rllib_settings:RllibTraining",
+            "servegym.train.rllib:RllibTrainer",
+        ),
     },
     "order": {
         "search": Entry(

@@ -93,6 +93,7 @@ def test_a_search_that_was_killed_goes_on_with_the_trial_it_was_at(tmp_path, mon
 @pytest.mark.parametrize("learner", SPACES)
 def test_what_is_searched_are_settings_of_the_learner(learner):
     usual = LEARNERS["dispatch"][learner].settings()
+    assert len(SPACES[learner]) >= 3
     for name, where in SPACES[learner].items():
         part, _, inner = name.partition(".")
         value = getattr(usual, part)

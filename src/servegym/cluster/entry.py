@@ -57,8 +57,10 @@ _F = TypeVar("_F", bound=Callable[..., object])
     LAND_LOAD,
     STOP_LOADS,
     SETTLE_TURN,
-) = range(31)
-NUM_ENTRIES = 31
+    SEE_MOVES,
+    ANSWER_MOVE,
+) = range(33)
+NUM_ENTRIES = 33
 #: What only clusters call in which requests are prefilled on one replica and decode on another.
 DISAGGREGATION = frozenset(
     {
@@ -79,7 +81,12 @@ MIGRATION = frozenset(
 #: What only clusters call that have tiers behind their KV blocks.
 TIERS = frozenset({STORE_TEXT, RESET_TIERS, LOSE_HOST, ADMIT_BESIDE_LOADS, LAND_LOAD, STOP_LOADS})
 #: Those that are compiled only for who asks for them: the others' first start is not to wait.
-ON_DEMAND = frozenset({INFER, SEE_ROLES, SETTLE_TURN}) | DISAGGREGATION | MIGRATION | TIERS
+ON_DEMAND = (
+    frozenset({INFER, SEE_ROLES, SETTLE_TURN, SEE_MOVES, ANSWER_MOVE})
+    | DISAGGREGATION
+    | MIGRATION
+    | TIERS
+)
 
 _compiled: dict[int, tuple[Any, types.Type, tuple[types.Type, ...]]] = {}
 

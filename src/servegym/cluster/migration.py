@@ -145,7 +145,7 @@ def _change_queues(p: Params, s: State, e: int, request: int, target: int, now_s
     s.replica[e, source].emitted -= q.generated
     forget_prefill(s, e, source, request)
     forget_outstanding(s, e, source, request)
-    if p.retain_kv_s > 0.0 and is_retained(s, e, source, q.after):
+    if p.retains and is_retained(s, e, source, q.after):
         catch_up(p, s, e, source, now_s)
         let_go(p, s, e, source, q.after)
     log_event(p, s, e, now_s, EV_MIGRATE, request, target, 0.0)
@@ -223,7 +223,7 @@ def _hold_hits(p: Params, s: State, e: int, request: int, b: int, most: int, blo
     t.target_slot = q.seq_slot
     q.seq_slot = own_slot
     q.table_len = own_blocks
-    if p.retain_kv_s > 0.0 and is_retained(s, e, b, q.after):
+    if p.retains and is_retained(s, e, b, q.after):
         let_go(p, s, e, b, q.after)
     t.target = b
     t.target_blocks = hits

@@ -117,7 +117,7 @@ def may_anybody_move(p: Params, s: State, e: int, short: bool) -> bool:
         v, m = s.replica[e, a], s.move[e, a]
         if m.request >= 0 or m.paired > 0 or not is_up(s, e, a):
             continue
-        if short and m.lately == 0 and freeness(p, s, e, a) >= p.migration.source_below:
+        if short and not _is_short(p, s, e, a):
             continue
         for first in (v.wait_head, v.run_head):
             request = first
@@ -128,6 +128,14 @@ def may_anybody_move(p: Params, s: State, e: int, short: bool) -> bool:
                             return True
                 request = s.request[e, request].next_request
     return False
+
+
+@inlined
+def _is_short(p: Params, s: State, e: int, r: int) -> bool:
+    """Whether a replica lacks memory, or has a long queue, by the measure of the rule."""
+    if p.migration.rule == BY_QUEUES:
+        return bool(s.replica[e, r].num_waiting >= p.migration.queue_gap)
+    return bool(s.move[e, r].lately > 0 or freeness(p, s, e, r) < p.migration.source_below)
 
 
 @helper
@@ -164,21 +172,24 @@ def _by_freeness(p: Params, s: State, e: int) -> int:
         if target < 0:
             return NO_MOVE
         s.move[e, source].paired = 1
-        request = _victim(p, s, e, source, target)
+        request = victim(p, s, e, source, target)
         if request >= 0:
             s.move[e, target].paired = 1
             return request * s.replica.shape[1] + target
 
 
-@inlined
-def _victim(p: Params, s: State, e: int, source: int, target: int) -> int:
-    """Whom one replica gives to another, -1: nobody."""
+@helper
+def victim(p: Params, s: State, e: int, source: int, target: int) -> int:
+    """Whom one replica gives to another by the rule of the cluster, -1: nobody."""
     v = s.replica[e, source]
-    victim = p.migration.victim
-    if victim in (FIRST_WAITING, FIRST_WAITING_OR_SHORTEST):
+    preferred = p.migration.victim
+    if p.migration.rule == BY_QUEUES:
+        last = v.wait_tail
+        return int(last) if last >= 0 and may_come(s, e, target, last) else -1
+    if preferred in (FIRST_WAITING, FIRST_WAITING_OR_SHORTEST):
         if v.num_waiting > 0 and may_come(s, e, target, v.wait_head):
             return int(v.wait_head)
-        if victim == FIRST_WAITING:
+        if preferred == FIRST_WAITING:
             return -1
     found, best = -1, 0
     request = v.run_head
@@ -188,9 +199,9 @@ def _victim(p: Params, s: State, e: int, source: int, target: int) -> int:
             tokens = q.prompt + q.generated - q.join_iter  # beyond what is the same for all
             if (
                 found < 0
-                or victim == LAST
-                or (victim == LONGEST and tokens > best)
-                or (victim != LONGEST and tokens < best)
+                or preferred == LAST
+                or (preferred == LONGEST and tokens > best)
+                or (preferred != LONGEST and tokens < best)
             ):
                 found, best = request, tokens
         request = q.next_request
@@ -221,7 +232,7 @@ def _by_queues(p: Params, s: State, e: int) -> int:
         if longest - s.replica[e, target].num_waiting < p.migration.queue_gap:
             return NO_MOVE
         s.move[e, source].paired = 1
-        request = s.replica[e, source].wait_tail
-        if may_come(s, e, target, request):
+        request = victim(p, s, e, source, target)
+        if request >= 0:
             s.move[e, target].paired = 1
             return int(request * s.replica.shape[1] + target)

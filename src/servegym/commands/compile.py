@@ -60,7 +60,7 @@ def compile_placed() -> None:
 
 
 def compile_migration() -> None:
-    """Requests that move to other replicas; it needs `dispatch`, too."""
+    """Requests that move to other replicas, and who controls them; it needs `dispatch`, too."""
     from servegym.baselines.registry import policy
     from servegym.cluster.simulator import Simulator
     from servegym.policy.run import run
@@ -68,6 +68,7 @@ def compile_migration() -> None:
     scenario = load_scenario("near-full-kv")
     episode = scenario.episode(0, num_requests=8)
     run(Simulator(scenario.spec, [episode]), policy("llumnix"))
+    play_environments("servegym/Cluster-v0", scenario="near-full-kv", num_requests=16)
 
 
 def compile_orders() -> None:
