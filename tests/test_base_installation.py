@@ -17,6 +17,8 @@ IMPORTED_AS = {
     "stable-baselines3": "stable_baselines3",
     "sb3-contrib": "sb3_contrib",
     "pillow": "PIL",
+    "ray[rllib]": "ray",
+    "mlflow-skinny": "mlflow",
 }
 
 ALONE = """

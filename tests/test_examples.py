@@ -16,6 +16,7 @@ NAMES = [
     "03_train_with_sb3",
     "04_decide_live",
     "05_pose_a_problem",
+    "06_plan_a_fleet",
 ]
 
 

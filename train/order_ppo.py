@@ -39,6 +39,7 @@ class OrderPPOTrainer(OrderRun[OrderPPOTraining]):
 
     def __init__(self, config: OrderPPOTraining, folder: Path | StoredRun) -> None:
         super().__init__(config, folder)
+        torch.set_num_threads(1)  # sums of a few numbers: waiting for threads would cost more
         guess = self.space.with_units(self._first_guess(), config.num_hidden, self._rng)
         self.theta = torch.from_numpy(guess).requires_grad_()
         self.optimizer = torch.optim.Adam([self.theta], lr=config.learning_rate)
@@ -75,13 +76,13 @@ class OrderPPOTrainer(OrderRun[OrderPPOTraining]):
         tried = torch.from_numpy(branches.tried)
         mean = (values * tried).sum(-1, keepdim=True) / tried.sum(-1, keepdim=True)
         advantage = (values - mean) * tried
-        advantage /= advantage[tried].std() + 1e-8
+        advantage /= advantage[tried].std(correction=0) + 1e-8
         with torch.no_grad():
             old = self._log_probs(branches)
             regret = (values.masked_fill(~tried, -torch.inf).amax(-1) - values[:, 0]).mean()
         clip, probs = self.config.clip, old.exp()
         for _ in range(self.config.num_epochs):
-            ratio = (self._log_probs(branches) - old).exp()
+            ratio = (self._log_probs(branches) - old).masked_fill(~tried, 0.0).exp()
             gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
             loss = -(probs * gain).sum(-1).mean()
             self.optimizer.zero_grad(set_to_none=True)

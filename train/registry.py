@@ -19,6 +19,7 @@ class Entry(NamedTuple):
     folder: str  # what runs' folders begin with
     settings_place: str
     trainer_place: str
+    extra: str = ""  # of the installation, that it needs beside `train`
 
     @property
     def settings(self) -> type[Any]:
@@ -28,8 +29,20 @@ class Entry(NamedTuple):
 
     @property
     def trainer(self) -> type[TrainingRun[Any, Any, Any]]:
-        """Itself."""
-        found: type[TrainingRun[Any, Any, Any]] = resolve_name(self.trainer_place)
+        """Itself.
+
+        Raises:
+            ConfigError: If what its extra brings is missing.
+        """
+        try:
+            found: type[TrainingRun[Any, Any, Any]] = resolve_name(self.trainer_place)
+        except ModuleNotFoundError as error:
+            if not self.extra:
+                raise
+            raise ConfigError(
+                f"learner {self.folder} needs {error.name}: pip install -e '.[{self.extra}]' in a"
+                " checkout of servegym"
+            ) from error
         return found
 
 
@@ -57,6 +70,12 @@ LEARNERS = {
             "offline",
             "servegym.train.offline_settings:OfflineTraining",
             "servegym.train.offline:OfflineTrainer",
+        ),
+        "rllib": Entry(
+            "rllib",
+            "servegym.train.rllib_settings:RllibTraining",
+            "servegym.train.rllib:RllibTrainer",
+            extra="ray",
         ),
     },
     "order": {

@@ -23,6 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 from servegym.errors import ConfigError
 from servegym.train.budget import Budget
 from servegym.train.run_folder import RunFolder, StoredRun, restoring
+from servegym.train.tracking import Tracker
 from servegym.train.validation import Validated
 
 _log = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class TrainingRun(ABC, Generic[C, S, Found]):
         best: What did best on validation episodes.
         history: What was logged in this sitting, an entry an update.
         last: What was logged last under each name.
+        trackers: Who else takes what is logged.
         finished: Whether nothing is left to do.
     """
 
@@ -107,6 +109,7 @@ class TrainingRun(ABC, Generic[C, S, Found]):
         self.lines: dict[str, float] = {}
         self.history: list[dict[str, float]] = []
         self.last: dict[str, float] = {}
+        self.trackers: list[Tracker] = []
         self.finished = self._prepared = False
 
     @classmethod
@@ -294,6 +297,8 @@ class TrainingRun(ABC, Generic[C, S, Found]):
             stats["time/fps"] = (self._step - first_step) / (time.perf_counter() - begin_s)
             for key, value in stats.items():
                 writer.add_scalar(key, value, self._step)
+            for tracker in self.trackers:
+                tracker.log(stats, self._step)
             self.history.append(stats)
             self.last |= stats
             _log.info("%s, update %d: %s", self.stages[stage].name, self.updates[stage], stats)

@@ -21,6 +21,8 @@ PALETTE = (
     "#7F7F7F",
     "#000000",
 )
+#: What `save_figure` writes.
+PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 _LINES = ("-", "--", ":")
 
 

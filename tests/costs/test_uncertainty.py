@@ -11,7 +11,7 @@ from servegym.assets.specs import gpu, model
 from servegym.calibrate.engine import EngineFit
 from servegym.costs.source import Evidence
 from servegym.costs.step import StepCost
-from servegym.costs.uncertainty import Uncertainty, World, spread, term_spreads
+from servegym.costs.uncertainty import ENGINE_SPREADS, Uncertainty, World, spread, term_spreads
 
 LLAMA = model("Llama-3.1-8B")
 WORLDS = [World(seed) for seed in range(400)]
@@ -72,7 +72,7 @@ def test_factors_have_the_median_1_and_the_spread_stated():
         assert abs(np.median(logs)) < 0.2 * found.spreads[term]
         assert logs.std() == pytest.approx(found.spreads[term], rel=0.1)
     steps = np.log([world.step_factor("vllm") for world in WORLDS])
-    assert steps.std() == pytest.approx(0.1, rel=0.15)
+    assert steps.std() == pytest.approx(ENGINE_SPREADS["vllm"].step, rel=0.15)
     assert WORLDS[5].step_factor("vllm-priority") == WORLDS[5].step_factor("vllm")
 
 

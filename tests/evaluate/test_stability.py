@@ -12,6 +12,7 @@ from servegym.evaluate.document import evaluation_document
 from servegym.evaluate.harness import evaluate
 from servegym.evaluate.report import report_page
 from servegym.evaluate.stability import Stability, play_worlds
+from servegym.problems.dispatch import DispatchEpisodes
 from servegym.problems.registry import load_problem, problem_of
 
 RULES = ("least-outstanding", "random")
@@ -53,6 +54,19 @@ def test_worlds_differ_from_the_prediction_and_are_the_same_again(make_scenario)
     grids = [s.spec.types[0].grid for s in (scenario, make_scenario(), scenario.in_world(World(0)))]
     # worlds leave the scenario as it was
     assert [grid.dense_s.tolist() == grids[0].dense_s.tolist() for grid in grids] == [1, 1, 0]
+
+
+def test_factor_on_ttft_moves_first_tokens_alone(make_scenario):
+    scenario = make_scenario()
+    drawn = [scenario.episode(7)]
+    plain, late = (
+        DispatchEpisodes(scenario, drawn, ttft_factor=factor).play(policy("random")).metrics[0]
+        for factor in (1.0, 30.0)
+    )
+    assert late["ttft_p90_s"] == pytest.approx(30.0 * plain["ttft_p90_s"])
+    assert late["slo_attainment"] < plain["slo_attainment"]
+    same = [key for key in plain if key.startswith(("tpot", "e2e", "itl", "busy"))]
+    assert [late[key] for key in same] == [plain[key] for key in same]
 
 
 def test_document_and_page_show_the_bands(make_scenario):

@@ -33,7 +33,19 @@ def test_plan_names_the_fleet_its_rivals_and_the_prices(place, capsys):
     pytest.importorskip("matplotlib")
     played = ["--trace", "trace.csv", "--gpus", "L40S,H100-SXM-80GB", "--degrees", "1"]
     asked = ["--slo", "ttft=0.3,tpot=0.05", "--prices", "prices.yaml", "--uncertainty", "4"]
-    main(["plan", *played, *asked, "--json", "out/plan.json", "--report", "out/plan.html"])
+    main(
+        [
+            "plan",
+            *played,
+            *asked,
+            "--json",
+            "out/plan.json",
+            "--report",
+            "out/plan.html",
+            "--plot",
+            "out/plan.svg",
+        ]
+    )
     said = capsys.readouterr().out
     found = json.loads((place / "out" / "plan.json").read_text())
     assert found["schema"] == "servegym-plan-1"
@@ -48,6 +60,7 @@ def test_plan_names_the_fleet_its_rivals_and_the_prices(place, capsys):
     assert any("H100" in one["name"] and "more" in one["why"] for one in found["others"])
     page = (place / "out" / "plan.html").read_text()
     assert best["name"] in page
+    assert (place / "out" / "plan.svg").read_text().startswith("<?xml")
     assert 'src="data:image/png' in page
 
 
@@ -75,6 +88,7 @@ def test_plan_says_so_if_no_fleet_is_enough(place, capsys):
         ("--prices free.yaml", "usd_per_h: input should be greater than 0"),
         ("--model Llama-3.1-70B", "no replica of these GPUs and degrees can serve Llama-3.1-70B"),
         ("--uncertainty -1", "num_worlds: input should be greater than or equal to 0"),
+        ("--plot chart.gif", "chart.gif must end in .png, .pdf, .svg"),
         ("--rate-rps 0", "rate_rps must be above 0"),
         ("--trace batch.csv --rate-rps 5", "there is no rate: leave --rate-rps out"),
         ("--trace long.csv --gpus A30", "its KV cache holds"),

@@ -123,7 +123,9 @@ def test_answer_says_why_each_other_fleet_loses():
         gpus=("L40S", "H100-SXM-80GB"), degrees=(1, 3, 8), max_replicas=8, num_worlds=3
     )
     prices = {name: Price(usd_per_h=2.0, source="test") for name in question.gpus}
-    found = answer(question, prices, drawn_trace(np.random.default_rng(7), 120))
+    table = drawn_trace(np.random.default_rng(7), 120)
+    classes = np.arange(120, dtype=np.int16) % 3  # of a trace, which a plan has no use for
+    found = answer(question, prices, replace(table, slo_class=classes))
     assert found.best is not None
     assert found.best.trial.late <= question.allowed_late(120)
     assert {one.name for one in found.left_out} == {"L40S x3", "H100-SXM-80GB x3"}

@@ -12,21 +12,20 @@ from rich.progress import Progress, track
 from servegym.commands.console import make_console, print_remarks, require_writable
 from servegym.commands.schedule import ScheduleDag
 from servegym.commands.workload import TRACE_OPTIONS, Played
-from servegym.drawing import save_figure
+from servegym.drawing import PLOT_SUFFIXES, save_figure
 from servegym.errors import ConfigError
 from servegym.evaluate.document import write_json
 from servegym.evaluate.harness import Evaluation, evaluate
+from servegym.evaluate.on_ray import evaluate_on_ray
 from servegym.evaluate.saturation import saturation_load
 from servegym.evaluate.stability import Stability, play_worlds
 from servegym.evaluate.table import comparison_table, saturation_table, stability_table
-from servegym.evaluate.tune import resolve
+from servegym.evaluate.tune import TUNED, resolve
 from servegym.problems.problem import Policy, Scenario, Section
 
 #: Instead of a scenario: Taillard's first 50, as `servegym schedule --benchmark` has them.
 _JOB_SHOPS = "taillard"
 _JOB_SHOP_RULES = ("spt", "lpt", "fifo", "mwkr", "lwkr", "mopnr", "lopnr", "heft")
-#: What matplotlib writes.
-_PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 #: Shares of an episode for which the largest load is searched.
 _SHARES = (0.9, 0.99)
 
@@ -64,6 +63,9 @@ class Evaluate(Played):
     uncertainty: int = 0
     """Also play so many worlds in which kernels and engines are off as far as they may be: bands of
     the metrics, and how stable the ranking is."""
+    ray: bool = False
+    """Spread policies and loads over a Ray cluster: the one that RAY_ADDRESS names, else one that
+    is started on this machine."""
     saturation: bool = False
     """Also find the largest load at which 90 % and 99 % of requests meet their limits (of jobs,
     their deadlines)."""
@@ -82,12 +84,16 @@ class Evaluate(Played):
                 "the search for the bound must have a budget above 0 and finite, got "
                 f"--bound-budget {self.bound_budget:g}"
             )
+        if self.ray:
+            self.refuse(
+                ("bound", "saturation", "uncertainty"), "is not spread over a cluster by --ray"
+            )
         if self.saturation:
             problem.require_saturation(scenario)
         if self.plot and problem.plot is None:
             raise ConfigError(f"problem {problem.name} has no figure for --plot: leave it out")
-        if self.plot and self.plot.suffix not in _PLOT_SUFFIXES:
-            raise ConfigError(f"{self.plot} must end in {', '.join(_PLOT_SUFFIXES)}")
+        if self.plot and self.plot.suffix not in PLOT_SUFFIXES:
+            raise ConfigError(f"{self.plot} must end in {', '.join(PLOT_SUFFIXES)}")
         texts = problem.compared(scenario) if self.policies is None else self.policies
         policies = [
             resolve(problem, scenario, text, self.loads, self.num_requests) for text in texts
@@ -99,6 +105,7 @@ class Evaluate(Played):
             self.seeds,
             num_units=self.num_requests,
             bound_budget=self.bound_budget if self.bound else 0.0,
+            on_ray=_texts(texts, policies) if self.ray else (),
         )
         if self.saturation:
             for policy in track(policies, "saturation", transient=True):
@@ -123,6 +130,12 @@ class Evaluate(Played):
         ScheduleDag(benchmark="taillard", policies=policies, json=self.json).run()
 
 
+def _texts(asked: Sequence[str], policies: Sequence[Policy]) -> list[str]:
+    """Return the policies' texts, of those that were tuned with the parameters found."""
+    pairs = zip(asked, policies, strict=True)
+    return [policy.name if text.endswith(TUNED) else text for text, policy in pairs]
+
+
 def evaluated(
     scenario: Scenario,
     policies: Sequence[Policy],
@@ -131,10 +144,20 @@ def evaluated(
     *,
     num_units: int | None = None,
     bound_budget: float = 0.0,
+    on_ray: Sequence[str] = (),
 ) -> Evaluation:
-    """Evaluate with a progress bar."""
+    """Evaluate with a progress bar; with `on_ray`, the policies' texts, over a Ray cluster."""
     with Progress(transient=True) as bar:
         task = bar.add_task("evaluate", total=1.0)
+        if on_ray:
+            return evaluate_on_ray(
+                scenario,
+                on_ray,
+                loads=loads,
+                num_seeds=seeds,
+                num_units=num_units,
+                progress=lambda text, share: bar.update(task, description=text, completed=share),
+            )
         return evaluate(
             scenario,
             policies,

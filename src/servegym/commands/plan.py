@@ -10,12 +10,13 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from servegym.commands.console import make_console, print_remarks, require_writable
 from servegym.costs.formats import ScenarioFormat
 from servegym.documents import checked
+from servegym.drawing import PLOT_SUFFIXES, save_figure
 from servegym.errors import ConfigError
 from servegym.plan.answer import Answer, answer
 from servegym.plan.document import write_json
 from servegym.plan.prices import Price, read_prices
 from servegym.plan.question import DEFAULT_RULES, Question, read_limits
-from servegym.plan.tables import fleets_table, reasons, remarks, safety, verdict
+from servegym.plan.tables import effort, fleets_table, reasons, remarks, safety, verdict
 from servegym.workloads.config import TraceConfig
 from servegym.workloads.dialect import TimeUnit
 from servegym.workloads.readers import OnBadRow
@@ -69,10 +70,14 @@ class Plan:
     """Write all numbers here; see docs/plan.md."""
     report: Path | None = None
     """Write a self-contained HTML page here."""
+    plot: Path | None = None
+    """Draw rent against the share of requests that are late (png, pdf or svg)."""
 
     def run(self) -> None:
         """Search, print and write."""
-        require_writable(self.json, self.report)
+        require_writable(self.json, self.report, self.plot)
+        if self.plot and self.plot.suffix not in PLOT_SUFFIXES:
+            raise ConfigError(f"{self.plot} must end in {', '.join(PLOT_SUFFIXES)}")
         question = self._question()
         prices = read_prices(question.gpus, self.prices)
         table = self._table()
@@ -80,7 +85,7 @@ class Plan:
         console = make_console()
         console.print(fleets_table(result).rich())
         print_remarks(console, [*reasons(result), *remarks(result), ""])
-        print_remarks(console, [verdict(result), *safety(result)])
+        print_remarks(console, [verdict(result), *safety(result), effort(result)])
         if self.json:
             write_json(result, self.json)
             console.print(f"numbers: {self.json}")
@@ -89,6 +94,11 @@ class Plan:
 
             write_report(result, self.report)
             console.print(f"report: {self.report}")
+        if self.plot:
+            from servegym.plan.report import frontier_figure
+
+            save_figure(frontier_figure(result), self.plot)
+            console.print(f"chart: {self.plot}")
 
     def _question(self) -> Question:
         ttft_s, tpot_s = read_limits(self.slo)

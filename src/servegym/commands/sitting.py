@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,17 +12,41 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from servegym.commands.console import make_console
 
 if TYPE_CHECKING:
+    from servegym.train.tracking import TrackerName
     from servegym.train.training_run import TrainingRun
 
 
-def trained(trainer: TrainingRun[Any, Any, Any]) -> Path:
-    """Train to the end and export; return the policy's file."""
+def trained(trainer: TrainingRun[Any, Any, Any], trackers: Sequence[TrackerName] = ()) -> Path:
+    """Train to the end and export; return the policy's file.
+
+    Args:
+        trainer: The run.
+        trackers: Who else takes what it logs.
+    """
     columns = (TextColumn("[bold]{task.description}"), BarColumn())
-    with _sitting(trainer):
+    with _tracked(trainer, trackers), _sitting(trainer):
         with Progress(*columns, TimeRemainingColumn()) as bar:
             task = bar.add_task("training", total=1.0)
             trainer.run(lambda text, share: bar.update(task, description=text, completed=share))
         return trainer.export()
+
+
+@contextmanager
+def _tracked(
+    trainer: TrainingRun[Any, Any, Any], trackers: Sequence[TrackerName]
+) -> Iterator[None]:
+    """Open trackers of a run, and close them however the sitting ends."""
+    if not trackers:
+        yield
+        return
+    from servegym.train.tracking import TRACKERS
+
+    trainer.trackers = [TRACKERS[name](trainer.folder) for name in trackers]
+    try:
+        yield
+    finally:
+        for tracker in trainer.trackers:
+            tracker.close(finished=trainer.finished)
 
 
 @contextmanager

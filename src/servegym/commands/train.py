@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 from tyro.conf import OmitArgPrefixes, arg
 
@@ -58,6 +58,9 @@ class Train(Played):
     there."""
     settings_file: Annotated[Path | None, arg(name="settings")] = None
     """File of settings that `servegym search` has written; other options change them."""
+    track: tuple[Literal["mlflow", "wandb"], ...] = ()
+    """Log to MLflow or Weights & Biases, too; where to is said to them in their own ways, such as
+    MLFLOW_TRACKING_URI and WANDB_MODE=offline."""
     out: Path | None = None
     """Folder of the run: config.json, tensorboard/, checkpoint.pt, policy/. By default
     runs/KIND-SCENARIO, such as runs/ppo-mixed-chat. A folder is gone on with under the same
@@ -66,7 +69,7 @@ class Train(Played):
     def run(self) -> None:
         """Train and export."""
         learner, settings, out = self.asked()
-        path = trained(learner.trainer(settings, out))
+        path = trained(learner.trainer(settings, out), self.track)
         make_console().print(f"policy: {path}\ntensorboard --logdir {out}")
 
     def asked(self, prefix: str = "") -> tuple[Entry, Any, Path]:

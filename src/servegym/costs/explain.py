@@ -52,8 +52,9 @@ def evidence_table(cost: StepCost) -> Table:
         cost: A replica's step cost.
     """
     table = Table(title=f"{cost.status}: what stands behind these times")
-    for heading in ("operator", "kind", "source or reason"):
+    for heading in ("operator", "kind", "error %", "source or reason"):
         table.add_column(heading)
     for evidence in cost.evidence:
-        table.add_row(evidence.operator, evidence.kind, evidence.note)
+        error = "{:g} / {:g}".format(*evidence.error) if evidence.error else "-"
+        table.add_row(evidence.operator, evidence.kind, error, evidence.note)
     return table

@@ -204,29 +204,11 @@ def evaluate(
             episode, in whole episodes; 0: there is none.
         progress: Called with what is done and the share of the work.
     """
-    names = [p.name for p in policies] + [CLAIRVOYANT] * (bound_budget > 0)
-    if len(set(names)) < len(names):
-        raise ConfigError(f"every policy needs its own name, got {', '.join(names)}")
-    if not policies:
-        raise ConfigError("there must be at least one policy to evaluate, got none")
-    if not loads or len(set(loads)) < len(loads):
-        raise ConfigError(f"loads must be given, each once, got {list(loads)}")
-    if num_seeds < 1:
-        raise ConfigError(f"seeds must be at least 1, got {num_seeds}")
     problem = problem or problem_of(scenario)
-    asked = [first_seed + i for i in range(num_seeds)]
-    seeds, loads, notes = plan(problem, scenario, asked, loads, num_units)
-    result = Evaluation(
-        problem,
-        scenario,
-        [(p.name, p.information) for p in policies],
-        loads,
-        seeds,
-        seeds_asked=num_seeds,
-        notes=notes,
-        learned=[p.name for p in policies if problem.is_learned(p)],
-        bound_budget=bound_budget,
+    result = planned(
+        problem, scenario, policies, loads, num_seeds, first_seed, num_units, bound_budget
     )
+    seeds, loads = result.seeds, result.loads
     done = 0
     for load in loads:
         episodes = problem.episodes(scenario, seeds, load=load, num_units=num_units)
@@ -250,6 +232,45 @@ def evaluate(
         result.policies.append((CLAIRVOYANT, "oracle"))
     progress("done", 1.0)
     return result
+
+
+def planned(
+    problem: AnyProblem,
+    scenario: Scenario,
+    policies: Sequence[Policy],
+    loads: Sequence[float],
+    num_seeds: int,
+    first_seed: int,
+    num_units: int | None,
+    bound_budget: float = 0.0,
+) -> Evaluation:
+    """Return an evaluation of which nothing is played yet; for the arguments see `evaluate`.
+
+    Raises:
+        ConfigError: If something is missing or is there twice.
+    """
+    names = [p.name for p in policies] + [CLAIRVOYANT] * (bound_budget > 0)
+    if len(set(names)) < len(names):
+        raise ConfigError(f"every policy needs its own name, got {', '.join(names)}")
+    if not policies:
+        raise ConfigError("there must be at least one policy to evaluate, got none")
+    if not loads or len(set(loads)) < len(loads):
+        raise ConfigError(f"loads must be given, each once, got {list(loads)}")
+    if num_seeds < 1:
+        raise ConfigError(f"seeds must be at least 1, got {num_seeds}")
+    asked = [first_seed + i for i in range(num_seeds)]
+    seeds, played, notes = plan(problem, scenario, asked, loads, num_units)
+    return Evaluation(
+        problem,
+        scenario,
+        [(p.name, p.information) for p in policies],
+        played,
+        seeds,
+        seeds_asked=num_seeds,
+        notes=notes,
+        learned=[p.name for p in policies if problem.is_learned(p)],
+        bound_budget=bound_budget,
+    )
 
 
 def _add_bound(

@@ -15,7 +15,8 @@ from servegym.problems.problem import P, Problem, S
 BUDGET = 40
 NUM_SEEDS = 4
 
-_TUNED = ":tuned"
+#: End of the text of a rule that is tuned first.
+TUNED = ":tuned"
 
 
 class Tuned(NamedTuple):
@@ -139,6 +140,6 @@ def resolve(
         ConfigError: If there is no such rule or parameter, or it has nothing to tune.
         ExportError: If the file is not a valid policy.
     """
-    if text.endswith(_TUNED):
-        text = tune(problem, scenario, text.removesuffix(_TUNED), loads, num_units=num_units).text
+    if text.endswith(TUNED):
+        text = tune(problem, scenario, text.removesuffix(TUNED), loads, num_units=num_units).text
     return problem.resolve(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -55,6 +56,7 @@ class Answer:
         others: The next best and those that just fail, the cheapest first.
         shown: All fleets that were tried on the whole trace, for the picture.
         num_trials: Simulations.
+        seconds: That parts of the search took.
     """
 
     question: Question
@@ -66,7 +68,8 @@ class Answer:
     safe: Candidate | None
     others: Sequence[Candidate]
     shown: Sequence[Candidate]
-    num_trials: int = field(compare=False)
+    num_trials: int
+    seconds: Mapping[str, float] = field(compare=False)
 
     @property
     def frontier(self) -> list[Candidate]:
@@ -96,42 +99,35 @@ def answer(
         ConfigError: If nothing can serve the model, the longest request fits no replica, or the
             budget pays for none.
     """
-    progress("costs of the replicas", 0)
+    watch = _Watch(progress)
+    watch.begin("costs of the replicas")
     options, left_out = find_options(question, prices)
     options, left_out = _that_hold_the_longest(question, options, left_out, table)
-    budget = question.max_usd_per_h
-    if budget is not None and budget < options[0].usd_per_h:
-        raise ConfigError(
-            f"the cheapest replica, {options[0].name}, costs ${options[0].usd_per_h:.2f} an hour: "
-            f"a budget of ${budget:.2f} pays for none"
-        )
+    _require_affordable(question, options)
     course = Course.over(question, [option.replica for option in options], table)
-    doing = [""]
-    search = Search(course, options, lambda: progress(doing[0], course.num_trials))
+    search = Search(course, options, lambda: watch.tell(course.num_trials))
     course.try_all([(search.of((0, 1)), question.rules[0], 0)])  # kernels are loaded once
-    alone: list[Fleet | None] = []
-    for i, option in enumerate(options):
-        doing[0] = f"fleets of {option.name}"
-        alone.append(search.alone(i))
+    watch.begin("fleets of one kind")
+    alone = [search.alone(i) for i in range(len(options))]
     holding = [fleet for fleet in alone if fleet is not None]
     if question.mixed:
-        doing[0] = "mixed fleets"
+        watch.begin("mixed fleets")
         mixed = search.mixed(min((search.cost(fleet) for fleet in holding), default=None))
         holding += [mixed] if mixed is not None else []
-    doing[0] = "neighbours of the answer"
+    watch.begin("neighbours and picture")
     found = _Findings(search, question)
     best = min(holding, key=found.rank, default=None)
     others = found.others(best, alone, holding)
     shown = found.shown(best, alone)
     answered = found.candidate(found.whole(best)) if best is not None else None
     safe = None
+    num_trials = course.num_trials
     if answered is not None and question.num_worlds:
-        doing[0] = "other worlds"
-        progress(doing[0], course.num_trials)
+        watch.begin("other worlds")
         worlds = Worlds(course, options, question.num_worlds)
         answered, others = found.asked(worlds, answered), found.all_asked(worlds, others)
         safe = found.safe(worlds, answered, holding)
-        course.num_trials += worlds.num_trials
+        num_trials = course.num_trials + worlds.num_trials
     return Answer(
         question,
         prices,
@@ -142,8 +138,44 @@ def answer(
         safe,
         sorted(others, key=lambda one: (one.usd_per_h, one.trial.late)),
         shown,
-        course.num_trials,
+        num_trials,
+        watch.end(),
     )
+
+
+class _Watch:
+    """Says what is done, and notes how long it took."""
+
+    def __init__(self, progress: Callable[[str, int], None]) -> None:
+        self._progress = progress
+        self._begun: list[tuple[str, float]] = []
+        self._num_trials = 0
+
+    def begin(self, text: str) -> None:
+        """Note that something begins."""
+        self._begun.append((text, time.perf_counter()))
+        self.tell(self._num_trials)
+
+    def tell(self, num_trials: int) -> None:
+        """Say how many simulations there were."""
+        self._num_trials = num_trials
+        self._progress(self._begun[-1][0], num_trials)
+
+    def end(self) -> dict[str, float]:
+        """Return the seconds that each part took."""
+        ends = [begun_s for _, begun_s in self._begun[1:]] + [time.perf_counter()]
+        return {
+            text: end_s - begun_s for (text, begun_s), end_s in zip(self._begun, ends, strict=True)
+        }
+
+
+def _require_affordable(question: Question, options: Sequence[Option]) -> None:
+    budget = question.max_usd_per_h
+    if budget is not None and budget < options[0].usd_per_h:
+        raise ConfigError(
+            f"the cheapest replica, {options[0].name}, costs ${options[0].usd_per_h:.2f} an hour: "
+            f"a budget of ${budget:.2f} pays for none"
+        )
 
 
 def _that_hold_the_longest(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -15,6 +17,8 @@ from servegym.scenario.fleet import in_world
 SAFE = 0.9
 #: Fleets that are asked, on the way to a safe one, at most.
 _MOST_ASKED = 12
+#: Worlds that are looked at before it is asked whether more are needed.
+_AT_ONCE = 4
 
 
 class Certainty(NamedTuple):
@@ -52,6 +56,7 @@ class Worlds:
         self._courses = [
             self._course(course, options, doubts, World(seed)) for seed in range(count)
         ]
+        self._threads = ThreadPoolExecutor(os.cpu_count())
         self._known: dict[tuple[Fleet, str, int], Trial] = {}
 
     @staticmethod
@@ -61,25 +66,29 @@ class Worlds:
         pairs = zip(options, doubts, strict=True)
         types = [in_world(option.replica, doubt, world) for option, doubt in pairs]
         factor = world.ttft_factor(options[0].replica.engine)
-        return replace(course, types=types, ttft_factor=factor)
+        return replace(course, types=types, ttft_factor=factor, num_trials=0)
 
     @property
     def num_trials(self) -> int:
-        """Simulations in all worlds, beside those of the course that they were made of."""
+        """Simulations in all worlds."""
         return sum(course.num_trials for course in self._courses)
 
     def ask(self, fleet: Fleet, rule: str, *, lost_at_most: int | None = None) -> Certainty:
         """Ask in how many worlds a fleet holds; stop where more are lost than may be."""
-        held = late_first = slow = 0
-        for i in range(len(self._courses)):
-            trial = self._last_trial(fleet, rule, i)
-            allowed = self._allowed
-            held += trial.late <= allowed
-            late_first += trial.late_first > allowed
-            slow += trial.slow > allowed
-            if lost_at_most is not None and i + 1 - held > lost_at_most:
+        asked, allowed = len(self._courses), self._allowed
+        trials: list[Trial] = []
+        for first in range(0, asked, _AT_ONCE):
+            some = range(first, min(first + _AT_ONCE, asked))
+            trials += self._threads.map(lambda i: self._last_trial(fleet, rule, i), some)
+            lost = sum(trial.late > allowed for trial in trials)
+            if lost_at_most is not None and lost > lost_at_most:
                 break
-        return Certainty(held, late_first, slow, len(self._courses))
+        return Certainty(
+            sum(trial.late <= allowed for trial in trials),
+            sum(trial.late_first > allowed for trial in trials),
+            sum(trial.slow > allowed for trial in trials),
+            asked,
+        )
 
     def safe(self, fleets: Sequence[tuple[Fleet, str]]) -> tuple[Fleet, str, Certainty] | None:
         """Return the first of fleets that is safe, if one of the first dozen is."""

@@ -24,6 +24,7 @@ def answer_document(result: Answer) -> dict[str, Any]:
         "prices": {name: price.model_dump() for name, price in result.prices.items()},
         "num_requests": result.num_requests,
         "num_trials": result.num_trials,
+        "seconds": dict(result.seconds),
         "verdict": verdict(result),
         "options": [
             {"name": o.name, "usd_per_h": o.usd_per_h, "costs": o.cost.status}

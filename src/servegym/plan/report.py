@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import html
 from pathlib import Path
+from typing import Any
 
 import servegym
 from servegym.drawing import PALETTE, as_image, pyplot
 from servegym.plan.answer import Answer, Candidate
-from servegym.plan.tables import fleets_table, reasons, remarks, safety, verdict
+from servegym.plan.tables import effort, fleets_table, reasons, remarks, safety, verdict
 from servegym.validate.report import STYLE
 from servegym.whole_files import write_whole
 
@@ -28,11 +29,11 @@ def report_page(result: Answer) -> str:
 <p>{html.escape(verdict(result))}.</p>{_list(safety(result))}
 {fleets_table(result).html()}
 <h2>Why not the others</h2>{_list(reasons(result))}
-<h2>Rent and requests in time</h2>{frontier_figure(result)}
+<h2>Rent and requests in time</h2>{_figure(result)}
 <p class="note">Fleets that were tried on the whole trace, up to three times the rent of the answer.
 The line joins those that no cheaper one equals; dashed: the share asked for.</p>
 <h2>Prices, and what was left out</h2>{_list(remarks(result))}
-<p class="note">{result.num_trials:,} simulations. servegym {servegym.__version__}</p>
+<p class="note">{effort(result)}. servegym {servegym.__version__}</p>
 </body></html>
 """
 
@@ -41,8 +42,13 @@ def _list(sentences: list[str]) -> str:
     return "<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in sentences) + "</ul>"
 
 
-def frontier_figure(result: Answer) -> str:
-    """Draw the share of requests late against rent, as an HTML image."""
+def _figure(result: Answer) -> str:
+    alt = "Share of requests that are late against rent, one point a fleet"
+    return as_image(frontier_figure(result), alt)
+
+
+def frontier_figure(result: Answer) -> Any:
+    """Draw the share of requests that are late against rent; return a Matplotlib figure."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(9, 5))
     least = 0.5 / result.num_requests  # where none is late, on a logarithmic axis
@@ -77,7 +83,7 @@ def frontier_figure(result: Answer) -> str:
         ylabel="share of the requests that are late",
     )
     axis.legend()
-    return as_image(figure, "Share of requests that are late against rent, one point a fleet")
+    return figure
 
 
 def _near(result: Answer) -> list[Candidate]:

@@ -71,6 +71,12 @@ def fleets_table(result: Answer) -> TextTable:
     )
 
 
+def effort(result: Answer) -> str:
+    """Say how many simulations there were, and what took how long."""
+    parts = ", ".join(f"{text} {seconds:.0f} s" for text, seconds in result.seconds.items())
+    return f"{result.num_trials:,} simulations in {sum(result.seconds.values()):.0f} s: {parts}"
+
+
 def _row(one: Candidate) -> tuple[str, ...]:
     trial = one.trial
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -71,7 +72,9 @@ class Course:
     stretches: Sequence[RequestTable]
     ttft_factor: float = 1.0
     num_trials: int = 0
-    _threads: ThreadPoolExecutor = field(default_factory=ThreadPoolExecutor, repr=False)
+    _threads: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(os.cpu_count()), repr=False
+    )
 
     @classmethod
     def over(
@@ -82,7 +85,8 @@ class Course:
         *,
         least: int = 200,
     ) -> Course:
-        """Cut a trace into stretches of at least so many requests."""
+        """Cut a trace into stretches of at least so many requests; all have the same limits."""
+        table = replace(table, slo_class=np.zeros(len(table), np.int16))
         lengths = [round(share * len(table)) for share in _SHARES]
         parts = [busiest(table, length) for length in lengths if length >= least]
         return cls(question, types, [*parts, table])

@@ -17,14 +17,13 @@ import numpy as np
 from servegym.envs.costs import COST_FEATURES, cost_features
 from servegym.errors import ConfigError, WorkloadError
 from servegym.policy.contract import (
-    INFERRED,
     NUM_REPLICA_FEATURES,
     NUM_REQUEST_FEATURES,
     PREDICTED_OUTPUT_TOKENS,
     PROMPT_TOKENS,
     TPOT_SLO_S,
     TTFT_SLO_S,
-    Group,
+    observed_groups,
 )
 from servegym.policy.policy import Observations, Policy
 from servegym.replay.dataset import OfflineDataset
@@ -125,7 +124,7 @@ def estimate(data: OfflineDataset, policy: Policy, *, metric: Metric = "e2e") ->
 
 
 def _require_usable(policy: Policy) -> None:
-    if policy.information == "oracle" or policy.needs & (Group.WHAT_IF | INFERRED):
+    if policy.information == "oracle" or policy.needs & ~observed_groups(extended=False):
         raise ConfigError(
             f"{policy.name} needs more than a decision log keeps: estimate another policy"
         )

@@ -266,7 +266,7 @@ def _load(text: str) -> Callable[[Sequence[Any], Mapping[str, Any]], Described]:
 
 @cache
 def _router_class() -> type:
-    from ray.serve.request_router import RequestRouter  # type: ignore[import-not-found]
+    from ray.serve.request_router import RequestRouter
 
     class PolicyRequestRouter(RequestRouter):  # type: ignore[misc]
         """Asks a servegym policy which replica takes a request."""
