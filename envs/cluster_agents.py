@@ -172,7 +172,8 @@ class ClusterAgents:
         if not batch.done[0]:
             asked[batch.agent[0]] = 1.0
         parts = [v.replicas.ravel(), v.request, engine.ravel()]
-        parts += [batch.look_at_moves(0).ravel()] * len(self._others)
+        if self._others:
+            parts.append(batch.look_at_moves(0).ravel())
         raw = np.concatenate((*parts, asked))
         return self._fleet_table.normalised(raw) if batch.settings.normalise else raw
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-
 import numpy as np
 import pytest
 from pettingzoo.test import api_test, parallel_api_test, parallel_seed_test, seed_test
@@ -21,6 +18,8 @@ from servegym.policy.contract import (
 )
 from servegym.policy.run import run
 from servegym.scenario import Scenario
+
+from .test_cluster_agents import quiet
 
 WIDTH = 3
 NOBODY = WIDTH * WIDTH
@@ -188,7 +187,7 @@ def test_a_controller_that_acts_at_random_leaves_nobody_behind():
 @pytest.mark.parametrize("engine", ["vllm", "vllm-priority"])
 def test_pettingzoos_own_tests_pass(engine):
     scenario = moving(engine)
-    with contextlib.redirect_stdout(io.StringIO()):
+    with quiet():
         api_test(cluster_v0.env(scenario, num_requests=25), num_cycles=80)
         parallel_api_test(cluster_v0.parallel_env(scenario, num_requests=25), num_cycles=80)
         seed_test(lambda: cluster_v0.env(scenario, num_requests=15), num_cycles=20)
