@@ -13,6 +13,7 @@ import gymnasium
 
 from servegym.baselines.migration.registry import MIGRATIONS
 from servegym.baselines.placement import PLACEMENTS
+from servegym.baselines.retention.registry import RETENTIONS
 from servegym.baselines.rules import Rules
 from servegym.envs.cluster import ClusterEnv
 from servegym.envs.dispatch import DispatchEnv
@@ -152,9 +153,10 @@ Parameters are given after a colon: `--policies prefix-load:weight=0.01,eta=0.5 
 one file in `baselines/`. `NAME-oracle` is told the truth that others predict: a bound, no rival.
 In a fleet of engines that go by priorities, `DISPATCH+ORDER` names a policy of the first table and
 one of the second ([order](preemption.md#in-a-fleet)). Where some replicas only prefill,
-`DISPATCH+PLACEMENT` names one of the first and one of the placement rules
-([disaggregation](disaggregation.md)). Where requests migrate, `DISPATCH+MIGRATION` names one of the
-first and one of the last ([migration](migration.md)).
+`DISPATCH+PLACEMENT` names one of the first and one of those of placement
+([disaggregation](disaggregation.md)). Where requests migrate, `DISPATCH+MIGRATION` names one for
+who moves ([migration](migration.md)). `DISPATCH+RETENTION` names one for the KV of ended turns
+([KV behind the GPU](kv-tiers.md#what-becomes-of-the-kv-of-an-ended-turn)).
 
 Some rules of dispatch go by what a router [infers](observation.md#what-is-inferred): `shrink` is
 how far they go from a predicted length towards the one that is expected, given how long answers
@@ -177,6 +179,9 @@ what they reach is in [results](results.md#one-policy-for-many-scenarios).
 
 ## Migration: which request moves to another replica
 {rules_table(MIGRATIONS)}
+
+## Retention: what becomes of the KV of a turn that another request waits for
+{rules_table(RETENTIONS)}
 
 A learned policy is named by its file: `--policies runs/ppo-mixed-chat/policy/policy.onnx`.
 """

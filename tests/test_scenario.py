@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from servegym.cluster.state import FAULT_DOWN, FAULT_SLOW, FAULT_UP
+from servegym.cluster.tier_rules import KvTier, TierRules
 from servegym.documents import load_yaml
 from servegym.errors import ConfigError, ServeGymError
 from servegym.scenario import load_scenario, parse_scenario, scenario_names
@@ -30,6 +31,9 @@ def text(*without, **changes):
 
 def scenario(**changes):
     return parse_scenario(text(**changes), "tiny.yaml")
+
+
+HOST = {"gib": 8.0, "gb_per_s": 20.0}
 
 
 def fleet(**entry):
@@ -170,6 +174,19 @@ def test_faults_come_at_their_rates_and_end_after_their_time():
         np.testing.assert_allclose(up - down, 10.0)
 
 
+def test_tiers_hold_what_fits_their_memory():
+    tiers = {"host_kv": HOST, "disk_kv": {"gib": 100.0, "gb_per_s": 7.0, "write_gb_per_s": 5.0}}
+    store = {"gib": 1000.0, "gb_per_s": 80.0, "link_gb_per_s": 10.0, "latency_s": 0.002}
+    made = scenario(**fleet(**tiers), kv_store=store, kv_tiers={"load": "faster"})
+    # 128 KiB a token of Llama-3.1-8B and 16 tokens a block: 2 MiB
+    assert made.spec.types[0].host_kv == KvTier(8 * 512, 20e9, 20e9)
+    assert made.spec.types[0].disk_kv == KvTier(100 * 512, 7e9, 5e9)
+    rules = TierRules("faster", 1.0, KvTier(1000 * 512, 10e9, 10e9, 0.002), 80e9)
+    assert made.spec.tiers == rules
+    assert made.spec.tiered
+    assert not scenario().spec.tiered
+
+
 # ---- wrong input ----
 
 WRONG = {
@@ -278,6 +295,36 @@ WRONG = {
     "unknown reservation": (
         text(transfers={"reservation": "sorce"}),
         ["transfers.reservation", "source", "destination"],
+    ),
+    "tiers without prefix cache": (
+        text(engine={"prefix_caching": False}, **fleet(host_kv=HOST)),
+        ["engine.prefix_caching is off", "leave host_kv, disk_kv and kv_store out"],
+    ),
+    "tiers of another engine": (
+        text(**fleet(host_kv=HOST, engine="sglang")),
+        ["fleet.0.engine must be vllm", "got sglang"],
+    ),
+    "tiers and roles": (
+        text(
+            fleet=[
+                {"gpu": "L40S", "role": "prefill", "link": {"gb_per_s": 9.0}, "disk_kv": HOST},
+                {"gpu": "L40S", "link": {"gb_per_s": 9.0}},
+            ]
+        ),
+        ["fleet.0.role must be mixed", "got prefill"],
+    ),
+    "rules of no tiers": (
+        text(kv_tiers={"interference": 2.0}),
+        ["kv_tiers.interference is set", "host_kv", "kv_store"],
+    ),
+    "tier without size": (text(**fleet(host_kv={"gb_per_s": 9.0})), ["host_kv.gib", "required"]),
+    "tier smaller than a block": (
+        text(**fleet(host_kv={"gib": 0.001, "gb_per_s": 9.0})),
+        ["must hold at least 1 block, got 0"],
+    ),
+    "unknown rule of loads": (
+        text(kv_tiers={"load": "fast"}, **fleet(host_kv=HOST)),
+        ["kv_tiers.load", "always", "faster"],
     ),
     "link without speed": (text(**fleet(link={"gb_per_s": 0.0})), ["gb_per_s", "greater than 0"]),
     "request beyond all memory": (

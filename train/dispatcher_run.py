@@ -1,4 +1,4 @@
-"""What all runs that train a dispatcher's network have in common."""
+"""What runs that train a dispatcher in environments that are stepped together have in common."""
 
 from __future__ import annotations
 

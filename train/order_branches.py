@@ -228,8 +228,8 @@ def collect(
         rules = rules._replace(horizon_s=math.inf)
     asks = Asks(dispatch=NEVER, admit=WHERE_IT_MATTERS, preempt=WHERE_IT_MATTERS)
     simulator = Simulator(spec, [episode, episode], asks=asks)
-    # an admission and a preemption or two of each request
-    most = 4 * len(episode.table.arrival_s) // rules.label_every + 16
+    # who waits is chosen among step by step while the one that was picked does not fit
+    most = 16 * len(episode.table.arrival_s) // rules.label_every + 16
     out = Branches(
         np.zeros((most, num_choices, NUM_ORDERING_FEATURES)),
         np.zeros(most, np.bool_),

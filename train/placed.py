@@ -38,7 +38,17 @@ from servegym.typing import FloatArray
 #: Where the search begins: what is late or slow is bad, a little of either is a little bad.
 _DISPATCH = {"log_ttft": 0.5, "late": 4.0, "log_tpot": 0.5, "slow": 4.0, "delays": 0.5}
 _PLACE = {"late": 2.0, "log_tpot": 0.5, "slow": 4.0, "kv_usage": 1.0}
-_REJECTION, _SPREAD = 7.0, 0.6
+_REJECTION, _SPREAD = 0.3, 0.6
+
+
+def first_guess() -> PlacedWeights:
+    """Return the weights with which the search begins."""
+    dispatch, place = np.zeros(NUM_TERMS + 1), np.zeros(NUM_TERMS)
+    for weights, given in ((dispatch, _DISPATCH), (place, _PLACE)):
+        for name, value in given.items():
+            weights[TERMS.index(name)] = value
+    dispatch[NUM_TERMS] = _REJECTION
+    return PlacedWeights(dispatch, place)
 
 
 class PlacedTrainer(SearchRun[PlacedTraining, PlacedWeights]):
@@ -51,11 +61,7 @@ class PlacedTrainer(SearchRun[PlacedTraining, PlacedWeights]):
 
     def __init__(self, config: PlacedTraining, folder: Path | StoredRun) -> None:
         super().__init__(config, folder)
-        guess = np.zeros(2 * NUM_TERMS + 1)
-        for first, weights in ((0, _DISPATCH), (NUM_TERMS + 1, _PLACE)):
-            for name, value in weights.items():
-                guess[first + TERMS.index(name)] = value
-        guess[NUM_TERMS] = _REJECTION
+        guess = np.concatenate(first_guess())
         self.search = Search(guess, np.full(len(guess), _SPREAD))
 
     @staticmethod

@@ -31,7 +31,7 @@ TIGHT = {
         "prompt": {"medians_tokens": [200.0], "sigmas": [1.0], "max_tokens": 800},
         "output": {"medians_tokens": [150.0], "max_tokens": 600},
     },
-    "num_requests": 60,
+    "num_requests": 40,
 }
 
 
@@ -49,10 +49,12 @@ def settings(scenario, **changes):
         max_minutes=math.inf,
         max_updates=4,
         num_hidden=2,
-        num_episodes=3,
+        num_episodes=2,
+        num_choices=4,
+        num_threads=1,
         label_every=8,
         horizon_s=2.0,
-        num_validation=6,
+        num_validation=4,
     )
     return replace(small, **changes)
 
@@ -84,14 +86,17 @@ def test_scores_with_gradients_are_those_of_the_file(tight, tmp_path):
 def test_the_policys_own_pick_leads_where_its_episode_does(tight, tmp_path, goodput):
     trainer = OrderPPOTrainer(settings(tight), tmp_path / "run")
     trained_away(trainer)
+    # the linear score alone: units see the engine, too, which each pick of a step changes
+    with torch.no_grad():
+        trainer.theta[2 * len(trainer.space.linear) :] = 0.0
     episode = trainer._validation[1]
     # so cold that it draws whom it would pick, and copies play to the end of the episode
-    rules = Rules(temperature=1e-9, label_every=4, horizon_s=math.inf, goodput=goodput)
+    rules = Rules(temperature=1e-9, label_every=2, horizon_s=math.inf, goodput=goodput)
     nets = trainer.space.perceptrons(trainer.present[None])
     found = collect(trainer.scenario.spec, episode, nets, rules, num_choices=3, seed=5)
     env = trainer._play(trainer.present[None], [episode]).state.env[0]
     want = env["good"] if goodput else -env["area"]
-    assert len(found.values) > 10
+    assert len(found.values) > 5
     np.testing.assert_allclose(found.values[:, 0], want, rtol=1e-9)
     assert found.preempts.any()
     assert found.tried[:, :2].all()
@@ -113,7 +118,7 @@ def test_a_horizon_ends_copies_early(tight, tmp_path):
 
 
 def test_it_learns_and_its_file_runs_in_the_plugin(tight, tmp_path):
-    trainer = OrderPPOTrainer(settings(tight, max_updates=10), tmp_path / "run")
+    trainer = OrderPPOTrainer(settings(tight, max_updates=6), tmp_path / "run")
     found = trainer.run()
     assert found.base_loss == pytest.approx(trainer.validate_rule("srpt").scores.mean())
     assert found.loss < found.base_loss

@@ -50,6 +50,13 @@ def test_a_rule_sets_how_requests_move_and_nothing_else(text, expected):
     assert isinstance(rules, MigrationRules)
 
 
+def test_pairs_of_rules_are_compared_where_requests_migrate():
+    problem, scenario = Dispatch(), load_scenario("near-full-kv")
+    policies = [problem.resolve(text) for text in problem.compared(scenario)]
+    assert len(policies) > 10
+    assert all(isinstance(policy, Migrating) for policy in policies)
+
+
 def test_it_is_tuned_together_with_the_dispatcher():
     parts = Dispatch().parts("added-delay+freeness")
     assert [text for _, text in parts] == ["added-delay", "freeness"]

@@ -400,7 +400,8 @@ def test_who_may_move_is_what_may_be_answered():
     assert int(sim.state.env[0]["decision"]) == MIGRATE
     # at 2.5 the first decodes on 0, the second is prefilled on 1
     assert allowed(sim) == [(0, 1)]
-    with pytest.raises(InvalidAction, match="action 2 of environment 0 is not allowed now"):
+    said = r"action 2 of environment 0 is not allowed now: choose one of \[-2, 1\] \(request times"
+    with pytest.raises(InvalidAction, match=said):
         sim.apply(np.array([2]))
     sim.apply(np.array([NOBODY]))
 

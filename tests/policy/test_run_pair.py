@@ -122,10 +122,13 @@ def test_what_a_pair_may_not_do_is_refused():
     for wrong, message in (
         (
             "added-delay+round-robin",
-            "unknown order, placement or migration 'round-robin': .*least-tpot.*srpt",
+            "unknown order, placement, migration or retention 'round-robin': .*least-tpot.*srpt",
         ),
         ("fcfs+added-delay", "unknown policy 'fcfs'"),
-        ("a+b+c", r"one part or two, DISPATCH\+ORDER, .* or DISPATCH\+MIGRATION, got 'a\+b\+c'"),
+        (
+            "a+b+c",
+            r"DISPATCH\+PLACEMENT, DISPATCH\+MIGRATION or DISPATCH\+RETENTION, got 'a",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             resolve_dispatch(wrong)

@@ -271,7 +271,8 @@ class ReferenceSimulator:
             if engine.stepping and engine.due_s == self.now_s:
                 engine.end_step()
                 engine.stepping = False
-            self.tiers.fail(engine)
+            if self.spec.tiered:
+                self.tiers.fail(engine)
             (self.migrations if self.spec.migrates else self.transfers).fail(engine)
             for q in engine.stop():
                 self.set_timer(self.now_s, st.RETURN, q.idx)

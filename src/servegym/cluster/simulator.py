@@ -29,6 +29,7 @@ from servegym.cluster.state import (
     KEEP,
     LEAVE,
     LOG_FULL,
+    MIGRATE,
     NO_DECISION,
     NOBODY,
     NUM_RETENTIONS,
@@ -197,6 +198,9 @@ class Simulator:
             if env["decision"] == DISPATCH:
                 width = self.max_replicas
                 stop, others = width + 2, f"{width} holds, {width + 1} rejects"
+            if env["decision"] == MIGRATE:
+                stop *= self.max_replicas
+                others = f"request times {self.max_replicas} plus replica; {NOBODY}: nobody"
             if env["decision"] == RETAIN:
                 stop = NUM_RETENTIONS
                 others = f"{DROP} drops, {LEAVE} leaves, {OFFLOAD} offloads, {KEEP} keeps"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from servegym.baselines.migration.registry import MIGRATIONS, migration
 from servegym.baselines.ordering.registry import RULES as ORDERS
@@ -11,6 +11,8 @@ from servegym.baselines.ordering.registry import ordering_policy
 from servegym.baselines.parts import join_parts, split_parts
 from servegym.baselines.placement import PLACEMENTS, placement
 from servegym.baselines.registry import policy
+from servegym.baselines.retention.registry import RETENTIONS, retention
+from servegym.baselines.rules import Rules
 from servegym.errors import ConfigError, unknown_name
 from servegym.export.manifest import Manifest, policy_name, read_manifest
 from servegym.export.ordering import SUFFIXES, exported_ordering
@@ -22,6 +24,7 @@ from servegym.policy.ordering import OrderingPolicy
 from servegym.policy.pair import Pair
 from servegym.policy.placed import Placed
 from servegym.policy.policy import Policy
+from servegym.policy.retention import Kept
 from servegym.workflow.online.policy import WorkflowPolicy
 
 #: Where the folder of a learned pair has the router's part, and that of the engines' plug-in.
@@ -84,9 +87,9 @@ def resolve_dispatch(text: str) -> Policy | Pair:
 
     Args:
         text: As `resolve_policy` takes it; or `"DISPATCH+PLACEMENT"`, which makes a `Placed`;
-            `"DISPATCH+MIGRATION"`, which makes a `Migrating`; or `"DISPATCH+ORDER"`, the second
-            part as `resolve_order` takes it, which makes a `Pair`; or a folder with both parts of a
-            learned one.
+            `"DISPATCH+MIGRATION"`, which makes a `Migrating`; `"DISPATCH+RETENTION"`, which makes a
+            `Kept`; or `"DISPATCH+ORDER"`, the second part as `resolve_order` takes it, which makes
+            a `Pair`; or a folder with both parts of a learned one.
 
     Raises:
         ConfigError: If there is no such rule, order or parameter, or there are more parts.
@@ -99,16 +102,20 @@ def resolve_dispatch(text: str) -> Policy | Pair:
         return _placed_or_not(dispatch)
     first = resolve_policy(dispatch)
     name = more[0].partition(":")[0]
-    known = [*PLACEMENTS, *MIGRATIONS, *ORDERS.names()]
+    known = [*PLACEMENTS, *MIGRATIONS, *RETENTIONS, *ORDERS.names()]
     if not more[0].endswith(SUFFIXES) and name not in known:
-        raise ConfigError(unknown_name("order, placement or migration", name, known))
-    if is_placement(more[0]):
-        place = placement(more[0])
+        raise ConfigError(unknown_name("order, placement, migration or retention", name, known))
+    rules, other = second_rules(more[0]), more[0]
+    if rules is PLACEMENTS:
+        place = placement(other)
         return Placed(first, place, name=join_parts((first.name, place.name)))
-    if is_migration(more[0]):
-        rule = migration(more[0])
-        return Migrating(first, rule, name=join_parts((first.name, rule.name)))
-    order = resolve_order(more[0])
+    if rules is MIGRATIONS:
+        move = migration(other)
+        return Migrating(first, move, name=join_parts((first.name, move.name)))
+    if rules is RETENTIONS:
+        rule = retention(other)
+        return Kept(first, rule, name=join_parts((first.name, rule.name)))
+    order = resolve_order(other)
     return Pair(first, order, name=join_parts((first.name, order.name)))
 
 
@@ -132,18 +139,15 @@ def load_pair(folder: Path) -> Pair:
     return Pair(first, order, name=order.name)
 
 
-def is_placement(text: str) -> bool:
-    """Whether the text of a rule names one for where a request decodes."""
-    return text.partition(":")[0] in PLACEMENTS.names()
-
-
-def is_migration(text: str) -> bool:
-    """Whether the text of a rule names one for which requests move to another replica."""
-    return text.partition(":")[0] in MIGRATIONS.names()
+def second_rules(part: str) -> Rules[Any]:
+    """Rules that the part behind a dispatch policy is one of; a file is of an order."""
+    name = part.partition(":")[0]
+    others: tuple[Rules[Any], ...] = (PLACEMENTS, MIGRATIONS, RETENTIONS)
+    return next((rules for rules in others if name in rules.names()), ORDERS)
 
 
 def dispatch_parts(text: str) -> tuple[str, ...]:
-    """Split the text of a dispatch policy: one part, or two with an order, placement or migration.
+    """Split the text of a dispatch policy: one part, or two with whatever else it decides.
 
     Raises:
         ConfigError: If there are more.
@@ -151,8 +155,8 @@ def dispatch_parts(text: str) -> tuple[str, ...]:
     parts = split_parts(text)
     if len(parts) > 2:
         raise ConfigError(
-            "a policy of a fleet must have one part or two, DISPATCH+ORDER, DISPATCH+PLACEMENT or "
-            f"DISPATCH+MIGRATION, got {text!r}"
+            "a policy of a fleet must have one part or two, DISPATCH+ORDER, DISPATCH+PLACEMENT, "
+            f"DISPATCH+MIGRATION or DISPATCH+RETENTION, got {text!r}"
         )
     return parts
 

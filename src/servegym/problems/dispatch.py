@@ -7,9 +7,6 @@ from typing import Any
 
 from typing_extensions import override
 
-from servegym.baselines.migration.registry import MIGRATIONS
-from servegym.baselines.ordering.registry import RULES as ORDERS
-from servegym.baselines.placement import PLACEMENTS
 from servegym.baselines.registry import RULES
 from servegym.baselines.rules import Rules
 from servegym.clairvoyant.dispatch import best_choices, replay
@@ -17,16 +14,17 @@ from servegym.cluster.simulator import Simulator
 from servegym.errors import ConfigError
 from servegym.export.resolve import (
     dispatch_parts,
-    is_migration,
-    is_placement,
     resolve_dispatch,
+    second_rules,
 )
+from servegym.policy import run_kept as kept
 from servegym.policy import run_placed as placed
 from servegym.policy.migrating import Migrating
 from servegym.policy.ordering import OrderingRule
 from servegym.policy.pair import Pair
 from servegym.policy.placed import Placed
 from servegym.policy.policy import Heuristic, Policy
+from servegym.policy.retention import Kept
 from servegym.policy.run import run, time_decisions
 from servegym.policy.run_pair import make_simulator, run_pair, time_pair
 from servegym.problems.partings import find_partings, partings_section
@@ -50,6 +48,41 @@ _PLACED = (
     "conductor-predicted+least-tpot",
     "added-delay+least-tpot",
     "class-aware+least-tpot",
+)
+
+#: Compared where requests migrate: what each kind of move brings.
+_MIGRATING = (
+    "random+stay",
+    "random+freeness",
+    "least-outstanding+stay",
+    "least-outstanding+freeness",
+    "llumnix+stay",
+    "llumnix+queued-only",
+    "llumnix+freeness",
+    "llumnix+freeness-waiting",
+    "added-delay+stay",
+    "added-delay+freeness",
+    "added-delay+freeness-waiting",
+    "class-aware+freeness-waiting",
+)
+
+#: What is compared where there are tiers behind the GPUs: usual dispatches, and what the best of
+#: them does with other rules for the KV of ended turns.
+_KEPT = (
+    "random",
+    "round-robin",
+    "least-outstanding",
+    "token-least-load",
+    "sglang",
+    "llm-d",
+    "dynamo",
+    "prefix-load",
+    "added-delay",
+    "prefix-load+lru",
+    "prefix-load+ttl",
+    "prefix-load+lognormal",
+    "prefix-load+by-tool",
+    "prefix-load+belady",
 )
 
 #: What is compared where engines take orders: good dispatches with a good order, what the order
@@ -82,6 +115,10 @@ class DispatchEpisodes(RequestEpisodes[Policy | Pair]):
         if isinstance(policy, Placed):
             simulator = placed.make_simulator(self.scenario.spec, self.episodes, record=record)
             placed.run_placed(simulator, policy, seed=seed)
+            return simulator
+        if isinstance(policy, Kept):
+            simulator = kept.make_simulator(self.scenario.spec, self.episodes, record=record)
+            kept.run_kept(simulator, policy, seed=seed)
             return simulator
         spec = self.scenario.spec
         if isinstance(policy, Migrating):
@@ -124,7 +161,8 @@ class Dispatch(RequestProblem[Policy | Pair]):
 
     Where all engines go by priorities, a policy may have an order for them: `DISPATCH+ORDER`.
     Where some replicas only prefill, a rule may say where their requests decode:
-    `DISPATCH+PLACEMENT`. Where requests migrate, one may say which: `DISPATCH+MIGRATION`.
+    `DISPATCH+PLACEMENT`. Where requests migrate, one may say which: `DISPATCH+MIGRATION`. And one
+    may say what becomes of the KV of ended turns: `DISPATCH+RETENTION`.
     """
 
     name = "dispatch"
@@ -156,6 +194,10 @@ class Dispatch(RequestProblem[Policy | Pair]):
     def compared(self, scenario: Scenario) -> tuple[str, ...]:
         if scenario.orders_fleet:
             return _PAIRS
+        if scenario.spec.migrates:
+            return _MIGRATING
+        if scenario.spec.tiered:
+            return _KEPT
         return _PLACED if scenario.spec.disaggregated else self.default_policies
 
     def owns(self, scenario: AnyScenario) -> bool:
@@ -169,13 +211,7 @@ class Dispatch(RequestProblem[Policy | Pair]):
     def parts(self, text: str) -> list[tuple[Rules[Any], str]]:
         """Of which rules a policy is put together, with the text of each."""
         dispatch, *more = dispatch_parts(text)
-        others: list[tuple[Rules[Any], str]] = [
-            (
-                PLACEMENTS if is_placement(part) else MIGRATIONS if is_migration(part) else ORDERS,
-                part,
-            )
-            for part in more
-        ]
+        others: list[tuple[Rules[Any], str]] = [(second_rules(part), part) for part in more]
         return [(RULES, dispatch), *others]
 
     def is_learned(self, policy: Policy | Pair) -> bool:
@@ -184,7 +220,7 @@ class Dispatch(RequestProblem[Policy | Pair]):
             return self.is_learned(policy.dispatch) or not isinstance(policy.order, OrderingRule)
         if isinstance(policy, Placed):
             return policy.learned or self.is_learned(policy.dispatch)
-        if isinstance(policy, Migrating):
+        if isinstance(policy, Migrating | Kept):
             return self.is_learned(policy.dispatch)
         return not isinstance(policy, Heuristic)
 
@@ -199,9 +235,8 @@ class Dispatch(RequestProblem[Policy | Pair]):
         load: float,
         num_units: int | None,
     ) -> Section | None:
-        if isinstance(learned, Pair | Placed | Migrating):
-            return None
-        if isinstance(rule, Pair | Placed | Migrating):
+        both = Pair | Placed | Migrating | Kept
+        if isinstance(learned, both) or isinstance(rule, both):
             return None
         if scenario.spec.moves_kv or scenario.spec.tiered:
             # choices cannot be tried there as if nothing moved

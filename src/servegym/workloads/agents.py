@@ -58,7 +58,8 @@ class AgentsConfig(fitted.AgentSession, Workload):
     begin in a Poisson process and are under way at time 0; load multiplies their rate. Defaults
     are fitted to recorded sessions (`fitted_sessions`); `system_prompt_tokens`, `max_pause_s` and
     all of `users` are choices, and sub-agents are left out. Tenants are the users, else drawn by
-    session.
+    session. The parts of `tool` count as tools, 0 and on, and the number behind them is a pause:
+    what an engine can read off the answer.
     """
 
     kind: Literal["agents"] = "agents"
@@ -138,6 +139,7 @@ class AgentsConfig(fitted.AgentSession, Workload):
         after[first[later]] = first[waits_for] + calls[waits_for] - 1
         pause_s = users.pause.draw_many(rng, len(later))
         delay_s[first[later]] = np.minimum(self.max_pause_s, pause_s)
+        assert chains.tool is not None
         if users.start_gap is not None:
             gap_s = np.where(nth > 0, users.start_gap.draw_many(rng, num), 0.0)
             since_s = np.cumsum(gap_s)
@@ -155,6 +157,7 @@ class AgentsConfig(fitted.AgentSession, Workload):
             shared_tokens=chains.shared_tokens[row],
             user=np.repeat(np.repeat(np.arange(len(counts)), counts), calls),
             user_tokens=users.context_tokens,
+            tool=chains.tool[row],
         )
 
     def _chains(self, rng: np.random.Generator, num: int) -> Sessions:
@@ -168,7 +171,8 @@ class AgentsConfig(fitted.AgentSession, Workload):
         output, added = self.output.draw(rng, n), self.added.draw(rng, n)
         pause_s = np.minimum(self.max_pause_s, self.pause.draw_many(rng, n))
         ends_turn = rng.random(n) < self.pause_probability
-        delay_s = np.where(ends_turn, pause_s, self.tool.draw_many(rng, n))
+        tool_s, tool = self.tool.draw_parts(rng, n)
+        delay_s = np.where(ends_turn, pause_s, tool_s)
         prompt, output, shared = self._contexts(rng, calls, first, output, added)
         before = np.where(begins, -1, row - 1)
         return Sessions(
@@ -180,6 +184,7 @@ class AgentsConfig(fitted.AgentSession, Workload):
             continues=before,
             shared_tokens=shared,
             system_tokens=self.system_prompt_tokens,
+            tool=np.where(begins, -1, np.where(ends_turn, len(self.tool.weights), tool)),
         )
 
     def _contexts(

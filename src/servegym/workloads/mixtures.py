@@ -90,10 +90,14 @@ class Seconds(WorkloadPart):
 
     def draw_many(self, rng: np.random.Generator, num: int) -> FloatArray:
         """Draw durations in seconds, `float64[num]`."""
+        return self.draw_parts(rng, num)[0]
+
+    def draw_parts(self, rng: np.random.Generator, num: int) -> tuple[FloatArray, IntArray]:
+        """Draw durations in seconds, `float64[num]`, and of which part each is, `int64[num]`."""
         part = rng.choice(len(self.weights), num, p=np.array(self.weights) / sum(self.weights))
         z = rng.standard_normal(num)
         raw = np.array(self.medians_s)[part] * np.exp(np.array(self.sigmas)[part] * z)
-        return np.minimum(self.max_s, raw)
+        return np.minimum(self.max_s, raw), part
 
 
 def _mixture_mean(

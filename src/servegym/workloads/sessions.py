@@ -40,6 +40,7 @@ class Sessions:
         user: Number of the user, `int64[n]`; the rows of one follow each other. None: every
             session is that of another.
         user_tokens: With how many tokens of a text of their own the prompts of a user go on.
+        tool: What it waits for besides that answer, a number, `int64[n]`; None: nobody says it.
     """
 
     session: IntArray
@@ -52,6 +53,7 @@ class Sessions:
     system_tokens: int = 0
     user: IntArray | None = None
     user_tokens: int = 0
+    tool: IntArray | None = None
 
     def __len__(self) -> int:
         return int(self.session[-1]) + 1
@@ -161,6 +163,7 @@ class Sessions:
             tenant=None if self.user is None else self.user[order],
             after=np.where(after < 0, BY_ITSELF, place[after]),
             delay_s=np.where(after < 0, 0.0, self.delay_s[order]),
+            tool=None if self.tool is None else self.tool[order],
             prefix_offsets=offsets,
             prefix_keys=keys,
             prefix_ends=ends,
@@ -223,6 +226,7 @@ class Sessions:
             tenant=None if self.user is None else user,
             after=after,
             delay_s=np.where(after == BY_ITSELF, 0.0, self.delay_s[row]),
+            tool=None if self.tool is None else self.tool[row],
             prefix_offsets=offsets,
             prefix_keys=keys,
             prefix_ends=ends,

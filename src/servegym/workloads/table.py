@@ -38,6 +38,7 @@ class RequestTable:
         delay_s: Seconds from that end to its arrival: thinking, or tools at work, `float64[n]`. The
             `arrival_s` of such a request is when it would arrive if nobody waited. A request by
             itself that has a delay followed one that is not in the table; see `num_cut`.
+        tool: What runs from that end to its arrival, a number; -1 where nobody says it, `int16[n]`.
         prefix_offsets: Segments of request i are `prefix_offsets[i]:prefix_offsets[i+1]`,
             `int64[n+1]`.
         prefix_keys: Text of each segment, `int64[m]`.
@@ -54,6 +55,7 @@ class RequestTable:
     session: Int32Array
     after: Int32Array
     delay_s: FloatArray
+    tool: Int16Array
     prefix_offsets: IntArray
     prefix_keys: IntArray
     prefix_ends: Int32Array
@@ -110,6 +112,7 @@ class RequestTable:
         session: IntArray | Int32Array | None = None,
         after: IntArray | Int32Array | None = None,
         delay_s: FloatArray | None = None,
+        tool: IntArray | Int16Array | None = None,
         predicted_output_tokens: FloatArray | None = None,
         prefix_offsets: IntArray | None = None,
         prefix_keys: IntArray | None = None,
@@ -138,6 +141,7 @@ class RequestTable:
             session=column(session, -1, np.int32),  # type: ignore[arg-type]
             after=column(after, BY_ITSELF, np.int32),  # type: ignore[arg-type]
             delay_s=column(delay_s, 0, np.float64),  # type: ignore[arg-type]
+            tool=column(tool, -1, np.int16),  # type: ignore[arg-type]
             prefix_offsets=np.zeros(n + 1, np.int64)
             if prefix_offsets is None
             else np.asarray(prefix_offsets, np.int64),

@@ -1,0 +1,1 @@
+"""What becomes of the KV of ended turns, one rule a file."""

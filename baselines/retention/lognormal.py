@@ -1,0 +1,30 @@
+"""Turns are kept as long as those like them took to come back, if that is not long."""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+import numpy as np
+
+from servegym.cluster.state import KEEP, LEAVE, OFFLOAD
+from servegym.policy.retention import RetentionRule, Turn
+
+#: Before so many gaps were seen, a turn is taken to be like these, seconds.
+LEAST_GAPS, FIRST_GUESS_S = 8, 10.0
+
+
+def lognormal(quantile: float = 0.9, most: float = 60.0) -> RetentionRule:
+    """Keep a turn until a quantile of log-normal gaps fitted to those seen, unless that is long."""
+    z = NormalDist().inv_cdf(min(max(quantile, 1e-6), 1.0 - 1e-6))
+
+    def retain(turn: Turn) -> tuple[int, float]:
+        keep_s = FIRST_GUESS_S
+        if len(turn.gaps_s) >= LEAST_GAPS:
+            logs = np.log(np.maximum(turn.gaps_s, 1e-3))
+            keep_s = math.exp(min(50.0, float(logs.mean() + z * logs.std())))
+        if keep_s <= most:
+            return KEEP, keep_s
+        return (OFFLOAD if turn.tiered else LEAVE), 0.0
+
+    return RetentionRule("lognormal", "predictive", retain, "llm-d-router#2928: log-normal gaps")

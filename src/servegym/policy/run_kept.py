@@ -1,0 +1,146 @@
+"""Playing whole episodes under a dispatch policy and a rule for the KV of ended turns."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+import numpy as np
+
+from servegym.cluster.simulator import Simulator
+from servegym.cluster.spec import ClusterSpec, Episode, ReplicaType
+from servegym.cluster.state import DECISION, DONE, RETAIN, WHERE_IT_MATTERS, Asks
+from servegym.errors import ConfigError
+from servegym.policy.contract import Group
+from servegym.policy.observe import observe_batch
+from servegym.policy.policy import Heuristic, Observations
+from servegym.policy.retention import Kept, Turn
+from servegym.policy.run import require_whole_requests, run_compiled, tell_truth
+from servegym.typing import FloatArray
+
+#: Of gaps that a rule is shown, the latest so many.
+_MOST_GAPS = 256
+
+
+def make_simulator(
+    spec: ClusterSpec, episodes: list[Episode], *, record: bool = False
+) -> Simulator:
+    """Make a simulator that asks what becomes of the KV of ended turns.
+
+    Raises:
+        ConfigError: If nothing is kept of them anyway, or KV moves between replicas.
+    """
+    if spec.moves_kv:
+        raise ConfigError(
+            "retention rules and requests that move between replicas do not go together yet: take "
+            "the dispatch policy alone, or a cluster in which none moves"
+        )
+    if not spec.prefix_caching:
+        raise ConfigError(
+            "a retention rule says what becomes of blocks of the prefix cache, which is off: turn "
+            "it on, or take the dispatch policy alone"
+        )
+    return Simulator(spec, episodes, record=record, asks=Asks(retain=WHERE_IT_MATTERS))
+
+
+def run_kept(simulator: Simulator, policy: Kept, seed: int = 0) -> None:
+    """Drive every environment of a simulator to the end of its episode.
+
+    Args:
+        simulator: Freshly made by `make_simulator`.
+        policy: Decides; it is reset first.
+        seed: Of the policy's own randomness.
+    """
+    require_whole_requests(simulator, policy)
+    policy.reset(simulator.num_envs, seed)
+    tell_truth(simulator, policy.dispatch.information)
+    turns = [Turns(simulator, env) for env in range(simulator.num_envs)]
+    compiled = isinstance(policy.dispatch, Heuristic) and not policy.needs & Group.WHAT_IF
+    while True:
+        if compiled:
+            assert isinstance(policy.dispatch, Heuristic)
+            run_compiled(simulator, policy.dispatch)
+        elif (simulator.advance() == DONE).all():
+            return
+        due = simulator.reasons == DECISION
+        if not due.any():
+            return
+        answers = np.zeros(simulator.num_envs, np.int64)
+        asked = due & (simulator.state.env["decision"] == RETAIN)
+        for env in np.flatnonzero(asked).tolist():
+            turn = turns[env].due(tell=policy.retention.information == "oracle")
+            answers[env], keep_s = policy.retention.retain(turn)
+            simulator.state.env["keep_s"][env] = keep_s
+        if (due & ~asked).any():
+            observations, envs = observe_batch(simulator, policy.needs)
+            rows = ~asked[envs]
+            seen = Observations(*(part[rows] for part in observations))
+            answers[envs[rows]] = policy.act(seen, envs[rows])
+        simulator.apply(answers)
+
+
+class Turns:
+    """The turns of one environment: which have ended, and when the next ones came.
+
+    Args:
+        simulator: Freshly loaded.
+        env: Which of its environments.
+    """
+
+    def __init__(self, simulator: Simulator, env: int) -> None:
+        self._simulator, self._env = simulator, env
+        self._table = simulator.episodes[env].table
+        self._tool = self._table.tool
+        self._ended: list[int] = []
+        self._gaps_s: dict[int, list[float]] = defaultdict(list)
+        self._curves = [_recompute_curve(kind) for kind in simulator.spec.types]
+
+    def due(self, *, tell: bool) -> Turn:
+        """Return the turn that is to be decided; `tell` when the next one will come."""
+        simulator, env = self._simulator, self._env
+        spec, state = simulator.spec, simulator.state.env[env]
+        request = int(state["deciding"])
+        row = simulator.state.request[env, request]
+        kind_idx = int(simulator.episodes[env].type_idx[int(state["asking"])])
+        kind = spec.types[kind_idx]
+        now_s = float(state["now_s"])
+        self._learn(now_s)
+        self._ended.append(int(row["first_after"]))
+        tool = int(self._tool[row["first_after"]])
+        tokens = int(row["table_len"]) * spec.block_size
+        known, seconds = self._curves[kind_idx]
+        return Turn(
+            now_s=now_s,
+            kept_tokens=tokens,
+            kv_share=int(row["table_len"]) / kind.num_blocks,
+            recompute_s=float(np.interp(tokens, known, seconds)),
+            tiered=any((kind.host_kv, kind.disk_kv, spec.tiers.store)),
+            tool=tool,
+            gaps_s=np.array(self._gaps_s[tool][-_MOST_GAPS:]),
+            back_s=self._back_s(request) if tell else math.nan,
+        )
+
+    def _learn(self, now_s: float) -> None:
+        """Note the gaps of turns whose next ones have come."""
+        if not self._ended:
+            return
+        following = np.array(self._ended)
+        rows = self._simulator.state.request[self._env, following]
+        came = rows["arrival_s"] <= now_s
+        for i in following[came].tolist():
+            before = self._simulator.state.request[self._env, int(self._table.after[i])]
+            arrival_s = float(self._simulator.state.request[self._env, i]["arrival_s"])
+            self._gaps_s[int(self._tool[i])].append(arrival_s - float(before["finish_s"]))
+        self._ended = following[~came].tolist()
+
+    def _back_s(self, request: int) -> float:
+        """Seconds until the first of those that wait for a request comes."""
+        return float(self._table.delay_s[self._table.after == request].min())
+
+
+def _recompute_curve(kind: ReplicaType) -> tuple[FloatArray, FloatArray]:
+    """Seconds of the steps that compute a text alone, at so many tokens."""
+    budget = kind.max_num_batched_tokens
+    ends = np.arange(0, 65, dtype=np.float64) * budget
+    steps = [kind.grid.step_s([(budget, int(done))]) for done in ends[:-1]]
+    return ends, np.concatenate(([0.0], np.cumsum(steps)))
