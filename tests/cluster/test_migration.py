@@ -132,12 +132,10 @@ def without_pauses(events: np.ndarray) -> np.ndarray:
     return events
 
 
-@pytest.mark.parametrize(
-    ("block", "asked"), [*((block, False) for block in range(8)), (0, True), (1, True)]
-)
+@pytest.mark.parametrize(("block", "asked"), [*((block, False) for block in range(5)), (0, True)])
 def test_compiled_and_plain_simulator_agree_on_random_migrations(block, asked):
     seen = np.zeros(32, int)
-    for seed in range(40 * block, 40 * block + 40):
+    for seed in range(60 * block, 60 * block + 60):
         case = with_migration(*random_case(seed, ENGINES), seed)
         seen += np.bincount(assert_same_events(*case, asked=asked)["kind"], minlength=32)
     for kind in (EV_MIGRATE, EV_PAUSE, EV_STAY, EV_PREEMPT, EV_RETURN):

@@ -139,6 +139,7 @@ def test_document_has_stable_keys(compared):
         "seeds_asked",
         "servegym_version",
         "trace",
+        "uncertainty",
     }
     assert document["schema"] == "servegym-evaluation-1"
     assert len(document["aggregates"]) == 3 * 2

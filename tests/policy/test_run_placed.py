@@ -134,7 +134,7 @@ def test_planners_that_know_no_transfers_are_refused():
 
 def test_a_clairvoyant_search_is_refused():
     episodes = Dispatch().episodes(split(), [0])
-    with pytest.raises(ConfigError, match="only prefill or decode"):
+    with pytest.raises(ConfigError, match="they move from one to another"):
         episodes.clairvoyant([policy("round-robin")], budget=1.0)
 
 

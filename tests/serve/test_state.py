@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from servegym.cluster.engine import catch_up as book_ended_steps
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import SloClass
 from servegym.cluster.state import (
@@ -20,6 +19,7 @@ from servegym.cluster.state import (
     FAULT_DOWN,
     FAULT_UP,
 )
+from servegym.cluster.stretches import catch_up as book_ended_steps
 from servegym.policy.contract import (
     FIRST_NOMINAL,
     INFERRED,

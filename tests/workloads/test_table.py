@@ -58,6 +58,7 @@ def test_columns_have_their_types():
         "prefix_ends": "int32",
         "after": "int32",
         "delay_s": "float64",
+        "tool": "int16",
     }
 
 
