@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from servegym.agents.network_config import NetworkConfig
 from servegym.cli import _parse, main
-from servegym.errors import ExportError
+from servegym.errors import ConfigError, ExportError
 from servegym.export.manifest import Manifest, read_manifest
 from servegym.export.resolve import load_policy
 from servegym.problems.registry import PROBLEMS
@@ -140,6 +140,10 @@ def test_a_network_begins_with_the_parameters_of_its_own_rule():
     for words in (["--base", "prefix-load"], ["--base=prefix-load"]):
         assert _parse(["train", *words]).settings.network == NetworkConfig(base="prefix-load")
     assert _parse(["train"]).settings == PPOConfig()
+    inferred = ["train", "--extended", "--base", "added-delay-inferred:prefill=2"]
+    assert _parse(inferred).settings.network.base == "added-delay-inferred"
+    with pytest.raises(ConfigError, match="give --extended"):
+        _parse(["train", "--base", "added-delay-inferred"])
     given = _parse(["train", "--base", "speed-family:eta=0.5", "--hidden", "8"]).settings.network
     assert given == NetworkConfig(base="speed-family", base_params=(0.5,), hidden=8)
 

@@ -126,7 +126,7 @@ def train_command(words: Sequence[str], command: type[T]) -> type[T]:
     _refuse_others(words, scenario, problem.name, settings, command)
     usual = made_settings(settings, found, Path(file or "")) if found else settings()
     if base := _given(words, "--base"):
-        usual = _with_base(usual, base)
+        usual = _with_base(usual, base, words)
     kind = OmitArgPrefixes[Annotated[settings, arg(help=f"What trains {problem.name}.")]]  # type: ignore[valid-type]
     made = make_dataclass(
         command.__name__, [("settings", kind, field(default=usual))], bases=(command,), frozen=True
@@ -135,12 +135,14 @@ def train_command(words: Sequence[str], command: type[T]) -> type[T]:
     return made
 
 
-def _with_base(settings: Any, base: str) -> Any:
+def _with_base(settings: Any, base: str, words: Sequence[str]) -> Any:
     """Give a network the parameters of the rule that it is to begin as, not those of another."""
     network: Any = getattr(settings, "network", None)
     if "base_params" not in getattr(type(network), "model_fields", ()):
         return settings
     others = network.model_dump(exclude={"base", "base_params"})
+    if "--extended" in words:  # some rules can be a base with it alone
+        others["extended"] = True
     return replace(settings, network=type(network)(**others, base=base))
 
 
