@@ -170,7 +170,7 @@ def test_ctrl_c_keeps_the_checkpoint_and_the_same_command_goes_on(place):
         time.sleep(0.05)
     running.send_signal(signal.SIGINT)
     _, said = running.communicate()
-    assert running.returncode == 130
+    assert running.returncode == 130, said
     assert said.startswith("servegym: interrupted; run holds ")
     assert said.endswith(" updates, and the same command goes on from there\n")
     assert said.count("\n") == 1
