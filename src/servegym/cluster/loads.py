@@ -13,9 +13,8 @@ from servegym.cluster.blocks import hold_matched, name_blocks, take_for_chunk
 from servegym.cluster.entry import ADMIT_BESIDE_LOADS, LAND_LOAD, STOP_LOADS, entry
 from servegym.cluster.jit import helper, inlined
 from servegym.cluster.log import log_event
-from servegym.cluster.pool import take as take_block
-from servegym.cluster.remote import leave_remote, look_again
-from servegym.cluster.retention import is_retained, let_go, make_room
+from servegym.cluster.remote import join_remote, leave_remote, look_again, take_ahead
+from servegym.cluster.retention import is_retained, let_go
 from servegym.cluster.rng import block_identity, private_key
 from servegym.cluster.router import forget_outstanding, forget_prefill, take_back
 from servegym.cluster.running import admit_head, at_hand, leave_waiting, link_running
@@ -29,7 +28,6 @@ from servegym.cluster.state import (
     LANDING,
     NUM_TIERS,
     STORE,
-    TRANSFERRING,
     Params,
     State,
 )
@@ -120,8 +118,7 @@ def _begin(
     p: Params, s: State, e: int, r: int, request: int, hits: int, found: int, now_s: float
 ) -> None:
     """Begin to load blocks of the head of the queue; set blocks aside for its whole text."""
-    v, k = s.replica[e, r], s.link[e, r]
-    q, load = s.request[e, request], s.load[e, request]
+    v, q, load = s.replica[e, r], s.request[e, request], s.load[e, request]
     landing_s = _landing_s(p, s, e, r, request, now_s)
     for tier in range(NUM_TIERS):
         blocks = load.blocks[tier]
@@ -136,25 +133,14 @@ def _begin(
         identity = _identity(p, s, e, request, j)
         touch(s, e, r, tier_with(p, s, e, r, identity, now_s), identity)
     leave_waiting(s, e, r, request)
+    v.emitted -= q.generated
     hold_matched(p, s, e, r, request, hits)
     if p.retains and is_retained(s, e, r, q.after):
         let_go(p, s, e, r, q.after)
     blocks = (q.prompt + q.generated + p.block_size - 1) // p.block_size
-    make_room(p, s, e, r, blocks - hits)
-    row, pool, prefix_cache = s.table[e, r, q.seq_slot], s.block[e, r], s.prefix_cache[e, r]
-    for j in range(hits, blocks):
-        row[j] = take_block(pool, prefix_cache)
-    v.free_blocks -= blocks - hits
+    take_ahead(p, s, e, r, q.seq_slot, hits, blocks)
     q.table_len = blocks
-    q.status = TRANSFERRING
-    q.next_request = -1
-    q.prev_request = k.last_remote
-    if k.last_remote >= 0:
-        s.request[e, k.last_remote].next_request = request
-    else:
-        k.first_remote = request
-    k.last_remote = request
-    k.num_remote += 1
+    join_remote(s, e, r, request)
     load.hits = hits
     load.begin_s = now_s
     set_turn(s, e, landing_s, LANDING, request)
