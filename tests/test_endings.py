@@ -147,8 +147,8 @@ def test_full_disk_ends_training_in_one_line_and_what_was_saved_stays(place, cap
 
 @pytest.mark.parametrize("out", ["tiny.yaml", "tiny.yaml/below", "/proc/nowhere/run"])
 def test_output_folder_that_cannot_be_written_is_refused_first(place, capsys, monkeypatch, out):
-    ppo = pytest.importorskip("servegym.train.ppo")
-    monkeypatch.setattr(ppo, "Validation", None)  # nothing is played before
+    network_run = pytest.importorskip("servegym.train.network_run")
+    monkeypatch.setattr(network_run, "Validation", None)  # nothing is played before
     with pytest.raises(SystemExit) as end:
         main([*TRAIN[:-1], out, "--decisions", "1024"])
     assert end.value.code == 2

@@ -22,7 +22,6 @@ from typing_extensions import override
 from servegym.agents.network import Prepared
 from servegym.errors import ConfigError
 from servegym.policy.counterfactual import Teacher, worth_of
-from servegym.policy.policy import Policy
 from servegym.scenario import Scenario, load_scenario
 from servegym.train.arena import Arena
 from servegym.train.counterfactual_settings import CounterfactualTraining
@@ -31,7 +30,6 @@ from servegym.train.labels import advantages, label, make_teacher, require_whole
 from servegym.train.mix import Mix, is_mix, load_mix, parts_of
 from servegym.train.run_folder import StoredRun
 from servegym.train.training_run import Stage
-from servegym.train.validation import Validated, Validation
 
 #: First logit of holds and rejections; that of the rule's choice is 0.
 FIRST_EXTRA = -4.0
@@ -77,23 +75,10 @@ class CounterfactualTrainer(DispatcherRun[CounterfactualTraining]):
             )
         return DispatcherRun.completed(config, scenario)
 
-    @cached_property
-    def validations(self) -> list[Validation]:
-        """Validation episodes of each scenario, over the range of its loads."""
-        return [
-            Validation(
-                part.scenario,
-                loads=np.linspace(*part.load, 4).tolist(),
-                num_episodes=self.config.validation_episodes,
-                num_requests=self.config.validation_requests,
-            )
-            for part in self.parts
-        ]
-
+    @property
     @override
-    def validate_policy(self, policy: Policy) -> Validated:
-        found = [validation.play(policy) for validation in self.validations]
-        return Validated.joined(found, in_time=self.scenario.objective == "goodput")
+    def validation_size(self) -> tuple[int, int]:
+        return self.config.validation_episodes, self.config.validation_requests
 
     @property
     @override

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -26,7 +27,7 @@ from servegym.train.card import card, changed
 from servegym.train.mix import Mix, parts_of
 from servegym.train.run_folder import StoredRun
 from servegym.train.training_run import TrainingRun, copied
-from servegym.train.validation import Validated
+from servegym.train.validation import Validated, Validation
 from servegym.whole_files import write_whole
 
 
@@ -121,9 +122,29 @@ class NetworkRun(TrainingRun[N, Scenario | Mix, DispatchNetwork]):
         network = config.network.model_copy(update={"num_extra": num_extra})
         return replace(config, network=network)
 
+    @property
     @abstractmethod
+    def validation_size(self) -> tuple[int, int]:
+        """Validation episodes of each scenario, and requests of each episode."""
+
+    @cached_property
+    def validations(self) -> list[Validation]:
+        """Validation episodes of each scenario, over the range of its loads."""
+        num_episodes, num_requests = self.validation_size
+        return [
+            Validation(
+                part.scenario,
+                loads=np.linspace(*part.load, 4).tolist(),
+                num_episodes=num_episodes,
+                num_requests=num_requests,
+            )
+            for part in self.parts
+        ]
+
     def validate_policy(self, policy: Policy) -> Validated:
         """Play the validation episodes under any policy."""
+        found = [validation.play(policy) for validation in self.validations]
+        return Validated.joined(found, in_time=self.scenario.objective == "goodput")
 
     @property
     def update(self) -> int:

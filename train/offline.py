@@ -25,7 +25,6 @@ from typing_extensions import override
 
 from servegym.agents.network import DispatchNetwork, Prepared
 from servegym.errors import ConfigError
-from servegym.policy.policy import Policy
 from servegym.scenario import Scenario, load_scenario
 from servegym.train.dataset import DataSet, Decisions
 from servegym.train.mix import Mix
@@ -34,7 +33,6 @@ from servegym.train.offline_settings import OfflineTraining
 from servegym.train.returns import chosen
 from servegym.train.run_folder import StoredRun
 from servegym.train.training_run import Stage
-from servegym.train.validation import Validated, Validation
 
 #: Most that iql lets one action count.
 _MAX_WEIGHT = 20.0
@@ -83,19 +81,10 @@ class OfflineTrainer(NetworkRun[OfflineTraining]):
             )
         return config
 
-    @cached_property
-    def validation(self) -> Validation:
-        """Validation episodes, over the range of loads."""
-        return Validation(
-            self.parts[0].scenario,
-            loads=np.linspace(*self.config.load, 4).tolist(),
-            num_episodes=self.config.validation_episodes,
-            num_requests=self.config.validation_requests,
-        )
-
+    @property
     @override
-    def validate_policy(self, policy: Policy) -> Validated:
-        return self.validation.play(policy)
+    def validation_size(self) -> tuple[int, int]:
+        return self.config.validation_episodes, self.config.validation_requests
 
     @property
     @override

@@ -16,7 +16,6 @@ from typing_extensions import override
 from servegym.agents.network import Prepared
 from servegym.baselines.registry import policy
 from servegym.policy.counterfactual import Teacher
-from servegym.policy.policy import Policy
 from servegym.scenario import Scenario, load_scenario
 from servegym.train.dispatcher_run import DispatcherRun, episode_stats
 from servegym.train.imitation import demonstrations, imitate
@@ -26,9 +25,11 @@ from servegym.train.ppo_settings import PPOConfig
 from servegym.train.returns import RunningScale, chosen, gae, less_group_mean
 from servegym.train.run_folder import StoredRun
 from servegym.train.training_run import Stage
-from servegym.train.validation import Validated, Validation
 
 _log = logging.getLogger(__name__)
+
+#: Validation episodes, and requests of each.
+_VALIDATION = (16, 1024)
 
 
 class Trainer(DispatcherRun[PPOConfig]):
@@ -43,15 +44,10 @@ class Trainer(DispatcherRun[PPOConfig]):
         super().__init__(config, folder)
         self.scale = RunningScale(config.num_envs, config.horizon_s)
 
+    @property
     @override
-    def validate_policy(self, policy: Policy) -> Validated:
-        return self.validation.play(policy)
-
-    @cached_property
-    def validation(self) -> Validation:
-        """Validation episodes, over the range of loads."""
-        (part,) = self.parts
-        return Validation(part.scenario, loads=np.linspace(*part.load, 4).tolist())
+    def validation_size(self) -> tuple[int, int]:
+        return _VALIDATION
 
     @property
     @override

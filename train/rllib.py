@@ -17,13 +17,11 @@ from typing_extensions import override
 import servegym
 from servegym.agents.rllib_module import dispatch_module
 from servegym.errors import ConfigError
-from servegym.policy.policy import Policy
 from servegym.scenario import Scenario, load_scenario
 from servegym.train.network_run import NetworkRun
 from servegym.train.rllib_settings import RllibTraining
 from servegym.train.run_folder import StoredRun
 from servegym.train.training_run import Stage
-from servegym.train.validation import Validated, Validation
 
 _ENVIRONMENT = "servegym-dispatch"
 #: What RLlib calls the one module of an agent alone.
@@ -49,19 +47,10 @@ class RllibTrainer(NetworkRun[RllibTraining]):
         self._stored = ""  # name of RLlib's checkpoint to go on from
         self._started_ray = False
 
-    @cached_property
-    def validation(self) -> Validation:
-        """Validation episodes, over the range of loads."""
-        return Validation(
-            self.parts[0].scenario,
-            loads=np.linspace(*self.config.load, 4).tolist(),
-            num_episodes=self.config.validation_episodes,
-            num_requests=self.config.validation_requests,
-        )
-
+    @property
     @override
-    def validate_policy(self, policy: Policy) -> Validated:
-        return self.validation.play(policy)
+    def validation_size(self) -> tuple[int, int]:
+        return self.config.validation_episodes, self.config.validation_requests
 
     @property
     @override

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from pathlib import Path
@@ -18,7 +17,7 @@ from servegym.cluster.simulator import Simulator
 from servegym.errors import ConfigError
 from servegym.policy.run import run
 from servegym.scenario import load_scenario
-from servegym.train import ppo
+from servegym.train import network_run, ppo
 from servegym.train.ppo import PPOConfig, Trainer
 from servegym.train.returns import RunningScale, chosen, gae, less_group_mean
 from servegym.train.validation import FIRST_SEED, Validated, Validation
@@ -29,8 +28,7 @@ UPDATE = 4 * 16  # decisions of one update of the tiny runs
 @pytest.fixture
 def short_validation(monkeypatch):
     """Validate on two short episodes; the tiny runs are not about it."""
-    short = functools.partial(Validation, num_episodes=2, num_requests=40)
-    monkeypatch.setattr(ppo, "Validation", short)
+    monkeypatch.setattr(ppo, "_VALIDATION", (2, 40))
 
 
 @pytest.fixture
@@ -194,7 +192,8 @@ def test_run_returns_the_network_that_validated_best(tiny, tmp_path, monkeypatch
     class Scripted:
         """Likes the network after the second update best."""
 
-        def __init__(self, scenario, *, loads):
+        def __init__(self, scenario, *, loads, num_episodes, num_requests):
+            assert (num_episodes, num_requests) == (2, 40)
             assert loads == pytest.approx([0.6, 0.6 + 0.5 / 3, 0.6 + 1.0 / 3, 1.1])
             self.scripted = iter([1.0, 0.9, 0.7, 0.8, 0.95])
 
@@ -203,7 +202,7 @@ def test_run_returns_the_network_that_validated_best(tiny, tmp_path, monkeypatch
                 return Validated(np.full(3, 9.0), 9.0, 9.0)
             return Validated(np.full(3, next(self.scripted)), 1.0, 1.0)
 
-    monkeypatch.setattr(ppo, "Validation", Scripted)
+    monkeypatch.setattr(network_run, "Validation", Scripted)
     seen = []
     real = Trainer._learn
 
@@ -421,8 +420,7 @@ def test_learning_overcomes_a_bad_base(write_scenario, tmp_path: Path):
 
 def test_it_learns_from_what_all_choices_would_have_done(write_scenario, tmp_path, monkeypatch):
     # an H100 and two L40S: who counts requests alone sends too many to the slow ones
-    short = functools.partial(Validation, num_episodes=4, num_requests=300)
-    monkeypatch.setattr(ppo, "Validation", short)
+    monkeypatch.setattr(ppo, "_VALIDATION", (4, 300))
     config = PPOConfig(
         scenario=write_scenario(),
         total_decisions=8 * 16 * 64,
