@@ -107,6 +107,29 @@ def test_interrupted_training_says_that_nothing_is_saved_yet(place, capsys, monk
     assert capsys.readouterr().err == "servegym: interrupted; nothing was saved yet\n"
 
 
+def test_ctrl_c_that_python_drops_stops_training_at_the_next_update(place, capsys, monkeypatch):
+    ppo = pytest.importorskip("servegym.train.ppo")
+    rollout, rollouts, dropped = ppo.Trainer._rollout, [], []
+
+    class Dying:
+        def __del__(self):  # Python drops what is raised here
+            signal.raise_signal(signal.SIGINT)
+
+    def rolled_out(self, *values):
+        rollouts.append(Dying())
+        rollouts[-1] = None
+        return rollout(self, *values)
+
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: dropped.append(what.exc_type))
+    monkeypatch.setattr(ppo.Trainer, "_rollout", rolled_out)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as end:
+        main([*TRAIN, "--decisions", str(40 * 1024)])
+    assert (end.value.code, dropped, len(rollouts)) == (130, [KeyboardInterrupt], 1)
+    assert capsys.readouterr().err == "servegym: interrupted; nothing was saved yet\n"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_full_disk_ends_training_in_one_line_and_what_was_saved_stays(place, capsys, monkeypatch):
     pytest.importorskip("torch")
     real, count = os.fsync, [0]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -24,11 +26,45 @@ def trained(trainer: TrainingRun[Any, Any, Any], trackers: Sequence[TrackerName]
         trackers: Who else takes what it logs.
     """
     columns = (TextColumn("[bold]{task.description}"), BarColumn())
-    with _tracked(trainer, trackers), _sitting(trainer):
+    with _tracked(trainer, trackers), _sitting(trainer), _interruptible() as stop_if_asked:
         with Progress(*columns, TimeRemainingColumn()) as bar:
             task = bar.add_task("training", total=1.0)
-            trainer.run(lambda text, share: bar.update(task, description=text, completed=share))
+
+            def show(text: str, share: float) -> None:
+                stop_if_asked()
+                bar.update(task, description=text, completed=share)
+
+            trainer.run(show)
         return trainer.export()
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], None]]:
+    """Yield what raises a Ctrl-C that was pressed and led to nothing.
+
+    Python drops an exception that is raised in a destructor or in a callback of foreign code, and
+    for long stretches of training the main thread is in these: Ctrl-C would do nothing at all.
+    """
+    pressed = False
+
+    def interrupt(number: int, frame: object) -> None:
+        nonlocal pressed
+        pressed = True
+        raise KeyboardInterrupt
+
+    def stop_if_asked() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    ours = before is signal.default_int_handler and current_thread() is main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield stop_if_asked
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
