@@ -1,9 +1,9 @@
-"""Decisions per second of CPU time in a fleet of engines with orders, in every form there is.
+"""Decisions per second of CPU time in fleets with several agents, in every form there is.
 
 `python benchmarks/agents.py`:
 the dispatcher takes the replica with the fewest outstanding requests, schedulers the first request
-that they may; choosing is not timed. Median of rounds that alternate between the forms, so that
-whatever else the machine does meets all of them.
+that they may, and leave KV as it is; a controller moves nobody. Choosing is not timed. Median of
+rounds that alternate between the forms, so that whatever else the machine does meets all of them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from servegym.cluster.state import LEAVE
 from servegym.envs import cluster_v0
 from servegym.envs.cluster import ClusterVectorEnv
 from servegym.envs.cluster_batch import ClusterBatch
+from servegym.envs.cluster_kernels import KIND_MIGRATE, KIND_RETAIN
 from servegym.policy.contract import OUTSTANDING_REQUESTS
 
 DECISIONS = 4096
@@ -30,7 +32,19 @@ def choose(batch: ClusterBatch) -> np.ndarray:
     outstanding = batch.replicas[dispatches, :, OUTSTANDING_REQUESTS]
     allowed = batch.mask[dispatches, :width] == 1
     found[dispatches] = np.where(allowed, outstanding, np.inf).argmin(1)
+    if batch.num_answers:
+        found[batch.kind == KIND_RETAIN] = batch.first_answer + LEAVE
+    if batch.controller > 0:
+        found[batch.kind == KIND_MIGRATE] = batch.num_actions - 1
     return found
+
+
+def own(batch: ClusterBatch) -> int:
+    """Choose in the only environment of a batch, in the actions of the agent that is asked."""
+    action, agent = int(choose(batch)[0]), int(batch.agent[0])
+    if agent == batch.controller:
+        return action - batch.first_move
+    return action - (batch.num_dispatch if agent > 0 else 0)
 
 
 def turns(scenario: str) -> Callable[[], float]:
@@ -47,8 +61,7 @@ def turns(scenario: str) -> Callable[[], float]:
             if terminated:
                 env.reset()
                 continue
-            action = int(choose(env.batch)[0])
-            action -= 0 if env.batch.agent[0] == 0 else env.batch.num_dispatch
+            action = own(env.batch)
             begin = time.process_time()
             env.step(action)
             spent += time.process_time() - begin
@@ -68,9 +81,8 @@ def rounds(scenario: str) -> Callable[[], float]:
         for _ in range(DECISIONS):
             if not env.agents:
                 env.reset()
-            action, agent = int(choose(env.batch)[0]), int(env.batch.agent[0])
-            action -= 0 if agent == 0 else env.batch.num_dispatch
-            actions = {**passing, env.possible_agents[agent]: action}
+            asked = env.possible_agents[int(env.batch.agent[0])]
+            actions = {**passing, asked: own(env.batch)}
             begin = time.process_time()
             env.step(actions)
             spent += time.process_time() - begin
@@ -122,31 +134,37 @@ def sb3(scenario: str, num_envs: int) -> Callable[[], float]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--scenario", default="kv-starved-fleet")
+    names = ["kv-starved-fleet", "near-full-kv", "pd-unequal", "agents-tiers"]
+    parser.add_argument("--scenarios", nargs="+", default=names)
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
+    for scenario in args.scenarios:
+        measure(scenario, args.rounds)
+
+
+def measure(scenario: str, num_rounds: int) -> None:
+    """Measure all forms of a scenario, and print."""
     forms = {
-        "env (AEC)": turns(args.scenario),
-        "parallel_env": rounds(args.scenario),
-        "VectorEnv, 64": vector(args.scenario, 64),
-        "VectorEnv, 256": vector(args.scenario, 256),
-        "SB3 VecEnv, 64": sb3(args.scenario, 64),
-        "SB3 VecEnv, 256": sb3(args.scenario, 256),
+        "env (AEC)": turns(scenario),
+        "parallel_env": rounds(scenario),
+        "VectorEnv, 64": vector(scenario, 64),
+        "VectorEnv, 256": vector(scenario, 256),
+        "SB3 VecEnv, 64": sb3(scenario, 64),
+        "SB3 VecEnv, 256": sb3(scenario, 256),
     }
     taken: dict[str, list[float]] = {name: [] for name in forms}
-    for measure in forms.values():  # compiles
-        measure()
-    for _ in range(args.rounds):
-        for name, measure in forms.items():
-            taken[name].append(measure())
-    print(f"| {args.scenario} | decisions/s | lowest, highest |\n|---|---|---|")
+    for form in forms.values():  # compiles
+        form()
+    for _ in range(num_rounds):
+        for name, form in forms.items():
+            taken[name].append(form())
+    print(f"| {scenario} | decisions/s | lowest, highest |\n|---|---|---|")
     for name, times in taken.items():
-        rates = 1.0 / np.array(times)
-        low, middle, high = np.percentile(rates, (0, 50, 100))
+        low, middle, high = np.percentile(1.0 / np.array(times), (0, 50, 100))
         print(f"| `{name}` | {middle:,.0f} | {low:,.0f}, {high:,.0f} |")
-    agents = cluster_v0.parallel_env(args.scenario).max_num_agents
+    agents = cluster_v0.parallel_env(scenario).max_num_agents
     rate = agents / np.median(taken["parallel_env"])
-    print(f"\nparallel_env: {rate:,.0f} agents' actions/s, passes included")
+    print(f"\nparallel_env: {rate:,.0f} agents' actions/s, passes included\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`servegym/Cluster-v0`: where requests go and decode, and whom engines admit."""
+"""`servegym/Cluster-v0`: where requests go, decode and move, whom engines admit, what KV they keep."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from servegym.envs.cluster_batch import ClusterBatch
 from servegym.envs.migration_kernels import MOVE_FEATURES
 from servegym.envs.observation import column_table
 from servegym.envs.preemption_batch import ENGINE_FEATURES
+from servegym.envs.retention_kernels import TIER_FEATURES, turn_features
+from servegym.envs.settings import ClusterSettings
 from servegym.envs.single import BatchEnv
 from servegym.envs.vector import BatchVectorEnv
 from servegym.policy.contract import (
@@ -37,12 +39,17 @@ if that replica only prefills.
 Where requests migrate (`docs/migration.md`) a controller is asked, too, whenever a replica is short of
 memory: from which replica to which other one a request moves.
 
+Where there are tiers behind the GPUs' KV (`docs/kv-tiers.md`), the scheduler of a replica is asked
+what becomes of the KV of each turn that has ended there and that another request waits for.
+
 ## Action Space
 `Discrete`: first the actions of `Dispatch-v1` (replicas, then *hold* and *reject* if the scenario
 allows them), then those of `Preemption-v0` (rows of `requests`, then, with `allow_none`, *nobody*).
 The mask allows those of the agent that is asked. Where requests are placed there are only the first;
 to dispatch allows replicas that prefill, to place those that decode. Where requests migrate there are
-R * R + 1 more, the last: `source * R + target`, then *nobody*. Actions outside `action_mask` raise
+R * R + 1 more, the last: `source * R + target`, then *nobody*. Where it is asked what becomes of KV,
+behind the rows (of which there are none unless all engines are `vllm-priority`): *drop*, *leave*,
+*offload* (where the replica has tiers), and *keep* for each time of `keep_s`. Actions outside `action_mask` raise
 `InvalidAction` unless `invalid_action` says otherwise; `action_space.sample()` draws from those
 inside.
 
@@ -57,7 +64,9 @@ not see is 0. Then, one of them 1 and the others 0, `kind` (to dispatch, to admi
 All in raw units. Where requests are placed, `replicas` has {NUM_ROLE_FEATURES} columns more, `kind` is to dispatch
 or to place, and there are no `requests`, `engine` and `agent`. Where requests migrate there are `moves`
 (`float32[R, {len(MOVE_FEATURES)}]`), of the controller, and one more number in `kind` and `agent`, the last; and no
-`requests` and `engine` unless all engines are `vllm-priority`.
+`requests` and `engine` unless all engines are `vllm-priority`. Where it is asked what becomes of KV there are,
+of the scheduler that is asked, `turn` (`float32[{len(turn_features(ClusterSettings.keep_s))}]`, one number more or less for each time of `keep_s`) and
+`tiers` (`float32[{len(TIER_FEATURES)}]`), and one more number in `kind`, the last.
 
 Columns of `replicas`:
 
@@ -70,6 +79,14 @@ Where requests are placed, behind these:
 Of `moves`:
 
 {column_table(MOVE_FEATURES, "Feature")}
+
+Of `turn`:
+
+{column_table(turn_features(ClusterSettings.keep_s), "Feature")}
+
+Of `tiers`, all of the replica that is asked:
+
+{column_table(TIER_FEATURES, "Feature")}
 
 Of `request`:
 
@@ -95,7 +112,8 @@ decision after the last arrival instead.
 
 ## Arguments
 `scenario` (name, path or `Scenario`, of two replicas or more, all with `engine: vllm-priority` or
-some with a `role`, or with `migration`), `num_requests`; of schedulers `max_waiting`, `queue_order` (`shortest` by
+some with a `role`, or with `migration`, or with tiers of KV), `num_requests`; `retention` (whether it is
+asked what becomes of KV; where there are tiers if not given) and `keep_s` (times to keep it for, seconds); of schedulers `max_waiting`, `queue_order` (`shortest` by
 predicted tokens left, or `arrival`) and `allow_none`; `load` (factor on the arrival rate, or a range drawn per episode), `objective`,
 `reward_scale`, `shaping`, `warmup`, `episode_end`, `invalid_action` and `invalid_penalty`,
 `normalise`, `flat`; see `docs/env-cluster.md` and `docs/environments.md`.

@@ -11,10 +11,11 @@ from gymnasium.utils.seeding import np_random
 
 from servegym.cluster.state import OBSERVED_UP
 from servegym.envs.cluster_batch import ClusterBatch
-from servegym.envs.cluster_kernels import KIND_PREEMPT
+from servegym.envs.cluster_kernels import KIND_PREEMPT, KIND_RETAIN
 from servegym.envs.migration_kernels import MOVE_FEATURES
-from servegym.envs.observation import Table
+from servegym.envs.observation import Column, Table
 from servegym.envs.preemption_batch import ENGINE_FEATURES
+from servegym.envs.retention_kernels import TIER_FEATURES
 from servegym.envs.settings import ClusterSettings, make_settings, one_of
 from servegym.envs.single import RENDER_MODES, check_options, check_render_mode, draw
 from servegym.errors import ConfigError, InvalidAction, ResetNeeded
@@ -40,6 +41,9 @@ CONTROLLER = "controller_0"
 _IS_PREEMPTION = Feature(
     "is_preemption", 0, 1, "-", Group.COUNTERS, "1 if it is asked whom to preempt"
 )
+_IS_RETENTION = Feature(
+    "is_retention", 0, 1, "-", Group.COUNTERS, "1 if it is asked what becomes of a turn's KV"
+)
 _IS_ASKED = Feature("is_asked", 0, 1, "-", Group.COUNTERS, "1 for the agent whose decision is due")
 
 
@@ -58,8 +62,8 @@ class ClusterAgents:
 
     Attributes:
         batch: The batch of one that is played.
-        possible_agents: The dispatcher, then the scheduler of each replica of the largest fleet;
-            the dispatcher alone where some replicas only prefill or decode.
+        possible_agents: The dispatcher, then, if engines ask anybody, the scheduler of each
+            replica of the largest fleet, then the controller if requests migrate.
         agents: Those who take part now.
         state_space: Of `state`.
     """
@@ -105,7 +109,7 @@ class ClusterAgents:
         self._place = {name: i for i, name in enumerate(self.possible_agents)}
         self._num_schedulers = width
         self.agents: list[str] = []
-        sizes = [n + can_pass for n in (self.batch.num_dispatch, self.batch.num_picks)]
+        sizes = [n + can_pass for n in (self.batch.num_dispatch, self.batch.num_scheduled)]
         self._num_actions = [sizes[0], *[sizes[1]] * width]
         self._num_actions += [self.batch.num_moves + can_pass] * len(self._others)
         self._make_spaces(given.normalise)
@@ -121,9 +125,16 @@ class ClusterAgents:
         width, rows = self.batch.num_schedulers, self.batch.requests.shape[1]
         replicas = self.batch.shown * self.batch.num_replicas
         columns = [*replicas, *REQUEST_FEATURES[:NUM_OBSERVED_REQUEST_FEATURES]]
-        of_engine = [*ORDERING_FEATURES * rows, *ENGINE_FEATURES, _IS_PREEMPTION]
+        of_engine: list[Column] = []
+        own: list[Column] = []
+        if rows:
+            own += ENGINE_FEATURES
+            of_engine += [*ORDERING_FEATURES * rows, *ENGINE_FEATURES, _IS_PREEMPTION]
+        if self.batch.num_answers:
+            own += TIER_FEATURES
+            of_engine += [*self.batch.turn_features, *TIER_FEATURES, _IS_RETENTION]
         of_moves = [*MOVE_FEATURES * self.batch.moves.shape[1]]
-        of_fleet = [*columns, *ENGINE_FEATURES * width, *of_moves]
+        of_fleet = [*columns, *own * width, *self.batch.turn_features, *of_moves]
         of_fleet += [_IS_ASKED] * len(self.possible_agents)
         parts = [columns, *[of_engine] * width, *[of_moves] * len(self._others)]
         self._tables = [Table(part, (len(part),)) for part in parts]
@@ -162,16 +173,18 @@ class ClusterAgents:
         """What a centralised critic may see, `float32[n]`.
 
         The dispatcher's observation (its request is 0 where no dispatch is due), the own features
-        of each engine, the controller's observation, and who is asked, one number an agent.
+        of each engine and of its tiers, the turn that is asked about, the controller's observation,
+        and who is asked, one number an agent.
         """
         batch, v = self.batch, self._views
         batch.look(0, 0, 1 + self._num_schedulers, v)
-        engine = v.engine.copy()
+        own = [v.engine] * bool(batch.requests.shape[1]) + [v.tiers] * bool(batch.num_answers)
+        engine = np.concatenate((*own, np.zeros((batch.num_schedulers, 0), np.float32)), axis=1)
         engine[self._num_schedulers :] = 0.0
         asked = np.zeros(len(self.possible_agents), np.float32)
         if not batch.done[0]:
             asked[batch.agent[0]] = 1.0
-        parts = [v.replicas.ravel(), v.request, engine.ravel()]
+        parts = [v.replicas.ravel(), v.request, engine.ravel(), v.turn]
         if self._others:
             parts.append(batch.look_at_moves(0).ravel())
         raw = np.concatenate((*parts, asked))
@@ -233,7 +246,7 @@ class ClusterAgents:
         batch = self.batch
         if i == batch.controller:
             return batch.first_move, batch.num_moves
-        return (0, batch.num_dispatch) if i == 0 else (batch.num_dispatch, batch.num_picks)
+        return (0, batch.num_dispatch) if i == 0 else (batch.num_dispatch, batch.num_scheduled)
 
     def _earned(self, asked: int) -> dict[str, float]:
         batch, names = self.batch, self.possible_agents
@@ -263,15 +276,28 @@ class ClusterAgents:
             seen.append(np.concatenate((v.replicas.ravel(), v.request)))
         begin, end = max(first - 1, 0), stop - 1
         if end > begin:
-            requests = v.requests[begin:end].reshape(end - begin, -1)
-            kind = np.zeros((end - begin, 1), np.float32)
-            r = int(batch.agent[0]) - 1
-            if begin <= r < end and batch.kind[0] == KIND_PREEMPT:
-                kind[r - begin] = 1.0
-            seen.extend(np.concatenate((requests, v.engine[begin:end], kind), axis=1))
+            seen.extend(np.concatenate(self._scheduler_views(begin, end), axis=1))
         if batch.settings.normalise:
             seen = [self._tables[i].normalised(part) for i, part in enumerate(seen, start=first)]
         return seen
+
+    def _scheduler_views(self, begin: int, end: int) -> list[Float32Array]:
+        """Return what has been written for the schedulers of replicas `begin..end-1`."""
+        batch, v = self.batch, self._views
+        r = int(batch.agent[0]) - 1 - begin
+        preempts, retains = np.zeros((2, end - begin, 1), np.float32)
+        turn = np.zeros((end - begin, v.turn.shape[0]), np.float32)
+        if 0 <= r < end - begin:
+            preempts[r] = batch.kind[0] == KIND_PREEMPT
+            retains[r] = batch.kind[0] == KIND_RETAIN
+            turn[r] = v.turn
+        parts: list[Float32Array] = []
+        if batch.requests.shape[1]:
+            requests = v.requests[begin:end].reshape(end - begin, -1)
+            parts += [requests, v.engine[begin:end], preempts]
+        if batch.num_answers:
+            parts += [turn, v.tiers[begin:end], retains]
+        return parts
 
     def _mask(self, i: int) -> Int8Array:
         """Return the mask of an agent; of one that is not asked one action: samplers need it."""

@@ -10,17 +10,18 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from servegym.cluster.entry import ANSWER_MOVE, SEE_MOVES
+from servegym.cluster.entry import ANSWER_MOVE, SEE_MOVES, SEE_TIERS, SEE_TURN
 from servegym.cluster.jit import fixed
 from servegym.cluster.simulator import Simulator
-from servegym.cluster.spec import Episode
-from servegym.cluster.state import ALWAYS, WHERE_IT_MATTERS, Asks
+from servegym.cluster.spec import ClusterSpec, Episode
+from servegym.cluster.state import ALWAYS, KEEP, LEAVE, OFFLOAD, WHERE_IT_MATTERS, Asks
 from servegym.envs.cluster_kernels import (
     KIND_ADMIT,
     KIND_DISPATCH,
     KIND_MIGRATE,
     KIND_PLACE,
     KIND_PREEMPT,
+    KIND_RETAIN,
     NUM_KINDS,
     KernelSettings,
     Memory,
@@ -40,6 +41,14 @@ from servegym.envs.request_scene import (
     move_deed,
     pick_deed,
     place_deed,
+    retain_deed,
+)
+from servegym.envs.retention_kernels import (
+    TIER_FEATURES,
+    Turns,
+    num_answers,
+    num_sums,
+    turn_features,
 )
 from servegym.envs.scene import Scene
 from servegym.envs.settings import ClusterSettings
@@ -58,6 +67,7 @@ from servegym.policy.contract import (
 from servegym.policy.layout import scenario_actions
 from servegym.policy.observe import prepare
 from servegym.policy.ordering import NUM_ORDERING_FEATURES, ORDERING_FEATURES
+from servegym.policy.run_kept import check_retention
 from servegym.typing import BoolArray, Float32Array, FloatArray, Int8Array, IntArray
 
 
@@ -68,7 +78,9 @@ class ClusterBatch(RequestBatch):
     observed is what the agent that is asked sees; the other arrays are 0. In a fleet in which some
     replicas only prefill or decode there are no schedulers: the dispatcher is also asked where a
     request decodes, and has only the actions of a dispatch. Where requests migrate there is a
-    controller, whose actions are the last; there are schedulers if all engines have orders.
+    controller, whose actions are the last. There are schedulers if all engines have orders, and
+    where it is decided what becomes of the KV of ended turns; the actions for that are behind the
+    others of a scheduler.
 
     Args:
         num_envs: Environments.
@@ -77,9 +89,10 @@ class ClusterBatch(RequestBatch):
 
     Attributes:
         num_replicas: Replica rows, R; fleets may be smaller.
-        num_schedulers: R, or 0 where engines have no orders.
+        num_schedulers: R, or 0 where engines ask nobody.
         num_dispatch: Actions of a dispatch.
-        num_picks: Actions of a scheduler.
+        num_picks: Actions of a scheduler that pick a request.
+        num_answers: Those that say what becomes of the KV of a turn, 0 where nobody is asked.
         num_moves: Actions of a controller, 0 without one.
         max_waiting: Rows for waiting requests.
         max_running: Rows for running requests: the largest `max_num_seqs`.
@@ -90,8 +103,10 @@ class ClusterBatch(RequestBatch):
         requests: Observation, `float32[num_envs, max_waiting + max_running, 17]`.
         engine: Observation, `float32[num_envs, 5]`.
         moves: Observation, `float32[num_envs, R, len(MOVE_FEATURES)]`, if there is a controller.
-        kind: What is asked, 0 to dispatch, 1 to admit, 2 to preempt, 3 to place, 4 to migrate,
-            `int8[num_envs]`; observed as one number for each kind that there is.
+        turn: Observation, `float32[num_envs, T]`, if it is asked what becomes of turns.
+        tiers: Observation, `float32[num_envs, len(TIER_FEATURES)]`, if it is.
+        kind: What is asked, 0 to dispatch, 1 to admit, 2 to preempt, 3 to place, 4 to migrate, 5 to
+            retain, `int8[num_envs]`; observed as one number for each kind that there is.
         agent: Who is asked, 0 the dispatcher, 1 + r the scheduler of replica r, behind all of them
             the controller, `int64[num_envs]`; observed as one number an agent.
         of_replica: The part of the last reward that each replica's own requests are, before
@@ -106,36 +121,45 @@ class ClusterBatch(RequestBatch):
         self, num_envs: int, settings: ClusterSettings, *, by_replica: bool = False
     ) -> None:
         super().__init__(num_envs, settings)
-        types = self.scenario.spec.types
-        self._places = self.scenario.spec.disaggregated
-        self._moves = self.scenario.spec.migrates
+        spec = self.scenario.spec
+        types = spec.types
+        self._places, self._moves = spec.disaggregated, spec.migrates
         self._orders = {t.engine for t in types} == {"vllm-priority"}
-        if self.scenario.max_replicas < 2 or not (self._places or self._moves or self._orders):
+        self._retains = _retains(settings, spec)
+        something = self._places or self._moves or self._orders or self._retains
+        if self.scenario.max_replicas < 2 or not something:
             raise ConfigError(
                 f"scenario {self.scenario.name} must have a fleet of two replicas or more with "
                 "engine: vllm-priority in every entry, as kv-starved-fleet has, or with some whose "
-                "role is prefill or decode, as pd-equal has, or with migration, as near-full-kv has"
+                "role is prefill or decode, as pd-equal has, or with migration, as near-full-kv "
+                "has, or with tiers of KV, as agents-tiers has; or give retention=True"
             )
         if not self._orders:
-            _refuse_order_settings(settings)
+            _refuse(settings, ("max_waiting", "queue_order", "allow_none"), _NO_ORDERS)
+        if not self._retains:
+            _refuse(settings, ("keep_s",), _NO_RETENTION)
         actions = self.scenario.actions
         self.num_replicas = width = self.scenario.max_replicas
         own = scenario_actions(width, hold=actions.hold, reject=actions.reject)
-        self.num_schedulers = width if self._orders else 0
+        self.num_schedulers = width if self._orders or self._retains else 0
         self.max_waiting = settings.max_waiting if self._orders else 0
         self.max_running = max(t.max_num_seqs for t in types) if self._orders else 0
         rows = (self.max_waiting + self.max_running, NUM_ORDERING_FEATURES)
         self.num_dispatch, self.num_picks = len(own), rows[0] + settings.allow_none
+        keep_s = tuple(map(float, settings.keep_s)) if self._retains else ()
+        self.num_answers = num_answers(keep_s) if self._retains else 0
         self.num_moves = num_pairs(width) if self._moves else 0
         self.shown = REPLICA_FEATURES[:NUM_OBSERVED_FEATURES]
         kinds = [KIND_DISPATCH]
         kinds += [KIND_ADMIT, KIND_PREEMPT] * self._orders + [KIND_PLACE] * self._places
-        kinds += [KIND_MIGRATE] * self._moves
+        kinds += [KIND_MIGRATE] * self._moves + [KIND_RETAIN] * self._retains
         self._kinds = np.eye(NUM_KINDS, dtype=np.int8)[:, kinds]
         self._asks = Asks(place=WHERE_IT_MATTERS, migrate=WHERE_IT_MATTERS)
         if self._orders:
             admit = ALWAYS if settings.allow_none else WHERE_IT_MATTERS
             self._asks = self._asks._replace(admit=admit, preempt=WHERE_IT_MATTERS)
+        if self._retains:
+            self._asks = self._asks._replace(retain=WHERE_IT_MATTERS)
         groups = Group.COUNTERS | Group.METRICS | Group.PREFIX
         if self._places:
             self.shown += REPLICA_FEATURES[FIRST_ROLE:]
@@ -155,11 +179,18 @@ class ClusterBatch(RequestBatch):
             tables["engine"] = Table(ENGINE_FEATURES, (len(ENGINE_FEATURES),))
         if self._moves:
             tables["moves"] = Table(MOVE_FEATURES, (width, len(MOVE_FEATURES)))
+        self.turn_features = turn_features(keep_s) if self._retains else ()
+        self.tier_features = TIER_FEATURES if self._retains else ()
+        if self._retains:
+            tables["turn"] = Table(self.turn_features, (len(self.turn_features),))
+            tables["tiers"] = Table(TIER_FEATURES, (len(TIER_FEATURES),))
         num_agents = 1 + self.num_schedulers + self._moves
         if num_agents > 1:
             others["agent"] = spaces.MultiBinary(num_agents)
         self.controller = num_agents - 1 if self._moves else -1
-        self._allocate(self.num_dispatch + self.num_picks + self.num_moves, tables, others)
+        self.num_scheduled = self.num_picks + self.num_answers
+        self.first_move = self.num_dispatch + self.num_scheduled
+        self._allocate(self.first_move + self.num_moves, tables, others)
         self._kernel_settings = KernelSettings(
             needs=int(groups),
             by_arrival=settings.queue_order == "arrival",
@@ -169,6 +200,7 @@ class ClusterBatch(RequestBatch):
             width=self.max_waiting,
             num_roles=NUM_ROLE_FEATURES if self._places else 0,
             controller=self.controller,
+            first_answer=self.num_dispatch + self.num_picks,
         )
         self.replicas: Float32Array = np.zeros((num_envs, width, len(self.shown)), np.float32)
         self.request: Float32Array = np.zeros((num_envs, NUM_OBSERVED_REQUEST_FEATURES), np.float32)
@@ -177,6 +209,8 @@ class ClusterBatch(RequestBatch):
         self.moves: Float32Array = np.zeros(
             (num_envs, width if self._moves else 0, len(MOVE_FEATURES)), np.float32
         )
+        self.turn: Float32Array = np.zeros((num_envs, len(self.turn_features)), np.float32)
+        self.tiers: Float32Array = np.zeros((num_envs, len(self.tier_features)), np.float32)
         self.kind: Int8Array = np.zeros(num_envs, np.int8)
         self.agent: IntArray = np.zeros(num_envs, np.int64)
         self.of_replica: FloatArray = np.zeros((num_envs, width))
@@ -189,6 +223,9 @@ class ClusterBatch(RequestBatch):
             self.engine,
             self.kind,
             self.moves,
+            self.turn,
+            self.tiers,
+            _no_turns(num_envs, keep_s),
             self.agent,
             np.zeros((num_envs, self.num_dispatch), np.int8),
             self.mask,
@@ -212,6 +249,9 @@ class ClusterBatch(RequestBatch):
         if self._moves:
             simulator.require(SEE_MOVES)
             simulator.require(ANSWER_MOVE)
+        if self._retains:
+            simulator.require(SEE_TURN)
+            simulator.require(SEE_TIERS)
         return simulator
 
     @override
@@ -220,10 +260,27 @@ class ClusterBatch(RequestBatch):
         p, s = self.simulator.params, self.simulator.state
         known = self._output.counted
         if known.shape[1] < s.request.shape[1]:  # the simulator has grown
-            grown = np.zeros((self.num_envs, s.request.shape[1]), np.bool_)
-            grown[:, : known.shape[1]] = known
+            grown = _grown(known, s.request.shape[1])
             self._output = self._output._replace(counted=grown)
+        if self._retains:
+            self._tell_tools(env, episode)
         return begin(p, s, self._kernel_settings, self._output, env, self._memory())
+
+    def _tell_tools(self, env: int, episode: Episode) -> None:
+        """Note which tool runs before each request of an episode; make room for more of them."""
+        turns, tool = self._output.turns, 1 + episode.table.tool.astype(np.int64)
+        size = self.simulator.state.request.shape[1]
+        if turns.tool.shape[1] < size or turns.gaps.shape[1] <= tool.max():
+            tools = max(turns.gaps.shape[1], 1 + int(tool.max()))
+            turns = turns._replace(
+                tool=_grown(turns.tool, size),
+                number=_grown(turns.number, size),
+                first=_grown(turns.first, size),
+                awaited=_grown(turns.awaited, size),
+                gaps=_grown(turns.gaps, tools),
+            )
+            self._output = self._output._replace(turns=turns)
+        turns.tool[env, : len(tool)] = tool
 
     @override
     def _no_decision(self, drawn: bool) -> str:
@@ -251,17 +308,21 @@ class ClusterBatch(RequestBatch):
             parts |= {"requests": self.requests, "engine": self.engine}
         if self._moves:
             parts["moves"] = self.moves
+        if self._retains:
+            parts |= {"turn": self.turn, "tiers": self.tiers}
         parts["kind"] = self._kinds[self.kind]
-        if self._orders or self._moves:
+        if self._agents.shape[0] > 1:
             parts["agent"] = self._agents[self.agent]
         return {**parts, "action_mask": self.mask}
 
     @override
     def _rule_action(self, env: int) -> int:
-        """Least outstanding requests; first come, first served; the scenario's rule moves."""
+        """Least outstanding requests; first come, first served; the scenario's rules for KV."""
         if self.kind[env] == KIND_MIGRATE:
             p, s = self.simulator.params, self.simulator.state
             return self.first_move + rule_pair(p, s, env, self.num_replicas)
+        if self.kind[env] == KIND_RETAIN:
+            return self.first_answer + self._usual_answer(env)
         if self.is_dispatchers(env):
             outstanding = self.replicas[env, :, OUTSTANDING_REQUESTS]
             load = np.where(self.mask[env, : self.num_replicas] == 1, outstanding, np.inf)
@@ -274,9 +335,16 @@ class ClusterBatch(RequestBatch):
         return self.num_dispatch + int(rows[order.argmax() if preempts else order.argmin()])
 
     @property
-    def first_move(self) -> int:
-        """Actions before those of the controller."""
+    def first_answer(self) -> int:
+        """Actions before those that say what becomes of the KV of a turn."""
         return self.num_dispatch + self.num_picks
+
+    def _usual_answer(self, env: int) -> int:
+        """What becomes of a turn where nobody is asked, as far as one answer can say it."""
+        usual_s = self.scenario.spec.retain_kv_s
+        if usual_s > 0:
+            return KEEP + int(np.abs(self._output.turns.keep_s - usual_s).argmin())
+        return OFFLOAD if self.mask[env, self.first_answer + OFFLOAD] else LEAVE
 
     def is_dispatchers(self, env: int) -> bool:
         """Whether the dispatcher's actions are asked for in an environment."""
@@ -294,13 +362,16 @@ class ClusterBatch(RequestBatch):
             np.zeros(NUM_OBSERVED_REQUEST_FEATURES, np.float32),
             np.zeros((width, rows, columns), np.float32),
             np.zeros((width, len(ENGINE_FEATURES)), np.float32),
+            np.zeros(len(self.turn_features), np.float32),
+            np.zeros((width if self._retains else 0, len(TIER_FEATURES)), np.float32),
             np.zeros(rows, np.int64),
         )
 
     def look(self, env: int, first: int, stop: int, views: Views) -> None:
         """Write what agents `first..stop-1` of an environment see now, whoever is asked."""
         p, s = self.simulator.params, self.simulator.state
-        arguments = (p, s, self._kernel_settings, views, env, first, stop, self._own_memory)
+        c, turns = self._kernel_settings, self._output.turns
+        arguments = (p, s, c, turns, views, env, first, stop, self._own_memory)
         fixed(look, *arguments)(*arguments)
 
     def look_at_moves(self, env: int) -> Float32Array:
@@ -320,6 +391,9 @@ class ClusterBatch(RequestBatch):
     def _deed(self, env: int, action: int) -> str:
         if self.kind[env] == KIND_MIGRATE:
             return move_deed(action - self.first_move, self.num_replicas)
+        if self.kind[env] == KIND_RETAIN:
+            times_s = self._output.turns.keep_s
+            return retain_deed(self.simulator, env, action - self.first_answer, times_s)
         if self.kind[env] == KIND_PLACE:
             return place_deed(self.simulator, env, action)
         if self.kind[env] == KIND_DISPATCH:
@@ -333,12 +407,47 @@ class ClusterBatch(RequestBatch):
         return cluster_scene(self.scenario, self.simulator, env)
 
 
-def _refuse_order_settings(settings: ClusterSettings) -> None:
-    """Refuse what is said about schedulers where there are none."""
+#: What settings are about that mean nothing in some scenarios.
+_NO_ORDERS = "the schedulers of engines with orders, and here there are none: leave it out"
+_NO_RETENTION = (
+    "what becomes of the KV of ended turns, and here nobody is asked: leave it out, or give "
+    "retention=True"
+)
+
+
+def _refuse(settings: ClusterSettings, names: tuple[str, ...], about: str) -> None:
+    """Refuse what is said about what a scenario does not have."""
     defaults = {field.name: field.default for field in fields(settings)}
-    for name in ("max_waiting", "queue_order", "allow_none"):
+    for name in names:
         if getattr(settings, name) != defaults[name]:
-            raise ConfigError(
-                f"{name} is about the schedulers of engines with orders, and here there are none: "
-                "leave it out"
-            )
+            raise ConfigError(f"{name} is about {about}")
+
+
+def _retains(settings: ClusterSettings, spec: ClusterSpec) -> bool:
+    """Whether it is asked what becomes of the KV of ended turns."""
+    if settings.retention is None:
+        return spec.tiered and not spec.moves_kv
+    if settings.retention:
+        check_retention(spec, "retention=True", "leave it out")
+    return settings.retention
+
+
+def _no_turns(num_envs: int, keep_s: tuple[float, ...]) -> Turns:
+    """Make what is noted of turns, before there are any."""
+    tool, number, first, awaited = (np.zeros((num_envs, 0), np.int64) for _ in range(4))
+    return Turns(
+        np.array(keep_s),
+        tool,
+        number,
+        first,
+        awaited,
+        np.zeros(num_envs, np.int64),
+        np.zeros((num_envs, 0, num_sums(keep_s))),
+    )
+
+
+def _grown(array: NDArray[Any], size: int) -> NDArray[Any]:
+    """Return an array with a longer second axis, which is 0 where it is new."""
+    grown = np.zeros((array.shape[0], size, *array.shape[2:]), array.dtype)
+    grown[:, : array.shape[1]] = array
+    return grown

@@ -15,6 +15,7 @@ from servegym.cluster.state import (
     NOBODY,
     PLACE,
     REJECTED,
+    RETAIN,
     Params,
     State,
 )
@@ -22,15 +23,24 @@ from servegym.envs.dispatch_kernels import core_action, write_observation, write
 from servegym.envs.kernels import waited
 from servegym.envs.migration_kernels import answer_move, see_moves
 from servegym.envs.preemption_kernels import allow_picks, write_engine
+from servegym.envs.retention_kernels import (
+    Turns,
+    allow_answers,
+    begin_turns,
+    core_retention,
+    note_turn,
+    see_tiers,
+    write_turn,
+)
 from servegym.policy.contract import PREFIX_HIT_TOKENS, Group
 from servegym.policy.observe import observe
 from servegym.typing import BoolArray, Float32Array, FloatArray, Int8Array, IntArray
 from servegym.workloads.table import BY_ITSELF
 
-#: Kinds of decisions; the dispatcher dispatches and places, schedulers admit and preempt, the
-#: controller lets requests migrate.
-KIND_DISPATCH, KIND_ADMIT, KIND_PREEMPT, KIND_PLACE, KIND_MIGRATE = range(5)
-NUM_KINDS = 5
+#: Kinds of decisions; the dispatcher dispatches and places, schedulers admit, preempt and retain,
+#: the controller lets requests migrate.
+KIND_DISPATCH, KIND_ADMIT, KIND_PREEMPT, KIND_PLACE, KIND_MIGRATE, KIND_RETAIN = range(6)
+NUM_KINDS = 6
 
 _PREFIX = int(Group.PREFIX)
 
@@ -47,6 +57,7 @@ class KernelSettings(NamedTuple):
         width: Rows for waiting requests; the running ones follow.
         num_roles: How many of a replica's features, the last, are those about roles.
         controller: Number of the agent that lets requests migrate.
+        first_answer: First action that says what becomes of a turn's KV.
     """
 
     needs: int
@@ -57,15 +68,16 @@ class KernelSettings(NamedTuple):
     width: int
     num_roles: int
     controller: int
+    first_answer: int
 
 
 class Output(NamedTuple):
     """What environments give.
 
     Axes: E environments, R replica rows, F features of a replica, M rows of requests, D dispatch
-    actions, P those of a controller, A all actions: those of a dispatch, rows, nobody where that is
-    allowed, those of a controller. What the asked agent does not see is 0. Where there are no
-    schedulers M is 0, where there is no controller P is.
+    actions, A all actions: those of a dispatch, rows, nobody where that is allowed, what becomes of
+    a turn's KV, those of a controller. What the asked agent does not see is 0. Where engines have
+    no orders M is 0.
     """
 
     replicas: Float32Array  # [E, R, F]: NUM_OBSERVED_FEATURES, and those about roles where needed
@@ -74,6 +86,9 @@ class Output(NamedTuple):
     engine: Float32Array  # [E, number of the engine's features]
     kind: Int8Array  # [E] KIND_*
     moves: Float32Array  # [E, R, len(MOVE_FEATURES)]; R is 0 where there is no controller
+    turn: Float32Array  # [E, number of a turn's features]
+    tiers: Float32Array  # [E, len(TIER_FEATURES)]
+    turns: Turns
     agent: IntArray  # [E] who is asked: 0 the dispatcher, 1 + r the scheduler of replica r, ...
     mask: Int8Array  # [E, D] of the dispatch or placing that is due
     allowed: Int8Array  # [E, A]
@@ -105,6 +120,8 @@ class Views(NamedTuple):
     )
     requests: Float32Array  # [R, M, NUM_ORDERING_FEATURES]
     engine: Float32Array  # [R, number of the engine's features]
+    turn: Float32Array  # [number of a turn's features], 0 where no turn is asked about
+    tiers: Float32Array  # [R, len(TIER_FEATURES)]; R is 0 where nobody is asked about turns
     ids: IntArray  # [M], working memory
 
 
@@ -134,6 +151,13 @@ def _write_decision(p: Params, s: State, c: KernelSettings, o: Output, e: int, m
         see_moves(p, s, e, o.moves[e], o.allowed[e], o.allowed.shape[1] - _num_pairs(o))
         o.kind[e] = KIND_MIGRATE
         o.agent[e] = c.controller
+    elif env.decision == RETAIN:
+        note_turn(s, o.turns, e)
+        write_turn(p, s, o.turns, e, o.turn[e])
+        see_tiers(p, s, e, env.asking, o.tiers[e])
+        allow_answers(p, s, e, c.first_answer, o.turns.keep_s.shape[0], o.allowed[e])
+        o.kind[e] = KIND_RETAIN
+        o.agent[e] = 1 + env.asking
     else:
         count = write_engine(
             p,
@@ -148,7 +172,9 @@ def _write_decision(p: Params, s: State, c: KernelSettings, o: Output, e: int, m
             m.row,
             m.key,
         )
-        allow_picks(p, s, e, o.mask.shape[1], c.width, count, o.allowed[e])
+        first = o.mask.shape[1]
+        nobody = first + o.requests.shape[1]
+        allow_picks(p, s, e, first, c.width, count, nobody, o.allowed[e])
         o.kind[e] = KIND_ADMIT if env.decision == ADMIT else KIND_PREEMPT
         o.agent[e] = 1 + env.asking
 
@@ -161,6 +187,9 @@ def _write_nothing(o: Output, e: int) -> None:
         o.request[e] = 0.0
     elif o.kind[e] == KIND_MIGRATE:
         o.moves[e] = 0.0
+    elif o.kind[e] == KIND_RETAIN:
+        o.turn[e] = 0.0
+        o.tiers[e] = 0.0
     else:
         o.requests[e] = 0.0
         o.engine[e] = 0.0
@@ -207,6 +236,8 @@ def begin(p: Params, s: State, c: KernelSettings, o: Output, e: int, m: Memory) 
     o.in_order[e] = True
     for i in range(s.env[e].num_requests):
         o.in_order[e] = o.in_order[e] and s.request[e, i].after == BY_ITSELF
+    if o.turns.keep_s.shape[0] > 0:
+        begin_turns(s, o.turns, e)
     if advance(p, s, e) != DECISION:
         return False
     _write_decision(p, s, c, o, e, m)
@@ -237,6 +268,8 @@ def step_range(
         elif o.kind[e] == KIND_MIGRATE:
             pair = actions[e] - (o.allowed.shape[1] - _num_pairs(o))
             answer = answer_move(p, s, e, o.moves.shape[1], pair)
+        elif o.kind[e] == KIND_RETAIN:
+            answer = core_retention(s, o.turns, e, actions[e] - c.first_answer)
         else:
             row = actions[e] - o.mask.shape[1]
             answer = NOBODY if row == num_rows else o.ids[e, row]
@@ -258,9 +291,18 @@ def step_range(
 
 @kernel
 def look(
-    p: Params, s: State, c: KernelSettings, v: Views, e: int, first: int, stop: int, m: Memory
+    p: Params,
+    s: State,
+    c: KernelSettings,
+    turns: Turns,
+    v: Views,
+    e: int,
+    first: int,
+    stop: int,
+    m: Memory,
 ) -> None:
     """Write what agents `first..stop-1` see now, the dispatcher being 0."""
+    v.turn[:] = 0.0
     for agent in range(first, stop):
         if agent == 0:
             due = s.env[e].decision == DISPATCH or s.env[e].decision == PLACE
@@ -271,8 +313,9 @@ def look(
                     v.replicas[r, PREFIX_HIT_TOKENS] = 0.0
             for g in range(v.request.shape[0]):
                 v.request[g] = m.request[g] if due else 0.0
-        else:
-            r = agent - 1
+            continue
+        r = agent - 1
+        if v.requests.shape[1] > 0:
             write_engine(
                 p,
                 s,
@@ -286,3 +329,7 @@ def look(
                 m.row,
                 m.key,
             )
+        if v.tiers.shape[0] > 0:
+            see_tiers(p, s, e, r, v.tiers[r])
+            if s.env[e].decision == RETAIN and s.env[e].asking == r:
+                write_turn(p, s, turns, e, v.turn)

@@ -20,6 +20,12 @@ a request decodes: then some replica's `has_prefill` is 1. Where requests migrat
 `controller_0`, which chooses a pair of replicas or nobody and sees the rows of `moves` of
 `Cluster-v0`; with engines that have no orders there are no schedulers.
 
+Where there are tiers behind the GPUs' KV (or with `retention=True`) the scheduler of a replica is
+asked what becomes of the KV of turns that have ended there. Its actions for that are behind the
+others: drop, leave, offload, and a time each to keep it for. It sees, behind the rows of its engine
+if that has orders, the features of `turn` (0 unless it is asked about one), those of `tiers`, and 1
+if it is asked about a turn.
+
 The scheduler of a replica that is down stays: an agent that leaves must not come back within an
 episode in PettingZoo. Nobody asks it until the replica is up again, and `info["is_up"]` says so. An
 episode whose fleet is smaller than the largest has fewer `agents` than `possible_agents`.

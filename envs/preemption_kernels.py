@@ -134,7 +134,7 @@ def write_engine(
 
 @inlined
 def allow_picks(
-    p: Params, s: State, e: int, first: int, width: int, count: int, mask: Int8Array
+    p: Params, s: State, e: int, first: int, width: int, count: int, nobody: int, mask: Int8Array
 ) -> None:
     """Allow the picks of the choice that is due, in a mask that is 0.
 
@@ -142,9 +142,10 @@ def allow_picks(
         p: Constants.
         s: State.
         e: Environment.
-        first: Place of row 0 in the mask; behind the rows is nobody.
+        first: Place of row 0 in the mask.
         width: Rows for waiting requests.
         count: How many of them are taken.
+        nobody: Place of nobody in the mask, behind the rows.
         mask: `int8[A]`, written to.
     """
     v = s.replica[e, s.env[e].asking]
@@ -153,7 +154,7 @@ def allow_picks(
     for i in range(start, start + (count if admit else v.num_running)):
         mask[i] = 1
     if p.asks.admit == ALWAYS and admit and v.num_running > 0:
-        mask[mask.shape[0] - 1] = 1
+        mask[nobody] = 1
 
 
 @kernel
@@ -166,7 +167,7 @@ def _write_choice(
         p, s, c.by_arrival, c.width, e, r, o.requests[e], o.engine[e], o.ids[e], row, key
     )
     o.mask[e] = 0
-    allow_picks(p, s, e, 0, c.width, count, o.mask[e])
+    allow_picks(p, s, e, 0, c.width, count, o.requests.shape[1], o.mask[e])
     o.kind[e] = 0 if s.env[e].decision == ADMIT else 1
 
 

@@ -8,18 +8,26 @@ from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import (
     ADMIT,
     DECODE_ONLY,
+    DISK,
+    DROP,
+    HOST,
+    KEEP,
     LANDED,
+    LEAVE,
     MIGRATE,
+    OFFLOAD,
     PLACE,
     PREFILL_ONLY,
     QUEUED,
+    RETAIN,
     RUNNING,
+    STORE,
     TRANSFERRING,
 )
 from servegym.envs.scene import Row, Scene, progress, share_ended
 from servegym.policy.contract import KV_CACHE_USAGE, OUTSTANDING_PROMPT_TOKENS, UP
 from servegym.scenario import Scenario
-from servegym.typing import IntArray
+from servegym.typing import FloatArray, IntArray
 
 #: Rows of requests in the picture of an engine, at most.
 _MOST_REQUESTS = 24
@@ -56,6 +64,17 @@ def move_deed(pair: int, num_replicas: int) -> str:
         return "nobody moved"
     source, target = divmod(pair, num_replicas)
     return f"replica {source} gave a request to replica {target}"
+
+
+#: In words what becomes of the KV of a turn.
+_DEEDS = {DROP: "dropped", LEAVE: "left", OFFLOAD: "offloaded"}
+
+
+def retain_deed(simulator: Simulator, env: int, answer: int, keep_s: FloatArray) -> str:
+    """Say what becomes of the KV of a turn; behind the other answers are times to keep it for."""
+    turn = int(simulator.state.env[env]["deciding"])
+    deed = _DEEDS[answer] if answer < KEEP else f"kept for {keep_s[answer - KEEP]:g} s"
+    return f"the KV of request {turn} was {deed}"
 
 
 def pick_deed(simulator: Simulator, env: int, ids: IntArray, row: int) -> str:
@@ -177,9 +196,18 @@ def cluster_scene(scenario: Scenario, simulator: Simulator, env: int) -> Scene:
         return _with_roles(scene, simulator, env)
     if due["decision"] == MIGRATE:
         return scene._replace(question="who moves to another replica")
+    if scenario.spec.tiered:
+        scene = _with_tiers(scene, simulator, env)
     r = int(due["asking"])
     if r < 0:
         return scene
+    if due["decision"] == RETAIN:
+        q = simulator.state.request[env, due["deciding"]]
+        tokens = int(q["table_len"]) * int(simulator.params.block_size)
+        what = f"{tokens:,} tokens of KV of request {due['deciding']}"
+        question = f"replica {r}: what becomes of {what}"
+        rows = [row._replace(lit=i == r) for i, row in enumerate(scene.rows)]
+        return scene._replace(question=question, rows=tuple(rows))
     what = "admit" if due["decision"] == ADMIT else "preempt"
     rows = [row._replace(lit=i == r) for i, row in enumerate(scene.rows)]
     return scene._replace(question=f"replica {r}: whom to {what}", rows=tuple(rows))
@@ -208,3 +236,38 @@ def _with_roles(scene: Scene, simulator: Simulator, env: int) -> Scene:
     if s.env[env]["decision"] == PLACE:
         question = question.replace("where to", "where to decode", 1)
     return scene._replace(question=question, rows=tuple(rows))
+
+
+def _with_tiers(scene: Scene, simulator: Simulator, env: int) -> Scene:
+    """Show how full tiers are, those of a replica below its GPU's bar, and the store's row."""
+    p, s = simulator.params, simulator.state
+    now_s, rows = s.env[env]["now_s"], []
+    sizes = p.tier_num_blocks[s.replica[env]["type_idx"]]
+    for r, row in enumerate(scene.rows):
+        coming = [_of(simulator, env, r, status) for status in (TRANSFERRING, LANDED)]
+        more = sum((_classes(simulator, env, part) for part in coming), ())
+        own = {
+            name: s.tier[env, r, tier]["num_blocks"] / sizes[r, tier]
+            for tier, name in ((HOST, "host"), (DISK, "disk"))
+            if sizes[r, tier]
+        }
+        notes = [f"{name} {share:.0%}" for name, share in own.items()]
+        notes += ["KV moves"] * bool(s.replica[env, r]["slowed_until_s"] > now_s)
+        rows.append(
+            row._replace(
+                waiting=more + row.waiting,
+                behind=tuple(map(float, own.values())),
+                note=", ".join((*notes, row.note.rpartition(", ")[0])),
+            )
+        )
+    size = int(sizes[0, STORE])
+    if size:
+        held = float(s.env[env]["store_num_blocks"]) / size
+        busy = max(s.env[env]["store_read_free_s"], s.env[env]["store_write_free_s"]) - now_s
+        note = f"{held:.0%} full" + (f", busy for {busy:.2f} s" if busy > 0 else "")
+        rows.append(Row("store", held, note=note))
+    return scene._replace(
+        bar="KV cache; tiers below",
+        rows=tuple(rows),
+        num_rows=scene.num_rows + bool(size),
+    )

@@ -43,6 +43,7 @@ class Row(NamedTuple):
         note: What else there is to say.
         lit: Whether the decision that is due may choose it.
         down: Whether it is out of order.
+        behind: Shares of smaller bars below that one.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Row(NamedTuple):
     note: str = ""
     lit: bool = False
     down: bool = False
+    behind: tuple[float, ...] = ()
 
 
 class Scene(NamedTuple):
@@ -165,10 +167,15 @@ def _draw_row(draw: ImageDraw, row: Row, top: float, height: float, font: Any) -
     ink = _FAINT if row.down else _INK
     draw.text((_LEFT, middle), row.name, ink, font, anchor="lm")
     x: float = _LEFT + _NAME
-    draw.rectangle((x, middle - half, x + _BAR, middle + half), _TRACK)
-    if row.fill > 0:
-        paint = _FULL if row.fill >= _NEARLY_FULL else _COLOURS[0]
-        draw.rectangle((x, middle - half, x + _BAR * min(1.0, row.fill), middle + half), paint)
+    part = 2 * half / (2 + len(row.behind))  # the GPU's bar is as high as two of the others
+    bottom = middle - half
+    for i, fill in enumerate((row.fill, *row.behind)):
+        top, bottom = bottom, bottom + (part if i else 2 * part)
+        draw.rectangle((x, top, x + _BAR, bottom - (1 if row.behind else 0)), _TRACK)
+        if fill > 0:
+            paint = _FULL if fill >= _NEARLY_FULL else _COLOURS[0 if i == 0 else 4]
+            right = x + _BAR * min(1.0, fill)
+            draw.rectangle((x, top, right, bottom - (1 if row.behind else 0)), paint)
     _draw_cells(draw, row, x + _BAR + 14, WIDTH - _NOTE - 10, middle, half)
     note = "down" if row.down else row.note
     draw.text((WIDTH - _NOTE, middle), note, ink, font, anchor="lm")

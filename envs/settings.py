@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar, get_args
@@ -132,14 +134,29 @@ class PreemptionSettings(RequestSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterSettings(PreemptionSettings):
-    """What environments of a fleet of engines with orders may be told; see `PreemptionSettings`.
+    """What environments of a fleet of engines may be told; see `PreemptionSettings`.
 
     Attributes:
         scenario: A name, a path or a `Scenario`, whose fleet has two replicas or more, and
-            `engine: vllm-priority` in every entry or some that only prefill or decode.
+            `engine: vllm-priority` in every entry, some that only prefill or decode, migration, or
+            tiers of KV.
+        retention: Whether schedulers are asked what becomes of the KV of ended turns; where there
+            are tiers if not given.
+        keep_s: How long that may be kept, seconds, ascending: an action each.
     """
 
     scenario: Any = "kv-starved-fleet"
+    retention: bool | None = None
+    keep_s: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        times = (0.0, *self.keep_s, math.inf)
+        if len(times) < 3 or not all(a < b for a, b in itertools.pairwise(times)):
+            raise ConfigError(
+                "keep_s must be one or more times in seconds, above 0, finite and ascending, got "
+                f"{self.keep_s!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

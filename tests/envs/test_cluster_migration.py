@@ -163,12 +163,12 @@ def test_the_rule_of_the_warm_up_moves_as_the_core_does(rule):
 
 
 def test_a_controller_that_acts_at_random_leaves_nobody_behind():
-    vector = ClusterVectorEnv(num_envs=3, scenario=moving("vllm-priority"), max_waiting=8)
+    vector = ClusterVectorEnv(3, moving("vllm-priority"), max_waiting=8, allow_none=True)
     seen, info = vector.reset(seed=0)
     assert seen["moves"].shape == (3, WIDTH, len(MOVE_FEATURES))
     assert seen["kind"].shape == (3, 4)  # to dispatch, admit, preempt, migrate
     assert seen["agent"].shape == (3, 2 + WIDTH)
-    rng, kinds = np.random.default_rng(0), np.zeros(4, int)
+    rng, kinds, nobody = np.random.default_rng(0), np.zeros(4, int), 0
     first = vector.batch.first_move
     for _ in range(1500):
         kinds += seen["kind"].sum(0)
@@ -177,11 +177,13 @@ def test_a_controller_that_acts_at_random_leaves_nobody_behind():
             controls = seen["kind"][i, 3] == 1
             assert mask[first:].any() == controls
             assert mask[:first].any() != controls
+            nobody += mask[first - 1]  # is admitted, not moved
             assert seen["moves"][i].any() == controls
             assert (seen["agent"][i, 1 + WIDTH] == 1) == controls
         actions = [rng.choice(np.flatnonzero(mask)) for mask in info["action_mask"]]
         seen, *_, info = vector.step(np.array(actions))
     assert (kinds > 20).all()
+    assert nobody > 20
 
 
 @pytest.mark.parametrize("engine", ["vllm", "vllm-priority"])

@@ -59,8 +59,10 @@ _F = TypeVar("_F", bound=Callable[..., object])
     SETTLE_TURN,
     SEE_MOVES,
     ANSWER_MOVE,
-) = range(33)
-NUM_ENTRIES = 33
+    SEE_TURN,
+    SEE_TIERS,
+) = range(35)
+NUM_ENTRIES = 35
 #: What only clusters call in which requests are prefilled on one replica and decode on another.
 DISAGGREGATION = frozenset(
     {
@@ -82,7 +84,7 @@ MIGRATION = frozenset(
 TIERS = frozenset({STORE_TEXT, RESET_TIERS, LOSE_HOST, ADMIT_BESIDE_LOADS, LAND_LOAD, STOP_LOADS})
 #: Those that are compiled only for who asks for them: the others' first start is not to wait.
 ON_DEMAND = (
-    frozenset({INFER, SEE_ROLES, SETTLE_TURN, SEE_MOVES, ANSWER_MOVE})
+    frozenset({INFER, SEE_ROLES, SETTLE_TURN, SEE_MOVES, ANSWER_MOVE, SEE_TURN, SEE_TIERS})
     | DISAGGREGATION
     | MIGRATION
     | TIERS

@@ -100,7 +100,7 @@ def _landing_s(p: Params, s: State, e: int, r: int, request: int, now_s: float) 
 
 
 @helper
-def _recompute_s(p: Params, s: State, e: int, r: int, computed: int, tokens: int) -> float:
+def recompute_s(p: Params, s: State, e: int, r: int, computed: int, tokens: int) -> float:
     """Seconds of the steps that compute so many tokens alone, behind `computed` others."""
     v = s.replica[e, r]
     t = v.type_idx
@@ -252,7 +252,7 @@ def admit_beside_loads(
         if found > 0 and (
             not p.loads_if_faster
             or _landing_s(p, s, e, r, request, now_s) - now_s
-            < _recompute_s(p, s, e, r, computed, found * p.block_size)
+            < recompute_s(p, s, e, r, computed, found * p.block_size)
         ):
             _begin(p, s, e, r, request, hits, found, now_s)
             continue

@@ -22,7 +22,7 @@ from servegym.commands.console import make_console
 from servegym.errors import ConfigError
 from servegym.scenario import load_scenario
 
-Part = Literal["dispatch", "migration", "orders", "jobs", "schedules", "bounds", "live"]
+Part = Literal["dispatch", "migration", "tiers", "orders", "jobs", "schedules", "bounds", "live"]
 
 
 def compile_dispatch() -> None:
@@ -69,6 +69,20 @@ def compile_migration() -> None:
     episode = scenario.episode(0, num_requests=8)
     run(Simulator(scenario.spec, [episode]), policy("llumnix"))
     play_environments("servegym/Cluster-v0", scenario="near-full-kv", num_requests=16)
+
+
+def compile_tiers() -> None:
+    """KV behind the GPUs, and what becomes of that of ended turns; it needs `dispatch`, too."""
+    from servegym.envs import cluster_v0
+    from servegym.export.resolve import resolve_dispatch
+    from servegym.policy.retention import Kept
+    from servegym.policy.run_kept import make_simulator, run_kept
+
+    scenario, kept = load_scenario("agents-tiers"), resolve_dispatch("prefix-load+by-tool")
+    assert isinstance(kept, Kept)
+    run_kept(make_simulator(scenario.spec, [scenario.episode(0, num_requests=16)]), kept)
+    play_environments("servegym/Cluster-v0", scenario="agents-tiers", num_requests=16)
+    cluster_v0.parallel_env("agents-tiers", num_requests=16).reset(seed=0)
 
 
 def compile_orders() -> None:
@@ -188,6 +202,7 @@ def play_environments(name: str, **settings: Any) -> None:
 PARTS: dict[Part, Callable[[], None]] = {
     "dispatch": compile_dispatch,
     "migration": compile_migration,
+    "tiers": compile_tiers,
     "orders": compile_orders,
     "jobs": compile_jobs,
     "schedules": compile_schedules,
@@ -206,8 +221,8 @@ class Compile:
 
     parts: tuple[Part, ...] = tuple(PARTS)
     """Which: dispatch (with the rules, environments and planners), migration (of requests between
-    replicas), orders, jobs, schedules, bounds (clairvoyant searches), live (router and emulated
-    engine). Migration and live need `dispatch` too."""
+    replicas), tiers (of KV), orders, jobs, schedules, bounds (clairvoyant searches), live (router
+    and emulated engine). Migration, tiers and live need `dispatch` too."""
 
     def run(self) -> None:
         """Compile and say what was done."""

@@ -30,17 +30,27 @@ def make_simulator(
     Raises:
         ConfigError: If nothing is kept of them anyway, or KV moves between replicas.
     """
+    check_retention(spec, "a retention rule", "take the dispatch policy alone")
+    return Simulator(spec, episodes, record=record, asks=Asks(retain=WHERE_IT_MATTERS))
+
+
+def check_retention(spec: ClusterSpec, what: str, instead: str) -> None:
+    """Refuse clusters where nobody can say what becomes of the KV of ended turns.
+
+    Args:
+        spec: The cluster.
+        what: Who would say it, at the beginning of a sentence.
+        instead: What to do, at its end.
+    """
     if spec.moves_kv:
         raise ConfigError(
-            "retention rules and requests that move between replicas do not go together yet: take "
-            "the dispatch policy alone, or a cluster in which none moves"
+            f"{what} and requests that move between replicas do not go together yet: {instead}, or "
+            "take a cluster in which none moves"
         )
     if not spec.prefix_caching:
         raise ConfigError(
-            "a retention rule says what becomes of blocks of the prefix cache, which is off: turn "
-            "it on, or take the dispatch policy alone"
+            f"{what} is about blocks of the prefix cache, which is off: turn it on, or {instead}"
         )
-    return Simulator(spec, episodes, record=record, asks=Asks(retain=WHERE_IT_MATTERS))
 
 
 def run_kept(simulator: Simulator, policy: Kept, seed: int = 0) -> None:
