@@ -28,9 +28,9 @@ def make_simulator(
     """Make a simulator that asks what becomes of the KV of ended turns.
 
     Raises:
-        ConfigError: If nothing is kept of them anyway, or KV moves between replicas.
+        ConfigError: If nothing is kept of them anyway, or requests move between replicas.
     """
-    if spec.moves_kv:
+    if spec.disaggregated or spec.migrates:
         raise ConfigError(
             "retention rules and requests that move between replicas do not go together yet: take "
             "the dispatch policy alone, or a cluster in which none moves"
