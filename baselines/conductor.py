@@ -1,8 +1,10 @@
 """Mooncake's Conductor: shortest predicted TTFT; rejected early if a limit will be missed.
 
-The time to fetch a prefix from another replica's cache is left out: none is fetched here. Replicas
-that only decode are those that are up and may not be chosen; while there are some, no request is
-let in that would decode more slowly than its limit on the best of them.
+With a `threshold` it is aware of all caches: where the longest prefix that a GPU has is more than
+so many times as long as a replica's own, the replica is taken to fetch the rest of it, which takes
+its time on the links of both. Whether it does is up to the scenario (`kv_tiers`), which knows what
+lies in hosts, too. Replicas that only decode are those that are up and may not be chosen; while
+there are some, no request is let in that would decode more slowly than its limit on the best.
 """
 
 from __future__ import annotations
@@ -11,10 +13,15 @@ import numpy as np
 
 from servegym.baselines.choice import better, no_replica, num_replicas, prefills_s
 from servegym.cluster.jit import inlined
+from servegym.errors import ConfigError
 from servegym.policy.contract import (
     DECODE_SEQ_S,
     DECODE_STEP_S,
+    KV_TOKENS_PER_S,
+    LINK_BUSY_S,
     OUTSTANDING_REQUESTS,
+    PREFILL_TOKENS_PER_S,
+    PREFIX_HIT_TOKENS,
     TPOT_SLO_S,
     TTFT_SLO_S,
     UP,
@@ -30,12 +37,38 @@ NO_DECODER_S = 1e300
 
 
 @inlined
-def shortest_ttft(replicas: FloatArray, request: FloatArray, mask: BoolArray) -> tuple[int, float]:
-    """Return the allowed replica with the shortest predicted TTFT, -1: none; and that time."""
+def _fetching_s(replicas: FloatArray, r: int, source: int) -> float:
+    """Seconds to fetch what of its prefix one replica has and another has not."""
+    tokens = replicas[PREFIX_HIT_TOKENS, source] - replicas[PREFIX_HIT_TOKENS, r]
+    busy_s = max(replicas[LINK_BUSY_S, source], replicas[LINK_BUSY_S, r])
+    return busy_s + tokens / min(replicas[KV_TOKENS_PER_S, source], replicas[KV_TOKENS_PER_S, r])
+
+
+@inlined
+def shortest_ttft(
+    replicas: FloatArray, request: FloatArray, mask: BoolArray, threshold: float
+) -> tuple[int, float]:
+    """Return the allowed replica with the shortest predicted TTFT, -1: none; and that time.
+
+    Args:
+        replicas: What is seen of them.
+        request: And of the request.
+        mask: Which may be chosen.
+        threshold: A prefix so many times as long elsewhere is fetched; 0: none is.
+    """
+    source = 0
+    for r in range(num_replicas(mask)):
+        if replicas[PREFIX_HIT_TOKENS, r] > replicas[PREFIX_HIT_TOKENS, source]:
+            source = r
+    longest = replicas[PREFIX_HIT_TOKENS, source]
     best, best_s = -1, 0.0
     for r in range(num_replicas(mask)):
         if mask[r]:
             ttft_s = prefills_s(replicas, request, r)
+            own = replicas[PREFIX_HIT_TOKENS, r]
+            if threshold > 0.0 and longest > threshold * own:
+                ttft_s -= (longest - own) / replicas[PREFILL_TOKENS_PER_S, r]
+                ttft_s += _fetching_s(replicas, r, source)
             if better(ttft_s, r, best_s, best):
                 best, best_s = r, ttft_s
     return best, best_s
@@ -59,7 +92,7 @@ def decide(
     rng: UInt64Array,
 ) -> int:
     """Decide; see `policy.rule`."""
-    best, best_s = shortest_ttft(replicas, request, mask)
+    best, best_s = shortest_ttft(replicas, request, mask, params[1])
     if best < 0:
         return no_replica(mask)
     tpot_s = NO_DECODER_S
@@ -72,14 +105,18 @@ def decide(
     return reject if mask[reject] and rejected(request, params[0], best_s, tpot_s) else best
 
 
-def conductor(slack: float = 1.0) -> Heuristic:
+def conductor(slack: float = 1.0, threshold: float = 0.0) -> Heuristic:
     """Mooncake's Conductor: shortest predicted TTFT; rejected early if a limit will be missed."""
+    if threshold != 0.0 and not threshold >= 1.0:
+        raise ConfigError(
+            f"threshold of conductor must be at least 1, or 0 to fetch nothing, got {threshold}"
+        )
     return Heuristic(
         name="conductor",
         information="metric",
-        needs=Group.COUNTERS | Group.PREFIX,
+        needs=Group.COUNTERS | Group.PREFIX | (Group.ROLES if threshold > 0.0 else Group(0)),
         decide=decide,
-        params=np.array([slack], np.float64),
-        param_names=("slack",),
-        reference="Mooncake (FAST'25), without fetching prefixes",
+        params=np.array([slack, threshold], np.float64),
+        param_names=("slack", "threshold"),
+        reference="Mooncake (FAST'25)",
     )

@@ -38,7 +38,7 @@ def decide(
     rng: UInt64Array,
 ) -> int:
     """Decide; see `policy.rule`."""
-    best, then_s = shortest_ttft(replicas, request, mask)
+    best, then_s = shortest_ttft(replicas, request, mask, 0.0)
     if best < 0:
         return no_replica(mask)
     reject = num_replicas(mask) + 1

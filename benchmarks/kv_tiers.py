@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from servegym.baselines.registry import policy
-from servegym.cluster.outcome import TIER_COLUMNS, latencies
+from servegym.cluster.outcome import SOURCE_COLUMNS, latencies
 from servegym.cluster.simulator import Simulator
 from servegym.evaluate.compare import paired_ratio, with_interval
 from servegym.evaluate.harness import FIRST_SEED
@@ -55,7 +55,7 @@ def play(scenario: Scenario, rule: str, load: float, num_seeds: int) -> dict[str
         outcomes = simulator.outcomes()
         ttft, tpot, e2e = latencies(outcomes)
         prompts = outcomes["prompt_tokens"].sum()
-        loaded = sum(int(outcomes[column].sum()) for column in TIER_COLUMNS)
+        loaded = sum(int(outcomes[column].sum()) for column in SOURCE_COLUMNS)
         cached = outcomes["cached_tokens"].sum()
         rows.append((ttft.mean(), np.nanmean(tpot), e2e.mean(), cached / prompts, loaded / prompts))
     names = ("ttft", "tpot", "e2e", "cached", "loaded")

@@ -187,6 +187,20 @@ def test_tiers_hold_what_fits_their_memory():
     assert not scenario().spec.tiered
 
 
+def test_prefixes_are_fetched_beside_roles_and_tiers():
+    link = {"gb_per_s": 9.0}
+    entries = [{"gpu": "L40S", "link": link, "role": role} for role in ("prefill", "decode")]
+    made = scenario(
+        fleet=[{**entry, "host_kv": HOST} for entry in entries],
+        kv_tiers={"balancing_threshold": 1.5, "load": "faster"},
+    )
+    assert made.spec.tiers == TierRules("faster", balancing_threshold=1.5)
+    assert made.spec.disaggregated
+    alone = scenario(**fleet(count=2, link=link), kv_tiers={"balancing_threshold": 1.0})
+    assert alone.spec.tiered
+    assert alone.spec.moves_kv
+
+
 # ---- wrong input ----
 
 WRONG = {
@@ -298,20 +312,37 @@ WRONG = {
     ),
     "tiers without prefix cache": (
         text(engine={"prefix_caching": False}, **fleet(host_kv=HOST)),
-        ["engine.prefix_caching is off", "leave host_kv, disk_kv and kv_store out"],
+        ["engine.prefix_caching is off", "leave host_kv, disk_kv, kv_store and"],
     ),
     "tiers of another engine": (
         text(**fleet(host_kv=HOST, engine="sglang")),
         ["fleet.0.engine must be vllm", "got sglang"],
     ),
-    "tiers and roles": (
+    "peers without links": (
+        text(**fleet(count=2), kv_tiers={"balancing_threshold": 1.5}),
+        ["fleet.0.link is missing", "fetched from other replicas"],
+    ),
+    "no peers": (
+        text(**fleet(link={"gb_per_s": 9.0}), kv_tiers={"balancing_threshold": 1.5}),
+        ["kv_tiers.balancing_threshold needs two replicas", "a fleet of one"],
+    ),
+    "threshold below one": (
+        text(**fleet(count=2), kv_tiers={"balancing_threshold": 0.5}),
+        ["kv_tiers.balancing_threshold", "greater than or equal to 1"],
+    ),
+    "interference of peers": (
         text(
-            fleet=[
-                {"gpu": "L40S", "role": "prefill", "link": {"gb_per_s": 9.0}, "disk_kv": HOST},
-                {"gpu": "L40S", "link": {"gb_per_s": 9.0}},
-            ]
+            **fleet(count=2, link={"gb_per_s": 9.0}),
+            kv_tiers={"balancing_threshold": 1.5, "interference": 2.0},
         ),
-        ["fleet.0.role must be mixed", "got prefill"],
+        ["kv_tiers.interference is set", "host_kv"],
+    ),
+    "tiers and orders that migrate": (
+        text(
+            **fleet(count=2, link={"gb_per_s": 9.0}, host_kv=HOST, engine="vllm-priority"),
+            migration={},
+        ),
+        ["fleet.0.engine must be vllm", "got vllm-priority"],
     ),
     "rules of no tiers": (
         text(kv_tiers={"interference": 2.0}),

@@ -10,6 +10,7 @@ import pytest
 
 from servegym.baselines.placement import placement
 from servegym.baselines.registry import RULES, policy
+from servegym.errors import ConfigError
 from servegym.policy.contract import (
     REPLICA_FEATURES,
     REQUEST_FEATURES,
@@ -126,6 +127,15 @@ CONDUCTOR = {
     "outstanding_requests": (0, 0, 10),
     "decode_seq_s": 0.001,
 }
+#: 0.92, 0.4, 0.41; and where the 80 tokens of the first are fetched 0.32 + 0.02 + 80 / 2000, and
+#: 0.33 + 0.02 + 80 / 4000.
+FETCHING = {
+    "pending_prefill_tokens": (900, 300, 310),
+    "prefix_hit_tokens": (80, 0, 0),
+    "prefill_tokens_per_s": 1000,
+    "kv_tokens_per_s": (4000, 2000, 8000),
+    "link_busy_s": (0.02, 0, 0.01),
+}
 #: One that only prefills, and two that do all, of which the first has most of the prompt.
 DECIDER = {
     "decodes": (0, 1, 1),
@@ -140,6 +150,10 @@ MAY_REJECT = (True, True, False, False, True)
 HAND = [
     ("conductor", CONDUCTOR, 1),
     ("conductor-predicted", CONDUCTOR, 1),
+    ("conductor", FETCHING, 1),
+    ("conductor:threshold=1", FETCHING, 2),
+    # 80 are not more than twice as many as 40: 0.36 and 0.37
+    ("conductor:threshold=2", {**FETCHING, "prefix_hit_tokens": (80, 40, 40)}, 1),
     # 1 decodes: 2 * 0.5 + 3 * 0.95 against 2 + 2 * 0.8; it lacks 5 tokens
     ("llm-d-pd", DECIDER, 1),
     ("llm-d-pd:non_cached_tokens=5", DECIDER, 0),
@@ -320,6 +334,11 @@ def test_conductor_rejects_what_would_miss_a_limit(ttft_slo_s, tpot_slo_s, chose
     seen.request[0, RequestFeature.TTFT_SLO_S] = ttft_slo_s
     seen.request[0, RequestFeature.TPOT_SLO_S] = tpot_slo_s
     assert ready("conductor").act(seen, np.array([0])).tolist() == [chosen]
+
+
+def test_a_threshold_of_the_conductor_below_one_is_refused():
+    with pytest.raises(ConfigError, match="or 0 to fetch nothing, got 0"):
+        policy("conductor:threshold=0.5")
 
 
 @pytest.mark.parametrize(

@@ -381,6 +381,31 @@ def with_tiers(spec: ClusterSpec, episode: Episode, seed: int) -> tuple[ClusterS
         store=tier() if alone else perhaps(),
         store_bytes_per_s=float(rng.choice([3e3, 1e6, np.inf])),
     )
-    transfers = TransferRules(kv_token_bytes=float(rng.choice([1.0, 10.0])))
+    transfers = replace(spec.transfers, kv_token_bytes=float(rng.choice([1.0, 10.0])))
+    spec = replace(spec, types=types, tiers=tiers, transfers=transfers, prefix_caching=True)
+    return spec, episode
+
+
+def with_fetching(spec: ClusterSpec, episode: Episode, seed: int) -> tuple[ClusterSpec, Episode]:
+    """Let replicas fetch prefixes from each other, over slow links."""
+    rng = np.random.default_rng((seed, 9))
+    types = tuple(
+        replace(
+            kind,
+            link=Link(
+                bytes_per_s=float(rng.choice([1e2, 1e3, 1e5, np.inf])),
+                latency_s=float(rng.choice([0.0, 0.01, 0.2])),
+                piece_s=float(rng.choice([0.0, 1e-3])),
+            ),
+        )
+        for kind in spec.types
+    )
+    transfers = replace(
+        spec.transfers,
+        kv_token_bytes=float(rng.choice([1.0, 10.0])),
+        kv_block_pieces=int(rng.integers(0, 4)),
+        max_num_held=int(rng.choice([1, 4, 256])),
+    )
+    tiers = replace(spec.tiers, balancing_threshold=float(rng.choice([1.0, 1.5, 3.0])))
     spec = replace(spec, types=types, tiers=tiers, transfers=transfers, prefix_caching=True)
     return spec, episode

@@ -13,14 +13,19 @@ from hypothesis import strategies as st
 from servegym.cluster.outcome import outcomes_from_events
 from servegym.cluster.reference import ReferenceSimulator
 from servegym.cluster.simulator import Simulator
-from servegym.cluster.spec import ClusterSpec, Episode, MigrationRules, TransferRules
+from servegym.cluster.spec import ClusterSpec, Episode, Link, TransferRules
 from servegym.cluster.state import (
     ALWAYS,
     DECISION,
     DISK,
     DROP,
+    EV_DISK,
+    EV_HOST,
     EV_LAND,
+    EV_MIGRATE,
+    EV_PEER,
     EV_RETURN,
+    EV_STORE,
     FAULT_DOWN,
     FAULT_UP,
     HOST,
@@ -41,9 +46,18 @@ from servegym.errors import ConfigError, InvalidAction
 from servegym.policy.contract import Group, ReplicaFeature
 from servegym.policy.observe import observe_batch
 
-from .strategies import choose, random_case, with_conversations, with_tiers
+from .strategies import (
+    choose,
+    random_case,
+    with_conversations,
+    with_fetching,
+    with_migration,
+    with_roles,
+    with_tiers,
+)
 from .test_differential import assert_same_log
 from .test_invariants import chain, many
+from .test_migration import without_pauses
 from .test_toys import (
     assert_times,
     play,  # noqa: F401 - a fixture
@@ -70,17 +84,28 @@ def play_reference(spec: ClusterSpec, episode: Episode, asks: Asks):
         hits = [sim.prefix_hit_tokens(request, e.r) if e.up else 0 for e in sim.replicas]
         seen.append([*map(list, zip(*metrics, strict=True)), hits])
 
-    def dispatch(_, request):
+    def send(request, allowed):
         visits[request] = visits.get(request, -1) + 1
         look(request)
-        return choose(request, visits[request], sim.allowed(request))
+        return choose(request, visits[request], allowed)
+
+    def dispatch(_, request):
+        return send(request, sim.allowed(request))
+
+    def place(_, request):
+        return send(request, sim.places(request))
 
     def retain(_, turn):
         engine = next(e for e in sim.replicas if e.pool.undecided(turn))
         return retention(turn, [True, True, bool(sim.tiers.of(engine)), True])
 
     asked = retain if asks.retain != NEVER else None
-    sim.run(dispatch, retain=asked, retain_all=asks.retain == ALWAYS)
+    sim.run(
+        dispatch,
+        place if asks.place != NEVER else None,
+        retain=asked,
+        retain_all=asks.retain == ALWAYS,
+    )
     return sim, seen
 
 
@@ -108,13 +133,18 @@ def assert_same_events(spec: ClusterSpec, episode: Episode, asks: Asks = Asks())
     slow, told = play_reference(spec, episode, asks)
     fast, seen = play_compiled(spec, episode, asks)
     events = fast.events()
-    assert_same_log(slow.events(), events)
+    assert_same_log(without_pauses(slow.events()), without_pauses(events))
+    plain = outcomes_from_events(slow.events(), episode.table)["paused_s"]
+    np.testing.assert_allclose(fast.outcomes()["paused_s"], plain, rtol=1e-9, atol=1e-12)
     assert int(fast.state.env[0]["engine_steps"]) == slow.engine_steps
     np.testing.assert_allclose(float(fast.state.env[0]["area"]), slow.area, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(np.array(seen), np.array(told), rtol=1e-9, atol=1e-9)
     for r in range(episode.num_replicas):
         for tier in (HOST, DISK, STORE):
             assert held(fast, r, tier) == list(slow.tiers.copies[r][tier].ready_s)
+    link = fast.state.link[0, : episode.num_replicas]
+    assert link["out_bytes"].tolist() == slow.transfers.out_bytes
+    assert link["in_bytes"].tolist() == slow.transfers.in_bytes
     derived, direct = outcomes_from_events(events, episode.table), fast.outcomes()
     for column in direct.dtype.names or ():
         np.testing.assert_array_equal(direct[column], derived[column], err_msg=column)
@@ -146,6 +176,59 @@ def test_compiled_and_plain_simulator_agree_on_random_tiers(block):
         returned += (events["kind"] == EV_RETURN).sum()
     assert landed > 40
     assert returned > 10
+
+
+@pytest.mark.parametrize("block", range(5))
+def test_they_agree_where_others_prefill(block):
+    landed, loaded, returned = 0, 0, 0
+    for seed in range(9000 + 40 * block, 9040 + 40 * block):
+        case = with_conversations(*random_case(seed), seed)
+        spec, episode = with_tiers(*with_roles(*case, seed), seed)
+        events = assert_same_events(spec, episode, asks_of(seed, spec))
+        landed += (events["kind"] == EV_LAND).sum()
+        loaded += np.isin(events["kind"], (EV_HOST, EV_DISK, EV_STORE)).sum()
+        returned += (events["kind"] == EV_RETURN).sum()
+    assert landed > 40
+    assert loaded > 10
+    assert returned > 10
+
+
+@pytest.mark.parametrize("block", range(3))
+def test_they_agree_where_requests_migrate(block):
+    moved, loaded = 0, 0
+    for seed in range(9500 + 40 * block, 9540 + 40 * block):
+        case = with_conversations(*random_case(seed), seed)
+        spec, episode = with_tiers(*with_migration(*case, seed), seed)
+        events = assert_same_events(spec, episode)
+        moved += (events["kind"] == EV_MIGRATE).sum()
+        loaded += np.isin(events["kind"], (EV_HOST, EV_DISK, EV_STORE)).sum()
+    assert moved > 40
+    assert loaded > 20
+
+
+@pytest.mark.parametrize("beside", ["nothing", "tiers", "roles", "migration"])
+@pytest.mark.parametrize("block", range(2))
+def test_they_agree_where_prefixes_are_fetched_from_peers(block, beside):
+    fetched, returned = 0, 0
+    for seed in range(8000 + 40 * block, 8040 + 40 * block):
+        spec, episode = with_conversations(*random_case(seed), seed)
+        if beside == "roles":
+            spec, episode = with_roles(spec, episode, seed)
+        if beside == "migration":
+            spec, episode = with_migration(spec, episode, seed)
+        if beside == "tiers" or (beside != "nothing" and seed % 2):
+            spec, episode = with_tiers(spec, episode, seed)
+        events = assert_same_events(*with_fetching(spec, episode, seed), asks_of(seed, spec))
+        fetched += (events["kind"] == EV_PEER).sum()
+        returned += (events["kind"] == EV_RETURN).sum()
+    assert fetched > 20
+    assert returned > 5
+
+
+def asks_of(seed: int, spec: ClusterSpec) -> Asks:
+    """Who decides: where requests decode, and what becomes of ended turns."""
+    place = WHERE_IT_MATTERS if spec.disaggregated else NEVER
+    return Asks(place=place, retain=[NEVER, WHERE_IT_MATTERS, ALWAYS][seed % 3])
 
 
 @pytest.mark.parametrize("asked", [WHERE_IT_MATTERS, ALWAYS])
@@ -262,6 +345,95 @@ def test_a_preempted_request_finds_its_kv_in_the_host(play):  # noqa: F811
     assert played.outcomes["host_tokens"].tolist() == [0, 4]
 
 
+def test_a_next_turn_that_is_prefilled_elsewhere_finds_what_was_decoded_in_the_store(play):  # noqa: F811
+    # the first turn is prefilled by 1.8 and has 8 + 4 tokens where it decodes: that replica writes
+    # its third block. Of the next turn the GPU that prefills has two, and the third is in the store
+    # behind a link of 4 bytes/s, and 0.5 s; 4 tokens behind 12 take 1 + 0.4 + 0.01 * 48
+    link = KvTier(16, read_bytes_per_s=4.0, write_bytes_per_s=4.0, latency_s=0.5)
+    spec = tiered(store=link)
+    types = tuple(replace(spec.types[0], role=role) for role in ("prefill", "decode"))
+    episode = toy_episode([(0, 8, 5), (30, 16, 1)], texts=[TEXT, TEXT], type_idx=(0, 1))
+    played = play(replace(spec, types=types), episode, {})
+    assert_times(played, prefilled_s=[1.8, 31.5 + 1.88])
+    assert played.outcomes["store_tokens"].tolist() == [0, 4]
+    assert played.outcomes["stored_bytes"].tolist() == [12, 4]
+    # over the links: the two blocks of the first turn, and all but three of the second
+    assert played.outcomes["moved_bytes"].tolist() == [8, 4 + 4]
+
+
+def fetching(threshold=1.0, bytes_per_s=4.0, **rules):
+    """Make engines of four blocks that fetch prefixes: 0.25 s and 4 bytes a block, 0.5 s more."""
+    spec = tiered(link=Link(bytes_per_s, latency_s=0.5, piece_s=0.25), **rules)
+    return replace(spec, tiers=replace(spec.tiers, balancing_threshold=threshold))
+
+
+def assert_fetched(played, tokens):
+    assert played.outcomes["peer_tokens"].tolist() == tokens
+    assert played.outcomes["moved_bytes"].tolist() == tokens  # a token has a byte
+
+
+def test_a_prefix_is_fetched_from_a_peer_that_holds_it_meanwhile(play):  # noqa: F811
+    # two blocks are on their way from 10 to 10 + 0.5 + 8 / 4 + 0.5; then 4 tokens behind 8. The
+    # stranger needs all four blocks of the peer, and waits for those two until 13
+    requests = [(0, 8, 1), (10, 12, 1), (11, 16, 1)]
+    episode = toy_episode(requests, texts=[TEXT, TEXT, STRANGER], type_idx=(0, 0))
+    played = play(fetching(), episode, {0: [0], 1: [1], 2: [0]})
+    assert_times(played, finish_s=[1.8, 13 + 1.72, 13 + 2.6])
+    assert_landed(played, [None, 13, None])
+    assert_fetched(played, [0, 8, 0])
+    assert played.outcomes["cached_tokens"].tolist() == [0, 8, 0]
+
+
+@pytest.mark.parametrize(("threshold", "finish_s", "tokens"), [(1.5, 13.47, 4), (2.0, 12.12, 0)])
+def test_a_prefix_that_is_not_enough_longer_is_computed(play, threshold, finish_s, tokens):  # noqa: F811
+    # the second replica has one block, the first two: 1.25 + 0.5 s and 4 tokens behind 8, or 8
+    # behind 4 in 1 + 0.8 + 0.32
+    requests = [(0, 8, 1), (0, 5, 1), (10, 12, 1)]
+    episode = toy_episode(requests, texts=[TEXT] * 3, type_idx=(0, 0))
+    played = play(fetching(threshold), episode, {0: [0], 1: [1], 2: [1]})
+    assert_times(played, finish_s=[1.8, 1.5, finish_s])
+    assert_fetched(played, [0, 0, tokens])
+
+
+@pytest.mark.parametrize(("bytes_per_s", "finish_s"), [(4.0, 12.2), (16.0, 11.5 + 1.72)])
+def test_a_prefix_is_computed_where_that_is_faster_than_to_fetch_it(play, bytes_per_s, finish_s):  # noqa: F811
+    episode = toy_episode([(0, 8, 1), (10, 12, 1)], texts=[TEXT] * 2, type_idx=(0, 0))
+    played = play(fetching(bytes_per_s=bytes_per_s, load="faster"), episode, {0: [0], 1: [1]})
+    assert_times(played, finish_s=[1.8, finish_s])
+
+
+def test_a_prefix_that_a_peers_gpu_has_evicted_comes_from_its_host(play):  # noqa: F811
+    requests = [(0, 8, 1), (3, 16, 1), (10, 12, 1), (20, 16, 1), (30, 12, 1)]
+    texts = [TEXT, STRANGER, TEXT, (3, 1000), TEXT]
+    episode = toy_episode(requests, texts=texts, type_idx=(0, 0))
+    spec = fetching(host_kv=KvTier(16))
+    played = play(spec, episode, {0: [0], 1: [0], 2: [1], 3: [1], 4: [1]})
+    assert_landed(played, [None, None, 13, None, 30])
+    assert played.outcomes["peer_tokens"].tolist() == [0, 0, 8, 0, 0]
+    # what was fetched is in the own host from then on
+    assert played.outcomes["host_tokens"].tolist() == [0, 0, 0, 0, 8]
+
+
+def test_a_fetch_from_a_peer_that_fails_is_missed_when_it_should_have_come(play):  # noqa: F811
+    faults = [(11.0, 0, FAULT_DOWN, 0.0), (12.0, 0, FAULT_UP, 0.0)]
+    requests = [(0, 8, 1), (10, 12, 1)]
+    episode = toy_episode(requests, texts=[TEXT] * 2, type_idx=(0, 0), faults=faults)
+    played = play(fetching(), episode, {0: [0], 1: [1]})
+    assert_times(played, finish_s=[1.8, 13 + 2.2])
+    assert_fetched(played, [0, 0])
+    assert played.outcomes["cached_tokens"].tolist() == [0, 0]
+
+
+def test_a_replica_that_fails_while_it_fetches_leaves_the_peer_its_blocks(play):  # noqa: F811
+    faults = [(11.0, 1, FAULT_DOWN, 0.0), (12.0, 1, FAULT_UP, 0.0)]
+    requests = [(0, 8, 1), (10, 12, 1)]
+    episode = toy_episode(requests, texts=[TEXT] * 2, type_idx=(0, 0), faults=faults)
+    played = play(fetching(), episode, {0: [0], 1: [1, 0]})
+    assert_times(played, finish_s=[1.8, 11 + 1.72])
+    assert_fetched(played, [0, 0])
+    assert played.outcomes["num_restarts"].tolist() == [0, 1]
+
+
 def decide(spec, episode, answers, keep_s=100.0):
     """Play with these answers of turns, and whom they were about."""
     sim = Simulator(spec, [episode], record=True, asks=Asks(dispatch=NEVER, retain=ALWAYS))
@@ -314,6 +486,31 @@ def test_there_is_nothing_to_offload_to_without_tiers():
 
 @many
 @given(st.integers(0, 2**32 - 1))
+def test_blocks_that_are_fetched_are_held_at_both_ends(seed):
+    spec, episode = with_conversations(*random_case(seed), seed)
+    if seed % 2:
+        spec, episode = with_roles(spec, episode, seed)
+    if seed % 3:
+        spec, episode = with_tiers(spec, episode, seed)
+    spec, episode = with_fetching(spec, episode, seed)
+    sim, visits = Simulator(spec, [episode], asks=Asks(place=WHERE_IT_MATTERS)), 0
+    while sim.advance()[0] == DECISION:
+        check(sim)
+        visits += 1
+        answer = choose(int(sim.state.env[0]["deciding"]), visits, sim.state.allowed[0].tolist())
+        sim.apply(np.array([answer]))
+    check(sim)
+    assert visits > 0
+    assert (sim.state.transfer[0]["source"] < 0).all()
+    link, outcomes = sim.state.link[0], sim.outcomes()
+    assert not link["num_holding"].any()
+    assert link["out_bytes"].sum() == link["in_bytes"].sum()
+    loaded = sim.state.tier[0]["read_bytes"].sum()
+    assert link["in_bytes"].sum() + loaded == outcomes["moved_bytes"].sum()
+
+
+@many
+@given(st.integers(0, 2**32 - 1))
 def test_tiers_hold_no_more_than_they_can_and_every_request_is_in_one_place(seed):
     spec, episode = with_tiers(*with_conversations(*random_case(seed), seed), seed)
     sim = Simulator(spec, [episode], asks=Asks(retain=ALWAYS))
@@ -348,10 +545,12 @@ def check(sim: Simulator) -> None:
             identities = held(sim, r, tier)
             assert len(identities) == len(set(identities)) <= (own.num_blocks if own else 0)
         remote = chain(requests, sim.state.link[0, r]["first_remote"], "next_request")
-        assert len(remote) == sim.state.link[0, r]["num_remote"] <= kind.max_num_seqs
+        link = sim.state.link[0, r]
+        assert len(remote) == link["num_remote"]
+        assert spec.moves_kv or len(remote) <= kind.max_num_seqs
         status = requests["status"][remote]
         assert np.isin(status, (TRANSFERRING, LANDED)).all()
-        assert (status == LANDED).sum() == sim.state.link[0, r]["num_landed"]
+        assert (status == LANDED).sum() == link["num_landed"]
         # a request that was loaded has the blocks of its whole text from the start
         replica, size = sim.state.replica[0, r], spec.block_size
         blocks = int(requests["table_len"][remote].sum())
@@ -360,6 +559,12 @@ def check(sim: Simulator) -> None:
             decoded = q["computed"] + replica["iteration"] - q["join_iter"] + 1
             own_blocks = -(-int(decoded) // size) if q["join_iter"] >= 0 else q["table_len"]
             blocks += int(own_blocks)
+        if spec.moves_kv:  # what others hold here: those it sends to, and those that will come
+            way, holding = sim.state.transfer[0], len(remote)
+            for end in ("source", "target"):
+                blocks += int(way[f"{end}_blocks"][way[end] == r].sum())
+                holding += int((way[end] == r).sum())
+            assert holding == link["num_holding"]
         assert sim.state.block[0, r]["holders"][: kind.num_blocks].sum() == blocks
 
 
@@ -375,19 +580,16 @@ def check(sim: Simulator) -> None:
         (lambda: toy_cluster(tiers=TierRules(store=KvTier(1))), "prefix cache, which is off"),
         (
             lambda: toy_cluster(tiers=TierRules(store=KvTier(1)), prefix_caching=True),
-            "kv_token_bytes must be above 0 where there are tiers",
+            "kv_token_bytes must be above 0 where KV is loaded",
         ),
         (
             lambda: replace(tiered(host_kv=SLOW), types=(sglang(),), tiers=SHARED),
             "must have the engine vllm and step by itself",
         ),
+        (lambda: fetching(0.5), "balancing_threshold must be at least 1 and finite, got 0.5"),
         (
-            lambda: replace(tiered(host_kv=SLOW), types=prefilling(), tiers=SHARED),
-            "the roles prefill and decode do not go together",
-        ),
-        (
-            lambda: replace(tiered(host_kv=SLOW), migration=MigrationRules(interval_s=1.0)),
-            "requests that migrate do not go together",
+            lambda: replace(fetching(), prefix_caching=False),
+            "leave the tiers and balancing_threshold out",
         ),
     ],
 )
@@ -401,10 +603,6 @@ SHARED = TierRules(store=SLOW)
 
 def sglang():
     return replace(replica_type(), engine="sglang")
-
-
-def prefilling():
-    return tuple(replace(replica_type(), role=role) for role in ("prefill", "decode"))
 
 
 assert len({DROP, LEAVE, OFFLOAD, KEEP}) == NUM_RETENTIONS

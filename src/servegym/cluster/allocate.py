@@ -176,6 +176,8 @@ def make_params(spec: ClusterSpec, *, record: bool, asks: Asks = DISPATCH_ONLY) 
         store_bytes_per_s=float(spec.tiers.store_bytes_per_s),
         interference=float(spec.tiers.interference),
         loads_if_faster=spec.tiers.load == "faster",
+        balancing_threshold=float(spec.tiers.balancing_threshold or 0.0),
+        moves_kv=spec.moves_kv,
         disaggregated=spec.disaggregated,
         destination_first=spec.transfers.reservation == "destination",
         kv_block_bytes=float(spec.transfers.kv_token_bytes * spec.block_size),

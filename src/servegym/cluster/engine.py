@@ -19,6 +19,7 @@ from servegym.cluster.log import count_itl, log_event, log_steps
 from servegym.cluster.migration import leave, note_preempted, stop_migrations
 from servegym.cluster.phased import forget_pressure, form_phase
 from servegym.cluster.priority import form_by_priority, hold_back, reset_forming
+from servegym.cluster.remote import clear_links
 from servegym.cluster.retention import let_all_go
 from servegym.cluster.router import forget_outstanding, forget_prefill, take_back
 from servegym.cluster.running import (
@@ -102,13 +103,13 @@ def form_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
                 q.chunk = take
                 budget -= take
                 attention_s += prefill_s(p, t, take, computed)
-        if p.disaggregated or p.migration.on:
-            if not preempted:
-                attention_s = admit_apart(p, s, e, r, now_s, budget, attention_s)
-                budget = s.link[e, r].budget
-        elif p.tiered:
+        if p.tiered:
             if not preempted:
                 attention_s = admit_beside_loads(p, s, e, r, now_s, budget, attention_s)
+                budget = s.link[e, r].budget
+        elif p.moves_kv:
+            if not preempted:
+                attention_s = admit_apart(p, s, e, r, now_s, budget, attention_s)
                 budget = s.link[e, r].budget
         elif not preempted and v.num_waiting > 0:
             budget, attention_s = _admit(p, s, e, r, now_s, budget, attention_s)
@@ -376,12 +377,14 @@ def stop_replica(p: Params, s: State, e: int, r: int, now_s: float) -> None:
         last_s = now_s
         v.prefill_steps += v.mode == PREFILL
     aborted = 1 if v.mode == DECODE or v.mode == STEP else 0
+    if p.tiered:
+        stop_loads(p, s, e, r, now_s)
     if p.disaggregated:
         stop_transfers(p, s, e, r, now_s)
     if p.migration.on:
         stop_migrations(p, s, e, r, now_s)
-    if p.tiered:
-        stop_loads(p, s, e, r, now_s)
+    if p.moves_kv:
+        clear_links(s, e, r)
     request = v.run_head
     while request >= 0:
         q = s.request[e, request]

@@ -17,7 +17,7 @@ from servegym.cluster.dispatch import hold, reject, route, send, set_up
 from servegym.cluster.engine import clear_replica, end_step, form_step, next_with, stop_replica
 from servegym.cluster.entry import ADVANCE, APPLY, INFER, entry
 from servegym.cluster.jit import helper, inlined, kernel
-from servegym.cluster.loads import land_load
+from servegym.cluster.loads import is_loaded, land_load
 from servegym.cluster.lockstep import step_together
 from servegym.cluster.log import log_event
 from servegym.cluster.migration import go_off_migration, migrate, reset_moves
@@ -156,7 +156,7 @@ def go_off(p: Params, s: State, e: int) -> None:
     elif kind == RETAINING:
         ask_retention(s, e, subject)
     elif LANDING <= kind <= PLACING:
-        if p.tiered:
+        if p.tiered and kind == LANDING and is_loaded(s, e, subject):
             land_load(p, s, e, subject)
         else:
             go_off_transfer(p, s, e, kind, subject)
@@ -315,7 +315,7 @@ def measure(p: Params, s: State, e: int, r: int, time_s: float, out: np.ndarray)
         emitted += ended * v.num_decodes
     out[e, SCRAPED_RUNNING, r] = v.num_running
     out[e, SCRAPED_WAITING, r] = v.num_waiting
-    if p.disaggregated or p.migration.on or p.tiered:
+    if p.moves_kv or p.tiered:
         out[e, SCRAPED_WAITING, r] += s.link[e, r].num_remote
     out[e, SCRAPED_KV_USAGE, r] = used / blocks
     out[e, SCRAPED_EMITTED, r] = emitted
@@ -380,7 +380,7 @@ def reset_env(p: Params, s: State, e: int) -> None:
         s.observation[e, OBSERVED_DECODE_STEP, r] /= v.base_speed
         s.observation[e, OBSERVED_DECODE_SEQ, r] /= v.base_speed
         clear_replica(p, s, e, r)
-    if p.disaggregated or p.migration.on:
+    if p.moves_kv:
         reset_transfers(s, e)
     if p.tiered:
         reset_tiers(p, s, e)

@@ -1,32 +1,47 @@
-"""Loading KV from the tiers of a replica instead of computing it anew: docs/kv-tiers.md.
+"""Loading KV from tiers and from peers instead of computing it anew: docs/kv-tiers.md.
 
 A request whose KV is loaded is in the list of remote requests of its replica (`s.link`) and holds
 blocks for its whole text: `TRANSFERRING` with a timer until the KV has landed, then `LANDED` until
-it is admitted.
+it is admitted. Beside it there can be requests whose KV comes from other replicas: see `is_loaded`.
 """
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 from numba import types
 
-from servegym.cluster.blocks import hold_matched, name_blocks, take_for_chunk
+from servegym.cluster.blocks import hold_matched
 from servegym.cluster.entry import ADMIT_BESIDE_LOADS, LAND_LOAD, STOP_LOADS, entry
+from servegym.cluster.identities import identity_of, segment_before, segment_of
 from servegym.cluster.jit import helper, inlined
 from servegym.cluster.log import log_event
-from servegym.cluster.remote import join_remote, leave_remote, look_again, take_ahead
+from servegym.cluster.peers import begin_fetch, end_fetch, fetched_s, find_peer, lose_fetches
+from servegym.cluster.remote import (
+    admit_there,
+    are_enough,
+    join_remote,
+    leave_remote,
+    look_again,
+    release_source,
+    take_ahead,
+)
 from servegym.cluster.retention import is_retained, let_go
-from servegym.cluster.rng import block_identity, private_key
 from servegym.cluster.router import forget_outstanding, forget_prefill, take_back
-from servegym.cluster.running import admit_head, at_hand, leave_waiting, link_running
+from servegym.cluster.running import admit_head, at_hand, leave_waiting
 from servegym.cluster.state import (
     EV_ADMIT,
     EV_HOST,
     EV_LAND,
+    EV_PEER,
     EV_TRANSFER,
     HOST,
     LANDED,
     LANDING,
+    NUM_SOURCES,
     NUM_TIERS,
+    PEER,
     STORE,
     Params,
     State,
@@ -34,18 +49,7 @@ from servegym.cluster.state import (
 from servegym.cluster.steptime import dense_s, prefill_s
 from servegym.cluster.tiers import lose_host, put, tier_with, touch
 from servegym.cluster.timers import remove_timer, set_turn
-
-
-@inlined
-def _identity(p: Params, s: State, e: int, request: int, j: int) -> int:
-    """Name the content of block `j` of a request."""
-    q = s.request[e, request]
-    last_token = (j + 1) * p.block_size - 1
-    seg = q.segment_first
-    while seg < q.segment_stop and s.segment[e, seg].end <= last_token:
-        seg += 1
-    key = s.segment[e, seg].key if seg < q.segment_stop else private_key(request)
-    return block_identity(key, j)
+from servegym.cluster.transfers import give_up_target, is_prefilled_elsewhere, set_aside
 
 
 @helper
@@ -58,10 +62,12 @@ def _look_up(
         How many there are, before block `stop`.
     """
     load = s.load[e, request]
-    for tier in range(NUM_TIERS):
-        load.blocks[tier] = 0
+    for source in range(NUM_SOURCES):
+        load.blocks[source] = 0
+    seg = s.request[e, request].segment_first
     for j in range(hits, stop):
-        tier = tier_with(p, s, e, r, _identity(p, s, e, request, j), now_s)
+        seg = segment_of(p, s, e, request, j, seg)
+        tier = tier_with(p, s, e, r, identity_of(s, e, request, j, seg), now_s)
         if tier < 0:
             return j - hits
         load.blocks[tier] += 1
@@ -85,10 +91,13 @@ def _store_until_s(p: Params, s: State, e: int, blocks: int, now_s: float) -> fl
 
 
 @helper
-def _landing_s(p: Params, s: State, e: int, r: int, request: int, now_s: float) -> float:
+def _landing_s(p: Params, s: State, e: int, r: int, request: int, peer: int, now_s: float) -> float:
     """When the blocks that were looked up would be here if they were loaded now."""
     t = s.replica[e, r].type_idx
     landing_s = now_s
+    fetched = s.load[e, request].blocks[PEER]
+    if fetched > 0:
+        landing_s = max(landing_s, fetched_s(p, s, e, r, peer, fetched, now_s)[1])
     for tier in range(NUM_TIERS):
         blocks = s.load[e, request].blocks[tier]
         if blocks > 0:
@@ -113,13 +122,27 @@ def recompute_s(p: Params, s: State, e: int, r: int, computed: int, tokens: int)
     return total_s / v.speed
 
 
+@inlined
+def _is_worth_it(
+    p: Params, s: State, e: int, r: int, request: int, computed: int, peer: int, now_s: float
+) -> bool:
+    """Whether there is something to load, and that is to be done instead of computing it."""
+    found = _num_loaded(s, e, request)
+    if found == 0 or not p.loads_if_faster:
+        return found > 0
+    loading_s = _landing_s(p, s, e, r, request, peer, now_s) - now_s
+    return bool(loading_s < recompute_s(p, s, e, r, computed, found * p.block_size))
+
+
 @helper
 def _begin(
-    p: Params, s: State, e: int, r: int, request: int, hits: int, found: int, now_s: float
+    p: Params, s: State, e: int, r: int, request: int, hits: int, peer: int, now_s: float
 ) -> None:
     """Begin to load blocks of the head of the queue; set blocks aside for its whole text."""
     v, q, load = s.replica[e, r], s.request[e, request], s.load[e, request]
-    landing_s = _landing_s(p, s, e, r, request, now_s)
+    landing_s = _landing_s(p, s, e, r, request, peer, now_s)
+    found = _num_loaded(s, e, request)
+    from_tiers = found - load.blocks[PEER]
     for tier in range(NUM_TIERS):
         blocks = load.blocks[tier]
         if blocks > 0:
@@ -129,8 +152,10 @@ def _begin(
                 s.env[e].store_read_free_s = _store_until_s(p, s, e, blocks, now_s)
                 done_s = max(done_s, s.env[e].store_read_free_s)
             v.slowed_until_s = max(v.slowed_until_s, done_s)
-    for j in range(hits + found - 1, hits - 1, -1):
-        identity = _identity(p, s, e, request, j)
+    seg = q.segment_stop
+    for j in range(hits + from_tiers - 1, hits - 1, -1):
+        seg = segment_before(p, s, e, request, j, seg)
+        identity = identity_of(s, e, request, j, seg)
         touch(s, e, r, tier_with(p, s, e, r, identity, now_s), identity)
     leave_waiting(s, e, r, request)
     v.emitted -= q.generated
@@ -140,7 +165,11 @@ def _begin(
     blocks = (q.prompt + q.generated + p.block_size - 1) // p.block_size
     take_ahead(p, s, e, r, q.seq_slot, hits, blocks)
     q.table_len = blocks
+    if load.blocks[PEER] > 0:
+        begin_fetch(p, s, e, r, peer, request, hits + from_tiers, now_s)
     join_remote(s, e, r, request)
+    if p.moves_kv:
+        s.link[e, r].num_holding += 1
     load.hits = hits
     load.begin_s = now_s
     set_turn(s, e, landing_s, LANDING, request)
@@ -148,11 +177,17 @@ def _begin(
 
 
 @inlined
+def is_loaded(s: State, e: int, request: int) -> bool:
+    """Whether KV of a request comes from the tiers, or has come and it waits to be admitted."""
+    return bool(s.load[e, request].hits >= 0)
+
+
+@inlined
 def _num_loaded(s: State, e: int, request: int) -> int:
-    """Blocks of the load in progress or landed."""
+    """Blocks of the load in progress or landed, or of what was looked up."""
     found = 0
-    for tier in range(NUM_TIERS):
-        found += s.load[e, request].blocks[tier]
+    for source in range(NUM_SOURCES):
+        found += s.load[e, request].blocks[source]
     return found
 
 
@@ -163,9 +198,13 @@ def land_load(p: Params, s: State, e: int, request: int) -> None:
     q, load = s.request[e, request], s.load[e, request]
     r = q.replica
     found = _num_loaded(s, e, request)
+    if load.blocks[PEER] > 0:
+        end_fetch(p, s, e, r, request, now_s)
     if load.blocks[HOST] < found and p.tier_num_blocks[s.replica[e, r].type_idx, HOST] > 0:
+        seg = q.segment_stop
         for j in range(load.hits + found - 1, load.hits - 1, -1):
-            identity = _identity(p, s, e, request, j)
+            seg = segment_before(p, s, e, request, j, seg)
+            identity = identity_of(s, e, request, j, seg)
             if tier_with(p, s, e, r, identity, float("inf")) != HOST:
                 put(p, s, e, r, HOST, identity, now_s)
     q.status = LANDED
@@ -173,12 +212,14 @@ def land_load(p: Params, s: State, e: int, request: int) -> None:
     load.landed_s = now_s
     load.moved_bytes += found * p.kv_block_bytes
     log_event(p, s, e, now_s, EV_LAND, request, r, found * p.kv_block_bytes)
-    for tier in range(NUM_TIERS):
-        blocks = load.blocks[tier]
+    for source in range(NUM_SOURCES):
+        blocks = load.blocks[source]
         if blocks > 0:
-            load.tokens[tier] += blocks * p.block_size
-            s.tier[e, r, tier].read_bytes += blocks * p.kv_block_bytes
-            log_event(p, s, e, now_s, EV_HOST + tier, request, r, blocks * p.block_size)
+            load.tokens[source] += blocks * p.block_size
+            if source != PEER:
+                s.tier[e, r, source].read_bytes += blocks * p.kv_block_bytes
+            kind = EV_PEER if source == PEER else EV_HOST + source
+            log_event(p, s, e, now_s, kind, request, r, blocks * p.block_size)
     look_again(p, s, e, r, now_s, now_s)
 
 
@@ -194,6 +235,8 @@ def admit_beside_loads(
     p: Params, s: State, e: int, r: int, now_s: float, budget: int, attention_s: float
 ) -> float:
     """Admit what has landed, then waiting requests, or begin to load their KV.
+
+    Where KV comes from other replicas, too, blocks are set aside for it as in `admit_apart`.
 
     Args:
         p: Constants.
@@ -211,36 +254,35 @@ def admit_beside_loads(
     t = v.type_idx
     request = k.first_remote
     while k.num_landed > 0 and budget > 0 and v.num_running < p.max_num_seqs[t]:
-        q = s.request[e, request]
+        q, load = s.request[e, request], s.load[e, request]
         following = q.next_request
         if q.status == LANDED:
-            hits = s.load[e, request].hits
-            there = hits + _num_loaded(s, e, request)
-            computed = there * p.block_size
+            hits, computed = load.hits, (load.hits + _num_loaded(s, e, request)) * p.block_size
+            if not is_loaded(s, e, request):
+                hits, computed = s.transfer[e, request].hits, q.prompt + q.generated - 1
             rest = q.prompt + q.generated - computed
             take = min(rest, budget)
             if not p.chunked_prefill and take < rest:
                 k.budget = budget
                 return attention_s
-            leave_remote(s, e, r, request)
-            k.num_landed -= 1
-            link_running(s, e, r, request)
-            q.computed = computed
             if q.cached < 0:
                 q.cached = computed
                 q.scheduled_s = now_s
                 log_event(p, s, e, now_s, EV_ADMIT, request, r, computed)
-            name_blocks(p, s, e, r, request, hits, there)
-            take_for_chunk(p, s, e, r, request, computed, take)
-            q.chunk = take
+            admit_there(p, s, e, r, request, hits, computed, take)
+            load.hits = -1
             budget -= take
             attention_s += prefill_s(p, t, take, computed)
         request = following
     while budget > 0 and v.num_waiting > 0 and v.num_running < p.max_num_seqs[t]:
-        if k.num_remote >= p.max_num_seqs[t]:
+        if are_enough(p, s, e, r) if p.moves_kv else k.num_remote >= p.max_num_seqs[t]:
             break
         request = v.wait_head
         q = s.request[e, request]
+        if p.disaggregated and is_prefilled_elsewhere(s, e, request):
+            if set_aside(p, s, e, r, now_s) == 0:
+                break
+            continue
         total = q.prompt + q.generated
         hits, unheld, computed = at_hand(p, s, e, r, request)
         take = min(total - computed, budget)
@@ -248,13 +290,16 @@ def admit_beside_loads(
             break
         if (total + p.block_size - 1) // p.block_size - hits + unheld > v.free_blocks:
             break
-        found = _look_up(p, s, e, r, request, hits, (total - 1) // p.block_size, now_s)
-        if found > 0 and (
-            not p.loads_if_faster
-            or _landing_s(p, s, e, r, request, now_s) - now_s
-            < recompute_s(p, s, e, r, computed, found * p.block_size)
-        ):
-            _begin(p, s, e, r, request, hits, found, now_s)
+        stop, peer = (total - 1) // p.block_size, -1
+        here = hits + _look_up(p, s, e, r, request, hits, stop, now_s)
+        if p.balancing_threshold > 0.0:
+            peer, fetched = find_peer(p, s, e, r, request, here, stop, now_s)
+            load = s.load[e, request]
+            load.blocks[PEER] = fetched
+            if fetched > 0 and not _is_worth_it(p, s, e, r, request, computed, peer, now_s):
+                load.blocks[PEER] = 0
+        if _is_worth_it(p, s, e, r, request, computed, peer, now_s):
+            _begin(p, s, e, r, request, hits, peer, now_s)
             continue
         admit_head(p, s, e, r, now_s, hits, computed, take)
         budget -= take
@@ -265,19 +310,33 @@ def admit_beside_loads(
 
 @entry(STOP_LOADS, types.void, types.int64, types.int64, types.float64)
 def stop_loads(p: Params, s: State, e: int, r: int, now_s: float) -> None:
-    """A replica fails: requests whose KV came or had landed go back, and its memory is lost."""
+    """A replica fails: requests that were loaded there go back, and its memory is lost.
+
+    Requests whose KV comes from other replicas stay in the list: they are not ours.
+    """
+    ended_by_s = np.nextafter(now_s, -math.inf)  # faults come before the steps that end now
     k = s.link[e, r]
     request = k.first_remote
     while request >= 0:
         q = s.request[e, request]
         following = q.next_request
-        if q.timer_pos >= 0:
-            remove_timer(s, e, q.timer_pos)
-        forget_outstanding(s, e, r, request)
-        forget_prefill(s, e, r, request)
-        take_back(p, s, e, r, request, now_s)
+        if is_loaded(s, e, request):
+            if q.status == LANDED:
+                k.num_landed -= 1
+            if q.timer_pos >= 0:
+                remove_timer(s, e, q.timer_pos)
+            leave_remote(s, e, r, request)
+            if s.load[e, request].blocks[PEER] > 0 and s.transfer[e, request].source >= 0:
+                release_source(p, s, e, request, now_s, ended_by_s)
+            s.load[e, request].hits = -1
+            forget_outstanding(s, e, r, request)
+            forget_prefill(s, e, r, request)
+            if p.disaggregated:
+                give_up_target(p, s, e, request, now_s, ended_by_s)
+            take_back(p, s, e, r, request, now_s)
         request = following
-    clear_loads(s, e, r)
+    if p.balancing_threshold > 0.0:
+        lose_fetches(s, e, r)
     lose_host(p, s, e, r)
 
 

@@ -35,7 +35,6 @@ from servegym.cluster.remote import (
     are_enough,
     book,
     book_landed,
-    clear_links,
     join_remote,
     land,
     leave_remote,
@@ -367,7 +366,7 @@ def note_preempted(s: State, e: int, r: int, request: int) -> None:
 def stop_migrations(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     """A replica fails: who moves to it stays, who moves from it is lost with it.
 
-    Its own blocks, its queue and its running list are cleared by whoever calls.
+    Its own blocks and links, its queue and its lists are cleared by whoever calls.
     """
     ended_by_s = np.nextafter(now_s, -math.inf)  # faults come before the steps that end now
     for a in range(s.env[e].num_replicas):
@@ -400,7 +399,6 @@ def stop_migrations(p: Params, s: State, e: int, r: int, now_s: float) -> None:
         forget_outstanding(s, e, r, request)
         take_back(p, s, e, r, request, now_s)
         request = following
-    clear_links(s, e, r)
 
 
 @inlined

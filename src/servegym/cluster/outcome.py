@@ -46,8 +46,9 @@ STEP_DTYPE = np.dtype(
 #: `transfer_s` is when both held memory for it; `moved_bytes` counts all its transfers that landed.
 #: `num_migrations` counts moves to another replica while it waited or decoded, `num_stays` those
 #: that were given up; `paused_s` is how long it decoded nowhere for them.
-#: Of loads from tiers these are the same; `host_tokens` and its like are what came from each tier,
-#: `stored_bytes` what was written to all of them.
+#: Loads from tiers and from other replicas count as transfers do, and the times are those of the
+#: last of all; `host_tokens` and its like are what came from each source, `stored_bytes` what was
+#: written to all tiers.
 OUTCOME_DTYPE = np.dtype(
     [
         ("request", "i4"),
@@ -77,11 +78,12 @@ OUTCOME_DTYPE = np.dtype(
         ("host_tokens", "i4"),
         ("disk_tokens", "i4"),
         ("store_tokens", "i4"),
+        ("peer_tokens", "i4"),
         ("stored_bytes", "f8"),
     ]
 )
-#: Columns of what was loaded, in the order of the tiers.
-TIER_COLUMNS = ("host_tokens", "disk_tokens", "store_tokens")
+#: Columns of what was loaded, in the order of the tiers; the last is of other replicas.
+SOURCE_COLUMNS = ("host_tokens", "disk_tokens", "store_tokens", "peer_tokens")
 
 
 def outcomes_from_events(events: NDArray[np.void], table: RequestTable) -> NDArray[np.void]:
@@ -140,6 +142,7 @@ def outcomes_from_events(events: NDArray[np.void], table: RequestTable) -> NDArr
         (s.EV_HOST, "host_tokens"),
         (s.EV_DISK, "disk_tokens"),
         (s.EV_STORE, "store_tokens"),
+        (s.EV_PEER, "peer_tokens"),
         (s.EV_STORED, "stored_bytes"),
     ):
         part = of(kind)

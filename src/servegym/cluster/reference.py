@@ -232,7 +232,7 @@ class ReferenceSimulator:
                 assert self.retain is not None
                 engine.settle_turn(self.requests[subject], *self.retain(self, subject))
         elif st.LANDING <= kind <= st.PLACING:
-            if self.spec.tiered:
+            if subject in self.tiers.loads:
                 self.tiers.land(self.requests[subject])
             else:
                 self.transfers.go_off(kind, self.requests[subject])

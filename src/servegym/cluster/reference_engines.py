@@ -188,7 +188,7 @@ class Engine:
 
     def arrived(self, q: Request) -> tuple[int, int]:
         """Blocks a request had here before its KV landed, and the tokens that it has now."""
-        if self.sim.spec.tiered:
+        if q.idx in self.sim.tiers.loads:
             hits, blocks = self.sim.tiers.there(q)
             return hits, blocks * self.sim.spec.block_size
         return self.sim.transfers.ways[q.idx].hits, q.total - 1
@@ -196,6 +196,7 @@ class Engine:
     def admit_landed(self, q: Request, tokens: int) -> tuple[int, int]:
         """Move a request whose KV has landed to the running list, with its first chunk."""
         hits, computed = self.arrived(q)
+        self.sim.tiers.loads.pop(q.idx, None)
         self.landed.remove(q)
         self.remote.remove(q)
         self.running.append(q)

@@ -69,6 +69,7 @@ class Transfers:
         way.source, way.source_blocks = engine.r, q.blocks
         way.lease_until_s = self.sim.now_s + self.rules.lease_s
         q.blocks, q.named = [], 0
+        self.sim.tiers.keep(engine, q)
         self.sim.log(st.EV_PREFILLED, q.idx, engine.r)
         if way.target >= 0:
             q.blocks, way.target_blocks = way.target_blocks, []
@@ -147,14 +148,17 @@ class Transfers:
 
     def book(self, source: Engine, engine: Engine, blocks: int) -> tuple[float, float]:
         """Send blocks from one replica to another; return when they land, and their bytes."""
-        a, b = source.type.link, engine.type.link
-        poster = a if self.rules.reservation == "destination" else b
-        num_bytes = blocks * self.block_bytes
-        busy_s = blocks * self.rules.kv_block_pieces * poster.piece_s
-        busy_s += num_bytes / min(a.bytes_per_s, b.bytes_per_s)
-        begin_s = max(self.sim.now_s, self.out_free_s[source.r], self.in_free_s[engine.r])
-        self.out_free_s[source.r] = self.in_free_s[engine.r] = begin_s + busy_s
-        return begin_s + busy_s + poster.latency_s, num_bytes
+        poster = source if self.rules.reservation == "destination" else engine
+        free_s = self.sent_s(source, engine, poster, blocks)
+        self.out_free_s[source.r] = self.in_free_s[engine.r] = free_s
+        return free_s + poster.type.link.latency_s, blocks * self.block_bytes
+
+    def sent_s(self, source: Engine, engine: Engine, poster: Engine, blocks: int) -> float:
+        """When blocks will have left one replica for another; one of the two posts them."""
+        slower = min(source.type.link.bytes_per_s, engine.type.link.bytes_per_s)
+        busy_s = blocks * self.rules.kv_block_pieces * poster.type.link.piece_s
+        busy_s += blocks * self.block_bytes / slower
+        return max(self.sim.now_s, self.out_free_s[source.r], self.in_free_s[engine.r]) + busy_s
 
     def go_off(self, kind: int, q: Request) -> None:
         """Do what a timer of a request on its way was set for."""

@@ -57,21 +57,28 @@ def are_enough(p: Params, s: State, e: int, r: int) -> bool:
 
 
 @inlined
+def sent_s(
+    p: Params, s: State, e: int, source: int, r: int, poster: int, blocks: int, now_s: float
+) -> float:
+    """When blocks will have left one replica for another; one of the two, `poster`, posts them."""
+    a, b = s.replica[e, source].type_idx, s.replica[e, r].type_idx
+    busy_s = blocks * p.kv_block_pieces * p.link_piece_s[s.replica[e, poster].type_idx]
+    busy_s += blocks * p.kv_block_bytes / min(p.link_bytes_per_s[a], p.link_bytes_per_s[b])
+    return max(now_s, s.link[e, source].out_free_s, s.link[e, r].in_free_s) + busy_s
+
+
+@inlined
 def book(
     p: Params, s: State, e: int, request: int, source: int, r: int, blocks: int, now_s: float
 ) -> float:
     """Send blocks of a request from one replica to another; return when they land, seconds."""
-    t, here, there = s.transfer[e, request], s.link[e, source], s.link[e, r]
-    a, b = s.replica[e, source].type_idx, s.replica[e, r].type_idx
-    poster = a if p.destination_first else b
+    t, poster = s.transfer[e, request], source if p.destination_first else r
+    free_s = sent_s(p, s, e, source, r, poster, blocks, now_s)
+    s.link[e, source].out_free_s = free_s
+    s.link[e, r].in_free_s = free_s
     t.num_bytes = blocks * p.kv_block_bytes
-    busy_s = blocks * p.kv_block_pieces * p.link_piece_s[poster]
-    busy_s += t.num_bytes / min(p.link_bytes_per_s[a], p.link_bytes_per_s[b])
-    free_s = max(now_s, here.out_free_s, there.in_free_s) + busy_s
-    here.out_free_s = free_s
-    there.in_free_s = free_s
     t.begin_s = now_s
-    return free_s + p.link_latency_s[poster]
+    return free_s + p.link_latency_s[s.replica[e, poster].type_idx]
 
 
 @inlined
@@ -179,6 +186,35 @@ def look_again(p: Params, s: State, e: int, r: int, now_s: float, ended_by_s: fl
         cut_stretch(p, s, e, r, ended_by_s)
 
 
+@inlined
+def admit_there(
+    p: Params, s: State, e: int, r: int, request: int, hits: int, computed: int, take: int
+) -> None:
+    """Move a request whose KV has landed to the running list, with its first chunk.
+
+    Args:
+        p: Constants.
+        s: State.
+        e: Environment.
+        r: Replica.
+        request: The one.
+        hits: Blocks of it that have had their identities before.
+        computed: Tokens whose KV is there.
+        take: Tokens of the chunk.
+    """
+    q, k = s.request[e, request], s.link[e, r]
+    leave_remote(s, e, r, request)
+    k.num_landed -= 1
+    if p.moves_kv:
+        k.num_holding -= 1
+    link_running(s, e, r, request)
+    q.computed = computed
+    if p.prefix_caching:
+        name_blocks(p, s, e, r, request, hits, computed // p.block_size)
+    take_for_chunk(p, s, e, r, request, computed, take)
+    q.chunk = take
+
+
 @entry(ADMIT_LANDED, types.float64, types.int64, types.int64, types.int64, types.float64)
 def admit_landed(p: Params, s: State, e: int, r: int, budget: int, attention_s: float) -> float:
     """Admit requests whose KV has landed: each computes its last token, and emits one.
@@ -201,18 +237,10 @@ def admit_landed(p: Params, s: State, e: int, r: int, budget: int, attention_s: 
         q = s.request[e, request]
         following = q.next_request
         if q.status == LANDED:
-            leave_remote(s, e, r, request)
-            k.num_landed -= 1
-            k.num_holding -= 1
-            link_running(s, e, r, request)
-            q.computed = q.prompt + q.generated - 1
-            if p.prefix_caching:
-                hits = s.transfer[e, request].hits
-                name_blocks(p, s, e, r, request, hits, q.computed // p.block_size)
-            take_for_chunk(p, s, e, r, request, q.computed, 1)
-            q.chunk = 1
+            computed = q.prompt + q.generated - 1
+            admit_there(p, s, e, r, request, s.transfer[e, request].hits, computed, 1)
             budget -= 1
-            attention_s += prefill_s(p, t, 1, q.computed)
+            attention_s += prefill_s(p, t, 1, computed)
         request = following
     return attention_s
 

@@ -19,7 +19,7 @@ from servegym.cluster.allocate import (
 from servegym.cluster.entry import addresses
 from servegym.cluster.jit import kernel
 from servegym.cluster.kernels import advance, apply, may_answer
-from servegym.cluster.outcome import OUTCOME_DTYPE, TIER_COLUMNS
+from servegym.cluster.outcome import OUTCOME_DTYPE, SOURCE_COLUMNS
 from servegym.cluster.spec import ClusterSpec, Episode
 from servegym.cluster.state import (
     DISPATCH,
@@ -256,11 +256,12 @@ class Simulator:
                 out[column] = way[column]
         if self.spec.tiered:
             load = self.state.load[env, : len(request)]
-            out["transfer_s"] = load["begin_s"]
-            for column in ("landed_s", "moved_bytes", "stored_bytes"):
-                out[column] = load[column]
-            for tier, column in enumerate(TIER_COLUMNS):
-                out[column] = load["tokens"][:, tier]
+            out["transfer_s"] = np.fmax(out["transfer_s"], load["begin_s"])
+            out["landed_s"] = np.fmax(out["landed_s"], load["landed_s"])
+            out["moved_bytes"] += load["moved_bytes"]
+            out["stored_bytes"] = load["stored_bytes"]
+            for source, column in enumerate(SOURCE_COLUMNS):
+                out[column] = load["tokens"][:, source]
         return out
 
     def events(self, env: int = 0) -> NDArray[np.void]:

@@ -262,8 +262,8 @@ class ClusterSpec:
         metrics_interval_s: Time between scrapes of engine metrics; 0 means always fresh.
         noise_sigma: Standard deviation of the logarithm of step times; 0 means none.
         noise_period_steps: Steps that share one draw of that noise.
-        transfers: How KV moves, if there are replicas that are not `"mixed"` or requests migrate;
-            and how large it is.
+        transfers: How KV moves, if there are replicas that are not `"mixed"`, requests migrate or
+            prefixes are fetched; and how large it is.
         migration: Which requests move to another replica while they wait or decode, and how.
         tiers: What lies behind the KV blocks of replicas, besides their own hosts and disks.
     """
@@ -292,13 +292,18 @@ class ClusterSpec:
     @property
     def moves_kv(self) -> bool:
         """Whether KV can move from one replica to another."""
-        return self.disaggregated or self.migrates
+        return self.disaggregated or self.migrates or self.fetches
+
+    @property
+    def fetches(self) -> bool:
+        """Whether prefixes are fetched from the caches of other replicas."""
+        return self.tiers.balancing_threshold is not None
 
     @property
     def tiered(self) -> bool:
-        """Whether copies of KV blocks are kept anywhere but on GPUs."""
+        """Whether KV is loaded: copies are kept anywhere but on GPUs, or others' are fetched."""
         own = any(t.host_kv is not None or t.disk_kv is not None for t in self.types)
-        return own or self.tiers.store is not None
+        return own or self.tiers.store is not None or self.fetches
 
     @property
     def disaggregated(self) -> bool:
@@ -351,29 +356,21 @@ class ClusterSpec:
     def _check_tiers(self) -> None:
         if not self.prefix_caching:
             raise ConfigError(
-                "tiers keep copies of blocks of the prefix cache, which is off: set "
-                "prefix_caching, or leave the tiers out"
-            )
-        if self.disaggregated:
-            raise ConfigError(
-                "tiers behind KV blocks and the roles prefill and decode do not go together yet: "
-                "leave the tiers out, or take the role mixed for all"
-            )
-        if self.migrates:
-            raise ConfigError(
-                "tiers behind KV blocks and requests that migrate do not go together yet: leave "
-                "the tiers or the migration out"
+                "tiers keep copies of blocks of the prefix cache, which is off, and what is "
+                "fetched comes from there: set prefix_caching, or leave the tiers and "
+                "balancing_threshold out"
             )
         if not self.transfers.kv_token_bytes > 0:
             raise ConfigError(
-                "kv_token_bytes must be above 0 where there are tiers behind KV blocks, got "
+                "kv_token_bytes must be above 0 where KV is loaded from tiers or peers, got "
                 f"{self.transfers.kv_token_bytes}"
             )
         for kind in self.types:
             if kind.engine != "vllm" or kind.shared is not None:
                 raise ConfigError(
                     f"{kind.name} must have the engine vllm and step by itself, as all replicas "
-                    "where there are tiers behind KV blocks: take engine vllm, or leave them out"
+                    "where KV is loaded from tiers or peers: take engine vllm, or leave the tiers "
+                    "and balancing_threshold out"
                 )
 
 

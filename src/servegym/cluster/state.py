@@ -44,8 +44,9 @@ FAULT_SLOW, FAULT_DOWN, FAULT_UP = range(3)
     EV_DISK,
     EV_STORE,
     EV_STORED,
-) = range(20)
-NUM_EVENTS = 20
+    EV_PEER,
+) = range(21)
+NUM_EVENTS = 21
 # Why `advance` came back
 DECISION, DONE, LOG_FULL = range(3)
 # Kinds of decisions: which replica a request goes to; and of an engine that goes by priorities
@@ -59,6 +60,9 @@ NUM_RETENTIONS = 4
 # Tiers behind the KV blocks of a replica: the memory of its host, its disk, the cluster's store
 HOST, DISK, STORE = range(3)
 NUM_TIERS = 3
+# From where KV is loaded: from these, or from the caches of another replica
+PEER = NUM_TIERS
+NUM_SOURCES = NUM_TIERS + 1
 # Whether a kind of decision is asked for: never (a compiled rule decides in its place), where there
 # is a choice, or always
 NEVER, WHERE_IT_MATTERS, ALWAYS = range(3)
@@ -178,7 +182,7 @@ class Params(NamedTuple):
     hold_s: float
     retain_kv_s: float  # how long an ended turn keeps its blocks for the next one; 0: not at all
     retains: bool  # whether turns can keep blocks: for that time, or since somebody decides so
-    tiered: bool  # whether there are tiers behind the KV blocks
+    tiered: bool  # whether KV is loaded: from tiers behind the KV blocks, or from other replicas
     tier_num_blocks: IntArray  # [T, NUM_TIERS] what each holds, 0: there is none
     tier_read_bytes_per_s: FloatArray  # [T, NUM_TIERS] from it; of the store: a replica's link
     tier_write_bytes_per_s: FloatArray  # [T, NUM_TIERS]
@@ -186,6 +190,8 @@ class Params(NamedTuple):
     store_bytes_per_s: float  # of the store's own, to all replicas, and from them
     interference: float  # factor on steps that begin while KV moves between a GPU and its tiers
     loads_if_faster: bool  # KV is loaded where computing it anew takes longer, else always
+    balancing_threshold: float  # a prefix so many times as long elsewhere is fetched; 0: none is
+    moves_kv: bool  # whether KV moves between replicas: fetched, prefilled elsewhere, or migrating
     disaggregated: bool  # whether there are replicas that are not MIXED
     destination_first: bool  # blocks are set aside where a request decodes before its prefill
     kv_block_bytes: float  # of KV in a block
@@ -402,7 +408,8 @@ FORMING_DTYPE = np.dtype(
 #: The way of one request from where it is prefilled to where it decodes.
 TRANSFER_DTYPE = np.dtype(
     [
-        ("source", "i8"),  # replica that has prefilled it and holds its blocks, -1: none
+        ("source", "i8"),  # replica that has prefilled it, or from which a prefix is fetched, and
+        # that holds these blocks, -1: none
         ("source_slot", "i8"),  # row of the block table there
         ("source_blocks", "i8"),  # blocks in that row
         ("prefill_on", "i8"),  # replica that it goes to once blocks are set aside, -1: none
@@ -456,12 +463,12 @@ LINK_DTYPE = np.dtype(
     ],
     align=True,
 )
-#: What a request has of loads from the tiers.
+#: What a request has of loads from the tiers; what a peer holds of it is in its TRANSFER_DTYPE.
 LOAD_DTYPE = np.dtype(
     [
-        ("hits", "i8"),  # blocks in the prefix cache when the load began
-        ("blocks", "i8", (NUM_TIERS,)),  # from each tier, of the load in progress
-        ("tokens", "i8", (NUM_TIERS,)),  # of all that have landed
+        ("hits", "i8"),  # blocks in the prefix cache when the load began, -1: nothing is loaded
+        ("blocks", "i8", (NUM_SOURCES,)),  # from each source, of the load in progress
+        ("tokens", "i8", (NUM_SOURCES,)),  # of all that have landed
         ("begin_s", "f8"),  # of the last load
         ("landed_s", "f8"),
         ("moved_bytes", "f8"),  # of all that have landed

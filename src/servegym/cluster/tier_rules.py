@@ -1,4 +1,4 @@
-"""What lies behind the KV blocks of a replica, and how KV gets there and back: docs/kv-tiers.md."""
+"""From where a replica loads KV, and how KV gets there and back: docs/kv-tiers.md."""
 
 from __future__ import annotations
 
@@ -55,12 +55,16 @@ class TierRules:
             its tiers.
         store: A store that all replicas share, with each one's link to it.
         store_bytes_per_s: Of the store's own in each direction, for all replicas together.
+        balancing_threshold: A prefix that another replica has, and that is more than so many
+            times as long as what a replica and its tiers have of a request, is fetched over the
+            links of both (Mooncake's name); None: nothing is.
     """
 
     load: LoadRule = "always"
     interference: float = 1.0
     store: KvTier | None = None
     store_bytes_per_s: float = float("inf")
+    balancing_threshold: float | None = None
 
     def __post_init__(self) -> None:
         if self.load not in get_args(LoadRule):
@@ -68,6 +72,11 @@ class TierRules:
         if not 1 <= self.interference < np.inf:
             raise ConfigError(
                 f"interference must be at least 1 and finite, got {self.interference}"
+            )
+        if self.balancing_threshold is not None and not 1 <= self.balancing_threshold < np.inf:
+            raise ConfigError(
+                "balancing_threshold must be at least 1 and finite, got "
+                f"{self.balancing_threshold}: leave it out to fetch nothing"
             )
         if not self.store_bytes_per_s > 0:
             raise ConfigError(f"store_bytes_per_s must be above 0, got {self.store_bytes_per_s}")

@@ -18,6 +18,7 @@ from servegym.cluster.state import (
     DISK,
     EV_STORED,
     HOST,
+    NUM_SOURCES,
     NUM_TIERS,
     STORE,
     Params,
@@ -170,10 +171,10 @@ def reset_tiers(p: Params, s: State, e: int) -> None:
             s.tier[e, r, tier].written_bytes = 0.0
     for i in range(env.num_requests):
         load = s.load[e, i]
-        load.hits = 0
-        for tier in range(NUM_TIERS):
-            load.blocks[tier] = 0
-            load.tokens[tier] = 0
+        load.hits = -1
+        for source in range(NUM_SOURCES):
+            load.blocks[source] = 0
+            load.tokens[source] = 0
         load.begin_s = float("nan")
         load.landed_s = float("nan")
         load.moved_bytes = 0.0

@@ -85,6 +85,7 @@ from servegym.cluster.state import (
 )
 from servegym.cluster.steptime import prefill_s
 from servegym.cluster.stretches import catch_up
+from servegym.cluster.tiers import store_text
 from servegym.cluster.timers import remove_timer, set_turn
 
 
@@ -103,6 +104,8 @@ def hand_over(p: Params, s: State, e: int, r: int, request: int, now_s: float) -
     s.replica[e, r].emitted -= q.generated
     forget_prefill(s, e, r, request)
     forget_outstanding(s, e, r, request)
+    if p.tiered:
+        store_text(p, s, e, r, request, now_s)
     q.hit_hint = q.prompt  # nothing of its prompt is left to compute
     t.source = r
     t.source_slot = q.seq_slot
@@ -353,14 +356,14 @@ def _drop(
         catch_up(p, s, e, there, ended_by_s)
         release_at(p, s, e, request, there, q.seq_slot, q.table_len)
         look_again(p, s, e, there, now_s, ended_by_s)
-    _give_up_target(p, s, e, request, now_s, ended_by_s)
+    give_up_target(p, s, e, request, now_s, ended_by_s)
     t.prefill_on = -1
     t.lease_until_s = math.inf
     take_back(p, s, e, r, request, now_s)
 
 
 @helper
-def _give_up_target(
+def give_up_target(
     p: Params, s: State, e: int, request: int, now_s: float, ended_by_s: float
 ) -> None:
     """Give back what was set aside, if anything, for a request that will not be prefilled."""
@@ -378,7 +381,7 @@ def _give_up_target(
 def stop_transfers(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     """A replica fails: what was prefilled there is lost, what was to decode there is placed anew.
 
-    Its own blocks, its queue and its running list are cleared by whoever calls.
+    Its own blocks and links, its queue and its lists are cleared by whoever calls.
     """
     ended_by_s = np.nextafter(now_s, -math.inf)  # faults come before the steps that end now
     for i in range(s.env[e].num_requests):
@@ -409,8 +412,7 @@ def stop_transfers(p: Params, s: State, e: int, r: int, now_s: float) -> None:
                 q.table_len = 0
                 _unplace(s, e, i, now_s)
             elif status != UNPLACED and status != RESERVED:
-                _give_up_target(p, s, e, i, now_s, ended_by_s)
-    clear_links(s, e, r)
+                give_up_target(p, s, e, i, now_s, ended_by_s)
 
 
 @inlined

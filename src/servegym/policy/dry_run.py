@@ -213,6 +213,7 @@ class Scratch:
             noise_sigma=0.0,
             metrics_interval_s=0.0,
             asks=DISPATCH_ONLY,
+            moves_kv=False,
             disaggregated=False,
             migration=simulator.params.migration._replace(on=False),
             retains=False,

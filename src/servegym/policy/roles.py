@@ -32,7 +32,7 @@ def see_roles(p: Params, s: State, e: int) -> None:
         rows[OBSERVED_PREFILLS, r] = role != DECODE_ONLY
         rows[OBSERVED_DECODES, r] = role != PREFILL_ONLY
         rows[OBSERVED_HAS_PREFILL, r] = 0.0
-        if not p.disaggregated:
+        if not p.disaggregated and p.balancing_threshold == 0.0:
             continue
         rate = NO_BOUND  # of KV without bytes, too
         if p.kv_block_bytes > 0.0:

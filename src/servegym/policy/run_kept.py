@@ -28,7 +28,7 @@ def make_simulator(
     """Make a simulator that asks what becomes of the KV of ended turns.
 
     Raises:
-        ConfigError: If nothing is kept of them anyway, or KV moves between replicas.
+        ConfigError: If nothing is kept of them anyway, or requests move between replicas.
     """
     check_retention(spec, "a retention rule", "take the dispatch policy alone")
     return Simulator(spec, episodes, record=record, asks=Asks(retain=WHERE_IT_MATTERS))
@@ -42,7 +42,7 @@ def check_retention(spec: ClusterSpec, what: str, instead: str) -> None:
         what: Who would say it, at the beginning of a sentence.
         instead: What to do, at its end.
     """
-    if spec.moves_kv:
+    if spec.disaggregated or spec.migrates:
         raise ConfigError(
             f"{what} and requests that move between replicas do not go together yet: {instead}, or "
             "take a cluster in which none moves"

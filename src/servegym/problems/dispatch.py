@@ -136,7 +136,7 @@ class DispatchEpisodes(RequestEpisodes[Policy | Pair]):
         the best of `starts` is better than what was found, it is that.
         """
         spec = self.scenario.spec
-        if spec.moves_kv:
+        if spec.disaggregated or spec.migrates:
             raise ConfigError(
                 f"the clairvoyant search sends whole requests to replicas, but in "
                 f"{self.scenario.name} they move from one to another: leave it out"
@@ -196,9 +196,9 @@ class Dispatch(RequestProblem[Policy | Pair]):
             return _PAIRS
         if scenario.spec.migrates:
             return _MIGRATING
-        if scenario.spec.tiered:
-            return _KEPT
-        return _PLACED if scenario.spec.disaggregated else self.default_policies
+        if scenario.spec.disaggregated:
+            return _PLACED
+        return _KEPT if scenario.spec.tiered else self.default_policies
 
     def owns(self, scenario: AnyScenario) -> bool:
         """Whether a scenario is of requests that can go to one replica or another."""

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servegym.cluster.nominal import reference_request_s
-from servegym.cluster.outcome import TIER_COLUMNS, goodput_rps, latencies, within_slo
+from servegym.cluster.outcome import SOURCE_COLUMNS, goodput_rps, latencies, within_slo
 from servegym.cluster.spec import ClusterSpec, Episode, ReplicaType
 from servegym.cluster.state import ITL_BINS_PER_DECADE, ITL_FIRST_S
 from servegym.typing import FloatArray, IntArray
@@ -122,21 +122,21 @@ def measure(
                     busy[roles == role].std() / busy[roles == role].mean()
                 )
     if spec.disaggregated:
-        out |= _of_transfers(outcomes, kept)
+        out |= _of_transfers(outcomes, kept, spec)
     if spec.migrates:
-        out |= _of_migrations(outcomes)
+        out |= _of_migrations(outcomes, spec)
     if spec.tiered:
         out |= _of_tiers(outcomes, kept, spec)
     return out
 
 
-def _of_migrations(outcomes: NDArray[np.void]) -> dict[str, float]:
+def _of_migrations(outcomes: NDArray[np.void], spec: ClusterSpec) -> dict[str, float]:
     """Reduce what moved to another replica while it waited or decoded."""
     paused_s = outcomes["paused_s"][outcomes["paused_s"] > 0]
     return {
         "migrations": float(outcomes["num_migrations"].sum()),
         "migrations_given_up": float(outcomes["num_stays"].sum()),
-        "moved_gb": float(outcomes["moved_bytes"].sum()) / 1e9,
+        "moved_gb": float((outcomes["moved_bytes"] - _loaded_bytes(outcomes, spec)).sum()) / 1e9,
         "pause_mean_s": float(paused_s.mean()) if len(paused_s) else 0.0,
         "pause_max_s": float(paused_s.max()) if len(paused_s) else 0.0,
     }
@@ -149,16 +149,17 @@ def _of_tiers(
     prompts = float(kept["prompt_tokens"].sum())
     found = {
         f"loaded_from_{column.removesuffix('_tokens')}": float(kept[column].sum()) / prompts
-        for column in TIER_COLUMNS
+        for column in SOURCE_COLUMNS
     }
-    loaded = np.sum([kept[column] for column in TIER_COLUMNS], axis=0) > 0
+    loaded = np.sum([kept[column] for column in SOURCE_COLUMNS], axis=0) > 0
     ttft = latencies(kept)[0]
+    loads_s = kept["landed_s"] - kept["transfer_s"]  # of the last load, unless others came after it
     return {
         **found,
         "loaded_share": float(loaded.mean()),
-        "loaded_gb": float(outcomes["moved_bytes"].sum()) / 1e9,
+        "loaded_gb": float(_loaded_bytes(outcomes, spec).sum()) / 1e9,
         "stored_gb": float(outcomes["stored_bytes"].sum()) / 1e9,
-        "load_mean_s": _mean((kept["landed_s"] - kept["transfer_s"])[loaded]),
+        **({} if spec.disaggregated or spec.migrates else {"load_mean_s": _mean(loads_s[loaded])}),
         "ttft_loaded_mean_s": _mean(ttft[loaded]),
         "ttft_others_mean_s": _mean(ttft[~loaded]),
     }
@@ -169,13 +170,24 @@ def _mean(values: FloatArray) -> float:
     return float(real.mean()) if len(real) else float("nan")
 
 
-def _of_transfers(outcomes: NDArray[np.void], kept: NDArray[np.void]) -> dict[str, float]:
+def _loaded_bytes(outcomes: NDArray[np.void], spec: ClusterSpec) -> FloatArray:
+    """What came from tiers and caches, and not from where a request was prefilled or decoded."""
+    tokens = np.sum([outcomes[column] for column in SOURCE_COLUMNS], axis=0, dtype=np.float64)
+    return np.asarray(tokens * spec.transfers.kv_token_bytes)
+
+
+def _of_transfers(
+    outcomes: NDArray[np.void], kept: NDArray[np.void], spec: ClusterSpec
+) -> dict[str, float]:
     """Reduce what was prefilled on one replica and decoded on another."""
-    moved = kept[~np.isnan(kept["landed_s"])]
+    moved_bytes = outcomes["moved_bytes"] - _loaded_bytes(outcomes, spec)
+    moved = kept[~np.isnan(kept["landed_s"]) & ~np.isnan(kept["prefilled_s"])]
     found = {
         "transferred_share": len(moved) / len(kept),
-        "moved_gb": float(outcomes["moved_bytes"].sum()) / 1e9,
+        "moved_gb": float(moved_bytes.sum()) / 1e9,
     }
+    if spec.tiered:  # of the others the last times may be those of a load where they decode
+        moved = moved[moved["num_preemptions"] == 0]
     for name, begin, end in (
         ("prefill_mean_s", "arrival_s", "prefilled_s"),
         ("unfetched_mean_s", "prefilled_s", "transfer_s"),

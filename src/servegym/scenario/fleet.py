@@ -134,11 +134,13 @@ class KvTiersConfig(Config):
 
     `load` says whether KV that a tier has is always loaded, or only where computing it anew takes
     longer (`faster`). Steps that begin while KV moves between a GPU and its tiers last
-    `interference` times as long.
+    `interference` times as long. With a `balancing_threshold` prefixes are fetched from the caches
+    of other replicas, over the `link` of each: what is more than so many times as long there.
     """
 
     load: LoadRule = "always"
     interference: float = Field(1.0, ge=1)
+    balancing_threshold: float | None = Field(None, ge=1)
 
 
 class FleetEntry(Config):
@@ -149,9 +151,9 @@ class FleetEntry(Config):
     `servegym calibrate` instead, made for this GPU, model and tp. `engine` says whose rules form
     the steps; `max_num_batched_tokens` and `max_num_seqs` are those of the scenario's `engine`
     section unless given, and where that names no budget, the engine's own. `role` says whether the
-    replicas do all of a request, or only prefill or only decode; where some do, or requests
-    migrate, each entry needs a `link`. `host_kv` and `disk_kv` keep copies of each replica's KV
-    blocks.
+    replicas do all of a request, or only prefill or only decode; where some do, requests migrate or
+    prefixes are fetched, each entry needs a `link`. `host_kv` and `disk_kv` keep copies of each
+    replica's KV blocks.
     """
 
     gpu: str

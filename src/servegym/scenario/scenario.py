@@ -92,8 +92,8 @@ class Scenario(Config):
         if roles == {"mixed"}:
             # a scenario that was written out whole has the defaults in it
             for name, usual in TransferConfig():
-                if name == "max_num_held" and self.migration is not None:
-                    continue  # it bounds who holds memory at both ends of a migration, too
+                if name == "max_num_held" and (self.migration is not None or self._fetches):
+                    continue  # it bounds who holds memory at both ends of these, too
                 if getattr(self.transfers, name) != usual:
                     raise ValueError(
                         f"transfers.{name} is set, but all replicas have the role mixed, so that "
@@ -142,38 +142,47 @@ class Scenario(Config):
                 )
         return self
 
+    @property
+    def _fetches(self) -> bool:
+        """Whether prefixes are fetched from the caches of other replicas."""
+        return self.kv_tiers.balancing_threshold is not None
+
     @model_validator(mode="after")
     def _check_tiers(self) -> Self:
-        own = [entry.host_kv is not None or entry.disk_kv is not None for entry in self.fleet]
-        if not any(own) and self.kv_store is None:
+        own = any(entry.host_kv is not None or entry.disk_kv is not None for entry in self.fleet)
+        if not own and self.kv_store is None:
             for name, usual in KvTiersConfig():
-                if getattr(self.kv_tiers, name) != usual:
-                    raise ValueError(
-                        f"kv_tiers.{name} is set, but no KV is kept anywhere but on GPUs: give "
-                        "fleet entries host_kv or disk_kv, or all a kv_store, or leave it out"
-                    )
-            return self
+                if getattr(self.kv_tiers, name) == usual or (
+                    self._fetches and name != "interference"
+                ):
+                    continue
+                raise ValueError(
+                    f"kv_tiers.{name} is set, but no KV is kept anywhere but on GPUs: give "
+                    "fleet entries host_kv or disk_kv, or all a kv_store, or leave it out"
+                )
+            if not self._fetches:
+                return self
         if not self.engine.prefix_caching:
             raise ValueError(
                 "engine.prefix_caching is off, but tiers keep copies of what is in the prefix "
-                "cache: turn it on, or leave host_kv, disk_kv and kv_store out"
-            )
-        if self.migration is not None:
-            raise ValueError(
-                "migration and tiers of KV do not go together yet: leave out migration, or "
-                "host_kv, disk_kv and kv_store"
+                "cache, and what is fetched comes from there: turn it on, or leave host_kv, "
+                "disk_kv, kv_store and balancing_threshold out"
             )
         for i, entry in enumerate(self.fleet):
             if entry.engine != "vllm":
                 raise ValueError(
-                    f"fleet.{i}.engine must be vllm, as that of all replicas where KV is kept "
-                    f"behind that of the GPUs, got {entry.engine}"
+                    f"fleet.{i}.engine must be vllm, as that of all replicas where KV is loaded "
+                    f"from tiers or from others, got {entry.engine}"
                 )
-            if entry.role != "mixed":
+            if self._fetches and entry.link is None:
                 raise ValueError(
-                    f"fleet.{i}.role must be mixed, as that of all replicas where KV is kept "
-                    f"behind that of the GPUs, got {entry.role}"
+                    f"fleet.{i}.link is missing: where prefixes are fetched from other replicas, "
+                    "say how KV gets to them and back, as in link: {gb_per_s: 25}"
                 )
+        if self._fetches and self.max_replicas < 2:
+            raise ValueError(
+                "kv_tiers.balancing_threshold needs two replicas or more, got a fleet of one"
+            )
         return self
 
     @cached_property
@@ -208,14 +217,14 @@ class Scenario(Config):
 
     @property
     def _tier_rules(self) -> TierRules:
-        rules, store = self.kv_tiers, self.kv_store
+        rules, store = TierRules(**self.kv_tiers.model_dump()), self.kv_store
         if store is None:
-            return TierRules(rules.load, rules.interference)
-        return TierRules(
-            rules.load,
-            rules.interference,
-            kv_store(store, self.step_cost(self.fleet[0]), self.engine.block_size),
-            1e9 * store.gb_per_s,
+            return rules
+        cost = self.step_cost(self.fleet[0])
+        return replace(
+            rules,
+            store=kv_store(store, cost, self.engine.block_size),
+            store_bytes_per_s=1e9 * store.gb_per_s,
         )
 
     @cached_property

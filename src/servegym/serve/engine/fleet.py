@@ -87,8 +87,8 @@ class Fleet:
             )
         if config.scenario.spec.tiered:
             raise ConfigError(
-                "emulated engines keep KV on their GPUs alone: leave host_kv, disk_kv and kv_store "
-                "out of the scenario"
+                "emulated engines keep KV on their GPUs alone: leave host_kv, disk_kv, kv_store "
+                "and balancing_threshold out of the scenario"
             )
         self._config = config
         self._episode = config.scenario.episode(config.seed, num_requests=_NUM_LENGTHS)
