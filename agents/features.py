@@ -23,7 +23,9 @@ def entry(request: Tensor, name: str) -> Tensor:
     return request[..., _Q[name]].unsqueeze(-1)
 
 
-def replica_inputs(replicas: Tensor, request: Tensor, *, extended: bool = False) -> Tensor:
+def replica_inputs(
+    replicas: Tensor, request: Tensor, *, extended: bool = False, arrivals: bool = False
+) -> Tensor:
     """Describe every (replica, request) pair by numbers of order one.
 
     Loads are stated in seconds of work at the replica's own speed, and latencies against the
@@ -33,6 +35,7 @@ def replica_inputs(replicas: Tensor, request: Tensor, *, extended: bool = False)
         replicas: Raw features, `float32[batch, R, >= NUM_OBSERVED_FEATURES]`.
         request: Raw features, `float32[batch, >= NUM_OBSERVED_REQUEST_FEATURES]`.
         extended: Whether what a router infers is described, too.
+        arrivals: Whether, besides, how much of the fleet's work is arriving is.
 
     Returns:
         `float32[batch, R, N]` with N of `num_inputs`; rows of absent replicas are meaningless but
@@ -99,7 +102,42 @@ def replica_inputs(replicas: Tensor, request: Tensor, *, extended: bool = False)
             torch.log1p(column(replicas, "OUTSTANDING_AS_TIGHT")),
             *(torch.log1p(column(replicas, name)) for name in _PUSHED_OVER),
         ]
+    if arrivals:
+        inputs += [share * ones for share in arriving_shares(replicas, request)]
     return torch.stack(inputs, -1)
+
+
+def arriving_shares(replicas: Tensor, request: Tensor) -> tuple[Tensor, Tensor]:
+    """State how much of what the fleet can do at most arrives, at most 4.
+
+    Requests as long as those that are there, and this one, arriving as often as of late: their
+    prompts over the fleet's prefill rate, and their outputs over the tokens that it could decode
+    if only the part of a step counted that grows with the batch.
+
+    Args:
+        replicas: Raw features, `float32[batch, R, F]`.
+        request: Raw features, `float32[batch, G]`.
+
+    Returns:
+        Both shares, `float32[batch, 1]`.
+    """
+    up = (column(replicas, "UP") > 0).to(replicas.dtype)
+    rate_rps = entry(request, "ARRIVAL_RATE_RPS")
+
+    def over_fleet(values: Tensor) -> Tensor:
+        return (values * up).sum(-1, keepdim=True)
+
+    count = over_fleet(column(replicas, "OUTSTANDING_REQUESTS")) + 1.0
+    prompts = over_fleet(column(replicas, "OUTSTANDING_PROMPT_TOKENS"))
+    outputs = over_fleet(column(replicas, "OUTSTANDING_PREDICTED_TOKENS"))
+    prompt = (prompts + entry(request, "PROMPT_TOKENS")) / count
+    output = (outputs + entry(request, "PREDICTED_OUTPUT_TOKENS")) / count
+    prefill_rate = over_fleet(column(replicas, "PREFILL_TOKENS_PER_S")).clamp(min=1.0)
+    decode_rate = over_fleet(1.0 / column(replicas, "DECODE_SEQ_S").clamp(min=1e-6)).clamp(min=1.0)
+    return (
+        (rate_rps * prompt / prefill_rate).clamp(max=4.0),
+        (rate_rps * output / decode_rate).clamp(max=4.0),
+    )
 
 
 def base_cost(name: str, replicas: Tensor, request: Tensor, params: tuple[float, ...]) -> Tensor:

@@ -60,7 +60,7 @@ class DispatchNetwork(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
-        inputs = num_inputs(extended=config.extended)
+        inputs = num_inputs(extended=config.extended, arrivals=config.arrivals)
         self.actor = _Encoder(inputs, config.hidden, config.context)
         self.critic = nn.Sequential(
             nn.Linear(inputs, config.hidden), nn.ReLU(), nn.Linear(config.hidden, config.hidden)
@@ -97,7 +97,12 @@ class DispatchNetwork(nn.Module):
             cost = cost.clamp(min=LEAST_COST).log()
         least = (cost - MASKED * (1.0 - mask[..., :num])).amin(-1, keepdim=True)
         return Prepared(
-            replica_inputs(replicas, request, extended=self.config.extended),
+            replica_inputs(
+                replicas,
+                request,
+                extended=self.config.extended,
+                arrivals=self.config.arrivals,
+            ),
             (replicas[..., 0] > 0).to(replicas.dtype),
             -self.config.eta * (cost - least),
             mask,

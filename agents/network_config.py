@@ -30,6 +30,9 @@ class NetworkConfig(BaseModel):
     extended: bool = False
     """See what a router infers, too: step times, lengths learnt from requests that have ended, and
     whom a choice pushes over its limits. A decision then takes longer."""
+    arrivals: bool = False
+    """With --extended: see how much of the fleet's work is arriving, too. What a rejection is worth
+    depends on it."""
     context: Literal["mean", "attention"] = "mean"
     """How replicas see each other."""
     base: str = "added-delay"
@@ -56,6 +59,10 @@ class NetworkConfig(BaseModel):
                 raise ConfigError(f"base must be one of {', '.join(BASES)}, got {text!r}")
             if name in INFERRED_BASES and not data.get("extended"):
                 raise ConfigError(f"base {name} goes by what a router infers: give --extended")
+            if data.get("arrivals") and not data.get("extended"):
+                raise ConfigError(
+                    "arrivals is for networks that see what a router infers: give --extended, too"
+                )
             if ":" in text or not data.get("base_params"):
                 data = {**data, "base": name, "base_params": tuple(rule.params.tolist())}
         try:

@@ -14,6 +14,8 @@ from servegym.train.mix import Part
 from servegym.typing import FloatArray
 
 NAME = "card.md"
+#: What validation measures under an objective.
+_SAID = {"latency": "mean E2E latency", "tail": "p99 TTFT", "goodput": "share within limits"}
 
 
 def card(
@@ -41,7 +43,7 @@ def card(
         minutes: Wall-clock minutes after compilation.
     """
     in_time = parts[0].scenario.objective == "goodput"
-    said = "share within limits" if in_time else "mean E2E latency"
+    said = _SAID[parts[0].scenario.objective]
     given = ", ".join(f"{key} {value}" for key, value in sorted(settings.items()))
     lines = [
         f"# {name}",

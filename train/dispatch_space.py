@@ -6,6 +6,8 @@ is exported, and runs in a router, like what is learned by gradients.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 from torch import nn
@@ -20,9 +22,10 @@ from servegym.policy.policy import Observations, Policy
 from servegym.policy.replica_inputs import KV_USAGE_INPUT, NUM_INPUTS, OUTSTANDING_INPUT
 from servegym.typing import Float32Array, FloatArray, IntArray
 
-#: Numbers of the rule: the weight of its cost, of the delay by prefill, of that by tokens; as
-#: logarithms.
+#: Numbers of the rule: the weight of its cost, then its own two; as logarithms.
 _NUM_RULE = 3
+#: Weight of the cost of `prefix-load` with which a search begins, per second.
+_PREFIX_LOAD_ETA = 10.0
 #: Weights of a hidden unit: of its inputs, its bias, and to the score.
 UNIT = NUM_INPUTS + 2
 #: An input that differs by less from replica to replica is given no weight.
@@ -69,10 +72,17 @@ class DispatchSpace:
         replicas: Of observations, `float32[n, R, F]`; inputs are normalised by them.
         request: Of the same, `float32[n, G]`.
         num_extra: Actions besides the replicas, which are never taken while a replica is allowed.
+        base: The rule.
     """
 
-    def __init__(self, replicas: Float32Array, request: Float32Array, num_extra: int) -> None:
-        self._num_extra = num_extra
+    def __init__(
+        self,
+        replicas: Float32Array,
+        request: Float32Array,
+        num_extra: int,
+        base: Literal["added-delay", "prefix-load"] = "added-delay",
+    ) -> None:
+        self._num_extra, self._base = num_extra, base
         x = replica_inputs(torch.from_numpy(replicas), torch.from_numpy(request)).numpy()
         there = replicas[..., 0] > 0
         own = x[there].astype(np.float64)
@@ -96,6 +106,12 @@ class DispatchSpace:
             self._guess({OUTSTANDING_INPUT: -1.0}, eta=_NEXT_TO_NOTHING),
             self._guess({KV_USAGE_INPUT: -1.0}, eta=_NEXT_TO_NOTHING),
         ]
+
+    def prefix_load(self, weight: float, eta: float) -> FloatArray:
+        """Return the weights of the rule `prefix-load` with such parameters, if it is the base."""
+        return np.concatenate(
+            [np.log([_PREFIX_LOAD_ETA, weight, eta]), np.zeros(len(self._linear))]
+        )
 
     def _guess(
         self,
@@ -142,11 +158,11 @@ class DispatchSpace:
         inputs = nets.hidden[0] / nets.scale[:, None]
         bias = nets.hidden_bias[0] - nets.mean @ inputs
         used = len(bias)
-        eta, prefill, decode = rule[0].tolist()
+        eta, *params = rule[0].tolist()
         config = NetworkConfig(
             hidden=max(_LEAST_HIDDEN, used),
-            base="added-delay",
-            base_params=(prefill, decode),
+            base=self._base,
+            base_params=tuple(params),
             eta=eta,
             num_extra=self._num_extra,
         )

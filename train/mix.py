@@ -35,10 +35,16 @@ class Prices(Config):
     prefix_price: float | None = Field(None, ge=0)
     prefill_price: float | None = Field(None, ge=0)
     memory_price: float | None = Field(None, ge=0)
+    second_price: float | None = Field(None, ge=0)
+    stretch: float | None = Field(None, gt=0)
+    softness: float | None = Field(None, gt=0)
 
     def over(self, worth: Worth) -> Worth:
         """Put them in place of those of a trainer."""
-        return worth._replace(**self.model_dump(exclude_none=True))
+        given = self.model_dump(exclude_none=True)
+        if "second_price" in given:
+            given["second"] = given.pop("second_price")
+        return worth._replace(**given)
 
 
 class Part(Config):

@@ -43,6 +43,11 @@ LEARNERS = {
             "servegym.train.counterfactual_settings:CounterfactualTraining",
             "servegym.train.counterfactual:CounterfactualTrainer",
         ),
+        "cross-entropy": Entry(
+            "cross-entropy",
+            "servegym.train.cross_entropy_settings:CrossEntropyTraining",
+            "servegym.train.cross_entropy:CrossEntropyTrainer",
+        ),
         "search": Entry(
             "placed",
             "servegym.train.placed_settings:PlacedTraining",

@@ -9,6 +9,7 @@ import numpy as np
 
 from servegym.cluster.outcome import worth_in_time
 from servegym.cluster.simulator import Simulator
+from servegym.cluster.spec import Episode
 from servegym.policy.policy import Policy
 from servegym.policy.run import run
 from servegym.scenario import Scenario
@@ -59,6 +60,28 @@ class Validated(NamedTuple):
         return cls(scores, float(objective), float(p99_s))
 
 
+def judged(scenario: Scenario, episodes: Sequence[Episode], policy: Policy) -> Validated:
+    """Play episodes under a policy.
+
+    Scores are logarithms of mean E2E latencies in seconds; of the 99th percentile of TTFT under the
+    `tail` objective; or minus what counts for goodput, per request, under `goodput`.
+    """
+    simulator = Simulator(scenario.spec, list(episodes))
+    run(simulator, policy)
+    ends = [simulator.outcomes(env) for env in range(len(episodes))]
+    latencies_s = [x["finish_s"] - x["arrival_s"] for x in ends]
+    in_time = scenario.objective == "goodput"
+    if in_time:
+        pairs = zip(ends, episodes, strict=True)
+        scores = np.array([-worth_in_time(x, scenario.spec, e.table) for x, e in pairs])
+    elif scenario.objective == "tail":
+        waits_s = [x["first_token_s"] - x["arrival_s"] for x in ends]
+        scores = np.log([np.nanpercentile(x, 99) for x in waits_s])
+    else:
+        scores = np.log([np.nanmean(x) for x in latencies_s])
+    return Validated.of(scores, latencies_s, in_time=in_time)
+
+
 class Validation:
     """Validation episodes of requests that are dispatched."""
 
@@ -79,19 +102,5 @@ class Validation:
         ]
 
     def play(self, policy: Policy) -> Validated:
-        """Play them.
-
-        Scores are logarithms of mean E2E latencies in seconds, or minus what counts for goodput,
-        per request, under the `goodput` objective.
-        """
-        simulator = Simulator(self._scenario.spec, self._episodes)
-        run(simulator, policy)
-        ends = [simulator.outcomes(env) for env in range(len(self._episodes))]
-        latencies_s = [x["finish_s"] - x["arrival_s"] for x in ends]
-        in_time = self._scenario.objective == "goodput"
-        if in_time:
-            spec, pairs = self._scenario.spec, zip(ends, self._episodes, strict=True)
-            scores = np.array([-worth_in_time(x, spec, e.table) for x, e in pairs])
-        else:
-            scores = np.log([np.nanmean(x) for x in latencies_s])
-        return Validated.of(scores, latencies_s, in_time=in_time)
+        """Play them; see `judged`."""
+        return judged(self._scenario, self._episodes, policy)

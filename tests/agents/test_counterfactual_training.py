@@ -252,7 +252,7 @@ def test_what_another_learner_has_is_refused_by_name(words, said):
 def test_without_a_name_a_problem_has_its_first_learner():
     for problem, entry in TRAINERS.items():
         assert find_trainer(problem) is entry
-    dispatchers = ["ppo", "counterfactual", "search", "joint", "offline", "rllib"]
+    dispatchers = ["ppo", "counterfactual", "cross-entropy", "search", "joint", "offline", "rllib"]
     assert list(LEARNERS["dispatch"]) == dispatchers
     assert np.isinf(TRAINERS["dispatch"].settings().max_minutes)
 

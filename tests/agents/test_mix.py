@@ -14,7 +14,7 @@ from servegym.errors import ConfigError
 from servegym.export.resolve import resolve_policy
 from servegym.export.sample import together
 from servegym.export.shipped import shipped_names, shipped_path
-from servegym.policy.counterfactual import SECONDS
+from servegym.policy.counterfactual import LIMITS, SECONDS
 from servegym.policy.run import run
 from servegym.scenario import load_scenario
 from servegym.train.counterfactual import CounterfactualTrainer
@@ -81,13 +81,20 @@ def test_a_scenario_has_its_own_prices_where_it_names_them(write_mix):
     own = SECONDS._replace(prefill_price=0.5, memory_price=1.0)
     assert plain.prices.over(own) == own
     assert dear.prices.over(own) == own._replace(memory_price=2.0)
+    limits = {"second_price": 0.02, "stretch": 1.2, "softness": 0.1}
+    (strict,) = load_mix(write_mix({"prices": limits})).parts
+    assert strict.prices.over(LIMITS) == LIMITS._replace(second=0.02, stretch=1.2, softness=0.1)
 
 
 def test_bundled_mixes_can_be_played_and_span_what_they_say():
-    assert mix_names() == ["generalist", "held-out"]
+    assert mix_names() == ["generalist", "held-out", "limits"]
     sizes = [{p.scenario.max_replicas for p in load_mix(name).parts} for name in mix_names()]
     assert {2, 16} <= sizes[0]
     assert {32, 64} <= sizes[1]
+    assert sizes[2] == {4, 8}
+    limits = load_mix("limits")
+    assert limits.actions.reject
+    assert (limits.parts[0].load[0], max(p.load[1] for p in limits.parts)) == (0.85, 1.8)
     assert is_mix("generalist")
     assert not is_mix("mixed-chat")
 

@@ -6,11 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from servegym.agents.features import replica_inputs
+from servegym.agents.features import arriving_shares, replica_inputs
 from servegym.agents.network import DispatchNetwork, NetworkConfig
 from servegym.envs.dispatch import DispatchVectorEnv
 from servegym.errors import ConfigError
 from servegym.export.sample import sample_observations
+from servegym.policy.contract import (
+    NUM_OBSERVED_FEATURES,
+    NUM_OBSERVED_REQUEST_FEATURES,
+    ReplicaFeature,
+    RequestFeature,
+)
 from servegym.policy.numpy_network import num_inputs
 from servegym.scenario import load_scenario
 
@@ -152,6 +158,7 @@ def test_down_replica_is_not_counted_as_present(draw_observations):
         {"base": "random"},
         {"eta": 0.0},
         {"num_extra": 3},
+        {"arrivals": True},
         {"x": 1},
     ],
 )
@@ -167,3 +174,28 @@ def test_inputs_are_of_order_one_on_real_observations():
     assert inputs.shape == (*mask.shape, num_inputs(extended=False))
     assert np.isfinite(inputs).all()
     assert np.quantile(np.abs(inputs), 0.999) < 20.0
+
+
+def test_what_arrives_is_stated_in_shares_of_what_the_fleet_can_do():
+    replicas = torch.zeros(1, 3, NUM_OBSERVED_FEATURES)
+    for name, values in {
+        "UP": (1, 1, 0),  # the third is down: it counts for nothing
+        "PREFILL_TOKENS_PER_S": (10_000, 30_000, 1_000_000),
+        "DECODE_SEQ_S": (1e-3, 5e-4, 1e-6),
+        "OUTSTANDING_REQUESTS": (3, 0, 50),
+        "OUTSTANDING_PROMPT_TOKENS": (2_700, 0, 1_000_000),
+        "OUTSTANDING_PREDICTED_TOKENS": (300, 0, 1_000_000),
+    }.items():
+        replicas[0, :, ReplicaFeature[name]] = torch.tensor(values, dtype=torch.float32)
+    request = torch.zeros(1, NUM_OBSERVED_REQUEST_FEATURES)
+    for name, value in {
+        "PROMPT_TOKENS": 1_300,
+        "PREDICTED_OUTPUT_TOKENS": 100,
+        "ARRIVAL_RATE_RPS": 8,
+    }.items():
+        request[0, RequestFeature[name]] = value
+    prefill, decode = arriving_shares(replicas, request)
+    assert prefill.item() == pytest.approx(8 * 1_000 / 40_000)
+    assert decode.item() == pytest.approx(8 * 100 / 3_000, rel=1e-5)
+    request[0, RequestFeature.ARRIVAL_RATE_RPS] = 1e6
+    assert [x.item() for x in arriving_shares(replicas, request)] == [4.0, 4.0]

@@ -15,7 +15,7 @@ from servegym.policy.contract import (
 )
 from servegym.policy.costs import BASES, INFERRED_BASES
 from servegym.policy.frozen import NumpyPolicy
-from servegym.policy.numpy_network import EXTENDED_FAMILY, FAMILY, NetworkShape, NumpyNetwork
+from servegym.policy.numpy_network import NetworkShape, NumpyNetwork, family_of
 from servegym.policy.policy import Observations
 
 PARAMS = {
@@ -28,7 +28,13 @@ PARAMS = {
 
 
 def make(
-    base: str, context: str, num_extra: int, *, extended: bool = False, relative: bool = False
+    base: str,
+    context: str,
+    num_extra: int,
+    *,
+    extended: bool = False,
+    relative: bool = False,
+    arrivals: bool = False,
 ) -> tuple[DispatchNetwork, NumpyNetwork]:
     torch.manual_seed(1)
     config = NetworkConfig(
@@ -39,12 +45,13 @@ def make(
         hidden=20,
         extended=extended,
         relative=relative,
+        arrivals=arrivals,
     )
     network = DispatchNetwork(config).eval()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    family = EXTENDED_FAMILY if extended else FAMILY
+    family = family_of(extended=extended, arrivals=arrivals)
     shape = NetworkShape(family, context, base, PARAMS[base], config.eta, num_extra, relative)
     return network, NumpyNetwork(shape, {k: v.numpy() for k, v in network.state_dict().items()})
 
@@ -85,8 +92,10 @@ def test_every_base_of_training_is_known_here():
 @pytest.mark.parametrize("context", ["mean", "attention"])
 @pytest.mark.parametrize("num_extra", [0, 1, 2])
 def test_logits_are_those_of_pytorch(base, extended, context, num_extra):
-    relative = num_extra == 1
-    network, other = make(base, context, num_extra, extended=extended, relative=relative)
+    relative, arrivals = num_extra == 1, extended and num_extra == 2
+    network, other = make(
+        base, context, num_extra, extended=extended, relative=relative, arrivals=arrivals
+    )
     for size in (1, 2, 7, 16, 128, 400):  # the large ones are multiplied in pieces
         replicas, request, mask = draw(6, size, num_extra, extended=extended)
         with torch.inference_mode():

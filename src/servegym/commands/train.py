@@ -52,7 +52,8 @@ class Train(Played):
     one dispatcher is trained on together; or `job-shop`: small random job shops."""
     learner: str | None = None
     """What trains it: of a dispatcher ppo (else taken), counterfactual, which tries every choice of
-    a decision on the state as it is, or offline, from a data set alone; or joint (else taken in a
+    a decision on the state as it is, cross-entropy, which searches weights on whole episodes, or
+    offline, from a data set alone; or joint (else taken in a
     fleet whose engines take orders), which searches the order of the engines, too; or search (else
     taken where some replicas only prefill or decode), which finds weights for both decisions
     there."""

@@ -16,7 +16,7 @@ from servegym.export.manifest import write_policy
 from servegym.export.weights import NUM_PROBES, weights_file
 from servegym.policy.contract import NUM_EXTENDED_FEATURES
 from servegym.policy.layout import GRAPH_INPUTS
-from servegym.policy.numpy_network import EXTENDED_FAMILY, FAMILY, NetworkShape
+from servegym.policy.numpy_network import NetworkShape, family_of
 from servegym.typing import Float32Array
 
 OPSET = 17
@@ -111,9 +111,8 @@ def graph_of(
 
 def _shape(network: DispatchNetwork) -> NetworkShape:
     config = network.config
-    family = EXTENDED_FAMILY if config.extended else FAMILY
     return NetworkShape(
-        family,
+        family_of(extended=config.extended, arrivals=config.arrivals),
         config.context,
         config.base,
         config.base_params,

@@ -27,8 +27,8 @@ MASKED = np.float32(-1e8)
 #: Costs below this one count as this one where logarithms are taken.
 LEAST_COST = 1e-6
 #: Inputs of the network a replica; what they mean is said in `servegym.agents.features`. First
-#: those of the plain observation, then those of the extended one.
-_NUM_PLAIN, _NUM_EXTENDED = 25, 38
+#: those of the plain observation, then those of the extended one, then what is arriving.
+_NUM_PLAIN, _NUM_EXTENDED, _NUM_ARRIVALS = 25, 38, 40
 #: Rows of the first block of inputs, all of the form log1p; the others follow.
 _LOG_ROWS = (0, 2, 3, 4, 5, 9, 14, 15, 16, 20, 21, 22, 23, 24)
 _PLAIN_ROWS = (1, 6, 10, 12, 13, 18, 19, 7, 8, 11, 17)
@@ -80,12 +80,27 @@ class NetworkShape(NamedTuple):
     relative: bool = False
 
 
-#: Families of networks that this module runs: with the plain observation and the extended one.
-FAMILY, EXTENDED_FAMILY = "dispatch-1", "dispatch-extended-1"
+#: Families of networks that this module runs: with the plain observation, the extended one, and
+#: this one and what is arriving.
+FAMILY, EXTENDED_FAMILY, ARRIVALS_FAMILY = (
+    "dispatch-1",
+    "dispatch-extended-1",
+    "dispatch-extended-2",
+)
+_FAMILIES = (FAMILY, EXTENDED_FAMILY, ARRIVALS_FAMILY)
 
 
-def num_inputs(*, extended: bool) -> int:
+def family_of(*, extended: bool, arrivals: bool) -> str:
+    """Return the family of networks with such inputs."""
+    if arrivals:
+        return ARRIVALS_FAMILY
+    return EXTENDED_FAMILY if extended else FAMILY
+
+
+def num_inputs(*, extended: bool, arrivals: bool = False) -> int:
     """Return how many inputs a replica has, with a plain or an extended observation."""
+    if arrivals:
+        return _NUM_ARRIVALS
     return _NUM_EXTENDED if extended else _NUM_PLAIN
 
 
@@ -111,7 +126,14 @@ class _Buffers:
     """Working memory for one fleet size, with a view of every row that is used by itself."""
 
     def __init__(
-        self, hidden: int, width: int, num_extra: int, *, attention: bool, extended: bool
+        self,
+        hidden: int,
+        width: int,
+        num_extra: int,
+        *,
+        attention: bool,
+        extended: bool,
+        arrivals: bool,
     ) -> None:
         def rows(count: int) -> Float32Array:
             return np.zeros((count, width), np.float32)
@@ -120,7 +142,7 @@ class _Buffers:
         self.seen = rows(observed(extended=extended).replicas)
         self.seen_rows = list(self.seen)
         self.present = np.zeros(width, np.float32)
-        self.inputs = rows(num_inputs(extended=extended))
+        self.inputs = rows(num_inputs(extended=extended, arrivals=arrivals))
         self.input_rows = list(self.inputs)
         self.log = self.inputs[:_NUM_LOG]
         self.log_copied = self.inputs[_LOG_COPIED]
@@ -159,18 +181,18 @@ class NumpyNetwork:
     """
 
     def __init__(self, shape: NetworkShape, weights: Mapping[str, Float32Array]) -> None:
-        if shape.family not in (FAMILY, EXTENDED_FAMILY):
+        if shape.family not in _FAMILIES:
             raise ValueError(
-                f"networks of family {shape.family!r} are unknown, only {FAMILY!r} and"
-                f" {EXTENDED_FAMILY!r}"
+                f"networks of family {shape.family!r} are unknown, only {', '.join(_FAMILIES)}"
             )
         if shape.base not in BASES:
             raise ValueError(f"no base cost {shape.base!r}: choose one of {', '.join(BASES)}")
-        if shape.base in INFERRED_BASES and shape.family != EXTENDED_FAMILY:
+        if shape.base in INFERRED_BASES and shape.family == FAMILY:
             raise ValueError(f"base cost {shape.base} needs a network of family {EXTENDED_FAMILY}")
         self.shape = shape
         self._attention = shape.context == "attention"
-        self._extended = shape.family == EXTENDED_FAMILY
+        self._extended = shape.family != FAMILY
+        self._arrivals = shape.family == ARRIVALS_FAMILY
         names = ["actor.own.0", "actor.own.2", "actor.mix", "actor.around", "score", "extra"]
         names += ["actor.query"] if self._attention else []
         missing = [n for n in names if f"{n}.weight" not in weights or f"{n}.bias" not in weights]
@@ -188,7 +210,7 @@ class NumpyNetwork:
 
         first, bias = layer("actor.own.0")
         self._hidden = hidden = len(bias)
-        inputs = num_inputs(extended=self._extended)
+        inputs = num_inputs(extended=self._extended, arrivals=self._arrivals)
         if first.shape != (hidden, inputs):
             raise ValueError(f"the first layer has shape {first.shape}, not {hidden, inputs}")
         bias = bias.copy()
@@ -235,6 +257,7 @@ class NumpyNetwork:
                 self.shape.num_extra,
                 attention=self._attention,
                 extended=self._extended,
+                arrivals=self._arrivals,
             )
             self._buffers[width] = b
         np.copyto(b.seen, replicas[: len(b.seen)], casting="unsafe")
@@ -303,6 +326,8 @@ class NumpyNetwork:
         x[13].fill(predicted)
         if self._extended:
             self._describe_inferred(b, request, tpot)
+        if self._arrivals:
+            self._describe_arrivals(b, request)
         self._cost(b, waiting_s, request)
         np.multiply(b.log, _LOG_SCALES, out=b.log)
         np.log1p(b.log, out=b.log)
@@ -336,6 +361,20 @@ class NumpyNetwork:
         np.multiply(x[6], expected, out=x[6])
         np.copyto(b.limit_copied, b.seen[OUTSTANDING_AS_TIGHT : PUSHED_OVER_100 + 1])
         np.log1p(b.extended_log, out=b.extended_log)
+
+    def _describe_arrivals(self, b: _Buffers, request: FloatArray) -> None:
+        """Fill what is arriving (`agents.features.arriving_shares`)."""
+        seen, x, up = b.seen_rows, b.input_rows[_NUM_EXTENDED:], b.present
+        count = np.dot(seen[_OUTSTANDING], up) + _ONE
+        prompt = (np.dot(seen[_HELD_PROMPT], up) + np.float32(request[_PROMPT])) / count
+        output = (np.dot(seen[_LEFT], up) + np.float32(request[_PREDICTED])) / count
+        rate_rps = np.float32(request[_ARRIVALS])
+        prefill_rate = max(np.dot(seen[_RATE], up), _ONE)
+        np.maximum(seen[_SEQ], _LEAST_SEQ, out=b.temp_rows[7])
+        np.divide(up, b.temp_rows[7], out=b.temp_rows[7])
+        decode_rate = max(np.add.reduce(b.temp_rows[7]), _ONE)
+        x[0].fill(min(rate_rps * prompt / prefill_rate, _FOUR))
+        x[1].fill(min(rate_rps * output / decode_rate, _FOUR))
 
     def _cost(self, b: _Buffers, waiting_s: Float32Array, request: FloatArray) -> None:
         """Fill the cost of the base rule (`policy.costs`)."""
@@ -425,6 +464,7 @@ _SPEED, _RATE, _STEP, _SEQ = (
 _CAPACITY, _MAX_SEQS = _R["KV_CAPACITY_TOKENS"], _R["MAX_NUM_SEQS"]
 _RUNNING, _GENERATED, _HIT = _R["NUM_RUNNING"], _R["GENERATED_TOKENS"], _R["PREFIX_HIT_TOKENS"]
 _PROMPT, _PREDICTED = _Q["PROMPT_TOKENS"], _Q["PREDICTED_OUTPUT_TOKENS"]
+_ARRIVALS, _LEAST_SEQ = _Q["ARRIVAL_RATE_RPS"], np.float32(1e-6)
 _TTFT, _TPOT = _Q["TTFT_SLO_S"], _Q["TPOT_SLO_S"]
 _RATIO, _ITL, _EXPECTED_LEFT = (
     _R[name] for name in ("STEP_TIME_RATIO", "RECENT_ITL_S", "EXPECTED_TOKENS_LEFT")

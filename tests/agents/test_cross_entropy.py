@@ -1,0 +1,157 @@
+"""A dispatcher searched on whole episodes: where it begins, what it decides, resuming, refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from servegym.agents.torch_policy import TorchPolicy
+from servegym.baselines.registry import policy
+from servegym.cli import main
+from servegym.cluster.simulator import Simulator
+from servegym.errors import ConfigError
+from servegym.export.resolve import resolve_policy
+from servegym.policy.run import run
+from servegym.train.cross_entropy import CrossEntropyTrainer
+from servegym.train.cross_entropy_settings import CrossEntropyTraining
+from servegym.train.registry import find_trainer
+from servegym.train.search import Search
+from servegym.train.validation import Validation, judged
+
+
+@pytest.fixture
+def settings(write_scenario):
+    """Return a maker of settings for short runs, judged by the tail."""
+    path = write_scenario(objective="tail")
+
+    def make(**changes) -> CrossEntropyTraining:
+        defaults = {
+            "scenario": path,
+            "load": (0.8, 1.2),
+            "max_generations": 5,
+            "num_hidden": 2,
+            "num_candidates": 6,
+            "num_episodes": 2,
+            "num_requests": 100,
+            "num_validation": 2,
+            "validation_requests": 100,
+        }
+        return CrossEntropyTraining(**{**defaults, **changes})
+
+    return make
+
+
+def taken(scenario, episodes, by) -> list[np.ndarray]:
+    """Play episodes; return who got which request."""
+    simulator = Simulator(scenario.spec, episodes)
+    run(simulator, by)
+    return [simulator.outcomes(env)["replica"] for env in range(len(episodes))]
+
+
+def test_it_begins_as_the_rule_that_it_corrects(settings, tmp_path):
+    base = "prefix-load:weight=0.02,eta=0.6"
+    trainer = CrossEntropyTrainer(settings(base=base), tmp_path / "run")
+    begun = trainer._rule(trainer.search.mean)
+    got, want = (taken(trainer.scenario, trainer._validation, x) for x in (begun, policy(base)))
+    np.testing.assert_array_equal(got, want)
+    assert {0, 1} <= set(got[0].tolist())
+
+
+def test_the_compiled_rule_decides_as_the_network_that_is_exported(settings, tmp_path):
+    trainer = CrossEntropyTrainer(settings(), tmp_path / "run")
+    rng = np.random.default_rng(0)
+    theta = trainer.space.with_units(trainer.search.mean, 3, rng)
+    theta += 0.5 * rng.normal(size=len(theta))
+    network = TorchPolicy(trainer.space.network(theta))
+    rule = trainer._rule(theta)
+    got, want = (taken(trainer.scenario, trainer._validation, x) for x in (rule, network))
+    np.testing.assert_array_equal(got, want)
+    begun = taken(trainer.scenario, trainer._validation, policy("prefix-load"))
+    assert any((a != b).any() for a, b in zip(got, begun, strict=True))
+
+
+def test_the_tail_is_judged_by_the_99th_percentile_of_ttft(settings, tmp_path):
+    trainer = CrossEntropyTrainer(settings(), tmp_path / "run")
+    simulator = Simulator(trainer.scenario.spec, trainer._validation)
+    run(simulator, policy("mct"))
+    ends = [simulator.outcomes(env) for env in range(2)]
+    want = [np.percentile(x["first_token_s"] - x["arrival_s"], 99) for x in ends]
+    found = judged(trainer.scenario, trainer._validation, policy("mct"))
+    np.testing.assert_allclose(np.exp(found.scores), want)
+    assert found.objective == pytest.approx(np.mean(want))
+    held = Validation(trainer.scenario, loads=[1.0], num_episodes=2, num_requests=100)
+    assert (held.play(policy("mct")).scores < held.play(policy("random")).scores).all()
+
+
+def test_what_is_found_is_what_the_exported_policy_plays(settings, tmp_path):
+    trainer = CrossEntropyTrainer(settings(max_generations=10), tmp_path / "run")
+    trainer.run()
+    assert trainer.generation == 10
+    assert trainer.gain > 0.0
+    path = trainer.export()
+    got = judged(trainer.scenario, trainer._validation, resolve_policy(str(path)))
+    np.testing.assert_allclose(got.scores, trainer.best_scores, rtol=1e-9)
+    text = (path.parent / "card.md").read_text()
+    assert "p99 TTFT, over that of the rule it begins as" in text
+    assert "--learner cross-entropy" in text
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_search_ends_as_an_uninterrupted_one(settings, tmp_path, monkeypatch):
+    whole = CrossEntropyTrainer(settings(), tmp_path / "whole")
+    whole.run()
+    real, made = Search.update, []
+
+    def update(self, *arguments):
+        made.append(self)
+        if len(made) > 3:  # in the second stage
+            raise Killed
+        return real(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Search, "update", update)
+        with pytest.raises(Killed):
+            CrossEntropyTrainer(settings(), tmp_path / "parts").run()
+    again = CrossEntropyTrainer(settings(), tmp_path / "parts")
+    again.run()
+    assert again.generation == whole.generation == 5
+    assert torch.equal(again.best, whole.best)
+    np.testing.assert_array_equal(again.best_scores, whole.best_scores)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"base": "mct"}, "base must be prefix-load or prefix-load:weight=...,eta=..., got 'mct'"),
+        ({"base": "prefix-load:eta=0"}, "the parameters of base must be above 0"),
+        ({"num_hidden": -1}, "num_hidden must be at least 0, got -1"),
+        ({"load": (1.0, 0.5)}, "load must be two ascending numbers above 0"),
+        ({"max_minutes": 0.0}, "minutes must be above 0, got 0"),
+        ({"num_episodes": 0}, "num_episodes must be at least 1, got 0"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, changes, said):
+    with pytest.raises(ConfigError, match=said):
+        settings(**changes)
+
+
+def test_fleets_that_move_kv_are_refused(tmp_path):
+    config = CrossEntropyTraining(scenario="pd-unequal")
+    with pytest.raises(ConfigError, match="take --learner search"):
+        CrossEntropyTrainer(config, tmp_path / "run")
+    assert find_trainer("dispatch", "cross-entropy").trainer is CrossEntropyTrainer
+
+
+def test_the_command_trains_and_exports_again(settings, tmp_path, capsys):
+    out, config = tmp_path / "learned", settings()
+    words = ["train", "--scenario", config.scenario, "--learner", "cross-entropy"]
+    sizes = ["--num-candidates", "4", "--num-validation", "2", "--validation-requests", "60"]
+    main([*words, *sizes, "--max-generations", "2", "--num-requests", "60", "--out", str(out)])
+    assert "which no budget counts" in capsys.readouterr().out
+    before = (out / "policy" / "weights.npz").read_bytes()
+    main(["export", "--run-folder", str(out)])
+    assert before == (out / "policy" / "weights.npz").read_bytes()

@@ -1,0 +1,71 @@
+"""Settings of a run that searches a dispatcher's weights on whole episodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from tyro.conf import Fixed, Suppress, arg
+
+from servegym.baselines.registry import policy
+from servegym.errors import ConfigError
+
+#: The rule that is corrected.
+BASE: Literal["prefix-load"] = "prefix-load"
+
+
+@dataclass(frozen=True)
+class CrossEntropyTraining:
+    """Settings of a run."""
+
+    scenario: Annotated[str, Fixed, Suppress] = "mixed-chat"
+    """Bundled name or YAML file."""
+    learner: Annotated[Literal["cross-entropy"], Fixed, Suppress] = "cross-entropy"
+    """What `--learner` calls it."""
+    load: tuple[float, float] = (0.7, 1.1)
+    """Range of the load factor; the episodes of a generation are spread over it."""
+    max_minutes: Annotated[float, arg(name="minutes")] = 10.0
+    """Wall-clock time, shared by both stages, from when all is compiled."""
+    max_generations: int = 1_000_000
+    """Generations of both stages, at most."""
+    base: str = BASE
+    """prefix-load, with its parameters: where the search begins."""
+    num_hidden: int = 6
+    """Hidden units beside the linear score; 0 stops with that."""
+    num_candidates: int = 24
+    """Of a generation."""
+    num_episodes: int = 4
+    """That each of them plays."""
+    num_requests: int = 1500
+    """Requests of each."""
+    num_validation: int = 8
+    """Episodes by which the best is chosen."""
+    validation_requests: int = 3000
+    """Requests of each of those."""
+    seed: int = 0
+    """Of everything."""
+
+    def __post_init__(self) -> None:
+        rule = policy(self.base)
+        if rule.name.partition(":")[0] != BASE:
+            raise ConfigError(
+                f"base must be {BASE} or {BASE}:weight=...,eta=..., got {self.base!r}"
+            )
+        if not (rule.params > 0).all():
+            raise ConfigError(f"the parameters of base must be above 0, got {self.base!r}")
+        if not 0 < self.load[0] <= self.load[1]:
+            raise ConfigError(f"load must be two ascending numbers above 0, got {self.load}")
+        if not self.max_minutes > 0:
+            raise ConfigError(f"minutes must be above 0, got {self.max_minutes:g}")
+        if self.num_hidden < 0:
+            raise ConfigError(f"num_hidden must be at least 0, got {self.num_hidden}")
+        for name in (
+            "max_generations",
+            "num_candidates",
+            "num_episodes",
+            "num_requests",
+            "num_validation",
+            "validation_requests",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
