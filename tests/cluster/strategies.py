@@ -203,15 +203,39 @@ def with_followers(spec: ClusterSpec, episode: Episode, seed: int) -> tuple[Clus
 def with_ranks(spec: ClusterSpec, episode: Episode, seed: int) -> tuple[ClusterSpec, Episode]:
     """Let replicas of some types step together; these slow down, but do not fail."""
     rng = np.random.default_rng((seed, 4))
-    types, sizes = [], []
+    types = []
     for i, kind in enumerate(spec.types):
         if kind.engine != "vllm-priority" and (i == 0 or rng.random() < 0.5):
             kind = replace(kind, shared=random_shared(rng, int(rng.integers(1, 4))))
         types.append(kind)
-        sizes.append(max(1, kind.num_ranks))
     drawn = rng.integers(0, len(types), rng.integers(1, 4)).tolist()
-    type_idx = np.array([t for t in drawn for _ in range(sizes[t])], np.int16)
-    num_ranks = np.array([kind.num_ranks for kind in types])[type_idx]
+    return _side_by_side(replace(spec, types=tuple(types)), episode, rng, drawn)
+
+
+def with_roles_of_ranks(
+    spec: ClusterSpec, episode: Episode, seed: int
+) -> tuple[ClusterSpec, Episode]:
+    """Let some replicas only prefill and others only decode, and some of either step together."""
+    spec, episode = with_roles(spec, episode, seed)
+    rng = np.random.default_rng((seed, 8))
+    types = tuple(
+        replace(kind, shared=random_shared(rng, int(rng.integers(1, 4))))
+        if i == seed % 2 or rng.random() < 0.5
+        else kind
+        for i, kind in enumerate(spec.types)
+    )
+    drawn = rng.permutation(episode.type_idx).tolist()
+    return _side_by_side(replace(spec, types=types), episode, rng, drawn)
+
+
+def _side_by_side(
+    spec: ClusterSpec, episode: Episode, rng: np.random.Generator, drawn: list[int]
+) -> tuple[ClusterSpec, Episode]:
+    """Take a replica, or a group of ranks, of each type drawn; ranks do not fail."""
+    type_idx = np.array(
+        [t for t in drawn for _ in range(max(1, spec.types[t].num_ranks))], np.int16
+    )
+    num_ranks = np.array([kind.num_ranks for kind in spec.types])[type_idx]
     faults = episode.faults
     keep = faults.replica < len(type_idx)
     keep &= (faults.kind == FAULT_SLOW) | (num_ranks[faults.replica % len(type_idx)] == 0)
@@ -223,7 +247,7 @@ def with_ranks(spec: ClusterSpec, episode: Episode, seed: int) -> tuple[ClusterS
             faults.time_s[keep], faults.replica[keep], faults.kind[keep], faults.value[keep]
         ),
     )
-    return replace(spec, types=tuple(types)), episode
+    return spec, episode
 
 
 def random_shared(rng: np.random.Generator, num_ranks: int) -> SharedCost:

@@ -39,7 +39,14 @@ from servegym.errors import ConfigError
 from servegym.policy.contract import Group, ReplicaFeature
 from servegym.policy.observe import observe_batch
 
-from .strategies import choose, random_case, with_conversations, with_followers, with_roles
+from .strategies import (
+    choose,
+    random_case,
+    with_conversations,
+    with_followers,
+    with_roles,
+    with_roles_of_ranks,
+)
 from .test_differential import assert_same_log
 from .test_invariants import blocks_held, chain, many
 from .test_toys import (
@@ -162,6 +169,18 @@ def test_they_agree_on_conversations_whose_turns_are_retained(block):
     for seed in range(3000 + 40 * block, 3040 + 40 * block):
         case = with_conversations(*random_case(seed), seed)
         assert len(assert_same_events(*with_roles(*case, seed)))
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_they_agree_on_ranks_in_lockstep_that_prefill_or_decode(block):
+    landed = together = 0
+    for seed in range(5000 + 40 * block, 5040 + 40 * block):
+        spec, episode = with_roles_of_ranks(*random_case(seed), seed)
+        events = assert_same_events(spec, episode)
+        landed += (events["kind"] == EV_LAND).sum()
+        together += any(spec.types[t].num_ranks > 1 for t in episode.type_idx)
+    assert landed > 100
+    assert together > 20
 
 
 def test_they_agree_on_places_that_nobody_asks_for():
@@ -386,7 +405,7 @@ def test_a_request_that_fits_nowhere_it_could_decode_is_refused():
             lambda: toy_cluster(
                 replace(replica_type(), role="prefill"), replace(replica_type(), engine="sglang")
             ),
-            "must have the engine vllm and step by itself",
+            "must have the engine vllm, as all replicas where some only prefill",
         ),
     ],
 )

@@ -54,7 +54,6 @@ def test_degrees_are_those_of_the_gpus(row, expected):
         ({"dp": "2"}, "data-parallel"),
         ({"ep": "16"}, "beyond"),
         ({"gpu_count": "16"}, "16 GPUs for tp 8"),
-        ({"notes": "1P2D"}, "disaggregated"),
     ],
 )
 def test_other_sources_are_taken_at_their_word_or_refused(changed, reason):

@@ -87,6 +87,35 @@ def test_engine_follows_its_own_rules_with_its_own_limits(write_table, cells, en
     assert (setup.max_num_batched_tokens, setup.max_num_seqs) == (budget, seqs)
 
 
+def test_limits_in_the_notes_go_before_those_of_the_family(write_table):
+    notes = "max_num_seqs=64 max_num_batched_tokens=512; kv blocks=100x32; prefix caching on"
+    setup = plan_of(write_table, notes=notes).setup
+    assert (setup.max_num_seqs, setup.max_num_batched_tokens) == (64, 512)
+    assert (setup.num_blocks, setup.block_size, setup.prefix_caching) == (100, 32, True)
+    assert plan_of(write_table, notes="chunked_prefill=FALSE").setup.chunked_prefill is False
+
+
+def test_vllm_v0_that_chunks_prompts_forms_steps_as_v1_does(write_table):
+    old = {"engine_version": "0.6.3", "notes": "chunked_prefill=TRUE"}
+    assert plan_of(write_table, **old).setup.rules == "vllm"
+    assert plan_of(write_table, **old | {"notes": ""}).setup.rules == "vllm-v0"
+
+
+def test_means_in_the_notes_go_before_nominal_lengths(write_table):
+    plan = plan_of(write_table, isl="2048", osl="128", notes="(mean in=2046, out=49; early EOS)")
+    assert (plan.prompt_tokens, plan.output_tokens) == (2046, 49)
+
+
+def test_disaggregated_row_has_workers_of_their_own_degrees(write_table):
+    notes = "disagg P=2x(tp1,dp4,ep4) D=3x(tp4,dp1,ep4)"
+    row = {"notes": notes, "model": "Qwen3-30B-A3B", "gpu_count": "20", "tp": "4"}
+    plan = plan_of(write_table, **row)
+    assert (plan.num_prefill, plan.prefill.tp, plan.prefill.expert_ranks) == (2, 1, 4)
+    assert (plan.num_workers, plan.setup.tp, plan.setup.expert_groups) == (3, 4, 4)
+    with pytest.raises(ConfigError, match="several replicas"):
+        plan_of(write_table, **row | {"model": "Llama-3.1-8B"})
+
+
 def test_notes_tell_a_static_batch_from_clients(write_table):
     plan = plan_of(write_table, notes="static batch offline")
     assert (plan.loop, plan.num_requests) == ("batch", 4)
@@ -127,7 +156,8 @@ def test_notes_tell_how_lengths_are_spread(write_table, notes, lengths):
         ({"dp": "8"}, "data-parallel"),
         ({"ep": "8"}, "expert parallelism"),
         ({"gpu_count": "8"}, "8 GPUs for tp 1"),
-        ({"notes": "disagg P=1x D=1x"}, "disaggregated"),
+        ({"notes": "disagg P=1x D=1x"}, "workers that are not described"),
+        ({"notes": "1P1D, TP=1 per worker", "gpu_count": "3"}, "3 GPUs for workers of 2"),
         ({"concurrency": ""}, "neither concurrency nor request rate"),
         ({"tpot_mean": "", "ttft_mean": ""}, "no TPOT"),
         ({"quality": "X"}, "graded X"),

@@ -9,7 +9,7 @@ import pytest
 
 from servegym.cluster.outcome import outcomes_from_events
 from servegym.cluster.reference import ReferenceSimulator
-from servegym.cluster.spec import ClusterSpec, Episode, ReplicaType
+from servegym.cluster.spec import ClusterSpec, Episode, Link, ReplicaType
 from servegym.costs.shared import NUM_SHARED_KNOTS, SharedCost
 from servegym.validate.replay import replay_closed, replay_open
 from servegym.workloads.table import RequestTable
@@ -25,7 +25,7 @@ def engine(grid, **limits):
 
 def test_one_client_sends_its_next_request_when_the_last_has_ended(second_steps):
     two = np.full(3, 2)
-    replay = replay_closed(engine(second_steps), 1, np.full(3, 4), two)
+    replay = replay_closed([(engine(second_steps), 1)], 1, np.full(3, 4), two)
     np.testing.assert_allclose(replay.arrival_s, [0, 2, 4])
     np.testing.assert_allclose(replay.ttft_s, 1)  # the engine is idle: a prefill step
     np.testing.assert_allclose(replay.e2e_s, 2)
@@ -35,7 +35,7 @@ def test_one_client_sends_its_next_request_when_the_last_has_ended(second_steps)
 
 def test_request_misses_the_step_that_begins_as_it_arrives(second_steps):
     # 0 ends at 1; 2 arrives then, while 1 decodes from 1 to 2, and is admitted at 2
-    replay = replay_closed(engine(second_steps), 2, np.full(3, 4), np.array([1, 3, 1]))
+    replay = replay_closed([(engine(second_steps), 1)], 2, np.full(3, 4), np.array([1, 3, 1]))
     np.testing.assert_allclose(replay.arrival_s, [0, 0, 1])
     np.testing.assert_allclose(replay.ttft_s, [1, 1, 2])
     np.testing.assert_allclose(replay.e2e_s, [1, 3, 2])
@@ -49,7 +49,7 @@ def test_closed_loop_is_what_the_plain_simulator_makes_of_its_arrivals(second_st
     clients = int(rng.integers(1, 12))
     # few blocks and slots: requests are preempted and queue inside the engine
     replica = engine(second_steps, num_blocks=12, max_num_seqs=4, max_num_batched_tokens=32)
-    replay = replay_closed(replica, clients, prompt, output, block_size=4 + seed)
+    replay = replay_closed([(replica, 1)], clients, prompt, output, block_size=4 + seed)
     ends = np.sort(replay.arrival_s + replay.e2e_s)
     np.testing.assert_array_equal(replay.arrival_s[:clients], 0)
     np.testing.assert_allclose(replay.arrival_s[clients:], ends[: 30 - clients], rtol=1e-12)
@@ -120,7 +120,7 @@ def test_clients_send_again_when_a_rank_has_finished_for_them(second_steps):
     # two ranks, three clients with six requests of one token: a step of 1 s each, and a request
     # sent at its end misses the step that begins then
     rank = engine(second_steps, shared=NOTHING)
-    replay = replay_closed(rank, 3, np.full(6, 4), np.full(6, 1), num_replicas=2)
+    replay = replay_closed([(rank, 2)], 3, np.full(6, 4), np.full(6, 1))
     np.testing.assert_allclose(replay.arrival_s[:3], 0.0)
     assert (replay.arrival_s[3:] >= 1.0).all()
     assert (replay.e2e_s >= 1.0).all()
@@ -130,7 +130,7 @@ def test_clients_send_again_when_a_rank_has_finished_for_them(second_steps):
 def test_one_rank_serves_clients_as_an_engine_does(second_steps):
     prompt, output = np.array([4, 9, 2, 7, 5, 5, 3]), np.array([3, 1, 4, 2, 2, 5, 1])
     rank, alone = (
-        replay_closed(engine(second_steps, shared=shared), 3, prompt, output)
+        replay_closed([(engine(second_steps, shared=shared), 1)], 3, prompt, output)
         for shared in (replace(NOTHING, num_ranks=1), None)
     )
     np.testing.assert_allclose(rank.arrival_s, alone.arrival_s)
@@ -176,3 +176,16 @@ def test_one_rank_that_shares_nothing_is_an_engine_of_its_own(second_steps, seed
     np.testing.assert_allclose(rank.e2e_s, alone.e2e_s, rtol=1e-9)
     np.testing.assert_allclose(rank.ttft_s, alone.ttft_s, rtol=1e-9)
     assert rank.num_preemptions == alone.num_preemptions > 0
+
+
+def test_workers_that_prefill_serve_those_that_decode(second_steps):
+    prefill, decode = (
+        replace(engine(second_steps), role=role, link=Link(8.0)) for role in ("prefill", "decode")
+    )
+    fleet = [(prefill, 1), (decode, 2)]
+    three = np.full(4, 3)
+    replay = replay_closed(fleet, 2, np.full(4, 16), three, block_size=4, kv_token_bytes=1.0)
+    # both prompts in one step to 1; 16 bytes take 2 s, one after the other; then a step a token
+    np.testing.assert_allclose(replay.ttft_s[:2], [1 + 2 + 1, 1 + 4 + 1])
+    np.testing.assert_allclose(replay.tpot_s[:2], 1)
+    assert replay.num_blocks == 300

@@ -181,7 +181,8 @@ def look_again(p: Params, s: State, e: int, r: int, now_s: float, ended_by_s: fl
         return
     if v.mode == IDLE:
         v.mode = WAKING
-        set_event(s, e, r, np.nextafter(now_s, math.inf))
+        if s.due[e, v.event_pos].time_s == math.inf:  # else other ranks are in a step
+            set_event(s, e, r, np.nextafter(now_s, math.inf))
     elif v.num_running < p.max_num_seqs[v.type_idx]:
         cut_stretch(p, s, e, r, ended_by_s)
 

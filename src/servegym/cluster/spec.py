@@ -339,10 +339,10 @@ class ClusterSpec:
                     " out"
                 )
         for kind in self.types if self.disaggregated else ():
-            if kind.engine != "vllm" or kind.shared is not None:
+            if kind.engine != "vllm":
                 raise ConfigError(
-                    f"{kind.name} must have the engine vllm and step by itself, as all replicas "
-                    "where some only prefill or decode: take engine vllm, or the role mixed for all"
+                    f"{kind.name} must have the engine vllm, as all replicas where some only "
+                    "prefill or decode: take engine vllm, or the role mixed for all"
                 )
         if self.tiered:
             self._check_tiers()

@@ -43,6 +43,12 @@ class Banded(NamedTuple):
         return math.log(figure.measured / figure.simulated)
 
     @property
+    def family(self) -> str:
+        """Its engine family; where prefill and decode are apart, one of its own."""
+        plan = self.score.plan
+        return plan.family if plan.prefill is None else f"{plan.family}, disaggregated"
+
+    @property
     def main_metric(self) -> str:
         """Name of the figure that speaks most of the step time."""
         score = self.score
@@ -117,8 +123,8 @@ def _left(known: Sequence[tuple[float, float]]) -> float:
 
 def family_spreads(rows: Sequence[Banded]) -> dict[str, EngineSpread]:
     """Spread of every engine family of enough rows."""
-    families = sorted({one.score.plan.family for one in rows})
-    groups = {name: [one for one in rows if one.score.plan.family == name] for name in families}
+    families = sorted({one.family for one in rows})
+    groups = {name: [one for one in rows if one.family == name] for name in families}
     return {
         name: engine_spread(group) for name, group in groups.items() if len(group) >= _FEWEST_ROWS
     }
@@ -130,9 +136,9 @@ def coverage(rows: Sequence[Banded]) -> list[Coverage]:
     found = []
     for metric in METRICS:
         having = [one for one in rows if metric in one.score.figures]
-        families = sorted({one.score.plan.family for one in having})
+        families = sorted({one.family for one in having})
         for family in ("all", *families) if having else ():
-            group = [one for one in having if family in ("all", one.score.plan.family)]
+            group = [one for one in having if family in ("all", one.family)]
             off = np.array([abs(one.off(metric)) for one in group])
             kernels = np.array([WIDTH * one.kernels[metric] for one in group])
             rest = np.array([_rest(spreads[_place(one)], metric) for one in group])
@@ -151,7 +157,7 @@ def coverage(rows: Sequence[Banded]) -> list[Coverage]:
 
 
 def _place(one: Banded) -> tuple[str, str]:
-    return one.score.plan.family, one.score.row.source
+    return one.family, one.score.row.source
 
 
 def _without(rows: Sequence[Banded], family: str, source: str) -> EngineSpread:

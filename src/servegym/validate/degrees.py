@@ -43,9 +43,6 @@ def degrees(text: dict[str, str]) -> Degrees:
     Raises:
         ConfigError: If it says nothing clear, or what the simulator lacks.
     """
-    notes = text["notes"].lower()
-    if "disagg" in notes or re.search(r"\d+p\d+d|pd disaggregation", notes):
-        raise ConfigError("prefill and decode disaggregated")
     if not text["tp"].isdigit():
         raise ConfigError("tensor-parallel degree not given")
     if _whole(text["pp"]) > 1:

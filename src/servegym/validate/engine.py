@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from servegym.assets.specs import gpu, model
-from servegym.cluster.spec import ReplicaType
+from servegym.cluster.spec import Link, ReplicaType, Role
 from servegym.costs.formats import number_format
 from servegym.costs.grid import CostGrid
 from servegym.costs.shared import SharedCost
@@ -17,6 +17,10 @@ from servegym.costs.source import Routing
 from servegym.costs.step import StepCost
 from servegym.costs.uncertainty import Uncertainty, World
 from servegym.engines import EngineName
+
+#: Of the network of a data-centre GPU, 400 Gb/s: `node_inter_node_bw` of H100 and H200 in
+#: AIConfigurator's system files.
+NETWORK_BYTES_PER_S = 50e9
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ class EngineSetup:
         separate_attention: Whether chunks and decodes of a step have attention kernels of their
             own, as in every engine but vLLM V1, which hands both to FlashAttention at once.
         host_sequence_s: Time between steps in which the GPU waits for the CPU, for each sequence.
+        chunked_prefill: Whether prompts are split over steps.
+        prefix_caching: Whether KV of equal prefixes is used again.
     """
 
     gpu: str
@@ -86,6 +92,8 @@ class EngineSetup:
     expert_ranks: int = 1
     separate_attention: bool = False
     host_sequence_s: float = 0.0
+    chunked_prefill: bool = True
+    prefix_caching: bool = False
 
     def replica(self, constants: EngineConstants, world: World | None = None) -> ReplicaType:
         """Return the replica type to simulate; with shared experts a rank in lockstep.
@@ -117,6 +125,22 @@ class EngineSetup:
             engine=self.rules,
             shared=shared,
         )
+
+    def worker(
+        self, role: Role, constants: EngineConstants, world: World | None = None
+    ) -> ReplicaType:
+        """Return the replica type of a worker that only prefills or only decodes; see `replica`.
+
+        It goes by the rules of vLLM V1, as all such workers do. Its KV takes the network of its
+        GPUs, each of which has a link of its own.
+        """
+        made = self.replica(constants, world)
+        shared = made.shared
+        if role == "decode" and shared is not None:
+            # what is admitted there computes one token: no text falls on the experts unevenly
+            shared = replace(shared, skewed_experts_s=shared.experts_s)
+        link = Link(self.tp * NETWORK_BYTES_PER_S)
+        return replace(made, engine="vllm", role=role, link=link, shared=shared)
 
     @property
     def rules(self) -> EngineName:

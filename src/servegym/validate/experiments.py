@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from servegym.cluster.spec import ReplicaType
 from servegym.costs.uncertainty import World
 from servegym.errors import ConfigError
 from servegym.typing import IntArray
@@ -31,11 +32,11 @@ def play(
     Raises:
         ConfigError: If the model does not fit the GPUs, or a request the KV cache.
     """
-    replica, num_replicas = plan.setup.replica(constants, world), plan.setup.expert_ranks
+    fleet = _fleet(plan, constants, world)
     # the same requests for the same experiment, whatever else is in the table
     seed = zlib.crc32(repr((plan.prompt_tokens, plan.output_tokens, plan.num_requests)).encode())
     rng = np.random.default_rng(seed)
-    longest = replica.capacity_tokens(plan.setup.block_size)
+    longest = min(kind.capacity_tokens(plan.setup.block_size) for kind, _ in fleet)
     prompt = _lengths(rng, plan, plan.prompt_tokens)
     output = _lengths(rng, plan, plan.output_tokens)
     if plan.lengths == "spread":  # engines cut what is beyond their context
@@ -46,17 +47,36 @@ def play(
             f"a request of {int((prompt + output).max())} tokens does not fit the {longest} KV "
             "tokens beside the weights"
         )
-    if replica.needs_whole_prompts(chunked_prefill=True):  # then limits are set for the load
-        budget = max(replica.max_num_batched_tokens, int((prompt + output).max()))
-        replica = replace(replica, max_num_batched_tokens=budget)
+    fleet = [(_covering(kind, plan, int((prompt + output).max())), count) for kind, count in fleet]
     if plan.loop == "closed":
-        replay = replay_closed(replica, plan.concurrency, prompt, output, num_replicas=num_replicas)
+        replay = replay_closed(
+            fleet,
+            plan.concurrency,
+            prompt,
+            output,
+            block_size=plan.setup.block_size,
+            prefix_caching=plan.setup.prefix_caching,
+            chunked_prefill=plan.setup.chunked_prefill,
+            kv_token_bytes=plan.setup.cost().kv_token_bytes if plan.prefill else 0.0,
+        )
+    elif plan.prefill:
+        raise ConfigError("disaggregated, and not in a closed loop")
     else:
         arrival = np.zeros(plan.num_requests)
         if plan.loop == "open":
             arrival = np.cumsum(rng.exponential(1.0 / plan.rate_rps, plan.num_requests))
             arrival -= arrival[0]
-        replay = replay_open(replica, arrival, prompt, output, num_replicas=num_replicas)
+        [(replica, num_replicas)] = fleet
+        replay = replay_open(
+            replica,
+            arrival,
+            prompt,
+            output,
+            block_size=plan.setup.block_size,
+            prefix_caching=plan.setup.prefix_caching,
+            chunked_prefill=plan.setup.chunked_prefill,
+            num_replicas=num_replicas,
+        )
     tpot = replay.tpot_s[~np.isnan(replay.tpot_s)]
     # benchmarks of batches and of maximum throughput call the engine, without a server between
     way_s = constants.request_s if plan.loop in ("closed", "open") else 0.0
@@ -68,6 +88,30 @@ def play(
     if len(tpot):
         simulated["tpot_s"] = float(tpot.mean())
     return simulated, replay
+
+
+def _fleet(
+    plan: Experiment, constants: EngineConstants, world: World | None
+) -> list[tuple[ReplicaType, int]]:
+    """Return the engines of an experiment, those that prefill for others first."""
+    ranks = plan.setup.expert_ranks
+    if plan.prefill is None:
+        return [(plan.setup.replica(constants, world), ranks)]
+    return [
+        (
+            plan.prefill.worker("prefill", constants, world),
+            plan.num_prefill * plan.prefill.expert_ranks,
+        ),
+        (plan.setup.worker("decode", constants, world), plan.num_workers * ranks),
+    ]
+
+
+def _covering(replica: ReplicaType, plan: Experiment, tokens: int) -> ReplicaType:
+    """Return an engine that can compute whole prompts, if it must: limits are set for the load."""
+    if not replica.needs_whole_prompts(plan.setup.chunked_prefill):
+        return replica
+    budget = max(replica.max_num_batched_tokens, tokens)
+    return replace(replica, max_num_batched_tokens=budget)
 
 
 def _lengths(rng: np.random.Generator, plan: Experiment, mean: float) -> IntArray:

@@ -7,19 +7,24 @@ from servegym.validate.engine import EngineSetup
 from servegym.validate.published import Experiment, Row
 
 
-def extrapolations(setup: EngineSetup, family: str, quality: str = "A") -> list[str]:
+def extrapolations(
+    setup: EngineSetup, family: str, quality: str = "A", *, apart: bool = False
+) -> list[str]:
     """Say why a setup lies outside what costs and scheduler stand for; empty: validated.
 
     Args:
         setup: The engine.
         family: Engine family.
         quality: Grade of the measurement.
+        apart: Whether others prefill for it.
     """
     evidence = setup.cost().evidence
     reasons = [f"{e.operator}: {e.note}" for e in evidence if e.kind == "prior"]
     if setup.expert_ranks > 1:
         reasons.append("agreement of data-parallel ranks is not simulated")
-    if setup.rules != "vllm":
+    if apart:
+        reasons.append("prefill and decode apart: by the rules of vLLM V1, not compared live")
+    elif setup.rules != "vllm":
         reasons.append(f"scheduler of {setup.rules} as in its source, not compared with it live")
     elif family not in ("vllm", "vllm-sync"):
         reasons.append(f"{family} replayed as vLLM V1")

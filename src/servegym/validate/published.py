@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +12,9 @@ from servegym.assets.specs import gpu, model
 from servegym.costs.source import Routing
 from servegym.errors import ConfigError, WorkloadError
 from servegym.validate.degrees import Degrees, degrees
+from servegym.validate.deployment import deployment, is_disaggregated, twins
 from servegym.validate.engine import EngineSetup
+from servegym.validate.limits import stated_limits
 from servegym.validate.names import (
     KERNELS,
     checkpoint_format,
@@ -73,6 +75,8 @@ FAMILIES = {
 }
 #: In the notes of rows whose lengths are drawn from 0.8 to 1 of the nominal ones.
 _SHORTENED = "random in ["
+#: And where answers ended before their nominal length.
+_MEANS = re.compile(r"mean in=(\d+), out=(\d+)")
 #: Benchmarks send random tokens. AIConfigurator too takes a power law if not told more.
 _ROUTING: Routing = "skewed"
 _LARGE_GPU_BYTES = 70e9
@@ -116,7 +120,7 @@ class Experiment:
     """What a row measured, as the simulator can replay it.
 
     Attributes:
-        setup: The engine.
+        setup: The engine; where others prefill for it, one that decodes.
         family: `vllm`, `trtllm`, ...
         loop: `closed` at a concurrency, `open` at a rate, `batch` of so many requests at once,
             `offline` with all requests queued.
@@ -126,6 +130,9 @@ class Experiment:
         concurrency: Clients or batch size.
         rate_rps: Of the open loop.
         num_requests: To replay.
+        num_workers: Engines.
+        prefill: Those that prefill for them, if there are any.
+        num_prefill: How many.
     """
 
     setup: EngineSetup
@@ -137,6 +144,9 @@ class Experiment:
     concurrency: int = 0
     rate_rps: float = 0.0
     num_requests: int = 0
+    num_workers: int = 1
+    prefill: EngineSetup | None = None
+    num_prefill: int = 0
 
 
 def read_published(path: Path) -> list[Row]:
@@ -147,7 +157,7 @@ def read_published(path: Path) -> list[Row]:
     """
     if not path.is_file():
         raise WorkloadError(f"no file at {path}: give the path of a table of measurements (CSV)")
-    rows = []
+    texts = []
     for line, found in records(path):
         record = columns_of(f"{path.name}, line {line}", found)
         missing = [name for name in _COLUMNS if name not in record]
@@ -156,10 +166,12 @@ def read_published(path: Path) -> list[Row]:
                 f"{path.name} is no table of published measurements: it has no column {missing[0]}"
             )
         text = {str(key): str(value or "").strip() for key, value in record.items()}
-        measured = _measured(text)
+        texts.append(text | {"row_id": text["row_id"] or str(line)})
+    rows = []
+    for text, twin in zip(texts, twins(texts), strict=True):
         rows.append(
             Row(
-                row_id=text["row_id"] or str(line),
+                row_id=text["row_id"],
                 source=_source(text),
                 quality=text["quality"],
                 engine=text["engine"],
@@ -168,8 +180,8 @@ def read_published(path: Path) -> list[Row]:
                 precision=text["precision_w"],
                 gpu=text["gpu"],
                 notes=text["notes"],
-                measured=measured,
-                text=text,
+                measured=_measured(text),
+                text=text | {"twin": twin},
             )
         )
     if not rows:
@@ -188,46 +200,20 @@ def experiment(row: Row) -> Experiment:
         raise ConfigError(f"graded {row.quality}: inconsistent or limited by its queue")
     if not row.measured:
         raise ConfigError("no TPOT, TTFT, throughput or latency was published")
-    spread = _degrees(row)
+    workers = deployment(text) if is_disaggregated(row.notes) else None
+    spread = degrees(text) if workers is None else workers.decode.degrees
+    _check_degrees(row, [spread] if workers is None else [spread, workers.prefill.degrees])
     family = engine_family(row.engine, row.engine_version, row.gpu)
-    gpu_name, model_name = known_gpu(row.gpu), known_model(row.model)
-    precision = known_precision(row.precision)
-    prompt, output = _number(text["isl"]), _number(text["osl"])
-    if prompt is None or output is None:
-        raise ConfigError(f"lengths are not given: {text['isl'] or '-'}/{text['osl'] or '-'}")
+    prompt, output = _mean_lengths(text)
     loop, concurrency, rate, count = _loop(row, prompt + output)
-    limits = FAMILIES[family.removesuffix("-rocm")]
-    name = family.removesuffix("-rocm").removesuffix("-sync")
-    budget = limits.max_num_batched_tokens
-    memory_bytes = gpu(gpu_name).memory_bytes
-    if name == "vllm" and memory_bytes < _LARGE_GPU_BYTES:
-        budget = 2048
-    elif name == "sglang":
-        budget = next(size for limit, size in _SGLANG_CHUNKS if memory_bytes < limit)
-    seqs = max(limits.max_num_seqs, concurrency)
-    setup = EngineSetup(
-        gpu=gpu_name,
-        model=model_name,
-        tp=spread.tp,
-        expert_ranks=spread.ranks,
-        precision=checkpoint_format(row.precision, row.model, family),
-        engine=KERNELS.get(name, "vllm"),
-        expert_groups=spread.expert_groups,
-        routing=_ROUTING,
-        kv_precision=_kv_precision(row, family, precision),
-        max_num_seqs=seqs,
-        max_num_batched_tokens=max(budget, seqs),
-        memory_fraction=limits.memory_fraction,
-        separate_attention=family not in ("vllm", "vllm-sync"),
-        host_sequence_s=limits.host_sequence_s,
-    )
+    setup = _setup(row, family, spread, concurrency)
     floor_s = _read_weights_s(setup)
     per_token_s = row.measured.get("tpot_s", math.inf)
     if concurrency and "output_tokens_per_s" in row.measured:
         per_token_s = min(per_token_s, concurrency / row.measured["output_tokens_per_s"])
     if per_token_s < floor_s:
         raise ConfigError("inconsistent: a token takes less than reading the weights once")
-    return Experiment(
+    plan = Experiment(
         setup=setup,
         family=family,
         loop=loop,
@@ -238,6 +224,62 @@ def experiment(row: Row) -> Experiment:
         rate_rps=rate,
         num_requests=count,
     )
+    if workers is None:
+        return plan
+    return replace(
+        plan,
+        num_workers=workers.decode.count,
+        prefill=_setup(row, family, workers.prefill.degrees, concurrency),
+        num_prefill=workers.prefill.count,
+    )
+
+
+def _setup(row: Row, family: str, spread: Degrees, concurrency: int) -> EngineSetup:
+    """Return the engine of a row: the limits that its notes state, else its family's defaults."""
+    stated = stated_limits(row.notes)
+    gpu_name, precision = known_gpu(row.gpu), known_precision(row.precision)
+    limits = FAMILIES[family.removesuffix("-rocm")]
+    name = family.removesuffix("-rocm").removesuffix("-sync")
+    budget = limits.max_num_batched_tokens
+    memory_bytes = gpu(gpu_name).memory_bytes
+    if name == "vllm" and memory_bytes < _LARGE_GPU_BYTES:
+        budget = 2048
+    elif name == "sglang":
+        budget = next(size for limit, size in _SGLANG_CHUNKS if memory_bytes < limit)
+    seqs = stated.max_num_seqs or max(limits.max_num_seqs, concurrency)
+    rules = KERNELS.get(name, "vllm")
+    if rules == "vllm-v0" and stated.chunked_prefill:
+        rules = "vllm"  # steps of chunks and decodes, as V1 forms them
+    return EngineSetup(
+        gpu=gpu_name,
+        model=known_model(row.model),
+        tp=spread.tp,
+        expert_ranks=spread.ranks,
+        precision=checkpoint_format(row.precision, row.model, family),
+        engine=rules,
+        expert_groups=spread.expert_groups,
+        routing=_ROUTING,
+        kv_precision=_kv_precision(row, family, precision),
+        max_num_seqs=seqs,
+        max_num_batched_tokens=max(stated.max_num_batched_tokens or budget, seqs),
+        block_size=stated.block_size or 16,
+        num_blocks=stated.num_blocks,
+        memory_fraction=stated.memory_fraction or limits.memory_fraction,
+        separate_attention=family not in ("vllm", "vllm-sync"),
+        host_sequence_s=limits.host_sequence_s,
+        chunked_prefill=stated.chunked_prefill is not False,
+        prefix_caching=stated.prefix_caching is True,
+    )
+
+
+def _mean_lengths(text: dict[str, str]) -> tuple[float, float]:
+    """Return the mean lengths, in tokens; those that the notes state before the nominal ones."""
+    means = _MEANS.search(text["notes"])
+    prompt, output = means.groups() if means else (text["isl"], text["osl"])
+    lengths = _number(prompt), _number(output)
+    if lengths[0] is None or lengths[1] is None:
+        raise ConfigError(f"lengths are not given: {text['isl'] or '-'}/{text['osl'] or '-'}")
+    return lengths[0], lengths[1]
 
 
 def _read_weights_s(setup: EngineSetup) -> float:
@@ -261,13 +303,11 @@ def _kv_precision(row: Row, family: str, precision: str) -> str:
     return "fp8" if family == "trtllm" and precision != "bf16" else "bf16"
 
 
-def _degrees(row: Row) -> Degrees:
-    found = degrees(row.text)
+def _check_degrees(row: Row, found: list[Degrees]) -> None:
     if "attention dp" in row.notes.lower() and known_is_moe(row.model):
         raise ConfigError("attention data-parallel with experts of unknown parallelism")
-    if found.ranks > 1 and not known_is_moe(row.model):
+    if any(one.ranks > 1 for one in found) and not known_is_moe(row.model):
         raise ConfigError("several replicas")
-    return found
 
 
 def known_is_moe(label: str) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from servegym.cluster.simulator import Simulator
-from servegym.cluster.spec import ClusterSpec, Episode, ReplicaType
+from servegym.cluster.spec import ClusterSpec, Episode, ReplicaType, TransferRules
 from servegym.cluster.state import NEVER, Asks
 from servegym.typing import FloatArray, IntArray
 from servegym.validate.runs import tpot
@@ -76,6 +77,7 @@ def replay_open(
     *,
     block_size: int = 16,
     prefix_caching: bool = False,
+    chunked_prefill: bool = True,
     num_replicas: int = 1,
     record: bool = False,
 ) -> Replay:
@@ -91,24 +93,30 @@ def replay_open(
         output_tokens: `int64[n]`.
         block_size: Tokens in a KV block.
         prefix_caching: Requests share no text; it lets a preempted one find its own blocks.
+        chunked_prefill: Whether prompts are split over steps.
         num_replicas: Equal engines that share the requests.
         record: Keep the steps, which `Replay.series` needs.
     """
-    spec = ClusterSpec((replica,), block_size=block_size, prefix_caching=prefix_caching)
+    spec = ClusterSpec(
+        (replica,),
+        block_size=block_size,
+        prefix_caching=prefix_caching,
+        chunked_prefill=chunked_prefill,
+    )
     table = RequestTable.build(arrival_s, prompt_tokens, output_tokens)
-    simulator = _simulator(spec, table, num_replicas, record)
-    simulator.advance()
-    return _replay(simulator, replica)
+    return _replay(spec, table, [num_replicas], record)
 
 
 def replay_closed(
-    replica: ReplicaType,
+    fleet: Sequence[tuple[ReplicaType, int]],
     concurrency: int,
     prompt_tokens: IntArray,
     output_tokens: IntArray,
     *,
     block_size: int = 16,
-    num_replicas: int = 1,
+    prefix_caching: bool = False,
+    chunked_prefill: bool = True,
+    kv_token_bytes: float = 0.0,
 ) -> Replay:
     """Replay clients that each send a request, wait for its end and send the next.
 
@@ -116,30 +124,36 @@ def replay_closed(
     instant and is admitted to the next one.
 
     Args:
-        replica: The engine.
+        fleet: Engines and how many there are of each; they share the requests as in `replay_open`,
+            or prefill and decode for each other.
         concurrency: Number of clients.
         prompt_tokens: Of each request, in the order they are sent, `int64[n]`.
         output_tokens: Likewise.
         block_size: Tokens in a KV block.
-        num_replicas: Equal engines that share the requests, as in `replay_open`.
+        prefix_caching: As in `replay_open`.
+        chunked_prefill: As in `replay_open`.
+        kv_token_bytes: KV of one token, where some only prefill.
     """
-    spec = ClusterSpec((replica,), block_size=block_size)
+    spec = ClusterSpec(
+        tuple(kind for kind, _ in fleet),
+        block_size=block_size,
+        prefix_caching=prefix_caching,
+        chunked_prefill=chunked_prefill,
+        transfers=TransferRules(
+            kv_token_bytes, max_num_held=min(2048, max(TransferRules.max_num_held, concurrency))
+        ),
+    )
     n = len(prompt_tokens)
     after = np.where(np.arange(n) < concurrency, BY_ITSELF, ANY_END)
     table = RequestTable.build(np.zeros(n), prompt_tokens, output_tokens, after=after)
-    simulator = _simulator(spec, table, num_replicas, record=False)
+    return _replay(spec, table, [count for _, count in fleet], record=False)
+
+
+def _replay(spec: ClusterSpec, table: RequestTable, counts: Sequence[int], record: bool) -> Replay:
+    type_idx = np.repeat(np.arange(len(counts), dtype=np.int16), counts)
+    episode = Episode(table, type_idx, np.ones(len(type_idx)))
+    simulator = Simulator(spec, [episode], record=record, asks=Asks(dispatch=NEVER))
     simulator.advance()
-    return _replay(simulator, replica)
-
-
-def _simulator(
-    spec: ClusterSpec, table: RequestTable, num_replicas: int, record: bool
-) -> Simulator:
-    episode = Episode(table, np.zeros(num_replicas, np.int16), np.ones(num_replicas))
-    return Simulator(spec, [episode], record=record, asks=Asks(dispatch=NEVER))
-
-
-def _replay(simulator: Simulator, replica: ReplicaType) -> Replay:
     out = simulator.outcomes()
     ttft, e2e = out["first_token_s"] - out["arrival_s"], out["finish_s"] - out["arrival_s"]
     output = out["output_tokens"].astype(np.int64)
@@ -151,5 +165,7 @@ def _replay(simulator: Simulator, replica: ReplicaType) -> Replay:
         output_tokens=output,
         num_preemptions=int(out["num_preemptions"].sum()),
         steps=simulator.steps(),
-        num_blocks=replica.num_blocks * simulator.max_replicas,
+        num_blocks=sum(
+            kind.num_blocks * count for kind, count in zip(spec.types, counts, strict=True)
+        ),
     )

@@ -215,7 +215,7 @@ def score_row(row: Row, plan: Experiment, constants: EngineConstants) -> RowScor
         row,
         plan,
         figures,
-        extrapolations(plan.setup, plan.family, row.quality),
+        extrapolations(plan.setup, plan.family, row.quality, apart=plan.prefill is not None),
         guess(row, plan, simulated, replay.num_preemptions),
     )
 
@@ -260,6 +260,18 @@ def aggregates(
     }
 
 
+def parallelism(plan: Experiment) -> str:
+    """Say in a word or two over what an experiment spreads its model."""
+    setup = plan.setup
+    if plan.prefill is not None:
+        return "disaggregated"
+    if setup.expert_ranks > 1:
+        return "data and experts"
+    if setup.expert_groups > 1:
+        return "tensor and experts"
+    return "tensor" if setup.tp > 1 else "one GPU"
+
+
 #: How rows are grouped in reports.
 DIMENSIONS: dict[str, Callable[[RowScore], str]] = {
     "source": lambda score: score.row.source,
@@ -268,6 +280,9 @@ DIMENSIONS: dict[str, Callable[[RowScore], str]] = {
     "engine": lambda score: score.plan.family,
     "precision": lambda score: score.plan.setup.precision,
     "load": lambda score: score.plan.loop,
+    "family": lambda score: ", ".join(
+        (score.plan.family, parallelism(score.plan), score.plan.setup.precision)
+    ),
 }
 
 

@@ -355,10 +355,11 @@ def what(score: RowScore) -> str:
     }[plan.loop]
     lengths = f"{plan.prompt_tokens:g}/{plan.output_tokens:g}"
     setup = plan.setup
-    return (
-        f"{plan.family}, {setup.model} {setup.precision}, {setup.tp} x {setup.gpu}, {lengths}, "
-        f"{load}"
-    )
+    gpus = f"{setup.tp} x {setup.gpu}"
+    if plan.prefill is not None:
+        first = plan.num_prefill * plan.prefill.tp * plan.prefill.expert_ranks
+        gpus = f"{first} + {plan.num_workers * setup.tp * setup.expert_ranks} x {setup.gpu}"
+    return f"{plan.family}, {setup.model} {setup.precision}, {gpus}, {lengths}, {load}"
 
 
 def _main_cells(score: RowScore) -> tuple[str, str, str, str]:
