@@ -15,6 +15,7 @@ from servegym.baselines.migration.registry import MIGRATIONS
 from servegym.baselines.placement import PLACEMENTS
 from servegym.baselines.retention.registry import RETENTIONS
 from servegym.baselines.rules import Rules
+from servegym.baselines.score import RULES_AS_SCORES
 from servegym.envs.cluster import ClusterEnv
 from servegym.envs.dispatch import DispatchEnv
 from servegym.envs.observation import column_table
@@ -33,6 +34,7 @@ from servegym.policy.contract import (
     SCHEMA_VERSION,
     Group,
 )
+from servegym.policy.expression import FUNCTIONS, MAX_CHARACTERS, MAX_DEPTH, MAX_SIZE
 from servegym.problems.registry import PROBLEMS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -183,8 +185,72 @@ what they reach is in [results](results.md#one-policy-for-many-scenarios).
 ## Retention: what becomes of the KV of a turn that another request waits for
 {rules_table(RETENTIONS)}
 
-A learned policy is named by its file: `--policies runs/ppo-mixed-chat/policy/policy.onnx`.
+A learned policy is named by its file: `--policies runs/ppo-mixed-chat/policy/policy.onnx`, or
+`runs/evolve-mixed-chat/policy/score.json`.
+
+## Closed-form scores
+A dispatcher can be one formula: each replica that may be chosen has a score, and the lowest is
+chosen. `score.json` holds its text, with a manifest beside it, and goes wherever a policy is named,
+into the live router too. It is read by a parser of its own, never run as a program:
+
+- numbers, and the features of the [observation](observation.md) by name, of a replica, of the
+  request, and what is inferred. What only planners and transfers know is not among them;
+- `+ - * /`, `< <= > >=` (1 or 0), brackets, and the functions
+  {_functions()};
+- `where(c, a, b)` is `a` where `c` is above 0, else `b`; `lowest`, `highest` and `mean` are over
+  the replicas that may be chosen. Others are what they are called;
+- at most {MAX_SIZE} parts, {MAX_DEPTH} levels and {MAX_CHARACTERS:,} characters. Arithmetic is that
+  of floating point; what is no number, such as `0 / 0`, is the worst score.
+
+What a rule of the first table does is then such a text (`baselines/score.py` has those of
+{_as_scores()};
+tests see that they decide as the rules do):
+```
+least-tpot:   {RULES_AS_SCORES["least-tpot"]}
+speed-family: {RULES_AS_SCORES["speed-family"]}
+```
+
+### Evolved
+```
+servegym train --scenario azure-conv-fit --learner evolve --load 0.7 1.05 --minutes 14
+servegym evaluate --scenario azure-conv-fit --policies added-delay:tuned \\
+    runs/evolve-azure-conv-fit/policy/score.json
+```
+A genetic search (`train/evolution.py`) begins with the rules: tournaments, exchanged and redrawn
+parts, numbers that are changed, and a price on parts, so that what brings nothing goes. All
+candidates of a generation play the same whole episodes, each compared with `added-delay` there, and
+one that lives on is judged by the mean of all its generations. What is kept is what is best on
+validation episodes, four times as long. `--starts` gives it scores of your own to begin with. A run
+that was killed goes on, as [all runs](training.md#the-runs-folder) do.
+
+### Proposed from outside
+```
+servegym score candidates.jsonl --scenario azure-conv-fit --reference added-delay:tuned \\
+    --out scores.jsonl --export best
+```
+Whoever proposes scores, a program, a language model or you, writes JSON lines and reads them:
+```
+{{"score": "outstanding_requests / relative_speed", "id": 1}}
+{{"score": "outstanding_requests / speed", "id": 2}}
+```
+```
+{{"id": 1, "score": "...", "parts": 3, "objective": 4.5, "compared": 1.26, "low": 1.25, ...}}
+{{"id": 2, "score": "...", "error": "unknown feature or function of a score 'speed': ..."}}
+```
+`objective` is in the scenario's own unit, `compared` with the reference on the same training seeds
+(a ratio, or a difference of shares; 95 % bootstrap). `--export` writes the best as a policy.
 """
+
+
+def _functions() -> str:
+    shown = [f"`{name}`" for name in FUNCTIONS if name != "negative"]
+    return f"{', '.join(shown[:-1])} and {shown[-1]}"
+
+
+def _as_scores() -> str:
+    shown = [f"`{name}`" for name in RULES_AS_SCORES]
+    lines = [", ".join(shown[:5]), f"{', '.join(shown[5:-1])} and {shown[-1]}"]
+    return ",\n".join(lines)
 
 
 def environment_page(env_class: type[gymnasium.Env]) -> str:

@@ -31,6 +31,7 @@ import asyncio
 import gymnasium
 import servegym
 from servegym.baselines.registry import RULES, policy
+from servegym.baselines.score import score_policy
 from servegym.cluster.simulator import Simulator
 from servegym.policy.run import run
 from servegym.scenario import load_scenario
@@ -39,8 +40,8 @@ from servegym.serve.engine.fleet import Fleet, FleetConfig
 runpy.run_path({str(EXAMPLES / "01_make_env.py")!r}, run_name="__main__")
 runpy.run_path({str(EXAMPLES / "04_decide_live.py")!r}, run_name="__main__")
 scenario = load_scenario("failures")
-for name in RULES.names():
-    run(Simulator(scenario.spec, [scenario.episode(0, num_requests=40)]), policy(name))
+for decider in (*map(policy, RULES.names()), score_policy("expected_tokens * decode_step_s")):
+    run(Simulator(scenario.spec, [scenario.episode(0, num_requests=40)]), decider)
 played = [(name, {{}}) for name in ("Dispatch-v1", "Preemption-v0", "Cluster-v0", "Workflow-v0")]
 for name, settings in (*played, ("Cluster-v0", {{"scenario": "pd-equal"}})):
     name = f"servegym/{{name}}"

@@ -53,6 +53,11 @@ LEARNERS = {
             "servegym.train.placed_settings:PlacedTraining",
             "servegym.train.placed:PlacedTrainer",
         ),
+        "evolve": Entry(
+            "evolve",
+            "servegym.train.evolve_settings:EvolveTraining",
+            "servegym.train.evolve:EvolveTrainer",
+        ),
         "joint": Entry(
             "joint",
             "servegym.train.joint_settings:JointTraining",

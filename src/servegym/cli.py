@@ -28,6 +28,7 @@ from servegym.commands.record import Record
 from servegym.commands.replay import Replay
 from servegym.commands.scenarios import Scenarios
 from servegym.commands.schedule import ScheduleDag
+from servegym.commands.score import Score
 from servegym.commands.search import Search
 from servegym.commands.serve import Serve
 from servegym.commands.simulate import Simulate
@@ -52,6 +53,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "search": Search,
     "record": Record,
     "tune": Tune,
+    "score": Score,
     "plan": Plan,
     "leaderboard": Leaderboard,
     "export": Export,

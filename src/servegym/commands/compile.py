@@ -28,6 +28,7 @@ Part = Literal["dispatch", "migration", "tiers", "orders", "jobs", "schedules", 
 def compile_dispatch() -> None:
     """Simulator, rules and planners, environments of dispatchers."""
     from servegym.baselines.registry import policy
+    from servegym.baselines.score import score_policy
     from servegym.cluster.simulator import Simulator
     from servegym.policy.run import run
 
@@ -41,6 +42,7 @@ def compile_dispatch() -> None:
     ):
         episode = scenario.episode(0, num_requests=8)
         run(Simulator(scenario.spec, [episode], record=record), policy(name))
+    run(Simulator(scenario.spec, [episode]), score_policy("outstanding_requests"))
     play_environments("servegym/Dispatch-v1", num_requests=8)
     compile_placed()
 

@@ -27,6 +27,8 @@ from servegym.policy.policy import Policy
 from servegym.policy.retention import Kept
 from servegym.workflow.online.policy import WorkflowPolicy
 
+#: Of files of dispatchers: networks and closed-form scores.
+DISPATCH_SUFFIXES = (*SUFFIXES, ".json")
 #: Where the folder of a learned pair has the router's part, and that of the engines' plug-in.
 DISPATCHER_FILE, ORDER_FILE = "policy/policy.onnx", "ordering.npz"
 
@@ -76,7 +78,7 @@ def resolve_policy(text: str) -> Policy:
         ConfigError: If there is no such rule or parameter.
         ExportError: If the file is not a valid policy.
     """
-    if text.endswith(SUFFIXES):
+    if text.endswith(DISPATCH_SUFFIXES):
         return load_policy(Path(text), "dispatch")
     shipped = shipped_path(text)
     return policy(text) if shipped is None else load_policy(shipped, "dispatch")
@@ -121,7 +123,7 @@ def resolve_dispatch(text: str) -> Policy | Pair:
 
 def _placed_or_not(text: str) -> Policy:
     """Return what `resolve_policy` does, or both decisions of a file that takes both."""
-    if not text.endswith(SUFFIXES):
+    if not text.endswith(DISPATCH_SUFFIXES):
         return resolve_policy(text)
     path = Path(text)
     manifest = read_manifest(path)
@@ -172,11 +174,16 @@ def resolve_order(text: str) -> OrderingPolicy:
 
 
 def exported_policy(path: Path, manifest: Manifest) -> Policy:
-    """Return the policy of a verified manifest: in NumPy where its weights are there, else ONNX.
+    """Return the policy of a verified manifest: a score, a network in NumPy, else a graph in ONNX.
 
     Raises:
         ExportError: If the files cannot be run.
     """
+    if path.suffix == ".json":
+        # compiled when it is imported: not for those who have no scores
+        from servegym.export.score import exported_score
+
+        return exported_score(path, manifest)
     name, network = policy_name(path), read_network(path.parent, manifest)
     if network is not None:
         return NumpyPolicy(

@@ -84,6 +84,7 @@ class Heuristic:
         param_names: Their names.
         memory_size: How many float64 it keeps from decision to decision (zeroed at reset).
         reference: Where the rule comes from.
+        learned: Whether a search has found it.
         memory: What it keeps, `float64[num_envs, memory_size]`.
         rng: Its random streams, `uint64[num_envs, 1]`.
     """
@@ -96,6 +97,7 @@ class Heuristic:
     param_names: tuple[str, ...] = ()
     memory_size: int = 0
     reference: str = ""
+    learned: bool = False
     memory: FloatArray = field(default_factory=lambda: np.zeros((0, 0)), repr=False)
     rng: UInt64Array = field(default_factory=lambda: np.zeros((0, 1), np.uint64), repr=False)
 

@@ -222,7 +222,7 @@ class Dispatch(RequestProblem[Policy | Pair]):
             return policy.learned or self.is_learned(policy.dispatch)
         if isinstance(policy, Migrating | Kept):
             return self.is_learned(policy.dispatch)
-        return not isinstance(policy, Heuristic)
+        return not isinstance(policy, Heuristic) or policy.learned
 
     @override
     def differences(

@@ -15,7 +15,7 @@ from servegym.cluster.spec import Episode
 from servegym.cluster.state import DECISION
 from servegym.errors import ConfigError, ExportError
 from servegym.export.manifest import read_manifest
-from servegym.export.resolve import resolve_policy
+from servegym.export.resolve import DISPATCH_SUFFIXES, resolve_policy
 from servegym.policy.observe import observe_batch
 from servegym.policy.policy import Policy
 from servegym.replay.forced import CostWindows, Factors
@@ -135,7 +135,7 @@ def deciding_policies(log: ReplayLog) -> tuple[list[str], list[str]]:
     config = log.fleet.origin
     for text, _ in sorted(log.deciders.items(), key=lambda item: -item[1]):
         file = config.dispatch.runtime.policy if isinstance(config, RouterConfig) else ""
-        if file.endswith(".onnx") and _has_checksum(file, text):
+        if file.endswith(DISPATCH_SUFFIXES) and _has_checksum(file, text):
             found.append(file)
             continue
         try:

@@ -11,7 +11,7 @@ import numpy as np
 from servegym.baselines.registry import policy as rule
 from servegym.errors import ConfigError, ExportError
 from servegym.export.manifest import Manifest, read_manifest
-from servegym.export.resolve import exported_policy
+from servegym.export.resolve import DISPATCH_SUFFIXES, exported_policy
 from servegym.export.shipped import shipped_path
 from servegym.policy.contract import (
     DECODES,
@@ -63,8 +63,8 @@ def load_policy(text: str, config: RuntimeConfig) -> LoadedPolicy:
     """Load a policy and try it; nothing that fails here ever decides.
 
     Args:
-        text: A rule's name with parameters, the path of a `policy.onnx`, or the name of a policy
-            that comes with servegym.
+        text: A rule's name with parameters, the path of a `policy.onnx` or `score.json`, or the
+            name of a policy that comes with servegym.
         config: For the ranges and the seed.
 
     Raises:
@@ -72,7 +72,7 @@ def load_policy(text: str, config: RuntimeConfig) -> LoadedPolicy:
         ExportError: If the file is not a valid policy, or decides what it may not.
     """
     manifest = None
-    path = Path(text) if text.endswith(".onnx") else shipped_path(text)
+    path = Path(text) if text.endswith(DISPATCH_SUFFIXES) else shipped_path(text)
     if path is not None:
         manifest = read_manifest(path, "dispatch")
         found: Policy = exported_policy(path, manifest)

@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from servegym.errors import ConfigError, ServeGymError
+from servegym.export.resolve import DISPATCH_SUFFIXES
 from servegym.policy.contract import (
     METRICS_AGE_S,
     NO_BOUND,
@@ -47,7 +48,7 @@ class RuntimeConfig(BaseModel):
     """Which policy decides, who steps in for it, and when.
 
     Attributes:
-        policy: A rule (`"added-delay:prefill=1.9"`) or the path of a `policy.onnx`.
+        policy: A rule (`"added-delay:prefill=1.9"`) or the path of a `policy.onnx` or `score.json`.
         fallback: The rule that decides whenever the policy may not.
         require_policy: Refuse to start without the policy; else the fallback decides until a
             reload brings a good one.
@@ -151,7 +152,7 @@ class PolicyRuntime:
         self._explorer = np.random.default_rng(config.seed)
         self._fleet: FloatArray | None = None
         self.loaded: LoadedPolicy | None = None
-        if config.fallback.endswith(".onnx"):
+        if config.fallback.endswith(DISPATCH_SUFFIXES):
             raise ConfigError(f"the fallback must be a rule by name, got {config.fallback!r}")
         self.fallback = load_policy(config.fallback, config).policy
         if _reads_metrics(self.fallback):
