@@ -20,7 +20,6 @@ from typing import Any, Self
 import yaml
 
 _SERVEGYM = (sys.executable, "-c", "from servegym.cli import main; main()")
-_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -68,11 +67,26 @@ def quantile(page: str, name: str, share: float) -> float:
 
 
 class Process:
-    """A process that ends with the block it is used in."""
+    """A process that ends with the block it is used in.
 
-    def __init__(self, command: Sequence[str]) -> None:
+    Args:
+        command: To start it.
+        checkout: Whose package it is to import, in place of this one's.
+
+    Attributes:
+        url: Where it can be asked.
+    """
+
+    url: str
+
+    def __init__(self, command: Sequence[str], checkout: Path | None = None) -> None:
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
-        self.popen = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, text=True)
+        env = None
+        if checkout is not None:
+            env = {**os.environ, "PYTHONPATH": str(checkout.resolve() / "src")}
+        self.popen = subprocess.Popen(
+            command, stdout=self.log, stderr=subprocess.STDOUT, text=True, env=env
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -109,10 +123,11 @@ class Process:
 
     @property
     def cpu_s(self) -> float:
-        """CPU time it has used."""
-        text = Path(f"/proc/{self.popen.pid}/stat").read_text(encoding="ascii")
-        user, system = text.rpartition(")")[2].split()[11:13]
-        return (int(user) + int(system)) / _TICKS_PER_S
+        """CPU time that its threads have used."""
+        used_ns = 0
+        for task in Path(f"/proc/{self.popen.pid}/task").iterdir():
+            used_ns += int((task / "schedstat").read_text(encoding="ascii").split()[0])
+        return used_ns / 1e9
 
     @property
     def rss_bytes(self) -> int:
@@ -200,7 +215,12 @@ class Router(Process):
     """
 
     def __init__(
-        self, folder: Path, replicas: Sequence[Mapping[str, object]], **settings: Any
+        self,
+        folder: Path,
+        replicas: Sequence[Mapping[str, object]],
+        *,
+        checkout: Path | None = None,
+        **settings: Any,
     ) -> None:
         port, admin = free_ports(2)
         config = {
@@ -210,7 +230,7 @@ class Router(Process):
         }
         path = folder / f"router-{port}.yaml"
         path.write_text(yaml.safe_dump(config), encoding="utf-8")
-        super().__init__([*_SERVEGYM, "serve", "router", "--config", str(path)])
+        super().__init__([*_SERVEGYM, "serve", "router", "--config", str(path)], checkout)
         self.url = f"http://127.0.0.1:{port}"
         self.admin_url = f"http://127.0.0.1:{admin}"
         self.wait_for(f"{self.url}/health")

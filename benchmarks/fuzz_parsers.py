@@ -183,7 +183,7 @@ def _headers(data: bytes) -> None:
     headers = CIMultiDict((name, value.strip()) for name, _, value in lines)
     _KEYS.tenant(headers.get("Authorization"))
     retry_after_s(headers.items())
-    _FILTER.forwarded(headers)
+    _FILTER.forwarded(headers.items())
     output_tokens(headers)
 
 

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import aiohttp
+import uvloop
 
 from servegym.serve.router.app import Router
 from servegym.serve.router.config import parse_config
@@ -85,14 +86,20 @@ async def running(num_replicas: int = 2, **settings) -> AsyncIterator[Running]:
                 await replica.stop()
 
 
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    """Run a test's coroutine; none takes long."""
+def run(test: Callable[[], Awaitable[None]], *, plain: bool = False) -> None:
+    """Run a test's coroutine on the loop that the router runs on; none takes long.
+
+    Args:
+        test: The coroutine.
+        plain: Run it on Python's own loop.
+    """
 
     async def limited() -> None:
         async with asyncio.timeout(20):
             await test()
 
-    asyncio.run(limited())
+    with asyncio.Runner(loop_factory=None if plain else uvloop.new_event_loop) as runner:
+        runner.run(limited())
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:

@@ -7,19 +7,15 @@ import socket
 from aiohttp import web
 
 #: Connections that may wait to be taken; a storm of clients needs them.
-_BACKLOG = 2048
+BACKLOG = 2048
 
 
-async def listen(runner: web.AppRunner, host: str, port: int) -> tuple[web.SockSite, int]:
-    """Let an application that was set up take connections.
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound to an address.
 
     Args:
-        runner: Of the application.
         host: Address, of either version of IP.
         port: 0 takes a free one.
-
-    Returns:
-        What can be stopped, and the port.
 
     Raises:
         OSError: If the address cannot be had, or `OverflowError` if there is no such port.
@@ -32,6 +28,21 @@ async def listen(runner: web.AppRunner, host: str, port: int) -> tuple[web.SockS
     except (OSError, OverflowError):
         listener.close()
         raise
-    site = web.SockSite(runner, listener, backlog=_BACKLOG)
+    return listener
+
+
+async def listen(runner: web.AppRunner, host: str, port: int) -> tuple[web.SockSite, int]:
+    """Let an application that was set up take connections; see `bind`.
+
+    Args:
+        runner: Of the application.
+        host: Address.
+        port: 0 takes a free one.
+
+    Returns:
+        What can be stopped, and the port.
+    """
+    listener = bind(host, port)
+    site = web.SockSite(runner, listener, backlog=BACKLOG)
     await site.start()
     return site, int(listener.getsockname()[1])

@@ -16,6 +16,7 @@ from servegym.errors import ServeGymError, unknown_name
 from servegym.serve.dispatcher import Dispatcher
 from servegym.serve.router.errors import RequestError
 from servegym.serve.router.health import Health
+from servegym.serve.router.reply import Reply
 
 _log = logging.getLogger(__name__)
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -57,9 +58,9 @@ async def _only_operators(request: web.Request, handler: _Handler) -> web.Stream
             raise RequestError(415, "the body must be application/json", "unsupported_media_type")
         return await handler(request)
     except RequestError as error:
-        return error.response()
+        return _response(error.reply())
     except ServeGymError as error:
-        return RequestError(400, str(error), "refused").response()
+        return _response(RequestError(400, str(error), "refused").reply())
 
 
 class Admin:
@@ -72,7 +73,7 @@ class Admin:
     """
 
     def __init__(
-        self, dispatcher: Dispatcher, health: Health, metrics_page: Callable[[], web.Response]
+        self, dispatcher: Dispatcher, health: Health, metrics_page: Callable[[], Reply]
     ) -> None:
         self._dispatcher = dispatcher
         self._health = health
@@ -91,7 +92,7 @@ class Admin:
         return app
 
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
-        return self._metrics_page()
+        return _response(self._metrics_page())
 
     async def _drain(self, request: web.Request) -> web.StreamResponse:
         return await self._set_draining(request, True)
@@ -182,6 +183,10 @@ class Admin:
             "arrival_rate_rps": state.arrival_rate_rps,
             "replicas": replicas,
         }
+
+
+def _response(reply: Reply) -> web.Response:
+    return web.Response(status=reply.status, body=reply.body, headers=reply.headers)
 
 
 def _told(request: web.Request, what: str) -> None:

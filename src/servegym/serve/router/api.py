@@ -4,37 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
+import zlib
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
 from typing import TypeVar, cast
-
-from aiohttp import web
+from urllib.parse import unquote
 
 from servegym.serve.dispatcher import Dispatcher
 from servegym.serve.requests.prompt import Prompt
 from servegym.serve.router.auth import Keys
+from servegym.serve.router.client import Request, Server
 from servegym.serve.router.config import RouterConfig
 from servegym.serve.router.errors import RequestError
 from servegym.serve.router.health import Health
 from servegym.serve.router.limits import Limits
 from servegym.serve.router.proxy import Proxy
+from servegym.serve.router.reply import Reply, json_reply
 from servegym.serve.router.request import Asked, read_request, with_hints
 from servegym.serve.router.telemetry import Telemetry
 from servegym.serve.vllm.hints import hints
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
+#: Returns what to tell the client, or the status of the answer that it has got.
+_Handler = Callable[[Request], Awaitable[Reply | int]]
 
-_MAX_ID_CHARACTERS = 128
-_ID_HEADER = "X-Request-Id"
-#: Id of the request that a task answers.
-_ID: ContextVar[str] = ContextVar("request id")
 #: Larger bodies are read and hashed in a thread: all streams would wait for it.
 _LARGE_BYTES = 64 * 1024
 #: Tenant of everyone where there are no keys.
 _EVERYONE = "default"
+_READ = ("GET", "HEAD")
+_CHAT = "/v1/chat/completions"
+_MODEL = "/v1/models/"
 
 
 class Api:
@@ -62,7 +63,7 @@ class Api:
         health: Health,
         proxy: Proxy,
         keys: Keys | None,
-        metrics_page: Callable[[], web.Response],
+        metrics_page: Callable[[], Reply],
     ) -> None:
         self.config = config
         self.dispatcher = dispatcher
@@ -74,62 +75,67 @@ class Api:
         self._metrics_page = metrics_page
         self._limits = Limits(config.limits, config.tenants)
         self._reading = ThreadPoolExecutor(1, "large-bodies")
+        self._routes: dict[str, tuple[tuple[str, ...], _Handler]] = {
+            "/v1/completions": (("POST",), self._completions),
+            _CHAT: (("POST",), self._completions),
+            "/v1/models": (_READ, self._models),
+            "/health": (_READ, self._health_page),
+            "/metrics": (_READ, self._metrics),
+        }
 
     def close(self) -> None:
         """End the thread for large bodies."""
         self._reading.shutdown(wait=False, cancel_futures=True)
 
-    def app(self) -> web.Application:
-        """Make the application that answers clients."""
-        app = web.Application(
-            middlewares=[self._answer_errors],
-            client_max_size=self.config.request.max_body_bytes,
-        )
-        app.router.add_post("/v1/completions", self._completions)
-        app.router.add_post("/v1/chat/completions", self._completions)
-        app.router.add_get("/v1/models", self._models)
-        app.router.add_get("/v1/models/{name:.+}", self._model_page)
-        app.router.add_get("/health", self._health_page)
-        app.router.add_get("/metrics", self._metrics)
-        return app
+    def server(self) -> Server:
+        """Make the server that takes clients' requests."""
+        return Server(self.answer, self.config.request.max_body_bytes)
 
-    @web.middleware
-    async def _answer_errors(
-        self,
-        request: web.Request,
-        handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
-    ) -> web.StreamResponse:
-        """Turn what goes wrong into OpenAI's error objects, and count the answers."""
+    async def answer(self, request: Request) -> None:
+        """Answer a request, turn what goes wrong into OpenAI's error objects, and count.
+
+        Args:
+            request: Its answer is sent when this returns.
+        """
         endpoint = "other"
-        key = _request_id(request)
-        _ID.set(key)
         try:
-            resource = request.match_info.route.resource
-            if resource is not None:
-                endpoint = resource.canonical
-            response = await handler(request)
+            endpoint, method, handler = self._route(request)
+            if request.head.method not in method:
+                raise RequestError(405, _place(request, "Method Not Allowed"), "method_not_allowed")
+            answer = await handler(request)
         except RequestError as error:
-            response = error.response()
-        except web.HTTPRequestEntityTooLarge:
-            response = self._too_large().response()
-        except web.HTTPException as error:
-            known = {404: "unknown_url", 405: "method_not_allowed"}
-            code = known.get(error.status, "invalid_request")
-            message = f"{request.method} {request.path}: {error.reason}"
-            response = RequestError(error.status, message, code).response()
-        except (ConnectionError, asyncio.CancelledError):
+            answer = error.reply()
+        except asyncio.CancelledError:
             self.telemetry.requests[endpoint, 499] += 1  # the client has gone
             raise
         except Exception:
             _log.exception("a request failed in the router")
             message = "the router failed: its log says why"
-            response = RequestError(500, message, "internal_error").response()
-        self.telemetry.requests[endpoint, response.status] += 1
-        if not response.prepared:
-            response.headers[_ID_HEADER] = key
-        return response
+            answer = RequestError(500, message, "internal_error").reply()
+        status = answer.status if isinstance(answer, Reply) else answer
+        self.telemetry.requests[endpoint, status] += 1
+        if isinstance(answer, Reply):
+            if request.begun:  # too late to say anything
+                request.break_off(b"")
+            else:
+                request.reply(answer)
 
-    async def _completions(self, request: web.Request) -> web.StreamResponse:
+    def _route(self, request: Request) -> tuple[str, tuple[str, ...], _Handler]:
+        """Return an endpoint's name, its methods, and who answers it.
+
+        Raises:
+            RequestError: If there is none.
+        """
+        path = request.head.path
+        path = unquote(path) if "%" in path else path
+        found = self._routes.get(path)
+        if found is not None:
+            return path, *found
+        if path.startswith(_MODEL) and path != _MODEL:
+            return f"{_MODEL}{{name}}", _READ, self._model_page
+        raise RequestError(404, _place(request, "Not Found"), "unknown_url")
+
+    async def _completions(self, request: Request) -> Reply | int:
         tenant = self._tenant(request)
         if self.draining:
             raise RequestError(
@@ -146,23 +152,26 @@ class Api:
             self.telemetry.in_flight -= 1
             self._limits.leave(tenant)
 
-    async def _forward(self, request: web.Request, tenant: str) -> web.StreamResponse:
+    async def _forward(self, request: Request, tenant: str) -> Reply | int:
         config, dispatcher = self.config.request, self.dispatcher
-        body = await self._body(request)
+        path = unquote(request.head.path)
+        packed = await request.body(config.body_timeout_s)
         read_s = dispatcher.clock()
-        chat = request.path.endswith("/chat/completions")
-        asked, prompt = await self._off_loop(len(body), self._read, body, chat)
+        coding = request.fields.get("content-encoding") or "identity"
+        body, asked, prompt = await self._off_loop(
+            len(packed), self._read, packed, coding.lower(), path == _CHAT
+        )
         model = self._model(asked.model)
-        named = request.headers.get(config.slo_header) or asked.slo_class
+        named = request.fields.get(config.slo_header.lower()) or asked.slo_class
         try:
             slo_class = dispatcher.slo_class(named or self._limits.of(tenant).slo_class)
         except ValueError as error:
             raise RequestError(400, str(error), "unknown_slo_class") from error
-        session = request.headers.get(config.session_header) if config.session_header else None
-        key = _ID.get()
+        header = config.session_header
+        session = request.fields.get(header.lower()) if header else None
         job = dispatcher.arrive(
             prompt,
-            key=key,
+            key=request.key,
             tenant=tenant,
             slo_class=slo_class,
             max_tokens=asked.max_tokens,
@@ -174,19 +183,20 @@ class Api:
             told = hints(job.request.predicted_output_tokens, level.ttft_s, level.tpot_s)
             body = await self._off_loop(len(body), with_hints, asked.fields, told)
         return await self._proxy.forward(
-            request, job, body, key=key, stream=asked.stream, read_s=read_s
+            request, job, path, body, stream=asked.stream, read_s=read_s
         )
 
-    def _read(self, body: bytes, chat: bool) -> tuple[Asked, Prompt]:
-        """Read a body and measure its prompt."""
+    def _read(self, packed: bytes, coding: str, chat: bool) -> tuple[bytes, Asked, Prompt]:
+        """Unpack and read a body and measure its prompt."""
         config = self.config.request
+        body = packed if coding == "identity" else _unpack(packed, coding, config.max_body_bytes)
         asked = read_request(
             body, chat=chat, slo_field=config.slo_field, session_field=config.session_field
         )
         prompt = asked.prompt
         if not isinstance(prompt, Prompt):
             prompt = self.dispatcher.reader.read(cast("str | Sequence[int]", prompt))
-        return asked, prompt
+        return body, asked, prompt
 
     async def _off_loop(
         self, num_bytes: int, function: Callable[..., _Result], *args: object
@@ -206,67 +216,71 @@ class Api:
             return next(iter(models))
         raise _no_model(asked, models)
 
-    async def _body(self, request: web.Request) -> bytes:
-        if (request.content_length or 0) > self.config.request.max_body_bytes:
-            raise self._too_large()
-        try:
-            async with asyncio.timeout(self.config.request.body_timeout_s):
-                return await request.read()
-        except TimeoutError:
-            raise RequestError(408, "the body did not come in time", "body_timeout") from None
-        except web.RequestPayloadError as error:
-            message = f"the body cannot be unpacked ({type(error).__name__})"
-            raise RequestError(400, message, "invalid_body") from None
-
-    def _too_large(self) -> RequestError:
-        limit = self.config.request.max_body_bytes
-        return RequestError(413, f"the body may have {limit} bytes at most", "body_too_large")
-
-    def _tenant(self, request: web.Request) -> str:
+    def _tenant(self, request: Request) -> str:
         if self.keys is None:
             return _EVERYONE
-        tenant = self.keys.tenant(request.headers.get("Authorization"))
+        tenant = self.keys.tenant(request.fields.get("authorization"))
         if tenant is None:
             raise RequestError(
                 401, "a known API key is needed: Authorization: Bearer KEY", "invalid_api_key"
             )
         return tenant
 
-    async def _models(self, request: web.Request) -> web.StreamResponse:
+    async def _models(self, request: Request) -> Reply:
         self._tenant(request)
         models = self._health.models()
-        return web.json_response(
-            {"object": "list", "data": [models[name] for name in sorted(models)]}
-        )
+        return json_reply({"object": "list", "data": [models[name] for name in sorted(models)]})
 
-    async def _model_page(self, request: web.Request) -> web.StreamResponse:
+    async def _model_page(self, request: Request) -> Reply:
         self._tenant(request)
-        name = request.match_info["name"]
+        name = unquote(request.head.path).removeprefix(_MODEL)
         models = self._health.models()
         if name not in models:
             raise _no_model(name, models)
-        return web.json_response(models[name])
+        return json_reply(models[name])
 
-    async def _health_page(self, request: web.Request) -> web.StreamResponse:
+    async def _health_page(self, request: Request) -> Reply:
         """Say whether requests may be sent here; load balancers ask without a key."""
         state = self.dispatcher.state
         num_up = sum(state.is_up(r) for r in range(state.num_replicas))
         status = "stopping" if self.draining else "ok" if num_up else "no replica"
-        return web.json_response(
+        return json_reply(
             {"status": status, "replicas_up": num_up, "replicas": state.num_replicas},
             status=200 if status == "ok" else 503,
         )
 
-    async def _metrics(self, request: web.Request) -> web.StreamResponse:
+    async def _metrics(self, request: Request) -> Reply:
         self._tenant(request)
         return self._metrics_page()
 
 
-def _request_id(request: web.Request) -> str:
-    """Return the id that a client has given its request, else a new one."""
-    key = request.headers.get(_ID_HEADER, "")
-    good = 0 < len(key) <= _MAX_ID_CHARACTERS and key.isprintable()
-    return key if good else secrets.token_hex(12)
+def _unpack(packed: bytes, coding: str, max_bytes: int) -> bytes:
+    """Unpack a body.
+
+    Raises:
+        RequestError: If it cannot be unpacked, or is too large then.
+    """
+    windows = {"gzip": 31, "x-gzip": 31, "deflate": 15}
+    if coding not in windows:
+        message = f"the body's Content-Encoding must be gzip or deflate, got {coding!r}"
+        raise RequestError(415, message, "unsupported_encoding")
+    window = windows[coding]
+    if coding == "deflate" and packed[:1] and packed[0] & 15 != 8:
+        window = -15  # without the header that belongs to it, as some send it
+    unpacker = zlib.decompressobj(window)
+    try:
+        body = unpacker.decompress(packed, max_bytes + 1)
+    except zlib.error:
+        raise RequestError(400, "the body cannot be unpacked", "invalid_body") from None
+    if len(body) > max_bytes:
+        raise RequestError(413, f"the body may have {max_bytes} bytes at most", "body_too_large")
+    if not unpacker.eof:
+        raise RequestError(400, "the body cannot be unpacked", "invalid_body")
+    return body
+
+
+def _place(request: Request, reason: str) -> str:
+    return f"{request.head.method} {request.head.path}: {reason}"
 
 
 def _no_model(name: str, models: Iterable[str]) -> RequestError:

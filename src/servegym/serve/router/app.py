@@ -23,17 +23,16 @@ from servegym.serve.monitoring.prometheus import CONTENT_TYPE, Exposition
 from servegym.serve.router.admin import Admin
 from servegym.serve.router.api import Api
 from servegym.serve.router.auth import read_keys, watch_file
+from servegym.serve.router.client import Server
 from servegym.serve.router.config import RouterConfig
 from servegym.serve.router.health import Health
 from servegym.serve.router.http_log import http_logger
 from servegym.serve.router.proxy import Proxy
+from servegym.serve.router.reply import Reply
 from servegym.serve.router.telemetry import Telemetry
+from servegym.serve.router.upstream import KEEPALIVE_S
 
 _log = logging.getLogger(__name__)
-
-#: Seconds that an idle connection to a replica is kept: below the 5 s after which uvicorn, which
-#: vLLM runs in, closes its end, or requests would be sent into closing connections.
-_UPSTREAM_KEEPALIVE_S = 4.0
 
 
 class Router:
@@ -62,7 +61,9 @@ class Router:
             [replica.name for replica in config.replicas],
             fleet_facts([replica.facts for replica in config.replicas]),
         )
-        self._runners: list[web.AppRunner] = []
+        self._admin: web.AppRunner | None = None
+        self._server: Server | None = None
+        self._proxy: Proxy | None = None
         self._session: aiohttp.ClientSession | None = None
         self._health: Health | None = None
         self._poller: MetricsPoller | None = None
@@ -87,9 +88,9 @@ class Router:
             ConfigError: If an address cannot be listened on.
         """
         config = self.config
-        # no limit of connections: the fleet's capacity is the policy's business
+        # for health and metrics alone: requests go through the proxy's own connections
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_UPSTREAM_KEEPALIVE_S),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             skip_auto_headers=("Accept-Encoding", "User-Agent"),
@@ -103,12 +104,11 @@ class Router:
             interval_s=config.metrics.interval_s,
             timeout_s=config.metrics.timeout_s,
         )
-        proxy = Proxy(
+        self._proxy = Proxy(
             config.request,
             self.dispatcher,
             self._health,
             self.telemetry,
-            self._session,
             [replica.url for replica in config.replicas],
             self._upstream_key,
         )
@@ -117,7 +117,7 @@ class Router:
             self.dispatcher,
             self.telemetry,
             self._health,
-            proxy,
+            self._proxy,
             self._keys,
             self._metrics_page,
         )
@@ -126,7 +126,8 @@ class Router:
         try:
             await self._health.start()
             await self._poller.start()
-            await self._listen(self._api.app(), listen.host, listen.port)
+            self._server = self._api.server()
+            self._ports.append(await self._server.start(listen.host, listen.port))
             await self._listen(admin.app(), listen.admin_host, listen.admin_port)
         except OSError as error:
             await self.stop()
@@ -139,9 +140,13 @@ class Router:
         """Stop serving; requests in progress are cut off. See `drain`."""
         if self._watch is not None:
             self._watch.cancel()
-        for runner in self._runners:
-            await runner.cleanup()
-        self._runners = []
+        if self._server is not None:
+            await self._server.stop()
+        if self._admin is not None:
+            await self._admin.cleanup()
+            self._admin = None
+        if self._proxy is not None:
+            self._proxy.close()
         for part in (self._health, self._poller):
             if part is not None:
                 await part.stop()
@@ -180,21 +185,14 @@ class Router:
         return self.telemetry.in_flight
 
     async def _listen(self, app: web.Application, host: str, port: int) -> None:
-        runner = web.AppRunner(
-            app,
-            handler_cancellation=True,  # a client that goes away ends its request upstream too
-            access_log=None,
-            logger=http_logger,
-            shutdown_timeout=1.0,
-            # a body that is refused unread must not keep a connection
-            lingering_time=1.0,
+        self._admin = web.AppRunner(
+            app, access_log=None, logger=http_logger, shutdown_timeout=1.0, lingering_time=1.0
         )
-        await runner.setup()
-        self._runners.append(runner)
-        _, port = await listen(runner, host, port)
+        await self._admin.setup()
+        _, port = await listen(self._admin, host, port)
         self._ports.append(port)
 
-    def _metrics_page(self) -> web.Response:
+    def _metrics_page(self) -> Reply:
         page = Exposition()
         self.telemetry.write(page)
         add_dispatcher(page, self.dispatcher)
@@ -219,7 +217,7 @@ class Router:
                     )
                 ],
             )
-        return web.Response(body=page.page().encode(), headers={"Content-Type": CONTENT_TYPE})
+        return Reply(200, page.page().encode(), [("Content-Type", CONTENT_TYPE)])
 
 
 def serve(config: RouterConfig, ready: Callable[[Router], None]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 
-from aiohttp import web
+from servegym.serve.router.reply import Reply
 
 
 class RequestError(Exception):
@@ -27,19 +27,14 @@ class RequestError(Exception):
         self.code = code
         self.retry_after_s = retry_after_s
 
-    def response(self) -> web.Response:
-        """Make it a response."""
-        headers = {}
+    def reply(self) -> Reply:
+        """Make it a reply."""
+        headers = [("Content-Type", "application/json; charset=utf-8")]
         if self.retry_after_s is not None:
-            headers["Retry-After"] = str(max(1, math.ceil(self.retry_after_s)))
+            headers.append(("Retry-After", str(max(1, math.ceil(self.retry_after_s)))))
         if self.status == 401:
-            headers["WWW-Authenticate"] = "Bearer"
-        return web.Response(
-            body=error_body(self.status, self.message, self.code),
-            status=self.status,
-            headers=headers,
-            content_type="application/json",
-        )
+            headers.append(("WWW-Authenticate", "Bearer"))
+        return Reply(self.status, error_body(self.status, self.message, self.code), headers)
 
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}

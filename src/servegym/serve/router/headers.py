@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 #: What replicas see of a client unless the configuration says otherwise: W3C trace context and
 #: baggage, and what sessions are told by.
@@ -78,9 +78,9 @@ class HeaderFilter:
         self._names = frozenset(rule for rule in lower if not rule.endswith("*"))
         self._prefixes = tuple(rule[:-1] for rule in lower if rule.endswith("*"))
 
-    def forwarded(self, given: Mapping[str, str]) -> list[tuple[str, str]]:
+    def forwarded(self, given: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
         """Return the headers of a client that replicas see, one that is repeated repeatedly."""
-        return [(name, value) for name, value in given.items() if self._passes(name.lower())]
+        return [(name, value) for name, value in given if self._passes(name.lower())]
 
     def _passes(self, name: str) -> bool:
         if name in _NEVER_FORWARDED:

@@ -5,53 +5,45 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable
-from types import TracebackType
-from typing import Self
 
 
 class Patience:
-    """Raises `TimeoutError` in its block when a deadline has passed.
+    """Calls a function when a deadline has passed.
 
-    `asyncio.timeout` sets a timer anew at each change; here the timer looks whether the deadline
-    has been moved.
+    A timer set anew at each change would cost more than the change; here the timer looks whether
+    the deadline has been moved.
 
     Args:
         clock: Seconds that never go back.
         shortest_s: The deadline is never set to less than so many seconds from now.
+        expired: Called once, unless `end` was called before.
 
     Attributes:
         due_s: The deadline; may be set at any time.
     """
 
-    __slots__ = ("_clock", "_handle", "_shortest_s", "_timeout", "due_s")
+    __slots__ = ("_clock", "_expired", "_handle", "_loop", "_shortest_s", "due_s")
 
-    def __init__(self, clock: Callable[[], float], shortest_s: float) -> None:
+    def __init__(
+        self, clock: Callable[[], float], shortest_s: float, expired: Callable[[], None]
+    ) -> None:
         self.due_s = math.inf
         self._clock = clock
         self._shortest_s = shortest_s
-        self._timeout = asyncio.timeout(None)
-        self._handle: asyncio.TimerHandle | None = None
+        self._expired = expired
+        self._loop = asyncio.get_running_loop()
+        self._handle: asyncio.TimerHandle | None = self._loop.call_later(shortest_s, self._look)
 
-    async def __aenter__(self) -> Self:
-        await self._timeout.__aenter__()
-        self._look()
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def end(self) -> None:
+        """The deadline no longer matters."""
         if self._handle is not None:
             self._handle.cancel()
-        await self._timeout.__aexit__(kind, error, trace)
+            self._handle = None
 
     def _look(self) -> None:
-        loop = asyncio.get_running_loop()
         left_s = self.due_s - self._clock()
         if left_s <= 0.0:
             self._handle = None
-            self._timeout.reschedule(loop.time())
+            self._expired()
         else:
-            self._handle = loop.call_later(min(left_s, self._shortest_s), self._look)
+            self._handle = self._loop.call_later(min(left_s, self._shortest_s), self._look)

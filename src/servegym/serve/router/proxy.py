@@ -5,21 +5,21 @@ from __future__ import annotations
 import asyncio
 import math
 
-import aiohttp
 import numpy as np
-from aiohttp import web
-from yarl import URL
 
 from servegym.serve.dispatcher import Dispatcher, Job
+from servegym.serve.router.books import Books, Failures
+from servegym.serve.router.client import ID_HEADER, Request
 from servegym.serve.router.config import RequestConfig
 from servegym.serve.router.ejection import Attempt
 from servegym.serve.router.errors import RequestError
 from servegym.serve.router.headers import HeaderFilter, returned
 from servegym.serve.router.health import Health
-from servegym.serve.router.relay import Failures, Relay
+from servegym.serve.router.relay import Relay, answer_pairs
+from servegym.serve.router.reply import Reply
 from servegym.serve.router.retry_budget import RetryBudget
 from servegym.serve.router.telemetry import Telemetry
-from servegym.serve.router.upstream import UpstreamError, ask
+from servegym.serve.router.upstream import Exchange, Pool, UpstreamError, ask
 from servegym.typing import BoolArray
 
 
@@ -31,7 +31,6 @@ class Proxy:
         dispatcher: Decides.
         health: Told what becomes of requests.
         telemetry: Counts.
-        session: To the replicas.
         urls: Of the replicas.
         upstream_key: API key that the replicas want.
     """
@@ -42,7 +41,6 @@ class Proxy:
         dispatcher: Dispatcher,
         health: Health,
         telemetry: Telemetry,
-        session: aiohttp.ClientSession,
         urls: list[str],
         upstream_key: str | None,
     ) -> None:
@@ -51,40 +49,41 @@ class Proxy:
         self._health = health
         self._ejection = health.ejection
         self._telemetry = telemetry
-        self._session = session
-        self._urls = urls
+        self._pools = [Pool(url, config.connect_timeout_s, dispatcher.clock) for url in urls]
         self._upstream_key = upstream_key
         self._filter = HeaderFilter(config.forward_headers)
         self._budget = RetryBudget(config.retry_share, config.retry_reserve, dispatcher.clock)
-        self._relay = Relay(config, dispatcher, health, telemetry)
-        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=config.connect_timeout_s)
+        self._books = Books(dispatcher, health, telemetry)
+        # between two pieces of an answer no deadline is nearer than this
+        self._patience_s = min(config.stall_timeout_s, config.client_timeout_s)
+
+    def close(self) -> None:
+        """End idle connections to replicas."""
+        for pool in self._pools:
+            pool.close()
 
     async def forward(
-        self,
-        request: web.Request,
-        job: Job,
-        body: bytes,
-        *,
-        key: str,
-        stream: bool,
-        read_s: float,
-    ) -> web.StreamResponse:
+        self, request: Request, job: Job, path: str, body: bytes, *, stream: bool, read_s: float
+    ) -> Reply | int:
         """Bring a request to its end, whatever happens to replicas and the client.
 
         Args:
             request: The client's.
             job: Its place in the books.
+            path: Of the endpoint.
             body: Its body, which replicas get as it is.
-            key: Its id.
             stream: Whether it asks for a stream.
             read_s: When the body was there, on the dispatcher's clock.
+
+        Returns:
+            What to tell the client, or the status of the answer that it has got.
 
         Raises:
             RequestError: If there is no answer to pass on.
         """
         failures: Failures = []
         tried: set[int] = set()
-        headers = self._headers(request, key)
+        headers = self._headers(request, len(body))
         self._budget.request()
         try:
             while True:
@@ -95,15 +94,16 @@ class Proxy:
                 attempt = self._ejection.begin(replica, stream=stream)
                 prefill = None if stream else self._assume_prefill(job)
                 try:
-                    answer = await ask(
-                        self._session,
-                        self._url(replica, request),
-                        body,
-                        headers,
-                        timeout=self._timeout,
-                        first_token_s=self._patience_s(attempt),
+                    pool = self._pools[replica]
+                    head = self._first_line(pool, request, path) + headers
+                    first_token_s, patience_s = self._first_token_s(attempt), self._patience_s
+                    exchange = await ask(
+                        pool, head, body, first_token_s=first_token_s, patience_s=patience_s
                     )
-                    return await self._relay.pass_on(request, job, attempt, answer, key, failures)
+                    try:
+                        return await self._pass_on(request, job, attempt, exchange, failures)
+                    finally:
+                        exchange.close()
                 except UpstreamError as error:
                     failures.append((attempt, error))
                     self._note(attempt, error)
@@ -113,13 +113,31 @@ class Proxy:
                         prefill.cancel()
                 tried.add(replica)
                 if not self._may_try_again(job, failures, tried, stream=stream):
-                    return self._give_up(job, failures, key)
+                    return self._give_up(job, failures)
                 self._telemetry.retries[failures[-1][1].cause] += 1
         except asyncio.CancelledError:
-            self._relay.end(job, "cancelled")
+            self._books.end(job, "cancelled")
             raise
         finally:
-            self._relay.end(job, "failed")
+            self._books.end(job, "failed")
+
+    async def _pass_on(
+        self,
+        request: Request,
+        job: Job,
+        attempt: Attempt,
+        exchange: Exchange,
+        failures: Failures,
+    ) -> int:
+        """Pass an answer through; return its status."""
+        head = exchange.head
+        assert head is not None
+        name = self._dispatcher.names[attempt.replica] if self.config.expose_replica else ""
+        relay = Relay(self.config, self._books, request, job, attempt, exchange, failures)
+        relay.start(answer_pairs(head.fields.pairs, request.key, name))
+        if not relay.done.done():
+            await relay.done
+        return head.status
 
     def _assume_prefill(self, job: Job) -> asyncio.TimerHandle:
         """Without a stream no one says when the prompt is computed: take the known rate for it."""
@@ -178,7 +196,7 @@ class Proxy:
         """
         state, health = self._dispatcher.state, self._health
         allowed = np.array(
-            [state.is_up(r) and health.serves(r, job.model) for r in range(len(self._urls))]
+            [state.is_up(r) and health.serves(r, job.model) for r in range(len(self._pools))]
         )
         worse = self._ejection.passed_over(stream=stream)
         for avoided in ({*tried, *worse}, tried) if worse else (tried,):
@@ -188,7 +206,7 @@ class Proxy:
                 return left
         return allowed
 
-    def _patience_s(self, attempt: Attempt) -> float | None:
+    def _first_token_s(self, attempt: Attempt) -> float | None:
         """How long an answer may take to begin."""
         if not attempt.stream:
             return self.config.answer_timeout_s
@@ -226,7 +244,7 @@ class Proxy:
             self._telemetry.retries_denied[denied] += 1
         return denied is None
 
-    def _give_up(self, job: Job, failures: Failures, key: str) -> web.StreamResponse:
+    def _give_up(self, job: Job, failures: Failures) -> Reply:
         """Pass on what a replica said, in its own words if it said something.
 
         Raises:
@@ -241,29 +259,33 @@ class Proxy:
                 502, "no replica could answer", "upstream_failed", retry_after_s=retry_after_s
             )
         status, given, body = error.refusal
-        self._relay.end(job, "refused" if error.is_full else "failed")
+        self._books.end(job, "refused" if error.is_full else "failed")
         if not body:
             after_s = retry_after_s if error.is_full else None
             message = "the replica gave no reason"
-            return RequestError(
-                status, message, "upstream_failed", retry_after_s=after_s
-            ).response()
-        response = web.Response(status=status, headers=returned(given), body=body)
-        response.headers["X-Request-Id"] = key
-        if error.is_full:
-            response.headers.setdefault("Retry-After", str(max(1, math.ceil(retry_after_s))))
-        return response
+            return RequestError(status, message, "upstream_failed", retry_after_s=after_s).reply()
+        headers = returned(given)
+        if error.is_full and not any(name.lower() == "retry-after" for name, _ in headers):
+            headers.append(("Retry-After", str(max(1, math.ceil(retry_after_s)))))
+        return Reply(status, body, headers)
 
-    def _url(self, replica: int, request: web.Request) -> URL:
-        query = request.rel_url.raw_query_string if self.config.forward_query else ""
-        place = self._urls[replica] + request.rel_url.raw_path
-        return URL(f"{place}?{query}" if query else place, encoded=True)
+    def _first_line(self, pool: Pool, request: Request, path: str) -> bytes:
+        """Write the first line of a request and what is the replica's own."""
+        query = request.head.query if self.config.forward_query else ""
+        target = f"{pool.prefix}{path}?{query}" if query else pool.prefix + path
+        text = f"POST {target} HTTP/1.1\r\nHost: {pool.host}\r\n"
+        if pool.authorization is not None and self._upstream_key is None:
+            text += f"Authorization: {pool.authorization}\r\n"
+        return text.encode("utf-8", "surrogateescape")
 
-    def _headers(self, request: web.Request, key: str) -> list[tuple[str, str]]:
-        headers = self._filter.forwarded(request.headers)
-        if "Content-Type" not in request.headers:
+    def _headers(self, request: Request, length: int) -> bytes:
+        """Write the rest of the head, which is the same for all replicas."""
+        headers = self._filter.forwarded(request.fields.pairs)
+        if request.fields.get("content-type") is None:
             headers.append(("Content-Type", "application/json"))
-        headers.append(("X-Request-Id", key))
+        headers.append((ID_HEADER, request.key))
         if self._upstream_key is not None:
             headers.append(("Authorization", f"Bearer {self._upstream_key}"))
-        return headers
+        headers.append(("Content-Length", str(length)))
+        lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
+        return f"{lines}\r\n".encode("utf-8", "surrogateescape")

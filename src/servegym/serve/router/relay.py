@@ -1,216 +1,252 @@
-"""Passing an answer through piece by piece, and what it says of the replica."""
+"""An answer on its way from a replica to a client: bytes as they come, and what they say.
+
+Each piece goes from the replica's connection to the client's in one call. A client that takes no
+more stops its replica; books and deadlines follow the tokens.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import math
 
-import aiohttp
-from aiohttp import web
-
-from servegym.serve.dispatcher import Dispatcher, Job
+from servegym.serve.dispatcher import Job
+from servegym.serve.router.books import Books, Failures
+from servegym.serve.router.client import ID_HEADER, Request
 from servegym.serve.router.config import RequestConfig
 from servegym.serve.router.ejection import Attempt
 from servegym.serve.router.errors import error_body
+from servegym.serve.router.framing import LAST_CHUNK, chunk
 from servegym.serve.router.headers import returned
-from servegym.serve.router.health import Health
-from servegym.serve.router.patience import Patience
-from servegym.serve.router.telemetry import Telemetry
-from servegym.serve.router.upstream import Answer, UpstreamError
+from servegym.serve.router.upstream import Exchange
 
-#: Failures of a request before its answer had begun, in order.
-Failures = list[tuple[Attempt, UpstreamError]]
+#: What a chunk lacks whose replica has gone is filled up to this size, so that an error can follow.
+_MAX_FILLED_BYTES = 64 * 1024
 
 
 class Relay:
-    """Passes answers on and closes the books.
+    """Passes one answer on.
 
     Args:
         config: Times.
-        dispatcher: Keeps the books.
-        health: Told what becomes of requests.
-        telemetry: Counts.
+        books: Told what comes.
+        request: The client's.
+        job: Its place in the books.
+        attempt: At the replica that answers.
+        exchange: With that replica; its answer has begun.
+        failures: Of the replicas asked before; judged once the answer has come.
     """
 
-    def __init__(
-        self, config: RequestConfig, dispatcher: Dispatcher, health: Health, telemetry: Telemetry
-    ) -> None:
-        self.config = config
-        self._dispatcher = dispatcher
-        self._ejection = health.ejection
-        self._telemetry = telemetry
+    __slots__ = (
+        "_answered",
+        "_attempt",
+        "_begun",
+        "_books",
+        "_client_s",
+        "_clock",
+        "_exchange",
+        "_failures",
+        "_frame",
+        "_job",
+        "_paused",
+        "_reader",
+        "_request",
+        "_stall_s",
+        "_status",
+        "_token_s",
+        "_whole_by_s",
+        "done",
+    )
 
-    async def pass_on(
+    def __init__(
         self,
-        request: web.Request,
+        config: RequestConfig,
+        books: Books,
+        request: Request,
         job: Job,
         attempt: Attempt,
-        answer: Answer,
-        key: str,
+        exchange: Exchange,
         failures: Failures,
-    ) -> web.StreamResponse:
-        """Pass an answer through, no piece kept longer than the client needs to take it.
+    ) -> None:
+        head = exchange.head
+        assert head is not None
+        self._books = books
+        self._request = request
+        self._job = job
+        self._attempt = attempt
+        self._exchange = exchange
+        self._reader = exchange.reader
+        self._failures = failures
+        self._status = head.status
+        self._clock = books.dispatcher.clock
+        self._client_s = config.client_timeout_s
+        self._stall_s = config.stall_timeout_s if exchange.reader.is_stream else math.inf
+        self._whole_by_s = math.inf
+        if not attempt.stream and config.answer_timeout_s is not None:
+            self._whole_by_s = attempt.dispatch_s + config.answer_timeout_s
+        self._token_s = self._clock()
+        # how pieces are framed: as they come, without, or anew
+        self._frame = "anew" if request.takes_chunks else "none"
+        if head.length is not None:
+            self._frame = "none"
+        elif head.chunked and request.takes_chunks:
+            self._frame = "as it came"
+        self._begun = self._answered = self._paused = False
+        #: Done when the client has its answer, or will not get it.
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def start(self, pairs: list[tuple[str, str]]) -> None:
+        """Pass on what is there, and from now on what comes.
 
         Args:
-            request: The client's.
-            job: Its place in the books.
-            attempt: At the replica that answers.
-            answer: What the replica sends.
-            key: Id of the request.
-            failures: Of the replicas asked before; judged once the answer has come.
+            pairs: Fields of the answer's head, without its framing.
         """
-        (upstream, reader, piece), clock = answer, self._dispatcher.clock
-        dispatcher, client_s = self._dispatcher, self.config.client_timeout_s
-        stall_s = self.config.stall_timeout_s if reader.is_stream else math.inf
-        response = web.StreamResponse(
-            status=upstream.status, headers=self._answer_headers(upstream, attempt.replica, key)
-        )
-        if upstream.content_length is not None:
-            response.content_length = upstream.content_length
-        whole_by_s = math.inf
-        if not attempt.stream and self.config.answer_timeout_s is not None:
-            whole_by_s = attempt.dispatch_s + self.config.answer_timeout_s
-        count, now_s = reader.num_tokens, clock()
-        token_s = now_s
-        begun = writing = False
+        exchange, reader, request = self._exchange, self._reader, self._request
+        head = exchange.head
+        assert head is not None
+        if head.length is not None:
+            pairs.append(("Content-Length", str(head.length)))
+        elif request.takes_chunks:
+            pairs.append(("Transfer-Encoding", "chunked"))
+        exchange.receiver, request.flow = self, self
+        if reader.begun:
+            self._begin()
+        if reader.num_tokens:
+            self._tokens(reader.num_tokens)
+        exchange.patience.due_s = min(self._token_s + self._stall_s, self._whole_by_s)
+        first = b"".join([self._framed(*piece) for piece in exchange.held])
+        exchange.held.clear()
+        request.begin(self._status, pairs, first)
+        self._note_answered()
+        if request.is_paused and not self._paused:
+            self.paused()
+        if exchange.ended:
+            self.ended()
+        elif exchange.lost:
+            self.lost()
+
+    def piece(self, framed: bytes, body: bytes) -> None:
+        """See `Receiver`."""
+        if body and (count := self._reader.feed(body)):
+            self._tokens(count)
+            self._exchange.patience.due_s = min(self._token_s + self._stall_s, self._whole_by_s)
+        self._request.write(framed if self._frame == "as it came" else self._framed(framed, body))
+        if self._reader.done:
+            self._note_answered()
+
+    def ended(self) -> None:
+        """See `Receiver`."""
+        reader = self._reader
+        if count := reader.close():
+            self._tokens(count)
         cause = ""
-        try:
-            async with Patience(clock, min(stall_s, client_s)) as patience:
-                patience.due_s = now_s + client_s
-                if reader.begun:
-                    begun = self._begin(job, attempt, failures)
-                writing = True
-                await response.prepare(request)
-                while piece:
-                    if count:
-                        if not begun:
-                            begun = self._begin(job, attempt, failures)
-                        dispatcher.tokens(job, count)
-                        attempt.has_got(now_s)
-                    await response.write(piece)
-                    writing = False
-                    if reader.done and not reader.failed and upstream.status == 200:
-                        dispatcher.answered(job)
-                    now_s = clock()
-                    if count:
-                        token_s = now_s  # what the client took to take it is no stall
-                    if begun:
-                        attempt.waits(now_s)
-                    patience.due_s = min(token_s + stall_s, whole_by_s)
-                    piece = await upstream.content.readany()
-                    writing = True
-                    now_s = clock()
-                    patience.due_s = now_s + client_s
-                    count = reader.feed(piece)
-                count = reader.close()
-                if count:
-                    dispatcher.tokens(job, count)
-                if not reader.whole and reader.is_stream:
-                    cause = "error_event" if reader.failed else "cut"
-                else:
-                    await response.write_eof()
-        except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            if writing:  # the client's side: it has gone, or takes nothing
-                self.end(job, "cancelled")
-                _abort(request)
-                return response
-            if not reader.done:  # else only the end of the connection is missing
-                cause = "stall" if isinstance(error, TimeoutError) else "broken"
-        finally:
-            # an answer read to its end gives its connection back; another is cut off, and the
-            # engine stops computing it
-            if upstream.content.at_eof():
-                upstream.release()
-            else:
-                upstream.close()
+        if reader.is_stream and not reader.whole:
+            cause = "error_event" if reader.failed else "cut"
+        self._end(cause)
+
+    def lost(self) -> None:
+        """See `Receiver`."""
+        self._end("" if self._reader.done else "broken")  # else only the end was missing
+
+    def expired(self) -> None:
+        """See `Receiver`."""
+        if self._paused:  # the client's side: it takes nothing
+            self._exchange.close()
+            self._books.end(self._job, "cancelled")
+            self._request.flow = None
+            self._request.break_off(b"")
+            self._finish()
+        else:
+            self._end("" if self._reader.done else "stall")
+
+    def paused(self) -> None:
+        """See `Flow`."""
+        self._paused = True
+        now_s = self._clock()
+        self._exchange.pause()
+        if self._begun:
+            self._attempt.has_got(now_s)  # nothing is owed to who takes nothing
+        self._exchange.patience.due_s = now_s + self._client_s
+
+    def resumed(self) -> None:
+        """See `Flow`."""
+        self._paused = False
+        now_s = self._clock()
+        if self._begun:
+            self._attempt.waits(now_s)
+        self._token_s = now_s  # what the client took to take it is no stall
+        self._exchange.patience.due_s = min(now_s + self._stall_s, self._whole_by_s)
+        self._exchange.resume()
+
+    def _begin(self) -> None:
+        self._begun = True
+        self._books.begin(self._job, self._attempt, self._failures)
+        self._attempt.waits(self._clock())
+
+    def _tokens(self, count: int) -> None:
+        if not self._begun:
+            self._begin()
+        self._books.dispatcher.tokens(self._job, count)
+        self._token_s = self._attempt.standing.last_token_s = self._clock()
+
+    def _framed(self, framed: bytes, body: bytes) -> bytes:
+        """Return a piece as the client is to get it."""
+        if self._frame == "as it came":
+            return framed
+        return chunk(body) if body and self._frame == "anew" else body
+
+    def _note_answered(self) -> None:
+        """A stream may have said that it is complete: the client may go on."""
+        reader = self._reader
+        if reader.done and not self._answered and not reader.failed and self._status == 200:
+            self._answered = True
+            self._books.dispatcher.answered(self._job)
+
+    def _end(self, cause: str) -> None:
+        """The answer is over, and whole unless there is a cause."""
+        exchange, reader, request = self._exchange, self._reader, self._request
+        missing = exchange.framing.missing if self._frame == "as it came" else 0
+        is_whole = not cause and (exchange.ended or (self._frame != "none" and not missing))
+        request.flow = None
+        exchange.close()
+        if is_whole:
+            if self._frame != "none":
+                request.write(LAST_CHUNK)
+        else:
+            self._break_off(missing, say=reader.is_stream and not reader.failed and bool(cause))
         if cause:
-            self._broke(attempt, cause, token_s, reader.error_status)
-        self._close_books(job, attempt, answer, failures, broken=bool(cause))
-        if cause:
-            # what the engine has said itself need not be said again
-            await self._tell_broken(request, response, say=reader.is_stream and not reader.failed)
-        return response
+            self._books.broke(self._attempt, cause, self._token_s, reader.error_status)
+        self._books.close(
+            self._job, self._attempt, reader, self._status, self._failures, broken=bool(cause)
+        )
+        self._finish()
 
-    def _begin(self, job: Job, attempt: Attempt, failures: Failures) -> bool:
-        """The first token of a stream has come."""
-        self._answered(attempt, failures)
-        self._dispatcher.first_token(job)
-        self._telemetry.ttft.observe(self._dispatcher.clock() - job.request.arrival_s)
-        return True
+    def _break_off(self, missing: int, *, say: bool) -> None:
+        """Tell a client that its answer is not whole: an error event, and no proper end.
 
-    def _broke(self, attempt: Attempt, cause: str, token_s: float, status: int) -> None:
-        """An answer broke off: whose fault is it?"""
-        self._telemetry.upstream_failures[self._dispatcher.names[attempt.replica], cause] += 1
-        moved = cause == "stall" and attempt.standing.last_token_s > token_s
-        theirs = cause == "error_event" and status < 500
-        if not moved and not theirs:
-            self._ejection.failed(attempt, hung=cause == "stall")
-
-    def _close_books(
-        self, job: Job, attempt: Attempt, answer: Answer, failures: Failures, *, broken: bool
-    ) -> None:
-        reader, status = answer.reader, answer.response.status
-        prompt_tokens, _, cached_tokens = reader.usage()
-        if prompt_tokens is not None:
-            self._dispatcher.usage(job, prompt_tokens=prompt_tokens, cached_tokens=cached_tokens)
-        if broken or (status == 200 and reader.failed):
-            self.end(job, "failed")
-            return
-        if status != 200:
-            self.end(job, "refused")  # says nothing about the replica
-            return
-        if not attempt.begun:
-            self._answered(attempt, failures)
-        self._ejection.whole(attempt)
-        self._telemetry.e2e.observe(self._dispatcher.clock() - job.request.arrival_s)
-        self._telemetry.outcomes["finished"] += 1
-        self._dispatcher.finish(job, reader.output_tokens())
-
-    async def _tell_broken(
-        self, request: web.Request, response: web.StreamResponse, *, say: bool
-    ) -> None:
-        """Tell a client that its answer is not whole: an error event, and no proper end."""
-        if say:
-            body = error_body(502, "the replica failed in the middle of the answer", "broken")
-            try:
-                async with asyncio.timeout(1.0):
-                    await response.write(b"\n\ndata: " + body + b"\n\n")
-            except (TimeoutError, OSError, aiohttp.ClientError):
-                pass
-        _abort(request)
-
-    def _answered(self, attempt: Attempt, failures: Failures) -> None:
-        """A request has its answer: now it is known that those who failed it were at fault."""
-        self._ejection.first_token(attempt)
-        for failed, error in failures:
-            late = error.cause == "timeout"
-            if error.is_full or error.cause == "refused" or (late and failed.replica_has_moved):
-                continue  # full, down, or only slow
-            self._ejection.failed(failed, hung=late)
-        failures.clear()
-
-    def end(self, job: Job, status: str) -> None:
-        """Close the books of a request that did not get its answer; does nothing the second time.
-
-        Args:
-            job: Of the request.
-            status: For the counters; only the client's leaving is another matter to the log.
+        What the engine has said itself need not be said again.
         """
-        if not job.ended:
-            self._telemetry.outcomes[status] += 1
-            self._dispatcher.end(job, "cancelled" if status == "cancelled" else "failed")
+        last = b""
+        if say and missing <= _MAX_FILLED_BYTES:
+            body = error_body(502, "the replica failed in the middle of the answer", "broken")
+            line_end = b"\r\n"[2 - min(2, missing) :]
+            last = line_end.rjust(missing, b"\n") + chunk(b"\n\ndata: " + body + b"\n\n")
+        self._request.break_off(last)
 
-    def _answer_headers(
-        self, upstream: aiohttp.ClientResponse, replica: int, key: str
-    ) -> list[tuple[str, str]]:
-        headers = returned(upstream.headers.items())
-        headers.append(("X-Request-Id", key))
-        if self.config.expose_replica:
-            headers.append(("X-Servegym-Replica", self._dispatcher.names[replica]))
-        return headers
+    def _finish(self) -> None:
+        if not self.done.done():
+            self.done.set_result(None)
 
 
-def _abort(request: web.Request) -> None:
-    """Cut a client's connection: an answer that ends properly would pass for a whole one."""
-    if request.transport is not None:
-        request.transport.abort()
+def answer_pairs(given: list[tuple[str, str]], key: str, replica: str) -> list[tuple[str, str]]:
+    """Return the fields of an answer that a client sees.
+
+    Args:
+        given: The replica's.
+        key: Id of the request.
+        replica: Name of the replica, empty if it is not told.
+    """
+    pairs = returned(given)
+    pairs.append((ID_HEADER, key))
+    if replica:
+        pairs.append(("X-Servegym-Replica", replica))
+    return pairs

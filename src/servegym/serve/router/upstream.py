@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
-from typing import NamedTuple
+import math
+import ssl
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, cast
+from urllib.parse import unquote, urlsplit
 
-import aiohttp
-from yarl import URL
-
+from servegym.serve.router.framing import Chunked, Framing, FramingError, Sized, UntilClosed
+from servegym.serve.router.head import (
+    MAX_HEAD_BYTES,
+    HeadError,
+    ResponseHead,
+    read_response_head,
+)
 from servegym.serve.router.headers import retry_after_s
+from servegym.serve.router.patience import Patience
 from servegym.serve.router.stream import Reader
 
 #: Most that is kept of a refusal, and of what a stream says before its first token.
@@ -18,6 +28,11 @@ _MAX_HELD_BYTES = 256 * 1024
 _REFUSAL_S = 2.0
 #: A replica that is full. It is well, and what it says is for the client if no other has room.
 _FULL = frozenset({429, 503})
+#: Seconds that an idle connection to a replica is kept: below the 5 s after which uvicorn, which
+#: vLLM runs in, closes its end, or requests would be sent into closing connections.
+KEEPALIVE_S = 4.0
+#: Larger bodies are not copied to stand behind their head.
+_LARGE_BYTES = 64 * 1024
 
 
 class Refusal(NamedTuple):
@@ -64,87 +79,433 @@ class UpstreamError(Exception):
         return retry_after_s(self.refusal.headers) if self.refusal else None
 
 
-class Answer(NamedTuple):
-    """A replica's answer that has begun.
+class Receiver(Protocol):
+    """Whoever passes an answer on that has begun."""
 
-    Attributes:
-        response: The rest of it.
-        reader: Has read what came.
-        first: What came.
-    """
+    def piece(self, framed: bytes, body: bytes) -> None:
+        """More has come: as it is framed, and the body in that."""
 
-    response: aiohttp.ClientResponse
-    reader: Reader
-    first: bytes
+    def ended(self) -> None:
+        """All of it has come."""
+
+    def lost(self) -> None:
+        """The connection has gone before."""
+
+    def expired(self) -> None:
+        """The exchange's patience is over."""
 
 
-async def ask(
-    session: aiohttp.ClientSession,
-    url: URL,
-    body: bytes,
-    headers: list[tuple[str, str]],
-    *,
-    timeout: aiohttp.ClientTimeout,
-    first_token_s: float | None,
-) -> Answer:
-    """Send a request to a replica and wait until its answer has begun.
+class Exchange:
+    """One request at one replica, and its answer.
 
     A stream has begun with its first token; what comes before (the head, comments, the role) is
     held back until then, up to a limit. Another answer has begun with its first byte.
 
     Args:
-        session: To the replicas.
-        url: Of the endpoint there.
+        connection: That it is on.
+        clock: Seconds that never go back.
+        patience_s: Shortest time that `patience` is ever set to.
+
+    Attributes:
+        begun: Done when the answer has begun; its exception is an `UpstreamError`.
+        patience: How long to wait for what comes next.
+        head: Of the answer.
+        reader: Has read what came.
+        framing: Of the answer.
+        held: What came before a receiver was there, each as framed and as body.
+        ended: Whether all of it has come.
+        lost: Whether its connection has gone before that.
+        receiver: Gets what comes from now on.
+    """
+
+    __slots__ = (
+        "_clock",
+        "_connection",
+        "_num_held",
+        "_refused",
+        "begun",
+        "ended",
+        "framing",
+        "head",
+        "held",
+        "lost",
+        "patience",
+        "reader",
+        "receiver",
+    )
+
+    def __init__(
+        self, connection: Connection, clock: Callable[[], float], patience_s: float
+    ) -> None:
+        self._connection = connection
+        self._clock = clock
+        self._num_held = 0
+        self._refused = False
+        self.begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.patience = Patience(clock, patience_s, self._expired)
+        self.head: ResponseHead | None = None
+        self.reader = Reader(is_stream=False)
+        self.framing: Framing = UntilClosed()
+        self.held: list[tuple[bytes, bytes]] = []
+        self.ended = False
+        self.lost = False
+        self.receiver: Receiver | None = None
+
+    def pause(self) -> None:
+        """Let the replica wait."""
+        self._connection.pause()
+
+    def resume(self) -> None:
+        """Let the replica go on."""
+        self._connection.resume()
+
+    def close(self) -> None:
+        """Give the connection back if the answer has ended, else cut it; the engine stops then."""
+        self.patience.end()
+        self.receiver = None
+        if not self.begun.done():
+            self.begun.cancel()
+        elif not self.begun.cancelled():
+            self.begun.exception()  # it may be that nobody waits for it any more
+        keeps = self.ended and self.head is not None and self.head.keeps_alive
+        self._connection.release(self, keep=keeps)
+
+    def take_head(self, head: ResponseHead) -> None:
+        """The head of the answer has come."""
+        self.head = head
+        if head.chunked:
+            self.framing = Chunked()
+        elif head.length is not None:
+            self.framing = Sized(head.length)
+        kind = (head.fields.get("content-type") or "").partition(";")[0].strip().lower()
+        self.reader = Reader(is_stream=head.status == 200 and kind == "text/event-stream")
+        self._refused = head.status in _FULL or head.status >= 500
+        if self._refused:
+            self.patience.due_s = min(self.patience.due_s, self._clock() + _REFUSAL_S)
+        if self.framing.ended:
+            self._end()
+
+    def take(self, data: bytes) -> bytes:
+        """More of the answer has come; return what is beyond its end.
+
+        Raises:
+            FramingError: If it is not framed as its head says.
+        """
+        framed, body, rest = self.framing.feed(data)
+        if self.receiver is not None:
+            if framed:
+                self.receiver.piece(framed, body)
+            if self.framing.ended:
+                self.ended = True
+                if self.receiver is not None:
+                    self.receiver.ended()
+            return rest
+        if framed:
+            self.held.append((framed, body))
+        if body:
+            self._num_held += len(body)
+            self.reader.feed(body)
+        if self.framing.ended:
+            self._end()
+        elif body:
+            self._judge()
+        return rest
+
+    def lose(self, *, broken: bool = True) -> None:
+        """The connection has gone, in order or broken."""
+        if isinstance(self.framing, UntilClosed) and self.head is not None and not broken:
+            self.framing.ended = self.ended = True
+            if self.receiver is not None:
+                self.receiver.ended()
+            else:
+                self._end()
+            return
+        self.lost = True
+        if self.receiver is not None:
+            self.receiver.lost()
+        elif self._refused:
+            self._end()
+        elif not self.begun.done():
+            self.begun.set_exception(UpstreamError("disconnected"))
+
+    def _expired(self) -> None:
+        if self.receiver is not None:
+            self.receiver.expired()
+        elif self._refused:
+            self._end()
+        elif not self.begun.done():
+            self.begun.set_exception(UpstreamError("timeout"))
+
+    def _end(self) -> None:
+        """No more will come before the answer has a receiver."""
+        self.ended = self.framing.ended
+        if self.reader.is_stream:
+            self.reader.close()
+        self._judge(over=True)
+
+    def _judge(self, *, over: bool = False) -> None:
+        """Find out whether the answer has begun, or is none."""
+        if self.begun.done():
+            return
+        head, reader = self.head, self.reader
+        assert head is not None
+        if self._refused:
+            if over or self._num_held >= _MAX_HELD_BYTES:
+                said = b"".join([body for _, body in self.held])
+                refusal = Refusal(head.status, head.fields.pairs, said)
+                self.begun.set_exception(UpstreamError(f"status_{head.status}", refusal))
+        elif reader.failed and not reader.begun and reader.error_status >= 500:
+            self.begun.set_exception(UpstreamError("error_event", _as_refusal(reader)))
+        elif over and not self._num_held and head.status == 200:
+            self.begun.set_exception(UpstreamError("empty"))
+        elif (
+            over
+            or reader.begun
+            or reader.failed
+            or reader.done
+            or not reader.is_stream
+            or self._num_held > _MAX_HELD_BYTES
+        ):
+            self.begun.set_result(None)
+
+
+class Connection(asyncio.Protocol):
+    """A connection to a replica: one exchange at a time, kept between them.
+
+    Args:
+        pool: That it is of.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._transport: asyncio.Transport | None = None
+        self._exchange: Exchange | None = None
+        self._buffer = b""
+        self._paused = False
+        self.idle_since_s = math.inf
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin; see `asyncio.Protocol`."""
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by its class
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell whoever waits; see `asyncio.Protocol`."""
+        self._transport = None
+        self._pool.forget(self)
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            exchange.lose(broken=exc is not None)
+
+    def data_received(self, data: bytes) -> None:
+        """Take in what a replica sends; see `asyncio.Protocol`."""
+        exchange = self._exchange
+        if exchange is None:  # bytes that nobody asked for
+            self._abort()
+            return
+        try:
+            if exchange.head is None:
+                data = self._read_head(exchange, data)
+                if exchange.head is None or not (data or exchange.framing.ended):
+                    return
+            rest = exchange.take(data) if not exchange.framing.ended else data
+        except (HeadError, FramingError):
+            self._abort()
+            self._exchange = None
+            exchange.lose()
+            return
+        if rest:  # more than was asked for: what follows cannot be told from it
+            self._abort()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can be written to."""
+        return self._transport is not None and not self._transport.is_closing()
+
+    def send(self, head: bytes, body: bytes, patience_s: float) -> Exchange:
+        """Send a request."""
+        self._exchange = exchange = Exchange(self, self._pool.clock, patience_s)
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            exchange.lose()
+        elif len(body) < _LARGE_BYTES:
+            transport.write(head + body)
+        else:
+            transport.write(head)
+            transport.write(body)
+        return exchange
+
+    def release(self, exchange: Exchange, *, keep: bool) -> None:
+        """An exchange is over; does nothing the second time."""
+        transport = self._transport
+        if self._exchange is not exchange:
+            return
+        self._exchange = None
+        if transport is None or transport.is_closing():
+            return
+        # an answer that came before the whole request did: the rest is on its way
+        if keep and not transport.get_write_buffer_size():
+            self.resume()
+            self._pool.put(self)
+        else:
+            self._abort()
+
+    def pause(self) -> None:
+        """Read no more for now."""
+        if self._transport is not None and not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read on."""
+        if self._transport is not None and self._paused:
+            self._paused = False
+            self._transport.resume_reading()
+
+    def close(self) -> None:
+        """End an idle connection."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def _read_head(self, exchange: Exchange, data: bytes) -> bytes:
+        """Read the head of an answer, if it is all there; return what follows."""
+        data = self._buffer + data if self._buffer else data
+        while True:
+            end = data.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES)
+            if end < 0:
+                if len(data) >= MAX_HEAD_BYTES:
+                    raise HeadError("a head that is too long")
+                self._buffer = data
+                return b""
+            head = read_response_head(data[: end + 4])
+            data = data[end + 4 :]
+            if head.status == 101:
+                raise HeadError("another protocol that nobody asked for")
+            if head.status >= 200:  # else it only says that an answer will come
+                break
+        self._buffer = b""
+        exchange.take_head(head)
+        return data
+
+    def _abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+
+class Pool:
+    """The connections to one replica. There is no limit: the policy decides how many requests.
+
+    Args:
+        url: Of the replica.
+        connect_timeout_s: For a connection to be made.
+        clock: Seconds that never go back.
+
+    Attributes:
+        host: Value of `Host`.
+        prefix: Of the paths there.
+        authorization: Header that the URL asks for, if it names a user.
+        clock: As given.
+    """
+
+    def __init__(self, url: str, connect_timeout_s: float, clock: Callable[[], float]) -> None:
+        parts = urlsplit(url)
+        self.host = parts.netloc.rpartition("@")[2]
+        self.prefix = parts.path
+        self.authorization: str | None = None
+        if parts.username is not None:
+            pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+            self.authorization = f"Basic {base64.b64encode(pair.encode()).decode()}"
+        self.clock = clock
+        secure = parts.scheme == "https"
+        self._place = (parts.hostname or "", parts.port or (443 if secure else 80))
+        self._tls = ssl.create_default_context() if secure else None
+        self._connect_timeout_s = connect_timeout_s
+        self._idle: list[Connection] = []
+        self._sweep: asyncio.TimerHandle | None = None
+
+    async def connect(self) -> Connection:
+        """Return a connection that is free, else a new one.
+
+        Raises:
+            UpstreamError: If there is none.
+        """
+        oldest_s = self.clock() - KEEPALIVE_S
+        while self._idle:
+            connection = self._idle.pop()  # the one that was used last
+            if connection.is_open and connection.idle_since_s >= oldest_s:
+                return connection
+            connection.close()
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                _, made = await loop.create_connection(
+                    lambda: Connection(self), *self._place, ssl=self._tls
+                )
+        except TimeoutError:
+            raise UpstreamError("disconnected") from None
+        except (OSError, UnicodeError):  # the latter of a host that cannot be one
+            raise UpstreamError("refused") from None
+        return made
+
+    def put(self, connection: Connection) -> None:
+        """Keep a connection for the next request."""
+        connection.idle_since_s = self.clock()
+        self._idle.append(connection)
+        if self._sweep is None:
+            loop = asyncio.get_running_loop()
+            self._sweep = loop.call_later(KEEPALIVE_S, self._close_idle)
+
+    def forget(self, connection: Connection) -> None:
+        """A connection has gone."""
+        if connection in self._idle:
+            self._idle.remove(connection)
+
+    def close(self) -> None:
+        """End all idle connections."""
+        if self._sweep is not None:
+            self._sweep.cancel()
+        for connection in self._idle:
+            connection.close()
+        self._idle.clear()
+
+    def _close_idle(self) -> None:
+        oldest_s = self.clock() - KEEPALIVE_S
+        old = [c for c in self._idle if c.idle_since_s < oldest_s]
+        self._idle = [c for c in self._idle if c.idle_since_s >= oldest_s]
+        for connection in old:
+            connection.close()
+        self._sweep = None
+        if self._idle:
+            loop = asyncio.get_running_loop()
+            self._sweep = loop.call_later(KEEPALIVE_S / 2, self._close_idle)
+
+
+async def ask(
+    pool: Pool, head: bytes, body: bytes, *, first_token_s: float | None, patience_s: float
+) -> Exchange:
+    """Send a request to a replica and wait until its answer has begun.
+
+    Args:
+        pool: Of the replica.
+        head: Of the request.
         body: Of the request.
-        headers: Of the request.
-        timeout: Of the connection.
         first_token_s: How long a stream may take to begin; `None`: no stream was asked for, and
             the answer may take as long as it wants.
+        patience_s: Shortest time that the exchange's patience is set to later.
 
     Raises:
         UpstreamError: If there is no answer, or one that another replica may better.
     """
-    response: aiohttp.ClientResponse | None = None
+    until_s = math.inf if first_token_s is None else pool.clock() + first_token_s
+    connection = await pool.connect()
+    shortest_s = min(patience_s, first_token_s or math.inf, _REFUSAL_S)
+    exchange = connection.send(head, body, shortest_s)
+    exchange.patience.due_s = until_s
     try:
-        async with asyncio.timeout(first_token_s):
-            response = await session.post(
-                url, data=body, headers=headers, timeout=timeout, allow_redirects=False
-            )
-            if response.status in _FULL or response.status >= 500:
-                raise await _refused(response)
-            return await _begin(response)
-    except BaseException as error:
-        if response is not None:
-            response.close()
-        if isinstance(error, aiohttp.ClientConnectorError):
-            raise UpstreamError("refused") from None
-        if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ClientError):
-            raise UpstreamError("timeout") from None
-        if isinstance(error, (aiohttp.ClientError, OSError)):  # to connect took too long, say
-            raise UpstreamError("disconnected") from None
+        await exchange.begun
+    except BaseException:
+        exchange.close()
         raise
-
-
-async def _begin(response: aiohttp.ClientResponse) -> Answer:
-    is_stream = response.status == 200 and response.content_type == "text/event-stream"
-    reader = Reader(is_stream=is_stream)
-    pieces: list[bytes] = []
-    held = 0
-    while True:
-        piece = await response.content.readany()
-        if piece:
-            pieces.append(piece)
-            held += len(piece)
-            reader.feed(piece)
-        elif is_stream:
-            reader.close()
-        if reader.failed and not reader.begun and reader.error_status >= 500:
-            raise UpstreamError("error_event", _as_refusal(reader))
-        if not piece and not held and response.status == 200:
-            raise UpstreamError("empty")
-        begun = reader.begun or reader.failed or reader.done or not is_stream
-        if begun or not piece or held > _MAX_HELD_BYTES:
-            return Answer(response, reader, b"".join(pieces))
+    return exchange
 
 
 def _as_refusal(reader: Reader) -> Refusal | None:
@@ -153,16 +514,3 @@ def _as_refusal(reader: Reader) -> Refusal | None:
         return None
     body = json.dumps(reader.error).encode()
     return Refusal(reader.error_status, [("Content-Type", "application/json")], body)
-
-
-async def _refused(response: aiohttp.ClientResponse) -> UpstreamError:
-    """Read what a replica says instead of an answer."""
-    body = b""
-    try:
-        async with asyncio.timeout(_REFUSAL_S):
-            while len(body) < _MAX_HELD_BYTES and (piece := await response.content.readany()):
-                body += piece
-    except (TimeoutError, aiohttp.ClientError, OSError):
-        pass
-    headers = list(response.headers.items())
-    return UpstreamError(f"status_{response.status}", Refusal(response.status, headers, body))
