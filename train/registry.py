@@ -44,9 +44,9 @@ LEARNERS = {
             "servegym.train.counterfactual:CounterfactualTrainer",
         ),
         "search": Entry(
-            "placed",
-            "servegym.train.placed_settings:PlacedTraining",
-            "servegym.train.placed:PlacedTrainer",
+            "search",
+            "servegym.train.fleet_search_settings:FleetSearchTraining",
+            "servegym.train.fleet_search:FleetSearchTrainer",
         ),
         "joint": Entry(
             "joint",
@@ -95,7 +95,8 @@ def find_trainer(problem: str, learner: str | None = None, scenario: Any = None)
     Args:
         problem: Its name.
         learner: What `--learner` calls it. Otherwise it is the problem's first, and for a fleet
-            whose engines take orders, or that has requests placed, the one that trains both.
+            whose engines take orders, or in which requests are placed or migrate, the one that
+            trains both decisions.
         scenario: What is trained on, if it matters.
 
     Raises:
@@ -105,7 +106,7 @@ def find_trainer(problem: str, learner: str | None = None, scenario: Any = None)
     if learner is None and isinstance(scenario, Scenario):
         if scenario.orders_fleet:
             return entries["joint"]
-        if scenario.spec.disaggregated:
+        if scenario.spec.moves_kv:
             return entries["search"]
     if learner is None:
         return TRAINERS[problem]

@@ -26,6 +26,7 @@ _OLDER_KINDS = {"ordering": "order", "workflow": "workflow"}
 #: What problems' schemas are called in sentences.
 _SCHEMAS = {
     "dispatch": "observation",
+    "migrating": "moving",
     "order": "ordering",
     "placed": "placing",
     "workflow": "job",
@@ -70,6 +71,11 @@ def contract_of(problem: str, *, extended: bool = False) -> Contract:
         from servegym.policy import placed_scores
 
         return Contract(placed_scores.PLACED_SCHEMA_VERSION, {"choice": placed_scores.TERMS})
+    if problem == "migrating":
+        from servegym.policy import move_scores as moves
+
+        terms = {"replica": moves.REPLICA_TERMS, "moved": moves.REQUEST_TERMS}
+        return Contract(moves.MOVE_SCHEMA_VERSION, terms)
     if problem == "workflow":
         # compiled when it is imported: not for those who only dispatch
         from servegym.agents import workflow_features
