@@ -1,24 +1,28 @@
 """Policies of a fleet in which two kinds of decisions are taken, as flat weights for a search.
 
-Where requests are placed both decisions are linear scores. Where they migrate the dispatcher is a
-rule whose numbers are searched, and beside it a score says who moves. Each space begins at
-something known: weights set by hand, or rules that it contains.
+Where requests are placed both decisions are linear scores. Elsewhere the dispatcher is a rule
+whose numbers are searched, and beside it scores say who migrates, or what becomes of the KV of
+ended turns. Each space begins at something known: weights set by hand, or rules that it contains.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from statistics import NormalDist
 from typing import Protocol
 
 import numpy as np
 
 from servegym.baselines.migration.registry import migration
 from servegym.baselines.registry import RULES
+from servegym.baselines.retention.registry import retention
 from servegym.errors import ConfigError
 from servegym.export.fleet import FleetWeights
 from servegym.export.resolve import dispatch_parts
 from servegym.policy.move_scores import MoveWeights, by_freeness
 from servegym.policy.placed_scores import NUM_TERMS, TERMS, PlacedWeights
+from servegym.policy.turn_scores import NUM_TURN_TERMS, TURN_TERMS, TurnWeights
 from servegym.scenario import Scenario
 from servegym.typing import FloatArray
 
@@ -67,9 +71,12 @@ def fleet_space(scenario: Scenario, start: str) -> FleetSpace:
         return PlaceSpace()
     if scenario.spec.migrates:
         return MigrateSpace(start or "added-delay+freeness-waiting")
+    if scenario.spec.tiered:
+        return RetainSpace(start or "added-delay+lru")
     raise ConfigError(
         f"scenario {scenario.name} must have replicas that only prefill or decode, as pd-unequal "
-        "has, or requests that migrate, as near-full-kv, for --learner search: take another learner"
+        "has, requests that migrate, as near-full-kv, or tiers of KV, as agents-tiers, for "
+        "--learner search: take another learner"
     )
 
 
@@ -138,6 +145,79 @@ class MigrateSpace:
         numbers, flat = np.split(theta, [len(self._numbers.start)])
         arrays = MoveWeights.of(flat)._asdict()
         return FleetWeights("migrating", arrays, self._numbers.text(numbers))
+
+
+class RetainSpace:
+    """The numbers of a rule that dispatches, and scores of what becomes of ended turns.
+
+    Args:
+        start: `DISPATCH+RETENTION`, the second one of `_RETENTIONS`, with their parameters.
+    """
+
+    references: tuple[str, ...] = ("prefix-load+lru", "added-delay+lru", "added-delay+ttl")
+
+    def __init__(self, start: str) -> None:
+        dispatch, *second = dispatch_parts(start)
+        name, _, given = second[0].partition(":") if len(second) == 1 else ("", "", "")
+        if name not in _RETENTIONS:
+            raise ConfigError(
+                "start must be DISPATCH+RETENTION where turns are retained, RETENTION one of "
+                f"{', '.join(_RETENTIONS)}, got {start!r}"
+            )
+        retention(second[0])  # refuses what is no parameter
+        self._numbers = RuleNumbers(dispatch)
+        values = dict(part.split("=") for part in given.split(",") if part)
+        turns = _RETENTIONS[name](**{key: float(value) for key, value in values.items()})
+        self.start = np.concatenate([self._numbers.start, *turns])
+        self.spread = np.full(len(self.start), _SPREAD)
+
+    def weights(self, theta: FloatArray) -> FleetWeights:
+        """See `FleetSpace.weights`."""
+        numbers, *turns = np.split(
+            theta, len(self._numbers.start) + NUM_TURN_TERMS * np.arange(len(TurnWeights._fields))
+        )
+        arrays = TurnWeights(*turns)._asdict()
+        return FleetWeights("kept", arrays, self._numbers.text(numbers))
+
+
+def _turns(
+    keep: dict[str, float], offload: dict[str, float], seconds: dict[str, float]
+) -> TurnWeights:
+    """Return weights of which some are given; nothing is dropped."""
+    made = TurnWeights(*np.zeros((len(TurnWeights._fields), NUM_TURN_TERMS)))
+    parts = zip(made, (keep, offload, {"constant": -3.0}, seconds), strict=True)
+    for weights, given in parts:
+        for name, value in given.items():
+            weights[TURN_TERMS.index(name)] = value
+    return made
+
+
+def _lru() -> TurnWeights:
+    return _turns({"constant": -1.0}, {"constant": 1.0}, {"gap": 1.0})
+
+
+def _ttl(seconds: float = 10.0) -> TurnWeights:
+    return _turns({"constant": 2.0}, {"constant": 1.0}, {"constant": math.log(max(seconds, 1e-3))})
+
+
+def _lognormal(quantile: float = 0.9, most: float = 60.0) -> TurnWeights:
+    z = NormalDist().inv_cdf(min(max(quantile, 1e-6), 1.0 - 1e-6))
+    keep = {"constant": 1.0 + math.log(max(most, 1e-3)), "gap": -1.0, "gap_spread": -z}
+    return _turns(keep, {"constant": 1.0}, {"gap": 1.0, "gap_spread": z})
+
+
+def _offload_within(seconds: float = 60.0) -> TurnWeights:
+    offload = {"constant": math.log(max(seconds, 1e-9)), "gap": -1.0}
+    return _turns({"constant": -1.0}, offload, {"gap": 1.0})
+
+
+#: Rules for ended turns that the space contains, by name: from their parameters to the weights.
+_RETENTIONS: dict[str, Callable[..., TurnWeights]] = {
+    "lru": _lru,
+    "ttl": _ttl,
+    "lognormal": _lognormal,
+    "offload-within": _offload_within,
+}
 
 
 class RuleNumbers:

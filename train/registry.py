@@ -95,8 +95,7 @@ def find_trainer(problem: str, learner: str | None = None, scenario: Any = None)
     Args:
         problem: Its name.
         learner: What `--learner` calls it. Otherwise it is the problem's first, and for a fleet
-            whose engines take orders, or in which requests are placed or migrate, the one that
-            trains both decisions.
+            whose engines take orders, or in which KV moves, the one that trains both decisions.
         scenario: What is trained on, if it matters.
 
     Raises:
@@ -106,7 +105,7 @@ def find_trainer(problem: str, learner: str | None = None, scenario: Any = None)
     if learner is None and isinstance(scenario, Scenario):
         if scenario.orders_fleet:
             return entries["joint"]
-        if scenario.spec.moves_kv:
+        if scenario.spec.moves_kv or scenario.spec.tiered:
             return entries["search"]
     if learner is None:
         return TRAINERS[problem]

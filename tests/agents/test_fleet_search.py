@@ -22,11 +22,12 @@ from servegym.policy.migrating import Migrating
 from servegym.policy.move_scores import by_freeness
 from servegym.policy.placed_scores import NUM_TERMS, TERMS, PlacedWeights, placed_policy
 from servegym.policy.policy import Observations
+from servegym.policy.turn_scores import TURN_TERMS
 from servegym.problems.dispatch import Dispatch, DispatchEpisodes
 from servegym.scenario import load_scenario
 from servegym.train.fleet_search import FleetSearchTrainer
 from servegym.train.fleet_search_settings import FleetSearchTraining
-from servegym.train.fleet_spaces import MigrateSpace, RuleNumbers, fleet_space
+from servegym.train.fleet_spaces import MigrateSpace, RetainSpace, RuleNumbers, fleet_space
 from servegym.train.search import Search
 
 LINK = {"gb_per_s": 10.0}
@@ -71,6 +72,29 @@ class AsPython:
     def __init__(self, inner):
         self.name, self.information, self.needs = inner.name, inner.information, inner.needs
         self.reset, self.act = inner.reset, inner.act
+
+
+TIERED = {
+    "name": "tiered",
+    "engine": {"block_size": 64, "max_num_seqs": 16},
+    "fleet": [{"gpu": "L4", "count": 2, "num_blocks": 500, "host_kv": {"gib": 4, "gb_per_s": 20}}],
+    "kv_tiers": {"interference": 2.0},
+    "workload": {
+        "kind": "agents",
+        "rate_rps": 0.3,
+        "first_prompt": {"medians_tokens": [4000.0], "max_tokens": 8000},
+        "system_prompt_tokens": 1024,
+        "max_context_tokens": 16000,
+        "max_pause_s": 30.0,
+    },
+}
+
+
+@pytest.fixture
+def tiered(tmp_path):
+    path = tmp_path / "tiered.yaml"
+    path.write_text(yaml.safe_dump(TIERED))
+    return str(path)
 
 
 @pytest.fixture
@@ -180,14 +204,14 @@ def placed_weights(dispatch, place) -> FleetWeights:
     return FleetWeights("placed", {"dispatch": dispatch, "place": place})
 
 
-@pytest.mark.parametrize("fixture", ["split", "full"])
+@pytest.mark.parametrize("fixture", ["split", "full", "tiered"])
 def test_what_is_found_is_no_worse_on_validation_and_plays_so_from_its_file(
     fixture, request, tmp_path
 ):
     scenario = request.getfixturevalue(fixture)
-    trainer = FleetSearchTrainer(settings(scenario), tmp_path / "run")
+    trainer = FleetSearchTrainer(settings(scenario, max_generations=5), tmp_path / "run")
     trainer.run()
-    assert trainer.generation == 6
+    assert trainer.generation == 5
     assert trainer.best_scores.mean() <= trainer.first_scores.mean()
     path = trainer.export()
     policy = resolve_dispatch(str(path))
@@ -253,6 +277,11 @@ def test_scenarios_with_one_decision_and_rules_outside_the_space_are_refused(cap
     for start in ("mct", "mct+stay", "mct+freeness-longest"):
         with pytest.raises(ConfigError, match=r"start must be DISPATCH\+freeness or"):
             MigrateSpace(start)
+    for start in ("mct", "mct+by-tool", "mct+freeness"):
+        with pytest.raises(ConfigError, match=r"RETENTION one of lru, ttl, lognormal, offload-wi"):
+            RetainSpace(start)
+    with pytest.raises(ConfigError, match="parameter seconds of ttl must be a number"):
+        RetainSpace("mct+ttl:seconds=soon")
     with pytest.raises(SystemExit):
         main(["train", "--scenario", "mixed-chat", "--learner", "search", "--num-candidates", "0"])
     assert "num_candidates must be at least 1, got 0" in capsys.readouterr().err
@@ -303,6 +332,28 @@ def test_the_search_for_moves_begins_with_the_very_rule_choice_for_choice(rule, 
         moved += known.outcomes(env)["num_migrations"].sum()
     assert moved > 50
     assert sum((known.outcomes(env)["paused_s"] > 0).sum() for env in range(3)) > 5
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "lru",
+        "ttl:seconds=3",
+        "lognormal:quantile=0.8,most=9",
+        "offload-within:seconds=4",
+    ],
+)
+def test_the_search_for_what_is_kept_begins_with_the_very_rule_choice_for_choice(rule, tiered):
+    scenario, text = load_scenario(tiered), f"added-delay:decode=0.7+{rule}"
+    space = fleet_space(scenario, text)
+    assert isinstance(space, RetainSpace)
+    assert len(space.start) == 2 + 4 * len(TURN_TERMS)
+    learned, known = fleet_policy(space.weights(space.start), "start"), resolve_dispatch(text)
+    episodes = [scenario.episode(seed, load=2.0, num_requests=80) for seed in range(2)]
+    one, other = (DispatchEpisodes(scenario, episodes).run(policy) for policy in (learned, known))
+    for env in range(2):
+        assert one.outcomes(env).tobytes() == other.outcomes(env).tobytes()
+    assert other.outcomes(0)["cached_tokens"].sum() > 0
 
 
 def moves_of(full, **changed) -> tuple[int, int]:

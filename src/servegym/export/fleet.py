@@ -1,7 +1,7 @@
 """Files of what a search has found for a fleet in which two kinds of decisions are taken.
 
 One `.npz` file holds both: `placed.npz` where requests are placed, `migrating.npz` where they
-migrate.
+migrate, `kept.npz` where it is decided what becomes of the KV of ended turns.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from servegym.errors import ConfigError, ExportError
 from servegym.export.manifest import Manifest, policy_name, write_policy
 from servegym.policy.migrating import Migrating
 from servegym.policy.placed import Placed
+from servegym.policy.retention import Kept
+from servegym.policy.turn_scores import NUM_TURN_TERMS, TurnWeights, scored_turns
 from servegym.typing import FloatArray
 
 #: Problems whose policies these files are.
-FLEET_PROBLEMS = ("placed", "migrating")
+FLEET_PROBLEMS = ("placed", "migrating", "kept")
 
 
 class FleetWeights(NamedTuple):
@@ -41,13 +43,16 @@ class FleetWeights(NamedTuple):
     dispatch: str = ""
 
 
-def fleet_policy(weights: FleetWeights, name: str) -> Placed | Migrating:
+def fleet_policy(weights: FleetWeights, name: str) -> Placed | Migrating | Kept:
     """Return the policy that takes both decisions by weights."""
     # compiled when they are imported: not for those who do without
     if weights.problem == "placed":
         from servegym.policy.placed_scores import PlacedWeights, placed_policy
 
         return placed_policy(PlacedWeights(**weights.arrays), name)
+    if weights.problem == "kept":
+        turns = scored_turns(TurnWeights(**weights.arrays), f"{name}, turns")
+        return Kept(policy(weights.dispatch), turns, name)
     from servegym.policy.move_scores import MoveWeights, scored_moves
 
     rule = scored_moves(MoveWeights(**weights.arrays), f"{name}, moves")
@@ -60,6 +65,8 @@ def _sizes(problem: str) -> dict[str, int]:
         from servegym.policy.placed_scores import NUM_TERMS
 
         return {"dispatch": NUM_TERMS + 1, "place": NUM_TERMS}
+    if problem == "kept":
+        return dict.fromkeys(TurnWeights._fields, NUM_TURN_TERMS)
     from servegym.policy.move_scores import NUM_MOVE_WEIGHTS, MoveWeights
 
     flat = MoveWeights.of(np.zeros(NUM_MOVE_WEIGHTS))
@@ -103,7 +110,7 @@ def save_fleet(
     )
 
 
-def exported_fleet(path: Path, manifest: Manifest) -> Placed | Migrating:
+def exported_fleet(path: Path, manifest: Manifest) -> Placed | Migrating | Kept:
     """Return the policy of a verified manifest.
 
     Raises:

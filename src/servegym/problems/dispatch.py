@@ -82,6 +82,7 @@ _KEPT = (
     "prefix-load+lru",
     "prefix-load+ttl",
     "prefix-load+lognormal",
+    "prefix-load+offload-within",
     "prefix-load+by-tool",
     "prefix-load+belady",
 )
@@ -227,7 +228,7 @@ class Dispatch(RequestProblem[Policy | Pair]):
         if isinstance(policy, Migrating):
             return policy.rule.weights is not None or self.is_learned(policy.dispatch)
         if isinstance(policy, Kept):
-            return self.is_learned(policy.dispatch)
+            return policy.retention.learned or self.is_learned(policy.dispatch)
         return not isinstance(policy, Heuristic)
 
     @override
