@@ -181,7 +181,7 @@ class JointTrainer(SearchRun[JointTraining, TrainedPair]):
         """Return the mean loss of each of some weights of both on new episodes, `float64[C]`."""
         config = self.config
         episodes = self.episodes(self.draw_first_seed(), config.num_episodes, config.num_requests)
-        found: FloatArray = losses(self.scenario, self._play(thetas, episodes).state.env)
+        found: FloatArray = losses(self.scenario, self._play(thetas, episodes))
         return found.reshape(-1, len(episodes)).mean(1)
 
     def improve(self) -> dict[str, float]:

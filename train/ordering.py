@@ -49,7 +49,7 @@ class OrderingTrainer(OrderRun[OrderingTraining], SearchRun[OrderingTraining, Tr
 
     def loss(self, thetas: FloatArray, episodes: list[Episode]) -> FloatArray:
         """Return the mean loss of each of some weights on the same episodes, `float64[C]`."""
-        found: FloatArray = losses(self.scenario, self._play(thetas, episodes).state.env)
+        found: FloatArray = losses(self.scenario, self._play(thetas, episodes))
         return found.reshape(len(thetas), len(episodes)).mean(1)
 
     def open_stage(self) -> None:

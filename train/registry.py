@@ -49,9 +49,9 @@ LEARNERS = {
             "servegym.train.cross_entropy:CrossEntropyTrainer",
         ),
         "search": Entry(
-            "placed",
-            "servegym.train.placed_settings:PlacedTraining",
-            "servegym.train.placed:PlacedTrainer",
+            "search",
+            "servegym.train.fleet_search_settings:FleetSearchTraining",
+            "servegym.train.fleet_search:FleetSearchTrainer",
         ),
         "evolve": Entry(
             "evolve",
@@ -105,7 +105,7 @@ def find_trainer(problem: str, learner: str | None = None, scenario: Any = None)
     Args:
         problem: Its name.
         learner: What `--learner` calls it. Otherwise it is the problem's first, and for a fleet
-            whose engines take orders, or that has requests placed, the one that trains both.
+            whose engines take orders, or in which KV moves, the one that trains both decisions.
         scenario: What is trained on, if it matters.
 
     Raises:
@@ -115,7 +115,7 @@ def find_trainer(problem: str, learner: str | None = None, scenario: Any = None)
     if learner is None and isinstance(scenario, Scenario):
         if scenario.orders_fleet:
             return entries["joint"]
-        if scenario.spec.disaggregated:
+        if scenario.spec.moves_kv or scenario.spec.tiered:
             return entries["search"]
     if learner is None:
         return TRAINERS[problem]

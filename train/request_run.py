@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from typing_extensions import override
 
+from servegym.cluster.outcome import latencies
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import Episode
 from servegym.scenario import Scenario, load_scenario
@@ -92,7 +93,7 @@ class RequestRun(TrainingRun[C, Scenario, Found]):
         """Sum up what a simulator has played of the validation episodes."""
         ends = [simulator.outcomes(env) for env in range(len(self._validation))]
         return Validated.of(
-            losses(self.scenario, simulator.state.env),
+            losses(self.scenario, simulator),
             [x["finish_s"] - x["arrival_s"] for x in ends],
             in_time=self.scenario.objective == "goodput",
         )
@@ -103,9 +104,17 @@ class RequestRun(TrainingRun[C, Scenario, Found]):
             self._validated()
 
 
-def losses(scenario: Scenario, state_env: np.ndarray) -> FloatArray:
-    """Return each episode's loss: log of the mean E2E seconds, or minus the share in time."""
+def losses(scenario: Scenario, simulator: Simulator) -> FloatArray:
+    """Return the loss of each episode that a simulator has played.
+
+    The logarithm of the mean E2E latency or, under `tail`, of the 99th percentile of TTFT, seconds;
+    or minus the share in time.
+    """
+    env = simulator.state.env
     if scenario.objective == "goodput":
-        good: FloatArray = -state_env["good"] / state_env["num_requests"]
+        good: FloatArray = -env["good"] / env["num_requests"]
         return good
-    return np.log(state_env["area"] / state_env["num_requests"])
+    if scenario.objective == "tail":
+        firsts = [latencies(simulator.outcomes(e))[0] for e in range(len(env))]
+        return np.log([np.nanpercentile(ttft_s, 99) for ttft_s in firsts])
+    return np.log(env["area"] / env["num_requests"])

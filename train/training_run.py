@@ -85,8 +85,6 @@ class TrainingRun(ABC, Generic[C, S, Found]):
     problem: ClassVar[str]
     settings: ClassVar[type[Any]]
     stages: ClassVar[tuple[Stage, ...]]
-    #: Rules whose objective on the validation episodes is drawn beside the run's.
-    references: ClassVar[tuple[str, ...]]
     #: Of TensorBoard, in an update.
     steps_per_update = 1
 
@@ -167,6 +165,11 @@ class TrainingRun(ABC, Generic[C, S, Found]):
 
     def close_stage(self) -> None:
         """End the present stage; nothing unless overridden."""
+
+    @property
+    @abstractmethod
+    def references(self) -> tuple[str, ...]:
+        """Rules whose objective on the validation episodes is drawn beside the run's."""
 
     @property
     @abstractmethod

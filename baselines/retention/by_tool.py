@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from servegym.baselines.retention.lognormal import FIRST_GUESS_S, LEAST_GAPS
 from servegym.cluster.state import KEEP, LEAVE, OFFLOAD
 from servegym.policy.retention import RetentionRule, Turn
+from servegym.policy.turn_scores import FIRST_GUESS_S, LEAST_GAPS
 
 
 def by_tool(price: float = 0.3) -> RetentionRule:

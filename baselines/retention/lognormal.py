@@ -5,13 +5,9 @@ from __future__ import annotations
 import math
 from statistics import NormalDist
 
-import numpy as np
-
 from servegym.cluster.state import KEEP, LEAVE, OFFLOAD
 from servegym.policy.retention import RetentionRule, Turn
-
-#: Before so many gaps were seen, a turn is taken to be like these, seconds.
-LEAST_GAPS, FIRST_GUESS_S = 8, 10.0
+from servegym.policy.turn_scores import FIRST_GUESS_S, LEAST_GAPS, gap_logs
 
 
 def lognormal(quantile: float = 0.9, most: float = 60.0) -> RetentionRule:
@@ -21,8 +17,8 @@ def lognormal(quantile: float = 0.9, most: float = 60.0) -> RetentionRule:
     def retain(turn: Turn) -> tuple[int, float]:
         keep_s = FIRST_GUESS_S
         if len(turn.gaps_s) >= LEAST_GAPS:
-            logs = np.log(np.maximum(turn.gaps_s, 1e-3))
-            keep_s = math.exp(min(50.0, float(logs.mean() + z * logs.std())))
+            mean, spread = gap_logs(turn.gaps_s)
+            keep_s = math.exp(min(50.0, mean + z * spread))
         if keep_s <= most:
             return KEEP, keep_s
         return (OFFLOAD if turn.tiered else LEAVE), 0.0

@@ -64,12 +64,16 @@ def compile_placed() -> None:
 def compile_migration() -> None:
     """Requests that move to other replicas, and who controls them; it needs `dispatch`, too."""
     from servegym.baselines.registry import policy
-    from servegym.cluster.simulator import Simulator
-    from servegym.policy.run import run
+    from servegym.policy.migrating import Migrating
+    from servegym.policy.move_scores import by_freeness, scored_moves
+    from servegym.policy.run_migrating import make_simulator, run_migrating
 
     scenario = load_scenario("near-full-kv")
-    episode = scenario.episode(0, num_requests=8)
-    run(Simulator(scenario.spec, [episode]), policy("llumnix"))
+    rule = scored_moves(by_freeness(3.0, 3.0, waiting_first=True), "scored")
+    scored = Migrating(policy("llumnix"), rule, "scored")
+    run_migrating(
+        make_simulator(scenario.spec, [scenario.episode(0, num_requests=8)], scored), scored
+    )
     play_environments("servegym/Cluster-v0", scenario="near-full-kv", num_requests=16)
 
 

@@ -55,8 +55,8 @@ class Train(Played):
     a decision on the state as it is, cross-entropy, which searches weights on whole episodes, or
     offline, from a data set alone; or joint (else taken in a
     fleet whose engines take orders), which searches the order of the engines, too; or search (else
-    taken where some replicas only prefill or decode), which finds weights for both decisions
-    there."""
+    taken where some replicas only prefill or decode, where requests migrate, and where there are
+    tiers of KV), which finds weights for both decisions there."""
     settings_file: Annotated[Path | None, arg(name="settings")] = None
     """File of settings that `servegym search` has written; other options change them."""
     track: tuple[Literal["mlflow", "wandb"], ...] = ()

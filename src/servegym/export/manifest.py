@@ -16,6 +16,7 @@ from servegym.policy.contract import REPLICA_FEATURES, REQUEST_FEATURES, SCHEMA_
 from servegym.policy.numpy_network import NetworkShape
 from servegym.policy.ordering import ORDERING_FEATURES, ORDERING_SCHEMA_VERSION
 from servegym.policy.policy import Information
+from servegym.policy.turn_scores import TURN_SCHEMA_VERSION, TURN_TERMS
 from servegym.whole_files import write_whole
 
 NAME = "manifest.json"
@@ -26,6 +27,8 @@ _OLDER_KINDS = {"ordering": "order", "workflow": "workflow"}
 #: What problems' schemas are called in sentences.
 _SCHEMAS = {
     "dispatch": "observation",
+    "kept": "retaining",
+    "migrating": "moving",
     "order": "ordering",
     "placed": "placing",
     "workflow": "job",
@@ -70,6 +73,13 @@ def contract_of(problem: str, *, extended: bool = False) -> Contract:
         from servegym.policy import placed_scores
 
         return Contract(placed_scores.PLACED_SCHEMA_VERSION, {"choice": placed_scores.TERMS})
+    if problem == "kept":
+        return Contract(TURN_SCHEMA_VERSION, {"turn": TURN_TERMS})
+    if problem == "migrating":
+        from servegym.policy import move_scores as moves
+
+        terms = {"replica": moves.REPLICA_TERMS, "moved": moves.REQUEST_TERMS}
+        return Contract(moves.MOVE_SCHEMA_VERSION, terms)
     if problem == "workflow":
         # compiled when it is imported: not for those who only dispatch
         from servegym.agents import workflow_features

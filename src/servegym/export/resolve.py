@@ -14,6 +14,7 @@ from servegym.baselines.registry import policy
 from servegym.baselines.retention.registry import RETENTIONS, retention
 from servegym.baselines.rules import Rules
 from servegym.errors import ConfigError, unknown_name
+from servegym.export.fleet import FLEET_PROBLEMS, exported_fleet
 from servegym.export.manifest import Manifest, policy_name, read_manifest
 from servegym.export.ordering import SUFFIXES, exported_ordering
 from servegym.export.shipped import shipped_path
@@ -34,7 +35,7 @@ DISPATCHER_FILE, ORDER_FILE = "policy/policy.onnx", "ordering.npz"
 
 
 @overload
-def load_policy(path: Path, problem: Literal["dispatch", "placed"]) -> Policy: ...
+def load_policy(path: Path, problem: Literal["dispatch"]) -> Policy: ...
 @overload
 def load_policy(path: Path, problem: Literal["order"]) -> OrderingPolicy: ...
 @overload
@@ -54,11 +55,8 @@ def load_policy(path: Path, problem: str = "") -> Policy | OrderingPolicy | Work
     manifest = read_manifest(path, problem)
     if manifest.problem == "order":
         return exported_ordering(path, manifest)
-    if manifest.problem == "placed":
-        # compiled when it is imported: not for those who place nothing
-        from servegym.export.placed import exported_placed
-
-        return exported_placed(path, manifest)
+    if manifest.problem in FLEET_PROBLEMS:
+        return exported_fleet(path, manifest)
     if manifest.problem == "workflow":
         # compiled when it is imported: not for those who have no jobs
         from servegym.export.workflow import exported_scheduler
@@ -101,7 +99,7 @@ def resolve_dispatch(text: str) -> Policy | Pair:
         return load_pair(Path(text))
     dispatch, *more = dispatch_parts(text)
     if not more:
-        return _placed_or_not(dispatch)
+        return _fleet_or_not(dispatch)
     first = resolve_policy(dispatch)
     name = more[0].partition(":")[0]
     known = [*PLACEMENTS, *MIGRATIONS, *RETENTIONS, *ORDERS.names()]
@@ -121,13 +119,15 @@ def resolve_dispatch(text: str) -> Policy | Pair:
     return Pair(first, order, name=join_parts((first.name, order.name)))
 
 
-def _placed_or_not(text: str) -> Policy:
+def _fleet_or_not(text: str) -> Policy:
     """Return what `resolve_policy` does, or both decisions of a file that takes both."""
     if not text.endswith(DISPATCH_SUFFIXES):
         return resolve_policy(text)
     path = Path(text)
     manifest = read_manifest(path)
-    return load_policy(path, "placed" if manifest.problem == "placed" else "dispatch")
+    if manifest.problem in FLEET_PROBLEMS:
+        return exported_fleet(path, manifest)
+    return load_policy(path, "dispatch")
 
 
 def load_pair(folder: Path) -> Pair:

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 from servegym.cluster.spec import ClusterSpec
 from servegym.errors import ConfigError
 from servegym.policy.contract import Group
 from servegym.policy.policy import Information, Observations, Policy
-from servegym.typing import IntArray
+from servegym.typing import FloatArray, IntArray
 
 
 @dataclass(frozen=True)
 class MigrationRule:
-    """A rule that says at every tick which requests move; the core plays it.
+    """A rule that says at every tick which requests move; the core plays it, or asks.
 
     Attributes:
         name: Name in tables.
         settings: What it sets of `cluster.spec.MigrationRules`.
         reference: Where it comes from.
         information: What it may know: it looks into engines at every tick.
+        weights: Of a learned one, that is asked in place of the core's rules: see
+            `policy.move_scores`.
     """
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     reference: str = ""
     information: Information = "metric"
+    weights: FloatArray | None = None
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,11 @@ class Migrating:
 
     @property
     def information(self) -> Information:
-        """What the dispatcher knows, engine metrics at least."""
-        known = self.dispatch.information
-        return self.rule.information if known == "blind" else known
+        """What the one that knows more knows."""
+        classes = get_args(Information)
+        known = (self.dispatch.information, self.rule.information)
+        found: Information = max(known, key=classes.index)
+        return found
 
     @property
     def needs(self) -> Group:

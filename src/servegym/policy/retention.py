@@ -24,6 +24,10 @@ class Turn(NamedTuple):
         gaps_s: Seconds from such turns' ends to the next ones, as far as these have come, the
             latest last, `float64[n]`.
         back_s: From now to the next turn; NaN for those who do not know the future.
+        free_share: Of the replica's blocks, that no request holds and no turn keeps.
+        num_waiting: Requests in its queue.
+        host_share: Of its first tier, that is filled; 0 without one.
+        writing_s: Seconds until its tiers have what was sent to them.
     """
 
     now_s: float
@@ -34,6 +38,10 @@ class Turn(NamedTuple):
     tool: int
     gaps_s: FloatArray
     back_s: float
+    free_share: float = 0.0
+    num_waiting: int = 0
+    host_share: float = 0.0
+    writing_s: float = 0.0
 
 
 #: Says what becomes of a turn's KV (`state.DROP` and the others), and how long `KEEP` keeps it.
@@ -49,12 +57,14 @@ class RetentionRule:
         information: What it may know; an oracle knows when the next turn comes.
         retain: The rule.
         reference: Where it comes from.
+        learned: Whether it was.
     """
 
     name: str
     information: Information
     retain: Retain
     reference: str = ""
+    learned: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,27 +15,35 @@ from servegym.policy.contract import NUM_REQUEST_FEATURES, Group
 from servegym.policy.observe import observe, observe_batch, prepare
 from servegym.policy.policy import Decide, Heuristic, Information, Policy
 from servegym.policy.rule import compile_for_rules
-from servegym.typing import FloatArray, UInt64Array
+from servegym.typing import FloatArray, IntArray, UInt64Array
 
 
 def _play(
     decide: Decide,
     p: Params,
     s: State,
-    e: int,
     needs: int,
     params: FloatArray,
     memory: FloatArray,
     rng: UInt64Array,
     request: FloatArray,
+    reasons: IntArray,
 ) -> int:
-    """Dispatch by a compiled rule to the end, a full log, or a decision of another kind."""
-    while True:
-        reason = advance(p, s, e)
-        if reason != DECISION or s.env[e].decision != DISPATCH:
-            return reason
-        observe(p, s, e, needs, request)
-        apply(p, s, e, decide(s.observation[e], request, s.allowed[e], params, memory, rng))
+    """Dispatch by a compiled rule to the end, a full log, or a decision of another kind.
+
+    Environment after environment; returns the first one whose log is full, or -1.
+    """
+    for e in range(reasons.shape[0]):
+        while True:
+            reasons[e] = advance(p, s, e)
+            if reasons[e] != DECISION or s.env[e].decision != DISPATCH:
+                break
+            observe(p, s, e, needs, request)
+            view, allowed = s.observation[e], s.allowed[e]
+            apply(p, s, e, decide(view, request, allowed, params, memory[e], rng[e]))
+        if reasons[e] == LOG_FULL:
+            return e
+    return -1
 
 
 _players: list[Callable[..., int]] = []
@@ -104,23 +112,20 @@ def run_compiled(simulator: Simulator, policy: Heuristic) -> None:
     """Dispatch by a compiled rule until episodes have ended or another kind of decision is due."""
     prepare(simulator, policy.needs)
     request = np.zeros(NUM_REQUEST_FEATURES)
-    for env in range(simulator.num_envs):
-        while True:
-            arguments = (
-                simulator.params,
-                simulator.state,
-                env,
-                int(policy.needs),
-                policy.params,
-                policy.memory[env],
-                policy.rng[env],
-                request,
-            )
-            reason = _player(arguments)(policy.decide, *arguments)
-            if reason != LOG_FULL:
-                break
-            simulator.grow_logs()
-        simulator.reasons[env] = reason
+    while True:
+        arguments = (
+            simulator.params,
+            simulator.state,
+            int(policy.needs),
+            policy.params,
+            policy.memory,
+            policy.rng,
+            request,
+            simulator.reasons,
+        )
+        if _player(arguments)(policy.decide, *arguments) < 0:
+            return
+        simulator.grow_logs()
 
 
 def time_decisions(policy: Policy, simulator: Simulator, num_decisions: int = 200) -> FloatArray:

@@ -9,7 +9,7 @@ import numpy as np
 
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import ClusterSpec, Episode, ReplicaType
-from servegym.cluster.state import DECISION, DONE, RETAIN, WHERE_IT_MATTERS, Asks
+from servegym.cluster.state import DECISION, DONE, RETAIN, STORE, WHERE_IT_MATTERS, Asks
 from servegym.errors import ConfigError
 from servegym.policy.contract import Group
 from servegym.policy.observe import observe_batch
@@ -119,6 +119,7 @@ class Turns:
         tool = int(self._tool[row["first_after"]])
         tokens = int(row["table_len"]) * spec.block_size
         known, seconds = self._curves[kind_idx]
+        replica = simulator.state.replica[env, int(state["asking"])]
         return Turn(
             now_s=now_s,
             kept_tokens=tokens,
@@ -128,7 +129,22 @@ class Turns:
             tool=tool,
             gaps_s=np.array(self._gaps_s[tool][-_MOST_GAPS:]),
             back_s=self._back_s(request) if tell else math.nan,
+            free_share=int(replica["free_blocks"] - replica["kept_blocks"]) / kind.num_blocks,
+            num_waiting=int(replica["num_waiting"]),
+            host_share=self._first_tier_share(int(state["asking"]), kind_idx),
+            writing_s=max(0.0, float(replica["slowed_until_s"]) - now_s),
         )
+
+    def _first_tier_share(self, replica: int, kind_idx: int) -> float:
+        """Share of a replica's first tier that is filled, 0 without one."""
+        sizes = self._simulator.params.tier_num_blocks[kind_idx]
+        tier = int(np.argmax(sizes > 0))
+        if not sizes[tier]:
+            return 0.0
+        state = self._simulator.state
+        own = state.tier[self._env, replica, tier]["num_blocks"]
+        filled = state.env[self._env]["store_num_blocks"] if tier == STORE else own
+        return float(filled / sizes[tier])
 
     def _learn(self, now_s: float) -> None:
         """Note the gaps of turns whose next ones have come."""

@@ -18,6 +18,7 @@ from servegym.export.resolve import (
     second_rules,
 )
 from servegym.policy import run_kept as kept
+from servegym.policy import run_migrating as migrating
 from servegym.policy import run_placed as placed
 from servegym.policy.migrating import Migrating
 from servegym.policy.ordering import OrderingRule
@@ -81,6 +82,7 @@ _KEPT = (
     "prefix-load+lru",
     "prefix-load+ttl",
     "prefix-load+lognormal",
+    "prefix-load+offload-within",
     "prefix-load+by-tool",
     "prefix-load+belady",
 )
@@ -120,10 +122,13 @@ class DispatchEpisodes(RequestEpisodes[Policy | Pair]):
             simulator = kept.make_simulator(self.scenario.spec, self.episodes, record=record)
             kept.run_kept(simulator, policy, seed=seed)
             return simulator
-        spec = self.scenario.spec
         if isinstance(policy, Migrating):
-            spec, policy = policy.spec(spec), policy.dispatch
-        simulator = Simulator(spec, self.episodes, record=record)
+            simulator = migrating.make_simulator(
+                self.scenario.spec, self.episodes, policy, record=record
+            )
+            migrating.run_migrating(simulator, policy, seed=seed)
+            return simulator
+        simulator = Simulator(self.scenario.spec, self.episodes, record=record)
         run(simulator, policy, seed=seed)
         return simulator
 
@@ -220,8 +225,10 @@ class Dispatch(RequestProblem[Policy | Pair]):
             return self.is_learned(policy.dispatch) or not isinstance(policy.order, OrderingRule)
         if isinstance(policy, Placed):
             return policy.learned or self.is_learned(policy.dispatch)
-        if isinstance(policy, Migrating | Kept):
-            return self.is_learned(policy.dispatch)
+        if isinstance(policy, Migrating):
+            return policy.rule.weights is not None or self.is_learned(policy.dispatch)
+        if isinstance(policy, Kept):
+            return policy.retention.learned or self.is_learned(policy.dispatch)
         return not isinstance(policy, Heuristic) or policy.learned
 
     @override

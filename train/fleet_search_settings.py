@@ -1,4 +1,4 @@
-"""Settings of a run that searches for both decisions of a fleet in which requests are placed."""
+"""Settings of a run that searches for both decisions of a fleet in which KV moves."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from servegym.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class PlacedTraining:
+class FleetSearchTraining:
     """Settings of a run."""
 
     scenario: Annotated[str, Fixed, Suppress] = "pd-unequal"
-    """Bundled name or YAML file, with replicas that only prefill or decode."""
+    """Bundled name or YAML file, with replicas that only prefill or decode, requests that
+    migrate, or tiers of KV."""
     learner: Annotated[Literal["search"], Fixed, Suppress] = "search"
     """What `--learner` calls it."""
+    start: str = ""
+    """Rules from which the search begins, with their parameters: DISPATCH+freeness or
+    DISPATCH+freeness-waiting where requests migrate; DISPATCH+RETENTION where there are tiers, the
+    second one lru, ttl, lognormal or offload-within."""
     load: tuple[float, float] = (0.8, 1.3)
     """Range of the load factor, over which episodes are spread."""
     max_minutes: Annotated[float, arg(name="minutes")] = 15.0
