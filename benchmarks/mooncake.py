@@ -14,16 +14,25 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import numpy as np
+
+from servegym.evaluate.compare import paired_ratio, with_interval
 from servegym.problems.dispatch import Dispatch
 from servegym.scenario import Scenario
 
 GPU = {"gpu": "A100-SXM-80GB", "tp": 8, "count": 8, "link": {"gb_per_s": 87.0, "latency_s": 0.001}}
+#: Who prefills; and whether replicas fetch prefixes from each other. The first four are Mooncake's;
+#: the last two say what of the fourth is due to the fetching alone.
 POLICIES = {
-    "random": "random+least-tpot",
-    "balanced by load": "token-least-load+least-tpot",
-    "local caches": "conductor+least-tpot",
-    "all caches": "conductor:threshold={threshold:g}+least-tpot",
+    "random": ("random", False),
+    "balanced by load": ("token-least-load", False),
+    "local caches": ("conductor", False),
+    "all caches": ("conductor:threshold={threshold:g}", True),
+    "balanced by load, fetching": ("token-least-load", True),
+    "local caches, fetching": ("conductor", True),
 }
+AGAINST = "local caches"
+METRICS = ("ttft_mean_s", "ttft_p99_s", "prefix_hit_rate", "loaded_from_peer")
 
 
 def scenario(trace: str, num_requests: int, threshold: float | None = None) -> Scenario:
@@ -50,7 +59,7 @@ def scenario(trace: str, num_requests: int, threshold: float | None = None) -> S
 
 
 def main() -> None:
-    """Print a row for each policy and load."""
+    """Print a row for each load and policy: means over the windows, ratios with 95 % intervals."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("trace")
     parser.add_argument("--loads", type=float, nargs="+", default=[1.0, 1.25])
@@ -58,21 +67,23 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=3000, help="of an episode")
     parser.add_argument("--threshold", type=float, default=1.0, help="of fetching prefixes")
     given = parser.parse_args()
-    print("| load | prefill by | TTFT mean s | p99 s | cached % | TPOT mean ms |")
-    print("|--:|---|--:|--:|--:|--:|")
+    print(f"| load | prefill by | TTFT mean s | / {AGAINST} | p99 s | cached | fetched |")
+    print("|--:|---|--:|---|--:|--:|--:|")
     problem, plain = Dispatch(), scenario(given.trace, given.requests)
     fetching = scenario(given.trace, given.requests, given.threshold)
     for load in given.loads:
-        for name, text in POLICIES.items():
-            played = fetching if name == "all caches" else plain
-            episodes = problem.episodes(played, range(given.seeds), load=load)
-            policy = problem.resolve(text.format(threshold=given.threshold))
-            metrics = episodes.play(policy).metrics
-            ttft_s, p99_s, hits, tpot_s = (
-                sum(m[key] for m in metrics) / len(metrics)
-                for key in ("ttft_mean_s", "ttft_p99_s", "prefix_hit_rate", "tpot_mean_s")
+        found = {}
+        for name, (rule, fetches) in POLICIES.items():
+            episodes = problem.episodes(
+                fetching if fetches else plain, range(given.seeds), load=load
             )
-            cells = (f"{ttft_s:.2f}", f"{p99_s:.1f}", f"{100 * hits:.0f}", f"{1e3 * tpot_s:.1f}")
+            policy = problem.resolve(rule.format(threshold=given.threshold) + "+least-tpot")
+            metrics = episodes.play(policy).metrics
+            found[name] = np.array([[m.get(key, 0.0) for key in METRICS] for m in metrics]).T
+        for name, (ttft_s, p99_s, hits, fetched) in found.items():
+            ratio = with_interval(paired_ratio(ttft_s, found[AGAINST][0]))
+            cells = (f"{ttft_s.mean():.2f}", "1" if name == AGAINST else ratio)
+            cells += (f"{p99_s.mean():.1f}", f"{hits.mean():.0%}", f"{fetched.mean():.0%}")
             print(f"| {load:g} | {name} | {' | '.join(cells)} |", flush=True)
 
 
