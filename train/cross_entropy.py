@@ -29,7 +29,7 @@ from servegym.policy.run import run
 from servegym.scenario import Scenario
 from servegym.train.card import NAME as CARD
 from servegym.train.card import card, changed
-from servegym.train.cross_entropy_settings import BASE, CrossEntropyTraining
+from servegym.train.cross_entropy_settings import CrossEntropyTraining, base_of
 from servegym.train.dispatch_space import DispatchSpace, Observer
 from servegym.train.labels import require_whole_requests
 from servegym.train.mix import Part
@@ -59,8 +59,9 @@ class CrossEntropyTrainer(SearchRun[CrossEntropyTraining, DispatchNetwork]):
         observer = Observer(base, self._num_extra)
         run(Simulator(self.scenario.spec, self._sampled_episodes()), observer)
         replicas, request, _ = observer.samples()
-        self.space = DispatchSpace(replicas, request, self._num_extra, BASE)
-        guess = self.space.prefix_load(*base.params.tolist())
+        self._base = base_of(config.base)
+        self.space = DispatchSpace(replicas, request, self._num_extra, self._base)
+        guess = self.space.rule_itself(base.params)
         self.search = Search(guess, np.full(len(guess), _SPREADS[0]))
 
     @staticmethod
@@ -87,7 +88,7 @@ class CrossEntropyTrainer(SearchRun[CrossEntropyTraining, DispatchNetwork]):
 
     def _rule(self, theta: FloatArray) -> Heuristic:
         weights, nets = self.space.dispatchers(theta[None])
-        return perceptron_rule(weights[0], nets, "candidate")
+        return perceptron_rule(self._base, weights[0], nets, "candidate")
 
     @override
     def validate(self) -> Validated:

@@ -9,9 +9,7 @@ from tyro.conf import Fixed, Suppress, arg
 
 from servegym.baselines.registry import policy
 from servegym.errors import ConfigError
-
-#: The rule that is corrected.
-BASE: Literal["prefix-load"] = "prefix-load"
+from servegym.policy.perceptron_rule import BASES, Base
 
 
 @dataclass(frozen=True)
@@ -28,8 +26,9 @@ class CrossEntropyTraining:
     """Wall-clock time, shared by both stages, from when all is compiled."""
     max_generations: int = 1_000_000
     """Generations of both stages, at most."""
-    base: str = BASE
-    """prefix-load, with its parameters: where the search begins."""
+    base: str = "prefix-load"
+    """Rule where the search begins, with its parameters: prefix-load, good where the tail counts,
+    or added-delay."""
     num_hidden: int = 6
     """Hidden units beside the linear score; 0 stops with that."""
     num_candidates: int = 24
@@ -46,12 +45,8 @@ class CrossEntropyTraining:
     """Of everything."""
 
     def __post_init__(self) -> None:
-        rule = policy(self.base)
-        if rule.name.partition(":")[0] != BASE:
-            raise ConfigError(
-                f"base must be {BASE} or {BASE}:weight=...,eta=..., got {self.base!r}"
-            )
-        if not (rule.params > 0).all():
+        base_of(self.base)
+        if not (policy(self.base).params > 0).all():
             raise ConfigError(f"the parameters of base must be above 0, got {self.base!r}")
         if not 0 < self.load[0] <= self.load[1]:
             raise ConfigError(f"load must be two ascending numbers above 0, got {self.load}")
@@ -69,3 +64,19 @@ class CrossEntropyTraining:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def base_of(text: str) -> Base:
+    """Return which rule a search begins as.
+
+    Args:
+        text: The rule, with its parameters if it has any.
+
+    Raises:
+        ConfigError: If there is none that can be corrected.
+    """
+    name = policy(text).name.partition(":")[0]
+    for base in BASES:
+        if name == base:
+            return base
+    raise ConfigError(f"base must be one of {', '.join(BASES)}, got {text!r}")

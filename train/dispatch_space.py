@@ -6,8 +6,6 @@ is exported, and runs in a router, like what is learned by gradients.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import torch
 from torch import nn
@@ -16,6 +14,7 @@ from servegym.agents.features import replica_inputs
 from servegym.agents.network import DispatchNetwork
 from servegym.agents.network_config import NetworkConfig
 from servegym.policy.layout import agent_actions, agent_arrays
+from servegym.policy.perceptron_rule import Base
 from servegym.policy.play_fleet import Dispatchers
 from servegym.policy.play_perceptron import Perceptrons
 from servegym.policy.policy import Observations, Policy
@@ -24,8 +23,8 @@ from servegym.typing import Float32Array, FloatArray, IntArray
 
 #: Numbers of the rule: the weight of its cost, then its own two; as logarithms.
 _NUM_RULE = 3
-#: Weight of the cost of `prefix-load` with which a search begins, per second.
-_PREFIX_LOAD_ETA = 10.0
+#: Weight of the rule's cost with which a search begins beside it, per second.
+_ETA = 10.0
 #: Weights of a hidden unit: of its inputs, its bias, and to the score.
 UNIT = NUM_INPUTS + 2
 #: An input that differs by less from replica to replica is given no weight.
@@ -80,7 +79,7 @@ class DispatchSpace:
         replicas: Float32Array,
         request: Float32Array,
         num_extra: int,
-        base: Literal["added-delay", "prefix-load"] = "added-delay",
+        base: Base = "added-delay",
     ) -> None:
         self._num_extra, self._base = num_extra, base
         x = replica_inputs(torch.from_numpy(replicas), torch.from_numpy(request)).numpy()
@@ -107,11 +106,9 @@ class DispatchSpace:
             self._guess({KV_USAGE_INPUT: -1.0}, eta=_NEXT_TO_NOTHING),
         ]
 
-    def prefix_load(self, weight: float, eta: float) -> FloatArray:
-        """Return the weights of the rule `prefix-load` with such parameters, if it is the base."""
-        return np.concatenate(
-            [np.log([_PREFIX_LOAD_ETA, weight, eta]), np.zeros(len(self._linear))]
-        )
+    def rule_itself(self, params: FloatArray) -> FloatArray:
+        """Return the weights of the rule with such parameters, `float64[2]`, above 0."""
+        return np.concatenate([np.log([_ETA, *params]), np.zeros(len(self._linear))])
 
     def _guess(
         self,

@@ -49,8 +49,10 @@ def taken(scenario, episodes, by) -> list[np.ndarray]:
     return [simulator.outcomes(env)["replica"] for env in range(len(episodes))]
 
 
-def test_it_begins_as_the_rule_that_it_corrects(settings, tmp_path):
-    base = "prefix-load:weight=0.02,eta=0.6"
+@pytest.mark.parametrize(
+    "base", ["prefix-load:weight=0.02,eta=0.6", "added-delay:prefill=2,decode=0.3"]
+)
+def test_it_begins_as_the_rule_that_it_corrects(settings, tmp_path, base):
     trainer = CrossEntropyTrainer(settings(base=base), tmp_path / "run")
     begun = trainer._rule(trainer.search.mean)
     got, want = (taken(trainer.scenario, trainer._validation, x) for x in (begun, policy(base)))
@@ -58,8 +60,9 @@ def test_it_begins_as_the_rule_that_it_corrects(settings, tmp_path):
     assert {0, 1} <= set(got[0].tolist())
 
 
-def test_the_compiled_rule_decides_as_the_network_that_is_exported(settings, tmp_path):
-    trainer = CrossEntropyTrainer(settings(), tmp_path / "run")
+@pytest.mark.parametrize("base", ["prefix-load", "added-delay"])
+def test_the_compiled_rule_decides_as_the_network_that_is_exported(settings, tmp_path, base):
+    trainer = CrossEntropyTrainer(settings(base=base), tmp_path / "run")
     rng = np.random.default_rng(0)
     theta = trainer.space.with_units(trainer.search.mean, 3, rng)
     theta += 0.5 * rng.normal(size=len(theta))
@@ -67,7 +70,7 @@ def test_the_compiled_rule_decides_as_the_network_that_is_exported(settings, tmp
     rule = trainer._rule(theta)
     got, want = (taken(trainer.scenario, trainer._validation, x) for x in (rule, network))
     np.testing.assert_array_equal(got, want)
-    begun = taken(trainer.scenario, trainer._validation, policy("prefix-load"))
+    begun = taken(trainer.scenario, trainer._validation, policy(base))
     assert any((a != b).any() for a, b in zip(got, begun, strict=True))
 
 
@@ -126,7 +129,7 @@ def test_a_killed_search_ends_as_an_uninterrupted_one(settings, tmp_path, monkey
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"base": "mct"}, "base must be prefix-load or prefix-load:weight=...,eta=..., got 'mct'"),
+        ({"base": "mct"}, "base must be one of added-delay, prefix-load, got 'mct'"),
         ({"base": "prefix-load:eta=0"}, "the parameters of base must be above 0"),
         ({"num_hidden": -1}, "num_hidden must be at least 0, got -1"),
         ({"load": (1.0, 0.5)}, "load must be two ascending numbers above 0"),

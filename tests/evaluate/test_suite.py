@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import yaml
 from servegym.cli import main
 from servegym.errors import ConfigError
 from servegym.evaluate.leaderboard import (
+    ENTRIES,
     leaderboard_table,
     make_entry,
     ranked,
@@ -225,6 +227,22 @@ def test_command_writes_entries_and_the_page(tmp_path, folder, capsys):
     assert page.count('<tr class="learned">') == 1
     assert page.count('<tr class="oracle">') == 5
     assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_entries_that_come_with_a_suite_are_shown_until_one_of_that_name_is_made(
+    tmp_path, folder, suite, recorded, capsys
+):
+    pytest.importorskip("matplotlib")
+    mine, out = tmp_path / "suite", tmp_path / "out"
+    shutil.copytree(folder, mine)
+    write_entry(make_entry(suite, recorded, "guest", ["random"]), mine / ENTRIES)
+    main(f"leaderboard --suite {mine} --out {out}".split())
+    assert capsys.readouterr().out.count("guest") == 1
+    assert (out / "index.html").read_text().count('<tr class="learned">') == 1
+    assert not (out / "guest.json").exists()
+    main(f"leaderboard --suite {mine} --name guest --policies mct --out {out}".split())
+    assert json.loads((out / "guest.json").read_text())["policies"][0]["policy"] == "mct"
+    assert (out / "index.html").read_text().count('<tr class="learned">') == 1
 
 
 def test_entries_of_another_suite_are_refused(tmp_path, suite, recorded):

@@ -8,6 +8,7 @@ from pathlib import Path
 from servegym.commands.console import make_console, require_writable
 from servegym.errors import ConfigError
 from servegym.evaluate.leaderboard import (
+    ENTRIES,
     leaderboard_table,
     make_entry,
     read_entries,
@@ -53,7 +54,8 @@ class Leaderboard:
             console.print(f"entry: {write_entry(entry, self.out)}")
         mine = read_entries(suite, self.out)
         names = {entry["name"] for entry in mine}
-        rules = [e for e in recorded_entries(suite, record) if e["name"] not in names]
-        console.print(leaderboard_table(suite, [*mine, *rules]))
-        write_page(suite, record, [*mine, *rules], page)
+        known = [*read_entries(suite, suite.folder / ENTRIES), *recorded_entries(suite, record)]
+        others = [entry for entry in known if entry["name"] not in names]
+        console.print(leaderboard_table(suite, [*mine, *others]))
+        write_page(suite, record, [*mine, *others], page)
         console.print(f"page: {page}")

@@ -33,6 +33,8 @@ from servegym.evaluate.suite import (
 from servegym.whole_files import write_whole
 
 SCHEMA = "servegym-leaderboard-entry-1"
+#: Folder beside a suite, of entries that come with it.
+ENTRIES = "entries"
 
 
 def make_entry(

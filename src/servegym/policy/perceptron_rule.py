@@ -1,10 +1,12 @@
 """A dispatcher of few weights as a compiled rule, for searches that play whole episodes.
 
-Rule `prefix-load`, corrected by a perceptron: what `train.dispatch_space` makes of flat weights,
-and exports as a network. It decides as that network does; a test holds both equal.
+Rule `added-delay` or `prefix-load`, corrected by a perceptron: what `train.dispatch_space` makes of
+flat weights, and exports as a network. It decides as that network does; a test holds both equal.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import numpy as np
 
@@ -18,15 +20,21 @@ from servegym.policy.contract import (
     observed_groups,
 )
 from servegym.policy.costs import prefix_load_s
+from servegym.policy.play_fleet import charged_s
 from servegym.policy.play_perceptron import Perceptrons
 from servegym.policy.policy import Heuristic
 from servegym.policy.replica_inputs import NUM_INPUTS, write_inputs
 from servegym.policy.rule import rule
 from servegym.typing import BoolArray, FloatArray, UInt64Array
 
-#: Where its parameters stand: weight of the rule's cost and the rule's two numbers, what inputs are
-#: normalised by, then the units, each with its weights, its bias and its weight in the score.
-_MEAN = 3
+#: A rule that can be corrected.
+Base = Literal["added-delay", "prefix-load"]
+#: All of them; each has two numbers.
+BASES: tuple[Base, ...] = ("added-delay", "prefix-load")
+#: Where its parameters stand: weight of the rule's cost and the rule's numbers, which rule, what
+#: inputs are normalised by, then the units, each with its weights, its bias and its weight in the
+#: score.
+_BASE, _MEAN = 3, 4
 _SCALE = _MEAN + NUM_INPUTS
 _UNITS = _SCALE + NUM_INPUTS
 _UNIT = NUM_INPUTS + 2
@@ -51,12 +59,16 @@ def decide(
         write_inputs(replicas, request, r, memory)
         for k in range(NUM_INPUTS):
             memory[k] = (memory[k] - params[_MEAN + k]) / params[_SCALE + k]
-        rate = max(replicas[PREFILL_TOKENS_PER_S, r], 1.0)
-        new = max(request[PROMPT_TOKENS] - replicas[PREFIX_HIT_TOKENS, r], 0.0)
-        prefill_s = (replicas[PENDING_PREFILL_TOKENS, r] + new) / rate
-        speed = max(replicas[RELATIVE_SPEED, r], _SLOWEST)
-        load = replicas[OUTSTANDING_REQUESTS, r]
-        score = -params[0] * prefix_load_s(prefill_s, load, speed, params[1], params[2])
+        if params[_BASE] == 0.0:
+            cost_s = charged_s(replicas, request, r, params)
+        else:
+            rate = max(replicas[PREFILL_TOKENS_PER_S, r], 1.0)
+            new = max(request[PROMPT_TOKENS] - replicas[PREFIX_HIT_TOKENS, r], 0.0)
+            prefill_s = (replicas[PENDING_PREFILL_TOKENS, r] + new) / rate
+            speed = max(replicas[RELATIVE_SPEED, r], _SLOWEST)
+            load = replicas[OUTSTANDING_REQUESTS, r]
+            cost_s = prefix_load_s(prefill_s, load, speed, params[1], params[2])
+        score = -params[0] * cost_s
         for unit in range(_UNITS, params.shape[0], _UNIT):
             activation = params[unit + NUM_INPUTS]
             for k in range(NUM_INPUTS):
@@ -70,11 +82,12 @@ def decide(
     return best
 
 
-def perceptron_rule(weights: FloatArray, nets: Perceptrons, name: str) -> Heuristic:
+def perceptron_rule(base: Base, weights: FloatArray, nets: Perceptrons, name: str) -> Heuristic:
     """Make the rule of one candidate.
 
     Args:
-        weights: Weight of the cost of `prefix-load`, per second, and its numbers, `float64[3]`.
+        base: What it corrects.
+        weights: Weight of the cost of that rule, per second, and its numbers, `float64[3]`.
         nets: One perceptron of one head, which reads what `write_inputs` writes.
         name: In tables.
     """
@@ -84,6 +97,8 @@ def perceptron_rule(weights: FloatArray, nets: Perceptrons, name: str) -> Heuris
         information="predictive",
         needs=observed_groups(extended=False),
         decide=decide,
-        params=np.concatenate([weights, nets.mean, nets.scale, units.T.ravel()]),
+        params=np.concatenate(
+            [weights, [BASES.index(base)], nets.mean, nets.scale, units.T.ravel()]
+        ),
         memory_size=NUM_INPUTS,
     )

@@ -53,7 +53,7 @@ class Dispatchers(NamedTuple):
 
 
 @inlined
-def _cost_s(replicas: FloatArray, request: FloatArray, r: int, rule: FloatArray) -> float:
+def charged_s(replicas: FloatArray, request: FloatArray, r: int, rule: FloatArray) -> float:
     """Seconds that rule `added-delay` charges for a replica."""
     others, seq_s = replicas[OUTSTANDING_REQUESTS, r], replicas[DECODE_SEQ_S, r]
     rate = max(replicas[PREFILL_TOKENS_PER_S, r], 1.0)
@@ -78,7 +78,7 @@ def _choose(
             for k in range(inputs.shape[0]):
                 inputs[k] = (inputs[k] - d.nets.mean[k]) / d.nets.scale[k]
             score = perceptron(d.nets, c, inputs, 0)
-            score -= d.rule[c, 0] * _cost_s(replicas, request, r, d.rule[c])
+            score -= d.rule[c, 0] * charged_s(replicas, request, r, d.rule[c])
             if score > best_score:
                 best, best_score = r, score
     return best
