@@ -168,6 +168,8 @@ limit (`late`), a TPOT over a share `tpot` (`slow`), and each request there that
 share (`pushed`); where the scenario allows it, a request is rejected that costs more than `most`
 everywhere. `added-delay-reject` does so if the least TTFT or TPOT is over a share of its limit.
 
+`linucb` and `llm-d-predicted` [learn while they serve](#rules-that-learn-while-they-serve).
+
 {sections}
 
 ## Learned: dispatchers that come with servegym
@@ -187,6 +189,28 @@ what they reach is in [results](results.md#one-policy-for-many-scenarios).
 
 A learned policy is named by its file: `--policies runs/ppo-mixed-chat/policy/policy.onnx`, or
 `runs/evolve-mixed-chat/policy/score.json`.
+
+## Rules that learn while they serve
+They begin with nothing in every episode, and learn from the requests that have ended: whoever
+carries decisions out, a simulated run or a live router, tells them which replica each request went
+to, and later how it fared there. On the same events they decide alike in both (a test plays them
+through the dispatcher of a router). What they draw follows the seed.
+
+- `llm-d-predicted` predicts a `quantile` of TTFT and of TPOT for each replica, by boosted trees over
+  KV use, waiting and running requests, the prompt's length and its cached share, learned anew from
+  the latest 2,000 ended requests after every 200. Of replicas within both limits one is drawn, the
+  likelier the less it has to spare (`least=0`: the more); one in `explore` is another. Without
+  limits, or where none is within, the lowest blend of both times is chosen, by weights `ttft` and
+  `tpot`. Until 100 have ended, `llm-d` decides. Its authors say that it is for fleets of equal
+  replicas; with `typed=1` the known speeds are features, too.
+- `linucb` learns what a request's own latency, over what it would be alone, depends on, by ridge
+  regression that forgets (`memory`, in requests), and gives a choice that is little known the
+  benefit of the doubt (`alpha`). What a choice costs the others no latency of the request itself
+  shows; it is known, and added (`price`; 0 is the textbook's bandit).
+
+Trees are learned within a decision: some milliseconds, every 200 requests. Environments and data
+sets tell nobody of ended requests, so these rules decide there as they do at the beginning; as
+parts of `DISPATCH+...` they are refused.
 
 ## Closed-form scores
 A dispatcher can be one formula: each replica that may be chosen has a score, and the lowest is

@@ -20,6 +20,7 @@ from servegym.export.resolve import (
 from servegym.policy import run_kept as kept
 from servegym.policy import run_placed as placed
 from servegym.policy.migrating import Migrating
+from servegym.policy.online import OnlinePolicy
 from servegym.policy.ordering import OrderingRule
 from servegym.policy.pair import Pair
 from servegym.policy.placed import Placed
@@ -222,7 +223,9 @@ class Dispatch(RequestProblem[Policy | Pair]):
             return policy.learned or self.is_learned(policy.dispatch)
         if isinstance(policy, Migrating | Kept):
             return self.is_learned(policy.dispatch)
-        return not isinstance(policy, Heuristic) or policy.learned
+        if isinstance(policy, Heuristic):
+            return policy.learned
+        return not isinstance(policy, OnlinePolicy)
 
     @override
     def differences(
@@ -235,8 +238,8 @@ class Dispatch(RequestProblem[Policy | Pair]):
         load: float,
         num_units: int | None,
     ) -> Section | None:
-        both = Pair | Placed | Migrating | Kept
-        if isinstance(learned, both) or isinstance(rule, both):
+        others = Pair | Placed | Migrating | Kept | OnlinePolicy
+        if isinstance(learned, others) or isinstance(rule, others):
             return None
         if scenario.spec.moves_kv or scenario.spec.tiered:
             # choices cannot be tried there as if nothing moved
