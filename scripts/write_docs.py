@@ -196,9 +196,9 @@ carries decisions out, a simulated run or a live router, tells them which replic
 to, and later how it fared there. On the same events they decide alike in both (a test plays them
 through the dispatcher of a router). What they draw follows the seed.
 
-- `llm-d-predicted` predicts a `quantile` of TTFT and of TPOT for each replica, by boosted trees over
-  KV use, waiting and running requests, the prompt's length and its cached share, learned anew from
-  the latest 2,000 ended requests after every 200. Of replicas within both limits one is drawn, the
+- `llm-d-predicted` predicts a `quantile` of TTFT and of TPOT for each replica, by boosted trees
+  over KV use, waiting and running requests, the prompt's length and its cached share, learned anew
+  from the latest 2,000 ended requests after every 200. Of replicas within both limits one is drawn, the
   likelier the less it has to spare (`least=0`: the more); one in `explore` is another. Without
   limits, or where none is within, the lowest blend of both times is chosen, by weights `ttft` and
   `tpot`. Until 100 have ended, `llm-d` decides. Its authors say that it is for fleets of equal
