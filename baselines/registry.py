@@ -17,8 +17,10 @@ from servegym.baselines.hexgen import hexgen
 from servegym.baselines.least_outstanding import least_outstanding
 from servegym.baselines.least_tpot import least_tpot
 from servegym.baselines.least_work_left import least_work_left
+from servegym.baselines.linucb import linucb
 from servegym.baselines.llm_d import llm_d
 from servegym.baselines.llm_d_pd import llm_d_pd
+from servegym.baselines.llm_d_predicted import llm_d_predicted
 from servegym.baselines.llumnix import llumnix
 from servegym.baselines.mct import mct
 from servegym.baselines.min_kv import min_kv
@@ -35,6 +37,7 @@ from servegym.baselines.weighted_round_robin import weighted_round_robin
 from servegym.baselines.what_if import what_if
 from servegym.baselines.what_if_added import what_if_added
 from servegym.baselines.what_if_sampled import what_if_sampled
+from servegym.policy.online import OnlinePolicy
 from servegym.policy.policy import Heuristic
 
 #: Weights of the delays in `added-delay` and its kin.
@@ -44,7 +47,7 @@ _SHARE = {"shrink": (0.0, 1.0)}
 #: Weights of llm-d's scores.
 SCORES = dict.fromkeys(("queue", "kv", "prefix"), Range(0.1, 10.0, logarithmic=True))
 
-RULES: Rules[Heuristic] = Rules(
+RULES: Rules[Heuristic | OnlinePolicy] = Rules(
     "policy",
     {
         "random": Entry(random_choice),
@@ -106,6 +109,24 @@ RULES: Rules[Heuristic] = Rules(
                 "non_cached_tokens": Range(1.0, 8000.0, logarithmic=True),
                 "prompt_tokens": Range(1.0, 8000.0, logarithmic=True),
             },
+        ),
+        "llm-d-predicted": Entry(
+            llm_d_predicted,
+            {"tpot": Range(0.02, 20.0, logarithmic=True), "quantile": Range(0.5, 0.95)},
+            bounds={
+                "quantile": (0.01, 0.99),
+                "least": (0.0, 1.0),
+                "explore": (0.0, 1.0),
+                "typed": (0.0, 1.0),
+            },
+        ),
+        "linucb": Entry(
+            linucb,
+            {
+                "alpha": Range(0.01, 10.0, logarithmic=True),
+                "price": Range(0.05, 20.0, logarithmic=True),
+            },
+            bounds={"memory": (10.0, 1e9)},
         ),
         "class-aware": Entry(
             class_aware,

@@ -89,6 +89,7 @@ HEXGEN = {
     "generated_tokens": (10, 40, 10),
 }
 SLOW_OR_BUSY = {"decode_step_s": (0.02, 0.002, 0.03), "pending_prefill_tokens": (0, 800, 0)}
+FIVE_THERE = {"outstanding_requests": (5, 0, 0), "pending_prefill_tokens": (0, 300, 200)}
 LATELY_SLOW = {"decode_step_s": (0.01, 0.02, 0.03), "step_time_ratio": (3, 1, 1)}
 PUSHED = {"pushed_over_40": (2, 0, 5), "pushed_over_50": (2, 3, 5)}
 WORK = {
@@ -222,6 +223,9 @@ HAND = [
     ("llm-d:queue=0,prefix=0", LLM_D, 0),  # 2, 1, 0.2
     # equal queues score 1 each, so 2 + 2 * (1 - kv): 4, 3, 2.2
     ("llm-d", {"num_waiting": 7, "kv_cache_usage": (0.0, 0.5, 0.9)}, 0),
+    ("llm-d-predicted", LLM_D, 1),  # as llm-d, before anything has ended
+    ("linucb:alpha=0", FIVE_THERE, 2),  # others wait 5 * 0.1 s, own wait 0.3 s, 0.2 s
+    ("linucb:alpha=0,price=0", FIVE_THERE, 0),
     # blocks of 10: prefill (100+100-80)/10, (0+100)/10, (200+100-100)/10 = 12, 10, 20
     # decode (200+100)/10, (300+100)/10, (100+100)/10 = 30, 40, 20
     ("dynamo:block_tokens=10", DYNAMO, 2),  # 42, 50, 40
@@ -315,7 +319,7 @@ def test_rule_makes_the_hand_computed_choice(text, rows, expected):
 
 
 MEMORY = {"round-robin", "weighted-round-robin", "sglang", "sglang-older"}
-DRAWS = {"random", "power-of-two", "dynamo", "llm-d", "llm-d-pd"}
+DRAWS = {"random", "power-of-two", "dynamo", "llm-d", "llm-d-pd", "llm-d-predicted", "linucb"}
 
 
 @pytest.mark.parametrize("name", RULES.names())

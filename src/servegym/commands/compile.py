@@ -36,6 +36,7 @@ def compile_dispatch() -> None:
     for name, record in (
         ("least-outstanding", False),
         ("class-aware", False),
+        ("llm-d-predicted", False),
         ("what-if", False),
         ("what-if-sampled", False),
         ("random", True),

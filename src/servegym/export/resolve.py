@@ -21,6 +21,7 @@ from servegym.export.shipped import shipped_path
 from servegym.export.weights import read_network
 from servegym.policy.frozen import FrozenPolicy, NumpyPolicy
 from servegym.policy.migrating import Migrating
+from servegym.policy.online import OnlinePolicy
 from servegym.policy.ordering import OrderingPolicy
 from servegym.policy.pair import Pair
 from servegym.policy.placed import Placed
@@ -101,6 +102,11 @@ def resolve_dispatch(text: str) -> Policy | Pair:
     if not more:
         return _fleet_or_not(dispatch)
     first = resolve_policy(dispatch)
+    if isinstance(first, OnlinePolicy):
+        raise ConfigError(
+            f"{dispatch} learns from ended requests, of which it is told only where it decides"
+            f" alone: choose another policy to go with {more[0]}"
+        )
     name = more[0].partition(":")[0]
     known = [*PLACEMENTS, *MIGRATIONS, *RETENTIONS, *ORDERS.names()]
     if not more[0].endswith(SUFFIXES) and name not in known:

@@ -13,6 +13,7 @@ from servegym.cluster.state import DECISION, DISPATCH, DONE, LOG_FULL, Params, S
 from servegym.errors import ConfigError
 from servegym.policy.contract import NUM_REQUEST_FEATURES, Group
 from servegym.policy.observe import observe, observe_batch, prepare
+from servegym.policy.online import OnlinePolicy, SimulatorTold
 from servegym.policy.policy import Decide, Heuristic, Information, Policy
 from servegym.policy.rule import compile_for_rules
 from servegym.typing import FloatArray, IntArray, UInt64Array
@@ -71,10 +72,15 @@ def run(simulator: Simulator, policy: Policy, seed: int = 0) -> None:
     if isinstance(policy, Heuristic) and not policy.needs & Group.WHAT_IF:
         run_compiled(simulator, policy)
         return
+    told = SimulatorTold(simulator, policy) if isinstance(policy, OnlinePolicy) else None
     while (simulator.advance() != DONE).any():
+        if told is not None:
+            told.tell_ended()
         observations, envs = observe_batch(simulator, policy.needs)
         actions = np.zeros(simulator.num_envs, np.int64)
         actions[envs] = policy.act(observations, envs)
+        if told is not None:
+            told.tell_chosen(observations, envs, actions[envs])
         simulator.apply(actions)
 
 

@@ -21,6 +21,7 @@ from servegym.policy import run_kept as kept
 from servegym.policy import run_migrating as migrating
 from servegym.policy import run_placed as placed
 from servegym.policy.migrating import Migrating
+from servegym.policy.online import OnlinePolicy
 from servegym.policy.ordering import OrderingRule
 from servegym.policy.pair import Pair
 from servegym.policy.placed import Placed
@@ -229,7 +230,9 @@ class Dispatch(RequestProblem[Policy | Pair]):
             return policy.rule.weights is not None or self.is_learned(policy.dispatch)
         if isinstance(policy, Kept):
             return policy.retention.learned or self.is_learned(policy.dispatch)
-        return not isinstance(policy, Heuristic) or policy.learned
+        if isinstance(policy, Heuristic):
+            return policy.learned
+        return not isinstance(policy, OnlinePolicy)
 
     @override
     def differences(
@@ -242,8 +245,8 @@ class Dispatch(RequestProblem[Policy | Pair]):
         load: float,
         num_units: int | None,
     ) -> Section | None:
-        both = Pair | Placed | Migrating | Kept
-        if isinstance(learned, both) or isinstance(rule, both):
+        others = Pair | Placed | Migrating | Kept | OnlinePolicy
+        if isinstance(learned, others) or isinstance(rule, others):
             return None
         if scenario.spec.moves_kv or scenario.spec.tiered:
             # choices cannot be tried there as if nothing moved

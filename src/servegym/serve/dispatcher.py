@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from servegym.cluster.spec import SloClass
 from servegym.errors import unknown_name
 from servegym.policy.contract import Group, observed
+from servegym.policy.online import OnlinePolicy
 from servegym.policy.policy import Observations
 from servegym.serve.decision_log import (
     TRACE_BLOCK_TOKENS,
@@ -251,6 +252,9 @@ class Dispatcher:
         if self.log is not None:
             job.decisions.append(self._decision_row(job, decision, now_s, seen))
         if decision.action < self.state.num_replicas:
+            if (learner := self._learner) is not None:
+                rows = seen.replicas[0], seen.request[0]
+                learner.chosen(0, request, *rows, decision.action, now_s)
             self.state.dispatch(request, decision.action, now_s)
             self._ties.chose(decision.action)
             if math.isnan(job.first_dispatch_s):
@@ -303,7 +307,13 @@ class Dispatcher:
         self.end_prefill(job)
         self.answered(job)
         row = self._row(job, "finished", output_tokens)
-        self.state.finish(job.request, self.clock(), output_tokens)
+        now_s = self.clock()
+        self.state.finish(job.request, now_s, output_tokens)
+        if (learner := self._learner) is not None:
+            first_s = job.request.first_token_s
+            learner.ended(
+                0, job.request, first_token_s=first_s, finish_s=now_s, tokens=output_tokens
+            )
         if output_tokens > 0:
             self.predictor.learn(job.tenant, job.request.slo_class, output_tokens)
         self._write(job, row)
@@ -314,6 +324,8 @@ class Dispatcher:
             return
         row = self._row(job, status, job.request.generated_tokens)
         self.state.leave(job.request)
+        if (learner := self._learner) is not None:
+            learner.gone(0, job.request)
         self._write(job, row)
 
     def update_metrics(self, replica: int, metrics: EngineMetrics, asked_s: float) -> None:
@@ -348,6 +360,12 @@ class Dispatcher:
     def _size_index(self, replica: int) -> None:
         tokens = self.state.kv_capacity_tokens(replica) * self._share
         self.index.resize(replica, int(tokens // self.config.prefix.block_tokens))
+
+    @property
+    def _learner(self) -> OnlinePolicy | None:
+        """The policy, if it learns while it serves, whether it decides or not."""
+        loaded = self.runtime.loaded
+        return loaded.policy if loaded and isinstance(loaded.policy, OnlinePolicy) else None
 
     @property
     def _needs(self) -> Group:
