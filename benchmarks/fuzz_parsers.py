@@ -36,13 +36,15 @@ from servegym.serve.monitoring.metrics import read_metrics
 from servegym.serve.requests.prompt import PrefixConfig, PromptReader
 from servegym.serve.router.auth import Keys
 from servegym.serve.router.errors import RequestError
+from servegym.serve.router.framing import Chunked, FramingError
+from servegym.serve.router.head import HeadError, may_begin_request, read_request_head
 from servegym.serve.router.headers import DEFAULT_FORWARDED, HeaderFilter, retry_after_s
 from servegym.serve.router.request import read_request
 from servegym.serve.router.stream import Reader
 from servegym.workloads.readers import read_trace
 
 #: A reader's own words for what it does not take.
-REFUSALS = (ServeGymError, RequestError)
+REFUSALS = (ServeGymError, RequestError, HeadError, FramingError)
 
 
 class Target(NamedTuple):
@@ -133,6 +135,11 @@ _ROUTER = b"""replicas:
 
 _PROMPTS = PromptReader(PrefixConfig())
 _KEYS = Keys({"alice": ["sk-alice-0123456789"]})
+_HEAD = (
+    b"POST /v1/completions?a=b HTTP/1.1\r\nHost: router:8080\r\nContent-Type: application/json\r\n"
+    b"Authorization: Bearer sk-alice-0123456789\r\nConnection: close\r\nContent-Length: 9\r\n\r\n"
+)
+_CHUNKS = b"5\r\nhello\r\n1A;a=b\r\nabcdefghijklmnopqrstuvwxyz\r\n0\r\nA: b\r\n\r\n"
 _FILTER = HeaderFilter([*DEFAULT_FORWARDED, "x-*"])
 
 
@@ -185,6 +192,20 @@ def _headers(data: bytes) -> None:
     retry_after_s(headers.items())
     _FILTER.forwarded(headers.items())
     output_tokens(headers)
+
+
+def _request_head(data: bytes) -> None:
+    may_begin_request(data)
+    head = read_request_head(data)
+    assert head.length is None or head.length >= 0
+
+
+def _chunks(data: bytes) -> None:
+    framing = Chunked()
+    for at in range(0, len(data), 1000):
+        framing.feed(data[at : at + 1000])
+        if framing.ended:
+            return
 
 
 def _trace(suffix: str) -> Callable[[bytes], None]:
@@ -247,6 +268,14 @@ TARGETS: Mapping[str, Target] = {
             b"traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\nbaggage: a=b",
         ),
         (b"Authorization:", b"Bearer", b"X-Output-Tokens:", b"Retry-After:", b"x-a:", b" ", b":"),
+    ),
+    "request-head": Target(
+        _request_head,
+        (_HEAD,),
+        (b"\r\n", b"Content-Length: 5\r\n", b"X-A:", b": ", b"/", b" HTTP/1.1"),
+    ),
+    "chunks": Target(
+        _chunks, (_CHUNKS,), (b"5\r\nhello\r\n", b"0\r\n", b"\r\n", b";a=b", b"ff", b"A: b\r\n")
     ),
     "fault": Target(
         lambda d: Fault.parse(_text(d)),

@@ -1,4 +1,4 @@
-"""CPU time of the router for an event of a stream and for a short request, beside another one's.
+"""What the router costs: CPU time for an event and for a short request, and what TTFT it adds.
 
     git worktree add ../before REVISION
     python benchmarks/router_cpu.py ../before --out router_cpu.json
@@ -7,7 +7,11 @@ This checkout's router, the other's and, if it is installed, nginx stand before 
 and work by turns, a second or so each, so that whatever else the machine does meets all of them.
 Clients and replicas are this process: replicas that write events as vLLM does, one piece each, and
 clients that count bytes. CPU time is that of the proxy's process, by the scheduler's own count. A
-ratio is of two neighbouring turns; its interval is by bootstrap over the pairs.
+ratio is of two neighbouring turns; its interval is by bootstrap over the pairs. An event is what a
+stream of many costs more than one of few, so that its request is not counted.
+
+The replicas send their first event at once: the time to it is all delay, of the proxy and of this
+process. Streams come at a steady rate there, and a direct connection has its turn, too.
 """
 
 from __future__ import annotations
@@ -105,6 +109,7 @@ class _Client(asyncio.Protocol):
     def __init__(self) -> None:
         self._buffer = b""
         self._ended: asyncio.Future[bytes] | None = None
+        self.first_s = float("nan")
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._transport = transport
@@ -117,6 +122,8 @@ class _Client(asyncio.Protocol):
         return await self._ended
 
     def data_received(self, data: bytes) -> None:
+        if not self._buffer:
+            self.first_s = time.monotonic()
         self._buffer += data
         if self._ended is None or self._ended.done():
             return
@@ -142,8 +149,12 @@ class RouterCpu:
     """Of the fleet."""
     streams: int = 50
     """Open at once."""
-    events: int = 100
-    """Of a stream."""
+    events: int = 110
+    """Of a long stream; a short one has ten."""
+    arrivals: int = 150
+    """Streams of five events in a turn, for their TTFT."""
+    rate_rps: float = 50.0
+    """At which they come."""
     requests: int = 800
     """Short ones in a turn, 16 at once."""
     prompt_chars: int = 1000
@@ -181,14 +192,18 @@ class RouterCpu:
             except RuntimeError as error:
                 Console(stderr=True).print(f"without nginx: {error}")
             found: dict[str, dict[str, list[float]]] = {
-                kind: {label: [] for label in proxies} for kind in ("event", "request")
+                kind: {label: [] for label in (*proxies, "direct")}
+                for kind in ("event", "request", "ttft_ms")
             }
+            ports = {label: proxy.url for label, proxy in proxies.items()} | {"direct": urls[0]}
             for turn in range(-1, self.pairs):  # the first one is not counted
+                for label, url in ports.items():
+                    ttft_ms = await self._arrive(url, turn)
+                    found["ttft_ms"][label] += ttft_ms if turn >= 0 else []
                 for label, proxy in proxies.items():
-                    for kind, measure in (("event", self._streams), ("request", self._requests)):
+                    for kind, measure in (("event", self._events), ("request", self._requests)):
                         used_us = await measure(proxy, turn)
-                        if turn >= 0:
-                            found[kind][label].append(used_us)
+                        found[kind][label] += [used_us] if turn >= 0 else []
         for server in servers:
             server.close()
         return found
@@ -206,9 +221,9 @@ class RouterCpu:
             health={"interval_s": 5.0},
         )
 
-    async def _clients(self, proxy: Process, count: int) -> list[_Client]:
+    async def _clients(self, url: str, count: int) -> list[_Client]:
         loop = asyncio.get_running_loop()
-        port = int(proxy.url.rpartition(":")[2])
+        port = int(url.rpartition(":")[2])
         made = [await loop.create_connection(_Client, "127.0.0.1", port) for _ in range(count)]
         return [client for _, client in made]
 
@@ -216,23 +231,45 @@ class RouterCpu:
         prompt = f"{key} ".ljust(self.prompt_chars, "z")
         return json.dumps({"model": "m", "prompt": prompt, **more}).encode()
 
-    async def _streams(self, proxy: Process, turn: int) -> float:
-        clients = await self._clients(proxy, self.streams)
+    async def _events(self, proxy: Process, turn: int) -> float:
+        few_s = await self._streams(proxy, f"few {turn}", 10)
+        many_s = await self._streams(proxy, f"many {turn}", self.events)
+        return 1e6 * (many_s - few_s) / (self.streams * (self.events - 10))
+
+    async def _streams(self, proxy: Process, key: str, events: int) -> float:
+        """Return the CPU seconds of streams of so many events."""
+        clients = await self._clients(proxy.url, self.streams)
         begin_s = proxy.cpu_s
         answers = await asyncio.gather(
             *(
-                client.ask(self._body(f"{turn} {i}", max_tokens=self.events, stream=True))
+                client.ask(self._body(f"{key} {i}", max_tokens=events, stream=True))
                 for i, client in enumerate(clients)
             )
         )
         used_s = proxy.cpu_s - begin_s
-        assert all(answer.count(b"data: {") == self.events for answer in answers)
+        assert all(answer.count(b"data: {") == events for answer in answers)
         for client in clients:
             client._transport.close()
-        return 1e6 * used_s / (self.streams * self.events)
+        return used_s
+
+    async def _arrive(self, url: str, turn: int) -> list[float]:
+        """Return the milliseconds to the first byte of streams that come at a steady rate."""
+        clients = await self._clients(url, self.arrivals)
+        begin_s = time.monotonic()
+
+        async def play(i: int) -> float:
+            await asyncio.sleep(begin_s + i / self.rate_rps - time.monotonic())
+            sent_s = time.monotonic()
+            await clients[i].ask(self._body(f"ttft {turn} {i}", max_tokens=5, stream=True))
+            return 1e3 * (clients[i].first_s - sent_s)
+
+        found = await asyncio.gather(*(play(i) for i in range(self.arrivals)))
+        for client in clients:
+            client._transport.close()
+        return list(found)
 
     async def _requests(self, proxy: Process, turn: int) -> float:
-        clients = await self._clients(proxy, 16)
+        clients = await self._clients(proxy.url, 16)
 
         async def play(i: int) -> None:
             for k in range(self.requests // 16):
@@ -256,15 +293,18 @@ def interval(ratios: FloatArray) -> tuple[float, float, float]:
 
 
 def _show(found: dict[str, dict[str, list[float]]]) -> None:
-    table = Table(title="CPU time of the proxy")
-    for column in ("", "before", "this", "nginx", "before / this"):
+    names = [name for name in ("before", "this", "nginx", "direct") if found["ttft_ms"].get(name)]
+    table = Table(title="CPU time of the proxy, and milliseconds to the first byte of streams")
+    for column in ("", *names, "before / this"):
         table.add_column(column, justify="right")
-    for kind, by in found.items():
+    for kind in ("event", "request"):
+        by = found[kind]
         ratio = interval(np.array(by["before"]) / np.array(by["this"]))
-        row = [
-            f"{np.median(by[n]):.0f} µs" if n in by else "-" for n in ("before", "this", "nginx")
-        ]
+        row = [f"{np.median(by[name]):.0f} µs" if by[name] else "-" for name in names]
         table.add_row(kind, *row, "{:.2f} [{:.2f}, {:.2f}]".format(*ratio))
+    for share in (0.5, 0.99):
+        row = [f"{np.quantile(found['ttft_ms'][name], share):.2f}" for name in names]
+        table.add_row(f"ttft p{100 * share:.0f}", *row, "")
     Console(width=100).print(table)
 
 

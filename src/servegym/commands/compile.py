@@ -183,10 +183,14 @@ def compile_bounds() -> None:
 def compile_live() -> None:
     """What the emulated engine and the router run besides the rules."""
     from servegym.serve.engine.core import rehearse
-    from servegym.serve.state import rehearse_inference
+    from servegym.serve.facts import Rates, fleet_facts
+    from servegym.serve.requests.prompt import PrefixConfig, PromptReader
+    from servegym.serve.state import LiveState, rehearse_inference
 
     rehearse(load_scenario("mixed-chat").spec.types[0])
     rehearse_inference()
+    PromptReader(PrefixConfig())
+    LiveState(fleet_facts([Rates(prefill_tokens_per_s=1.0, decode_step_s=1.0)]))
 
 
 def play_environments(name: str, **settings: Any) -> None:

@@ -28,6 +28,7 @@ from servegym.serve.decision_log import (
     finite,
     logged_action,
 )
+from servegym.serve.loaded_policy import LoadedPolicy
 from servegym.serve.requests.prediction import LengthPrediction, LengthPredictor
 from servegym.serve.requests.prefix_index import PrefixIndex
 from servegym.serve.requests.prompt import PrefixConfig, Prompt, PromptReader
@@ -38,6 +39,8 @@ from servegym.serve.ties import TieBreaker, counts_replicas
 from servegym.typing import BoolArray, FloatArray
 from servegym.workloads.followed import Followed
 
+#: Features that rest on the prefix index.
+_BY_PREFIX = Group.PREFIX | Group.LIMITS
 Status = Literal["finished", "rejected", "cancelled", "failed"]
 
 
@@ -176,6 +179,7 @@ class Dispatcher:
         max_ends = config.log.max_ends if config.log else 0
         self._ends = RecentEnds(max_ends) if max_ends else None
         self._ties = TieBreaker(len(self.names), config.seed)
+        self._needed: tuple[LoadedPolicy | None, Group] | None = None  # of the policy in place
 
     def slo_class(self, name: str | None) -> int:
         """Return the index of a service level; the default's for `None`.
@@ -371,12 +375,15 @@ class Dispatcher:
     def _needs(self) -> Group:
         """Groups of features that whoever may decide reads."""
         loaded = self.runtime.loaded
-        return self.runtime.fallback.needs | (loaded.policy.needs if loaded else Group(0))
+        if self._needed is None or self._needed[0] is not loaded:
+            needs = self.runtime.fallback.needs | (loaded.policy.needs if loaded else Group(0))
+            self._needed = loaded, needs
+        return self._needed[1]
 
     def _hits(self, job: Job) -> FloatArray | None:
         """Tokens believed cached; the last token of a prompt is always computed."""
         prompt = job.prompt
-        if not self._needs & (Group.PREFIX | Group.LIMITS) or not len(prompt.keys):
+        if not len(prompt.keys) or not self._needs & _BY_PREFIX:
             return None
         blocks = self.index.leading_blocks(prompt.keys)
         hits = blocks * prompt.block_tokens

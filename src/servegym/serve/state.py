@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from servegym.cluster.jit import fixed, kernel
 from servegym.cluster.spec import SloClass
 from servegym.cluster.state import NUM_LENGTH_SUMS
 from servegym.cluster.watch import longest_step_s
@@ -85,6 +86,58 @@ _ALL = Group.COUNTERS | Group.METRICS | Group.PREFIX
 def rehearse_inference() -> None:
     """Compile what a live state calls if somebody needs `Group.LIMITS`: no decision is to wait."""
     count_requests(np.ones((NUM_REPLICA_FEATURES, 1)), 0, np.zeros((0, 4)), 0.0, 0.0, 0.0)
+
+
+@kernel
+def see(
+    replicas: FloatArray,
+    now_s: float,
+    last_metrics_s: FloatArray,
+    last_dispatch_s: FloatArray,
+    generated: FloatArray,
+    engine_counts: BoolArray,
+    hits: FloatArray,
+    allowed: BoolArray,
+    need: float,
+    mask: BoolArray,
+) -> int:
+    """Fill the rows that change by themselves, and say which replicas may be chosen.
+
+    Args:
+        replicas: Rows of the fleet, `float64[NUM_REPLICA_FEATURES, R]`.
+        now_s: The time.
+        last_metrics_s: Of the engines' metrics, `float64[R]`.
+        last_dispatch_s: Seconds, `float64[R]`.
+        generated: The router's own count of tokens, `float64[R]`.
+        engine_counts: Where the engine's count stands instead, `bool[R]`.
+        hits: Prompt tokens believed cached, `float64[R]`.
+        allowed: Replicas in question, `bool[R]`.
+        need: Tokens of KV that the request needs.
+        mask: Filled; `bool[R + 2]`, of which the last two are left as they are.
+
+    Returns:
+        How many replicas are up.
+    """
+    num_up, num_chosen, largest = 0, 0, 0.0
+    for r in range(replicas.shape[1]):
+        replicas[METRICS_AGE_S, r] = min(now_s - last_metrics_s[r], NO_BOUND)
+        replicas[SINCE_DISPATCH_S, r] = min(now_s - last_dispatch_s[r], _FAR_S)
+        if not engine_counts[r]:
+            replicas[GENERATED_TOKENS, r] = generated[r]
+        replicas[PREFIX_HIT_TOKENS, r] = hits[r]
+        is_up = replicas[UP, r] > 0.0
+        num_up += is_up
+        capacity = replicas[KV_CAPACITY_TOKENS, r]
+        if is_up and allowed[r]:
+            largest = max(largest, capacity)
+        mask[r] = is_up and allowed[r] and (capacity >= need or capacity == 0.0)
+        num_chosen += mask[r]
+    if num_up and not num_chosen:
+        # too long for all of them: the largest shall say so, in its own words
+        for r in range(replicas.shape[1]):
+            is_largest = replicas[KV_CAPACITY_TOKENS, r] == largest
+            mask[r] = replicas[UP, r] > 0.0 and allowed[r] and is_largest
+    return num_up
 
 
 class EngineMetrics(NamedTuple):
@@ -286,6 +339,14 @@ class LiveState:
         self._mask[0, width] = allow_hold
         self._mask[0, width + 1] = allow_reject
         self._allow_hold = allow_hold
+        self._no_hits = np.zeros(width)
+        self._all = np.ones(width, np.bool_)
+        numbers = (self._generated, self._engine_counts, self._no_hits, self._all)
+        self._see = fixed(
+            see,
+            *(self.replicas, 0.0, self._last_metrics_s, self._last_dispatch_s, *numbers, 0.0),
+            self._mask[0],
+        )
 
     @property
     def num_replicas(self) -> int:
@@ -353,26 +414,21 @@ class LiveState:
             have the contract's largest age, `NO_BOUND`.
         """
         replicas, mask, row = self.replicas, self._mask[0], self._request[0]
-        np.subtract(now_s, self._last_metrics_s, out=replicas[METRICS_AGE_S])
-        np.minimum(replicas[METRICS_AGE_S], NO_BOUND, out=replicas[METRICS_AGE_S])
-        np.subtract(now_s, self._last_dispatch_s, out=replicas[SINCE_DISPATCH_S])
-        np.minimum(replicas[SINCE_DISPATCH_S], _FAR_S, out=replicas[SINCE_DISPATCH_S])
-        np.copyto(replicas[GENERATED_TOKENS], self._generated, where=~self._engine_counts)
-        replicas[PREFIX_HIT_TOKENS] = 0.0 if hit_tokens is None else hit_tokens
-        np.greater(replicas[UP], 0.0, out=mask[:-2])
-        num_up = np.count_nonzero(mask[:-2])
-        need = request.prompt_tokens + request.predicted_output_tokens - 1.0
-        mask[:-2] &= (replicas[KV_CAPACITY_TOKENS] >= need) | (replicas[KV_CAPACITY_TOKENS] == 0.0)
-        if allowed is not None:
-            mask[:-2] &= allowed
-        if num_up and not mask[:-2].any():
-            # too long for all of them: the largest shall say so, in its own words
-            np.greater(replicas[UP], 0.0, out=mask[:-2])
-            if allowed is not None:
-                mask[:-2] &= allowed
-            mask[:-2] &= replicas[KV_CAPACITY_TOKENS] == replicas[KV_CAPACITY_TOKENS].max(
-                where=mask[:-2], initial=0.0
-            )
+        hits = self._no_hits if hit_tokens is None else np.ascontiguousarray(hit_tokens, np.float64)
+        asked = self._all if allowed is None else np.ascontiguousarray(allowed, np.bool_)
+        assert len(hits) == len(asked) == replicas.shape[1]
+        num_up = self._see(
+            replicas,
+            now_s,
+            self._last_metrics_s,
+            self._last_dispatch_s,
+            self._generated,
+            self._engine_counts,
+            hits,
+            asked,
+            request.prompt_tokens + request.predicted_output_tokens - 1.0,
+            mask,
+        )
         mask[-2] = self._allow_hold and may_hold
         row[PROMPT_TOKENS] = request.prompt_tokens
         row[PREDICTED_OUTPUT_TOKENS] = request.predicted_output_tokens
@@ -466,6 +522,11 @@ class LiveState:
     def set_up(self, replica: int, up: bool) -> None:
         """A replica takes requests from now on, or does not."""
         self.replicas[UP, replica] = float(up)
+
+    @property
+    def up(self) -> BoolArray:
+        """Replicas that take requests, `bool[R]`."""
+        return self.replicas[UP] > 0.0
 
     def is_up(self, replica: int) -> bool:
         """Whether a replica takes requests."""

@@ -22,6 +22,27 @@ def test_keys_are_equal_exactly_as_far_as_the_texts_are(first, second, block):
     assert equal == [(i + 1) * block <= same for i in range(len(equal))]
 
 
+def mix(x: int) -> int:
+    """The mixing of the keys in Python's own numbers."""
+    x = (x + 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return x ^ x >> 31
+
+
+@given(st.binary(max_size=600), st.integers(1, 9))
+def test_keys_are_those_of_the_plain_definition(text, block_words):
+    words = [int.from_bytes(text[i : i + 8], "little") for i in range(0, len(text) // 8 * 8, 8)]
+    wanted, total = [], 0
+    for b in range(len(words) // block_words):
+        block = words[b * block_words : (b + 1) * block_words]
+        content = mix(sum(mix(word ^ mix(w)) for w, word in enumerate(block)) % 2**64)
+        total = (total + mix(content ^ mix(b))) % 2**64
+        wanted.append(mix(total))
+    assert text_keys(text, 8 * block_words).tolist() == wanted
+    assert token_keys(np.array(words, np.uint64).view(np.int64), block_words).tolist() == wanted
+
+
 def test_the_order_of_blocks_counts():
     one, two = [1] * 4, [2] * 4
     assert token_keys(one + two, 4)[1] != token_keys(two + one, 4)[1]

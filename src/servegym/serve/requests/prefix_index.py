@@ -2,50 +2,76 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from servegym.cluster.jit import fixed, inlined, kernel
 from servegym.typing import FloatArray, IntArray, UInt64Array
 
 #: Bytes hashed at once where no tokens are known, as a multiple of 8.
 WORD_BYTES = 8
 
 
-def _mix(x: UInt64Array) -> UInt64Array:
-    """Scramble `uint64[n]`, one to one (splitmix64; Steele, Lea and Flood, OOPSLA 2014)."""
+@inlined
+def _mix(x: Any) -> Any:
+    """Scramble a word, one to one (splitmix64; Steele, Lea and Flood, OOPSLA 2014)."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
+@kernel
+def _name(words: UInt64Array, block_words: int, places: UInt64Array, keys: UInt64Array) -> None:
+    """Fill in the keys of all blocks, in one pass.
+
+    A block's content is a sum over its words, each mixed with its place; a key is a sum over all
+    blocks so far, each mixed with its position: so their order counts.
+    """
+    total = np.uint64(0)
+    for b in range(len(keys)):
+        content = np.uint64(0)
+        for w in range(block_words):
+            content += _mix(words[b * block_words + w] ^ places[w])
+        total += _mix(_mix(content) ^ _mix(np.uint64(b)))
+        keys[b] = _mix(total)
+
+
+@functools.lru_cache(maxsize=16)
+def _places(block_words: int) -> UInt64Array:
+    """Return what the places of a block's words are mixed to, `uint64[block_words]`."""
+    places: UInt64Array = _mix(np.arange(block_words, dtype=np.uint64))
+    return places
+
+
 def block_keys(words: UInt64Array, block_words: int) -> UInt64Array:
     """Name every whole block of a text together with all that comes before it.
 
     Equal keys mean equal prefixes, up to collisions of 64 bits. The keys are the same on every
-    machine. All blocks are hashed at once: prompts have thousands.
+    machine.
 
     Args:
-        words: The text, `uint64[n]`.
+        words: The text, contiguous, `uint64[n]`.
         block_words: Words in a block.
 
     Returns:
         `uint64[n // block_words]`.
     """
-    count = len(words) // block_words
-    place = np.arange(block_words, dtype=np.uint64)
-    blocks = _mix(words[: count * block_words].reshape(count, block_words) ^ _mix(place))
-    content = _mix(blocks.sum(1, dtype=np.uint64))
-    # a sum over all blocks so far; each is mixed with its position, so their order counts
-    position = _mix(np.arange(count, dtype=np.uint64))
-    return _mix(np.cumsum(_mix(content ^ position), dtype=np.uint64))
+    keys = np.empty(len(words) // block_words, np.uint64)
+    places = _places(block_words)
+    name = fixed(_name, keys, 1, keys, keys)  # types are always these
+    with np.errstate(over="ignore"):  # where nothing is compiled
+        name(words, block_words, places, keys)
+    return keys
 
 
 def token_keys(token_ids: Sequence[int] | IntArray, block_tokens: int) -> UInt64Array:
     """Name the blocks of a tokenised prompt; see `block_keys`."""
-    return block_keys(np.asarray(token_ids, np.int64).view(np.uint64), block_tokens)
+    return block_keys(np.ascontiguousarray(token_ids, np.int64).view(np.uint64), block_tokens)
 
 
 def text_keys(text: bytes, block_bytes: int) -> UInt64Array:
@@ -57,7 +83,7 @@ def text_keys(text: bytes, block_bytes: int) -> UInt64Array:
     """
     whole = len(text) // WORD_BYTES * WORD_BYTES
     words = np.frombuffer(text, np.dtype("<u8"), whole // WORD_BYTES)
-    return block_keys(words.astype(np.uint64), block_bytes // WORD_BYTES)
+    return block_keys(words.astype(np.uint64, copy=False), block_bytes // WORD_BYTES)
 
 
 class PrefixIndex:

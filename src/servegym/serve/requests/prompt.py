@@ -111,6 +111,7 @@ class PromptReader:
         self._block_bytes = words * WORD_BYTES
         self._bytes_per_token = float(config.bytes_per_token)
         self._media_tokens = float(config.media_tokens)
+        token_keys([0], 1)  # compiled now: no request is to wait for it
 
     def read(self, prompt: str | Sequence[int]) -> Prompt:
         """Measure a prompt, a text (see `chat_text`) or token ids."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import socket
+import struct
 import time
 from collections.abc import Awaitable, Callable
 from email.utils import formatdate
@@ -62,15 +64,17 @@ class Request:
         key: The id that the client has given it, else a new one.
         begun: Whether any of its answer has been sent.
         flow: Told of the client's pace.
+        write: Sends more of the body, framed as the head of the answer says.
     """
 
-    __slots__ = ("_connection", "begun", "flow", "head", "key")
+    __slots__ = ("_connection", "begun", "flow", "head", "key", "write")
 
     def __init__(self, connection: Connection, head: RequestHead) -> None:
         self._connection = connection
         self.head = head
         self.begun = False
         self.flow: Flow | None = None
+        self.write = connection.write
         key = head.fields.get("x-request-id") or ""
         good = 0 < len(key) <= _MAX_ID_CHARACTERS and key.isprintable()
         self.key = key if good else secrets.token_hex(12)
@@ -109,11 +113,7 @@ class Request:
         pairs.append(("Date", self._connection.date()))
         if not self.head.keeps_alive:
             pairs.append(("Connection", "close"))
-        self._connection.write(write_response_head(status, pairs) + piece)
-
-    def write(self, piece: bytes) -> None:
-        """Send more of the body, framed as the head says."""
-        self._connection.write(piece)
+        self.write(write_response_head(status, pairs) + piece)
 
     def break_off(self, last: bytes) -> None:
         """Cut the connection: an answer that ends properly would pass for a whole one.
@@ -131,9 +131,12 @@ class Connection(asyncio.Protocol):
         server: That it is of.
 
     Attributes:
+        write: Sends bytes.
         paused: Whether the client takes no more for now.
         idle_since_s: When its last request ended, on the loop's clock; infinite while there is one.
     """
+
+    write: Callable[[bytes], None]
 
     def __init__(self, server: Server) -> None:
         self._server = server
@@ -155,6 +158,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin; see `asyncio.Protocol`."""
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by its class
+        self.write = self._transport.write  # as it is: it is called for every token
         self.idle_since_s = self._server.loop.time()
         self._server.connections.add(self)
 
@@ -199,11 +203,6 @@ class Connection(asyncio.Protocol):
             self._holds_back = True
             self._transport.pause_reading()
 
-    def write(self, data: bytes) -> None:
-        """Send bytes."""
-        if self._transport is not None:
-            self._transport.write(data)
-
     async def body(self, timeout_s: float) -> bytes:
         """See `Request.body`."""
         if self._request is not None and self._framing is not None and self._refused is None:
@@ -232,6 +231,11 @@ class Connection(asyncio.Protocol):
             transport.close()  # once that is sent
             self._lingers = self._server.loop.call_later(_LINGER_S, transport.abort)
         else:
+            # a reset: where nothing frames an answer, the end of the connection would end it well
+            reset = struct.pack("ii", 1, 0)
+            transport.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, reset
+            )
             transport.abort()
 
     def date(self) -> str:

@@ -19,7 +19,9 @@ _REQUEST_LINE = re.compile(
     rf"({_TOKEN}) (?:https?://[0-9A-Za-z.:\[\]-]+)?(/[!-~]*) HTTP/1\.([01])\r\n"
 )
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
-_FIELD = re.compile(rf"({_TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n")
+_VALUE = r"[^\x00-\x08\x0a-\x1f\x7f]*"
+_FIELD = re.compile(rf"({_TOKEN}):({_VALUE})\r\n")
+_FIELDS = re.compile(rf"(?:{_TOKEN}:{_VALUE}\r\n)*\r\n")
 _NUMBER = re.compile(r"[0-9]{1,18}")
 #: How the first line of a request may begin.
 _BEGINNING = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}(?: |$)")
@@ -37,13 +39,12 @@ class Fields:
         pairs: Names and values as they came, in order.
     """
 
-    __slots__ = ("_first", "pairs")
+    __slots__ = ("_first", "_is_repeated", "pairs")
 
     def __init__(self, pairs: list[tuple[str, str]]) -> None:
         self.pairs = pairs
-        self._first: dict[str, str] = {}
-        for name, value in pairs:
-            self._first.setdefault(name.lower(), value)
+        self._first = {name.lower(): value for name, value in reversed(pairs)}
+        self._is_repeated = len(self._first) < len(pairs)  # any of them
 
     def get(self, name: str) -> str | None:
         """Return the first value of a field, whose name is given in small letters."""
@@ -51,6 +52,8 @@ class Fields:
 
     def all(self, name: str) -> list[str]:
         """Return every value of a field, whose name is given in small letters."""
+        if not self._is_repeated:
+            return [self._first[name]] if name in self._first else []
         return [value for given, value in self.pairs if given.lower() == name]
 
     def tokens(self, name: str) -> list[str]:
@@ -167,13 +170,9 @@ def write_response_head(status: int, pairs: Iterable[tuple[str, str]]) -> bytes:
 
 def _read_fields(text: str, start: int) -> Fields:
     """Read all lines up to the empty one, which must be the end."""
-    pairs = []
-    while (found := _FIELD.match(text, start)) is not None:
-        name, value = found.groups()
-        pairs.append((name, value.strip(" \t")))
-        start = found.end()
-    if len(text) - start != 2 or not text.endswith("\r\n"):
+    if _FIELDS.fullmatch(text, start) is None:
         raise HeadError("a line that is no field")
+    pairs = [(name, value.strip(" \t")) for name, value in _FIELD.findall(text, start)]
     if len(pairs) > _MAX_FIELDS:
         raise HeadError(f"more than {_MAX_FIELDS} fields")
     return Fields(pairs)

@@ -8,16 +8,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import aiohttp
+import numpy as np
 
 from servegym.serve.dispatcher import Dispatcher
 from servegym.serve.router.config import HealthConfig, ReplicaConfig
 from servegym.serve.router.ejection import Ejection
+from servegym.typing import BoolArray
 
 _log = logging.getLogger(__name__)
 
 #: Seconds between two looks at a replica's list of models.
 _MODELS_S = 30.0
 _MAX_MODELS_BYTES = 1_000_000
+#: Names of models that are remembered with their replicas.
+_MAX_NAMES = 1000
 
 
 @dataclass
@@ -64,6 +68,7 @@ class Health:
         self._session = session
         self._timeout = aiohttp.ClientTimeout(total=config.timeout_s)
         self._tasks: list[asyncio.Task[None]] = []
+        self._serving: dict[str, BoolArray] = {}  # by model
         self.ejection = Ejection(
             config, dispatcher.names, dispatcher.clock, self._peers, self._settle
         )
@@ -106,6 +111,16 @@ class Health:
         for health in self.replicas:
             if health.up:
                 found |= health.models
+        return found
+
+    def serving(self, model: str) -> BoolArray:
+        """Replicas that have a model, as far as is known, `bool[R]`; not to be changed."""
+        found = self._serving.get(model)
+        if found is None:
+            found = np.array([self.serves(r, model) for r in range(len(self.replicas))])
+            if len(self._serving) >= _MAX_NAMES:  # clients name what they like
+                self._serving.clear()
+            self._serving[model] = found
         return found
 
     def serves(self, replica: int, model: str) -> bool:
@@ -168,6 +183,7 @@ class Health:
                     return
                 data = (await response.json(content_type=None))["data"]
                 self.replicas[replica].models = {str(entry["id"]): dict(entry) for entry in data}
+                self._serving.clear()
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError, TypeError):
             return
 

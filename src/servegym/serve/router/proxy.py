@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 
-import numpy as np
-
 from servegym.serve.dispatcher import Dispatcher, Job
 from servegym.serve.router.books import Books, Failures
 from servegym.serve.router.client import ID_HEADER, Request
@@ -194,11 +192,10 @@ class Proxy:
         have stopped talking: no one would notice that they still do not. Those that have failed
         the request are the last.
         """
-        state, health = self._dispatcher.state, self._health
-        allowed = np.array(
-            [state.is_up(r) and health.serves(r, job.model) for r in range(len(self._pools))]
-        )
+        allowed = self._dispatcher.state.up & self._health.serving(job.model)
         worse = self._ejection.passed_over(stream=stream)
+        if not worse and not tried:
+            return allowed
         for avoided in ({*tried, *worse}, tried) if worse else (tried,):
             left = allowed.copy()
             left[list(avoided)] = False
