@@ -3,7 +3,8 @@
 `python benchmarks/agents.py`:
 the dispatcher takes the replica with the fewest outstanding requests, schedulers the first request
 that they may, and leave KV as it is; a controller moves nobody. Choosing is not timed. Median of
-rounds that alternate between the forms, so that whatever else the machine does meets all of them.
+rounds that alternate between the forms, so that whatever else the machine does meets all of them;
+batches go on from one round to the next, so that fleets fill.
 """
 
 from __future__ import annotations
@@ -94,10 +95,10 @@ def rounds(scenario: str) -> Callable[[], float]:
 def vector(scenario: str, num_envs: int) -> Callable[[], float]:
     """Gymnasium's form of many fleets."""
     env = ClusterVectorEnv(num_envs, scenario)
-    steps = max(16, DECISIONS // num_envs)
+    env.reset(seed=0)
+    steps = max(64, DECISIONS // num_envs)
 
     def one_round() -> float:
-        env.reset(seed=0)
         spent = 0.0
         for _ in range(steps):
             actions = choose(env.batch)
@@ -115,11 +116,11 @@ def sb3(scenario: str, num_envs: int) -> Callable[[], float]:
 
     env = ClusterVecEnv(num_envs, scenario)
     batch = env.get_attr("batch")[0]
-    steps = max(16, DECISIONS // num_envs)
+    env.seed(0)
+    env.reset()
+    steps = max(64, DECISIONS // num_envs)
 
     def one_round() -> float:
-        env.seed(0)
-        env.reset()
         spent = 0.0
         for _ in range(steps):
             actions = choose(batch)

@@ -257,7 +257,7 @@ def _with_tiers(scene: Scene, simulator: Simulator, env: int) -> Scene:
             row._replace(
                 waiting=more + row.waiting,
                 behind=tuple(map(float, own.values())),
-                note=", ".join((*notes, row.note.rpartition(", ")[0])),
+                note=", ".join(notes),
             )
         )
     size = int(sizes[0, STORE])

@@ -173,7 +173,9 @@ def _draw_row(draw: ImageDraw, row: Row, top: float, height: float, font: Any) -
         top, bottom = bottom, bottom + (part if i else 2 * part)
         draw.rectangle((x, top, x + _BAR, bottom - (1 if row.behind else 0)), _TRACK)
         if fill > 0:
-            paint = _FULL if fill >= _NEARLY_FULL else _COLOURS[0 if i == 0 else 4]
+            paint = _FULL if fill >= _NEARLY_FULL else _COLOURS[0]
+            if i:  # a full tier forgets what was used longest ago, and nobody waits
+                paint = _COLOURS[4]
             right = x + _BAR * min(1.0, fill)
             draw.rectangle((x, top, right, bottom - (1 if row.behind else 0)), paint)
     _draw_cells(draw, row, x + _BAR + 14, WIDTH - _NOTE - 10, middle, half)

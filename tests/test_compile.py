@@ -43,7 +43,9 @@ scenario = load_scenario("failures")
 for decider in (*map(policy, RULES.names()), score_policy("expected_tokens * decode_step_s")):
     run(Simulator(scenario.spec, [scenario.episode(0, num_requests=40)]), decider)
 played = [(name, {{}}) for name in ("Dispatch-v1", "Preemption-v0", "Cluster-v0", "Workflow-v0")]
-for name, settings in (*played, ("Cluster-v0", {{"scenario": "pd-equal"}})):
+for scenario_name in ("pd-equal", "near-full-kv", "agents-tiers"):
+    played.append(("Cluster-v0", {{"scenario": scenario_name}}))
+for name, settings in played:
     name = f"servegym/{{name}}"
     for env in (gymnasium.make(name, **settings), gymnasium.make_vec(name, num_envs=2, **settings)):
         _, info = env.reset(seed=1)

@@ -232,11 +232,13 @@ def asks_of(seed: int, spec: ClusterSpec) -> Asks:
 
 
 @pytest.mark.parametrize("asked", [WHERE_IT_MATTERS, ALWAYS])
-@pytest.mark.parametrize("tiers", [False, True])
-def test_they_agree_on_what_somebody_decides_of_ended_turns(asked, tiers):
+@pytest.mark.parametrize(
+    ("engine", "tiers"), [("vllm", False), ("vllm", True), ("vllm-priority", False)]
+)
+def test_they_agree_on_what_somebody_decides_of_ended_turns(asked, engine, tiers):
     kept = 0
     for seed in range(7000, 7020):
-        spec, episode = with_conversations(*random_case(seed), seed)
+        spec, episode = with_conversations(*random_case(seed, (engine,)), seed)
         if tiers:
             spec, episode = with_tiers(spec, episode, seed)
         kept += len(assert_same_events(spec, episode, Asks(retain=asked)))

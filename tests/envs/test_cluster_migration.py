@@ -177,7 +177,7 @@ def test_a_controller_that_acts_at_random_leaves_nobody_behind():
             controls = seen["kind"][i, 3] == 1
             assert mask[first:].any() == controls
             assert mask[:first].any() != controls
-            nobody += mask[first - 1]  # is admitted, not moved
+            nobody += int(mask[first - 1])  # is admitted, not moved
             assert seen["moves"][i].any() == controls
             assert (seen["agent"][i, 1 + WIDTH] == 1) == controls
         actions = [rng.choice(np.flatnonzero(mask)) for mask in info["action_mask"]]

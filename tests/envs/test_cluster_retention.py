@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from pettingzoo.test import (
     api_test,
+    max_cycles_test,
     parallel_api_test,
     parallel_seed_test,
     render_test,
@@ -323,7 +326,7 @@ def test_a_longer_episode_with_more_tools_finds_room():
 
 
 SETTINGS = [
-    pytest.param({"scenario": "agents-tiers", "num_requests": 60}, id="agents-tiers"),
+    pytest.param({"scenario": "agents-tiers", "num_requests": 30}, id="agents-tiers"),
     pytest.param({"scenario": tiered(), "rewards": "class", "num_requests": 40}, id="tiered"),
     pytest.param(
         {
@@ -342,15 +345,24 @@ SETTINGS = [
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_pettingzoos_own_tests_pass(settings):
     with quiet():
-        api_test(cluster_v0.env(**settings), num_cycles=100)
-        parallel_api_test(cluster_v0.parallel_env(**settings), num_cycles=100)
+        api_test(cluster_v0.env(**settings), num_cycles=60)
+        parallel_api_test(cluster_v0.parallel_env(**settings), num_cycles=60)
         seed_test(lambda: cluster_v0.env(**settings), num_cycles=30)
         parallel_seed_test(lambda: cluster_v0.parallel_env(**settings), num_cycles=30)
         render_test(lambda render_mode: cluster_v0.env(render_mode=render_mode, **settings))
-        state_test(cluster_v0.env(**settings), cluster_v0.parallel_env(**settings), num_cycles=40)
+        state_test(cluster_v0.env(**settings), cluster_v0.parallel_env(**settings), num_cycles=30)
     env = cluster_v0.raw_env(**settings)
     width = env.batch.num_replicas
     assert env.possible_agents == ["dispatcher_0", *(f"scheduler_{r}" for r in range(width))]
+
+
+def test_pettingzoos_test_of_cycles_passes():
+    settings = {"scenario": tiered(), "load": 3.0}  # so that every agent is asked often enough
+    module = SimpleNamespace(
+        env=functools.partial(cluster_v0.env, **settings),
+        parallel_env=functools.partial(cluster_v0.parallel_env, **settings),
+    )
+    max_cycles_test(module)
 
 
 @pytest.mark.filterwarnings("ignore:.*(not within the observation|not recommended).*")
