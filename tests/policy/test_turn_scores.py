@@ -79,13 +79,15 @@ def test_the_highest_score_is_the_answer_if_it_can_be_given():
 
 def test_a_turn_has_what_its_replica_and_its_first_tier_hold():
     agents = load_scenario("agents-tiers")
-    scenario = agents.model_copy(update={"fleet": agents.fleet[2:], "kv_store": None})
+    slow = agents.fleet[2].host_kv.model_copy(update={"gb_per_s": 0.2})
+    fleet = (agents.fleet[2].model_copy(update={"count": 2, "host_kv": slow}),)
+    scenario = agents.model_copy(update={"fleet": fleet, "kv_store": None})
     simulator = make_simulator(scenario.spec, [scenario.episode(0, load=2.0, num_requests=60)])
     turns, seen = Turns(simulator, 0), []
     while simulator.advance()[0] == DECISION:
         env = simulator.state.env[0]
         if env["decision"] != RETAIN:
-            simulator.apply(np.array([int(env["now_s"] * 7) % simulator.max_replicas]))
+            simulator.apply(np.array([int(env["now_s"] * 7) % 2]))
             continue
         turn, r = turns.due(tell=False), int(env["asking"])
         size = scenario.spec.types[0].num_blocks
