@@ -10,8 +10,9 @@ import pytest
 from servegym.baselines.registry import policy
 from servegym.cluster.outcome import OUTCOME_DTYPE, STEP_DTYPE, within_slo
 from servegym.cluster.simulator import Simulator
-from servegym.cluster.spec import Episode
+from servegym.cluster.spec import Episode, TransferRules
 from servegym.cluster.state import ITL_BINS_PER_DECADE, ITL_FIRST_S, NUM_ITL_BINS
+from servegym.cluster.tier_rules import KvTier, TierRules
 from servegym.policy.run import run
 from servegym.problems.request_metrics import itl_percentile, measure, unloaded_s
 from servegym.workloads.table import RequestTable
@@ -146,6 +147,37 @@ def test_steps_are_weighted_by_their_length(six, spec, episode):
     assert got["kv_use_max"] == 1.0
     # busy 4, 2 and 0 s: mean 2, variance (4 + 0 + 4) / 3
     assert got["busy_cv"] == pytest.approx((8 / 3) ** 0.5 / 2)
+
+
+def test_loads_are_told_from_transfers(six, spec, episode):
+    first, second = spec.types[:2]
+    apart = dataclasses.replace(
+        spec,
+        types=(
+            dataclasses.replace(first, role="prefill"),
+            dataclasses.replace(second, role="decode"),
+        ),
+        prefix_caching=True,
+        transfers=TransferRules(kv_token_bytes=2.0),
+        tiers=TierRules(store=KvTier(100), balancing_threshold=1.0),
+    )
+    six["prefilled_s"] = [np.nan, 10.8, 12.5, np.nan, 19.0, np.nan]
+    # the third was preempted where it decodes and loaded there; the fourth was only loaded
+    six["transfer_s"] = [np.nan, 10.9, 12.9, 11.5, 19.5, np.nan]
+    six["landed_s"] = [np.nan, 11.0, 13.0, 12.0, 19.9, np.nan]
+    six["moved_bytes"] = [0, 200 + 40, 200 + 20, 100, 200, 0]
+    six["store_tokens"][1], six["host_tokens"][2], six["peer_tokens"][3] = 20, 10, 50
+    got = measure(six, NO_STEPS, NO_ITL, apart, episode)
+    assert got["transferred_share"] == 3 / 5
+    assert got["moved_gb"] == pytest.approx(600e-9)
+    assert got["loaded_gb"] == pytest.approx(160e-9)
+    assert got["loaded_share"] == 3 / 5
+    assert got["loaded_from_store"] == 20 / 500
+    assert got["loaded_from_peer"] == 50 / 500
+    assert got["prefill_mean_s"] == pytest.approx((0.8 + 3.0) / 2)
+    assert got["unfetched_mean_s"] == pytest.approx((0.1 + 0.5) / 2)
+    assert got["transfer_mean_s"] == pytest.approx((0.1 + 0.4) / 2)
+    assert "load_mean_s" not in got
 
 
 def test_fairness_compares_the_slowdown_of_tenants(spec, episode):
