@@ -6,6 +6,7 @@ import json
 import runpy
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,9 @@ from servegym.evaluate.suite import (
     reference,
     suite_names,
 )
+from servegym.problems.keys import episode_key
 from servegym.problems.requests import OBJECTIVES
+from servegym.scenario import load_scenario
 from servegym.train.validation import FIRST_SEED
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "record-bench"
@@ -262,6 +265,18 @@ def test_entries_of_another_suite_are_refused(tmp_path, suite, recorded):
 def test_a_name_without_policies_is_refused(tmp_path, folder):
     with pytest.raises(SystemExit):
         main(f"leaderboard --suite {folder} --name mine --out {tmp_path}".split())
+
+
+def test_an_episode_is_the_same_where_processors_draw_other_last_bits():
+    episode = load_scenario("agent-sessions").episode(0, num_requests=20)
+
+    def key(stretch: float) -> bytes:
+        table = replace(episode.table, delay_s=episode.table.delay_s * stretch)
+        return episode_key(replace(episode, table=table), noisy=False)
+
+    assert episode.table.delay_s.max() > 1.0
+    assert key(1.0 + 1e-15) == key(1.0)
+    assert key(1.0 + 1e-4) != key(1.0)
 
 
 def test_unknown_suite_is_refused(tmp_path):
