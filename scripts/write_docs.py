@@ -209,9 +209,10 @@ through the dispatcher of a router). What they draw follows the seed.
   benefit of the doubt (`alpha`). What a choice costs the others no latency of the request itself
   shows; it is known, and added (`price`; 0 is the textbook's bandit).
 
-Trees are learned within a decision: some milliseconds, every 200 requests. Environments and data
-sets tell nobody of ended requests, so these rules decide there as they do at the beginning; as
-parts of `DISPATCH+...` they are refused.
+Trees are learned when a request ends: some 25 ms for both, every 200 requests. A decision is taken
+in Python, in some 0.1 ms, so these rules are not compared by default. Environments and data sets
+tell nobody of ended requests: these rules decide there as they do at the beginning. As parts of
+`DISPATCH+...` they are refused.
 
 ## Closed-form scores
 A dispatcher can be one formula: each replica that may be chosen has a score, and the lowest is
