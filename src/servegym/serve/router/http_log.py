@@ -1,4 +1,4 @@
-"""What is logged of requests that are not HTTP.
+"""What is logged of requests to the operators' port that are not HTTP.
 
 aiohttp logs their bytes, which may hold a key, and a traceback of its own code for each.
 """
@@ -33,6 +33,6 @@ class _OneLine(logging.Filter):
         return True
 
 
-#: For aiohttp's servers.
+#: For aiohttp's server.
 http_logger = logging.getLogger("servegym.serve.router.http")
 http_logger.addFilter(_OneLine())

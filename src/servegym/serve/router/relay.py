@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from typing import Literal
 
 from servegym.serve.dispatcher import Job
 from servegym.serve.router.books import Books, Failures
@@ -21,6 +22,8 @@ from servegym.serve.router.upstream import Exchange
 
 #: What a chunk lacks whose replica has gone is filled up to this size, so that an error can follow.
 _MAX_FILLED_BYTES = 64 * 1024
+#: How the client gets pieces: in the replica's chunks, in chunks made anew, or bare.
+_Frame = Literal["as it came", "anew", "none"]
 
 
 class Relay:
@@ -84,12 +87,9 @@ class Relay:
         if not attempt.stream and config.answer_timeout_s is not None:
             self._whole_by_s = attempt.dispatch_s + config.answer_timeout_s
         self._token_s = self._clock()
-        # how pieces are framed: as they come, without, or anew
-        self._frame = "anew" if request.takes_chunks else "none"
-        if head.length is not None:
+        self._frame: _Frame = "as it came" if head.chunked else "anew"
+        if head.length is not None or not request.takes_chunks:
             self._frame = "none"
-        elif head.chunked and request.takes_chunks:
-            self._frame = "as it came"
         self._begun = self._answered = self._paused = False
         #: Done when the client has its answer, or will not get it.
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -129,7 +129,7 @@ class Relay:
         if body and (count := self._reader.feed(body)):
             self._tokens(count)
             self._exchange.patience.due_s = min(self._token_s + self._stall_s, self._whole_by_s)
-        self._request.write(framed if self._frame == "as it came" else self._framed(framed, body))
+        self._request.write(self._framed(framed, body))
         if self._reader.done:
             self._note_answered()
 
