@@ -86,3 +86,12 @@ def test_sample_takes_of_every_source_and_gpu_and_the_same_each_time(write_table
     assert strata.count(("few", "h100_sxm")) == 3
     assert strata.count(("many", "h200_sxm")) == 1
     assert len(drawn) == len(set(row.row_id for row in drawn)) == len(strata)
+
+
+def test_workers_that_prefill_for_others_are_not_fitted(write_table):
+    notes = "1P1D, TP=1 per worker"
+    fits, variants = fit_families(
+        read_published(write_table({"notes": notes, "gpu_count": "2"}, {}))
+    )
+    assert [len(variants[name]) for name in VARIANTS] == [1] * len(VARIANTS)
+    assert not fits

@@ -221,6 +221,8 @@ def median_error(scores: list[RowScore]) -> float:
 def _case(row: Row) -> Case | None:
     try:
         plan = experiment(row)
+        if plan.prefill is not None:  # two kinds of engines, each with times of its own
+            return None
         tried = (EngineConstants(), *_TRIED)
         return Case(row, plan, tuple(score_row(row, plan, constants) for constants in tried))
     except ConfigError:  # cannot be replayed, or does not fit its GPU

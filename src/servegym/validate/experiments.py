@@ -13,6 +13,7 @@ from servegym.errors import ConfigError
 from servegym.typing import IntArray
 from servegym.validate.engine import EngineConstants
 from servegym.validate.published import Experiment
+from servegym.validate.reception import front_end_s
 from servegym.validate.replay import Replay, replay_closed, replay_open
 
 
@@ -78,16 +79,42 @@ def play(
             num_replicas=num_replicas,
         )
     tpot = replay.tpot_s[~np.isnan(replay.tpot_s)]
+    step_s = float(tpot.mean()) if len(tpot) else 0.0
     # benchmarks of batches and of maximum throughput call the engine, without a server between
     way_s = constants.request_s if plan.loop in ("closed", "open") else 0.0
+    way_s += _received_s(plan, fleet[0][0], step_s)
+    e2e_s = float(replay.e2e_s.mean())
     simulated = {
         "ttft_s": float(replay.ttft_s.mean()) + way_s,
-        "e2e_s": float(replay.e2e_s.mean()) + way_s,
+        "e2e_s": e2e_s + way_s,
         "output_tokens_per_s": replay.output_tokens_per_s,
     }
+    if plan.loop == "closed":  # a client sends its next request later by so much
+        simulated["output_tokens_per_s"] *= e2e_s / (e2e_s + way_s)
     if len(tpot):
-        simulated["tpot_s"] = float(tpot.mean())
+        simulated["tpot_s"] = step_s
     return simulated, replay
+
+
+def _received_s(plan: Experiment, first: ReplicaType, step_s: float) -> float:
+    """Return the mean seconds from a client to where the simulator's requests begin, and back.
+
+    Args:
+        plan: The experiment.
+        first: The engine that prefills.
+        step_s: A decode step.
+    """
+    if plan.loop not in ("closed", "open"):
+        return 0.0
+    front_s = front_end_s(plan.prompt_tokens)
+    if plan.loop == "open":
+        return front_s
+    per_step = plan.concurrency / (plan.num_workers * plan.output_tokens)
+    prompt_s = first.step_s([(round(plan.prompt_tokens), 0)])
+    wait_s = plan.reception.wait_steps(per_step) * step_s
+    wait_s += plan.reception.companions(per_step) * prompt_s
+    # the first request of a client finds an idle engine
+    return front_s + wait_s * (1.0 - plan.concurrency / plan.num_requests)
 
 
 def _fleet(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +23,7 @@ from servegym.validate.names import (
     known_model,
     known_precision,
 )
+from servegym.validate.reception import Reception, reception
 from servegym.workloads.records import columns_of, records
 
 _COLUMNS = (
@@ -133,6 +134,7 @@ class Experiment:
         num_workers: Engines.
         prefill: Those that prefill for them, if there are any.
         num_prefill: How many.
+        reception: When their schedulers see a request.
     """
 
     setup: EngineSetup
@@ -147,6 +149,7 @@ class Experiment:
     num_workers: int = 1
     prefill: EngineSetup | None = None
     num_prefill: int = 0
+    reception: Reception = field(default_factory=Reception)
 
 
 def read_published(path: Path) -> list[Row]:
@@ -223,6 +226,7 @@ def experiment(row: Row) -> Experiment:
         concurrency=concurrency,
         rate_rps=rate,
         num_requests=count,
+        reception=reception(family, row.engine_version, text, setup.model, setup.tp),
     )
     if workers is None:
         return plan
