@@ -37,11 +37,18 @@ NO_DECODER_S = 1e300
 
 
 @inlined
-def _fetching_s(replicas: FloatArray, r: int, source: int) -> float:
-    """Seconds to fetch what of its prefix one replica has and another has not."""
-    tokens = replicas[PREFIX_HIT_TOKENS, source] - replicas[PREFIX_HIT_TOKENS, r]
+def _saved_s(replicas: FloatArray, r: int, source: int, threshold: float) -> float:
+    """Seconds a replica saves if it fetches what of a prefix another has and it has not.
+
+    It does so if it can, and the prefix is so many times as long there.
+    """
+    longest, own = replicas[PREFIX_HIT_TOKENS, source], replicas[PREFIX_HIT_TOKENS, r]
+    rate = min(replicas[KV_TOKENS_PER_S, source], replicas[KV_TOKENS_PER_S, r])
+    if rate == 0.0 or longest <= threshold * own:
+        return 0.0
     busy_s = max(replicas[LINK_BUSY_S, source], replicas[LINK_BUSY_S, r])
-    return busy_s + tokens / min(replicas[KV_TOKENS_PER_S, source], replicas[KV_TOKENS_PER_S, r])
+    tokens = longest - own
+    return tokens / replicas[PREFILL_TOKENS_PER_S, r] - (busy_s + tokens / rate)
 
 
 @inlined
@@ -60,15 +67,12 @@ def shortest_ttft(
     for r in range(num_replicas(mask)):
         if replicas[PREFIX_HIT_TOKENS, r] > replicas[PREFIX_HIT_TOKENS, source]:
             source = r
-    longest = replicas[PREFIX_HIT_TOKENS, source]
     best, best_s = -1, 0.0
     for r in range(num_replicas(mask)):
         if mask[r]:
             ttft_s = prefills_s(replicas, request, r)
-            own = replicas[PREFIX_HIT_TOKENS, r]
-            if threshold > 0.0 and longest > threshold * own:
-                ttft_s -= (longest - own) / replicas[PREFILL_TOKENS_PER_S, r]
-                ttft_s += _fetching_s(replicas, r, source)
+            if threshold > 0.0:
+                ttft_s -= _saved_s(replicas, r, source, threshold)
             if better(ttft_s, r, best_s, best):
                 best, best_s = r, ttft_s
     return best, best_s

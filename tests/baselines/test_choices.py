@@ -153,6 +153,7 @@ HAND = [
     ("conductor-predicted", CONDUCTOR, 1),
     ("conductor", FETCHING, 1),
     ("conductor:threshold=1", FETCHING, 2),
+    ("conductor:threshold=1", {**FETCHING, "kv_tokens_per_s": 0}, 1),
     # 80 are not more than twice as many as 40: 0.36 and 0.37
     ("conductor:threshold=2", {**FETCHING, "prefix_hit_tokens": (80, 40, 40)}, 1),
     # 1 decodes: 2 * 0.5 + 3 * 0.95 against 2 + 2 * 0.8; it lacks 5 tokens

@@ -181,7 +181,7 @@ def test_compiled_and_plain_simulator_agree_on_random_tiers(block):
 @pytest.mark.parametrize("block", range(5))
 def test_they_agree_where_others_prefill(block):
     landed, loaded, returned = 0, 0, 0
-    for seed in range(9000 + 40 * block, 9040 + 40 * block):
+    for seed in range(9000 + 25 * block, 9025 + 25 * block):
         case = with_conversations(*random_case(seed), seed)
         spec, episode = with_tiers(*with_roles(*case, seed), seed)
         events = assert_same_events(spec, episode, asks_of(seed, spec))
@@ -189,28 +189,28 @@ def test_they_agree_where_others_prefill(block):
         loaded += np.isin(events["kind"], (EV_HOST, EV_DISK, EV_STORE)).sum()
         returned += (events["kind"] == EV_RETURN).sum()
     assert landed > 40
-    assert loaded > 10
+    assert loaded > 5
     assert returned > 10
 
 
 @pytest.mark.parametrize("block", range(3))
 def test_they_agree_where_requests_migrate(block):
     moved, loaded = 0, 0
-    for seed in range(9500 + 40 * block, 9540 + 40 * block):
+    for seed in range(9500 + 25 * block, 9525 + 25 * block):
         case = with_conversations(*random_case(seed), seed)
         spec, episode = with_tiers(*with_migration(*case, seed), seed)
         events = assert_same_events(spec, episode)
         moved += (events["kind"] == EV_MIGRATE).sum()
         loaded += np.isin(events["kind"], (EV_HOST, EV_DISK, EV_STORE)).sum()
     assert moved > 40
-    assert loaded > 20
+    assert loaded > 10
 
 
 @pytest.mark.parametrize("beside", ["nothing", "tiers", "roles", "migration"])
 @pytest.mark.parametrize("block", range(2))
 def test_they_agree_where_prefixes_are_fetched_from_peers(block, beside):
     fetched, returned = 0, 0
-    for seed in range(8000 + 40 * block, 8040 + 40 * block):
+    for seed in range(8000 + 25 * block, 8025 + 25 * block):
         spec, episode = with_conversations(*random_case(seed), seed)
         if beside == "roles":
             spec, episode = with_roles(spec, episode, seed)
@@ -221,7 +221,7 @@ def test_they_agree_where_prefixes_are_fetched_from_peers(block, beside):
         events = assert_same_events(*with_fetching(spec, episode, seed), asks_of(seed, spec))
         fetched += (events["kind"] == EV_PEER).sum()
         returned += (events["kind"] == EV_RETURN).sum()
-    assert fetched > 20
+    assert fetched > 10
     assert returned > 5
 
 
@@ -434,6 +434,21 @@ def test_a_replica_that_fails_while_it_fetches_leaves_the_peer_its_blocks(play):
     assert_times(played, finish_s=[1.8, 11 + 1.72])
     assert_fetched(played, [0, 0])
     assert played.outcomes["num_restarts"].tolist() == [0, 1]
+
+
+def test_a_request_that_is_preempted_where_it_decodes_is_loaded_there(play):  # noqa: F811
+    # both come to four blocks; the second gives its own way, of which the first takes one
+    spec = tiered(host_kv=KvTier(16))
+    types = (
+        replace(replica_type(num_blocks=64), role="prefill"),
+        replace(spec.types[0], role="decode"),
+    )
+    episode = toy_episode([(0, 8, 4), (0, 8, 4)], texts=[(1, 8), (2, 8)], type_idx=(0, 1))
+    played = play(replace(spec, types=types), episode, {})
+    assert played.outcomes["prefill_replica"].tolist() == [0, 0]
+    assert played.outcomes["num_preemptions"].tolist() == [0, 1]
+    assert played.outcomes["host_tokens"].tolist() == [0, 4]
+    assert played.outcomes["moved_bytes"].tolist() == [8, 8 + 4]
 
 
 def decide(spec, episode, answers, keep_s=100.0):

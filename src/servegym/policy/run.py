@@ -103,7 +103,7 @@ def require_whole_requests(simulator: Simulator, policy: Policy) -> None:
     if policy.needs & Group.WHAT_IF and simulator.spec.tiered:
         raise ConfigError(
             f"{policy.name} simulates each replica as if it computed all of a request, but here KV "
-            "is loaded from behind the GPUs: choose another policy"
+            "is loaded from tiers or from other replicas: choose another policy"
         )
 
 
