@@ -89,6 +89,10 @@ class LinearBandit(Learner):
         return np.append(terms[r], alone_s)
 
     @override
+    def learn_ttft(self, seen: FloatArray, ttft_s: float) -> None:
+        """Do nothing: what counts is the whole latency."""
+
+    @override
     def learn(self, fared: Fared) -> None:
         terms, alone_s = fared.seen[:-1], fared.seen[-1]
         kept = 1.0 - 1.0 / self._memory

@@ -1,4 +1,4 @@
-"""llm-d's predicted latency: TTFT and TPOT by trees that learn from ended requests.
+"""llm-d's predicted latency: TTFT and TPOT by trees that learn from what has come.
 
 For each replica, boosted trees predict a quantile of TTFT and of TPOT from what its engine reports:
 KV use, waiting and running requests, and from the prompt's length and its cached share. Of replicas
@@ -109,8 +109,11 @@ class PredictedLatency(Learner):
         return self._features(replicas[:, r : r + 1], request)[0]
 
     @override
+    def learn_ttft(self, seen: FloatArray, ttft_s: float) -> None:
+        self._ttft.add(seen, ttft_s)
+
+    @override
     def learn(self, fared: Fared) -> None:
-        self._ttft.add(fared.seen, fared.ttft_s)
         self._tpot.add(fared.seen, fared.tpot_s)
 
     @override

@@ -56,7 +56,8 @@ def taught(rule=None, times=lambda running: 0.01 * (1.0 + running)):
         running = rng.integers(0, 20, 3).astype(float)
         shown = learner.describe(*seen(running), 1)
         seconds = float(times(running[1]))
-        learner.learn(Fared(shown, 10.0 * seconds, seconds, 1.0))
+        learner.learn_ttft(shown, 10.0 * seconds)
+        learner.learn(Fared(shown, seconds, 1.0))
     return learner
 
 
@@ -108,7 +109,8 @@ def test_what_has_changed_is_learned_anew():
     for _ in range(2400):  # now those with more to do are faster
         running = rng.integers(0, 20, 3).astype(float)
         shown = learner.describe(*seen(running), 1)
-        learner.learn(Fared(shown, 0.2 / (1.0 + running[1]), 0.02 / (1.0 + running[1]), 1.0))
+        learner.learn_ttft(shown, 0.2 / (1.0 + running[1]))
+        learner.learn(Fared(shown, 0.02 / (1.0 + running[1]), 1.0))
     assert learner.decide(*seen(np.array([1.0, 9.0, 18.0])), MASK) == 2
 
 
@@ -119,7 +121,7 @@ def test_the_bandit_has_the_weights_of_ridge_regression():
     for _ in range(60):
         shown = learner.describe(*seen(rng.integers(0, 20, 3).astype(float)), 1)
         e2e_s = float(rng.uniform(0.1, 2.0))
-        learner.learn(Fared(shown, 0.1, 0.01, e2e_s))
+        learner.learn(Fared(shown, 0.01, e2e_s))
         rows.append(shown[:-1])
         costs.append(e2e_s / shown[-1])
     x, y = np.array(rows), np.array(costs)
@@ -137,7 +139,7 @@ def test_the_bandit_begins_with_what_is_known_and_learns_what_is_not():
     shown[0][ReplicaFeature["NUM_WAITING"]] = [0.0, 6.0, 0.0]
     for _ in range(400):
         for r, e2e_s in ((0, 0.2), (1, 3.0), (2, 0.2)):
-            learner.learn(Fared(learner.describe(*shown, r), 0.1, 0.01, e2e_s))
+            learner.learn(Fared(learner.describe(*shown, r), 0.01, e2e_s))
     assert learner.decide(*shown, MASK) != 1
 
 
@@ -148,7 +150,7 @@ def test_doubt_makes_the_bandit_try_what_it_has_not():
         shown = seen(np.array([2.0, 2.0, 3.0]))
         shown[0][ReplicaFeature["KV_CACHE_USAGE"]] = [0.0, 0.0, 0.9]
         for _ in range(200):
-            learner.learn(Fared(learner.describe(*shown, 0), 0.1, 0.01, 0.15))
+            learner.learn(Fared(learner.describe(*shown, 0), 0.01, 0.15))
         chosen.append(learner.decide(*shown, MASK))
     assert chosen[0] in (0, 1)
     assert chosen[1] == 2

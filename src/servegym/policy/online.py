@@ -26,13 +26,11 @@ class Fared(NamedTuple):
 
     Attributes:
         seen: What was seen of the choice, see `Learner.describe`.
-        ttft_s: From the decision to its first token; NaN if that came before the decision.
         tpot_s: Per output token after the first; NaN if there is none.
         e2e_s: From the decision to its end.
     """
 
     seen: FloatArray
-    ttft_s: float
     tpot_s: float
     e2e_s: float
 
@@ -49,8 +47,17 @@ class Learner(ABC):
         """Return what is to be kept of the choice of a replica until its request has ended."""
 
     @abstractmethod
+    def learn_ttft(self, seen: FloatArray, ttft_s: float) -> None:
+        """Take in when the first token of a request came.
+
+        Args:
+            seen: What was seen of the choice.
+            ttft_s: From the decision to the token.
+        """
+
+    @abstractmethod
     def learn(self, fared: Fared) -> None:
-        """Take in how a request fared."""
+        """Take in how a request fared that has ended."""
 
 
 class _Decided(NamedTuple):
@@ -122,6 +129,12 @@ class OnlinePolicy:
         seen = self._learners[env].describe(replicas, request, r)
         self._decided[env][key] = _Decided(seen, now_s)
 
+    def first_token(self, env: int, key: Hashable, now_s: float) -> None:
+        """The first token of a request has come, after it went where it is."""
+        decided = self._decided[env].get(key)
+        if decided is not None:
+            self._learners[env].learn_ttft(decided.seen, now_s - decided.now_s)
+
     def ended(
         self, env: int, key: Hashable, *, first_token_s: float, finish_s: float, tokens: int
     ) -> None:
@@ -138,9 +151,8 @@ class OnlinePolicy:
         if decided is None:
             return
         seen, now_s = decided
-        ttft_s = first_token_s - now_s if first_token_s >= now_s else np.nan
         tpot_s = (finish_s - first_token_s) / (tokens - 1) if tokens > 1 else np.nan
-        self._learners[env].learn(Fared(seen, ttft_s, tpot_s, finish_s - now_s))
+        self._learners[env].learn(Fared(seen, tpot_s, finish_s - now_s))
 
     def gone(self, env: int, key: Hashable) -> None:
         """A request has left without all its tokens: nothing is learned from it."""
@@ -159,9 +171,24 @@ class SimulatorTold:
         simulator.require(INFER)  # as only then what has ended is listed
         self._simulator, self._policy = simulator, policy
         self._last = [-1] * simulator.num_envs
+        self._waiting: list[list[int]] = [[] for _ in range(simulator.num_envs)]
 
-    def tell_ended(self) -> None:
-        """Tell of the requests that have ended since the last call, in their order."""
+    def tell_news(self) -> None:
+        """Tell of first tokens, and of requests that have ended, since the last call."""
+        for env, waiting in enumerate(self._waiting):
+            self._tell_first_tokens(env, waiting)
+        self._tell_ended()
+
+    def _tell_first_tokens(self, env: int, waiting: list[int]) -> None:
+        state = self._simulator.state
+        times_s = state.request["first_token_s"][env, waiting]
+        come = np.flatnonzero(times_s <= state.env["now_s"][env])
+        for place in come[np.argsort(times_s[come], kind="stable")].tolist():
+            self._policy.first_token(env, waiting[place], float(times_s[place]))
+        for place in come[::-1].tolist():
+            del waiting[place]
+
+    def _tell_ended(self) -> None:
         state = self._simulator.state
         for env, last in enumerate(self._last):
             following = int(
@@ -186,9 +213,13 @@ class SimulatorTold:
             r = int(actions[row])
             if r < observations.replicas.shape[2]:
                 at = state.env[env]
+                request = int(at["deciding"])
+                if np.isnan(state.request[env, request]["first_token_s"]):
+                    if request not in self._waiting[env]:
+                        self._waiting[env].append(request)
                 self._policy.chosen(
                     env,
-                    int(at["deciding"]),
+                    request,
                     observations.replicas[row],
                     observations.request[row],
                     r,

@@ -75,7 +75,7 @@ def run(simulator: Simulator, policy: Policy, seed: int = 0) -> None:
     told = SimulatorTold(simulator, policy) if isinstance(policy, OnlinePolicy) else None
     while (simulator.advance() != DONE).any():
         if told is not None:
-            told.tell_ended()
+            told.tell_news()
         observations, envs = observe_batch(simulator, policy.needs)
         actions = np.zeros(simulator.num_envs, np.int64)
         actions[envs] = policy.act(observations, envs)

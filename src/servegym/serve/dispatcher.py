@@ -283,7 +283,10 @@ class Dispatcher:
     def first_token(self, job: Job) -> None:
         """The first token has come."""
         self.end_prefill(job)
-        self.state.first_token(job.request, self.clock())
+        now_s, is_first = self.clock(), math.isnan(job.request.first_token_s)
+        self.state.first_token(job.request, now_s)
+        if is_first and (learner := self._learner) is not None:
+            learner.first_token(0, job.request, now_s)
 
     def tokens(self, job: Job, count: int) -> None:
         """So many more output tokens have come."""
