@@ -109,7 +109,7 @@ class Process:
         self.log.seek(0)
         return self.log.read()
 
-    def wait_for(self, url: str, timeout_s: float = 60.0) -> None:
+    def wait_for(self, url: str, timeout_s: float = 180.0) -> None:
         """Wait until it answers."""
         until_s = time.monotonic() + timeout_s
         while True:

@@ -100,7 +100,8 @@ class _Replica(asyncio.Protocol):
             event = _EVENT % 7 if i < count - 1 else _END % 7
             self._transport.write(b"%x\r\n%b\r\n" % (len(event), event))
             await asyncio.sleep(self.gap_s)
-        self._transport.write(b"0\r\n\r\n")
+        if not self._transport.is_closing():
+            self._transport.write(b"0\r\n\r\n")
 
 
 class _Client(asyncio.Protocol):

@@ -260,6 +260,31 @@ def test_a_client_that_sends_on_and_on_is_not_read_on_and_on():
     run(test)
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_pieces_for_a_client_that_has_just_gone_go_nowhere(plain):
+    async def test() -> None:
+        async with running(1) as it, raw(it) as client:
+            it.replicas[0].gap_s = 0.05
+            client.writer.write(post(STREAM))
+            await client.reader.readuntil(b"\r\n\r\n")
+            (connection,) = it.router._server.connections
+            request, relay = connection._request, connection._request.flow
+            lost = connection.connection_lost
+
+            def piece_at_once(error) -> None:
+                lost(error)
+                asyncio.get_running_loop().call_soon(relay.piece, b"1\r\nx\r\n", b"x")
+
+            connection.connection_lost = piece_at_once
+            connection._transport.abort()
+            await until(lambda: it.replicas[0].cancelled == 1)
+            request.write(b"late")
+            await until(it.idle)
+            assert it.router.telemetry.outcomes == {"cancelled": 1}
+
+    run(test, plain=plain)
+
+
 def test_an_unknown_error_is_a_500_and_the_next_request_is_answered(monkeypatch, caplog):
     async def test() -> None:
         async with running(1) as it, raw(it) as client:

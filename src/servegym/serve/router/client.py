@@ -46,6 +46,10 @@ _LINGER_S = 1.0
 _FLUSH_S = 60.0
 
 
+def _drop(data: bytes) -> None:
+    """Write to a client that has gone: uvloop's transport would raise."""
+
+
 class Flow(Protocol):
     """Whoever passes an answer on: told when its client takes no more, and when it does again."""
 
@@ -167,6 +171,10 @@ class Connection(asyncio.Protocol):
         self._server.connections.discard(self)
         self._closing = True
         self._buffer = b""
+        self._transport = None
+        self.write = _drop
+        if self._request is not None:
+            self._request.write = _drop  # pieces may come before the task has seen its end
         if self._lingers is not None:
             self._lingers.cancel()
         if self._task is not None:

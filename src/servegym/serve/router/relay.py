@@ -207,18 +207,20 @@ class Relay:
         missing = exchange.framing.missing if self._frame == "as it came" else 0
         is_whole = not cause and (exchange.ended or (self._frame != "none" and not missing))
         request.flow = None
-        exchange.close()
-        if is_whole:
-            if self._frame != "none":
+        try:
+            exchange.close()
+            if not is_whole:
+                say = reader.is_stream and not reader.failed and bool(cause)
+                self._break_off(missing, say=say)
+            elif self._frame != "none":
                 request.write(LAST_CHUNK)
-        else:
-            self._break_off(missing, say=reader.is_stream and not reader.failed and bool(cause))
-        if cause:
-            self._books.broke(self._attempt, cause, self._token_s, reader.error_status)
-        self._books.close(
-            self._job, self._attempt, reader, self._status, self._failures, broken=bool(cause)
-        )
-        self._finish()
+            if cause:
+                self._books.broke(self._attempt, cause, self._token_s, reader.error_status)
+            self._books.close(
+                self._job, self._attempt, reader, self._status, self._failures, broken=bool(cause)
+            )
+        finally:  # whoever waits must not wait for ever
+            self._finish()
 
     def _break_off(self, missing: int, *, say: bool) -> None:
         """Tell a client that its answer is not whole: an error event, and no proper end.
