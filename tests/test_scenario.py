@@ -119,6 +119,12 @@ def test_replicas_come_in_the_order_of_the_fleet():
     assert mixed.spec.types[0].num_blocks == 77
 
 
+def test_an_entry_can_form_its_steps_ahead():
+    mixed = scenario(fleet=[{"gpu": "L40S", "async_scheduling": True}, {"gpu": "L40S"}])
+    assert [t.async_scheduling for t in mixed.spec.types] == [True, False]
+    assert [t.name for t in mixed.spec.types] == ["L40S x1 async", "L40S x1"]
+
+
 def test_a_replica_of_several_gpus_costs_their_rent_and_holds_what_fits():
     spec = scenario(**fleet(tp=2)).spec
     one = scenario().spec.types[0]
@@ -252,6 +258,19 @@ WRONG = {
     "blocks kept in no cache": (
         text(engine={"prefix_caching": False, "retain_kv_s": 5.0}),
         ["retain_kv_s is 5.0", "prefix_caching"],
+    ),
+    "steps formed ahead by another engine": (
+        text(**fleet(engine="sglang", async_scheduling=True)),
+        ["async_scheduling of A100", "must be off", "vllm and trtllm"],
+    ),
+    "steps formed ahead where KV moves": (
+        text(
+            fleet=[
+                {"gpu": "L40S", "role": "prefill", "link": {"gb_per_s": 9.0}},
+                {"gpu": "L40S", "async_scheduling": True, "link": {"gb_per_s": 9.0}},
+            ]
+        ),
+        ["async_scheduling", "turn async_scheduling off"],
     ),
     "negative retention": (text(engine={"retain_kv_s": -5.0}), ["retain_kv_s", "-5.0"]),
     "roles without prefill": (

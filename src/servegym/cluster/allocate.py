@@ -146,6 +146,7 @@ def make_params(spec: ClusterSpec, *, record: bool, asks: Asks = DISPATCH_ONLY) 
         mixed_s=stack("mixed_s"),
         empty_tiles_s=stack("empty_tiles_s"),
         engine=np.array([ENGINES.index(t.engine) for t in spec.types], np.int64),
+        forms_ahead=column("async_scheduling"),
         num_blocks=column("num_blocks"),
         longest_tokens=np.array([_longest_request(t, spec) for t in spec.types], np.int64),
         max_num_batched_tokens=column("max_num_batched_tokens"),

@@ -64,6 +64,9 @@ from servegym.cluster.watch import note_ended, see_steps
 from servegym.engines import SGLANG, TRTLLM, VLLM_PRIORITY, VLLM_V0
 from servegym.workloads.table import ANY_END
 
+#: Of the requests that an idle engine sees: all.
+NO_LIMIT = 1 << 62
+
 
 @entry(FORM_STEP, types.void, types.int64, types.int64, types.float64)
 def form_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
@@ -78,6 +81,9 @@ def form_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     if p.engine[t] == VLLM_PRIORITY:
         form_by_priority(p, s, e, r, now_s)
         return
+    hidden = 0
+    if p.forms_ahead[t] > 0:
+        hidden = max(0, v.num_waiting - v.num_seen)
     while True:
         preempted = _feed_decodes(p, s, e, r, now_s)
         batch = v.num_decodes
@@ -112,19 +118,28 @@ def form_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
                 attention_s = admit_apart(p, s, e, r, now_s, budget, attention_s)
                 budget = s.link[e, r].budget
         elif not preempted and v.num_waiting > 0:
-            budget, attention_s = _admit(p, s, e, r, now_s, budget, attention_s)
+            budget, attention_s = _admit(p, s, e, r, now_s, budget, attention_s, hidden)
         tokens = p.max_num_batched_tokens[t] - budget
         if tokens > 0:
             break
-        if not (preempted and v.num_waiting > 0):
+        if preempted and v.num_waiting > 0:
+            continue
+        if hidden == 0 and v.num_late == 0:
             v.mode = IDLE
+            v.num_seen = NO_LIMIT
             set_event(s, e, r, math.inf)
             return
+        # with nothing to run, the last step's results come first
+        hidden = 0
+        v.num_late = 0
+        v.late_blocks = 0
+    v.num_seen = v.num_waiting
     if v.first_prefill >= 0:
         begin_mixed(p, s, e, r, now_s, batch, tokens, attention_s)
         return
     # after a preemption admission is barred in this step alone
-    begin_decodes(p, s, e, r, now_s, preempted and v.num_waiting > 0, 0)
+    single = v.num_waiting > 0 and (preempted or p.forms_ahead[t] > 0)
+    begin_decodes(p, s, e, r, now_s, single, 0)
 
 
 @inlined
@@ -159,16 +174,20 @@ def _feed_decodes(p: Params, s: State, e: int, r: int, now_s: float) -> bool:
 
 @inlined
 def _admit(
-    p: Params, s: State, e: int, r: int, now_s: float, budget: int, attention_s: float
+    p: Params, s: State, e: int, r: int, now_s: float, budget: int, attention_s: float, hidden: int
 ) -> tuple[int, float]:
-    """Move waiting requests to the running list while sequence slots, budget and blocks last."""
+    """Move waiting requests to the running list while sequence slots, budget and blocks last.
+
+    The last `hidden` of the queue, and what ended with the last step, are not known yet.
+    """
     v = s.replica[e, r]
     t = v.type_idx
     size = p.block_size
     no_evict = p.engine[t] == TRTLLM
     chunked = p.chunked_prefill and not no_evict
     promised = _promised_blocks(p, s, e, r) if no_evict else 0
-    while budget > 0 and v.num_waiting > 0 and v.num_running < p.max_num_seqs[t]:
+    seqs = p.max_num_seqs[t] - v.num_late
+    while budget > 0 and v.num_waiting > hidden and v.num_running < seqs:
         request = v.wait_head
         q = s.request[e, request]
         total = q.prompt + q.generated
@@ -177,11 +196,11 @@ def _admit(
         if not chunked and take < total - computed:
             break
         if no_evict:
-            if _blocks_to_end(p, s, e, request) > v.free_blocks - promised:
+            if _blocks_to_end(p, s, e, request) > v.free_blocks - v.late_blocks - promised:
                 break
         else:
             whole = (total + size - 1) // size - hits
-            if whole + unheld > v.free_blocks:
+            if whole + unheld > v.free_blocks - v.late_blocks:
                 break
         admit_head(p, s, e, r, now_s, hits, computed, take)
         if no_evict:
@@ -218,6 +237,8 @@ def end_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     """End the step or decode stretch in progress: tokens come out, requests end."""
     v = s.replica[e, r]
     left_out = 0
+    v.num_late = 0
+    v.late_blocks = 0
     if p.engine[v.type_idx] == VLLM_PRIORITY:
         note_durations(p, s, e, r, v.stretch_steps, now_s)
         left_out = hold_back(p, s, e, r)
@@ -304,8 +325,12 @@ def _emit_after_prefill(p: Params, s: State, e: int, r: int, request: int, now_s
 @inlined
 def _finish(p: Params, s: State, e: int, r: int, request: int, now_s: float) -> None:
     """A request has all its tokens."""
-    q = s.request[e, request]
+    v, q = s.replica[e, r], s.request[e, request]
+    free = v.free_blocks
     leave_running(p, s, e, r, request)
+    if p.forms_ahead[v.type_idx] > 0:
+        v.num_late += 1
+        v.late_blocks += v.free_blocks - free
     if p.retains or p.tiered:
         end_turn(p, s, e, r, request, now_s)
     q.status = FINISHED
@@ -434,6 +459,9 @@ def clear_replica(p: Params, s: State, e: int, r: int) -> None:
     v.num_ends = 0
     v.stalled = 0
     v.num_lagging = 0
+    v.num_seen = NO_LIMIT
+    v.num_late = 0
+    v.late_blocks = 0
     forget_pressure(s, e, r)
     reset_forming(s, e, r)
     s.phase[e, r, :] = 0

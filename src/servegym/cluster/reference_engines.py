@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -258,11 +259,15 @@ class Engine:
                 self.sim.log(st.EV_FIRST_TOKEN, q.idx, self.r)
             if q.generated == q.output:
                 ended += 1
-                self.running.remove(q)
-                self.release(q)
+                self.let_end(q)
                 self.end_turn(q)
                 self.sim.end(q, st.EV_FINISH, self.r)
         self.stepped(bool(decoding), ended)
+
+    def let_end(self, q: Request) -> None:
+        """Take a request that has ended off the running list, with its blocks."""
+        self.running.remove(q)
+        self.release(q)
 
     def stepped(self, decoded: bool, ended: int) -> None:
         """Note a step: whether requests decoded in it, and how many ended with it."""
@@ -317,8 +322,30 @@ class Engine:
 class Vllm(Engine):
     """vLLM V1: running requests first, decodes and chunks in one step, then the queue."""
 
+    def __init__(self, sim: ReferenceSimulator, r: int) -> None:
+        super().__init__(sim, r)
+        self.forget_forming()
+
+    def forget_forming(self) -> None:
+        """An engine at rest sees all its queue, and no end comes too late for its next step."""
+        self.seen = sys.maxsize  # of its queue, so many were there when it last formed a step
+        self.late, self.late_blocks = 0, 0  # ended with the last step, after the next was formed
+
     def form(self) -> tuple[list[tuple[int, int]], list[Request]]:
-        """See `Engine.form`."""
+        """See `Engine.form`; what came or ended since the last step began may not be known yet."""
+        if not self.type.async_scheduling:
+            return self.form_knowing(0)
+        hidden = max(0, len(self.waiting) - self.seen)
+        chunks, decodes = self.form_knowing(hidden)
+        if not chunks and not decodes and (hidden or self.late):
+            # with nothing to run, the last step's results come first
+            self.forget_forming()
+            chunks, decodes = self.form_knowing(0)
+        self.seen = len(self.waiting) if chunks or decodes else sys.maxsize
+        return chunks, decodes
+
+    def form_knowing(self, hidden: int) -> tuple[list[tuple[int, int]], list[Request]]:
+        """Form a step without the last `hidden` of the queue."""
         while True:
             self.consult()
             budget = self.type.max_num_batched_tokens
@@ -355,9 +382,9 @@ class Vllm(Engine):
                         break
                     chunks.append(self.admit_landed(q, tokens))
                     budget -= tokens
-            while not preempted and not waits and self.waiting and budget > 0:
+            while not preempted and not waits and len(self.waiting) > hidden and budget > 0:
                 q = self.first_waiting()
-                if len(self.running) >= self.type.max_num_seqs:
+                if len(self.running) + self.late >= self.type.max_num_seqs:
                     break
                 if self.sim.transfers.are_enough(self) or self.sim.tiers.are_enough(self):
                     break
@@ -398,7 +425,25 @@ class Vllm(Engine):
 
     def has_room(self, q: Request, hit: list[int], unheld: int) -> bool:
         """Whether a waiting request's blocks may be had."""
-        return self.blocks(q.total) - len(hit) + unheld <= self.pool.num_free
+        return self.blocks(q.total) - len(hit) + unheld <= self.pool.num_free - self.late_blocks
+
+    def end_step(self) -> None:
+        """See `Engine.end_step`."""
+        self.late, self.late_blocks = 0, 0
+        super().end_step()
+
+    def let_end(self, q: Request) -> None:
+        """See `Engine.let_end`."""
+        free = self.pool.num_free
+        super().let_end(q)
+        if self.type.async_scheduling:
+            self.late += 1
+            self.late_blocks += self.pool.num_free - free
+
+    def stop(self) -> list[Request]:
+        """See `Engine.stop`."""
+        self.forget_forming()
+        return super().stop()
 
 
 class VllmPriority(Vllm):
@@ -485,7 +530,7 @@ class TrtLlm(Vllm):
     def has_room(self, q: Request, hit: list[int], unheld: int) -> bool:
         """See `Vllm.has_room`."""
         promised = sum(self.to_end(r) - len(r.blocks) for r in self.running)
-        return self.to_end(q) <= self.pool.num_free - promised
+        return self.to_end(q) <= self.pool.num_free - self.late_blocks - promised
 
     def to_end(self, q: Request) -> int:
         """Blocks a request holds when its last token comes out."""

@@ -152,6 +152,8 @@ class ReplicaType:
         price_usd_per_h: Rent of the whole replica, dollars an hour.
         num_gpus: GPUs it occupies.
         engine: Whose rules form its steps.
+        async_scheduling: Whether a step is formed when the one before begins; see
+            docs/simulator.md.
         shared: What it does together with the other ranks of its group, whose steps begin and end
             when its own do; the grid holds the rest. None: it steps by itself.
         role: What it does of a request.
@@ -168,6 +170,7 @@ class ReplicaType:
     price_usd_per_h: float = 0.0
     num_gpus: int = 1
     engine: EngineName = "vllm"
+    async_scheduling: bool = False
     shared: SharedCost | None = None
     role: Role = "mixed"
     link: Link = Link()
@@ -190,6 +193,13 @@ class ReplicaType:
             )
         if self.role not in ROLES:
             raise ConfigError(unknown_name("role", self.role, list(ROLES)))
+        if self.async_scheduling and (
+            self.engine not in ("vllm", "trtllm") or self.shared is not None
+        ):
+            raise ConfigError(
+                f"async_scheduling of {self.name} must be off: only engines vllm and trtllm that "
+                "step by themselves form a step before the last one has ended"
+            )
         if self.shared is not None and self.engine == "vllm-priority":
             raise ConfigError(
                 f"engine of {self.name} must not be vllm-priority: ranks in lockstep form their "
@@ -344,6 +354,11 @@ class ClusterSpec:
                     f"{kind.name} must have the engine vllm, as all replicas where some only "
                     "prefill or decode: take engine vllm, or the role mixed for all"
                 )
+        if any(t.async_scheduling for t in self.types) and (self.moves_kv or self.tiered):
+            raise ConfigError(
+                "async_scheduling and KV that moves between replicas or tiers do not go together "
+                "yet: turn async_scheduling off, or leave roles, migration and tiers out"
+            )
         if self.tiered:
             self._check_tiers()
         for kind in self.types:

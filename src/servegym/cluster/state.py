@@ -160,6 +160,7 @@ class Params(NamedTuple):
     mixed_s: FloatArray  # the same in a step that also prefills
     empty_tiles_s: FloatArray  # [T]
     engine: IntArray  # [T] place in `engines.ENGINES`
+    forms_ahead: IntArray  # [T] whether a step is formed when the one before begins
     num_blocks: IntArray  # [T] KV blocks of a replica
     longest_tokens: IntArray  # [T] KV tokens that one request can come to have
     max_num_batched_tokens: IntArray  # [T] token budget of a step
@@ -299,6 +300,13 @@ REPLICA_DTYPE = np.dtype(
         ("num_free_slots", "i8"),
         ("last_dispatch_s", "f8"),  # -inf before the first
         ("stalled", "i8"),  # its decoding requests wait since their `last_token_s`; if recorded
+        # asynchronous scheduling
+        (
+            "num_seen",
+            "i8",
+        ),  # of its queue, so many were there when a step was last formed
+        ("num_late", "i8"),  # requests that ended with the last step, after the next was formed
+        ("late_blocks", "i8"),  # and blocks that they gave back
         # SGLang
         ("batch_full", "i8"),  # no prefill is tried before a request ends
         ("num_lagging", "i8"),  # ended in the last decode step, still counted as running

@@ -150,10 +150,11 @@ class FleetEntry(Config):
     the package aiconfigurator-core, which must be installed. `calibration` names a file of
     `servegym calibrate` instead, made for this GPU, model and tp. `engine` says whose rules form
     the steps; `max_num_batched_tokens` and `max_num_seqs` are those of the scenario's `engine`
-    section unless given, and where that names no budget, the engine's own. `role` says whether the
-    replicas do all of a request, or only prefill or only decode; where some do, requests migrate or
-    prefixes are fetched, each entry needs a `link`. `host_kv` and `disk_kv` keep copies of each
-    replica's KV blocks.
+    section unless given, and where that names no budget, the engine's own. `async_scheduling` lets
+    them form a step when the one before begins (vllm, trtllm). `role` says whether the replicas do
+    all of a request, or only prefill or only decode; where some do, requests migrate or prefixes
+    are fetched, each entry needs a `link`. `host_kv` and `disk_kv` keep copies of each replica's KV
+    blocks.
     """
 
     gpu: str
@@ -166,6 +167,7 @@ class FleetEntry(Config):
     engine: EngineName = "vllm"
     max_num_batched_tokens: int | None = Field(None, ge=1)
     max_num_seqs: int | None = Field(None, ge=1)
+    async_scheduling: bool = False
     role: Role = "mixed"
     link: LinkConfig | None = None
     host_kv: KvTierConfig | None = None
@@ -222,6 +224,7 @@ def replica_type(
         price_usd_per_h=cost.gpu.price_usd_per_h * entry.tp,
         num_gpus=entry.tp,
         engine=entry.engine,
+        async_scheduling=entry.async_scheduling,
         role=entry.role,
         link=_link(entry.link),
         host_kv=_tier(entry.host_kv, cost, engine.block_size),
@@ -264,6 +267,7 @@ def draw_fleet(
 def _name(entry: FleetEntry) -> str:
     parts = [f"{entry.gpu} x{entry.tp}"]
     parts += [entry.engine] if entry.engine != "vllm" else []
+    parts += ["async"] if entry.async_scheduling else []
     parts += [entry.role] if entry.role != "mixed" else []
     return " ".join(parts)
 
