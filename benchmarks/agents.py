@@ -137,22 +137,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     names = ["kv-starved-fleet", "near-full-kv", "pd-unequal", "agents-tiers"]
     parser.add_argument("--scenarios", nargs="+", default=names)
+    parser.add_argument("--num-envs", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     for scenario in args.scenarios:
-        measure(scenario, args.rounds)
+        measure(scenario, args.num_envs, args.rounds)
 
 
-def measure(scenario: str, num_rounds: int) -> None:
-    """Measure all forms of a scenario, and print."""
-    forms = {
-        "env (AEC)": turns(scenario),
-        "parallel_env": rounds(scenario),
-        "VectorEnv, 64": vector(scenario, 64),
-        "VectorEnv, 256": vector(scenario, 256),
-        "SB3 VecEnv, 64": sb3(scenario, 64),
-        "SB3 VecEnv, 256": sb3(scenario, 256),
-    }
+def measure(scenario: str, sizes: list[int], num_rounds: int) -> None:
+    """Measure all forms of a scenario, batches in these sizes, and print."""
+    forms = {"env (AEC)": turns(scenario), "parallel_env": rounds(scenario)}
+    forms |= {f"VectorEnv, {size}": vector(scenario, size) for size in sizes}
+    forms |= {f"SB3 VecEnv, {size}": sb3(scenario, size) for size in sizes}
     taken: dict[str, list[float]] = {name: [] for name in forms}
     for form in forms.values():  # compiles
         form()
