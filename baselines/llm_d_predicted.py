@@ -77,7 +77,7 @@ class PredictedLatency(Learner):
         params: Weight of TTFT in a blend and of TPOT; the quantile of both that is predicted; how
             much rather those with little to spare are chosen than those with much, 0 to 1; how
             often one that is not within its limits is chosen although others are; and whether the
-            known speeds of replicas are features, too.
+            known speeds of replicas are features, too, from 0.5 on.
         seed: Of its draws.
     """
 
@@ -100,7 +100,7 @@ class PredictedLatency(Learner):
             np.full(width, prompt),
             replicas[PREFIX_HIT_TOKENS] / prompt,
         ]
-        if self._typed > 0.0:
+        if self._typed >= 0.5:
             rows += [replicas[PREFILL_TOKENS_PER_S], replicas[DECODE_STEP_S]]
         return np.ascontiguousarray(np.stack(rows, axis=1))
 

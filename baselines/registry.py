@@ -112,7 +112,11 @@ RULES: Rules[Heuristic | OnlinePolicy] = Rules(
         ),
         "llm-d-predicted": Entry(
             llm_d_predicted,
-            {"tpot": Range(0.02, 20.0, logarithmic=True), "quantile": Range(0.5, 0.95)},
+            {
+                "tpot": Range(0.02, 20.0, logarithmic=True),
+                "quantile": Range(0.5, 0.95),
+                "typed": Range(0.0, 1.0),
+            },
             bounds={
                 "quantile": (0.01, 0.99),
                 "least": (0.0, 1.0),
