@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from servegym.validate.engine import EngineConstants
+from servegym.validate.engine import EngineConstants, EngineSetup
 from servegym.validate.experiments import play
 from servegym.validate.published import experiment, read_published
 from servegym.validate.reception import PROMPT_TOKEN_S, REQUEST_S, Reception, front_end_s
+from servegym.validate.replay import replay_closed
 
 INFERENCEX = "agg; InferenceX/InferenceMAX dump (lengths random in [0.8,1.0]x nominal)"
 
@@ -85,3 +87,19 @@ def test_poisson_arrivals_pay_for_the_front_end_and_batches_for_nothing(write_ta
         plan = experiment(read_published(write_table(cells))[0])
         simulated, replay = play(plan, EngineConstants())
         assert simulated["ttft_s"] == pytest.approx(replay.ttft_s.mean() + way_s)
+
+
+@pytest.mark.parametrize("clients", [4, 16])
+def test_the_mean_wait_is_that_of_engines_that_form_steps_ahead(clients):
+    replica = EngineSetup("H100-SXM-80GB", "Llama-3.1-8B").replica(EngineConstants())
+    rng = np.random.default_rng(0)
+    prompt, output = rng.integers(820, 1025, (2, 10 * clients))
+    at_once, ahead = (
+        replay_closed([(replace(replica, async_scheduling=on), 1)], clients, prompt, output)
+        for on in (False, True)
+    )
+    late_s = ahead.ttft_s.mean() - at_once.ttft_s.mean()
+    # of ten requests of a client nine find a busy engine
+    wait_s = 0.9 * Reception(overlapped=True).wait_steps(0.0) * at_once.tpot_s.mean()
+    assert late_s == pytest.approx(wait_s, rel=0.15)
+    assert ahead.tpot_s.mean() == pytest.approx(at_once.tpot_s.mean(), rel=2e-3)
