@@ -114,7 +114,7 @@ class EvolveTrainer(SearchRun[EvolveTraining, Expression]):
         }
 
     def _losses(self, expression: Expression, episodes: Sequence[Episode]) -> np.ndarray:
-        return losses(self.scenario, self._play(score_policy(expression), episodes).state.env)
+        return losses(self.scenario, self._play(score_policy(expression), episodes))
 
     @override
     def parameters(self) -> str:
