@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import json
 import random
+import socket
 import ssl
 import subprocess
+import time
 
 import aiohttp
 import pytest
@@ -299,3 +301,46 @@ def test_tls_to_replicas(tmp_path, monkeypatch):
     run(lambda: test(False))
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert"))
     run(lambda: test(True))
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_connection_that_was_made_while_nobody_could_look_counts(plain):
+    async def test() -> None:
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(asyncio.Protocol, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        pool = upstream.Pool(f"http://127.0.0.1:{port}", 0.05, loop.time)
+        connecting = asyncio.create_task(pool.connect())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        time.sleep(0.2)  # as on a machine without a free processor
+        made = await connecting
+        assert made.is_open
+        made.close()
+        server.close()
+
+    run(test, plain=plain)
+
+
+def test_a_replica_that_takes_no_connection_in_time_is_given_up():
+    async def test() -> None:
+        deaf = socket.socket()
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        place = deaf.getsockname()
+        waiting = [socket.socket() for _ in range(3)]  # the queue is full
+        for one in waiting:
+            one.setblocking(False)
+            one.connect_ex(place)
+        pool = upstream.Pool(f"http://127.0.0.1:{place[1]}", 0.1, asyncio.get_running_loop().time)
+        with pytest.raises(upstream.UpstreamError, match="disconnected"):
+            await pool.connect()
+        connecting = asyncio.create_task(pool.connect())
+        await asyncio.sleep(0.02)
+        connecting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await connecting
+        for one in (deaf, *waiting):
+            one.close()
+
+    run(test)

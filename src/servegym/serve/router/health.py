@@ -68,6 +68,7 @@ class Health:
         self._session = session
         self._timeout = aiohttp.ClientTimeout(total=config.timeout_s)
         self._tasks: list[asyncio.Task[None]] = []
+        self._models: dict[str, dict[str, object]] | None = None  # of all, until that changes
         self._serving: dict[str, BoolArray] = {}  # by model
         self.ejection = Ejection(
             config, dispatcher.names, dispatcher.clock, self._peers, self._settle
@@ -106,12 +107,13 @@ class Health:
             self._settle()
 
     def models(self) -> dict[str, dict[str, object]]:
-        """Models of all replicas that are not down, by name."""
-        found: dict[str, dict[str, object]] = {}
-        for health in self.replicas:
-            if health.up:
-                found |= health.models
-        return found
+        """Models of all replicas that are not down, by name; not to be changed."""
+        if self._models is None:
+            self._models = {}
+            for health in self.replicas:
+                if health.up:
+                    self._models |= health.models
+        return self._models
 
     def serving(self, model: str) -> BoolArray:
         """Replicas that have a model, as far as is known, `bool[R]`; not to be changed."""
@@ -163,6 +165,7 @@ class Health:
 
     def _set_up(self, replica: int, up: bool) -> None:
         self.replicas[replica].up = up
+        self._models = None
         _log.warning("%s is %s", self._dispatcher.names[replica], "up" if up else "down")
         if not up:
             self._dispatcher.index.clear(replica)  # it has probably been restarted
@@ -184,6 +187,7 @@ class Health:
                 data = (await response.json(content_type=None))["data"]
                 self.replicas[replica].models = {str(entry["id"]): dict(entry) for entry in data}
                 self._serving.clear()
+                self._models = None
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError, TypeError):
             return
 

@@ -6,12 +6,16 @@ import asyncio
 import math
 from collections.abc import Callable
 
+#: Until whoever has got what he waited for has been woken.
+_AGAIN_S = 0.001
+
 
 class Patience:
     """Calls a function when a deadline has passed.
 
     A timer set anew at each change would cost more than the change; here the timer looks whether
-    the deadline has been moved.
+    the deadline has been moved. Where it has not, it looks once more: on a machine without a free
+    processor what was waited for may have been there for long, and who waits not yet woken.
 
     Args:
         clock: Seconds that never go back.
@@ -22,7 +26,7 @@ class Patience:
         due_s: The deadline; may be set at any time.
     """
 
-    __slots__ = ("_clock", "_expired", "_handle", "_loop", "_shortest_s", "due_s")
+    __slots__ = ("_clock", "_expired", "_handle", "_is_over", "_loop", "_shortest_s", "due_s")
 
     def __init__(
         self, clock: Callable[[], float], shortest_s: float, expired: Callable[[], None]
@@ -31,6 +35,7 @@ class Patience:
         self._clock = clock
         self._shortest_s = shortest_s
         self._expired = expired
+        self._is_over = False
         self._loop = asyncio.get_running_loop()
         self._handle: asyncio.TimerHandle | None = self._loop.call_later(shortest_s, self._look)
 
@@ -42,8 +47,12 @@ class Patience:
 
     def _look(self) -> None:
         left_s = self.due_s - self._clock()
-        if left_s <= 0.0:
+        if left_s > 0.0:
+            self._is_over = False
+            self._handle = self._loop.call_later(min(left_s, self._shortest_s), self._look)
+        elif not self._is_over:
+            self._is_over = True
+            self._handle = self._loop.call_later(_AGAIN_S, self._look)
+        else:
             self._handle = None
             self._expired()
-        else:
-            self._handle = self._loop.call_later(min(left_s, self._shortest_s), self._look)

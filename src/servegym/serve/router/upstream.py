@@ -434,16 +434,32 @@ class Pool:
             if connection.is_open and connection.idle_since_s >= oldest_s:
                 return connection
             connection.close()
+        host, port = self._place
         loop = asyncio.get_running_loop()
+        making = loop.create_task(
+            loop.create_connection(lambda: Connection(self), host, port, ssl=self._tls)
+        )
+        is_late = False
+
+        def give_up() -> None:
+            nonlocal is_late
+            is_late = True
+            making.cancel()
+
+        patience = Patience(self.clock, self._connect_timeout_s, give_up)
+        patience.due_s = self.clock() + self._connect_timeout_s
         try:
-            async with asyncio.timeout(self._connect_timeout_s):
-                _, made = await loop.create_connection(
-                    lambda: Connection(self), *self._place, ssl=self._tls
-                )
-        except TimeoutError:
+            _, made = await making
+        except asyncio.CancelledError:
+            if is_late:
+                raise UpstreamError("disconnected") from None
+            raise
+        except TimeoutError:  # the system's own
             raise UpstreamError("disconnected") from None
         except (OSError, UnicodeError):  # the latter of a host that cannot be one
             raise UpstreamError("refused") from None
+        finally:
+            patience.end()
         return made
 
     def put(self, connection: Connection) -> None:
