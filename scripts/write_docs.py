@@ -175,7 +175,8 @@ everywhere. `added-delay-reject` does so if the least TTFT or TPOT is over a sha
 ## Learned: dispatchers that come with servegym
 Named as rules are: `--policies generalist`. Files, manifests and cards are in `assets/policies`;
 what they reach is in results: [the generalist's](results.md#one-policy-for-many-scenarios),
-[for the tail](results.md#the-tail).
+[for the tail](results.md#the-tail), [for
+limits](results.md#limits-from-below-saturation-to-far-beyond).
 
 {shipped_table()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import runpy
 import shutil
@@ -35,6 +36,7 @@ from servegym.evaluate.suite import (
     reference,
     suite_names,
 )
+from servegym.export.shipped import shipped_path
 from servegym.problems.keys import episode_key
 from servegym.problems.requests import OBJECTIVES
 from servegym.scenario import load_scenario
@@ -277,6 +279,16 @@ def test_an_episode_is_the_same_where_processors_draw_other_last_bits():
     assert episode.table.delay_s.max() > 1.0
     assert key(1.0 + 1e-15) == key(1.0)
     assert key(1.0 + 1e-4) != key(1.0)
+
+
+def test_entries_that_come_with_the_suite_are_of_the_policies_that_come_with_servegym():
+    suite = load_suite("servegym-bench-v1")
+    entries = read_entries(suite, suite.folder / ENTRIES)
+    assert [entry["name"] for entry in entries] == ["generalist", "tail"]
+    for entry in entries:
+        path = shipped_path(entry["name"])
+        assert path is not None
+        assert entry["policies"][0]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_unknown_suite_is_refused(tmp_path):

@@ -30,6 +30,7 @@ from servegym.evaluate.suite import (
     playable,
     reference,
 )
+from servegym.export.shipped import shipped_path
 from servegym.whole_files import write_whole
 
 SCHEMA = "servegym-leaderboard-entry-1"
@@ -269,9 +270,11 @@ def _entry(
 ) -> dict[str, Any]:
     policies = []
     for text in texts:
-        path = Path(text)
+        shipped = shipped_path(text)
+        path = shipped or Path(text)
         digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-        policies.append({"policy": path.name if digest else text, "sha256": digest})
+        shown = path.name if digest and not shipped else text
+        policies.append({"policy": shown, "sha256": digest})
     return {
         "schema": SCHEMA,
         "suite": suite.name,
