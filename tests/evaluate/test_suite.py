@@ -284,7 +284,7 @@ def test_an_episode_is_the_same_where_processors_draw_other_last_bits():
 def test_entries_that_come_with_the_suite_are_of_the_policies_that_come_with_servegym():
     suite = load_suite("servegym-bench-v1")
     entries = read_entries(suite, suite.folder / ENTRIES)
-    assert [entry["name"] for entry in entries] == ["generalist", "tail"]
+    assert [entry["name"] for entry in entries] == ["generalist", "limits", "tail"]
     for entry in entries:
         path = shipped_path(entry["name"])
         assert path is not None
