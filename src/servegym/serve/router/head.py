@@ -123,7 +123,7 @@ def may_begin_request(data: bytes) -> bool:
         parser.feed_data(line + found)
     except HttpParserError:
         return False
-    return not found or _begins_well(data, parser, parts)
+    return not found or _target(data, parser, parts) != b""
 
 
 def read_request_head(data: bytes) -> RequestHead:
@@ -135,7 +135,8 @@ def read_request_head(data: bytes) -> RequestHead:
     parts = _Parts()
     parser = HttpRequestParser(parts)
     _feed(parser, data)
-    if not _begins_well(data, parser, parts):
+    target = _target(data, parser, parts)
+    if not target:
         raise HeadError("no request line of HTTP/1.1")
     fields = parts.fields()
     minor = 1 if parser.get_http_version() == "1.1" else 0
@@ -144,7 +145,7 @@ def read_request_head(data: bytes) -> RequestHead:
     chunked, length = _framing(fields)
     if chunked and not minor:
         raise HeadError("chunks in HTTP/1.0")
-    path, _, query = _origin_form(parts.target).decode("ascii").partition("?")
+    path, _, query = target.decode("ascii").partition("?")
     method = parser.get_method().decode("ascii")
     return RequestHead(method, path, query, minor, fields, None if chunked else length or 0)
 
@@ -226,17 +227,14 @@ def _feed(parser: HttpRequestParser | HttpResponseParser, data: bytes) -> None:
         raise HeadError(str(error)) from None  # a fixed sentence for each rule that is broken
 
 
-def _begins_well(data: bytes, parser: HttpRequestParser, parts: _Parts) -> bool:
-    """Whether the first line is just `METHOD TARGET HTTP/1.x`, with a path in the target."""
-    line = b"%b %b HTTP/1." % (parser.get_method(), parts.target)
-    return data.startswith(line) and _origin_form(parts.target) != b""
+def _target(data: bytes, parser: HttpRequestParser, parts: _Parts) -> bytes:
+    """Return path and query of a request; of a target with a host, as proxies get it, only these.
 
-
-def _origin_form(target: bytes) -> bytes:
-    """Return path and query of a target; of one with a host, as proxies get it, only these.
-
-    Of one that has no path it is empty.
+    It is empty if the first line is not just `METHOD TARGET HTTP/1.x`, or has no path.
     """
+    target = parts.target
+    if not data.startswith(b"%b %b HTTP/1." % (parser.get_method(), target)):
+        return b""
     if target[:1] == b"/":
         return target
     try:
