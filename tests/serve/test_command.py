@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from servegym.cli import main
+from servegym.commands import serve
 from servegym.serve.guards import Reason
 from servegym.serve.router.config import parse_config
 
@@ -76,6 +77,15 @@ def answer(url: str) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["aiohttp", "httptools"])
+def test_what_is_not_installed_is_named(tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setattr(serve, "find_spec", lambda asked: None if asked == name else object())
+    with pytest.raises(SystemExit) as end:
+        main(["serve", "router", "--config", str(write(tmp_path)), "--check"])
+    assert end.value.code == 2
+    assert f"serving needs {name}: pip install {name}" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_router_serves_until_it_is_told_to_stop(tmp_path):
     port = free_port()
     code = "from servegym.cli import main; main()"

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from servegym.serve.router.config import RouterConfig
 
 
-def require_aiohttp() -> None:
+def require_extra() -> None:
     """Say what to install if the serving extra is missing."""
-    if find_spec("aiohttp") is None:
-        raise ConfigError("serving needs aiohttp: pip install aiohttp")
+    for name in ("aiohttp", "httptools"):
+        if find_spec(name) is None:
+            raise ConfigError(f"serving needs {name}: pip install {name}")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class ServeRouter:
 
     def run(self) -> None:
         """Route requests until the program is stopped."""
-        require_aiohttp()
+        require_extra()
         from servegym.serve.router.app import Router, serve
         from servegym.serve.router.config import read_config
 

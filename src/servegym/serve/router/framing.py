@@ -2,6 +2,11 @@
 
 A framing takes the bytes that follow a head. It returns what of them may be passed on as it is, and
 what of that is the body. Bytes are looked at no more than needed to find the end.
+
+Heads are llhttp's to read (`head`), chunks are not: through httptools it hands out copies of what
+they hold, but says neither at which byte a message ends, so that what follows would be lost, nor
+how long a chunk is that has begun. Without these, chunks cannot be passed on as they came, nor one
+that its replica broke off be filled up.
 """
 
 from __future__ import annotations

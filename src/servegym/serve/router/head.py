@@ -1,30 +1,29 @@
-"""Heads of HTTP/1.1 messages, read strictly and written (RFC 9112).
+"""Heads of HTTP/1.1 messages (RFC 9112): read by llhttp, through httptools, and written.
 
-What is doubtful is refused, not guessed: spaces before a colon, folded lines, bare line feeds,
-lengths that are no plain number or are given twice, a length beside `Transfer-Encoding`.
+What is doubtful is refused, not guessed. llhttp, none of whose leniencies is on, refuses spaces
+before a colon, folded lines, bare line feeds, lengths that are no plain number or are given twice,
+and a length beside `Transfer-Encoding`. What it lets through is refused here: first lines that are
+not exactly HTTP/1's (it takes runs of spaces, and RTSP), any number of fields or of `Host`, and
+codings besides chunks. Only heads are given to it: it does not say at which byte one ends.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from http import HTTPStatus
 from typing import NamedTuple
 
+from httptools import (
+    HttpParserError,
+    HttpParserUpgrade,
+    HttpRequestParser,
+    HttpResponseParser,
+    parse_url,
+)
+
 #: Longest head read, bytes.
 MAX_HEAD_BYTES = 32 * 1024
 _MAX_FIELDS = 128
-_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_REQUEST_LINE = re.compile(
-    rf"({_TOKEN}) (?:https?://[0-9A-Za-z.:\[\]-]+)?(/[!-~]*) HTTP/1\.([01])\r\n"
-)
-_STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
-_VALUE = r"[^\x00-\x08\x0a-\x1f\x7f]*"
-_FIELD = re.compile(rf"({_TOKEN}):({_VALUE})\r\n")
-_FIELDS = re.compile(rf"(?:{_TOKEN}:{_VALUE}\r\n)*\r\n")
-_NUMBER = re.compile(r"[0-9]{1,18}")
-#: How the first line of a request may begin.
-_BEGINNING = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}(?: |$)")
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
@@ -117,10 +116,14 @@ class ResponseHead(NamedTuple):
 
 def may_begin_request(data: bytes) -> bool:
     """Whether bytes may be the beginning of a request, as far as they go."""
-    if b"\r\n" in data:
-        line = data[: data.index(b"\r\n") + 2].decode("utf-8", "surrogateescape")
-        return _REQUEST_LINE.fullmatch(line) is not None
-    return not data or _BEGINNING.match(data) is not None
+    line, found, _ = data.partition(b"\r\n")  # no more: what comes in bits is looked at often
+    parts = _Parts()
+    parser = HttpRequestParser(parts)
+    try:
+        parser.feed_data(line + found)
+    except HttpParserError:
+        return False
+    return not found or _target(data, parser, parts) != b""
 
 
 def read_request_head(data: bytes) -> RequestHead:
@@ -129,19 +132,22 @@ def read_request_head(data: bytes) -> RequestHead:
     Raises:
         HeadError: If it is none.
     """
-    text = data.decode("utf-8", "surrogateescape")
-    line = _REQUEST_LINE.match(text)
-    if line is None:
+    parts = _Parts()
+    parser = HttpRequestParser(parts)
+    _feed(parser, data)
+    target = _target(data, parser, parts)
+    if not target:
         raise HeadError("no request line of HTTP/1.1")
-    method, target, minor = line.groups()
-    fields = _read_fields(text, line.end())
-    if minor == "1" and len(fields.all("host")) != 1:
+    fields = parts.fields()
+    minor = 1 if parser.get_http_version() == "1.1" else 0
+    if minor and len(fields.all("host")) != 1:
         raise HeadError("not one Host")
     chunked, length = _framing(fields)
-    if chunked and minor == "0":
+    if chunked and not minor:
         raise HeadError("chunks in HTTP/1.0")
-    path, _, query = target.partition("?")
-    return RequestHead(method, path, query, int(minor), fields, None if chunked else length or 0)
+    path, _, query = target.decode("ascii").partition("?")
+    method = parser.get_method().decode("ascii")
+    return RequestHead(method, path, query, minor, fields, None if chunked else length or 0)
 
 
 def read_response_head(data: bytes) -> ResponseHead:
@@ -150,15 +156,18 @@ def read_response_head(data: bytes) -> ResponseHead:
     Raises:
         HeadError: If it is none.
     """
-    text = data.decode("utf-8", "surrogateescape")
-    line = _STATUS_LINE.match(text)
-    if line is None:
+    parts = _Parts()
+    parser = HttpResponseParser(parts)
+    _feed(parser, data)
+    status = parser.get_status_code()
+    if not data.startswith(b"HTTP/1.") or not 100 <= status <= 599:
         raise HeadError("no status line of HTTP/1.1")
-    status, fields = int(line[2]), _read_fields(text, line.end())
+    fields = parts.fields()
     chunked, length = _framing(fields)
     if status < 200 or status in (204, 304):
         chunked, length = False, 0
-    return ResponseHead(status, int(line[1]), fields, length, chunked)
+    minor = 1 if parser.get_http_version() == "1.1" else 0
+    return ResponseHead(status, minor, fields, length, chunked)
 
 
 def write_response_head(status: int, pairs: Iterable[tuple[str, str]]) -> bytes:
@@ -168,27 +177,80 @@ def write_response_head(status: int, pairs: Iterable[tuple[str, str]]) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
-def _read_fields(text: str, start: int) -> Fields:
-    """Read all lines up to the empty one, which must be the end."""
-    if _FIELDS.fullmatch(text, start) is None:
-        raise HeadError("a line that is no field")
-    pairs = [(name, value.strip(" \t")) for name, value in _FIELD.findall(text, start)]
-    if len(pairs) > _MAX_FIELDS:
-        raise HeadError(f"more than {_MAX_FIELDS} fields")
-    return Fields(pairs)
+class _Parts:
+    """What the parser finds.
+
+    Attributes:
+        target: Of a request.
+        pairs: Names and values of fields, with the spaces behind them.
+    """
+
+    __slots__ = ("pairs", "target")
+
+    def __init__(self) -> None:
+        self.target = b""
+        self.pairs: list[tuple[bytes, bytes]] = []
+
+    def on_url(self, url: bytes) -> None:
+        """See `httptools.HTTPProtocol`."""
+        self.target = url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """See `httptools.HTTPProtocol`."""
+        self.pairs.append((name, value))
+
+    def fields(self) -> Fields:
+        """Return the fields as text.
+
+        Raises:
+            HeadError: If they are too many.
+        """
+        if len(self.pairs) > _MAX_FIELDS:
+            raise HeadError(f"more than {_MAX_FIELDS} fields")
+        return Fields(
+            [
+                (name.decode("ascii"), value.decode("utf-8", "surrogateescape").rstrip(" \t"))
+                for name, value in self.pairs
+            ]
+        )
+
+
+def _feed(parser: HttpRequestParser | HttpResponseParser, data: bytes) -> None:
+    """Let a head be parsed, which must end where the bytes do."""
+    if data.find(b"\r\n\r\n") + 4 != len(data):
+        raise HeadError("no empty line at its end")
+    try:
+        parser.feed_data(data)
+    except HttpParserUpgrade:
+        pass  # nothing here speaks what else a client offers to: its request is one like others
+    except HttpParserError as error:
+        raise HeadError(str(error)) from None  # a fixed sentence for each rule that is broken
+
+
+def _target(data: bytes, parser: HttpRequestParser, parts: _Parts) -> bytes:
+    """Return path and query of a request; of a target with a host, as proxies get it, only these.
+
+    It is empty if the first line is not just `METHOD TARGET HTTP/1.x`, or has no path.
+    """
+    target = parts.target
+    if not data.startswith(b"%b %b HTTP/1." % (parser.get_method(), target)):
+        return b""
+    if target[:1] == b"/":
+        return target
+    try:
+        url = parse_url(target)
+    except HttpParserError:
+        return b""
+    if url.schema not in (b"http", b"https") or url.userinfo is not None or not url.path:
+        return b""
+    return target[target.index(b"/", len(url.schema) + 3) :]
 
 
 def _framing(fields: Fields) -> tuple[bool, int | None]:
     """Say whether a body comes in chunks, and else how long it is, if that is known."""
-    length, coding = fields.get("content-length"), fields.get("transfer-encoding")
-    if coding is not None:
-        if length is not None:
-            raise HeadError("a length beside Transfer-Encoding")
+    if fields.get("transfer-encoding") is not None:
         if fields.tokens("transfer-encoding") != ["chunked"]:
             raise HeadError("a Transfer-Encoding other than chunked")
         return True, None
-    if length is None:
-        return False, None
-    if _NUMBER.fullmatch(length) is None or len(fields.all("content-length")) != 1:
-        raise HeadError("a Content-Length that is not one number")
-    return False, int(length)
+    length = fields.get("content-length")
+    return False, None if length is None else int(length)
