@@ -22,7 +22,10 @@ from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import ClusterSpec, Episode, Faults, ReplicaType, SloClass
 from servegym.cluster.state import FAULT_DOWN, FAULT_SLOW, FAULT_UP
 from servegym.errors import ConfigError
+from servegym.export.resolve import resolve_dispatch
 from servegym.policy.run import run
+from servegym.policy.run_placed import make_simulator, run_placed
+from servegym.problems.dispatch import DispatchEpisodes
 from servegym.problems.request_metrics import measure
 from servegym.scenario import load_scenario
 from servegym.workloads.table import BY_ITSELF, RequestTable
@@ -124,6 +127,65 @@ def test_search_knows_fleets_in_which_prefilled_requests_move_on():
     found = search(spec, episode, choice_of(simulator), "e2e_mean_s", budget=100.0)
     assert losses_of(spec, episode, "e2e_mean_s", found.choice) == found.loss
     assert is_better(found.loss, before)
+
+
+def apart(seed: int, num_requests=5) -> tuple[ClusterSpec, Episode]:
+    """Make a fleet with two replicas that decode what a third one has prefilled."""
+    _, episode = tiny(seed, num_requests=num_requests)
+    prefill = ReplicaType("p", token_grid(0.01, 0.001), 40, max_num_seqs=2, role="prefill")
+    decode = ReplicaType("d", token_grid(0.01, 0.001), 40, max_num_seqs=2, role="decode")
+    spec = ClusterSpec((prefill, decode), (LIMITS,))
+    types, speed = np.array([0, 1, 1], np.int16), np.array([1.0, 1.0, 0.4])
+    return spec, Episode(episode.table, types, speed)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_search_finds_the_best_of_all_places_to_decode(seed):
+    spec, episode = apart(seed)
+    start = choice_of(placed_run(spec, episode, "round-robin+least-outstanding"))
+    assert start.shape == (5, 2)
+    assert (start[:, 0] == 0).all()
+    assert set(start[:, 1]) == {1, 2}
+    first = make_goal("e2e_mean_s", spec, episode).first
+    found = search(spec, episode, start, "e2e_mean_s", budget=400.0, seed=seed)
+    every = []
+    for places in product((1, 2), repeat=len(start) - first):
+        choice = start.copy()
+        choice[first:, 1] = places
+        every.append(losses_of(spec, episode, "e2e_mean_s", choice))
+    assert len(every) == 16
+    assert losses_of(spec, episode, "e2e_mean_s", found.choice) == found.loss
+    assert found.loss[0] == pytest.approx(min(every)[0], rel=1e-12)
+
+
+def placed_run(spec, episode, name) -> Simulator:
+    simulator = make_simulator(spec, [episode], record=True)
+    run_placed(simulator, resolve_dispatch(name))
+    return simulator
+
+
+@pytest.mark.parametrize("name", ["pd-equal", "pd-unequal"])
+def test_replayed_assignment_decodes_where_it_was_read_from(name):
+    scenario = load_scenario(name)
+    episode = scenario.episode(1, load=1.2, num_requests=300)
+    simulator = placed_run(scenario.spec, episode, "sglang+power-of-two")
+    choice = choice_of(simulator)
+    again = replay(scenario.spec, [episode], [choice])
+    mine, theirs = simulator.outcomes(0), again.outcomes(0)
+    assert len(mine) == len(theirs) == 300
+    for column in mine.dtype.names:
+        np.testing.assert_allclose(mine[column], theirs[column], rtol=1e-12)
+
+
+def test_where_requests_migrate_the_search_goes_by_the_rule_of_the_best_run():
+    scenario = load_scenario("near-full-kv")
+    episodes = DispatchEpisodes(scenario, [scenario.episode(2, load=1.2, num_requests=800)])
+    names = ("least-outstanding+stay", "least-outstanding+freeness-waiting")
+    rules = [resolve_dispatch(name) for name in names]
+    alone = [episodes.play(rule).metrics[0]["ttft_p99_s"] for rule in rules]
+    found = episodes.clairvoyant(rules, budget=10.0).metrics[0]
+    assert found["migrations"] > 0
+    assert found["ttft_p99_s"] < min(alone)
 
 
 @pytest.mark.parametrize("name", ["azure-conv-fit", "bench", "hetero-prefix"])

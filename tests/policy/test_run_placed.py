@@ -132,12 +132,6 @@ def test_planners_that_know_no_transfers_are_refused():
         run(Simulator(scenario.spec, [scenario.episode(0)]), policy(planner))
 
 
-def test_a_clairvoyant_search_is_refused():
-    episodes = Dispatch().episodes(split(), [0])
-    with pytest.raises(ConfigError, match="they move from one to another"):
-        episodes.clairvoyant([policy("round-robin")], budget=1.0)
-
-
 def test_an_unknown_placement_names_the_nearest_order_or_rule():
     with pytest.raises(ConfigError, match="least-tpott"):
         resolve_dispatch("added-delay+least-tpott")

@@ -26,11 +26,13 @@ from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import ClusterSpec, Episode, Faults
 from servegym.cluster.state import (
     EV_DISPATCH,
+    EV_PLACE,
     EV_REJECT,
     FAULT_DOWN,
     LOG_FULL,
     NEVER,
     OBSERVED_KV_CAPACITY,
+    WHERE_IT_MATTERS,
     Asks,
     Params,
     State,
@@ -54,7 +56,8 @@ class Found:
 
     Attributes:
         choice: Replica of each request or `REJECT`, at its first dispatch and at those after
-            crashes, `int64[N, K]`; `UNKNOWN` where it was not sent so often.
+            crashes, `int64[N, K]`; `UNKNOWN` where it was not sent so often. In a disaggregated
+            fleet each is followed by where the request decodes then.
         loss: Of the whole episode under it, see `goal.loss`.
         num_changes: Changes that were kept.
         episodes_played: Simulation it took, in whole episodes.
@@ -69,17 +72,21 @@ class Found:
 def choice_of(simulator: Simulator, env: int = 0) -> IntArray:
     """Return the assignment that a recorded run came to, `int64[N, K]`; see `Found`."""
     events = simulator.events(env)
-    decided = events[(events["kind"] == EV_DISPATCH) | (events["kind"] == EV_REJECT)]
-    request = decided["request"].astype(np.int64)
-    order = np.argsort(request, kind="stable")
-    sent = request[order]
-    first = np.concatenate(([True], sent[1:] != sent[:-1]))
-    start = np.maximum.accumulate(np.where(first, np.arange(len(sent)), 0))
-    turn = np.arange(len(sent)) - start
+    events = events[np.isin(events["kind"], (EV_DISPATCH, EV_REJECT, EV_PLACE))]
+    order = np.argsort(events["request"], kind="stable")
+    kind, request = events["kind"][order], events["request"][order].astype(np.int64)
+    sent = kind != EV_PLACE
+    # at which of its dispatches a request was: those so far, less those of the requests before it
+    so_far = np.cumsum(sent)
+    first = np.concatenate(([True], request[1:] != request[:-1]))
+    before = np.maximum.accumulate(np.where(first, so_far - sent, 0))
+    turn = so_far - before - 1
+    width = 2 if simulator.spec.disaggregated else 1
     num_requests = int(simulator.state.env[env]["num_requests"])
-    choice = np.full((num_requests, int(turn.max()) + 1), UNKNOWN, np.int64)
-    place = np.where(decided["kind"] == EV_REJECT, REJECT, decided["replica"])
-    choice[sent, turn] = place[order]
+    choice = np.full((num_requests, width * (int(turn.max()) + 1)), UNKNOWN, np.int64)
+    place = np.where(kind == EV_REJECT, REJECT, events["replica"][order])
+    told = sent | (width == 2)
+    choice[request[told], (width * turn + ~sent)[told]] = place[told]
     return choice
 
 
@@ -87,7 +94,7 @@ def replay(
     spec: ClusterSpec, episodes: Sequence[Episode], choices: Sequence[IntArray]
 ) -> Simulator:
     """Play episodes under assignments, with a record, and return the simulator that did."""
-    simulator = Simulator(spec, episodes, record=True)
+    simulator = Simulator(spec, episodes, record=True, asks=_asks(spec))
     for env, choice in enumerate(choices):
         while True:
             reason = play_assigned(simulator.params, simulator.state, env, choice)
@@ -96,6 +103,11 @@ def replay(
             simulator.grow_logs()
         simulator.reasons[env] = reason
     return simulator
+
+
+def _asks(spec: ClusterSpec) -> Asks:
+    """Which decisions an assignment tells."""
+    return Asks(place=WHERE_IT_MATTERS) if spec.disaggregated else Asks()
 
 
 def plays_alone(spec: ClusterSpec, episode: Episode) -> bool:
@@ -156,7 +168,7 @@ def best_choices(
     """Search each episode, beginning with the best of several runs; two at a time and more.
 
     Args:
-        spec: The cluster.
+        spec: The cluster; where requests migrate, they do by its rule.
         episodes: What was played.
         starts: Recorded runs of all episodes.
         metric: One of `goal.METRICS`.
@@ -281,7 +293,7 @@ def _search_fleet(
     spent: IntArray,
 ) -> tuple[IntArray, tuple[float, float]]:
     state = make_state(spec, Capacity.of([episode, episode], record=False))
-    params = _with_entries(spec, make_params(spec, record=False), state)
+    params = _with_entries(spec, make_params(spec, record=False, asks=_asks(spec)), state)
     words = words_of(state)
     choice = start.copy()
     fates, room = np.zeros((NUM_FATES, len(choice))), np.zeros(len(choice))

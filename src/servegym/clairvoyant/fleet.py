@@ -12,7 +12,7 @@ from servegym.clairvoyant.replicas import REJECT
 from servegym.cluster.jit import helper, kernel
 from servegym.cluster.kernels import advance, apply
 from servegym.cluster.rng import next_uniform
-from servegym.cluster.state import DECISION, OBSERVED_OUTSTANDING, Params, State
+from servegym.cluster.state import DECISION, OBSERVED_OUTSTANDING, PLACE, Params, State
 from servegym.typing import FloatArray, IntArray, UInt64Array
 
 #: In an assignment: not known, as the request was not sent so often.
@@ -20,11 +20,20 @@ UNKNOWN = -2
 
 
 @helper
-def _answer(s: State, e: int, choice: IntArray) -> int:
+def _column(p: Params, s: State, e: int) -> int:
+    """Where an assignment has what is decided now, see `play_assigned`."""
+    k = s.request[e, s.env[e].deciding].num_restarts
+    if p.asks.place > 0:
+        return 2 * k + (s.env[e].decision == PLACE)
+    return k
+
+
+@helper
+def _answer(p: Params, s: State, e: int, choice: IntArray) -> int:
     """Action for the decision that is due: the one in the assignment, if it can be taken."""
     width = s.replica.shape[1]
     i = s.env[e].deciding
-    k = s.request[e, i].num_restarts
+    k = _column(p, s, e)
     place = choice[i, k] if k < choice.shape[1] else UNKNOWN
     if place == REJECT and s.allowed[e, width + 1]:
         return width + 1
@@ -50,8 +59,9 @@ def play_assigned(p: Params, s: State, e: int, choice: IntArray) -> int:
         s: State.
         e: Environment.
         choice: Replica of each request, or `REJECT`, at its first dispatch and at those after
-            crashes, `int64[N, K]`; where it says nothing that can be done, the replica with the
-            fewest outstanding requests.
+            crashes, `int64[N, K]`; where it is asked where requests decode, the answer to that
+            stands behind each dispatch. Where it says nothing that can be done, the replica with
+            the fewest outstanding requests.
 
     Returns:
         `DONE`, or `LOG_FULL`: call again, with room.
@@ -60,7 +70,7 @@ def play_assigned(p: Params, s: State, e: int, choice: IntArray) -> int:
         reason = advance(p, s, e)
         if reason != DECISION:
             return reason
-        apply(p, s, e, _answer(s, e, choice))
+        apply(p, s, e, _answer(p, s, e, choice))
 
 
 @kernel
@@ -104,8 +114,8 @@ def sweep_fleet(
     spent[0] += num_requests
     while advance(p, s, 0) == DECISION:
         i = s.env[0].deciding
-        k = s.request[0, i].num_restarts
-        own = _answer(s, 0, choice)
+        k = _column(p, s, 0)
+        own = _answer(p, s, 0, choice)
         if i >= goal.first and k < choice.shape[1]:
             num_tries = int(tries + next_uniform(rng))
             for _ in range(num_tries):
@@ -125,7 +135,7 @@ def sweep_fleet(
                 found = loss(goal, fates, room)
                 if is_better(found, best):
                     best = found
-                    own = _answer(s, 0, choice)
+                    own = _answer(p, s, 0, choice)
                     spent[2] += 1
                 else:
                     choice[i, k] = old

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from typing_extensions import override
 
 from servegym.baselines.registry import RULES
 from servegym.baselines.rules import Rules
 from servegym.clairvoyant.dispatch import best_choices, replay
 from servegym.cluster.simulator import Simulator
-from servegym.errors import ConfigError
+from servegym.cluster.spec import ClusterSpec
 from servegym.export.resolve import (
     dispatch_parts,
     resolve_dispatch,
@@ -138,19 +139,30 @@ class DispatchEpisodes(RequestEpisodes[Policy | Pair]):
     ) -> Played:
         """See `Episodes.clairvoyant`: a search through assignments of requests to replicas.
 
-        No assignment tells whom a router held back, or in which order engines took requests: where
-        the best of `starts` is better than what was found, it is that.
+        In a disaggregated fleet they say where requests decode, too; where requests migrate they
+        do by the rule of the best of `starts` whose rule the core plays. No assignment tells whom a
+        router held back, or in which order engines took requests: where the best of `starts` is
+        better than what was found, it is that.
         """
-        spec = self.scenario.spec
-        if spec.disaggregated or spec.migrates:
-            raise ConfigError(
-                f"the clairvoyant search sends whole requests to replicas, but in "
-                f"{self.scenario.name} they move from one to another: leave it out"
-            )
         metric = OBJECTIVES[self.scenario.objective].metric
         runs = [self.run(policy, seed=seed, record=True) for policy in starts]
+        spec = self._moving_by(starts, runs)
         choices = best_choices(spec, self.episodes, runs, metric, budget=budget, seed=seed)
         return self._best_played([replay(spec, self.episodes, choices), *runs])
+
+    def _moving_by(self, starts: Sequence[Policy | Pair], runs: Sequence[Simulator]) -> ClusterSpec:
+        """Return the cluster, whose requests migrate by the best rule of some runs."""
+        objective = OBJECTIVES[self.scenario.objective]
+        ruled = [
+            (
+                objective.sign
+                * np.mean([m[objective.metric] for m in self._played(simulator).metrics]),
+                policy.spec(self.scenario.spec),
+            )
+            for policy, simulator in zip(starts, runs, strict=True)
+            if isinstance(policy, Migrating) and policy.rule.weights is None
+        ]
+        return min(ruled, key=lambda one: one[0])[1] if ruled else self.scenario.spec
 
     def time_decisions(self, policy: Policy | Pair) -> FloatArray:
         """Measure single decisions in the first episode, seconds, `float64[n]`."""
