@@ -13,12 +13,18 @@ from torch import nn
 from servegym.agents.features import replica_inputs
 from servegym.agents.network import DispatchNetwork
 from servegym.agents.network_config import NetworkConfig
+from servegym.errors import ConfigError
 from servegym.policy.layout import agent_actions, agent_arrays
 from servegym.policy.perceptron_rule import Base
 from servegym.policy.play_fleet import Dispatchers
 from servegym.policy.play_perceptron import Perceptrons
-from servegym.policy.policy import Observations, Policy
-from servegym.policy.replica_inputs import KV_USAGE_INPUT, NUM_INPUTS, OUTSTANDING_INPUT
+from servegym.policy.policy import Heuristic, Observations, Policy
+from servegym.policy.replica_inputs import (
+    KV_USAGE_INPUT,
+    NUM_INPUTS,
+    OUTSTANDING_INPUT,
+    OUTSTANDING_SHARE_INPUT,
+)
 from servegym.typing import Float32Array, FloatArray, IntArray
 
 #: Numbers of the rule: the weight of its cost, then its own two; as logarithms.
@@ -31,6 +37,12 @@ UNIT = NUM_INPUTS + 2
 _LEAST_SPREAD = 1e-3
 #: In place of no weight, where only a weight's logarithm is searched.
 _NEXT_TO_NOTHING = 0.05
+#: In its place where choices must not change: lost when it is added to a score.
+_NOTHING = 1e-30
+#: Rules that the space contains, choice for choice.
+CONTAINED_DISPATCHES = ("added-delay", "least-outstanding", "min-kv")
+#: What `min-kv` adds for each outstanding request to the share of KV blocks held.
+_KV_TIE = 1e-6
 #: Units of a network at least.
 _LEAST_HIDDEN = 4
 
@@ -109,6 +121,33 @@ class DispatchSpace:
     def rule_itself(self, params: FloatArray) -> FloatArray:
         """Return the weights of the rule with such parameters, `float64[2]`, above 0."""
         return np.concatenate([np.log([_ETA, *params]), np.zeros(len(self._linear))])
+
+    def like(self, rule: Heuristic, max_num_seqs: int) -> FloatArray:
+        """Return the weights that choose as a rule of `CONTAINED_DISPATCHES`.
+
+        Args:
+            rule: The rule.
+            max_num_seqs: Of all engines.
+
+        Raises:
+            ConfigError: If what it goes by never differs from replica to replica.
+        """
+        name = rule.name.partition(":")[0]
+        if name == "added-delay":
+            prefill, decode = np.maximum(rule.params, _NOTHING).tolist()
+            return self._guess(prefill=prefill, decode=decode)
+        wanted = {OUTSTANDING_INPUT: -1.0}
+        if name == "min-kv":
+            # both as inputs are normalised, the tie-break by the share of slots
+            tie = _KV_TIE * max_num_seqs * self._scale[OUTSTANDING_SHARE_INPUT]
+            tie /= self._scale[KV_USAGE_INPUT]
+            wanted = {KV_USAGE_INPUT: -1.0, OUTSTANDING_SHARE_INPUT: -tie}
+        if not set(wanted) <= set(self._linear.tolist()):
+            raise ConfigError(
+                f"{name} cannot be the start where replicas never differ in what it goes by: "
+                "raise load"
+            )
+        return self._guess(wanted, eta=_NOTHING)
 
     def _guess(
         self,

@@ -20,21 +20,24 @@ from typing_extensions import override
 
 from servegym.agents.network import DispatchNetwork
 from servegym.agents.torch_policy import TorchPolicy
+from servegym.baselines.ordering.registry import ordering_policy
+from servegym.baselines.registry import policy
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import Episode
 from servegym.errors import ConfigError
 from servegym.export.from_torch import export_policy
 from servegym.export.ordering import save_ordering
-from servegym.export.resolve import resolve_dispatch
+from servegym.export.resolve import dispatch_parts, resolve_dispatch
 from servegym.policy.learned_ordering import MlpOrdering, OrderingWeights
 from servegym.policy.ordering import PREDICTED_REMAINING_TOKENS, PROMPT_TOKENS
 from servegym.policy.pair import Pair
 from servegym.policy.play_fleet import play_fleets
+from servegym.policy.policy import Heuristic
 from servegym.policy.run_pair import make_simulator, run_pair
 from servegym.scenario import Scenario
-from servegym.train.dispatch_space import DispatchSpace, Observer
+from servegym.train.dispatch_space import CONTAINED_DISPATCHES, DispatchSpace, Observer
 from servegym.train.joint_settings import JointTraining
-from servegym.train.order_space import OrderSpace, Sampler
+from servegym.train.order_space import CONTAINED_ORDERS, OrderSpace, Sampler
 from servegym.train.request_run import losses
 from servegym.train.run_folder import StoredRun
 from servegym.train.search import Search
@@ -46,10 +49,39 @@ from servegym.typing import Float32Array, FloatArray
 SCHEDULERS, DISPATCHER = range(2)
 #: Who plays while the first samples are taken.
 _FIRST = "added-delay+footprint"
+#: Standard deviations of weights at first: around what is near to rules; around what is good.
+_WIDE, _NARROW = 0.3, 0.1
 #: Exponents of the prompt with which it may begin, of waiting requests and of running ones.
 _POWERS = ((1.0, 1.0), (0.0, 0.0), (1.0, -1.5), (3.0, 0.5))
 #: Episodes that samples are taken from.
 _NUM_SAMPLED = 4
+
+
+def require_contained(start: str, scenario: Scenario) -> None:
+    """Check that the search contains a pair, choice for choice.
+
+    Args:
+        start: `DISPATCH+ORDER`, with their parameters.
+        scenario: What is played.
+
+    Raises:
+        ConfigError: If it does not.
+    """
+    dispatch, *order = dispatch_parts(start)
+    names = [part.partition(":")[0] for part in (dispatch, *order)]
+    if len(names) != 2 or names[0] not in CONTAINED_DISPATCHES or names[1] not in CONTAINED_ORDERS:
+        raise ConfigError(
+            "start must be DISPATCH+ORDER of rules that the search contains, DISPATCH one of "
+            f"{', '.join(CONTAINED_DISPATCHES)}, ORDER one of {', '.join(CONTAINED_ORDERS)}, got "
+            f"{start!r}"
+        )
+    policy(dispatch), ordering_policy(order[0])  # refuse what is no parameter
+    slots = {replica.max_num_seqs for replica in scenario.spec.types}
+    if names[0] == "min-kv" and len(slots) > 1:
+        raise ConfigError(
+            "start min-kv is for engines of the same max_num_seqs: among equals it goes by counts, "
+            f"the search by shares of them; got {', '.join(map(str, sorted(slots)))}"
+        )
 
 
 class TrainedPair(NamedTuple):
@@ -77,12 +109,15 @@ class JointTrainer(SearchRun[JointTraining, TrainedPair]):
 
     def __init__(self, config: JointTraining, folder: Path | StoredRun) -> None:
         super().__init__(config, folder)
-        pair = resolve_dispatch(_FIRST)
+        pair = resolve_dispatch(config.start or _FIRST)
         assert isinstance(pair, Pair)
         (replicas, request, _), self.rows = self._sample(pair, self._rng)
-        self.order_space = OrderSpace(self.rows)
+        self.order_space = OrderSpace(self.rows, powers=bool(config.start))
         self.dispatch_space = DispatchSpace(replicas, request, self._num_extra)
-        self._begin(self._orders()[0], self.dispatch_space.guesses()[0], 0.3)
+        if config.start:
+            self._begin(*self._start(), _NARROW)
+        else:
+            self._begin(self._orders()[0], self.dispatch_space.guesses()[0], _WIDE)
 
     @staticmethod
     def completed(config: JointTraining, scenario: Scenario) -> JointTraining:
@@ -92,6 +127,8 @@ class JointTrainer(SearchRun[JointTraining, TrainedPair]):
                 f"scenario {scenario.name} must have two replicas or more, all with engine: "
                 "vllm-priority, to train dispatch and order together"
             )
+        if config.start:
+            require_contained(config.start, scenario)
         return config
 
     @property
@@ -121,6 +158,16 @@ class JointTrainer(SearchRun[JointTraining, TrainedPair]):
             Search(start.copy(), np.full(len(start), spread)) for start in (order, dispatch)
         ]
 
+    def _start(self) -> tuple[FloatArray, FloatArray]:
+        """Return the weights of the pair from which to begin: order, dispatcher."""
+        dispatch, order = dispatch_parts(self.config.start)
+        slots, rule = self.scenario.spec.types[0].max_num_seqs, policy(dispatch)
+        assert isinstance(rule, Heuristic)
+        return (
+            self.order_space.like(ordering_policy(order)),
+            self.dispatch_space.like(rule, slots),
+        )
+
     def _orders(self) -> list[FloatArray]:
         """Return orders from which the search may begin: tokens left times powers of the prompt.
 
@@ -144,7 +191,7 @@ class JointTrainer(SearchRun[JointTraining, TrainedPair]):
             self.scenario.spec,
             episodes,
             self.dispatch_space.dispatchers(thetas[DISPATCHER]),
-            self.order_space.perceptrons(thetas[SCHEDULERS]),
+            self.order_space.orders(thetas[SCHEDULERS]),
             self.config.num_threads,
         )
 
@@ -163,19 +210,21 @@ class JointTrainer(SearchRun[JointTraining, TrainedPair]):
 
     def open_stage(self) -> None:
         """Begin where it is best to, then put hidden units beside both linear scores."""
+        if self.stage == 0 and self.config.start:
+            return  # it has begun there
         if self.stage == 0:
             orders, dispatches = self._orders(), self.dispatch_space.guesses()
             pairs = list(itertools.product(orders, dispatches))
             thetas = [np.array(part) for part in zip(*pairs, strict=True)]
             least = int(self._loss(thetas).argmin())
-            self._begin(*pairs[least], 0.3)
+            self._begin(*pairs[least], _WIDE)
             return
         order, dispatch = (best.numpy() for best in self.best)
         count = self.config.num_hidden
         order = self.order_space.with_units(order, count, self._rng)
         dispatch = self.dispatch_space.with_units(dispatch, count, self._rng)
         self.best = [torch.from_numpy(order), torch.from_numpy(dispatch)]
-        self._begin(order, dispatch, 0.1)
+        self._begin(order, dispatch, _NARROW)
 
     def _loss(self, thetas: list[FloatArray]) -> FloatArray:
         """Return the mean loss of each of some weights of both on new episodes, `float64[C]`."""

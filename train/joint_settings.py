@@ -18,6 +18,10 @@ class JointTraining:
     """Bundled name or YAML file, of several engines that go by priorities."""
     learner: Annotated[Literal["joint"], Fixed, Suppress] = "joint"
     """What `--learner` calls it."""
+    start: str = ""
+    """Pair from which the search begins, DISPATCH+ORDER with their parameters: added-delay,
+    least-outstanding or min-kv, with fcfs, footprint or srpt behind it; empty: the best of sixteen
+    pairs near to rules. With a start scores have the terms of footprint, too."""
     load: tuple[float, float] = (0.8, 1.25)
     """Range of the load factor, drawn per episode."""
     max_minutes: Annotated[float, arg(name="minutes")] = 10.0

@@ -16,9 +16,11 @@ from servegym.policy.ordering import (
     COMPUTED_TOKENS,
     NUM_ORDERING_FEATURES,
     NUM_RUNNING,
+    WAITED_S,
     OrderingPolicy,
+    OrderingRule,
 )
-from servegym.policy.play_perceptron import Perceptrons
+from servegym.policy.play_perceptron import Orders, Perceptrons
 from servegym.typing import FloatArray
 
 #: The request's own features; the engine's are the same in all rows and change no linear order.
@@ -27,6 +29,8 @@ _OWN = range(COMPUTED_TOKENS, NUM_RUNNING)
 _NUM_SAMPLES = 20_000
 #: Weights of a hidden unit: of its inputs, its bias, and to both heads.
 UNIT = NUM_ORDERING_FEATURES + 3
+#: Rules that the space contains, where there are powers.
+CONTAINED_ORDERS = ("fcfs", "footprint", "srpt")
 
 
 class Sampler:
@@ -67,17 +71,20 @@ class Sampler:
 class OrderSpace:
     """Perceptrons of two heads, the score of a waiting and of a running request, as flat weights.
 
-    First the linear scores of both heads, then hidden units, if there are any.
+    First the powers of both heads, where they have some, then their linear scores, then hidden
+    units, if there are any.
 
     Args:
         samples: Rows of features, `float64[n, NUM_ORDERING_FEATURES]`; inputs are normalised by
             them.
+        powers: Whether scores have `OrderingWeights.powers`, too.
 
     Attributes:
         linear: Which features the linear scores weigh.
     """
 
-    def __init__(self, samples: FloatArray) -> None:
+    def __init__(self, samples: FloatArray, *, powers: bool = False) -> None:
+        self._num_powers = 4 if powers else 0
         logs = np.copysign(np.log1p(np.abs(samples)), samples)
         self._mean = logs.mean(0)
         spread = logs.std(0)
@@ -100,6 +107,18 @@ class OrderSpace:
                     theta[head, self.linear.index(feature)] = weight
         return theta.ravel()
 
+    def like(self, rule: OrderingRule) -> FloatArray:
+        """Return the weights that order as a rule of `CONTAINED_ORDERS`, where there are powers."""
+        theta, powers = np.zeros((2, len(self.linear))), np.zeros((2, 2))
+        if rule.name.partition(":")[0] == "fcfs":
+            if WAITED_S not in self.linear:
+                raise ConfigError("fcfs cannot be the start where nobody ever waits: raise load")
+            theta[:, self.linear.index(WAITED_S)] = -1.0
+        else:
+            powers[:, 0] = 1.0
+            powers[:, 1] = rule.params if len(rule.params) else 0.0
+        return np.concatenate([powers.ravel(), theta.ravel()])
+
     def with_units(self, theta: FloatArray, count: int, rng: np.random.Generator) -> FloatArray:
         """Put hidden units beside a linear score; their outputs are 0, so the order is the same."""
         free = np.zeros((count, UNIT))
@@ -114,7 +133,8 @@ class OrderSpace:
         A linear score passes two hidden units, one for each sign.
         """
         count, own = len(thetas), len(self.linear)
-        linear, free = np.split(thetas, [2 * own], axis=1)
+        first = self._num_powers
+        _, linear, free = np.split(thetas, [first, first + 2 * own], axis=1)
         extra = free.shape[1] // UNIT
         hidden = np.zeros((count, NUM_ORDERING_FEATURES, 4 + extra))
         bias = np.zeros((count, 4 + extra))
@@ -132,8 +152,15 @@ class OrderSpace:
         out[:, 4:] = parts[:, :, NUM_ORDERING_FEATURES + 1 :]
         return Perceptrons(self._mean, self.scale, hidden, bias, out)
 
+    def orders(self, thetas: FloatArray) -> Orders:
+        """Build orders from flat weights, `float64[C, size]`: perceptrons, and their powers."""
+        orders = Orders.of(self.perceptrons(thetas))
+        if self._num_powers:
+            orders.powers[:] = thetas[:, : self._num_powers].reshape(-1, 2, 2)
+        return orders
+
     def scores(self, theta: Tensor, rows: Tensor) -> Tensor:
-        """Score rows as `perceptrons` does, with gradients.
+        """Score rows as `perceptrons` does, with gradients, where there are no powers.
 
         Args:
             theta: Flat weights, `float64[size]`.
@@ -151,10 +178,11 @@ class OrderSpace:
 
     def weights(self, theta: FloatArray) -> OrderingWeights:
         """Return an order as its file holds it."""
-        nets = self.perceptrons(theta[None])
+        powers, nets = self.orders(theta[None])
         return OrderingWeights(
             mean=nets.mean.astype(np.float32),
             scale=nets.scale.astype(np.float32),
             weights=(nets.hidden[0].astype(np.float32), nets.out[0].astype(np.float32)),
             biases=(nets.hidden_bias[0].astype(np.float32), np.zeros(2, np.float32)),
+            powers=powers[0],
         )

@@ -106,6 +106,68 @@ def test_search_begins_as_added_delay(fleet, tmp_path):
     same_fate(learned, played(trainer.scenario, rule, trainer._validation), 4)
 
 
+@pytest.mark.parametrize(
+    "start",
+    [
+        "min-kv+footprint:weight=3.293,victim_weight=-1.81",
+        "least-outstanding+fcfs",
+        "added-delay:prefill=0.3,decode=2+srpt",
+    ],
+)
+def test_search_begins_at_the_start_request_by_request_and_exports_it_so(fleet, tmp_path, start):
+    trainer = JointTrainer(settings(fleet, start=start), tmp_path / "run")
+    trainer.open_stage()
+    learned = trainer._play([search.mean[None] for search in trainer.searches], trainer._validation)
+    want = played(trainer.scenario, resolve_dispatch(start), trainer._validation)
+    same_fate(learned, want, 4)
+    trainer.best = trainer.parameters()
+    trainer.best_scores = trainer.first_scores = trainer.validate().scores
+    trainer.export(tmp_path / "kept")
+    kept = resolve_dispatch(str(tmp_path / "kept"))
+    same_fate(played(trainer.scenario, kept, trainer._validation), want, 4)
+    # requests were preempted, and replicas differ: both decisions mattered
+    assert want.state.request["num_preemptions"].sum() > 20
+    assert set(want.outcomes(0)["replica"]) == {0, 1, 2}
+
+
+def test_with_a_start_what_is_found_is_what_both_parts_play(fleet, tmp_path):
+    start = "min-kv+footprint:weight=2,victim_weight=-1"
+    trainer = JointTrainer(settings(fleet, start=start), tmp_path / "run")
+    found = trainer.run()
+    assert found.loss <= found.first_loss
+    rng = np.random.default_rng(0)
+    trainer.best = [x + 0.3 * torch.from_numpy(rng.normal(size=len(x))) for x in trainer.best]
+    trainer.export(tmp_path / "moved")
+    want = trainer._play([x.numpy()[None] for x in trainer.best], trainer._validation)
+    pair = resolve_dispatch(str(tmp_path / "moved"))
+    same_fate(played(trainer.scenario, pair, trainer._validation), want, 4)
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        ("min-kv", "start must be DISPATCH.ORDER of rules that the search contains, DISPATCH one"),
+        ("added-delay-inferred+srpt", "least-outstanding, min-kv, ORDER one of fcfs, footprint, s"),
+        ("min-kv+edf", "got 'min-kv.edf'"),
+        ("min-kv+srpt-oracle", "got 'min-kv.srpt-oracle'"),
+        ("min-kv+footprint:power=2", "power"),
+        ("min-kv:power=2+footprint", "power"),
+    ],
+)
+def test_a_start_that_is_not_contained_is_refused_in_one_sentence(fleet, tmp_path, start, message):
+    with pytest.raises(ConfigError, match=message) as refused:
+        JointTrainer(settings(fleet, start=start), tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_min_kv_is_no_start_where_engines_have_different_slots(tmp_path):
+    path, entries = tmp_path / "slots.yaml", [dict(entry) for entry in FLEET["fleet"]]
+    entries[1]["max_num_seqs"] = 4
+    path.write_text(yaml.safe_dump({**FLEET, "fleet": entries}))
+    with pytest.raises(ConfigError, match=r"of the same max_num_seqs: .* got 4, 8"):
+        JointTrainer(settings(str(path), start="min-kv+srpt"), tmp_path / "run")
+
+
 def test_what_is_found_is_what_both_parts_of_the_folder_play(fleet, tmp_path):
     config = settings(fleet)
     trainer = JointTrainer(config, tmp_path / "run")
@@ -127,7 +189,7 @@ def test_what_is_found_is_what_both_parts_of_the_folder_play(fleet, tmp_path):
     assert set(got.outcomes(0)["replica"]) == {0, 1, 2}
     # the kept one plays as validation said, and each part by itself is whom it is for
     kept = played(trainer.scenario, resolve_dispatch(str(tmp_path / "run")), trainer._validation)
-    scores = losses(trainer.scenario, kept.state.env)
+    scores = losses(trainer.scenario, kept)
     assert scores.mean() == pytest.approx(found.loss, rel=1e-6)
     assert resolve_policy(str(tmp_path / "run" / "policy" / "policy.onnx")).name == "run"
     assert isinstance(load_policy(str(tmp_path / "run" / "ordering.npz")), MlpOrdering)

@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from servegym.baselines.ordering.registry import ordering_policy
 from servegym.errors import ExportError
 from servegym.export.ordering import load_ordering, save_ordering, write_ordering_manifest
 from servegym.policy.learned_ordering import OrderingWeights
@@ -74,6 +75,21 @@ def test_a_network_gives_what_its_definition_says(tmp_path):
         x = np.maximum(x @ weights.weights[1] + weights.biases[1], 0)
         scores = x @ weights.weights[2] + weights.biases[2]
         assert got == pytest.approx(scores[int(row[RUNNING])], rel=1e-4, abs=1e-4)
+
+
+def test_powers_are_written_and_make_footprint(tmp_path):
+    rng = np.random.default_rng(0)
+    powers = np.array([[1.0, 3.293], [1.0, -1.81]])
+    still = tuple(np.zeros_like(w) for w in shortest_first().weights)
+    zeros = tuple(np.zeros_like(b) for b in shortest_first().biases)
+    weights = shortest_first()._replace(weights=still, biases=zeros, powers=powers)
+    features, memory = samples(rng, 200), np.zeros((200, 0))
+    features[:, REMAINING] = np.maximum(features[:, REMAINING], 1.0)
+    got = load_ordering(save_ordering(weights, tmp_path, features)).score(features, memory)
+    rule = ordering_policy("footprint:weight=3.293,victim_weight=-1.81")
+    np.testing.assert_allclose(got, np.log(rule.score(features, memory)), rtol=1e-12, atol=1e-12)
+    with pytest.raises(ExportError, match=r"powers must be two of each score, got \(2,\)"):
+        save_ordering(weights._replace(powers=powers[0]), tmp_path, features)
 
 
 def test_the_manifest_states_the_range_of_each_feature(saved):

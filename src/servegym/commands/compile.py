@@ -115,7 +115,7 @@ def compile_fleets() -> None:
     from servegym.policy.ordering import NUM_ORDERING_FEATURES
     from servegym.policy.pair import Pair
     from servegym.policy.play_fleet import Dispatchers, play_fleets
-    from servegym.policy.play_perceptron import Perceptrons
+    from servegym.policy.play_perceptron import Orders, Perceptrons
     from servegym.policy.replica_inputs import NUM_INPUTS
     from servegym.policy.run_pair import make_simulator, run_pair
 
@@ -127,7 +127,7 @@ def compile_fleets() -> None:
     cluster_v0.parallel_env(num_requests=16).reset(seed=0)
     dispatchers = Dispatchers(np.ones((1, 3)), Perceptrons.zeros(NUM_INPUTS, 2, 1))
     orders = Perceptrons.zeros(NUM_ORDERING_FEATURES, 4, 2)
-    play_fleets(scenario.spec, episodes, dispatchers, orders)
+    play_fleets(scenario.spec, episodes, dispatchers, Orders.of(orders))
 
 
 def compile_jobs() -> None:

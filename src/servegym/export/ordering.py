@@ -13,7 +13,7 @@ from servegym.errors import ExportError
 from servegym.export.manifest import Manifest, policy_name, read_manifest, write_policy
 from servegym.policy.learned_ordering import MlpOrdering, OnnxOrdering, OrderingWeights
 from servegym.policy.policy import Information
-from servegym.typing import FloatArray
+from servegym.typing import Float32Array, FloatArray
 
 SUFFIXES = (".npz", ".onnx")
 
@@ -47,7 +47,11 @@ def save_ordering(
     weights.require_consistent()
     path, file = folder / "ordering.npz", io.BytesIO()
     layers = enumerate(zip(weights.weights, weights.biases, strict=True))
-    arrays = {f"{kind}{i}": a for i, pair in layers for kind, a in zip("wb", pair, strict=True)}
+    arrays: dict[str, Float32Array | FloatArray] = {
+        f"{kind}{i}": a for i, pair in layers for kind, a in zip("wb", pair, strict=True)
+    }
+    if weights.powers.any():
+        arrays["powers"] = weights.powers
     np.savez(file, mean=weights.mean, scale=weights.scale, **arrays)  # type: ignore[arg-type]
     return write_policy(
         path,
@@ -92,12 +96,14 @@ def _read_weights(path: Path) -> OrderingWeights:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: np.asarray(file[name], np.float32) for name in file.files}
+            given = {"powers": np.asarray(file["powers"], np.float64)} if "powers" in file else {}
         num_layers = (len(arrays) - 2) // 2
         return OrderingWeights(
             mean=arrays["mean"],
             scale=arrays["scale"],
             weights=tuple(arrays[f"w{i}"] for i in range(num_layers)),
             biases=tuple(arrays[f"b{i}"] for i in range(num_layers)),
+            **given,
         )
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise ExportError(f"{path} cannot be read as an order: {error}") from error

@@ -9,12 +9,19 @@ from typing import NamedTuple
 import numpy as np
 
 from servegym.errors import ExportError
-from servegym.policy.ordering import IS_RUNNING, NUM_ORDERING_FEATURES
+from servegym.policy.ordering import (
+    GENERATED_TOKENS,
+    IS_RUNNING,
+    NUM_ORDERING_FEATURES,
+    PREDICTED_REMAINING_TOKENS,
+    PROMPT_TOKENS,
+)
 from servegym.policy.policy import Information
 from servegym.typing import Float32Array, FloatArray
 
 #: Normalised features are kept within this.
 CLIP = 10.0
+_NO_POWERS: FloatArray = np.zeros((2, 2))
 
 
 class OrderingWeights(NamedTuple):
@@ -28,12 +35,17 @@ class OrderingWeights(NamedTuple):
         weights: Of each layer, `float32[inputs, outputs]`; the last has two outputs, the
             admission score and the victim score.
         biases: Of each layer, `float32[outputs]`.
+        powers: Added to the scores, of both heads, `float64[2, 2]`: the weight of the logarithm of
+            the predicted tokens left, and that of the logarithm of the KV held meanwhile. With
+            weights 1 and `w` and nothing else it is the order `footprint`, which no score that is
+            linear in logarithms of features is.
     """
 
     mean: Float32Array
     scale: Float32Array
     weights: tuple[Float32Array, ...]
     biases: tuple[Float32Array, ...]
+    powers: FloatArray = _NO_POWERS
 
     def require_consistent(self) -> None:
         """Check shapes and values.
@@ -50,8 +62,11 @@ class OrderingWeights(NamedTuple):
             )
         if self.mean.shape != (widths[0],) or self.scale.shape != (widths[0],):
             raise ExportError(f"mean and scale must have {widths[0]} numbers each")
+        if self.powers.shape != (2, 2):
+            raise ExportError(f"powers must be two of each score, got {self.powers.shape}")
         arrays = (self.mean, self.scale, *self.weights, *self.biases)
-        if not all(np.isfinite(a).all() for a in arrays) or (self.scale <= 0).any():
+        finite = np.isfinite(self.powers).all() and all(np.isfinite(a).all() for a in arrays)
+        if not finite or (self.scale <= 0).any():
             raise ExportError("an order's numbers must be finite and its scales greater than 0")
 
 
@@ -83,7 +98,13 @@ class MlpOrdering:
             x = x @ weight
             x += bias
             np.maximum(x, 0.0, out=x)
-        return _choose_head(x @ last[0] + last[1], features)
+        scores = _choose_head(x @ last[0] + last[1], features)
+        if self._weights.powers.any():
+            left = features[:, PREDICTED_REMAINING_TOKENS]
+            held = features[:, PROMPT_TOKENS] + features[:, GENERATED_TOKENS] + 0.5 * left
+            powers = self._weights.powers[(features[:, IS_RUNNING] > 0.0).astype(int)]
+            scores += powers[:, 0] * np.log(left) + powers[:, 1] * np.log(held)
+        return scores
 
 
 class OnnxOrdering:

@@ -29,7 +29,7 @@ from servegym.policy.contract import (
 from servegym.policy.costs import added_delay_s, delay_s, step_s
 from servegym.policy.observe import observe
 from servegym.policy.ordering import NUM_ORDERING_FEATURES
-from servegym.policy.play_perceptron import Perceptrons, order_engine, perceptron
+from servegym.policy.play_perceptron import Orders, Perceptrons, order_engine, perceptron
 from servegym.policy.replica_inputs import NUM_INPUTS, write_inputs
 from servegym.policy.run_ordering import require_priorities
 from servegym.typing import FloatArray
@@ -89,7 +89,7 @@ def _play(
     p: Params,
     s: State,
     d: Dispatchers,
-    n: Perceptrons,
+    o: Orders,
     first: int,
     stop: int,
     per: int,
@@ -104,7 +104,7 @@ def _play(
                 observe(p, s, e, _NEEDS, request)
                 apply(p, s, e, _choose(s, e, d, e // per, request, inputs))
             else:
-                order_engine(p, s, e, n, e // per, row)
+                order_engine(p, s, e, o, e // per, row)
                 apply(p, s, e, 0)
 
 
@@ -112,7 +112,7 @@ def play_fleets(
     spec: ClusterSpec,
     episodes: Sequence[Episode],
     dispatchers: Dispatchers,
-    orders: Perceptrons,
+    orders: Orders,
     num_threads: int = 1,
 ) -> Simulator:
     """Play the same episodes under every dispatcher and the order beside it.

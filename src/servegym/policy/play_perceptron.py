@@ -16,7 +16,12 @@ from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import ClusterSpec, Episode
 from servegym.cluster.state import DECISION, NEVER, WHERE_IT_MATTERS, Asks, Params, State
 from servegym.policy.learned_ordering import CLIP
-from servegym.policy.ordering import NUM_ORDERING_FEATURES
+from servegym.policy.ordering import (
+    GENERATED_TOKENS,
+    NUM_ORDERING_FEATURES,
+    PREDICTED_REMAINING_TOKENS,
+    PROMPT_TOKENS,
+)
 from servegym.policy.ordering_rows import write_row
 from servegym.policy.run_ordering import require_one_engine
 from servegym.typing import FloatArray
@@ -53,6 +58,23 @@ class Perceptrons(NamedTuple):
         )
 
 
+class Orders(NamedTuple):
+    """Orders of requests: what a perceptron says, and powers of what a request will hold.
+
+    Attributes:
+        powers: As `learned_ordering.OrderingWeights.powers`, `float64[C, 2, 2]`.
+        nets: Of two heads.
+    """
+
+    powers: FloatArray
+    nets: Perceptrons
+
+    @classmethod
+    def of(cls, nets: Perceptrons) -> Orders:
+        """Order by perceptrons alone."""
+        return cls(np.zeros((len(nets.hidden), 2, 2)), nets)
+
+
 @inlined
 def perceptron(n: Perceptrons, c: int, x: FloatArray, head: int) -> float:
     """Return what a head of one of them makes of its inputs, `float64[F]`."""
@@ -67,6 +89,18 @@ def perceptron(n: Perceptrons, c: int, x: FloatArray, head: int) -> float:
 
 
 @inlined
+def held_score(o: Orders, c: int, row: FloatArray, head: int) -> float:
+    """Return what the powers of an order add to the score of a request, its row as it is."""
+    by_left, by_held = o.powers[c, head, 0], o.powers[c, head, 1]
+    total = 0.0
+    if by_left != 0.0 or by_held != 0.0:
+        left = row[PREDICTED_REMAINING_TOKENS]
+        held = row[PROMPT_TOKENS] + row[GENERATED_TOKENS] + 0.5 * left
+        total = by_left * math.log(left) + by_held * math.log(held)
+    return total
+
+
+@inlined
 def score_row(n: Perceptrons, c: int, row: FloatArray, head: int) -> float:
     """Score one request; its row, `float64[NUM_ORDERING_FEATURES]`, is normalised in place."""
     for k in range(row.shape[0]):
@@ -76,14 +110,14 @@ def score_row(n: Perceptrons, c: int, row: FloatArray, head: int) -> float:
 
 
 @inlined
-def order_engine(p: Params, s: State, e: int, n: Perceptrons, c: int, row: FloatArray) -> None:
+def order_engine(p: Params, s: State, e: int, o: Orders, c: int, row: FloatArray) -> None:
     """Write the keys of all requests of the engine that asks.
 
     Args:
         p: Constants.
         s: State.
         e: Environment.
-        n: Who orders the requests.
+        o: Who orders the requests.
         c: Which of them.
         row: Room for a request's features, `float64[NUM_ORDERING_FEATURES]`.
     """
@@ -92,18 +126,17 @@ def order_engine(p: Params, s: State, e: int, n: Perceptrons, c: int, row: Float
         request = s.replica[e, r].run_head if running else s.replica[e, r].wait_head
         while request >= 0:
             write_row(p, s, e, r, request, running > 0, row)
-            s.order[e, request].key = score_row(n, c, row, running)
+            held = held_score(o, c, row, running)
+            s.order[e, request].key = held + score_row(o.nets, c, row, running)
             request = s.request[e, request].next_request
 
 
 @kernel
-def _play(
-    p: Params, s: State, n: Perceptrons, first: int, stop: int, per: int, row: FloatArray
-) -> None:
-    """Play environments `first..stop-1` to their ends, `per` of them under each perceptron."""
+def _play(p: Params, s: State, o: Orders, first: int, stop: int, per: int, row: FloatArray) -> None:
+    """Play environments `first..stop-1` to their ends, `per` of them under each order."""
     for e in range(first, stop):
         while advance(p, s, e) == DECISION:
-            order_engine(p, s, e, n, e // per, row)
+            order_engine(p, s, e, o, e // per, row)
             apply(p, s, e, 0)
 
 
@@ -125,6 +158,7 @@ def play_perceptrons(
     asks = Asks(dispatch=NEVER, order=WHERE_IT_MATTERS)
     simulator = Simulator(spec, list(episodes) * count, asks=asks)
     require_one_engine(simulator)
+    orders = Orders.of(nets)
     edges = np.linspace(0, per * count, num_threads + 1).astype(int).tolist()
     with ThreadPoolExecutor(num_threads) as pool:
         jobs = [
@@ -132,7 +166,7 @@ def play_perceptrons(
                 _play,
                 simulator.params,
                 simulator.state,
-                nets,
+                orders,
                 *pair,
                 per,
                 np.empty(NUM_ORDERING_FEATURES),

@@ -40,8 +40,9 @@ from servegym.typing import FloatArray
 
 #: How many a replica has.
 NUM_INPUTS = num_inputs(extended=False)
-#: Of the outstanding requests (their logarithm), and of the share of KV blocks in use.
-OUTSTANDING_INPUT, KV_USAGE_INPUT = 0, 11
+#: Of the outstanding requests: their logarithm, and their share of the slots; and of the share of
+#: KV blocks in use.
+OUTSTANDING_INPUT, OUTSTANDING_SHARE_INPUT, KV_USAGE_INPUT = 0, 1, 11
 
 
 @inlined
