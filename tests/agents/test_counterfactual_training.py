@@ -230,7 +230,7 @@ def test_every_setting_is_an_option(capsys):
     [
         (
             ["--learner", "dqn"],
-            "problem dispatch has no learner dqn: choose ppo or counterfactual or search",
+            "problem dispatch has no learner dqn: choose ppo or counterfactual or cross-entropy or",
         ),
         (["--num-samples", "3"], "--num-samples is an option of --learner counterfactual: name"),
         (["--learner", "counterfactual", "--clip", "0.1"], "--clip is an option of --learner ppo"),
@@ -252,7 +252,8 @@ def test_what_another_learner_has_is_refused_by_name(words, said):
 def test_without_a_name_a_problem_has_its_first_learner():
     for problem, entry in TRAINERS.items():
         assert find_trainer(problem) is entry
-    dispatchers = ["ppo", "counterfactual", "cross-entropy", "search", "joint", "offline", "rllib"]
+    searches = ["cross-entropy", "search", "evolve", "joint"]
+    dispatchers = ["ppo", "counterfactual", *searches, "offline", "rllib"]
     assert list(LEARNERS["dispatch"]) == dispatchers
     assert np.isinf(TRAINERS["dispatch"].settings().max_minutes)
 

@@ -61,6 +61,7 @@ def test_each_request_that_ends_is_told_once_in_order_with_its_times(name):
     episodes = [scenario.episode(seed, num_requests=150) for seed in range(2)]
     simulator, (policy_, made) = Simulator(scenario.spec, episodes), listening()
     run(simulator, policy_)
+    assert len(made) == 2
     for env, learner in enumerate(made):
         ends = simulator.outcomes(env)
         last_arrival_s = np.nanmax(ends["arrival_s"])

@@ -46,7 +46,7 @@ async def serving(*, seqs=32, blocks=400, **settings):
 
 
 def run(test):
-    asyncio.run(asyncio.wait_for(test, 30))
+    asyncio.run(asyncio.wait_for(test, 120))  # the first one may have to compile an engine
 
 
 async def ask(session, server, path="completions", headers=None, **body):
