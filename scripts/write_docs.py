@@ -271,7 +271,7 @@ one that lives on is judged by the mean of all its generations. What is kept is 
 validation episodes, four times as long. `--starts` gives it scores of your own to begin with. A run
 that was killed goes on, as [all runs](training.md#the-runs-folder) do.
 
-What a quarter of an hour found on a machine of two cores that some ten other processes shared: 58
+What a quarter of an hour found on a busy machine of two cores, each run on a part of one: 58
 and 22 generations on `azure-conv-fit`, 44 and 18 on `mixed-chat`. Mean E2E over that of tuned
 rules, 12 held-out seeds, paired, 95 % bootstrap ([commands](../EXPERIMENTS.md)); below 1 is better.
 The best rule is `added-delay-inferred`, on `mixed-chat` at load 1 `added-delay-shrink`:
