@@ -11,6 +11,7 @@ from tyro.conf import Fixed, OmitArgPrefixes, Suppress, arg
 from servegym.agents.network_config import NetworkConfig
 from servegym.errors import ConfigError
 from servegym.policy.counterfactual import LIMITS, SECONDS
+from servegym.train.ranges import check_counts, check_load
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ class CounterfactualTraining:
     """Network and base heuristic."""
 
     def __post_init__(self) -> None:
-        for name in (
+        check_counts(
+            self,
             "num_envs",
             "num_steps",
             "label_every",
@@ -99,17 +101,14 @@ class CounterfactualTraining:
             "batch",
             "validation_episodes",
             "label_threads",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        )
         for name in ("prefix_price", "prefill_price", "memory_price", "patience"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name):g}")
         for name in ("max_minutes", "stretch", "softness"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name):g}")
-        if not 0 < self.load[0] <= self.load[1]:
-            raise ConfigError(f"load must be two ascending numbers above 0, got {self.load}")
+        check_load(self.load)
         if self.device not in ("cpu", "cuda"):
             raise ConfigError(f"device must be cpu or cuda, got {self.device!r}")
         if self.num_steps % self.label_every:

@@ -10,6 +10,7 @@ from tyro.conf import Fixed, Suppress, arg
 from servegym.baselines.registry import policy
 from servegym.errors import ConfigError
 from servegym.policy.perceptron_rule import BASES, Base
+from servegym.train.ranges import check_counts, check_load, check_minutes
 
 
 @dataclass(frozen=True)
@@ -48,22 +49,19 @@ class CrossEntropyTraining:
         base_of(self.base)
         if not (policy(self.base).params > 0).all():
             raise ConfigError(f"the parameters of base must be above 0, got {self.base!r}")
-        if not 0 < self.load[0] <= self.load[1]:
-            raise ConfigError(f"load must be two ascending numbers above 0, got {self.load}")
-        if not self.max_minutes > 0:
-            raise ConfigError(f"minutes must be above 0, got {self.max_minutes:g}")
+        check_load(self.load)
+        check_minutes(self.max_minutes)
         if self.num_hidden < 0:
             raise ConfigError(f"num_hidden must be at least 0, got {self.num_hidden}")
-        for name in (
+        check_counts(
+            self,
             "max_generations",
             "num_candidates",
             "num_episodes",
             "num_requests",
             "num_validation",
             "validation_requests",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        )
 
 
 def base_of(text: str) -> Base:

@@ -9,6 +9,7 @@ from tyro.conf import Fixed, Suppress, arg
 
 from servegym.errors import ConfigError
 from servegym.policy.expression import MAX_SIZE
+from servegym.train.ranges import check_counts, check_load, check_minutes
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,12 @@ class EvolveTraining:
         return 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.load[0] <= self.load[1]:
-            raise ConfigError(f"load must go from low to high, above 0, got {self.load}")
-        if not self.max_minutes > 0:
-            raise ConfigError(f"minutes must be above 0, got {self.max_minutes:g}")
+        check_load(self.load)
+        check_minutes(self.max_minutes)
         if not self.price >= 0:
             raise ConfigError(f"price must be at least 0, got {self.price:g}")
         if not 1 <= self.max_parts <= MAX_SIZE:
             raise ConfigError(f"max_parts must be from 1 to {MAX_SIZE}, got {self.max_parts}")
         if self.num_candidates < 4:
             raise ConfigError(f"num_candidates must be at least 4, got {self.num_candidates}")
-        for name in ("max_generations", "num_episodes", "num_validation", "num_requests"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "max_generations", "num_episodes", "num_validation", "num_requests")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Fixed, Suppress, arg
 
-from servegym.errors import ConfigError
+from servegym.train.ranges import check_counts, check_load, check_minutes
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,14 @@ class JointTraining:
     """Of everything."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.load[0] <= self.load[1]:
-            raise ConfigError(f"load must go from low to high, above 0, got {self.load}")
-        if not self.max_minutes > 0:
-            raise ConfigError(f"minutes must be above 0, got {self.max_minutes:g}")
-        for name in (
+        check_load(self.load)
+        check_minutes(self.max_minutes)
+        check_counts(
+            self,
             "max_generations",
             "num_candidates",
             "num_episodes",
             "num_requests",
             "num_validation",
             "num_threads",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        )

@@ -10,6 +10,7 @@ from tyro.conf import Fixed, OmitArgPrefixes, Suppress, arg
 
 from servegym.agents.network_config import NetworkConfig
 from servegym.errors import ConfigError
+from servegym.train.ranges import check_counts, check_load
 
 Algorithm = Literal["bc", "cql", "iql"]
 
@@ -71,16 +72,15 @@ class OfflineTraining:
     """Network and base heuristic."""
 
     def __post_init__(self) -> None:
-        for name in (
+        check_counts(
+            self,
             "total_updates",
             "num_batches",
             "batch",
             "validate_every",
             "validation_episodes",
             "validation_requests",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        )
         for name in ("max_minutes", "learning_rate", "horizon_s", "temperature"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name):g}")
@@ -89,8 +89,7 @@ class OfflineTraining:
                 raise ConfigError(f"{name} must be within 0 to 1, got {getattr(self, name):g}")
         if not self.conservatism >= 0:
             raise ConfigError(f"conservatism must be at least 0, got {self.conservatism:g}")
-        if not 0 < self.load[0] <= self.load[1]:
-            raise ConfigError(f"load must be two ascending numbers above 0, got {self.load}")
+        check_load(self.load)
         if self.algorithm not in get_args(Algorithm):
             raise ConfigError(
                 f"algorithm must be one of {', '.join(get_args(Algorithm))}, got {self.algorithm!r}"

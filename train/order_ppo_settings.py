@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from tyro.conf import Fixed, Suppress, arg
 
 from servegym.errors import ConfigError
+from servegym.train.ranges import check_counts, check_load
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,14 @@ class OrderPPOTraining:
     """Of everything."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.load[0] <= self.load[1]:
-            raise ConfigError(f"load must go from low to high, above 0, got {self.load}")
+        check_load(self.load)
         for name in ("max_minutes", "temperature", "learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name):g}")
         if not self.horizon_s >= 0:
             raise ConfigError(f"horizon_s must be at least 0, got {self.horizon_s:g}")
-        for name in ("max_updates", "num_episodes", "label_every", "num_epochs", "num_validation"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(
+            self, "max_updates", "num_episodes", "label_every", "num_epochs", "num_validation"
+        )
         if self.num_choices < 2:
             raise ConfigError(f"num_choices must be at least 2, got {self.num_choices}")

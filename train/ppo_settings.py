@@ -11,6 +11,7 @@ from tyro.conf import Fixed, OmitArgPrefixes, Suppress, arg
 from servegym.agents.network_config import NetworkConfig
 from servegym.baselines.registry import policy
 from servegym.errors import ConfigError
+from servegym.train.ranges import check_load, check_minutes
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,8 @@ class PPOConfig:
                 f"num_envs and group_size must be at least 1, got {self.num_envs} and "
                 f"{self.group_size}"
             )
-        if not 0 < self.load[0] <= self.load[1]:
-            raise ConfigError(f"load must be two ascending numbers above 0, got {self.load}")
-        if not self.max_minutes > 0:
-            raise ConfigError(f"minutes must be above 0, got {self.max_minutes:g}")
+        check_load(self.load)
+        check_minutes(self.max_minutes)
         labels = self.advantage == "counterfactual"
         if self.label_every < 1 or (labels and self.num_steps % self.label_every):
             raise ConfigError(

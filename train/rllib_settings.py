@@ -10,6 +10,7 @@ from tyro.conf import Fixed, OmitArgPrefixes, Suppress, arg
 
 from servegym.agents.network_config import NetworkConfig
 from servegym.errors import ConfigError
+from servegym.train.ranges import check_counts, check_load, check_minutes
 
 RllibAlgorithm = Literal["ppo", "appo", "impala"]
 
@@ -73,13 +74,11 @@ class RllibTraining:
     """Network and base heuristic."""
 
     def __post_init__(self) -> None:
-        for name in ("num_envs", "decisions_per_update", "minibatch", "epochs", "validate_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.max_minutes > 0:
-            raise ConfigError(f"minutes must be above 0, got {self.max_minutes:g}")
-        if not 0 < self.load[0] <= self.load[1]:
-            raise ConfigError(f"load must be two ascending numbers above 0, got {self.load}")
+        check_counts(
+            self, "num_envs", "decisions_per_update", "minibatch", "epochs", "validate_every"
+        )
+        check_minutes(self.max_minutes)
+        check_load(self.load)
         if self.algorithm not in get_args(RllibAlgorithm):
             allowed = ", ".join(get_args(RllibAlgorithm))
             raise ConfigError(f"algorithm must be one of {allowed}, got {self.algorithm!r}")

@@ -9,6 +9,7 @@ from tyro.conf import Fixed, OmitArgPrefixes, Suppress, arg
 
 from servegym.agents.workflow_network_config import WorkflowNetworkConfig
 from servegym.errors import ConfigError
+from servegym.train.ranges import check_counts, check_minutes
 
 #: What a scheduler may be trained for.
 OBJECTIVES = ("jct", "makespan", "deadline")
@@ -83,13 +84,10 @@ class WorkflowTraining:
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ConfigError(f"{name} must be two ascending numbers above 0, got {low, high}")
-        if not self.max_minutes > 0:
-            raise ConfigError(f"minutes must be above 0, got {self.max_minutes:g}")
+        check_minutes(self.max_minutes)
         if not 0 <= self.search_share <= 1:
             raise ConfigError(f"search_share must be within 0..1, got {self.search_share:g}")
-        for name in ("groups", "minibatches", "validation_episodes", "search_episodes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "groups", "minibatches", "validation_episodes", "search_episodes")
         if self.group_size < 2:
             raise ConfigError(
                 f"group_size must be at least 2, so that there are others to compare with, got"

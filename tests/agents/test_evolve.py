@@ -183,7 +183,7 @@ def test_a_run_begins_with_scores_that_are_given(unequal, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"load": (1.0, 0.5)}, "load must go from low to high"),
+        ({"load": (1.0, 0.5)}, "load must be two ascending numbers above 0"),
         ({"max_minutes": 0.0}, "minutes must be above 0"),
         ({"price": -1.0}, "price must be at least 0"),
         ({"max_parts": 500}, "max_parts must be from 1 to 255, got 500"),

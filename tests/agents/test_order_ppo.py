@@ -178,7 +178,7 @@ def test_it_is_named_on_the_command_line(tight, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ({"load": (1.0, 0.5)}, r"load must go from low to high, above 0, got \(1.0, 0.5\)"),
+        ({"load": (1.0, 0.5)}, r"load must be two ascending numbers above 0, got \(1.0, 0.5\)"),
         ({"temperature": 0.0}, "temperature must be above 0, got 0"),
         ({"horizon_s": -1.0}, "horizon_s must be at least 0, got -1"),
         ({"label_every": 0}, "label_every must be at least 1, got 0"),

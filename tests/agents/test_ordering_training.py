@@ -211,7 +211,10 @@ def test_command_trains_and_evaluates(tight, tmp_path, capsys):
             ["--scenario", "kv-starved", "--imitate", "srpt"],
             "--imitate is for scenarios of dispatch, and kv-starved is one of order: leave it out",
         ),
-        (["--scenario", "kv-starved", "--load", "0", "1"], "load must go from low to high"),
+        (
+            ["--scenario", "kv-starved", "--load", "0", "1"],
+            "load must be two ascending numbers above 0",
+        ),
     ],
 )
 def test_wrong_options_are_refused(words, sentence, tmp_path, capsys):
