@@ -339,10 +339,9 @@ def with_roles(spec: ClusterSpec, episode: Episode, seed: int) -> tuple[ClusterS
     return replace(spec, types=types, transfers=rules), episode
 
 
-def with_migration(spec: ClusterSpec, episode: Episode, seed: int) -> tuple[ClusterSpec, Episode]:
-    """Let requests move between replicas often, over slow links and in few stages."""
-    rng = np.random.default_rng((seed, 7))
-    types = tuple(
+def over_slow_links(spec: ClusterSpec, rng: np.random.Generator) -> tuple[ReplicaType, ...]:
+    """Return the types of a cluster with links at which much waits."""
+    return tuple(
         replace(
             kind,
             link=Link(
@@ -353,6 +352,12 @@ def with_migration(spec: ClusterSpec, episode: Episode, seed: int) -> tuple[Clus
         )
         for kind in spec.types
     )
+
+
+def with_migration(spec: ClusterSpec, episode: Episode, seed: int) -> tuple[ClusterSpec, Episode]:
+    """Let requests move between replicas often, over slow links and in few stages."""
+    rng = np.random.default_rng((seed, 7))
+    types = over_slow_links(spec, rng)
     type_idx = np.concatenate((episode.type_idx, rng.integers(0, len(types), 2)))
     episode = replace(
         episode,
@@ -413,17 +418,7 @@ def with_tiers(spec: ClusterSpec, episode: Episode, seed: int) -> tuple[ClusterS
 def with_fetching(spec: ClusterSpec, episode: Episode, seed: int) -> tuple[ClusterSpec, Episode]:
     """Let replicas fetch prefixes from each other, over slow links."""
     rng = np.random.default_rng((seed, 9))
-    types = tuple(
-        replace(
-            kind,
-            link=Link(
-                bytes_per_s=float(rng.choice([1e2, 1e3, 1e5, np.inf])),
-                latency_s=float(rng.choice([0.0, 0.01, 0.2])),
-                piece_s=float(rng.choice([0.0, 1e-3])),
-            ),
-        )
-        for kind in spec.types
-    )
+    types = over_slow_links(spec, rng)
     transfers = replace(
         spec.transfers,
         kv_token_bytes=float(rng.choice([1.0, 10.0])),
