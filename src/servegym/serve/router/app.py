@@ -25,8 +25,10 @@ from servegym.serve.router.api import Api
 from servegym.serve.router.auth import read_keys, watch_file
 from servegym.serve.router.client import Server
 from servegym.serve.router.config import RouterConfig
+from servegym.serve.router.desk import LocalDesk
 from servegym.serve.router.health import Health
 from servegym.serve.router.http_log import http_logger
+from servegym.serve.router.pages import Pages
 from servegym.serve.router.proxy import Proxy
 from servegym.serve.router.reply import Reply
 from servegym.serve.router.telemetry import Telemetry
@@ -67,6 +69,7 @@ class Router:
         self._session: aiohttp.ClientSession | None = None
         self._health: Health | None = None
         self._poller: MetricsPoller | None = None
+        self._desk: LocalDesk | None = None
         self._api: Api | None = None
         self._ports: list[int] = []
         self._watch: asyncio.Task[None] | None = None
@@ -104,22 +107,16 @@ class Router:
             interval_s=config.metrics.interval_s,
             timeout_s=config.metrics.timeout_s,
         )
-        self._proxy = Proxy(
-            config.request,
-            self.dispatcher,
-            self._health,
-            self.telemetry,
-            [replica.url for replica in config.replicas],
-            self._upstream_key,
-        )
+        pages = Pages(self.dispatcher, self._health, self._metrics_page)
+        self._desk = LocalDesk(config, self.dispatcher, self._health, self.telemetry, pages)
+        self._proxy = Proxy(config.request, self.dispatcher.clock, self._upstream_key)
         self._api = Api(
             config,
-            self.dispatcher,
-            self.telemetry,
-            self._health,
+            self._desk,
+            self.dispatcher.reader,
             self._proxy,
             self._keys,
-            self._metrics_page,
+            self.dispatcher.clock,
         )
         admin = Admin(self.dispatcher, self._health, self._metrics_page)
         listen = config.listen
@@ -176,8 +173,8 @@ class Router:
         Returns:
             How many are still there.
         """
-        if self._api is not None:
-            self._api.draining = True
+        if self._desk is not None:
+            self._desk.draining = True
         loop = asyncio.get_running_loop()
         until_s = loop.time() + self.config.drain_s
         while self.telemetry.in_flight and loop.time() < until_s:

@@ -98,6 +98,11 @@ class Request:
         """Whether the client takes no more for now."""
         return self._connection.paused
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the body is there, or no more of it will be read."""
+        return self._connection.has_body
+
     async def body(self, timeout_s: float) -> bytes:
         """Return the body as it came, once all of it is there.
 
@@ -210,6 +215,11 @@ class Connection(asyncio.Protocol):
         elif len(self._buffer) > _MAX_EARLY_BYTES and self._transport is not None:
             self._holds_back = True
             self._transport.pause_reading()
+
+    @property
+    def has_body(self) -> bool:
+        """See `Request.is_whole`."""
+        return self._framing is None or self._refused is not None
 
     async def body(self, timeout_s: float) -> bytes:
         """See `Request.body`."""
