@@ -70,14 +70,20 @@ class Admin:
         dispatcher: To change and to show.
         health: To drain replicas.
         metrics_page: Returns the Prometheus page.
+        workers: Returns process id and number of requests of those who carry them.
     """
 
     def __init__(
-        self, dispatcher: Dispatcher, health: Health, metrics_page: Callable[[], Reply]
+        self,
+        dispatcher: Dispatcher,
+        health: Health,
+        metrics_page: Callable[[], Reply],
+        workers: Callable[[], list[dict[str, int]]],
     ) -> None:
         self._dispatcher = dispatcher
         self._health = health
         self._metrics_page = metrics_page
+        self._workers = workers
         self._loading = asyncio.Lock()
 
     def app(self) -> web.Application:
@@ -179,6 +185,7 @@ class Admin:
             )
         return {
             "runtime": dispatcher.runtime.status(),
+            "workers": self._workers(),
             "held_requests": state.num_held,
             "arrival_rate_rps": state.arrival_rate_rps,
             "replicas": replicas,

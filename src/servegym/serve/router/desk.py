@@ -78,6 +78,10 @@ class LocalDesk:
 
     async def page(self, path: str) -> Reply:
         """See `Desk`."""
+        return self.show(path)
+
+    def show(self, path: str) -> Reply:
+        """Return what a path shows of the fleet; see `Desk`."""
         return self._pages.reply(path, stopping=self.draining)
 
 
@@ -155,10 +159,25 @@ class LocalPlacement:
 
     async def place(self) -> Seat:
         """See `Placement`."""
-        while not isinstance(found := self.try_place(), Seat):
-            await asyncio.sleep(found)
-            self.job.held_s += found
-        return found
+        found = self.try_place()
+        return found if isinstance(found, Seat) else await self.hold(found)
+
+    async def hold(self, pause_s: float) -> Seat:
+        """Wait and decide again until it has a place.
+
+        Args:
+            pause_s: What `try_place` has said.
+
+        Raises:
+            RequestError: See `try_place`.
+        """
+        while True:
+            await asyncio.sleep(pause_s)
+            self.job.held_s += pause_s
+            found = self.try_place()
+            if isinstance(found, Seat):
+                return found
+            pause_s = found
 
     def try_place(self) -> Seat | float:
         """Decide once; return where it goes, or for how many seconds it is held.
