@@ -52,9 +52,10 @@ class Acceptor:
         self._loop.add_reader(listener, self._come)
 
     def stop(self) -> None:
-        """Take no more."""
+        """Take no more; the socket is closed here, and stays open for the others."""
         self._counts[self._index] = NOBODY
         self._loop.remove_reader(self._listener)
+        self._listener.close()
         if self._waiting is not None:
             self._waiting.cancel()
 
