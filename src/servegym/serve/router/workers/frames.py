@@ -31,7 +31,7 @@ class Kind(IntEnum):
     HELLO = 1
     ENTER = 2
     ADMIT = 3
-    ARRIVE = 4
+    ARRIVE = 4  # and place it
     PLACE = 5
     FAILED = 6
     BEGIN = 7
@@ -53,18 +53,9 @@ class Kind(IntEnum):
     SHOWN = 37
 
 
-class Frame(NamedTuple):
-    """One thing that was said.
-
-    Attributes:
-        kind: What, a `Kind`.
-        ticket: Of the request that it is about; 0: of none.
-        body: See `unpack`.
-    """
-
-    kind: int
-    ticket: int
-    body: bytes
+#: One thing that was said: a `Kind`, the ticket of the request that it is about (0: of none), and a
+#: body; see `unpack`.
+Frame = tuple[int, int, bytes]
 
 
 class Packet(NamedTuple):
@@ -98,7 +89,7 @@ def read_packets(data: bytes) -> tuple[list[Packet], bytes]:
         end = at + _PACKET.size + size
         if end > len(data):
             break
-        packets.append(Packet(written_s, list(_frames(data, at + _PACKET.size, end))))
+        packets.append(Packet(written_s, _frames(data, at + _PACKET.size, end)))
         at = end
     return packets, data[at:]
 
@@ -148,9 +139,11 @@ def unpack_arrival(body: bytes) -> Arrival:
     return Arrival(prompt, *others)
 
 
-def _frames(data: bytes, at: int, end: int) -> Iterator[Frame]:
+def _frames(data: bytes, at: int, end: int) -> list[Frame]:
+    found = []
     while at < end:
         size, kind, ticket = _FRAME.unpack_from(data, at)
-        at += _FRAME.size
-        yield Frame(kind, ticket, data[at : at + size])
-        at += size
+        begin = at + _FRAME.size
+        at = begin + size
+        found.append((kind, ticket, data[begin:at]))
+    return found
