@@ -165,6 +165,41 @@ def _children(pid: int) -> set[int]:
     return set(map(int, text.split()))
 
 
+def test_its_processes_do_not_outlive_a_supervisor_that_is_killed(tmp_path):
+    it = Processes(tmp_path)
+
+    async def test() -> None:
+        try:
+            await it.start()
+
+            async def has_two_workers() -> bool:
+                return len(await it.pids()) == 2
+
+            await it.becomes(has_two_workers)
+            pids = _children(it.process.pid)
+            assert len(pids) == 3
+            it.process.kill()
+            await it.process.wait()
+            await asyncio.sleep(0.05)
+
+            async def are_gone() -> bool:
+                return not any(_is_running(pid) for pid in pids)
+
+            await it.becomes(are_gone, 20.0)
+        finally:
+            await it.stop()
+
+    run(test, limit_s=100.0)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return text.rpartition(")")[2].split()[0] != "Z"
+
+
 def test_what_the_decider_cannot_use_is_said_in_one_sentence(tmp_path):
     path = tmp_path / "router.yaml"
     config = {

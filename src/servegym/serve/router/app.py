@@ -43,7 +43,7 @@ class Router:
     """A running router; also the way to have one inside another program.
 
     Args:
-        config: See `RouterConfig`.
+        config: See `RouterConfig`; `listen.workers` is the business of `workers.supervisor`.
         shared: What it has of its supervisor, if workers take the clients; `None`: it takes them.
 
     Attributes:

@@ -48,11 +48,19 @@ class Worker:
 
     async def connect(self, timeout_s: float = BACK_S) -> bool:
         """Find the decider and learn the API keys; return whether it was there in time."""
+        until_s = time.monotonic() + timeout_s
         self._has_keys.clear()
-        if not await self._desk.connect(timeout_s):
-            return False
-        await self._has_keys.wait()
-        return True
+        while await self._desk.connect(until_s - time.monotonic()):
+            said = {
+                asyncio.create_task(self._has_keys.wait()),
+                asyncio.create_task(self._desk.lost()),
+            }
+            await asyncio.wait(said, return_when=asyncio.FIRST_COMPLETED)
+            for one in said:
+                one.cancel()
+            if self._has_keys.is_set():
+                return True
+        return False
 
     async def stay_connected(self) -> None:
         """Return when the decider has gone and does not come back."""
