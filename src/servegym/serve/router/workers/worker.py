@@ -7,7 +7,6 @@ import gc
 import logging
 import socket
 import time
-from collections.abc import MutableSequence
 from pathlib import Path
 
 from servegym.serve.requests.prompt import PromptReader
@@ -87,7 +86,7 @@ async def carry(
     config: RouterConfig,
     path: Path,
     listener: socket.socket,
-    counts: MutableSequence[int],
+    counts: memoryview[int],
     index: int,
     lifeline: int,
 ) -> int:
