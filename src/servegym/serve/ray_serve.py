@@ -21,7 +21,7 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from servegym.documents import checked
 from servegym.errors import ConfigError

@@ -241,11 +241,10 @@ class Api:
 
     async def _health_page(self, request: Request) -> Reply:
         """Say whether requests may be sent here; load balancers ask without a key."""
-        state = self.dispatcher.state
-        num_up = sum(state.is_up(r) for r in range(state.num_replicas))
+        num_up, num_replicas = self._health.counts()
         status = "stopping" if self.draining else "ok" if num_up else "no replica"
         return json_reply(
-            {"status": status, "replicas_up": num_up, "replicas": state.num_replicas},
+            {"status": status, "replicas_up": num_up, "replicas": num_replicas},
             status=200 if status == "ok" else 503,
         )
 

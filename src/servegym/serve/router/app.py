@@ -7,7 +7,8 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 
 import aiohttp
 from aiohttp import web
@@ -25,6 +26,7 @@ from servegym.serve.router.api import Api
 from servegym.serve.router.auth import read_keys, watch_file
 from servegym.serve.router.client import Server
 from servegym.serve.router.config import RouterConfig
+from servegym.serve.router.fleet import Fleet
 from servegym.serve.router.health import Health
 from servegym.serve.router.http_log import http_logger
 from servegym.serve.router.proxy import Proxy
@@ -66,6 +68,7 @@ class Router:
         self._proxy: Proxy | None = None
         self._session: aiohttp.ClientSession | None = None
         self._health: Health | None = None
+        self._fleet: Fleet | None = None
         self._poller: MetricsPoller | None = None
         self._api: Api | None = None
         self._ports: list[int] = []
@@ -95,9 +98,8 @@ class Router:
             auto_decompress=False,
             skip_auto_headers=("Accept-Encoding", "User-Agent"),
         )
-        self._health = Health(config.health, config.replicas, self.dispatcher, self._session)
+        self._health = Health(config.health, self.dispatcher, self._session)
         self._poller = MetricsPoller(
-            [replica.metrics_page for replica in config.replicas],
             self._names,
             self.dispatcher,
             self._session,
@@ -109,8 +111,15 @@ class Router:
             self.dispatcher,
             self._health,
             self.telemetry,
-            [replica.url for replica in config.replicas],
             self._upstream_key,
+        )
+        self._fleet = Fleet(
+            config.replicas,
+            self.dispatcher,
+            self._health,
+            self._poller,
+            self._proxy,
+            self.telemetry,
         )
         self._api = Api(
             config,
@@ -121,7 +130,7 @@ class Router:
             self._keys,
             self._metrics_page,
         )
-        admin = Admin(self.dispatcher, self._health, self._metrics_page)
+        admin = Admin(self.dispatcher, self._health, self._fleet, self._metrics_page)
         listen = config.listen
         try:
             await self._health.start()
@@ -147,7 +156,7 @@ class Router:
             self._admin = None
         if self._proxy is not None:
             self._proxy.close()
-        for part in (self._health, self._poller):
+        for part in (self._fleet, self._health, self._poller):
             if part is not None:
                 await part.stop()
         if self._session is not None:
@@ -197,27 +206,29 @@ class Router:
         self.telemetry.write(page)
         add_dispatcher(page, self.dispatcher)
         if self._health is not None:
-            standings = self._health.ejection.standings
+            ejections = {
+                slot: standing.num_ejections
+                for slot, standing in self._health.ejection.standings.items()
+            }
             page.counter(
                 "servegym_replica_ejections",
                 "Times a replica was left alone for what became of requests there",
-                [
-                    ({"replica": name}, standing.num_ejections)
-                    for name, standing in zip(self.dispatcher.names, standings, strict=True)
-                ],
+                self._by_name(ejections),
             )
         if self._poller is not None:
             page.counter(
                 "servegym_replica_failed_polls",
                 "Polls of engine metrics that failed",
-                [
-                    ({"replica": name}, count)
-                    for name, count in zip(
-                        self.dispatcher.names, self._poller.num_failed, strict=True
-                    )
-                ],
+                self._by_name(self._poller.num_failed),
             )
         return Reply(200, page.page().encode(), [("Content-Type", CONTENT_TYPE)])
+
+    def _by_name(self, counts: Mapping[int, int]) -> list[tuple[dict[str, str], int]]:
+        """Name what is counted by slot; one that leaves may have the name of one that has come."""
+        named: Counter[str] = Counter()
+        for slot, count in sorted(counts.items()):
+            named[self.dispatcher.names[slot]] += count
+        return [({"replica": name}, count) for name, count in named.items()]
 
 
 def serve(config: RouterConfig, ready: Callable[[Router], None]) -> None:

@@ -9,7 +9,8 @@ import aiohttp
 
 from servegym.serve.monitoring.metrics import MetricNames, MetricsError, metric_names
 from servegym.serve.monitoring.poller import fetch_metrics
-from servegym.serve.router.config import ReplicaConfig, RouterConfig
+from servegym.serve.router.config import RouterConfig
+from servegym.serve.router.replica import ReplicaConfig
 
 
 async def probe(config: RouterConfig) -> list[str]:

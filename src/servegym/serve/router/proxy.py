@@ -29,7 +29,6 @@ class Proxy:
         dispatcher: Decides.
         health: Told what becomes of requests.
         telemetry: Counts.
-        urls: Of the replicas.
         upstream_key: API key that the replicas want.
     """
 
@@ -39,7 +38,6 @@ class Proxy:
         dispatcher: Dispatcher,
         health: Health,
         telemetry: Telemetry,
-        urls: list[str],
         upstream_key: str | None,
     ) -> None:
         self.config = config
@@ -47,7 +45,7 @@ class Proxy:
         self._health = health
         self._ejection = health.ejection
         self._telemetry = telemetry
-        self._pools = [Pool(url, config.connect_timeout_s, dispatcher.clock) for url in urls]
+        self._pools: dict[int, Pool] = {}
         self._upstream_key = upstream_key
         self._filter = HeaderFilter(config.forward_headers)
         self._budget = RetryBudget(config.retry_share, config.retry_reserve, dispatcher.clock)
@@ -57,8 +55,21 @@ class Proxy:
 
     def close(self) -> None:
         """End idle connections to replicas."""
-        for pool in self._pools:
+        for pool in self._pools.values():
             pool.close()
+
+    def add(self, replica: int, url: str) -> None:
+        """A replica has joined.
+
+        Args:
+            replica: Its slot.
+            url: Of its server.
+        """
+        self._pools[replica] = Pool(url, self.config.connect_timeout_s, self._dispatcher.clock)
+
+    def remove(self, replica: int) -> None:
+        """A replica has gone, after its last request."""
+        self._pools.pop(replica).close()
 
     async def forward(
         self, request: Request, job: Job, path: str, body: bytes, *, stream: bool, read_s: float
