@@ -98,19 +98,22 @@ class MetricsPoller:
 
     async def _poll(self, replica: int) -> None:
         # the age counts from the question, not the answer: a slow page is not fresher
-        asked_s = self._dispatcher.clock()
-        complaint = ""
+        asked_s, url = self._dispatcher.clock(), self._urls[replica]
+        said: EngineMetrics | str
         try:
-            metrics = await fetch_metrics(
-                self._session, self._urls[replica], self._names, self._timeout_s
-            )
-            self._dispatcher.update_metrics(replica, metrics, asked_s)
+            said = await fetch_metrics(self._session, url, self._names, self._timeout_s)
         except MetricsError as error:
-            complaint = str(error)
+            said = str(error)
+        if self._urls.get(replica) != url:
+            return  # it has gone meanwhile
+        if isinstance(said, EngineMetrics):
+            self._dispatcher.update_metrics(replica, said, asked_s)
+            said = ""
+        else:
             self.num_failed[replica] += 1
-            if complaint != self._complaint[replica]:
-                _log.warning("%s: %s", self._dispatcher.names[replica], complaint)
-        self._complaint[replica] = complaint
+            if said != self._complaint[replica]:
+                _log.warning("%s: %s", self._dispatcher.names[replica], said)
+        self._complaint[replica] = said
 
 
 async def fetch_metrics(

@@ -14,6 +14,8 @@ import aiohttp
 from aiohttp import web
 
 from servegym.errors import ConfigError
+from servegym.serve.discovery.replicas_file import ReplicasFile
+from servegym.serve.discovery.sources import Sources
 from servegym.serve.dispatcher import Dispatcher
 from servegym.serve.facts import fleet_facts
 from servegym.serve.listening import listen
@@ -57,6 +59,9 @@ class Router:
         self._keys = read_keys(config.auth) if config.auth else None
         self._upstream_key = _upstream_key(config.upstream_key_env)
         self._names = metric_names(config.metrics.engine)
+        self._file = ReplicasFile(config.replicas_file) if config.replicas_file else None
+        if self._file is not None:
+            self._file.read()  # wrong at the start is wrong
         self.telemetry = Telemetry()
         self.dispatcher = Dispatcher(
             config.dispatch,
@@ -69,6 +74,7 @@ class Router:
         self._session: aiohttp.ClientSession | None = None
         self._health: Health | None = None
         self._fleet: Fleet | None = None
+        self._sources: Sources | None = None
         self._poller: MetricsPoller | None = None
         self._api: Api | None = None
         self._ports: list[int] = []
@@ -131,8 +137,10 @@ class Router:
             self._metrics_page,
         )
         admin = Admin(self.dispatcher, self._health, self._fleet, self._metrics_page)
+        self._sources = Sources(self._fleet, self._file, config.discover)
         listen = config.listen
         try:
+            await self._sources.start()
             await self._health.start()
             await self._poller.start()
             self._server = self._api.server()
@@ -156,7 +164,7 @@ class Router:
             self._admin = None
         if self._proxy is not None:
             self._proxy.close()
-        for part in (self._fleet, self._health, self._poller):
+        for part in (self._sources, self._fleet, self._health, self._poller):
             if part is not None:
                 await part.stop()
         if self._session is not None:
@@ -164,6 +172,18 @@ class Router:
         if self._api is not None:
             self._api.close()
         await asyncio.to_thread(self.dispatcher.close)
+
+    @property
+    def fleet(self) -> Fleet:
+        """The replicas, once started."""
+        assert self._fleet is not None
+        return self._fleet
+
+    def read_anew(self) -> None:
+        """Read the API keys and the file of replicas anew; what is wrong changes nothing."""
+        self.reload_keys()
+        if self._sources is not None:
+            self._sources.read_anew()
 
     def reload_keys(self) -> None:
         """Read the API keys anew; keys that cannot be read leave the old ones in place."""
@@ -234,7 +254,7 @@ class Router:
 def serve(config: RouterConfig, ready: Callable[[Router], None]) -> None:
     """Run a router until it is told to stop (SIGTERM, SIGINT), then let it drain.
 
-    SIGHUP reads the API keys anew and stops nothing.
+    SIGHUP reads the API keys and the file of replicas anew, and stops nothing.
 
     Args:
         config: Its configuration.
@@ -259,7 +279,7 @@ async def _serve(config: RouterConfig, ready: Callable[[Router], None]) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    loop.add_signal_handler(signal.SIGHUP, router.reload_keys)
+    loop.add_signal_handler(signal.SIGHUP, router.read_anew)
     await router.start()
     # what is there now stays: looking through all of it would stop every stream for 0.1 s
     gc.freeze()

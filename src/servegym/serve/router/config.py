@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from servegym.documents import checked, read_mapping
 from servegym.errors import ConfigError, unknown_name
+from servegym.serve.discovery.config import DiscoverConfig
 from servegym.serve.dispatcher import DispatchConfig
 from servegym.serve.router.headers import DEFAULT_FORWARDED, check_rules
 from servegym.serve.router.replica import ReplicaConfig, check_distinct
@@ -208,6 +209,7 @@ class RouterConfig(_Config):
     Attributes:
         replicas: The fleet, or the part of it that stays.
         replicas_file: YAML file with a list of more, read anew whenever it changes.
+        discover: How more are found, by DNS or in Kubernetes.
         listen: Addresses.
         dispatch: Policy, service levels, prediction, prefixes and log.
         auth: API keys.
@@ -222,6 +224,7 @@ class RouterConfig(_Config):
 
     replicas: tuple[ReplicaConfig, ...] = ()
     replicas_file: Path | None = None
+    discover: DiscoverConfig | None = None
     listen: ListenConfig = ListenConfig()
     dispatch: DispatchConfig = DispatchConfig()
     auth: AuthConfig | None = None
@@ -240,8 +243,8 @@ class RouterConfig(_Config):
         if double:
             raise ValueError(f"names of SLO classes must differ, got {', '.join(double)} twice")
         check_distinct(self.replicas)
-        if not self.replicas and self.replicas_file is None:
-            raise ValueError("there is no replica: give replicas or replicas_file")
+        if not self.replicas and self.replicas_file is None and self.discover is None:
+            raise ValueError("there is no replica: give replicas, replicas_file or discover")
         if self.tenants and self.auth is None:
             raise ValueError(
                 "tenants needs auth: without keys everyone is one tenant, whose limits are limits"

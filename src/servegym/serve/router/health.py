@@ -176,9 +176,9 @@ class Health:
         return found
 
     def serves(self, replica: int, model: str) -> bool:
-        """Whether a replica has a model, as far as is known."""
+        """Whether a replica has a model, as far as is known; any has the one that nobody names."""
         models = self.replicas[replica].models
-        return not models or model in models
+        return not model or not models or model in models
 
     async def _run(self, replica: int, wait_s: float = 0.0) -> None:
         await asyncio.sleep(wait_s)
@@ -199,6 +199,8 @@ class Health:
                 good = response.status < 300
         except (aiohttp.ClientError, TimeoutError, OSError):
             good = False
+        if self.replicas.get(replica) is not health:
+            return  # it has gone meanwhile
         if good != health.up:
             health.checks_in_row += 1
             needed = self.config.up_after if good else self.config.down_after
@@ -227,13 +229,14 @@ class Health:
 
     async def _read_models(self, replica: int) -> None:
         """Ask for the list of models; a replica that has none serves whatever it is asked."""
+        health = self.replicas[replica]
         try:
-            url = f"{self.replicas[replica].url}/v1/models"
+            url = f"{health.url}/v1/models"
             async with self._session.get(url, timeout=self._timeout) as response:
                 if response.status != 200 or (response.content_length or 0) > _MAX_MODELS_BYTES:
                     return
                 data = (await response.json(content_type=None))["data"]
-                self.replicas[replica].models = {str(entry["id"]): dict(entry) for entry in data}
+                health.models = {str(entry["id"]): dict(entry) for entry in data}
                 self._serving.clear()
                 self._models = None
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError, TypeError):
