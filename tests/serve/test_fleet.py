@@ -226,5 +226,5 @@ def test_a_router_does_not_start_with_a_wrong_file_of_replicas(tmp_path):
     with pytest.raises(ConfigError, match="there is no file of replicas at"):
         Router(config)
     path.write_text("- {name: a, url: 'http://x', hardware: {gpu: H100, model: Llama-3.1-8B}}")
-    with pytest.raises(ConfigError, match="replicas.yaml: a: unknown GPU 'H100'"):
+    with pytest.raises(ConfigError, match=r"replicas\.yaml: a: unknown GPU 'H100'"):
         Router(config)
