@@ -73,6 +73,7 @@ class Admin:
         health: To drain replicas.
         fleet: To change.
         metrics_page: Returns the Prometheus page.
+        ready: Returns whether requests may be sent here.
     """
 
     def __init__(
@@ -81,11 +82,13 @@ class Admin:
         health: Health,
         fleet: Fleet,
         metrics_page: Callable[[], Reply],
+        ready: Callable[[], Reply],
     ) -> None:
         self._dispatcher = dispatcher
         self._health = health
         self._fleet = fleet
         self._metrics_page = metrics_page
+        self._ready = ready
         self._loading = asyncio.Lock()
 
     def app(self) -> web.Application:
@@ -100,10 +103,19 @@ class Admin:
         app.router.add_post("/mode", self._mode)
         app.router.add_get("/state", self._state)
         app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/livez", self._livez)
+        app.router.add_get("/readyz", self._readyz)
         return app
 
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
         return _response(self._metrics_page())
+
+    async def _livez(self, request: web.Request) -> web.StreamResponse:
+        """Say that the loop turns; whether there are replicas is no reason to restart a router."""
+        return web.json_response({"status": "alive"})
+
+    async def _readyz(self, request: web.Request) -> web.StreamResponse:
+        return _response(self._ready())
 
     async def _drain(self, request: web.Request) -> web.StreamResponse:
         return await self._set_draining(request, True)
@@ -225,6 +237,7 @@ class Admin:
                     "healthy": health.up,
                     "draining": health.draining,
                     "leaving": health.leaving,
+                    "share_of_full_load": self._health.slow_start.share(r),
                     "ejected_s": max(0.0, standing.ejected_until_s - now_s),
                     "on_trial": standing.on_trial,
                     "silent": standing.silent,

@@ -240,6 +240,9 @@ class Api:
         return json_reply(models[name])
 
     async def _health_page(self, request: Request) -> Reply:
+        return self.ready()
+
+    def ready(self) -> Reply:
         """Say whether requests may be sent here; load balancers ask without a key."""
         num_up, num_replicas = self._health.counts()
         status = "stopping" if self.draining else "ok" if num_up else "no replica"

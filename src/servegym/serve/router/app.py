@@ -136,7 +136,9 @@ class Router:
             self._keys,
             self._metrics_page,
         )
-        admin = Admin(self.dispatcher, self._health, self._fleet, self._metrics_page)
+        admin = Admin(
+            self.dispatcher, self._health, self._fleet, self._metrics_page, self._api.ready
+        )
         self._sources = Sources(self._fleet, self._file, config.discover)
         listen = config.listen
         try:

@@ -168,6 +168,8 @@ class HealthConfig(_Config):
             that may be out by ejection; of two or more, one may be. 0: none is ever ejected.
         silent_after_s: A replica with streams in progress that has sent no token of any for so
             long gets no new requests until it does.
+        slow_start_s: A replica that comes up while others serve may have their load only after so
+            long; its share of it grows from 0 to 1. 0: it may at once.
         max_busy_s: A replica that says it is full (429, 503) is passed over, if another has room,
             for the seconds of its `Retry-After` (1 if it gives none), at most so many.
     """
@@ -185,6 +187,7 @@ class HealthConfig(_Config):
     max_eject_s: float = Field(300.0, gt=0)
     max_ejected_share: float = Field(0.5, ge=0, le=1)
     silent_after_s: float = Field(10.0, gt=0)
+    slow_start_s: float = Field(0.0, ge=0)
     max_busy_s: float = Field(10.0, ge=0)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from servegym.serve.dispatcher import Dispatcher
 from servegym.serve.router.config import HealthConfig
 from servegym.serve.router.ejection import Ejection
+from servegym.serve.router.slow_start import SlowStart
 from servegym.typing import BoolArray
 
 _log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class Health:
     Attributes:
         replicas: By slot.
         ejection: Told what becomes of requests.
+        slow_start: Knows who has come up lately.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Health:
         self._looking: asyncio.Task[None] | None = None
         self._models: dict[str, dict[str, object]] | None = None  # of all, until that changes
         self._serving: dict[str, BoolArray] = {}  # by model
+        self.slow_start = SlowStart(config.slow_start_s, dispatcher.state, dispatcher.clock)
         self.ejection = Ejection(
             config, dispatcher.names, dispatcher.clock, self._peers, self._settle
         )
@@ -106,6 +109,7 @@ class Health:
             task.cancel()
         del self.replicas[replica]
         self.ejection.remove(replica)
+        self.slow_start.forget(replica)
         self._serving.clear()
         self._models = None
 
@@ -217,7 +221,10 @@ class Health:
         self.replicas[replica].up = up
         self._models = None
         _log.warning("%s is %s", self._dispatcher.names[replica], "up" if up else "down")
+        if up and self._looking is not None:  # else the whole fleet is new
+            self.slow_start.begin(replica)
         if not up:
+            self.slow_start.forget(replica)
             self._dispatcher.index.clear(replica)  # it has probably been restarted
 
     async def _look(self) -> None:

@@ -199,12 +199,13 @@ class Proxy:
     def _allowed(self, job: Job, tried: set[int], *, stream: bool) -> BoolArray:
         """Replicas that are up and have the model; the others if there is no better one.
 
-        Worse are those that say they are full, and to an answer that is not streamed, those that
-        have stopped talking: no one would notice that they still do not. Those that have failed
-        the request are the last.
+        Worse are those that say they are full, newcomers that have their share, and to an answer
+        that is not streamed, those that have stopped talking: no one would notice that they still
+        do not. Those that have failed the request are the last.
         """
         allowed = self._dispatcher.state.up & self._health.serving(job.model)
         worse = self._ejection.passed_over(stream=stream)
+        worse += self._health.slow_start.held_back(allowed)
         if not worse and not tried:
             return allowed
         for avoided in ({*tried, *worse}, tried) if worse else (tried,):

@@ -16,8 +16,8 @@ from servegym.serve.discovery import collection, kubernetes
 from servegym.serve.discovery.config import KubernetesConfig
 from servegym.serve.discovery.kubernetes import KubernetesPods
 
-from ..running import run, until
 from .api_server import NAMESPACE, PODS, POOL, SLICES, ApiServer, endpoint_slice, pod
+from .running import run, until
 
 
 @pytest.fixture(autouse=True)

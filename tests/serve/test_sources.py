@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 
+import aiohttp
 import pytest
 from pydantic import ValidationError
 
@@ -15,9 +16,9 @@ from servegym.serve.discovery.found import Found, described
 from servegym.serve.router.app import Router
 from servegym.serve.router.config import parse_config
 
-from ..running import RATES, Running, run, until
-from ..upstream import Upstream
 from .api_server import NAMESPACE, PODS, ApiServer, pod
+from .running import RATES, Running, run, until
+from .upstream import Upstream
 
 FAST = {"prefill_tokens_per_s": 9000.0, "decode_step_s": 0.001}
 
@@ -103,8 +104,6 @@ async def serving(discover: dict) -> Running:
     )
     router = Router(config)
     await router.start()
-    import aiohttp
-
     return Running(router, [], aiohttp.ClientSession())
 
 
@@ -122,7 +121,7 @@ def test_a_router_serves_with_what_the_dns_says():
         try:
             status, _, headers = await it.post({"prompt": "hi"})
             assert (status, headers["X-Servegym-Replica"]) == (200, f"127.0.0.1:{replica.port}")
-            status, said = await it.operate("/replicas", {})
+            status, _ = await it.operate("/replicas", {})
             assert status == 400
             async with it.client.delete(
                 f"{it.admin}/replicas/127.0.0.1:{replica.port}"
