@@ -27,6 +27,7 @@ _MEDIUM = re.compile("\x04([0-9a-f]{32})\x05")
 _MAX_STAND_INS = 64
 #: Of a prompt that nobody looks into any more.
 _NO_CONTENT: UInt8Array = np.zeros(0, np.uint8)
+_NO_KEYS: UInt64Array = np.zeros(0, np.uint64)
 #: Keys of the parts of a message that hold text.
 _TEXT_KEYS = ("text", "refusal", "thinking")
 
@@ -81,6 +82,18 @@ class Prompt(NamedTuple):
         return Prompt(*self[:6])  # a third of the time of _replace
 
 
+class Size(NamedTuple):
+    """A prompt of which only the length is known, such as many texts that are read one by one.
+
+    Attributes:
+        num_bytes: Of its texts.
+        num_tokens: Beside them.
+    """
+
+    num_bytes: int
+    num_tokens: int = 0
+
+
 class _Encoding(Protocol):
     @property
     def ids(self) -> list[int]: ...
@@ -113,8 +126,11 @@ class PromptReader:
         self._media_tokens = float(config.media_tokens)
         token_keys([0], 1)  # compiled now: no request is to wait for it
 
-    def read(self, prompt: str | Sequence[int]) -> Prompt:
-        """Measure a prompt, a text (see `chat_text`) or token ids."""
+    def read(self, prompt: str | Sequence[int] | Size) -> Prompt:
+        """Measure a prompt: a text (see `chat_text`), token ids, or what is known of its length."""
+        if isinstance(prompt, Size):
+            tokens = round(prompt.num_bytes / self._bytes_per_token) + prompt.num_tokens
+            return Prompt(max(1.0, tokens), _NO_KEYS, 1.0)
         if not isinstance(prompt, str):
             return self._tokens(prompt)
         pieces = _MEDIUM.split(prompt) if "\x04" in prompt else [prompt]  # text, medium, text, …
