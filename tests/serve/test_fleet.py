@@ -148,7 +148,7 @@ def test_a_retry_does_not_go_to_a_replica_that_has_left():
                 "url": "http://127.0.0.1:1",
                 "hardware": {"gpu": "H100", "model": "Llama-3.1-8B"},
             },
-            409,
+            400,
             "unknown GPU 'H100'",
         ),
     ],

@@ -99,7 +99,6 @@ class Job:
         tenant: Who asks.
         model: For the log.
         decisions: Rows of the log.
-        place: Of its replica among those that there were when it went there.
         num_retries: How often it was taken back from a replica.
         cached_tokens: Prompt tokens found cached, as the engine reports them.
         follows: The answered request that it came after, for the log.
@@ -114,7 +113,6 @@ class Job:
     model: str
     wall_s: float
     decisions: list[dict[str, Any]] = field(default_factory=list)
-    place: int = -1
     num_retries: int = 0
     first_dispatch_s: float = math.nan
     cached_tokens: int | None = None
@@ -300,10 +298,9 @@ class Dispatcher:
         if self.log is not None:
             job.decisions.append(self._decision_row(job, decision, now_s, seen))
         if decision.action < self.state.num_slots:
-            job.place = self._place(decision.action)
             if (learner := self._learner) is not None:
-                there = seen.replicas[0][:, self.state.in_use]
-                learner.chosen(0, request, there, seen.request[0], job.place, now_s)
+                there, place = seen.replicas[0][:, self.state.in_use], self._place(decision.action)
+                learner.chosen(0, request, there, seen.request[0], place, now_s)
             self.state.dispatch(request, decision.action, now_s)
             self._ties.chose(decision.action)
             if math.isnan(job.first_dispatch_s):
@@ -508,7 +505,7 @@ class Dispatcher:
             "model": job.model,
             "hash_ids": job.prompt.keys[every - 1 :: every].tolist(),
             "status": status,
-            "replica": job.place if request.replica >= 0 else -1,
+            "replica": self._place(request.replica) if request.replica >= 0 else -1,
             "replica_name": self.names[request.replica] if request.replica >= 0 else None,
             "dispatch_s": finite(job.first_dispatch_s - request.arrival_s),
             "ttft_s": finite(request.first_token_s - request.arrival_s),

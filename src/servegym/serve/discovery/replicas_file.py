@@ -55,9 +55,12 @@ class ReplicasFile:
             while True:
                 self._changed.clear()
                 try:
-                    yield await asyncio.to_thread(self.read)
+                    replicas = await asyncio.to_thread(self.read)
                 except ConfigError as error:
                     _log.error("the replicas stay as they are: %s", error)
+                else:
+                    _log.info("%s names %d replicas", self.path, len(replicas))
+                    yield replicas
                 await self._changed.wait()
         finally:
             looking.cancel()

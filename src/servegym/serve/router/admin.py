@@ -15,7 +15,7 @@ from servegym.documents import one_sentence
 from servegym.errors import ConfigError, ServeGymError
 from servegym.serve.dispatcher import Dispatcher
 from servegym.serve.router.errors import RequestError
-from servegym.serve.router.fleet import CONFIGURED, OPERATOR, Fleet, Member
+from servegym.serve.router.fleet import CONFIGURED, OPERATOR, Fleet, Member, TakenError
 from servegym.serve.router.health import Health
 from servegym.serve.router.replica import ReplicaConfig
 from servegym.serve.router.reply import Reply
@@ -148,7 +148,7 @@ class Admin:
         replica = await _read(request, ReplicaConfig)
         try:
             member = await self._fleet.add(replica)
-        except ConfigError as error:
+        except TakenError as error:
             raise RequestError(409, str(error), "refused") from error
         _told(request, f"{replica.name} is added, at {replica.url}")
         return web.json_response(self._summary(member, leaving=False), status=201)

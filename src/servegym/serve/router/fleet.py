@@ -31,6 +31,10 @@ OPERATOR = "operator"
 _LOOK_S = 0.1
 
 
+class TakenError(ConfigError):
+    """Raised when a replica has the name or the url of another."""
+
+
 @dataclass(frozen=True)
 class Member:
     """A replica of the fleet.
@@ -110,7 +114,8 @@ class Fleet:
         """An operator adds a replica: down, until a check is good.
 
         Raises:
-            ConfigError: If its hardware is not known, or its name or url is another's.
+            ConfigError: If its hardware is not known.
+            TakenError: If its name or url is another's.
         """
         facts = await asyncio.to_thread(replica_facts, replica.facts)
         return self._join(replica, facts, OPERATOR)
@@ -155,7 +160,7 @@ class Fleet:
             if known is None or known.source != source:
                 try:
                     self._join(replica, facts[replica.name], source)
-                except ConfigError as error:
+                except TakenError as error:
                     complaints.add(str(error))
         for complaint in sorted(complaints - self._complaints.get(source, set())):
             _log.error("%s: %s", source, complaint)
@@ -170,12 +175,12 @@ class Fleet:
     def _join(self, replica: ReplicaConfig, facts: FloatArray, source: str) -> Member:
         for other in self:
             if other.replica.name == replica.name:
-                raise ConfigError(
+                raise TakenError(
                     f"there is a replica {replica.name} already, at {other.replica.url} "
                     f"(from {other.source}): give the new one another name"
                 )
             if other.replica.place == replica.place:
-                raise ConfigError(
+                raise TakenError(
                     f"{replica.name} has the url of {other.replica.name} (from {other.source}), "
                     f"{replica.url}: its load would be counted as that of two"
                 )
