@@ -13,6 +13,7 @@ class Upstream:
     """One replica, on a free port.
 
     Attributes:
+        adapters: Names of those that it has loaded.
         mode: What it does with requests: `ok`, `hang` (takes them and says nothing), `headers`
             (says 200 and no more), `die` (breaks off after half of its tokens), `die_first` (breaks
             off at once), `error` (an error event in the stream), `error_first` (instead of its
@@ -36,6 +37,7 @@ class Upstream:
 
     def __init__(self, model: str = "m") -> None:
         self.model = model
+        self.adapters: list[str] = []
         self.mode: str | int = "ok"
         self.healthy = True
         self.metrics = True
@@ -86,7 +88,16 @@ class Upstream:
 
     async def _models(self, request):
         return web.json_response(
-            {"object": "list", "data": [{"id": self.model, "object": "model"}]}
+            {
+                "object": "list",
+                "data": [
+                    {"id": self.model, "object": "model", "parent": None},
+                    *(
+                        {"id": name, "object": "model", "parent": self.model}
+                        for name in self.adapters
+                    ),
+                ],
+            }
         )
 
     async def _metrics(self, request):

@@ -251,7 +251,8 @@ class Dispatcher:
             tenant: Who asks.
             slo_class: Index of the service level.
             max_tokens: What the client allows, if it says so.
-            model: For the log.
+            model: By which it is asked for, if by any: another one, or another adapter, has
+                cached nothing of the same prompt.
             session: Name of the conversation or agent's run that it belongs to, if the client
                 gives one; for the log, which says what a request followed.
         """
@@ -263,7 +264,7 @@ class Dispatcher:
             predicted_output_tokens=self.predictor.predict(tenant, slo_class, max_tokens),
             slo_class=slo_class,
         )
-        job = Job(request, measured.without_content(), tenant, model, time.time())
+        job = Job(request, measured.without_content().of_model(model), tenant, model, time.time())
         if self._ends is not None:
             job.mark, job.follows = self._ends.arrive(measured, tenant, session, request.arrival_s)
         return job

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -80,6 +81,18 @@ class Prompt(NamedTuple):
     def without_content(self) -> Prompt:
         """Return it as it is kept while it is in progress: it may be megabytes long."""
         return Prompt(*self[:6])  # a third of the time of _replace
+
+    def of_model(self, model: str) -> Prompt:
+        """Return it with names that are those of no other model's blocks."""
+        if not model or not len(self.keys):
+            return self
+        return Prompt(self.tokens, self.keys ^ _salt(model), *self[2:])
+
+
+@functools.lru_cache(maxsize=1024)
+def _salt(model: str) -> np.uint64:
+    digest = hashlib.blake2b(model.encode("utf-8", "replace"), digest_size=8).digest()
+    return np.uint64(int.from_bytes(digest, "little"))
 
 
 class Size(NamedTuple):

@@ -152,6 +152,7 @@ class HealthConfig(_Config):
         path: Asked of every replica.
         interval_s: Time between two checks.
         timeout_s: Of one check.
+        models_interval_s: Time between two looks at the list of models and adapters.
         down_after: Failed checks in a row that take a replica out.
         up_after: Good checks in a row that take it back.
         eject_after: A replica is ejected, whatever its checks say, if at least so many of its
@@ -177,6 +178,7 @@ class HealthConfig(_Config):
     path: str = Field("/health", pattern="^/")
     interval_s: float = Field(2.0, gt=0)
     timeout_s: float = Field(2.0, gt=0)
+    models_interval_s: float = Field(30.0, gt=0)
     down_after: int = Field(2, ge=1)
     up_after: int = Field(1, ge=1)
     eject_after: int = Field(3, ge=1)

@@ -17,8 +17,6 @@ from servegym.typing import BoolArray
 
 _log = logging.getLogger(__name__)
 
-#: Seconds between two looks at a replica's list of models.
-_MODELS_S = 30.0
 _MAX_MODELS_BYTES = 1_000_000
 #: Names of models that are remembered with their replicas.
 _MAX_NAMES = 1000
@@ -191,7 +189,7 @@ class Health:
             await self._check(replica)
             now_s = self._dispatcher.clock()
             if self.replicas[replica].up and now_s >= next_models_s:
-                next_models_s = now_s + _MODELS_S
+                next_models_s = now_s + self.config.models_interval_s
                 await self._read_models(replica)
             await asyncio.sleep(self.config.interval_s)
 
