@@ -203,7 +203,7 @@ class TestConnections:
                 for _ in range(5):
                     assert (await it.post(STREAM))[0] == 200
                 assert len(engine.connections) == 1
-                (pool,) = it.router._proxy._pools
+                (pool,) = it.router._proxy._pools.values()
                 assert len(pool._idle) == 1
             assert pool._idle == []
 
@@ -238,7 +238,7 @@ class TestConnections:
             engine = Script(whole(chunks(TOKEN, END)))
             async with engine.router() as it:
                 assert (await it.post(STREAM))[0] == 200
-                (pool,) = it.router._proxy._pools
+                (pool,) = it.router._proxy._pools.values()
                 assert len(pool._idle) == 1
                 await until(lambda: not pool._idle)
 

@@ -11,11 +11,12 @@ from typing import TypeVar, cast
 from urllib.parse import unquote
 
 from servegym.serve.dispatcher import Dispatcher
-from servegym.serve.requests.prompt import Prompt
+from servegym.serve.requests.prompt import Prompt, Size
 from servegym.serve.router.auth import Keys
 from servegym.serve.router.client import Request, Server
 from servegym.serve.router.config import RouterConfig
 from servegym.serve.router.errors import RequestError
+from servegym.serve.router.forms import FORMS, Form
 from servegym.serve.router.health import Health
 from servegym.serve.router.limits import Limits
 from servegym.serve.router.proxy import Proxy
@@ -34,7 +35,6 @@ _LARGE_BYTES = 64 * 1024
 #: Tenant of everyone where there are no keys.
 _EVERYONE = "default"
 _READ = ("GET", "HEAD")
-_CHAT = "/v1/chat/completions"
 _MODEL = "/v1/models/"
 
 
@@ -76,8 +76,7 @@ class Api:
         self._limits = Limits(config.limits, config.tenants)
         self._reading = ThreadPoolExecutor(1, "large-bodies")
         self._routes: dict[str, tuple[tuple[str, ...], _Handler]] = {
-            "/v1/completions": (("POST",), self._completions),
-            _CHAT: (("POST",), self._completions),
+            **dict.fromkeys(FORMS, (("POST",), self._serve)),
             "/v1/models": (_READ, self._models),
             "/health": (_READ, self._health_page),
             "/metrics": (_READ, self._metrics),
@@ -98,20 +97,21 @@ class Api:
             request: Its answer is sent when this returns.
         """
         endpoint = "other"
+        dialect = FORMS[path].dialect if (path := request.head.path) in FORMS else "openai"
         try:
             endpoint, method, handler = self._route(request)
             if request.head.method not in method:
                 raise RequestError(405, _place(request, "Method Not Allowed"), "method_not_allowed")
             answer = await handler(request)
         except RequestError as error:
-            answer = error.reply()
+            answer = error.reply(dialect)
         except asyncio.CancelledError:
             self.telemetry.requests[endpoint, 499] += 1  # the client has gone
             raise
         except Exception:
             _log.exception("a request failed in the router")
             message = "the router failed: its log says why"
-            answer = RequestError(500, message, "internal_error").reply()
+            answer = RequestError(500, message, "internal_error").reply(dialect)
         status = answer.status if isinstance(answer, Reply) else answer
         self.telemetry.requests[endpoint, status] += 1
         if isinstance(answer, Reply):
@@ -135,7 +135,8 @@ class Api:
             return f"{_MODEL}{{name}}", _READ, self._model_page
         raise RequestError(404, _place(request, "Not Found"), "unknown_url")
 
-    async def _completions(self, request: Request) -> Reply | int:
+    async def _serve(self, request: Request) -> Reply | int:
+        """Let a replica answer."""
         tenant = self._tenant(request)
         if self.draining:
             raise RequestError(
@@ -158,8 +159,9 @@ class Api:
         packed = await request.body(config.body_timeout_s)
         read_s = dispatcher.clock()
         coding = request.fields.get("content-encoding") or "identity"
+        form, kind = FORMS[path], request.fields.get("content-type") or ""
         body, asked, prompt = await self._off_loop(
-            len(packed), self._read, packed, coding.lower(), path == _CHAT
+            len(packed), self._read, packed, coding.lower(), form, kind
         )
         model = self._model(asked.model)
         named = request.fields.get(config.slo_header.lower()) or asked.slo_class
@@ -178,7 +180,7 @@ class Api:
             model=model,
             session=session or asked.session or None,
         )
-        if config.engine_hints:
+        if config.engine_hints and form.takes_hints:
             level = dispatcher.config.slo_classes[slo_class]
             told = hints(job.request.predicted_output_tokens, level.ttft_s, level.tpot_s)
             body = await self._off_loop(len(body), with_hints, asked.fields, told)
@@ -186,16 +188,22 @@ class Api:
             request, job, path, body, stream=asked.stream, read_s=read_s
         )
 
-    def _read(self, packed: bytes, coding: str, chat: bool) -> tuple[bytes, Asked, Prompt]:
+    def _read(
+        self, packed: bytes, coding: str, form: Form, kind: str
+    ) -> tuple[bytes, Asked, Prompt]:
         """Unpack and read a body and measure its prompt."""
         config = self.config.request
         body = packed if coding == "identity" else _unpack(packed, coding, config.max_body_bytes)
         asked = read_request(
-            body, chat=chat, slo_field=config.slo_field, session_field=config.session_field
+            body,
+            form,
+            content_type=kind,
+            slo_field=config.slo_field,
+            session_field=config.session_field,
         )
         prompt = asked.prompt
         if not isinstance(prompt, Prompt):
-            prompt = self.dispatcher.reader.read(cast("str | Sequence[int]", prompt))
+            prompt = self.dispatcher.reader.read(cast("str | Sequence[int] | Size", prompt))
         return body, asked, prompt
 
     async def _off_loop(
@@ -219,7 +227,10 @@ class Api:
     def _tenant(self, request: Request) -> str:
         if self.keys is None:
             return _EVERYONE
-        tenant = self.keys.tenant(request.fields.get("authorization"))
+        given = request.fields.get("authorization")
+        if given is None and (key := request.fields.get("x-api-key")):
+            given = f"Bearer {key}"  # as clients of Anthropic's API give it
+        tenant = self.keys.tenant(given)
         if tenant is None:
             raise RequestError(
                 401, "a known API key is needed: Authorization: Bearer KEY", "invalid_api_key"
@@ -240,12 +251,14 @@ class Api:
         return json_reply(models[name])
 
     async def _health_page(self, request: Request) -> Reply:
+        return self.ready()
+
+    def ready(self) -> Reply:
         """Say whether requests may be sent here; load balancers ask without a key."""
-        state = self.dispatcher.state
-        num_up = sum(state.is_up(r) for r in range(state.num_replicas))
+        num_up, num_replicas = self._health.counts()
         status = "stopping" if self.draining else "ok" if num_up else "no replica"
         return json_reply(
-            {"status": status, "replicas_up": num_up, "replicas": state.num_replicas},
+            {"status": status, "replicas_up": num_up, "replicas": num_replicas},
             status=200 if status == "ok" else 503,
         )
 

@@ -7,12 +7,15 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 
 import aiohttp
 from aiohttp import web
 
 from servegym.errors import ConfigError
+from servegym.serve.discovery.replicas_file import ReplicasFile
+from servegym.serve.discovery.sources import Sources
 from servegym.serve.dispatcher import Dispatcher
 from servegym.serve.facts import fleet_facts
 from servegym.serve.listening import listen
@@ -25,6 +28,7 @@ from servegym.serve.router.api import Api
 from servegym.serve.router.auth import read_keys, watch_file
 from servegym.serve.router.client import Server
 from servegym.serve.router.config import RouterConfig
+from servegym.serve.router.fleet import Fleet
 from servegym.serve.router.health import Health
 from servegym.serve.router.http_log import http_logger
 from servegym.serve.router.proxy import Proxy
@@ -55,6 +59,9 @@ class Router:
         self._keys = read_keys(config.auth) if config.auth else None
         self._upstream_key = _upstream_key(config.upstream_key_env)
         self._names = metric_names(config.metrics.engine)
+        self._file = ReplicasFile(config.replicas_file) if config.replicas_file else None
+        if self._file is not None:
+            self._file.read()  # wrong at the start is wrong
         self.telemetry = Telemetry()
         self.dispatcher = Dispatcher(
             config.dispatch,
@@ -66,6 +73,8 @@ class Router:
         self._proxy: Proxy | None = None
         self._session: aiohttp.ClientSession | None = None
         self._health: Health | None = None
+        self._fleet: Fleet | None = None
+        self._sources: Sources | None = None
         self._poller: MetricsPoller | None = None
         self._api: Api | None = None
         self._ports: list[int] = []
@@ -95,9 +104,8 @@ class Router:
             auto_decompress=False,
             skip_auto_headers=("Accept-Encoding", "User-Agent"),
         )
-        self._health = Health(config.health, config.replicas, self.dispatcher, self._session)
+        self._health = Health(config.health, self.dispatcher, self._session)
         self._poller = MetricsPoller(
-            [replica.metrics_page for replica in config.replicas],
             self._names,
             self.dispatcher,
             self._session,
@@ -109,8 +117,15 @@ class Router:
             self.dispatcher,
             self._health,
             self.telemetry,
-            [replica.url for replica in config.replicas],
             self._upstream_key,
+        )
+        self._fleet = Fleet(
+            config.replicas,
+            self.dispatcher,
+            self._health,
+            self._poller,
+            self._proxy,
+            self.telemetry,
         )
         self._api = Api(
             config,
@@ -121,9 +136,13 @@ class Router:
             self._keys,
             self._metrics_page,
         )
-        admin = Admin(self.dispatcher, self._health, self._metrics_page)
+        admin = Admin(
+            self.dispatcher, self._health, self._fleet, self._metrics_page, self._api.ready
+        )
+        self._sources = Sources(self._fleet, self._file, config.discover)
         listen = config.listen
         try:
+            await self._sources.start()
             await self._health.start()
             await self._poller.start()
             self._server = self._api.server()
@@ -147,7 +166,7 @@ class Router:
             self._admin = None
         if self._proxy is not None:
             self._proxy.close()
-        for part in (self._health, self._poller):
+        for part in (self._sources, self._fleet, self._health, self._poller):
             if part is not None:
                 await part.stop()
         if self._session is not None:
@@ -155,6 +174,18 @@ class Router:
         if self._api is not None:
             self._api.close()
         await asyncio.to_thread(self.dispatcher.close)
+
+    @property
+    def fleet(self) -> Fleet:
+        """The replicas, once started."""
+        assert self._fleet is not None
+        return self._fleet
+
+    def read_anew(self) -> None:
+        """Read the API keys and the file of replicas anew; what is wrong changes nothing."""
+        self.reload_keys()
+        if self._sources is not None:
+            self._sources.read_anew()
 
     def reload_keys(self) -> None:
         """Read the API keys anew; keys that cannot be read leave the old ones in place."""
@@ -197,33 +228,35 @@ class Router:
         self.telemetry.write(page)
         add_dispatcher(page, self.dispatcher)
         if self._health is not None:
-            standings = self._health.ejection.standings
+            ejections = {
+                slot: standing.num_ejections
+                for slot, standing in self._health.ejection.standings.items()
+            }
             page.counter(
                 "servegym_replica_ejections",
                 "Times a replica was left alone for what became of requests there",
-                [
-                    ({"replica": name}, standing.num_ejections)
-                    for name, standing in zip(self.dispatcher.names, standings, strict=True)
-                ],
+                self._by_name(ejections),
             )
         if self._poller is not None:
             page.counter(
                 "servegym_replica_failed_polls",
                 "Polls of engine metrics that failed",
-                [
-                    ({"replica": name}, count)
-                    for name, count in zip(
-                        self.dispatcher.names, self._poller.num_failed, strict=True
-                    )
-                ],
+                self._by_name(self._poller.num_failed),
             )
         return Reply(200, page.page().encode(), [("Content-Type", CONTENT_TYPE)])
+
+    def _by_name(self, counts: Mapping[int, int]) -> list[tuple[dict[str, str], int]]:
+        """Name what is counted by slot; one that leaves may have the name of one that has come."""
+        named: Counter[str] = Counter()
+        for slot, count in sorted(counts.items()):
+            named[self.dispatcher.names[slot]] += count
+        return [({"replica": name}, count) for name, count in named.items()]
 
 
 def serve(config: RouterConfig, ready: Callable[[Router], None]) -> None:
     """Run a router until it is told to stop (SIGTERM, SIGINT), then let it drain.
 
-    SIGHUP reads the API keys anew and stops nothing.
+    SIGHUP reads the API keys and the file of replicas anew, and stops nothing.
 
     Args:
         config: Its configuration.
@@ -248,7 +281,7 @@ async def _serve(config: RouterConfig, ready: Callable[[Router], None]) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    loop.add_signal_handler(signal.SIGHUP, router.reload_keys)
+    loop.add_signal_handler(signal.SIGHUP, router.read_anew)
     await router.start()
     # what is there now stays: looking through all of it would stop every stream for 0.1 s
     gc.freeze()

@@ -29,7 +29,6 @@ class Proxy:
         dispatcher: Decides.
         health: Told what becomes of requests.
         telemetry: Counts.
-        urls: Of the replicas.
         upstream_key: API key that the replicas want.
     """
 
@@ -39,7 +38,6 @@ class Proxy:
         dispatcher: Dispatcher,
         health: Health,
         telemetry: Telemetry,
-        urls: list[str],
         upstream_key: str | None,
     ) -> None:
         self.config = config
@@ -47,7 +45,7 @@ class Proxy:
         self._health = health
         self._ejection = health.ejection
         self._telemetry = telemetry
-        self._pools = [Pool(url, config.connect_timeout_s, dispatcher.clock) for url in urls]
+        self._pools: dict[int, Pool] = {}
         self._upstream_key = upstream_key
         self._filter = HeaderFilter(config.forward_headers)
         self._budget = RetryBudget(config.retry_share, config.retry_reserve, dispatcher.clock)
@@ -57,8 +55,21 @@ class Proxy:
 
     def close(self) -> None:
         """End idle connections to replicas."""
-        for pool in self._pools:
+        for pool in self._pools.values():
             pool.close()
+
+    def add(self, replica: int, url: str) -> None:
+        """A replica has joined.
+
+        Args:
+            replica: Its slot.
+            url: Of its server.
+        """
+        self._pools[replica] = Pool(url, self.config.connect_timeout_s, self._dispatcher.clock)
+
+    def remove(self, replica: int) -> None:
+        """A replica has gone, after its last request."""
+        self._pools.pop(replica).close()
 
     async def forward(
         self, request: Request, job: Job, path: str, body: bytes, *, stream: bool, read_s: float
@@ -188,12 +199,13 @@ class Proxy:
     def _allowed(self, job: Job, tried: set[int], *, stream: bool) -> BoolArray:
         """Replicas that are up and have the model; the others if there is no better one.
 
-        Worse are those that say they are full, and to an answer that is not streamed, those that
-        have stopped talking: no one would notice that they still do not. Those that have failed
-        the request are the last.
+        Worse are those that say they are full, newcomers that have their share, and to an answer
+        that is not streamed, those that have stopped talking: no one would notice that they still
+        do not. Those that have failed the request are the last.
         """
         allowed = self._dispatcher.state.up & self._health.serving(job.model)
         worse = self._ejection.passed_over(stream=stream)
+        worse += self._health.slow_start.held_back(allowed)
         if not worse and not tried:
             return allowed
         for avoided in ({*tried, *worse}, tried) if worse else (tried,):
