@@ -36,6 +36,7 @@ from servegym.serve.monitoring.metrics import read_metrics
 from servegym.serve.requests.prompt import PrefixConfig, PromptReader
 from servegym.serve.router.auth import Keys
 from servegym.serve.router.errors import RequestError
+from servegym.serve.router.forms import CHAT, COMPLETION, Form
 from servegym.serve.router.framing import Chunked, FramingError
 from servegym.serve.router.head import HeadError, may_begin_request, read_request_head
 from servegym.serve.router.headers import DEFAULT_FORWARDED, HeaderFilter, retry_after_s
@@ -175,9 +176,9 @@ def _finish(reader: Reader) -> None:
     assert (completion or 0) < 2**31
 
 
-def _request(chat: bool) -> Callable[[bytes], None]:
+def _request(form: Form) -> Callable[[bytes], None]:
     def read(data: bytes) -> None:
-        prompt = read_request(data, chat=chat, slo_field="service_tier").prompt
+        prompt = read_request(data, form, slo_field="service_tier").prompt
         if isinstance(prompt, str) or hasattr(prompt, "dtype"):
             measured = _PROMPTS.read(prompt)
             assert measured.tokens >= 1
@@ -250,10 +251,10 @@ TARGETS: Mapping[str, Target] = {
         _whole_answer, (_ANSWER, b'{"error": "x"}'), (b'"usage":', b'"prompt_tokens": ', *_JSON)
     ),
     "chat": Target(
-        _request(True), (_CHAT,), (b'"messages":', b'"role":', b'"content":', b"\\u0004", *_JSON)
+        _request(CHAT), (_CHAT,), (b'"messages":', b'"role":', b'"content":', b"\\u0004", *_JSON)
     ),
     "completion": Target(
-        _request(False), (_COMPLETION, _TOKENS), (b'"prompt":', b'"max_tokens":', *_JSON)
+        _request(COMPLETION), (_COMPLETION, _TOKENS), (b'"prompt":', b'"max_tokens":', *_JSON)
     ),
     "engine-chat": Target(lambda d: asks.parse(asks.Chat, d).text, (_CHAT,), (b'"type":', *_JSON)),
     "engine-completion": Target(

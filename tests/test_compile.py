@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,7 @@ def load(self, signature, target):
 
 KernelCache.load_overload = load
 """
-COMPILE = "from servegym.cli import main\nmain(['compile'])\n"
+COMPILE = "from servegym.cli import main\nmain(['compile', '--jobs', '1'])\n"
 USE = f"""
 import asyncio
 import gymnasium
@@ -87,6 +89,41 @@ def test_a_part_says_what_was_done_and_where_it_is_kept(capsys):
     assert "kernels compiled" in said
     assert "live" in said
     assert "kept in" in said
+
+
+def test_parts_are_compiled_in_several_processes(capsys):
+    main(["compile", "--parts", "schedules", "live", "schedules", "--jobs", "2"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 of 2: " in said
+    assert "2 of 2: " in said
+    assert said.count("schedules,") == said.count("live,") == 1
+
+
+def test_what_calls_the_kernels_of_dispatch_waits_for_them(monkeypatch):
+    began, over = [], []
+
+    def begins(part):
+        began.append((part, tuple(over)))
+        over.append(part)
+
+    parts = ("tiers", "jobs", "dispatch", "live")
+    monkeypatch.setattr(
+        compile_command, "PARTS", {part: functools.partial(begins, part) for part in parts}
+    )
+    with ThreadPoolExecutor(1) as pool:
+        done = [compiled.part for compiled in compile_command.compile_parts(parts, pool)]
+    assert sorted(done) == sorted(parts)
+    before = dict(began)
+    assert "dispatch" in before["tiers"]
+    assert "dispatch" in before["live"]
+    assert not before["jobs"]
+
+
+def test_no_processes_are_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["compile", "--jobs", "0"])
+    assert end.value.code == 2
+    assert "--jobs must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_without_a_place_to_keep_kernels_it_is_refused(capsys, monkeypatch):

@@ -51,7 +51,6 @@ class Counter:
         request_router_kwargs={
             "replica": rates(SECONDS[0]),
             "dispatch": {"runtime": {"policy": "added-delay"}},
-            "max_replicas": 8,
         },
         request_routing_stats_period_s=0.2,
     ),

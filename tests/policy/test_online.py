@@ -168,7 +168,7 @@ def test_a_live_dispatcher_decides_as_the_simulator_does(name, monkeypatch):
     run(simulator, learning)
     wanted = simulator.outcomes(0)["replica"]
 
-    def in_place(self, observations):
+    def in_place(self, observations, *, in_turn):
         return observations, np.arange(observations.mask.shape[1])
 
     monkeypatch.setattr(TieBreaker, "show", in_place)

@@ -57,7 +57,7 @@ def play(dispatcher: Dispatcher, clock: Clock, monkeypatch) -> None:
         clock.now_s += 1.0
         return dispatcher.arrive(prompt, key=key, **more)
 
-    first = arrive("one", list(range(2000)), tenant="alice")
+    first = arrive("one", list(range(2000)), tenant="alice", model="m")
     dispatcher.decide(first)
     clock.now_s += 0.25
     dispatcher.first_token(first)

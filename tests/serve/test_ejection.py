@@ -24,6 +24,8 @@ class Fleet:
             lambda replica: self.up,
             lambda: None,
         )
+        for replica in range(num_replicas):
+            self.ejection.add(replica)
 
     def good(self, replica: int, stream: bool = True) -> None:
         attempt = self.ejection.begin(replica, stream=stream)

@@ -16,6 +16,7 @@ from yarl import URL
 from servegym.errors import ConfigError
 from servegym.serve.router import api, app
 from servegym.serve.router.config import parse_config
+from servegym.serve.router.forms import COMPLETION
 from servegym.serve.router.request import read_request
 
 from .running import RATES, run, running, until
@@ -219,11 +220,11 @@ class TestWhatEnginesTake:
     @pytest.mark.parametrize("given", ["16", "16.0", '"16"', "1.6e1"])
     def test_numbers(self, given):
         body = f'{{"prompt": "a", "max_tokens": {given}}}'.encode()
-        assert read_request(body, chat=False).max_tokens == 16
+        assert read_request(body, COMPLETION).max_tokens == 16
 
     def test_absurd_numbers_are_the_engines_business(self):
         body = f'{{"prompt": "a", "max_tokens": {"9" * 400}}}'.encode()
-        assert read_request(body, chat=False).max_tokens == 2**31
+        assert read_request(body, COMPLETION).max_tokens == 2**31
 
     @pytest.mark.parametrize(
         ("given", "stream"),
@@ -231,31 +232,31 @@ class TestWhatEnginesTake:
     )
     def test_truth_values(self, given, stream):
         body = f'{{"prompt": "a", "stream": {given}}}'.encode()
-        assert read_request(body, chat=False).stream is stream
+        assert read_request(body, COMPLETION).stream is stream
 
     @pytest.mark.parametrize("given", ["null", "false"])
     def test_no_stream(self, given):
         body = f'{{"prompt": "a", "stream": {given}, "max_tokens": null}}'.encode()
-        assert read_request(body, chat=False)[2:4] == (None, False)
+        assert read_request(body, COMPLETION)[2:4] == (None, False)
 
     @pytest.mark.parametrize(
         ("given", "tokens"),
         [("[1, 2.0]", [1, 2]), ("[[1], [2, 3]]", [1, 2, 3]), ('[["4"]]', [4])],
     )
     def test_token_ids(self, given, tokens):
-        asked = read_request(f'{{"prompt": {given}}}'.encode(), chat=False)
+        asked = read_request(f'{{"prompt": {given}}}'.encode(), COMPLETION)
         assert list(asked.prompt) == tokens
 
     def test_prompts_of_embeddings_have_a_length_of_sorts_and_no_prefix(self):
         tensor = "A" * 1_092_267  # 100 tokens of 4,096 numbers of two bytes, in Base64
         for embeds in (tensor, [tensor[:500_000], tensor[500_000:]]):
             body = json.dumps({"prompt": None, "prompt_embeds": embeds}).encode()
-            prompt = read_request(body, chat=False).prompt
+            prompt = read_request(body, COMPLETION).prompt
             assert (prompt.tokens, len(prompt.keys)) == (100, 0)
 
     def test_what_json_takes_is_taken(self):
         for text in (b'"\\ud800"', b'"a\x7f"', b"[" * 300 + b"]" * 300, b"NaN", b"1e400"):
-            assert read_request(b'{"prompt": "a", "x": ' + text + b"}", chat=False).prompt == "a"
+            assert read_request(b'{"prompt": "a", "x": ' + text + b"}", COMPLETION).prompt == "a"
 
     def test_they_reach_the_replica_as_they_came(self):
         async def test() -> None:

@@ -27,7 +27,6 @@ def kwargs(policy="least-outstanding", **more):
     return {
         "replica": RATES,
         "dispatch": {"runtime": {"policy": policy}},
-        "max_replicas": 4,
         **more,
     }
 
@@ -49,7 +48,7 @@ def test_requests_go_where_the_policy_says_and_the_books_close():
     f.routed("3", first)
     for key in ("2", "3"):
         f.completed(key)
-    assert [f.dispatcher.state.outstanding(c) for c in range(4)] == [0] * 4
+    assert [f.dispatcher.state.outstanding(slot) for slot in f.dispatcher.slots()] == [0, 0]
     assert not any(f.knows(key) for key in "123")
 
 
@@ -99,22 +98,18 @@ def test_replicas_come_and_go():
     f.routed("1", f.choose("1", ["x"], {}, ["a"]))
     f.update({"b": {}})
     assert f.choose("2", ["x"], {}, ["b"]) == "b"
-    # the column of the one that is gone is not given on while a request counts there
+    # the slot of the one that is gone is not given on while a request counts there
     f.update({"b": {}, "c": {}})
+    assert f.dispatcher.names == ["a", "b", "c"]
     assert f.dispatcher.state.outstanding(0) == 1
     f.completed("1")
     f.completed("2")
     f.update({"b": {}, "c": {}, "d": {}})
+    assert f.dispatcher.names == ["d", "b", "c"]
     assert f.dispatcher.state.replicas[ReplicaFeature["NUM_RUNNING"], 0] == 0
     assert f.dispatcher.state.metrics_age_s(0, f.dispatcher.clock()) > 1e6
     picks = {f.choose(str(i), ["x"], {}, ["b", "c", "d"]) for i in range(10, 13)}
     assert picks == {"b", "c", "d"}
-
-
-def test_a_fleet_that_outgrows_its_columns_is_told_so():
-    f = fleet()
-    with pytest.raises(ConfigError, match="beyond 4 replicas: raise max_replicas"):
-        f.update({i: {} for i in range(5)})
 
 
 def test_a_request_given_up_leaves_the_books():
@@ -217,12 +212,12 @@ def test_the_router_ranks_the_choice_first_and_keeps_books(router):
         two.future.cancel()
         await asyncio.sleep(0.01)
         state = router.fleet.dispatcher.state
-        assert sum(state.outstanding(c) for c in range(4)) == 1
+        assert sum(map(state.outstanding, router.fleet.dispatcher.slots())) == 1
         # the prompt's time at the known rate is over: it no longer counts as pending
         assert state.replicas[ReplicaFeature["PENDING_PREFILL_TOKENS"]].sum() == 0
         await asyncio.to_thread(router.on_request_completed, first, "1")
         await asyncio.sleep(0.01)
-        assert sum(state.outstanding(c) for c in range(4)) == 0
+        assert sum(map(state.outstanding, router.fleet.dispatcher.slots())) == 0
         assert await router.choose_replicas(candidates, None) == [candidates]
         assert await router.choose_replicas([], pending("3")) == []
 

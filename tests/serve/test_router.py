@@ -182,7 +182,7 @@ def test_unknown_models_paths_and_methods():
             status, body, _ = await it.post({**BODY, "model": "gpt"})
             assert status == 404
             assert json.loads(body)["error"]["code"] == "model_not_found"
-            assert (await it.post(BODY, "/v1/embeddings"))[0] == 404
+            assert (await it.post(BODY, "/v1/images/generations"))[0] == 404
             assert (await it.get("/v1/completions"))[0] == 405
 
     run(test)

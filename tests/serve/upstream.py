@@ -13,6 +13,7 @@ class Upstream:
     """One replica, on a free port.
 
     Attributes:
+        adapters: Names of those that it has loaded.
         mode: What it does with requests: `ok`, `hang` (takes them and says nothing), `headers`
             (says 200 and no more), `die` (breaks off after half of its tokens), `die_first` (breaks
             off at once), `error` (an error event in the stream), `error_first` (instead of its
@@ -25,7 +26,9 @@ class Upstream:
         healthy: What its health check says.
         tokens: Events of an answer.
         gap_s: Between them.
+        document: Its answer to what is no completion.
         bodies: Requests it got.
+        others: Path and body of requests that are no completions.
         headers: Their headers.
         queries: Their query strings, as they came.
         cancelled: Requests whose connection went away.
@@ -34,6 +37,7 @@ class Upstream:
 
     def __init__(self, model: str = "m") -> None:
         self.model = model
+        self.adapters: list[str] = []
         self.mode: str | int = "ok"
         self.healthy = True
         self.metrics = True
@@ -45,7 +49,9 @@ class Upstream:
         self.said = b'{"error": {"message": "no"}}'
         self.poison: str | None = None
         self.pad = ""
+        self.document: dict = {}
         self.bodies: list[dict] = []
+        self.others: list[tuple[str, bytes]] = []
         self.headers: list[Mapping[str, str]] = []
         self.queries: list[str] = []
         self.cancelled = 0
@@ -65,6 +71,7 @@ class Upstream:
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_post("/v1/chat/completions", self._complete)
+        app.router.add_post("/{path:.*}", self._other)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self.port)
@@ -81,7 +88,16 @@ class Upstream:
 
     async def _models(self, request):
         return web.json_response(
-            {"object": "list", "data": [{"id": self.model, "object": "model"}]}
+            {
+                "object": "list",
+                "data": [
+                    {"id": self.model, "object": "model", "parent": None},
+                    *(
+                        {"id": name, "object": "model", "parent": self.model}
+                        for name in self.adapters
+                    ),
+                ],
+            }
         )
 
     async def _metrics(self, request):
@@ -92,6 +108,20 @@ class Upstream:
             'vllm:num_requests_waiting{engine="0"} 0\nvllm:kv_cache_usage_perc{engine="0"} 0.5\n'
             'vllm:cache_config_info{block_size="16",num_gpu_blocks="1000"} 1\n'
         )
+
+    async def _other(self, request):
+        """Answer what is no completion: with `script` if it is there, else with `document`."""
+        self.headers.append(request.headers)
+        self.others.append((request.path, await request.read()))
+        self.running += 1
+        try:
+            if self.script is not None:
+                return await self._answer(request, {"stream": True})
+            if isinstance(self.mode, int):
+                return web.Response(status=self.mode)
+            return web.json_response(self.document)
+        finally:
+            self.running -= 1
 
     async def _complete(self, request):
         body = await request.json()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -222,6 +226,61 @@ PARTS: dict[Part, Callable[[], None]] = {
 }
 
 
+#: Parts that need no kernel of `dispatch`; the others begin when that is compiled.
+APART: tuple[Part, ...] = ("jobs", "schedules")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What compiling a part took."""
+
+    part: Part
+    kernels: int
+    seconds: float
+
+
+def compile_part(part: Part) -> Compiled:
+    """Compile a part, or load of it what is on disk."""
+    begin_s, counter = time.monotonic(), CompileCounter()
+    with install_listener("numba:compile", counter):
+        PARTS[part]()
+    return Compiled(part, counter.kernels, time.monotonic() - begin_s)
+
+
+def compile_parts(parts: Sequence[Part], pool: Executor) -> Iterator[Compiled]:
+    """Compile parts side by side, and tell of each when it is done.
+
+    Kernels of `dispatch` are called by most others: what calls them waits, lest it compile them,
+    too.
+
+    Args:
+        parts: Which; none twice.
+        pool: Compiles. Numba compiles one kernel at a time in a process: so, processes.
+    """
+    later = [part for part in parts if "dispatch" in parts and part not in ("dispatch", *APART)]
+    running = {pool.submit(compile_part, part) for part in parts if part not in later}
+    while running:
+        done, running = wait(running, return_when=FIRST_COMPLETED)
+        for compiled in (future.result() for future in done):
+            if compiled.part == "dispatch":
+                running |= {pool.submit(compile_part, part) for part in later}
+            yield compiled
+
+
+def side_by_side(parts: Sequence[Part], jobs: int) -> Iterator[Compiled]:
+    """Compile parts in several processes."""
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _be_quiet) as pool:
+        try:
+            yield from compile_parts(parts, pool)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _be_quiet() -> None:
+    """Leave it to the parent to say what is compiled."""
+    logging.getLogger("servegym.compile").setLevel(logging.ERROR)
+
+
 @dataclass(frozen=True)
 class Compile:
     """Compile all kernels now, and keep them on disk: for images of containers, and before demos.
@@ -234,6 +293,9 @@ class Compile:
     """Which: dispatch (with the rules, environments and planners), migration (of requests between
     replicas), tiers (of KV), orders, jobs, schedules, bounds (clairvoyant searches), live (router
     and emulated engine). Migration, tiers and live need `dispatch` too."""
+    jobs: int | None = None
+    """How many parts are compiled at the same time, each by a process of its own; by default
+    one for each processor, 4 at most."""
 
     def run(self) -> None:
         """Compile and say what was done."""
@@ -243,15 +305,23 @@ class Compile:
             raise ConfigError(
                 "no folder for compiled kernels can be written: set NUMBA_CACHE_DIR to one that can"
             )
+        if self.jobs is not None and self.jobs < 1:
+            raise ConfigError(f"--jobs must be at least 1, got {self.jobs}")
+        parts = tuple(dict.fromkeys(self.parts))
+        jobs = self.jobs or min(4, os.cpu_count() or 1)
         table = Table("part", "kernels compiled", "seconds")
-        counter = CompileCounter()
-        with install_listener("numba:compile", counter):
-            for part in dict.fromkeys(self.parts):
-                begin_s, before = time.monotonic(), counter.kernels
-                PARTS[part]()
-                seconds = time.monotonic() - begin_s
-                table.add_row(part, str(counter.kernels - before), f"{seconds:.1f}")
+        begin_s = time.monotonic()
+        alone = jobs == 1 or len(parts) == 1
+        done = map(compile_part, parts) if alone else side_by_side(parts, jobs)
+        for number, compiled in enumerate(done, 1):
+            seconds = f"{compiled.seconds:.1f}"
+            table.add_row(compiled.part, str(compiled.kernels), seconds)
+            console.print(
+                f"{number} of {len(parts)}: {compiled.part},"
+                f" {compiled.kernels} kernels, {seconds} s"
+            )
         console.print(table)
         console.print(
-            f"kept in {kept}" + (" and its neighbours" if kept.name == "__pycache__" else "")
+            f"{time.monotonic() - begin_s:.0f} s, kept in {kept}"
+            + (" and its neighbours" if kept.name == "__pycache__" else "")
         )

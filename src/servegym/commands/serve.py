@@ -69,13 +69,14 @@ class ServeRouter:
             runtime = router.dispatcher.runtime
             policy = runtime.loaded.text if runtime.loaded else runtime.config.fallback
             console.print(
-                f"{policy} ({runtime.mode}) decides for {len(config.replicas)} replicas: "
+                f"{policy} ({runtime.mode}) decides for {len(router.fleet)} replicas: "
                 f"http://{listen.host}:{router.port}/v1, "
                 f"operators: http://{listen.admin_host}:{router.admin_port}"
             )
             state = router.dispatcher.state
-            for index, replica in enumerate(config.replicas):
-                if not state.is_up(index):
+            for member in router.fleet:
+                replica = member.replica
+                if not state.is_up(member.slot):
                     console.print(
                         f"{replica.name} is down: {replica.url}{config.health.path} has not "
                         "answered well yet; it gets requests once it does",

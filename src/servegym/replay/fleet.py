@@ -114,8 +114,14 @@ def router_fleet(config: RouterConfig) -> Fleet:
     """Take the replicas of a router's configuration.
 
     Raises:
-        ConfigError: If a name is unknown or a calibration was made for another replica.
+        ConfigError: If it lists no replicas, a name is unknown, or a calibration was made for
+            another replica.
     """
+    if not config.replicas:
+        raise ConfigError(
+            "the router's configuration finds its replicas while it runs: give one that lists, "
+            "under replicas, all that the log names"
+        )
     made: dict[Hardware | Rates, ReplicaType] = {}
     notes = []
     for entry in config.replicas:

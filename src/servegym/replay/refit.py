@@ -28,7 +28,8 @@ from servegym.replay.terms import TERMS
 from servegym.scenario import Scenario
 from servegym.scenario.fleet import FleetEntry
 from servegym.serve.facts import Hardware, Rates
-from servegym.serve.router.config import ReplicaConfig, RouterConfig
+from servegym.serve.router.config import RouterConfig
+from servegym.serve.router.replica import ReplicaConfig
 from servegym.whole_files import write_whole
 
 #: Share of the time that factors are fitted on before they are tested on the rest.

@@ -249,6 +249,7 @@ def _schema(pa: Any) -> Any:
         [
             ("after_s", pa.float64()),
             ("action", pa.int32()),
+            ("replica_name", pa.string()),
             ("by", pa.string()),
             ("reason", pa.string()),
             ("duration_s", pa.float64()),
@@ -317,7 +318,9 @@ def read_events(path: Path) -> NDArray[np.void]:
     """Read a log as an event log, in the simulator's form.
 
     Requests are numbered in order of arrival, as `workloads.readers.read_trace` numbers them, and
-    times count from the first arrival.
+    times count from the first arrival. Replicas have the numbers that the log counts them by. Where
+    the fleet has changed these name now one, now another: then names are numbered, in order of
+    their first requests.
 
     Args:
         path: A file of the log, or its folder.
@@ -332,6 +335,7 @@ def read_events(path: Path) -> NDArray[np.void]:
     if not rows:
         raise WorkloadError(f"{path} has no request")
     zero_s = rows[0]["arrival_s"]
+    numbers = _numbers(rows)
     events: list[tuple[float, float, int, int, int]] = []
     for i, row in enumerate(rows):
         at_s = row["arrival_s"] - zero_s
@@ -341,7 +345,7 @@ def read_events(path: Path) -> NDArray[np.void]:
             time_s, action = at_s + decision["after_s"], decision["action"]
             if place >= 0:
                 events.append((time_s, 0.0, i, place, s.EV_RETURN))
-            place = max(action, -1)
+            place = numbers.get(decision.get("replica_name"), action) if action >= 0 else -1
             kind = {LOGGED_HOLD: s.EV_HOLD, LOGGED_REJECT: s.EV_REJECT}.get(action, s.EV_DISPATCH)
             events.append((time_s, 0.0, i, place, kind))
         if row["ttft_s"] is not None:
@@ -350,6 +354,21 @@ def read_events(path: Path) -> NDArray[np.void]:
             events.append((at_s + row["e2e_s"], 0.0, i, place, s.EV_FINISH))
     events.sort(key=lambda event: event[0])
     return np.array(events, EVENT_DTYPE)
+
+
+def _numbers(rows: list[Row]) -> dict[str, int]:
+    """Number the replicas of a log by name, if they cannot go by what they are counted by."""
+    named = dict.fromkeys(  # in order of time
+        (str(decision["replica_name"]), int(decision["action"]))
+        for row in rows
+        for decision in row["decisions"]
+        if decision.get("replica_name") is not None
+    )
+    names = list(dict.fromkeys(name for name, _ in named))
+    counted = {action for _, action in named}
+    if len(names) == len(counted) == len(named):
+        return dict(named)
+    return {name: number for number, name in enumerate(names)}
 
 
 def finite(value: float) -> float | None:

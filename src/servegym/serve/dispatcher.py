@@ -31,7 +31,7 @@ from servegym.serve.decision_log import (
 from servegym.serve.loaded_policy import LoadedPolicy
 from servegym.serve.requests.prediction import LengthPrediction, LengthPredictor
 from servegym.serve.requests.prefix_index import PrefixIndex
-from servegym.serve.requests.prompt import PrefixConfig, Prompt, PromptReader
+from servegym.serve.requests.prompt import PrefixConfig, Prompt, PromptReader, Size
 from servegym.serve.requests.recent_ends import Mark, RecentEnds
 from servegym.serve.runtime import Decision, PolicyRuntime, RuntimeConfig
 from servegym.serve.state import EngineMetrics, LiveRequest, LiveState
@@ -124,21 +124,24 @@ class Job:
 
     @property
     def replica(self) -> int:
-        """Where it is, -1: nowhere."""
+        """Slot of the replica where it is, -1: nowhere."""
         return self.request.replica
 
 
 class Dispatcher:
     """Decides for a fleet and keeps its books.
 
+    The fleet may change at any time (`add`, `remove`). Every replica has a slot, by which it is
+    known here; policies see the replicas that there are, without gaps.
+
     Args:
         config: See `DispatchConfig`.
-        replicas: Their names.
+        replicas: Names of those that are there at first, in slots 0, 1, ...
         facts: Static rows of each, `float64[NUM_NOMINAL, R]`; see `serve.facts.fleet_facts`.
         clock: Seconds that never go back.
 
     Attributes:
-        names: Of the replicas.
+        names: Of the replicas, by slot; empty for a free slot.
         state: The live state.
         runtime: The policy runtime.
         index: The prefix index.
@@ -158,6 +161,7 @@ class Dispatcher:
     ) -> None:
         self.config = config
         self.names = list(replicas)
+        assert len(self.names) == facts.shape[1]
         self.clock = clock
         classes = [
             SloClass(c.name, c.ttft_s or math.inf, c.tpot_s or math.inf, c.weight)
@@ -172,14 +176,49 @@ class Dispatcher:
         self.reader = PromptReader(config.prefix)
         self.index = PrefixIndex([0] * len(self.names))
         self._share = config.prefix.share_of_cache
-        for r in range(len(self.names)):
-            self._size_index(r)
+        self._ties = TieBreaker(config.seed)
+        for slot in range(len(self.names)):
+            self._size_index(slot)
+            self._ties.add(slot)
         self._class_idx = {c.name: i for i, c in enumerate(config.slo_classes)}
         self.log = DecisionLog(config.log) if config.log else None
         max_ends = config.log.max_ends if config.log else 0
         self._ends = RecentEnds(max_ends) if max_ends else None
-        self._ties = TieBreaker(len(self.names), config.seed)
         self._needed: tuple[LoadedPolicy | None, Group] | None = None  # of the policy in place
+
+    def add(self, name: str, facts: FloatArray) -> int:
+        """A replica joins the fleet.
+
+        Args:
+            name: For the log.
+            facts: Its static rows, `float64[NUM_NOMINAL]`; see `serve.facts.replica_facts`. All
+                speeds must be in one unit.
+
+        Returns:
+            Its slot: where it is in arrays by replica, and what `decide` calls it.
+        """
+        slot = self.state.add(facts)
+        if slot == len(self.names):
+            self.names.append(name)
+            self.index.grow()
+        self.names[slot] = name
+        self._size_index(slot)
+        self._ties.add(slot)
+        self._meet()
+        return slot
+
+    def remove(self, slot: int) -> None:
+        """A replica has left the fleet, after its last request; its slot is free for another."""
+        self.state.remove(slot)
+        self.names[slot] = ""
+        self.index.clear(slot)
+        self.index.resize(slot, 0)
+        self._ties.remove(slot)
+        self._meet()
+
+    def slots(self) -> list[int]:
+        """Return the slots that have a replica, in order: the order that the log counts in."""
+        return np.flatnonzero(self.state.in_use).tolist()
 
     def slo_class(self, name: str | None) -> int:
         """Return the index of a service level; the default's for `None`.
@@ -195,7 +234,7 @@ class Dispatcher:
 
     def arrive(
         self,
-        prompt: Prompt | str | Sequence[int],
+        prompt: Prompt | Size | str | Sequence[int],
         *,
         key: str,
         tenant: str = "default",
@@ -212,7 +251,8 @@ class Dispatcher:
             tenant: Who asks.
             slo_class: Index of the service level.
             max_tokens: What the client allows, if it says so.
-            model: For the log.
+            model: By which it is asked for, if by any: another one, or another adapter, has
+                cached nothing of the same prompt.
             session: Name of the conversation or agent's run that it belongs to, if the client
                 gives one; for the log, which says what a request followed.
         """
@@ -224,7 +264,7 @@ class Dispatcher:
             predicted_output_tokens=self.predictor.predict(tenant, slo_class, max_tokens),
             slo_class=slo_class,
         )
-        job = Job(request, measured.without_content(), tenant, model, time.time())
+        job = Job(request, measured.without_content().of_model(model), tenant, model, time.time())
         if self._ends is not None:
             job.mark, job.follows = self._ends.arrive(measured, tenant, session, request.arrival_s)
         return job
@@ -238,8 +278,11 @@ class Dispatcher:
 
         Args:
             job: From `arrive`.
-            allowed: Replicas in question, `bool[R]`; `None`: all that are up.
+            allowed: Replicas in question, by slot, `bool[W]`; `None`: all that are up.
             may_hold: Whether it may be held (again).
+
+        Returns:
+            Its actions are slots, W to hold, and W + 1 to reject.
         """
         request = job.request
         self._take_back(job)
@@ -255,15 +298,15 @@ class Dispatcher:
         decision = self._choose(seen, request.key)
         if self.log is not None:
             job.decisions.append(self._decision_row(job, decision, now_s, seen))
-        if decision.action < self.state.num_replicas:
+        if decision.action < self.state.num_slots:
             if (learner := self._learner) is not None:
-                rows = seen.replicas[0], seen.request[0]
-                learner.chosen(0, request, *rows, decision.action, now_s)
+                there, place = seen.replicas[0][:, self.state.in_use], self._place(decision.action)
+                learner.chosen(0, request, there, seen.request[0], place, now_s)
             self.state.dispatch(request, decision.action, now_s)
             self._ties.chose(decision.action)
             if math.isnan(job.first_dispatch_s):
                 job.first_dispatch_s = now_s
-        elif decision.action == self.state.num_replicas:
+        elif decision.action == self.state.num_slots:
             self.state.hold(request)
         else:
             self.end(job, "rejected")
@@ -349,15 +392,31 @@ class Dispatcher:
     def _choose(self, seen: Observations, key: str) -> Decision:
         """Let the runtime decide, equally good replicas in turn."""
         loaded = self.runtime.loaded
-        if counts_replicas(self.runtime.fallback) or (loaded and counts_replicas(loaded.policy)):
-            return self.runtime.decide(seen, key)
-        shown, order = self._ties.show(seen)
+        counts = counts_replicas(self.runtime.fallback) or (
+            loaded is not None and counts_replicas(loaded.policy)
+        )
+        shown, order = self._ties.show(seen, in_turn=not counts)
         decision = self.runtime.decide(shown, key)
         proposed = decision.proposed
         return decision._replace(
             action=int(order[decision.action]),
             proposed=None if proposed is None else int(order[proposed]),
         )
+
+    def _meet(self) -> None:
+        """The fleet is another one; who remembers replicas by their place begins anew."""
+        runtime = self.runtime
+        runtime.meet(self.state.replicas)
+        for policy in (runtime.fallback, runtime.loaded.policy if runtime.loaded else None):
+            if policy is not None and counts_replicas(policy):
+                policy.reset(1, runtime.config.seed)
+
+    def _place(self, action: int) -> int:
+        """Return an action as the log has it: replicas count among those that there are."""
+        num_slots = self.state.num_slots
+        if action >= num_slots:
+            return logged_action(action, num_slots)
+        return int(self.state.in_use[:action].sum())
 
     def _take_back(self, job: Job) -> None:
         if job.request.replica >= 0:
@@ -399,13 +458,14 @@ class Dispatcher:
         loaded = self.runtime.loaded
         row: dict[str, Any] = {
             "after_s": now_s - job.request.arrival_s,
-            "action": logged_action(decision.action, self.state.num_replicas),
+            "action": self._place(decision.action),
+            "replica_name": self.names[decision.action]
+            if decision.action < self.state.num_slots
+            else None,
             "by": decision.by,
             "reason": decision.reason.value,
             "duration_s": decision.duration_s,
-            "proposed": None
-            if decision.proposed is None
-            else logged_action(decision.proposed, self.state.num_replicas),
+            "proposed": None if decision.proposed is None else self._place(decision.proposed),
             "propensity": decision.propensity,
             "policy": loaded.version if loaded else None,
             "observation": None,
@@ -413,12 +473,14 @@ class Dispatcher:
         assert self.config.log is not None
         if self.config.log.observations:
             shape = observed(extended=False)
-            shown = np.nan_to_num(seen.replicas[0, : shape.replicas], nan=-1.0, posinf=1e9)
+            there = self.state.in_use
+            columns = seen.replicas[0][: shape.replicas, there]
+            shown = np.nan_to_num(columns, nan=-1.0, posinf=1e9)
             asked = np.nan_to_num(seen.request[0, : shape.request], nan=-1.0, posinf=1e9)
             row["observation"] = {
                 "replicas": shown.T.tolist(),
                 "request": asked.tolist(),
-                "mask": seen.mask[0].tolist(),
+                "mask": [*seen.mask[0, :-2][there].tolist(), *seen.mask[0, -2:].tolist()],
             }
         return row
 
@@ -444,7 +506,7 @@ class Dispatcher:
             "model": job.model,
             "hash_ids": job.prompt.keys[every - 1 :: every].tolist(),
             "status": status,
-            "replica": request.replica,
+            "replica": self._place(request.replica) if request.replica >= 0 else -1,
             "replica_name": self.names[request.replica] if request.replica >= 0 else None,
             "dispatch_s": finite(job.first_dispatch_s - request.arrival_s),
             "ttft_s": finite(request.first_token_s - request.arrival_s),

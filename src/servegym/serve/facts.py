@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,7 @@ from servegym.cluster.nominal import (
 )
 from servegym.cluster.spec import ClusterSpec, ReplicaType
 from servegym.costs.step import StepCost
+from servegym.policy.contract import NUM_NOMINAL
 from servegym.typing import FloatArray
 
 
@@ -101,6 +103,40 @@ class Rates(BaseModel):
         return prefill_s + REFERENCE_OUTPUT_TOKENS * step_s / batch
 
 
+@functools.lru_cache(maxsize=64)  # equal replicas are compiled once
+def _of_hardware(entry: Hardware) -> tuple[float, ...]:
+    made = entry.replica_type()
+    _, prefill, step_s, seq_s, *sizes = nominal_facts(ClusterSpec((made,), block_size=1))[
+        0
+    ].tolist()
+    speed, request_s = entry.speed, reference_request_s(made)
+    return (speed / request_s, prefill * speed, step_s / speed, seq_s / speed, *sizes)
+
+
+def replica_facts(entry: Hardware | Rates) -> FloatArray:
+    """Return the static rows of one replica's observation; of new hardware it takes seconds.
+
+    Returns:
+        `float64[NUM_NOMINAL]`, in the order of the contract, but for the speed, which is in
+        reference requests per second: how fast it is beside others is the fleet's business.
+
+    Raises:
+        ConfigError: If a name is unknown or a calibration was made for another replica.
+    """
+    if isinstance(entry, Hardware):
+        return np.array(_of_hardware(entry), np.float64)
+    facts = (
+        1.0 / entry.reference_request_s(),
+        entry.prefill_tokens_per_s,
+        entry.decode_step_s,
+        entry.decode_seq_s,
+        entry.kv_capacity_tokens,
+        entry.max_num_seqs,
+        entry.max_num_batched_tokens,
+    )
+    return np.array(facts, np.float64)
+
+
 def fleet_facts(replicas: Sequence[Hardware | Rates]) -> FloatArray:
     """Return the static rows of a fleet's observation.
 
@@ -114,30 +150,9 @@ def fleet_facts(replicas: Sequence[Hardware | Rates]) -> FloatArray:
     Raises:
         ConfigError: If a name is unknown or a calibration was made for another replica.
     """
-    known: dict[Hardware, tuple[FloatArray, float]] = {}  # equal replicas are compiled once
-    columns = []
-    for entry in replicas:
-        if isinstance(entry, Rates):
-            columns.append(
-                [
-                    1.0 / entry.reference_request_s(),
-                    entry.prefill_tokens_per_s,
-                    entry.decode_step_s,
-                    entry.decode_seq_s,
-                    entry.kv_capacity_tokens,
-                    entry.max_num_seqs,
-                    entry.max_num_batched_tokens,
-                ]
-            )
-            continue
-        if entry not in known:
-            made = entry.replica_type()
-            facts = nominal_facts(ClusterSpec((made,), block_size=1))[0]
-            known[entry] = facts, reference_request_s(made)
-        facts, request_s = known[entry]
-        _, prefill, step_s, seq_s, *sizes = facts.tolist()
-        speed = entry.speed
-        columns.append([speed / request_s, prefill * speed, step_s / speed, seq_s / speed, *sizes])
-    rows = np.array(columns, np.float64).T
-    rows[0] /= rows[0].max()
-    return np.ascontiguousarray(rows)
+    rows = np.zeros((NUM_NOMINAL, len(replicas)))
+    for r, entry in enumerate(replicas):
+        rows[:, r] = replica_facts(entry)
+    if len(replicas):
+        rows[0] /= rows[0].max()
+    return rows

@@ -137,13 +137,15 @@ class PolicyStrategy:
         session = aiohttp.ClientSession()
         interval_s = self._config.scrape_interval_s
         poller = MetricsPoller(
-            [url for url in urls if url is not None],
             None,
             self.dispatcher,
             session,
             interval_s=interval_s,
             timeout_s=max(1.0, 4.0 * interval_s),
         )
+        for slot, url in enumerate(urls):
+            assert url is not None
+            poller.add(slot, url)
         await poller.start()
 
         async def stop() -> None:

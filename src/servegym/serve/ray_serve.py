@@ -16,19 +16,17 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from servegym.documents import checked
 from servegym.errors import ConfigError
-from servegym.policy.contract import FIRST_NOMINAL, NUM_NOMINAL
 from servegym.serve.dispatcher import DispatchConfig, Dispatcher, Job
-from servegym.serve.facts import Hardware, Rates, fleet_facts
+from servegym.serve.facts import Hardware, Rates, fleet_facts, replica_facts
 from servegym.serve.requests.prompt import chat_text
 from servegym.serve.state import EngineMetrics
 
@@ -55,7 +53,6 @@ class RayServeConfig(BaseModel):
     Attributes:
         replica: What a replica is, by its hardware or its numbers, unless it says otherwise.
         dispatch: Policy, service levels, prediction, prefixes and log.
-        max_replicas: Largest fleet.
         describe: `module:function` that makes a `Described` of a request's positional and keyword
             arguments; by default the first argument is taken for an OpenAI request.
     """
@@ -64,7 +61,6 @@ class RayServeConfig(BaseModel):
 
     replica: Hardware | Rates
     dispatch: DispatchConfig = DispatchConfig()
-    max_replicas: int = Field(64, ge=1)
     describe: str | None = None
 
 
@@ -100,7 +96,7 @@ def _as_mapping(message: Any) -> Mapping[str, Any]:
 
 
 class RayFleet:
-    """A fleet that grows and shrinks, on the fixed columns of a dispatcher.
+    """A fleet that grows and shrinks as Ray says.
 
     Ray's router sees neither tokens nor lengths of answers: a prompt counts as computed after the
     time it takes at the replica's known rate, and output lengths are not learned.
@@ -109,22 +105,17 @@ class RayFleet:
         config: As given.
 
     Attributes:
-        dispatcher: Over `max_replicas` columns; those without a replica are down.
+        dispatcher: Over the replicas that Ray has named.
     """
 
     def __init__(self, config: RayServeConfig) -> None:
-        width = config.max_replicas
         self.config = config
-        self.dispatcher = Dispatcher(
-            config.dispatch,
-            [f"replica {i}" for i in range(width)],
-            fleet_facts([config.replica] * width),
-        )
-        for column in range(width):
-            self.dispatcher.state.set_up(column, False)
+        self.dispatcher = Dispatcher(config.dispatch, [], fleet_facts([]))
         self._describe = _load(config.describe) if config.describe else describe_openai
-        self._facts: list[Hardware | Rates] = [config.replica] * width
-        self._columns: dict[Hashable, int] = {}
+        self._usual = replica_facts(config.replica)
+        self._slots: dict[Hashable, int] = {}
+        self._leaving: list[int] = []  # slots of those that are gone, but for their requests
+        self._rates: dict[int, Rates] = {}
         self._stats: dict[Hashable, Mapping[str, Any]] = {}
         self._jobs: dict[str, Job] = {}
 
@@ -133,59 +124,39 @@ class RayFleet:
 
         Args:
             replicas: Routing statistics by replica.
-
-        Raises:
-            ConfigError: If there are more than `max_replicas`.
         """
-        state = self.dispatcher.state
-        for gone in [replica for replica in self._columns if replica not in replicas]:
-            state.set_up(self._columns.pop(gone), False)
+        dispatcher = self.dispatcher
+        for gone in [replica for replica in self._slots if replica not in replicas]:
+            slot = self._slots.pop(gone)
+            dispatcher.state.set_up(slot, False)
+            self._leaving.append(slot)
             self._stats.pop(gone, None)
-        changed = False
+            self._rates.pop(slot, None)
+        for slot in [s for s in self._leaving if dispatcher.state.outstanding(s) == 0]:
+            self._leaving.remove(slot)
+            dispatcher.remove(slot)
         for replica, stats in replicas.items():
-            if replica not in self._columns:
-                self._columns[replica] = self._take_column()
-                changed = True
+            if replica not in self._slots:
+                self._slots[replica] = dispatcher.add(str(replica), self._usual)
             # Ray hands out the same mapping until the replica is asked again
             if stats and self._stats.get(replica) is not stats:
                 self._stats[replica] = stats
-                changed |= self._read(self._columns[replica], stats)
-        if changed:
-            rows = slice(FIRST_NOMINAL, FIRST_NOMINAL + NUM_NOMINAL)
-            columns = sorted(self._columns.values())
-            state.replicas[rows, columns] = fleet_facts([self._facts[c] for c in columns])
+                self._read(self._slots[replica], stats)
 
-    def _take_column(self) -> int:
-        dispatcher = self.dispatcher
-        used = set(self._columns.values())
-        for column in range(self.config.max_replicas):
-            if column not in used and dispatcher.state.outstanding(column) == 0:
-                self._facts[column] = self.config.replica
-                dispatcher.state.replicas[:, column] = 0.0
-                dispatcher.index.clear(column)
-                never = EngineMetrics(0.0, 0.0, 0.0, age_s=math.inf)
-                dispatcher.update_metrics(column, never, dispatcher.clock())
-                dispatcher.state.set_up(column, True)
-                return column
-        raise ConfigError(
-            f"the fleet has grown beyond {self.config.max_replicas} replicas: raise max_replicas"
-        )
-
-    def _read(self, column: int, stats: Mapping[str, Any]) -> bool:
-        """Take in a replica's statistics; return whether its facts have changed."""
+    def _read(self, slot: int, stats: Mapping[str, Any]) -> None:
+        """Take in a replica's statistics."""
         if {"num_running", "num_waiting", "kv_cache_usage"} <= stats.keys():
             metrics = EngineMetrics(
                 float(stats["num_running"]),
                 float(stats["num_waiting"]),
                 float(stats["kv_cache_usage"]),
             )
-            self.dispatcher.update_metrics(column, metrics, self.dispatcher.clock())
-        if "rates" not in stats:
-            return False
-        facts = Rates.model_validate(stats["rates"])
-        changed = facts != self._facts[column]
-        self._facts[column] = facts
-        return changed
+            self.dispatcher.update_metrics(slot, metrics, self.dispatcher.clock())
+        if "rates" in stats:
+            rates = Rates.model_validate(stats["rates"])
+            if self._rates.get(slot) != rates:
+                self._rates[slot] = rates
+                self.dispatcher.state.set_facts(slot, replica_facts(rates))
 
     def choose(
         self,
@@ -212,26 +183,26 @@ class RayFleet:
                 slo_class=self.dispatcher.slo_class(described.slo_class),
                 max_tokens=described.max_tokens,
             )
-        replica_of = {self._columns[r]: r for r in candidates if r in self._columns}
+        replica_of = {self._slots[r]: r for r in candidates if r in self._slots}
         if not replica_of:
             return None
-        allowed = np.zeros(self.config.max_replicas, np.bool_)
+        allowed = np.zeros(self.dispatcher.state.num_slots, np.bool_)
         allowed[list(replica_of)] = True
         self.dispatcher.decide(job, allowed=allowed)
         return None if job.request.held else replica_of[job.replica]
 
     def routed(self, key: str, replica: Hashable) -> float:
         """A replica has taken a request; return for how many seconds its prompt is computed."""
-        job, column = self._jobs.get(key), self._columns.get(replica)
-        if job is None or column is None:
+        job, slot = self._jobs.get(key), self._slots.get(replica)
+        if job is None or slot is None:
             return 0.0
         state = self.dispatcher.state
-        if job.replica != column:
+        if job.replica != slot:
             # the chosen one was full, and Ray went on to the next
             if job.replica >= 0:
                 state.leave(job.request)
-            state.dispatch(job.request, column, self.dispatcher.clock())
-        return state.prefill_left_s(column)
+            state.dispatch(job.request, slot, self.dispatcher.clock())
+        return state.prefill_left_s(slot)
 
     def prefilled(self, key: str) -> None:
         """A prompt should be computed by now."""

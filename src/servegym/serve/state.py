@@ -51,6 +51,7 @@ from servegym.policy.contract import (
     RECENT_ITL_S,
     RECENT_TPOT_S,
     RECENT_TTFT_S,
+    RELATIVE_SPEED,
     REPLICA_FEATURES,
     SINCE_DISPATCH_S,
     SLO_WEIGHT,
@@ -80,6 +81,7 @@ from servegym.typing import BoolArray, FloatArray
 _LATENCY_WEIGHT = 0.1
 _ARRIVAL_WEIGHT = 0.02
 _FAR_S = 1e6
+_NO_STEP_S = 1e-9
 _ALL = Group.COUNTERS | Group.METRICS | Group.PREFIX
 
 
@@ -221,6 +223,18 @@ class _Streams:
         self._expected_s = np.zeros(width)
         self._looked_s = 0.0
 
+    def grow(self, more: int) -> None:
+        """Make room for so many more replicas."""
+        for name, values in vars(self).items():
+            if isinstance(values, np.ndarray):
+                setattr(self, name, np.append(values, np.zeros(more, values.dtype)))
+
+    def clear(self, r: int) -> None:
+        """Another replica takes the place of one that has gone."""
+        for values in vars(self).values():
+            if isinstance(values, np.ndarray):
+                values[r] = 0
+
     def begin(self, r: int, outstanding: int, now_s: float) -> None:
         """A stream begins to decode, of so many requests that are there."""
         if self._num[r] == 0.0:
@@ -269,7 +283,8 @@ class _Streams:
         """Fill rows `step_time_ratio` and `recent_itl_s`."""
         since_s = now_s - self._looked_s
         self._looked_s = now_s
-        alone_s, seq_s = replicas[DECODE_STEP_S], replicas[DECODE_SEQ_S]
+        # a free slot has no step time; nobody sees what comes out there
+        alone_s, seq_s = np.maximum(replicas[DECODE_STEP_S], _NO_STEP_S), replicas[DECODE_SEQ_S]
         observed_s = self._pure_s + self._late_s
         expected_s = self._pure_steps * alone_s + self._pure_others * seq_s + self._late_expected_s
         kept = itl_kept(since_s)
@@ -295,16 +310,20 @@ class _Streams:
 class LiveState:
     """Counters of a fleet, kept event by event.
 
+    Every replica has a slot, which it keeps as long as it is there; whoever comes later takes the
+    lowest that is free. Arrays by replica, `[W]`, have a place for every slot, in use or free.
+
     Args:
-        facts: Static rows of every replica, `float64[NUM_NOMINAL, R]`; see `serve.facts`. A
-            `kv_capacity_tokens` of 0 is filled in from the engine's metrics.
+        facts: Static rows of every replica, `float64[NUM_NOMINAL, R]`; see `add`.
         slo_classes: Service levels; requests name them by index.
         allow_hold: Whether a request may be held.
         allow_reject: Whether a policy may reject a request.
 
     Attributes:
-        replicas: Replica rows of the observation, `float64[NUM_REPLICA_FEATURES, R]`. The rows of
-            metrics are as of the last `observe`.
+        replicas: Replica rows of the observation, `float64[NUM_REPLICA_FEATURES, W]`; of a free
+            slot 0. The rows of metrics are as of the last `observe`. Another array once a replica
+            has found no free slot.
+        in_use: Slots that have a replica, `bool[W]`.
     """
 
     def __init__(
@@ -315,32 +334,31 @@ class LiveState:
         allow_hold: bool = False,
         allow_reject: bool = False,
     ) -> None:
-        width = facts.shape[1]
-        assert facts.shape == (NUM_NOMINAL, width)
-        self.replicas: FloatArray = np.zeros((NUM_REPLICA_FEATURES, width))
-        self.replicas[[UP, PREFILLS, DECODES]] = 1.0  # nobody moves KV here
-        self.replicas[FIRST_NOMINAL : FIRST_NOMINAL + NUM_NOMINAL] = facts
+        self.replicas: FloatArray = np.zeros((NUM_REPLICA_FEATURES, 0))
+        self.in_use: BoolArray = np.zeros(0, np.bool_)
         self._slo_rows = [
             (min(c.ttft_s, _FAR_S), min(c.tpot_s, _FAR_S), c.weight) for c in slo_classes
         ]
-        self._last_dispatch_s = np.full(width, -np.inf)
-        self._last_metrics_s = np.full(width, -np.inf)
-        self._generated = np.zeros(width)  # own count
-        self._engine_counts = np.zeros(width, np.bool_)  # the engine says `generated_tokens`
+        self._speed = np.zeros(0)  # in the unit of the facts
+        self._last_dispatch_s = np.zeros(0)
+        self._last_metrics_s = np.zeros(0)
+        self._generated = np.zeros(0)  # own count
+        self._engine_counts = np.zeros(0, np.bool_)  # the engine says `generated_tokens`
         self._arrival_gap_s = math.nan
         self._last_arrival_s = math.nan
         self._num_held = 0
-        self._at: list[dict[LiveRequest, None]] = [{} for _ in range(width)]  # in order of dispatch
-        self._streams = _Streams(width)
+        self._at: list[dict[LiveRequest, None]] = []  # in order of dispatch
+        self._streams = _Streams(0)
         self._is_watched = False  # since somebody has needed what streams show
         self._length_sums = np.zeros(NUM_LENGTH_SUMS)
         self._request = np.zeros((1, NUM_REQUEST_FEATURES))
-        self._mask = np.zeros((1, width + 2), np.bool_)
-        self._mask[0, width] = allow_hold
-        self._mask[0, width + 1] = allow_reject
-        self._allow_hold = allow_hold
-        self._no_hits = np.zeros(width)
-        self._all = np.ones(width, np.bool_)
+        self._mask = np.zeros((1, 2), np.bool_)
+        self._allow_hold, self._allow_reject = allow_hold, allow_reject
+        self._no_hits = np.zeros(0)
+        self._all = np.zeros(0, np.bool_)
+        self._grow(facts.shape[1])
+        for column in facts.T:
+            self.add(column)
         numbers = (self._generated, self._engine_counts, self._no_hits, self._all)
         self._see = fixed(
             see,
@@ -348,10 +366,86 @@ class LiveState:
             self._mask[0],
         )
 
+    def add(self, facts: FloatArray) -> int:
+        """A replica joins the fleet, up, and with nothing known of it but its facts.
+
+        Args:
+            facts: Its static rows, `float64[NUM_NOMINAL]`; see `serve.facts`. The speed may be in
+                any unit that all replicas share: shown is its share of the fastest one's. A
+                `kv_capacity_tokens` of 0 is filled in from the engine's metrics.
+
+        Returns:
+            Its slot.
+        """
+        if self.in_use.all():
+            self._grow(1)
+        slot = int(np.argmin(self.in_use))
+        self.in_use[slot] = True
+        self.replicas[[UP, PREFILLS, DECODES], slot] = 1.0  # nobody moves KV here
+        self.set_facts(slot, facts)
+        return slot
+
+    def set_facts(self, slot: int, facts: FloatArray) -> None:
+        """A replica is known better; see `add`."""
+        assert facts.shape == (NUM_NOMINAL,)
+        known = self.replicas[KV_CAPACITY_TOKENS, slot]
+        self.replicas[FIRST_NOMINAL : FIRST_NOMINAL + NUM_NOMINAL, slot] = facts
+        if facts[KV_CAPACITY_TOKENS - FIRST_NOMINAL] == 0.0:
+            self.replicas[KV_CAPACITY_TOKENS, slot] = known
+        self._speed[slot] = facts[0]
+        self._scale_speeds()
+
+    def remove(self, slot: int) -> None:
+        """A replica has gone, and all its requests before it; its slot is free."""
+        assert self.in_use[slot]
+        assert not self._at[slot]
+        self.in_use[slot] = False
+        self.replicas[:, slot] = 0.0
+        self._streams.clear(slot)
+        for values, empty in self._by_slot():
+            values[slot] = empty
+        self._scale_speeds()
+
+    def _by_slot(self) -> tuple[tuple[FloatArray | BoolArray, float], ...]:
+        """Return what is known of each replica beside its rows, and what it is of none."""
+        return (
+            (self._speed, 0.0),
+            (self._last_dispatch_s, -np.inf),
+            (self._last_metrics_s, -np.inf),
+            (self._generated, 0.0),
+            (self._engine_counts, False),
+        )
+
+    def _scale_speeds(self) -> None:
+        fastest = self._speed.max(initial=0.0)
+        self.replicas[RELATIVE_SPEED] = self._speed / fastest if fastest > 0.0 else 0.0
+
+    def _grow(self, more: int) -> None:
+        """Make slots for so many more replicas."""
+        self.replicas = np.hstack([self.replicas, np.zeros((NUM_REPLICA_FEATURES, more))])
+        grown = [
+            np.append(values, np.full(more, empty, values.dtype))
+            for values, empty in self._by_slot()
+        ]
+        self._speed, self._last_dispatch_s, self._last_metrics_s, self._generated = grown[:4]
+        self._engine_counts = grown[4]
+        self.in_use = np.append(self.in_use, np.zeros(more, np.bool_))
+        self._streams.grow(more)
+        self._at += [{} for _ in range(more)]
+        self._no_hits = np.zeros(self.num_slots)
+        self._all = np.ones(self.num_slots, np.bool_)
+        self._mask = np.zeros((1, self.num_slots + 2), np.bool_)
+        self._mask[0, -2:] = self._allow_hold, self._allow_reject
+
+    @property
+    def num_slots(self) -> int:
+        """Places for replicas, free ones included: W."""
+        return self.replicas.shape[1]
+
     @property
     def num_replicas(self) -> int:
         """Size of the fleet, replicas that are down included."""
-        return self.replicas.shape[1]
+        return int(self.in_use.sum())
 
     @property
     def num_held(self) -> int:
@@ -404,14 +498,15 @@ class LiveState:
         Args:
             request: The one to decide about; a held one is no longer counted as held.
             now_s: The time.
-            hit_tokens: Leading prompt tokens believed cached, `float64[R]`; `None`: unknown, 0.
-            allowed: Replicas that are in question, `bool[R]`; `None`: all that are up.
+            hit_tokens: Leading prompt tokens believed cached, `float64[W]`; `None`: unknown, 0.
+            allowed: Replicas that are in question, `bool[W]`; `None`: all that are up.
             may_hold: Whether it may be held (again).
             needs: Groups of features; of those in `INFERRED`, what is not needed is old or 0.
 
         Returns:
-            A batch of one, in arrays that the next call overwrites. Metrics that were never seen
-            have the contract's largest age, `NO_BOUND`.
+            A batch of one, in arrays that the next call overwrites, with a column for every slot,
+            in use or free. Metrics that were never seen have the contract's largest age,
+            `NO_BOUND`.
         """
         replicas, mask, row = self.replicas, self._mask[0], self._request[0]
         hits = self._no_hits if hit_tokens is None else np.ascontiguousarray(hit_tokens, np.float64)
@@ -525,7 +620,7 @@ class LiveState:
 
     @property
     def up(self) -> BoolArray:
-        """Replicas that take requests, `bool[R]`."""
+        """Replicas that take requests, `bool[W]`."""
         return self.replicas[UP] > 0.0
 
     def is_up(self, replica: int) -> bool:
@@ -604,6 +699,8 @@ class LiveState:
             return
         limit_s = self._slo_rows[request.slo_class][1]
         for r, there in enumerate(self._at):
+            if not self.in_use[r]:
+                continue
             known = [
                 (
                     self._expected(q, error),

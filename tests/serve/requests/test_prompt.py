@@ -10,6 +10,7 @@ import pytest
 from servegym.errors import ConfigError
 from servegym.serve.requests.prompt import PrefixConfig, PromptReader, chat_text
 from servegym.serve.router.errors import RequestError
+from servegym.serve.router.forms import CHAT, COMPLETION
 from servegym.serve.router.request import read_request
 
 
@@ -144,7 +145,7 @@ def test_token_ids_of_any_size_are_read():
     ],
 )
 def test_all_forms_of_a_prompt_are_read(prompt, want):
-    asked = read_request(json.dumps({"prompt": prompt, "max_tokens": 7}).encode(), chat=False)
+    asked = read_request(json.dumps({"prompt": prompt, "max_tokens": 7}).encode(), COMPLETION)
     found = asked.prompt if isinstance(asked.prompt, str) else list(asked.prompt)
     assert (found, asked.max_tokens, asked.stream) == (want, 7, False)
 
@@ -152,9 +153,9 @@ def test_all_forms_of_a_prompt_are_read(prompt, want):
 def test_chats_have_two_names_for_the_limit():
     body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
     for name in ("max_tokens", "max_completion_tokens"):
-        asked = read_request(json.dumps({**body, name: 9}).encode(), chat=True)
+        asked = read_request(json.dumps({**body, name: 9}).encode(), CHAT)
         assert (asked.max_tokens, asked.stream) == (9, True)
     both = {**body, "max_tokens": 1, "max_completion_tokens": 2}
-    assert read_request(json.dumps(both).encode(), chat=True).max_tokens == 2
+    assert read_request(json.dumps(both).encode(), CHAT).max_tokens == 2
     with pytest.raises(RequestError, match="tier must be a text"):
-        read_request(json.dumps({**body, "tier": 1}).encode(), chat=True, slo_field="tier")
+        read_request(json.dumps({**body, "tier": 1}).encode(), CHAT, slo_field="tier")

@@ -65,21 +65,26 @@ def add_dispatcher(page: Exposition, dispatcher: Dispatcher) -> None:
     )
     page.counter("servegym_breaker_opened", "Times it opened", [({}, runtime.breaker.num_opened)])
     page.histogram("servegym_decision_seconds", "Time to decide", runtime.latency)
-    named = list(enumerate(dispatcher.names))
+    named: dict[str, list[int]] = {}  # one that leaves may have the name of one that has come
+    for slot in dispatcher.slots():
+        named.setdefault(dispatcher.names[slot], []).append(slot)
     page.gauges(
         "servegym_replica_up",
         "1 if it takes requests",
-        [({"replica": name}, float(state.is_up(r))) for r, name in named],
+        [({"replica": name}, float(any(map(state.is_up, slots)))) for name, slots in named.items()],
     )
     page.gauges(
         "servegym_replica_outstanding_requests",
         "Dispatched to it and not ended",
-        [({"replica": name}, state.outstanding(r)) for r, name in named],
+        [({"replica": name}, sum(map(state.outstanding, slots))) for name, slots in named.items()],
     )
     page.gauges(
         "servegym_replica_metrics_age_seconds",
         "Age of the engine's metrics",
-        [({"replica": name}, state.metrics_age_s(r, now_s)) for r, name in named],
+        [
+            ({"replica": name}, min(state.metrics_age_s(slot, now_s) for slot in slots))
+            for name, slots in named.items()
+        ],
     )
     page.gauge("servegym_held_requests", "On hold", state.num_held)
     page.gauge("servegym_arrival_rate_rps", "Moving average", state.arrival_rate_rps)

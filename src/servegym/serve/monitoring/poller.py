@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
 
 import aiohttp
 
@@ -25,7 +24,6 @@ class MetricsPoller:
     """Asks every replica for its metrics, each at its own pace; failures only make them older.
 
     Args:
-        urls: Of the metrics pages, by replica.
         names: Of the metrics; `None`: those of a known engine.
         dispatcher: To tell.
         session: To ask with.
@@ -33,12 +31,11 @@ class MetricsPoller:
         timeout_s: Of one poll.
 
     Attributes:
-        num_failed: Failed polls, by replica.
+        num_failed: Failed polls, by slot.
     """
 
     def __init__(
         self,
-        urls: Sequence[str],
         names: MetricNames | None,
         dispatcher: Dispatcher,
         session: aiohttp.ClientSession,
@@ -46,48 +43,77 @@ class MetricsPoller:
         interval_s: float,
         timeout_s: float,
     ) -> None:
-        self.num_failed = [0] * len(urls)
-        self._urls = list(urls)
+        self.num_failed: dict[int, int] = {}
         self._names = names
         self._dispatcher = dispatcher
         self._session = session
         self._interval_s = interval_s
         self._timeout_s = timeout_s
-        self._complaint = [""] * len(urls)
-        self._tasks: list[asyncio.Task[None]] = []
+        self._urls: dict[int, str] = {}
+        self._complaint: dict[int, str] = {}
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._running = False
+
+    def add(self, replica: int, url: str) -> None:
+        """A replica has joined.
+
+        Args:
+            replica: Its slot.
+            url: Of its metrics page.
+        """
+        self._urls[replica] = url
+        self.num_failed[replica], self._complaint[replica] = 0, ""
+        if self._running:
+            self._tasks[replica] = asyncio.create_task(self._run(replica))
+
+    def remove(self, replica: int) -> None:
+        """A replica has gone."""
+        if task := self._tasks.pop(replica, None):
+            task.cancel()
+        for known in (self._urls, self.num_failed, self._complaint):
+            del known[replica]
 
     async def start(self) -> None:
         """Poll every replica once, then go on doing so."""
-        await asyncio.gather(*(self._poll(r) for r in range(len(self._urls))))
-        self._tasks = [asyncio.create_task(self._run(r)) for r in range(len(self._urls))]
+        await asyncio.gather(*(self._poll(r) for r in self._urls))
+        self._running = True
+        for k, r in enumerate(self._urls):
+            # spread over the interval, or all replicas are asked at the same moment
+            wait_s = self._interval_s * (1.0 + k / len(self._urls))
+            self._tasks[r] = asyncio.create_task(self._run(r, wait_s))
 
     async def stop(self) -> None:
         """End the polling of all replicas."""
-        for task in self._tasks:
+        self._running = False
+        for task in self._tasks.values():
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        self._tasks.clear()
 
-    async def _run(self, replica: int) -> None:
-        await asyncio.sleep(self._interval_s * replica / len(self._urls))
+    async def _run(self, replica: int, wait_s: float = 0.0) -> None:
+        await asyncio.sleep(wait_s)
         while True:
             await self._poll(replica)
             await asyncio.sleep(self._interval_s)
 
     async def _poll(self, replica: int) -> None:
         # the age counts from the question, not the answer: a slow page is not fresher
-        asked_s = self._dispatcher.clock()
-        complaint = ""
+        asked_s, url = self._dispatcher.clock(), self._urls[replica]
+        said: EngineMetrics | str
         try:
-            metrics = await fetch_metrics(
-                self._session, self._urls[replica], self._names, self._timeout_s
-            )
-            self._dispatcher.update_metrics(replica, metrics, asked_s)
+            said = await fetch_metrics(self._session, url, self._names, self._timeout_s)
         except MetricsError as error:
-            complaint = str(error)
+            said = str(error)
+        if self._urls.get(replica) != url:
+            return  # it has gone meanwhile
+        if isinstance(said, EngineMetrics):
+            self._dispatcher.update_metrics(replica, said, asked_s)
+            said = ""
+        else:
             self.num_failed[replica] += 1
-            if complaint != self._complaint[replica]:
-                _log.warning("%s: %s", self._dispatcher.names[replica], complaint)
-        self._complaint[replica] = complaint
+            if said != self._complaint[replica]:
+                _log.warning("%s: %s", self._dispatcher.names[replica], said)
+        self._complaint[replica] = said
 
 
 async def fetch_metrics(

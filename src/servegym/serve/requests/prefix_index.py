@@ -93,12 +93,17 @@ class PrefixIndex:
     a prompt is always its beginning, and a search for the last known block can halve.
 
     Args:
-        capacity_blocks: Blocks that each replica remembers, `[R]`.
+        capacity_blocks: Blocks that each replica remembers, `[R]`; `resize` and `grow` change that.
     """
 
     def __init__(self, capacity_blocks: Sequence[int]) -> None:
         self._capacity = [max(0, int(size)) for size in capacity_blocks]
         self._known: list[OrderedDict[int, None]] = [OrderedDict() for _ in self._capacity]
+
+    def grow(self) -> None:
+        """Make a place for one more replica, which remembers nothing."""
+        self._capacity.append(0)
+        self._known.append(OrderedDict())
 
     def leading_blocks(self, keys: UInt64Array) -> FloatArray:
         """Count the leading blocks of a prompt that each replica knows.

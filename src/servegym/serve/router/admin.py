@@ -12,10 +12,12 @@ from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from servegym.documents import one_sentence
-from servegym.errors import ServeGymError, unknown_name
+from servegym.errors import ConfigError, ServeGymError
 from servegym.serve.dispatcher import Dispatcher
 from servegym.serve.router.errors import RequestError
+from servegym.serve.router.fleet import CONFIGURED, OPERATOR, Fleet, Member, TakenError
 from servegym.serve.router.health import Health
+from servegym.serve.router.replica import ReplicaConfig
 from servegym.serve.router.reply import Reply
 
 _log = logging.getLogger(__name__)
@@ -26,7 +28,7 @@ class _Body(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-_B = TypeVar("_B", bound=_Body)
+_B = TypeVar("_B", bound=BaseModel)
 
 
 class DrainBody(_Body):
@@ -69,7 +71,9 @@ class Admin:
     Args:
         dispatcher: To change and to show.
         health: To drain replicas.
+        fleet: To change.
         metrics_page: Returns the Prometheus page.
+        ready: Returns whether requests may be sent here.
         workers: Returns process id and number of requests of those who carry them.
     """
 
@@ -77,12 +81,16 @@ class Admin:
         self,
         dispatcher: Dispatcher,
         health: Health,
+        fleet: Fleet,
         metrics_page: Callable[[], Reply],
+        ready: Callable[[], Reply],
         workers: Callable[[], list[dict[str, int]]],
     ) -> None:
         self._dispatcher = dispatcher
         self._health = health
+        self._fleet = fleet
         self._metrics_page = metrics_page
+        self._ready = ready
         self._workers = workers
         self._loading = asyncio.Lock()
 
@@ -91,14 +99,26 @@ class Admin:
         app = web.Application(middlewares=[_only_operators], client_max_size=64 * 1024)
         app.router.add_post("/drain", self._drain)
         app.router.add_post("/undrain", self._undrain)
+        app.router.add_get("/replicas", self._replicas)
+        app.router.add_post("/replicas", self._add)
+        app.router.add_delete("/replicas/{name:.+}", self._remove)
         app.router.add_post("/policy", self._policy)
         app.router.add_post("/mode", self._mode)
         app.router.add_get("/state", self._state)
         app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/livez", self._livez)
+        app.router.add_get("/readyz", self._readyz)
         return app
 
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
         return _response(self._metrics_page())
+
+    async def _livez(self, request: web.Request) -> web.StreamResponse:
+        """Say that the loop turns; whether there are replicas is no reason to restart a router."""
+        return web.json_response({"status": "alive"})
+
+    async def _readyz(self, request: web.Request) -> web.StreamResponse:
+        return _response(self._ready())
 
     async def _drain(self, request: web.Request) -> web.StreamResponse:
         return await self._set_draining(request, True)
@@ -108,10 +128,7 @@ class Admin:
 
     async def _set_draining(self, request: web.Request, draining: bool) -> web.StreamResponse:
         name = (await _read(request, DrainBody)).replica
-        if name not in self._dispatcher.names:
-            message = unknown_name("replica", name, self._dispatcher.names)
-            raise RequestError(404, message, "unknown_replica")
-        replica = self._dispatcher.names.index(name)
+        replica = self._member(name).slot
         self._health.drain(replica, draining)
         left = self._dispatcher.state.outstanding(replica)
         verb = "drains" if draining else "takes requests again"
@@ -119,6 +136,56 @@ class Admin:
         return web.json_response(
             {"replica": name, "draining": draining, "outstanding_requests": left}
         )
+
+    async def _replicas(self, request: web.Request) -> web.StreamResponse:
+        """List the fleet, those that leave it last."""
+        here = [(member, False) for member in self._fleet]
+        return web.json_response(
+            [
+                self._summary(member, leaving=leaving)
+                for member, leaving in [*here, *((gone, True) for gone in self._fleet.leaving)]
+            ]
+        )
+
+    async def _add(self, request: web.Request) -> web.StreamResponse:
+        replica = await _read(request, ReplicaConfig)
+        try:
+            member = await self._fleet.add(replica)
+        except TakenError as error:
+            raise RequestError(409, str(error), "refused") from error
+        _told(request, f"{replica.name} is added, at {replica.url}")
+        return web.json_response(self._summary(member, leaving=False), status=201)
+
+    async def _remove(self, request: web.Request) -> web.StreamResponse:
+        member = self._member(request.match_info["name"])
+        if member.source not in (CONFIGURED, OPERATOR):
+            raise RequestError(
+                409,
+                f"{member.replica.name} comes from {member.source}, which would bring it back: "
+                "take it out there, or drain it",
+                "refused",
+            )
+        self._fleet.remove(member.replica.name)
+        left = self._dispatcher.state.outstanding(member.slot)
+        _told(request, f"{member.replica.name} is removed, with {left} requests in progress")
+        return web.json_response({"replica": member.replica.name, "outstanding_requests": left})
+
+    def _member(self, name: str) -> Member:
+        try:
+            return self._fleet[name]
+        except ConfigError as error:
+            raise RequestError(404, str(error), "unknown_replica") from error
+
+    def _summary(self, member: Member, *, leaving: bool) -> dict[str, object]:
+        state = self._dispatcher.state
+        return {
+            "name": member.replica.name,
+            "url": member.replica.url,
+            "source": member.source,
+            "takes_requests": not leaving and state.is_up(member.slot),
+            "leaving": leaving,
+            "outstanding_requests": state.outstanding(member.slot),
+        }
 
     async def _policy(self, request: web.Request) -> web.StreamResponse:
         """Load a policy beside the traffic; only a good one takes the old one's place."""
@@ -161,25 +228,25 @@ class Admin:
             self._dispatcher.state,
             self._dispatcher.clock(),
         )
-        replicas = []
-        for r, (name, health) in enumerate(
-            zip(dispatcher.names, self._health.replicas, strict=True)
-        ):
+        replicas, sizes = [], dispatcher.index.sizes()
+        for r, health in sorted(self._health.replicas.items()):
             standing = self._health.ejection.standings[r]
             age_s = state.metrics_age_s(r, now_s)
             features = state.describe(r) | {"metrics_age_s": age_s}
             replicas.append(
                 {
-                    "name": name,
+                    "name": dispatcher.names[r],
                     "takes_requests": state.is_up(r),
                     "healthy": health.up,
                     "draining": health.draining,
+                    "leaving": health.leaving,
+                    "share_of_full_load": self._health.slow_start.share(r),
                     "ejected_s": max(0.0, standing.ejected_until_s - now_s),
                     "on_trial": standing.on_trial,
                     "silent": standing.silent,
                     "ejections": standing.num_ejections,
                     "models": sorted(health.models),
-                    "prefix_blocks": dispatcher.index.sizes()[r],
+                    "prefix_blocks": sizes[r],
                     "features": features,
                 }
             )

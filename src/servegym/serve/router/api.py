@@ -10,11 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar, cast
 from urllib.parse import unquote
 
-from servegym.serve.requests.prompt import Prompt, PromptReader
+from servegym.serve.requests.prompt import Prompt, PromptReader, Size
 from servegym.serve.router.auth import Keys
 from servegym.serve.router.client import Request, Server
 from servegym.serve.router.config import RouterConfig
 from servegym.serve.router.errors import RequestError
+from servegym.serve.router.forms import FORMS, Form
 from servegym.serve.router.pages import MODEL
 from servegym.serve.router.placement import Arrival, Desk, Placement
 from servegym.serve.router.proxy import Proxy
@@ -32,7 +33,6 @@ _LARGE_BYTES = 64 * 1024
 #: Tenant of everyone where there are no keys.
 _EVERYONE = "default"
 _READ = ("GET", "HEAD")
-_CHAT = "/v1/chat/completions"
 
 
 class Api:
@@ -67,8 +67,7 @@ class Api:
         self._clock = clock
         self._reading = ThreadPoolExecutor(1, "large-bodies")
         self._routes: dict[str, tuple[tuple[str, ...], _Handler]] = {
-            "/v1/completions": (("POST",), self._completions),
-            _CHAT: (("POST",), self._completions),
+            **dict.fromkeys(FORMS, (("POST",), self._serve)),
             "/v1/models": (_READ, self._page),
             "/health": (_READ, self._open_page),
             "/metrics": (_READ, self._page),
@@ -89,20 +88,21 @@ class Api:
             request: Its answer is sent when this returns.
         """
         endpoint = "other"
+        dialect = FORMS[path].dialect if (path := request.head.path) in FORMS else "openai"
         try:
             endpoint, method, handler = self._route(request)
             if request.head.method not in method:
                 raise RequestError(405, _place(request, "Method Not Allowed"), "method_not_allowed")
             answer = await handler(request)
         except RequestError as error:
-            answer = error.reply()
+            answer = error.reply(dialect)
         except asyncio.CancelledError:
             self._desk.count(endpoint, 499)  # the client has gone
             raise
         except Exception:
             _log.exception("a request failed in the router")
             message = "the router failed: its log says why"
-            answer = RequestError(500, message, "internal_error").reply()
+            answer = RequestError(500, message, "internal_error").reply(dialect)
         status = answer.status if isinstance(answer, Reply) else answer
         self._desk.count(endpoint, status)
         if isinstance(answer, Reply):
@@ -126,7 +126,8 @@ class Api:
             return f"{MODEL}{{name}}", _READ, self._page
         raise RequestError(404, _place(request, "Not Found"), "unknown_url")
 
-    async def _completions(self, request: Request) -> Reply | int:
+    async def _serve(self, request: Request) -> Reply | int:
+        """Let a replica answer."""
         placement = self._desk.enter(self._tenant(request), request.key)
         try:
             if not request.is_whole:
@@ -144,8 +145,9 @@ class Api:
         packed = await request.body(config.body_timeout_s)
         read_s = self._clock()
         coding = request.fields.get("content-encoding") or "identity"
+        form, kind = FORMS[path], request.fields.get("content-type") or ""
         body, asked, prompt = await self._off_loop(
-            len(packed), self._read, packed, coding.lower(), path == _CHAT
+            len(packed), self._read, packed, coding.lower(), form, kind
         )
         header = config.session_header
         session = request.fields.get(header.lower()) if header else None
@@ -161,21 +163,27 @@ class Api:
             )
         )
         seat = await placement.place()
-        if config.engine_hints:
+        if config.engine_hints and form.takes_hints:
             level = self.config.dispatch.slo_classes[seat.slo_class]
             told = hints(seat.predicted_output_tokens, level.ttft_s, level.tpot_s)
             body = await self._off_loop(len(body), with_hints, asked.fields, told)
         return await self._proxy.forward(request, placement, seat, path, body, stream=asked.stream)
 
-    def _read(self, packed: bytes, coding: str, chat: bool) -> tuple[bytes, Asked, Prompt]:
+    def _read(
+        self, packed: bytes, coding: str, form: Form, kind: str
+    ) -> tuple[bytes, Asked, Prompt | Size]:
         """Unpack and read a body and measure its prompt."""
         config = self.config.request
         body = packed if coding == "identity" else _unpack(packed, coding, config.max_body_bytes)
         asked = read_request(
-            body, chat=chat, slo_field=config.slo_field, session_field=config.session_field
+            body,
+            form,
+            content_type=kind,
+            slo_field=config.slo_field,
+            session_field=config.session_field,
         )
         prompt = asked.prompt
-        if not isinstance(prompt, Prompt):
+        if not isinstance(prompt, Prompt | Size):  # a size is read where lengths are learnt
             prompt = self._reader.read(cast("str | Sequence[int]", prompt))
         return body, asked, prompt
 
@@ -191,7 +199,10 @@ class Api:
     def _tenant(self, request: Request) -> str:
         if self.keys is None:
             return _EVERYONE
-        tenant = self.keys.tenant(request.fields.get("authorization"))
+        given = request.fields.get("authorization")
+        if given is None and (key := request.fields.get("x-api-key")):
+            given = f"Bearer {key}"  # as clients of Anthropic's API give it
+        tenant = self.keys.tenant(given)
         if tenant is None:
             raise RequestError(
                 401, "a known API key is needed: Authorization: Bearer KEY", "invalid_api_key"

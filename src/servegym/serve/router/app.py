@@ -8,12 +8,15 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 
 import aiohttp
 from aiohttp import web
 
 from servegym.errors import ConfigError
+from servegym.serve.discovery.replicas_file import ReplicasFile
+from servegym.serve.discovery.sources import Sources
 from servegym.serve.dispatcher import Dispatcher
 from servegym.serve.facts import fleet_facts
 from servegym.serve.listening import bind, listen_at
@@ -27,6 +30,7 @@ from servegym.serve.router.auth import read_keys, upstream_key, watch_file
 from servegym.serve.router.client import Server
 from servegym.serve.router.config import RouterConfig
 from servegym.serve.router.desk import LocalDesk
+from servegym.serve.router.fleet import Fleet
 from servegym.serve.router.health import Health
 from servegym.serve.router.http_log import http_logger
 from servegym.serve.router.pages import Pages
@@ -61,6 +65,9 @@ class Router:
         self._keys = read_keys(config.auth) if config.auth else None
         self._upstream_key = upstream_key(config.upstream_key_env)
         self._names = metric_names(config.metrics.engine)
+        self._file = ReplicasFile(config.replicas_file) if config.replicas_file else None
+        if self._file is not None:
+            self._file.read()  # wrong at the start is wrong
         self.telemetry = Telemetry()
         self.dispatcher = Dispatcher(
             config.dispatch,
@@ -72,6 +79,8 @@ class Router:
         self._proxy: Proxy | None = None
         self._session: aiohttp.ClientSession | None = None
         self._health: Health | None = None
+        self._fleet: Fleet | None = None
+        self._sources: Sources | None = None
         self._poller: MetricsPoller | None = None
         self._desk: LocalDesk | None = None
         self._api: Api | None = None
@@ -103,27 +112,39 @@ class Router:
             auto_decompress=False,
             skip_auto_headers=("Accept-Encoding", "User-Agent"),
         )
-        self._health = Health(config.health, config.replicas, self.dispatcher, self._session)
+        self._health = Health(config.health, self.dispatcher, self._session)
         self._poller = MetricsPoller(
-            [replica.metrics_page for replica in config.replicas],
             self._names,
             self.dispatcher,
             self._session,
             interval_s=config.metrics.interval_s,
             timeout_s=config.metrics.timeout_s,
         )
-        pages = Pages(self.dispatcher, self._health, self._metrics_page)
-        self._desk = LocalDesk(config, self.dispatcher, self._health, self.telemetry, pages)
-        admin = Admin(self.dispatcher, self._health, self._metrics_page, self._workers)
+        pages = Pages(self._health, self._metrics_page)
+        desk = LocalDesk(config, self.dispatcher, self._health, self.telemetry, pages)
+        self._desk = desk
+        self._fleet = Fleet(
+            config.replicas, self.dispatcher, self._health, self._poller, self.telemetry
+        )
+        admin = Admin(
+            self.dispatcher,
+            self._health,
+            self._fleet,
+            self._metrics_page,
+            lambda: desk.show("/health"),
+            self._workers,
+        )
+        self._sources = Sources(self._fleet, self._file, config.discover)
         listen = config.listen
         try:
+            await self._sources.start()
             await self._health.start()
             await self._poller.start()
             if self._shared is None:
-                await self._take_clients(self._desk)
+                await self._take_clients(desk)
                 await self._take_operators(admin, bind(listen.admin_host, listen.admin_port))
             else:
-                self._decider = Decider(self._desk, self._keys)
+                self._decider = Decider(desk, self._keys)
                 self._decider.listen(self._shared.path)
                 self._ports.append(self._shared.port)
                 await self._take_operators(admin, self._shared.admin)
@@ -147,7 +168,7 @@ class Router:
             self._admin = None
         if self._proxy is not None:
             self._proxy.close()
-        for part in (self._health, self._poller):
+        for part in (self._sources, self._fleet, self._health, self._poller):
             if part is not None:
                 await part.stop()
         if self._session is not None:
@@ -155,6 +176,18 @@ class Router:
         if self._api is not None:
             self._api.close()
         await asyncio.to_thread(self.dispatcher.close)
+
+    @property
+    def fleet(self) -> Fleet:
+        """The replicas, once started."""
+        assert self._fleet is not None
+        return self._fleet
+
+    def read_anew(self) -> None:
+        """Read the API keys and the file of replicas anew; what is wrong changes nothing."""
+        self.reload_keys()
+        if self._sources is not None:
+            self._sources.read_anew()
 
     def reload_keys(self) -> None:
         """Read the API keys anew; keys that cannot be read leave the old ones in place."""
@@ -223,33 +256,35 @@ class Router:
             )
         add_dispatcher(page, self.dispatcher)
         if self._health is not None:
-            standings = self._health.ejection.standings
+            ejections = {
+                slot: standing.num_ejections
+                for slot, standing in self._health.ejection.standings.items()
+            }
             page.counter(
                 "servegym_replica_ejections",
                 "Times a replica was left alone for what became of requests there",
-                [
-                    ({"replica": name}, standing.num_ejections)
-                    for name, standing in zip(self.dispatcher.names, standings, strict=True)
-                ],
+                self._by_name(ejections),
             )
         if self._poller is not None:
             page.counter(
                 "servegym_replica_failed_polls",
                 "Polls of engine metrics that failed",
-                [
-                    ({"replica": name}, count)
-                    for name, count in zip(
-                        self.dispatcher.names, self._poller.num_failed, strict=True
-                    )
-                ],
+                self._by_name(self._poller.num_failed),
             )
         return Reply(200, page.page().encode(), [("Content-Type", CONTENT_TYPE)])
+
+    def _by_name(self, counts: Mapping[int, int]) -> list[tuple[dict[str, str], int]]:
+        """Name what is counted by slot; one that leaves may have the name of one that has come."""
+        named: Counter[str] = Counter()
+        for slot, count in sorted(counts.items()):
+            named[self.dispatcher.names[slot]] += count
+        return [({"replica": name}, count) for name, count in named.items()]
 
 
 def serve(config: RouterConfig, ready: Callable[[Router], None]) -> None:
     """Run a router until it is told to stop (SIGTERM, SIGINT), then let it drain.
 
-    SIGHUP reads the API keys anew and stops nothing.
+    SIGHUP reads the API keys and the file of replicas anew, and stops nothing.
 
     Args:
         config: Its configuration, with one worker; see `workers.supervisor` for several.
@@ -278,7 +313,7 @@ async def serve_until_told(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    loop.add_signal_handler(signal.SIGHUP, router.reload_keys)
+    loop.add_signal_handler(signal.SIGHUP, router.read_anew)
     await router.start()
     # what is there now stays: looking through all of it would stop every stream for 0.1 s
     gc.freeze()

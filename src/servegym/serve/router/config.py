@@ -6,15 +6,15 @@ import ipaddress
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from servegym.documents import checked, read_mapping
 from servegym.errors import ConfigError, unknown_name
+from servegym.serve.discovery.config import DiscoverConfig
 from servegym.serve.dispatcher import DispatchConfig
-from servegym.serve.facts import Hardware, Rates
 from servegym.serve.router.headers import DEFAULT_FORWARDED, check_rules
+from servegym.serve.router.replica import ReplicaConfig, check_distinct
 
 #: One decider keeps no more busy.
 MAX_WORKERS = 64
@@ -22,69 +22,6 @@ MAX_WORKERS = 64
 
 class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class ReplicaConfig(_Config):
-    """One engine that requests are sent to.
-
-    Attributes:
-        name: In logs, metrics and admin commands.
-        url: Of its OpenAI-compatible server, without `/v1`.
-        hardware: What it runs on, if servegym knows its costs.
-        rates: Its numbers, instead.
-        metrics_url: Of its Prometheus page; by default `/metrics` at `url`.
-    """
-
-    name: str = Field(min_length=1)
-    url: str
-    hardware: Hardware | None = None
-    rates: Rates | None = None
-    metrics_url: str | None = None
-
-    @field_validator("url", "metrics_url")
-    @classmethod
-    def _is_http(cls, value: str | None) -> str | None:
-        if value is not None:
-            try:
-                parts = urlsplit(value)
-                good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-            except ValueError:  # a port beyond 65535
-                good = False
-            if not good or parts.query or parts.fragment:
-                raise ValueError("must be like http://host:port")
-        return value.rstrip("/") if value else value
-
-    @field_validator("url")
-    @classmethod
-    def _is_without_version(cls, value: str) -> str:
-        if value.endswith("/v1"):
-            raise ValueError("must be without /v1: the router adds the path that a client asks for")
-        return value
-
-    @model_validator(mode="after")
-    def _has_facts(self) -> Self:
-        if (self.hardware is None) == (self.rates is None):
-            raise ValueError(f"{self.name} needs either hardware or rates")
-        return self
-
-    @property
-    def facts(self) -> Hardware | Rates:
-        """What is known of it."""
-        found = self.hardware or self.rates
-        assert found is not None
-        return found
-
-    @property
-    def metrics_page(self) -> str:
-        """Where its metrics are."""
-        return self.metrics_url or f"{self.url}/metrics"
-
-    @property
-    def place(self) -> tuple[str, str, int, str]:
-        """Its url, so that equal places are equal however they are written."""
-        parts = urlsplit(self.url)
-        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-        return parts.scheme, parts.hostname or "", port, parts.path
 
 
 class ListenConfig(_Config):
@@ -221,6 +158,7 @@ class HealthConfig(_Config):
         path: Asked of every replica.
         interval_s: Time between two checks.
         timeout_s: Of one check.
+        models_interval_s: Time between two looks at the list of models and adapters.
         down_after: Failed checks in a row that take a replica out.
         up_after: Good checks in a row that take it back.
         eject_after: A replica is ejected, whatever its checks say, if at least so many of its
@@ -237,6 +175,8 @@ class HealthConfig(_Config):
             that may be out by ejection; of two or more, one may be. 0: none is ever ejected.
         silent_after_s: A replica with streams in progress that has sent no token of any for so
             long gets no new requests until it does.
+        slow_start_s: A replica that comes up while others serve may have their load only after so
+            long; its share of it grows from 0 to 1. 0: it may at once.
         max_busy_s: A replica that says it is full (429, 503) is passed over, if another has room,
             for the seconds of its `Retry-After` (1 if it gives none), at most so many.
     """
@@ -244,6 +184,7 @@ class HealthConfig(_Config):
     path: str = Field("/health", pattern="^/")
     interval_s: float = Field(2.0, gt=0)
     timeout_s: float = Field(2.0, gt=0)
+    models_interval_s: float = Field(30.0, gt=0)
     down_after: int = Field(2, ge=1)
     up_after: int = Field(1, ge=1)
     eject_after: int = Field(3, ge=1)
@@ -254,6 +195,7 @@ class HealthConfig(_Config):
     max_eject_s: float = Field(300.0, gt=0)
     max_ejected_share: float = Field(0.5, ge=0, le=1)
     silent_after_s: float = Field(10.0, gt=0)
+    slow_start_s: float = Field(0.0, ge=0)
     max_busy_s: float = Field(10.0, ge=0)
 
 
@@ -276,7 +218,9 @@ class RouterConfig(_Config):
     """All that a router's file says.
 
     Attributes:
-        replicas: The fleet.
+        replicas: The fleet, or the part of it that stays.
+        replicas_file: YAML file with a list of more, read anew whenever it changes.
+        discover: How more are found, by DNS or in Kubernetes.
         listen: Addresses.
         dispatch: Policy, service levels, prediction, prefixes and log.
         auth: API keys.
@@ -289,7 +233,9 @@ class RouterConfig(_Config):
         drain_s: How long a stopping router waits for requests in progress.
     """
 
-    replicas: tuple[ReplicaConfig, ...] = Field(min_length=1)
+    replicas: tuple[ReplicaConfig, ...] = ()
+    replicas_file: Path | None = None
+    discover: DiscoverConfig | None = None
     listen: ListenConfig = ListenConfig()
     dispatch: DispatchConfig = DispatchConfig()
     auth: AuthConfig | None = None
@@ -304,21 +250,12 @@ class RouterConfig(_Config):
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
         classes = [c.name for c in self.dispatch.slo_classes]
-        for kind, names in (
-            ("replica names", [replica.name for replica in self.replicas]),
-            ("names of SLO classes", classes),
-        ):
-            double = sorted({name for name in names if names.count(name) > 1})
-            if double:
-                raise ValueError(f"{kind} must differ, got {', '.join(double)} twice")
-        places: dict[tuple[str, str, int, str], ReplicaConfig] = {}
-        for replica in self.replicas:
-            other = places.setdefault(replica.place, replica)
-            if other is not replica:
-                raise ValueError(
-                    f"replicas {other.name} and {replica.name} have the same url, {replica.url}: "
-                    "its load would be counted as that of two"
-                )
+        double = sorted({name for name in classes if classes.count(name) > 1})
+        if double:
+            raise ValueError(f"names of SLO classes must differ, got {', '.join(double)} twice")
+        check_distinct(self.replicas)
+        if not self.replicas and self.replicas_file is None and self.discover is None:
+            raise ValueError("there is no replica: give replicas, replicas_file or discover")
         if self.tenants and self.auth is None:
             raise ValueError(
                 "tenants needs auth: without keys everyone is one tenant, whose limits are limits"

@@ -52,7 +52,6 @@ class LocalDesk:
             config.request.retry_share, config.request.retry_reserve, dispatcher.clock
         )
         self.books = Books(dispatcher, health, telemetry)
-        self.urls = [replica.url for replica in config.replicas]
         self._pages = pages
 
     def enter(self, tenant: str, key: str) -> LocalPlacement:
@@ -305,7 +304,7 @@ class LocalPlacement:
             self._prefill = loop.call_later(left_s, desk.dispatcher.end_prefill, job)
         return Seat(
             desk.dispatcher.names[replica],
-            desk.urls[replica],
+            desk.health.replicas[replica].url,
             attempt.dispatch_s,
             self._first_token_s(attempt),
             job.request.slo_class,
@@ -332,13 +331,14 @@ class LocalPlacement:
     def _allowed(self) -> BoolArray:
         """Replicas that are up and have the model; the others if there is no better one.
 
-        Worse are those that say they are full, and to an answer that is not streamed, those that
-        have stopped talking: no one would notice that they still do not. Those that have failed
-        the request are the last.
+        Worse are those that say they are full, newcomers that have their share, and to an answer
+        that is not streamed, those that have stopped talking: no one would notice that they still
+        do not. Those that have failed the request are the last.
         """
         health, tried = self._desk.health, self._tried
         allowed = self._desk.dispatcher.state.up & health.serving(self.job.model)
         worse = health.ejection.passed_over(stream=self._stream)
+        worse += health.slow_start.held_back(allowed)
         if not worse and not tried:
             return allowed
         for avoided in ({*tried, *worse}, tried) if worse else (tried,):

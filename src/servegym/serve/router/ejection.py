@@ -64,6 +64,11 @@ class Standing:
         return self.num_failed / len(self.outcomes)
 
     @property
+    def idle(self) -> bool:
+        """Whether it has no request."""
+        return not self.streams and not self.wholes
+
+    @property
     def num_failed(self) -> int:
         """How many of its latest requests failed."""
         return sum(failed for _, failed in self.outcomes)
@@ -74,7 +79,7 @@ class Attempt:
     """One request at one replica, from its dispatch to its end.
 
     Attributes:
-        replica: Index.
+        replica: Its slot.
         standing: Of the replica.
         stream: Whether its tokens are passed on as they come.
         dispatch_s: When it was sent there.
@@ -115,14 +120,14 @@ class Ejection:
 
     Args:
         config: When one is ejected.
-        names: Of the replicas.
+        names: Of the replicas, by slot.
         clock: Seconds that never go back.
         peers: Replicas that are up by their checks and could take a replica's requests, itself
-            included, by index.
+            included, by slot.
         changed: Called when who is out may have changed.
 
     Attributes:
-        standings: By index.
+        standings: By slot.
     """
 
     def __init__(
@@ -134,12 +139,20 @@ class Ejection:
         changed: Callable[[], None],
     ) -> None:
         self.config = config
-        window = max(config.window_requests, config.eject_after)
-        self.standings = [Standing(deque(maxlen=window)) for _ in names]
+        self.standings: dict[int, Standing] = {}
         self._names = names
         self._clock = clock
         self._peers = peers
         self._changed = changed
+
+    def add(self, replica: int) -> None:
+        """A replica has joined, of which requests have shown nothing."""
+        window = max(self.config.window_requests, self.config.eject_after)
+        self.standings[replica] = Standing(deque(maxlen=window))
+
+    def remove(self, replica: int) -> None:
+        """A replica has gone, after its last request."""
+        del self.standings[replica]
 
     def begin(self, replica: int, *, stream: bool) -> Attempt:
         """A request is sent to a replica; every attempt must `end`."""
@@ -201,6 +214,8 @@ class Ejection:
             hung: It said nothing at all; else it said that it failed, or broke off.
         """
         standing, now_s = attempt.standing, self._clock()
+        if self.standings.get(attempt.replica) is not standing:
+            return  # it has gone since, and another may have its slot
         if attempt.dispatch_s < standing.since_s or now_s < standing.ejected_until_s:
             return
         standing.outcomes.append((now_s, True))
@@ -218,7 +233,7 @@ class Ejection:
         now_s = self._clock()
         return [
             r
-            for r, standing in enumerate(self.standings)
+            for r, standing in self.standings.items()
             if now_s < standing.busy_until_s or (standing.on_trial and standing.hung and not stream)
         ]
 
@@ -230,7 +245,7 @@ class Ejection:
     def look(self) -> None:
         """Find replicas that owe tokens and send none, and those that do again."""
         now_s = self._clock()
-        for r, standing in enumerate(self.standings):
+        for r, standing in self.standings.items():
             if standing.silent:
                 if standing.last_token_s > standing.since_s:
                     _log.info("%s sends tokens again: it is back", self._names[r])
@@ -252,7 +267,7 @@ class Ejection:
         """Replicas that should get no new requests, the worst first."""
         found = [
             (standing.silent, standing.eject_s, r)
-            for r, standing in enumerate(self.standings)
+            for r, standing in self.standings.items()
             if standing.silent or standing.trial is not None or now_s < standing.ejected_until_s
         ]
         return [r for *_, r in sorted(found, reverse=True)]

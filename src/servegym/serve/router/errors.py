@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients know them."""
+"""Errors as the clients of OpenAI's and Anthropic's APIs know them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 
 from servegym.serve.router.reply import Reply
+from servegym.serve.router.typed_events import Dialect
 
 
 class RequestError(Exception):
@@ -27,21 +28,38 @@ class RequestError(Exception):
         self.code = code
         self.retry_after_s = retry_after_s
 
-    def reply(self) -> Reply:
+    def reply(self, dialect: Dialect = "openai") -> Reply:
         """Make it a reply."""
         headers = [("Content-Type", "application/json; charset=utf-8")]
         if self.retry_after_s is not None:
             headers.append(("Retry-After", str(max(1, math.ceil(self.retry_after_s)))))
         if self.status == 401:
             headers.append(("WWW-Authenticate", "Bearer"))
-        return Reply(self.status, error_body(self.status, self.message, self.code), headers)
+        body = error_body(self.status, self.message, self.code, dialect)
+        return Reply(self.status, body, headers)
 
 
+#: What Anthropic's clients know errors by, where it is another word.
+_ANTHROPIC_TYPES = {404: "not_found_error", 413: "request_too_large", 503: "overloaded_error"}
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
-def error_body(status: int, message: str, code: str) -> bytes:
-    """Write an OpenAI-style error object."""
+def error_body(status: int, message: str, code: str, dialect: Dialect = "openai") -> bytes:
+    """Write an error object, OpenAI's or Anthropic's."""
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    if dialect == "anthropic":
+        kind = _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else kind)
+        return json.dumps({"type": "error", "error": {"type": kind, "message": message}}).encode()
     error = {"message": message, "type": kind, "param": None, "code": code}
     return json.dumps({"error": error}).encode()
+
+
+def error_event(status: int, message: str, code: str, dialect: Dialect) -> bytes:
+    """Write an event that says why a stream ends, in the words of the stream."""
+    if dialect == "openai":
+        return b"data: " + error_body(status, message, code) + b"\n\n"
+    body = error_body(status, message, code, dialect)
+    if dialect == "responses":
+        event = {"type": "error", "code": code, "message": message, "param": None}
+        body = json.dumps(event).encode()
+    return b"event: error\ndata: " + body + b"\n\n"

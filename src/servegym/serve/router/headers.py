@@ -9,6 +9,8 @@ from collections.abc import Iterable
 DEFAULT_FORWARDED = (
     "accept",
     "accept-language",
+    "anthropic-beta",
+    "anthropic-version",
     "baggage",
     "traceparent",
     "tracestate",
@@ -40,6 +42,7 @@ _NEVER_FORWARDED = _CONNECTION | {
     "content-length",
     "expect",
     "host",
+    "x-api-key",
     "x-request-id",
 }
 #: Never passed back to a client.

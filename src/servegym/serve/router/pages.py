@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from servegym.serve.dispatcher import Dispatcher
 from servegym.serve.router.errors import RequestError
 from servegym.serve.router.health import Health
 from servegym.serve.router.reply import Reply, json_reply
@@ -17,15 +16,11 @@ class Pages:
     """The pages of `/health`, `/metrics`, `/v1/models` and of each model.
 
     Args:
-        dispatcher: Knows the fleet.
-        health: Knows the models.
+        health: Knows the fleet and its models.
         metrics_page: Returns the Prometheus page.
     """
 
-    def __init__(
-        self, dispatcher: Dispatcher, health: Health, metrics_page: Callable[[], Reply]
-    ) -> None:
-        self._state = dispatcher.state
+    def __init__(self, health: Health, metrics_page: Callable[[], Reply]) -> None:
         self._health = health
         self._metrics_page = metrics_page
 
@@ -53,11 +48,10 @@ class Pages:
 
     def _health_page(self, stopping: bool) -> Reply:
         """Say whether requests may be sent here."""
-        state = self._state
-        num_up = sum(state.is_up(r) for r in range(state.num_replicas))
+        num_up, num_replicas = self._health.counts()
         status = "stopping" if stopping else "ok" if num_up else "no replica"
         return json_reply(
-            {"status": status, "replicas_up": num_up, "replicas": state.num_replicas},
+            {"status": status, "replicas_up": num_up, "replicas": num_replicas},
             status=200 if status == "ok" else 503,
         )
 

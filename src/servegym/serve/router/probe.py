@@ -9,7 +9,8 @@ import aiohttp
 
 from servegym.serve.monitoring.metrics import MetricNames, MetricsError, metric_names
 from servegym.serve.monitoring.poller import fetch_metrics
-from servegym.serve.router.config import ReplicaConfig, RouterConfig
+from servegym.serve.router.config import RouterConfig
+from servegym.serve.router.replica import ReplicaConfig, read_replicas
 
 
 async def probe(config: RouterConfig) -> list[str]:
@@ -23,16 +24,17 @@ async def probe(config: RouterConfig) -> list[str]:
         One sentence for each thing that is wrong, in the order of the replicas.
 
     Raises:
-        ConfigError: If the metrics' names cannot be read.
+        ConfigError: If the metrics' names or the file of replicas cannot be read.
     """
     names = metric_names(config.metrics.engine)
+    replicas = [*config.replicas]
+    if config.replicas_file is not None:
+        replicas += read_replicas(config.replicas_file)
     async with aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as session:
         found = await asyncio.gather(
-            *(_look(config, names, replica, session) for replica in config.replicas)
+            *(_look(config, names, replica, session) for replica in replicas)
         )
-    return [
-        f"{r.name}: {said}" for r, all_ in zip(config.replicas, found, strict=True) for said in all_
-    ]
+    return [f"{r.name}: {said}" for r, all_ in zip(replicas, found, strict=True) for said in all_]
 
 
 async def _look(

@@ -13,7 +13,7 @@ from typing import Literal
 
 from servegym.serve.router.client import ID_HEADER, Request
 from servegym.serve.router.config import RequestConfig
-from servegym.serve.router.errors import error_body
+from servegym.serve.router.errors import error_event
 from servegym.serve.router.framing import LAST_CHUNK, chunk
 from servegym.serve.router.headers import returned
 from servegym.serve.router.placement import Ending, Placement
@@ -225,9 +225,10 @@ class Relay:
         """
         last = b""
         if say and missing <= _MAX_FILLED_BYTES:
-            body = error_body(502, "the replica failed in the middle of the answer", "broken")
+            message = "the replica failed in the middle of the answer"
+            event = error_event(502, message, "broken", self._reader.dialect)
             line_end = b"\r\n"[2 - min(2, missing) :]
-            last = line_end.rjust(missing, b"\n") + chunk(b"\n\ndata: " + body + b"\n\n")
+            last = line_end.rjust(missing, b"\n") + chunk(b"\n\n" + event)
         self._request.break_off(last)
 
     def _finish(self) -> None:

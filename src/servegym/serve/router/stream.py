@@ -8,6 +8,8 @@ the pieces they come in. What an event means follows what engines send (vLLM, SG
 - an error is an object with a true `error`, or `object` or `type` equal to `"error"`, or an event
   of type `error`; what comes after it, `[DONE]` included, changes nothing;
 - a stream is whole after `[DONE]`, or if every choice it has shown has its `finish_reason`.
+
+Events that name their type mean what `typed_events` says; such a stream is whole after its last.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from servegym.serve.router.json_body import parse_json
+from servegym.serve.router.typed_events import Dialect, Meaning, meaning
 
 #: Events, and answers in one piece, are read up to this size; beyond it only the end is looked at,
 #: where engines put their usage.
@@ -24,8 +27,8 @@ _MAX_READ_BYTES = 128 * 1024
 _TAIL_BYTES = 8192
 #: Larger counts are no counts of tokens.
 _MAX_TOKENS = 2**31
-_PROMPT = re.compile(rb'"prompt_tokens"\s*:\s*(\d{1,10})\b')
-_COMPLETION = re.compile(rb'"completion_tokens"\s*:\s*(\d{1,10})\b')
+_PROMPT = re.compile(rb'"(?:prompt|input)_tokens"\s*:\s*(\d{1,10})\b')
+_COMPLETION = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*(\d{1,10})\b')
 _CACHED = re.compile(rb'"cached_tokens"\s*:\s*(\d{1,10})\b')
 _BOM = b"\xef\xbb\xbf"
 #: The text of an event, and what makes it more than output. A name within generated text cannot be
@@ -49,6 +52,7 @@ class Reader:
         error: That error as it came, if it was an object.
         error_status: The HTTP status that it names, 500 if none.
         num_tokens: Events with output so far.
+        dialect: Whose words the events are in.
     """
 
     is_stream: bool
@@ -58,6 +62,7 @@ class Reader:
     error: dict[str, Any] | None = None
     error_status: int = 500
     num_tokens: int = 0
+    dialect: Dialect = "openai"
     _prompt_tokens: int | None = None
     _completion_tokens: int | None = None
     _cached_tokens: int | None = None
@@ -222,6 +227,9 @@ class Reader:
         if _is_error(event):
             self._fail(event)
             return
+        if (said := meaning(event)) is not None:
+            self._read_typed(said)
+            return
         usage, choices = event.get("usage"), event.get("choices")
         if isinstance(usage, dict):
             self._read_usage(usage)
@@ -231,6 +239,17 @@ class Reader:
                     self._read_choice(choice)
         elif not isinstance(usage, dict):
             self._output(1)
+
+    def _read_typed(self, said: Meaning) -> None:
+        self.dialect = said.dialect
+        if isinstance(said.usage, dict):
+            self._read_usage(said.usage)
+        if said.error is not None:
+            self._fail(said.error)
+        elif said.is_output:
+            self._output(1)
+        elif said.ends:
+            self.begun = self.done = True
 
     def _read_choice(self, choice: dict[str, Any]) -> None:
         index = choice.get("index")
@@ -250,11 +269,18 @@ class Reader:
             self.begun = True
 
     def _read_usage(self, usage: dict[str, Any]) -> None:
-        details = usage.get("prompt_tokens_details")
-        self._prompt_tokens = _count(usage.get("prompt_tokens"), self._prompt_tokens)
-        self._completion_tokens = _count(usage.get("completion_tokens"), self._completion_tokens)
+        """Read lengths by OpenAI's older names and by its newer ones, which Anthropic's are too."""
+        prompt = _count(usage.get("prompt_tokens", usage.get("input_tokens")), None)
+        cached = _count(usage.get("cache_read_input_tokens"), None)
+        if prompt is not None and cached is not None:  # Anthropic does not count them as input
+            prompt += cached + (_count(usage.get("cache_creation_input_tokens"), 0) or 0)
+        details = usage.get("prompt_tokens_details", usage.get("input_tokens_details"))
         if isinstance(details, dict):
-            self._cached_tokens = _count(details.get("cached_tokens"), self._cached_tokens)
+            cached = _count(details.get("cached_tokens"), cached)
+        completion = usage.get("completion_tokens", usage.get("output_tokens"))
+        self._prompt_tokens = self._prompt_tokens if prompt is None else prompt
+        self._cached_tokens = self._cached_tokens if cached is None else cached
+        self._completion_tokens = _count(completion, self._completion_tokens)
 
     def _output(self, tokens: int) -> None:
         self.begun = True

@@ -39,6 +39,11 @@ class Telemetry:
     e2e: Histogram = field(default_factory=lambda: Histogram(_LATENCY_S))
     overhead: Histogram = field(default_factory=lambda: Histogram(_OVERHEAD_S))
 
+    def forget(self, replica: str) -> None:
+        """A replica has gone: its name may never come back."""
+        for key in [key for key in self.upstream_failures if key[0] == replica]:
+            del self.upstream_failures[key]
+
     def write(self, page: Exposition) -> None:
         """Write everything onto a page."""
         page.counter(

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from servegym.serve.requests.prompt import Prompt
 from servegym.serve.router.auth import Keys
 from servegym.serve.router.desk import LocalDesk, LocalPlacement
 from servegym.serve.router.errors import RequestError
@@ -215,8 +216,9 @@ class Decider:
 
     def _arrive(self, worker: _Worker, placement: LocalPlacement, ticket: int, body: bytes) -> None:
         prompt, *others = unpack_arrival(body)
-        # what is learnt about lengths is known here
-        placement.arrive(Arrival(self._desk.dispatcher.reader.measured(prompt), *others))
+        if isinstance(prompt, Prompt):  # what is learnt about lengths is known here
+            prompt = self._desk.dispatcher.reader.measured(prompt)
+        placement.arrive(Arrival(prompt, *others))
         self._place(worker, placement, ticket, b"")
 
     def _place(self, worker: _Worker, placement: LocalPlacement, ticket: int, _: bytes) -> None:

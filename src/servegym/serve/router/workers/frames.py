@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from servegym.serve.requests.prompt import Prompt
+from servegym.serve.requests.prompt import Prompt, Size
 from servegym.serve.requests.recent_ends import MAX_NEW_BLOCKS
 from servegym.serve.router.placement import Arrival
 
@@ -123,6 +123,8 @@ def pack_arrival(arrival: Arrival, *, content: bool) -> bytes:
             the prompt's content goes along, as far back as `requests.recent_ends` looks.
     """
     prompt = arrival.prompt
+    if isinstance(prompt, Size):
+        return pack(prompt, arrival[1:])
     begin = max(0, len(prompt.keys) - MAX_NEW_BLOCKS) * prompt.block_bytes
     end = prompt.content[begin:].tobytes() if content else b""
     lengths = prompt[0], *prompt[2:6]  # of its fields; between them are its keys
@@ -131,7 +133,10 @@ def pack_arrival(arrival: Arrival, *, content: bool) -> bytes:
 
 def unpack_arrival(body: bytes) -> Arrival:
     """Read what `pack_arrival` wrote; content that did not come along is of any value."""
-    keys, lengths, block_bytes, begin, end, others = unpack(body)
+    read = unpack(body)
+    if len(read) == 2:
+        return Arrival(read[0], *read[1])
+    keys, lengths, block_bytes, begin, end, others = read
     content = np.empty(begin + len(end) if end else 0, np.uint8)
     content[len(content) - len(end) :] = np.frombuffer(end, np.uint8)
     named = np.frombuffer(keys, np.uint64)
