@@ -25,7 +25,7 @@ from servegym.serve.requests.prompt import Prompt
 from servegym.serve.router.auth import Keys
 from servegym.serve.router.desk import LocalDesk, LocalPlacement
 from servegym.serve.router.errors import RequestError
-from servegym.serve.router.placement import Arrival, Ending, Seat
+from servegym.serve.router.placement import Ending, Seat
 from servegym.serve.router.upstream import UpstreamError
 from servegym.serve.router.workers.frames import (
     Frame,
@@ -215,10 +215,11 @@ class Decider:
         worker.link.put(Kind.ADMITTED, ticket)
 
     def _arrive(self, worker: _Worker, placement: LocalPlacement, ticket: int, body: bytes) -> None:
-        prompt, *others = unpack_arrival(body)
-        if isinstance(prompt, Prompt):  # what is learnt about lengths is known here
-            prompt = self._desk.dispatcher.reader.measured(prompt)
-        placement.arrive(Arrival(prompt, *others))
+        arrival = unpack_arrival(body)
+        if isinstance(arrival.prompt, Prompt):  # what is learnt about lengths is known here
+            prompt = self._desk.dispatcher.reader.measured(arrival.prompt)
+            arrival = arrival._replace(prompt=prompt)
+        placement.arrive(arrival)
         self._place(worker, placement, ticket, b"")
 
     def _place(self, worker: _Worker, placement: LocalPlacement, ticket: int, _: bytes) -> None:

@@ -140,7 +140,7 @@ def unpack_arrival(body: bytes) -> Arrival:
     content = np.empty(begin + len(end) if end else 0, np.uint8)
     content[len(content) - len(end) :] = np.frombuffer(end, np.uint8)
     named = np.frombuffer(keys, np.uint64)
-    prompt = Prompt(lengths[0], named, *lengths[1:], content, block_bytes)
+    prompt = Prompt._make((lengths[0], named, *lengths[1:], content, block_bytes))
     return Arrival(prompt, *others)
 
 

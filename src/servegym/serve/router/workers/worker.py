@@ -104,8 +104,8 @@ async def carry(
         Exit status: 1 if the decider has gone and has not come back.
     """
     loop = asyncio.get_running_loop()
-    let_go: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(lifeline, lambda: let_go.done() or let_go.set_result(None))
+    let_go = asyncio.Event()
+    loop.add_reader(lifeline, let_go.set)
     worker = Worker(config, path)
     if not await worker.connect():
         _log.error("worker %d has found no deciding process", index)
@@ -113,10 +113,14 @@ async def carry(
     gc.freeze()
     worker.server.sweep()
     acceptor = Acceptor(listener, counts, index, worker.server)
-    alone = asyncio.create_task(worker.stay_connected())
-    await asyncio.wait({let_go, alone}, return_when=asyncio.FIRST_COMPLETED)
+    ends = [
+        asyncio.create_task(let_go.wait()),
+        asyncio.create_task(worker.stay_connected()),
+    ]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     loop.remove_reader(lifeline)
     acceptor.stop()
     await worker.stop()
-    alone.cancel()
-    return 0 if let_go.done() else 1
+    for end in ends:
+        end.cancel()
+    return 0 if let_go.is_set() else 1
