@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 
 import aiohttp
 import uvloop
 
+from servegym.serve.listening import bind
 from servegym.serve.router.app import Router
 from servegym.serve.router.config import parse_config
+from servegym.serve.router.workers.decider import Shared
+from servegym.serve.router.workers.worker import Worker
 
 from .upstream import Upstream
 
@@ -18,11 +23,20 @@ RATES = {"prefill_tokens_per_s": 1000.0, "decode_step_s": 0.01}
 
 
 class Running:
-    """What a test needs: the router, its replicas and a client."""
+    """What a test needs: the router, its replicas and a client.
 
-    def __init__(self, router: Router, replicas: list[Upstream], client) -> None:
+    Attributes:
+        urls: Of the workers, each at a port of its own; else of the router.
+        url: The first of them.
+    """
+
+    def __init__(
+        self, router: Router, replicas: list[Upstream], client, workers: dict[int, Worker]
+    ) -> None:
         self.router, self.replicas, self.client = router, replicas, client
-        self.url = f"http://127.0.0.1:{router.port}"
+        self.workers = list(workers.values())
+        self.urls = [f"http://127.0.0.1:{port}" for port in workers or [router.port]]
+        self.url = self.urls[0]
         self.admin = f"http://127.0.0.1:{router.admin_port}"
 
     @property
@@ -32,8 +46,9 @@ class Running:
     def standing(self, replica: int):
         return self.router._health.ejection.standings[replica]
 
-    async def post(self, body, path: str = "/v1/completions", **settings):
-        async with self.client.post(self.url + path, json=body, **settings) as response:
+    async def post(self, body, path: str = "/v1/completions", *, worker: int = 0, **settings):
+        url = self.urls[worker] + path
+        async with self.client.post(url, json=body, **settings) as response:
             return response.status, await response.read(), response.headers
 
     async def get(self, path: str, **settings):
@@ -56,8 +71,16 @@ class Running:
 
 
 @contextlib.asynccontextmanager
-async def running(num_replicas: int = 2, **settings) -> AsyncIterator[Running]:
-    """Start engines, a router and a client; stop all of them."""
+async def running(
+    num_replicas: int = 2, num_workers: int = 0, **settings
+) -> AsyncIterator[Running]:
+    """Start engines, a router and a client; stop all of them.
+
+    Args:
+        num_replicas: Engines.
+        num_workers: Workers that carry the router's requests, on the same loop; 0: it does so.
+        settings: Of the router's file.
+    """
     replicas = [Upstream() for _ in range(num_replicas)]
     for replica in replicas:
         await replica.start()
@@ -74,16 +97,27 @@ async def running(num_replicas: int = 2, **settings) -> AsyncIterator[Running]:
         data[key] = {**data.get(key, {}), **value} if isinstance(value, dict) else value
     data["request"] = {"expose_replica": True, **data.get("request", {})}
     data["health"] = {"interval_s": 0.05, **data.get("health", {})}
-    router = Router(parse_config(data, "test"))
-    await router.start()
-    async with aiohttp.ClientSession() as client:
-        try:
-            yield Running(router, replicas, client)
-        finally:
-            await client.close()
-            await router.stop()
-            for replica in replicas:
-                await replica.stop()
+    config = parse_config(data, "test")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "decider"
+        shared = Shared(path, 0, bind("127.0.0.1", 0)) if num_workers else None
+        router = Router(config, shared)
+        await router.start()
+        workers: dict[int, Worker] = {}
+        for _ in range(num_workers):
+            worker = Worker(config, path)
+            assert await worker.connect(5.0)
+            workers[await worker.server.start("127.0.0.1", 0)] = worker
+        async with aiohttp.ClientSession() as client:
+            try:
+                yield Running(router, replicas, client, workers)
+            finally:
+                await client.close()
+                for worker in workers.values():
+                    await worker.stop()
+                await router.stop()
+                for replica in replicas:
+                    await replica.stop()
 
 
 def run(test: Callable[[], Awaitable[None]], *, plain: bool = False) -> None:

@@ -319,7 +319,9 @@ def test_sighup_reads_the_keys_anew_and_stops_nothing(tmp_path, caplog):
             "test",
         )
         started: asyncio.Future[app.Router] = asyncio.get_running_loop().create_future()
-        serving = asyncio.create_task(app._serve(config, started.set_result))
+        serving = asyncio.create_task(
+            app.serve_until_told(app.Router(config), started.set_result, asyncio.Event())
+        )
         router = await started
         async with aiohttp.ClientSession() as session:
 

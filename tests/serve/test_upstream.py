@@ -24,6 +24,12 @@ END = b'data: {"choices":[{"index":0,"text":"y","finish_reason":"stop"}]}\n\ndat
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 
 
+def its_pool(it):
+    """The connections to a router's only replica."""
+    (pool,) = it.router._proxy._pools.values()
+    return pool
+
+
 def chunks(*pieces: bytes) -> bytes:
     return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
 
@@ -203,7 +209,7 @@ class TestConnections:
                 for _ in range(5):
                     assert (await it.post(STREAM))[0] == 200
                 assert len(engine.connections) == 1
-                (pool,) = it.router._proxy._pools.values()
+                pool = its_pool(it)
                 assert len(pool._idle) == 1
             assert pool._idle == []
 
@@ -226,7 +232,7 @@ class TestConnections:
                 for _ in range(3):
                     status, body, _ = await it.post(STREAM)
                     assert (status, body) == (200, END)
-                    await until(lambda: not it.router._proxy._pools[0]._idle)
+                    await until(lambda: not its_pool(it)._idle)
                 assert len(engine.connections) == 3
 
         run(test)
@@ -238,7 +244,7 @@ class TestConnections:
             engine = Script(whole(chunks(TOKEN, END)))
             async with engine.router() as it:
                 assert (await it.post(STREAM))[0] == 200
-                (pool,) = it.router._proxy._pools.values()
+                pool = its_pool(it)
                 assert len(pool._idle) == 1
                 await until(lambda: not pool._idle)
 
@@ -250,7 +256,7 @@ class TestConnections:
             async with engine.router() as it:
                 for _ in range(3):
                     assert (await it.post(STREAM))[0] == 200
-                    await until(lambda: not it.router._proxy._pools[0]._idle)
+                    await until(lambda: not its_pool(it)._idle)
                 assert len(engine.requests) == 3
 
         run(test)

@@ -37,15 +37,20 @@ class ServeRouter:
     """Only check the file, the policy it names, and whether its replicas are there."""
     offline: bool = False
     """Leave the replicas out of the check."""
+    workers: int | None = None
+    """Processes that carry requests, in place of the file's `listen.workers`."""
 
     def run(self) -> None:
         """Route requests until the program is stopped."""
         require_extra()
         from servegym.serve.router.app import Router, serve
-        from servegym.serve.router.config import read_config
+        from servegym.serve.router.config import read_config, with_workers
+        from servegym.serve.router.workers.supervisor import supervise
 
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
         config = read_config(self.config)
+        if self.workers is not None:
+            config = with_workers(config, self.workers)
         console = make_console()
         if self.check:
             problems = _problems(config, Router(config), ask=not self.offline)
@@ -77,10 +82,12 @@ class ServeRouter:
                         "answered well yet; it gets requests once it does",
                         markup=False,
                     )
+            if listen.workers > 1:
+                console.print(f"{listen.workers} workers carry the requests")
             if config.auth is None:
                 console.print("no API keys are configured: everyone who can reach it is served")
 
-        serve(config, ready)
+        (serve if config.listen.workers == 1 else supervise)(config, ready)
 
 
 def _problems(config: RouterConfig, router: Router, *, ask: bool) -> list[str]:

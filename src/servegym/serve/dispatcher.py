@@ -331,9 +331,9 @@ class Dispatcher:
         if is_first and (learner := self._learner) is not None:
             learner.first_token(0, job.request, now_s)
 
-    def tokens(self, job: Job, count: int) -> None:
-        """So many more output tokens have come."""
-        self.state.tokens(job.request, count, self.clock())
+    def tokens(self, job: Job, count: int, now_s: float | None = None) -> None:
+        """So many more output tokens have come, now if no time is given."""
+        self.state.tokens(job.request, count, self.clock() if now_s is None else now_s)
 
     def usage(self, job: Job, *, prompt_tokens: int, cached_tokens: int | None = None) -> None:
         """An engine has said how long the prompt was."""

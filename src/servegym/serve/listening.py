@@ -42,7 +42,11 @@ async def listen(runner: web.AppRunner, host: str, port: int) -> tuple[web.SockS
     Returns:
         What can be stopped, and the port.
     """
-    listener = bind(host, port)
+    return await listen_at(runner, bind(host, port))
+
+
+async def listen_at(runner: web.AppRunner, listener: socket.socket) -> tuple[web.SockSite, int]:
+    """Let an application that was set up take connections at a socket that is bound."""
     site = web.SockSite(runner, listener, backlog=BACKLOG)
     await site.start()
     return site, int(listener.getsockname()[1])

@@ -149,6 +149,28 @@ class PromptReader:
         pieces = _MEDIUM.split(prompt) if "\x04" in prompt else [prompt]  # text, medium, text, …
         return self._tokenized(pieces) if self._tokenizer is not None else self._guessed(pieces)
 
+    def measured(self, prompt: Prompt) -> Prompt:
+        """Return a prompt that another reader has read with the length that this one takes it for.
+
+        The names of its blocks are the same whoever reads it; guesses of lengths are learnt.
+        """
+        if prompt.num_media:
+            media_tokens = prompt.num_media * self._media_tokens
+            text_tokens = round(prompt.tokens - prompt.media_tokens)
+            if prompt.num_bytes:
+                text_tokens = prompt.num_bytes / self._bytes_per_token
+            tokens = max(1.0, round(text_tokens + media_tokens))
+            block_tokens = prompt.block_tokens * (tokens / prompt.tokens)
+            return prompt._replace(
+                tokens=tokens, block_tokens=block_tokens, media_tokens=media_tokens
+            )
+        if not prompt.num_bytes:
+            return prompt  # its tokens were counted
+        tokens = max(1.0, round(prompt.num_bytes / self._bytes_per_token))
+        return prompt._replace(
+            tokens=tokens, block_tokens=self._block_bytes / self._bytes_per_token
+        )
+
     def learn(self, prompt: Prompt, tokens: int) -> None:
         """An engine has said how many tokens a prompt has."""
         if tokens <= 0:

@@ -14,7 +14,7 @@ from servegym.workloads.followed import By, Followed
 
 #: A turn that adds more blocks than this to the one before is not recognised by its prompt: so
 #: many look-ups are made at most.
-_MAX_NEW_BLOCKS = 1024
+MAX_NEW_BLOCKS = 1024
 #: Requests with the same whole blocks that are told apart by what comes after, the latest.
 _MAX_ALIKE = 8
 #: Longer names of sessions are kept as digests.
@@ -89,7 +89,7 @@ class RecentEnds:
         else:
             # each tenant has names of its own
             salt = np.uint64(hash(tenant) & 0xFFFF_FFFF_FFFF_FFFF)
-            names: list[int] = (prompt.keys[-_MAX_NEW_BLOCKS:] ^ salt).tolist()
+            names: list[int] = (prompt.keys[-MAX_NEW_BLOCKS:] ^ salt).tolist()
             tail = prompt.content[len(prompt.keys) * prompt.block_bytes :].tobytes()
             mark = Mark("prefix", tenant, names[-1], len(tail), hash(tail))
             end = self._before(prompt, tenant, names)

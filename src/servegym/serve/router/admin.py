@@ -74,6 +74,7 @@ class Admin:
         fleet: To change.
         metrics_page: Returns the Prometheus page.
         ready: Returns whether requests may be sent here.
+        workers: Returns process id and number of requests of those who carry them.
     """
 
     def __init__(
@@ -83,12 +84,14 @@ class Admin:
         fleet: Fleet,
         metrics_page: Callable[[], Reply],
         ready: Callable[[], Reply],
+        workers: Callable[[], list[dict[str, int]]],
     ) -> None:
         self._dispatcher = dispatcher
         self._health = health
         self._fleet = fleet
         self._metrics_page = metrics_page
         self._ready = ready
+        self._workers = workers
         self._loading = asyncio.Lock()
 
     def app(self) -> web.Application:
@@ -249,6 +252,7 @@ class Admin:
             )
         return {
             "runtime": dispatcher.runtime.status(),
+            "workers": self._workers(),
             "held_requests": state.num_held,
             "arrival_rate_rps": state.arrival_rate_rps,
             "replicas": replicas,

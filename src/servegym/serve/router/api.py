@@ -5,24 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import zlib
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar, cast
 from urllib.parse import unquote
 
-from servegym.serve.dispatcher import Dispatcher
-from servegym.serve.requests.prompt import Prompt, Size
+from servegym.serve.requests.prompt import Prompt, PromptReader, Size
 from servegym.serve.router.auth import Keys
 from servegym.serve.router.client import Request, Server
 from servegym.serve.router.config import RouterConfig
 from servegym.serve.router.errors import RequestError
 from servegym.serve.router.forms import FORMS, Form
-from servegym.serve.router.health import Health
-from servegym.serve.router.limits import Limits
+from servegym.serve.router.pages import MODEL
+from servegym.serve.router.placement import Arrival, Desk, Placement
 from servegym.serve.router.proxy import Proxy
-from servegym.serve.router.reply import Reply, json_reply
+from servegym.serve.router.reply import Reply
 from servegym.serve.router.request import Asked, read_request, with_hints
-from servegym.serve.router.telemetry import Telemetry
 from servegym.serve.vllm.hints import hints
 
 _log = logging.getLogger(__name__)
@@ -35,7 +33,6 @@ _LARGE_BYTES = 64 * 1024
 #: Tenant of everyone where there are no keys.
 _EVERYONE = "default"
 _READ = ("GET", "HEAD")
-_MODEL = "/v1/models/"
 
 
 class Api:
@@ -43,43 +40,37 @@ class Api:
 
     Args:
         config: Of the router.
-        dispatcher: Decides.
-        telemetry: Counts.
-        health: Knows who is up and has which model.
+        desk: Decides about requests and shows the fleet.
+        reader: Measures prompts.
         proxy: Sends requests on.
         keys: Who may ask; `None`: everyone.
-        metrics_page: Returns the Prometheus page.
+        clock: Seconds that never go back.
 
     Attributes:
         keys: May be replaced at any time.
-        draining: Whether new requests are refused.
     """
 
     def __init__(
         self,
         config: RouterConfig,
-        dispatcher: Dispatcher,
-        telemetry: Telemetry,
-        health: Health,
+        desk: Desk,
+        reader: PromptReader,
         proxy: Proxy,
         keys: Keys | None,
-        metrics_page: Callable[[], Reply],
+        clock: Callable[[], float],
     ) -> None:
         self.config = config
-        self.dispatcher = dispatcher
-        self.telemetry = telemetry
         self.keys = keys
-        self.draining = False
-        self._health = health
+        self._desk = desk
+        self._reader = reader
         self._proxy = proxy
-        self._metrics_page = metrics_page
-        self._limits = Limits(config.limits, config.tenants)
+        self._clock = clock
         self._reading = ThreadPoolExecutor(1, "large-bodies")
         self._routes: dict[str, tuple[tuple[str, ...], _Handler]] = {
             **dict.fromkeys(FORMS, (("POST",), self._serve)),
-            "/v1/models": (_READ, self._models),
-            "/health": (_READ, self._health_page),
-            "/metrics": (_READ, self._metrics),
+            "/v1/models": (_READ, self._page),
+            "/health": (_READ, self._open_page),
+            "/metrics": (_READ, self._page),
         }
 
     def close(self) -> None:
@@ -106,14 +97,14 @@ class Api:
         except RequestError as error:
             answer = error.reply(dialect)
         except asyncio.CancelledError:
-            self.telemetry.requests[endpoint, 499] += 1  # the client has gone
+            self._desk.count(endpoint, 499)  # the client has gone
             raise
         except Exception:
             _log.exception("a request failed in the router")
             message = "the router failed: its log says why"
             answer = RequestError(500, message, "internal_error").reply(dialect)
         status = answer.status if isinstance(answer, Reply) else answer
-        self.telemetry.requests[endpoint, status] += 1
+        self._desk.count(endpoint, status)
         if isinstance(answer, Reply):
             if request.begun:  # too late to say anything
                 request.break_off(b"")
@@ -131,62 +122,52 @@ class Api:
         found = self._routes.get(path)
         if found is not None:
             return path, *found
-        if path.startswith(_MODEL) and path != _MODEL:
-            return f"{_MODEL}{{name}}", _READ, self._model_page
+        if path.startswith(MODEL) and path != MODEL:
+            return f"{MODEL}{{name}}", _READ, self._page
         raise RequestError(404, _place(request, "Not Found"), "unknown_url")
 
     async def _serve(self, request: Request) -> Reply | int:
         """Let a replica answer."""
-        tenant = self._tenant(request)
-        if self.draining:
-            raise RequestError(
-                503,
-                "the router is stopping: come again, or ask another",
-                "stopping",
-                retry_after_s=self.config.request.retry_after_s,
-            )
-        self._limits.enter(tenant, self.dispatcher.clock())
-        self.telemetry.in_flight += 1
+        placement = self._desk.enter(self._tenant(request), request.key)
         try:
-            return await self._forward(request, tenant)
+            if not request.is_whole:
+                await placement.admitted()
+            return await self._forward(request, placement)
+        except asyncio.CancelledError:
+            placement.end("cancelled")
+            raise
         finally:
-            self.telemetry.in_flight -= 1
-            self._limits.leave(tenant)
+            placement.leave()
 
-    async def _forward(self, request: Request, tenant: str) -> Reply | int:
-        config, dispatcher = self.config.request, self.dispatcher
+    async def _forward(self, request: Request, placement: Placement) -> Reply | int:
+        config = self.config.request
         path = unquote(request.head.path)
         packed = await request.body(config.body_timeout_s)
-        read_s = dispatcher.clock()
+        read_s = self._clock()
         coding = request.fields.get("content-encoding") or "identity"
         form, kind = FORMS[path], request.fields.get("content-type") or ""
         body, asked, prompt = await self._off_loop(
             len(packed), self._read, packed, coding.lower(), form, kind
         )
-        model = self._model(asked.model)
-        named = request.fields.get(config.slo_header.lower()) or asked.slo_class
-        try:
-            slo_class = dispatcher.slo_class(named or self._limits.of(tenant).slo_class)
-        except ValueError as error:
-            raise RequestError(400, str(error), "unknown_slo_class") from error
         header = config.session_header
         session = request.fields.get(header.lower()) if header else None
-        job = dispatcher.arrive(
-            prompt,
-            key=request.key,
-            tenant=tenant,
-            slo_class=slo_class,
-            max_tokens=asked.max_tokens,
-            model=model,
-            session=session or asked.session or None,
+        placement.arrive(
+            Arrival(
+                prompt,
+                asked.model,
+                asked.max_tokens,
+                asked.stream,
+                request.fields.get(config.slo_header.lower()) or asked.slo_class,
+                session or asked.session or None,
+                read_s,
+            )
         )
+        seat = await placement.place()
         if config.engine_hints and form.takes_hints:
-            level = dispatcher.config.slo_classes[slo_class]
-            told = hints(job.request.predicted_output_tokens, level.ttft_s, level.tpot_s)
+            level = self.config.dispatch.slo_classes[seat.slo_class]
+            told = hints(seat.predicted_output_tokens, level.ttft_s, level.tpot_s)
             body = await self._off_loop(len(body), with_hints, asked.fields, told)
-        return await self._proxy.forward(
-            request, job, path, body, stream=asked.stream, read_s=read_s
-        )
+        return await self._proxy.forward(request, placement, seat, path, body, stream=asked.stream)
 
     def _read(
         self, packed: bytes, coding: str, form: Form, kind: str
@@ -203,7 +184,7 @@ class Api:
         )
         prompt = asked.prompt
         if not isinstance(prompt, Prompt):
-            prompt = self.dispatcher.reader.read(cast("str | Sequence[int] | Size", prompt))
+            prompt = self._reader.read(cast("str | Sequence[int] | Size", prompt))
         return body, asked, prompt
 
     async def _off_loop(
@@ -214,15 +195,6 @@ class Api:
             return function(*args)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._reading, function, *args)
-
-    def _model(self, asked: str) -> str:
-        """Return the model a request is for; engines that serve one need not be told which."""
-        models = self._health.models()
-        if not models or asked in models:
-            return asked
-        if not asked and len(models) == 1:
-            return next(iter(models))
-        raise _no_model(asked, models)
 
     def _tenant(self, request: Request) -> str:
         if self.keys is None:
@@ -237,34 +209,13 @@ class Api:
             )
         return tenant
 
-    async def _models(self, request: Request) -> Reply:
+    async def _page(self, request: Request) -> Reply:
         self._tenant(request)
-        models = self._health.models()
-        return json_reply({"object": "list", "data": [models[name] for name in sorted(models)]})
+        return await self._open_page(request)
 
-    async def _model_page(self, request: Request) -> Reply:
-        self._tenant(request)
-        name = unquote(request.head.path).removeprefix(_MODEL)
-        models = self._health.models()
-        if name not in models:
-            raise _no_model(name, models)
-        return json_reply(models[name])
-
-    async def _health_page(self, request: Request) -> Reply:
-        return self.ready()
-
-    def ready(self) -> Reply:
-        """Say whether requests may be sent here; load balancers ask without a key."""
-        num_up, num_replicas = self._health.counts()
-        status = "stopping" if self.draining else "ok" if num_up else "no replica"
-        return json_reply(
-            {"status": status, "replicas_up": num_up, "replicas": num_replicas},
-            status=200 if status == "ok" else 503,
-        )
-
-    async def _metrics(self, request: Request) -> Reply:
-        self._tenant(request)
-        return self._metrics_page()
+    async def _open_page(self, request: Request) -> Reply:
+        """Show a page to whoever asks: load balancers have no key."""
+        return await self._desk.page(unquote(request.head.path))
 
 
 def _unpack(packed: bytes, coding: str, max_bytes: int) -> bytes:
@@ -294,8 +245,3 @@ def _unpack(packed: bytes, coding: str, max_bytes: int) -> bytes:
 
 def _place(request: Request, reason: str) -> str:
     return f"{request.head.method} {request.head.path}: {reason}"
-
-
-def _no_model(name: str, models: Iterable[str]) -> RequestError:
-    known = ", ".join(sorted(models)) or "none yet"
-    return RequestError(404, f"there is no model {name!r}, only {known}", "model_not_found")

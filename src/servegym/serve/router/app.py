@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import signal
+import socket
 from collections import Counter
 from collections.abc import Callable, Mapping
 
@@ -18,23 +19,26 @@ from servegym.serve.discovery.replicas_file import ReplicasFile
 from servegym.serve.discovery.sources import Sources
 from servegym.serve.dispatcher import Dispatcher
 from servegym.serve.facts import fleet_facts
-from servegym.serve.listening import listen
+from servegym.serve.listening import bind, listen_at
 from servegym.serve.monitoring.exposition import add_dispatcher
 from servegym.serve.monitoring.metrics import metric_names
 from servegym.serve.monitoring.poller import MetricsPoller
 from servegym.serve.monitoring.prometheus import CONTENT_TYPE, Exposition
 from servegym.serve.router.admin import Admin
 from servegym.serve.router.api import Api
-from servegym.serve.router.auth import read_keys, watch_file
+from servegym.serve.router.auth import read_keys, upstream_key, watch_file
 from servegym.serve.router.client import Server
 from servegym.serve.router.config import RouterConfig
+from servegym.serve.router.desk import LocalDesk
 from servegym.serve.router.fleet import Fleet
 from servegym.serve.router.health import Health
 from servegym.serve.router.http_log import http_logger
+from servegym.serve.router.pages import Pages
 from servegym.serve.router.proxy import Proxy
 from servegym.serve.router.reply import Reply
 from servegym.serve.router.telemetry import Telemetry
 from servegym.serve.router.upstream import KEEPALIVE_S
+from servegym.serve.router.workers.decider import Decider, Shared
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +48,7 @@ class Router:
 
     Args:
         config: See `RouterConfig`.
+        shared: What it has of its supervisor, if workers take the clients; `None`: it takes them.
 
     Attributes:
         config: As given.
@@ -54,10 +59,11 @@ class Router:
         ServeGymError: If a part of the configuration cannot be used.
     """
 
-    def __init__(self, config: RouterConfig) -> None:
+    def __init__(self, config: RouterConfig, shared: Shared | None = None) -> None:
         self.config = config
+        self._shared = shared
         self._keys = read_keys(config.auth) if config.auth else None
-        self._upstream_key = _upstream_key(config.upstream_key_env)
+        self._upstream_key = upstream_key(config.upstream_key_env)
         self._names = metric_names(config.metrics.engine)
         self._file = ReplicasFile(config.replicas_file) if config.replicas_file else None
         if self._file is not None:
@@ -76,7 +82,9 @@ class Router:
         self._fleet: Fleet | None = None
         self._sources: Sources | None = None
         self._poller: MetricsPoller | None = None
+        self._desk: LocalDesk | None = None
         self._api: Api | None = None
+        self._decider: Decider | None = None
         self._ports: list[int] = []
         self._watch: asyncio.Task[None] | None = None
 
@@ -112,32 +120,18 @@ class Router:
             interval_s=config.metrics.interval_s,
             timeout_s=config.metrics.timeout_s,
         )
-        self._proxy = Proxy(
-            config.request,
-            self.dispatcher,
-            self._health,
-            self.telemetry,
-            self._upstream_key,
-        )
+        pages = Pages(self._health, self._metrics_page)
+        self._desk = desk = LocalDesk(config, self.dispatcher, self._health, self.telemetry, pages)
         self._fleet = Fleet(
-            config.replicas,
-            self.dispatcher,
-            self._health,
-            self._poller,
-            self._proxy,
-            self.telemetry,
-        )
-        self._api = Api(
-            config,
-            self.dispatcher,
-            self.telemetry,
-            self._health,
-            self._proxy,
-            self._keys,
-            self._metrics_page,
+            config.replicas, self.dispatcher, self._health, self._poller, desk, self.telemetry
         )
         admin = Admin(
-            self.dispatcher, self._health, self._fleet, self._metrics_page, self._api.ready
+            self.dispatcher,
+            self._health,
+            self._fleet,
+            self._metrics_page,
+            lambda: desk.show("/health"),
+            self._workers,
         )
         self._sources = Sources(self._fleet, self._file, config.discover)
         listen = config.listen
@@ -145,9 +139,14 @@ class Router:
             await self._sources.start()
             await self._health.start()
             await self._poller.start()
-            self._server = self._api.server()
-            self._ports.append(await self._server.start(listen.host, listen.port))
-            await self._listen(admin.app(), listen.admin_host, listen.admin_port)
+            if self._shared is None:
+                await self._take_clients(self._desk)
+                await self._take_operators(admin, bind(listen.admin_host, listen.admin_port))
+            else:
+                self._decider = Decider(self._desk, self._keys)
+                self._decider.listen(self._shared.path)
+                self._ports.append(self._shared.port)
+                await self._take_operators(admin, self._shared.admin)
         except OSError as error:
             await self.stop()
             raise ConfigError(f"the router cannot listen: {error.strerror or error}") from error
@@ -161,6 +160,8 @@ class Router:
             self._watch.cancel()
         if self._server is not None:
             await self._server.stop()
+        if self._decider is not None:
+            self._decider.stop()
         if self._admin is not None:
             await self._admin.cleanup()
             self._admin = None
@@ -199,6 +200,8 @@ class Router:
         else:
             if self._api is not None:
                 self._api.keys = keys
+            if self._decider is not None:  # this may be a thread
+                self._decider.loop.call_soon_threadsafe(self._decider.tell_keys, keys)
             _log.info("the API keys have been read anew")
 
     async def drain(self) -> int:
@@ -207,25 +210,49 @@ class Router:
         Returns:
             How many are still there.
         """
-        if self._api is not None:
-            self._api.draining = True
+        if self._desk is not None:
+            self._desk.draining = True
         loop = asyncio.get_running_loop()
         until_s = loop.time() + self.config.drain_s
         while self.telemetry.in_flight and loop.time() < until_s:
             await asyncio.sleep(0.05)
         return self.telemetry.in_flight
 
-    async def _listen(self, app: web.Application, host: str, port: int) -> None:
+    async def _take_clients(self, desk: LocalDesk) -> None:
+        config, clock = self.config, self.dispatcher.clock
+        self._proxy = Proxy(config.request, clock, self._upstream_key)
+        self._api = Api(config, desk, self.dispatcher.reader, self._proxy, self._keys, clock)
+        self._server = self._api.server()
+        self._ports.append(await self._server.start(config.listen.host, config.listen.port))
+
+    async def _take_operators(self, admin: Admin, listener: socket.socket) -> None:
         self._admin = web.AppRunner(
-            app, access_log=None, logger=http_logger, shutdown_timeout=1.0, lingering_time=1.0
+            admin.app(),
+            access_log=None,
+            logger=http_logger,
+            shutdown_timeout=1.0,
+            lingering_time=1.0,
         )
         await self._admin.setup()
-        _, port = await listen(self._admin, host, port)
+        _, port = await listen_at(self._admin, listener)
         self._ports.append(port)
+
+    def _workers(self) -> list[dict[str, int]]:
+        """The processes that carry requests."""
+        if self._decider is not None:
+            return self._decider.workers
+        return [{"pid": os.getpid(), "requests": self.telemetry.in_flight}]
 
     def _metrics_page(self) -> Reply:
         page = Exposition()
         self.telemetry.write(page)
+        page.gauge("servegym_router_workers", "Processes that carry requests", len(self._workers()))
+        if self._decider is not None:
+            page.counter(
+                "servegym_router_workers_lost",
+                "Processes that carried requests and have gone",
+                [({}, self._decider.num_lost)],
+            )
         add_dispatcher(page, self.dispatcher)
         if self._health is not None:
             ejections = {
@@ -259,25 +286,29 @@ def serve(config: RouterConfig, ready: Callable[[Router], None]) -> None:
     SIGHUP reads the API keys and the file of replicas anew, and stops nothing.
 
     Args:
-        config: Its configuration.
+        config: Its configuration, with one worker; see `workers.supervisor` for several.
         ready: Called once it serves.
 
     Raises:
         ServeGymError: If the configuration cannot be used.
     """
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        runner.run(serve_until_told(Router(config), ready, asyncio.Event()))
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return what makes event loops: uvloop, where it is installed."""
     try:
         import uvloop
-
-        factory: Callable[[], asyncio.AbstractEventLoop] | None = uvloop.new_event_loop
     except ImportError:
-        factory = None
-    with asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(_serve(config, ready))
+        return None
+    return uvloop.new_event_loop
 
 
-async def _serve(config: RouterConfig, ready: Callable[[Router], None]) -> None:
-    router = Router(config)
-    stop = asyncio.Event()
+async def serve_until_told(
+    router: Router, ready: Callable[[Router], None], stop: asyncio.Event
+) -> None:
+    """Run a router until a signal or an event tells it to stop; see `serve`."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
@@ -290,14 +321,5 @@ async def _serve(config: RouterConfig, ready: Callable[[Router], None]) -> None:
     _log.warning("stopping: %d requests in progress", router.telemetry.in_flight)
     left = await router.drain()
     if left:
-        _log.warning("%d requests are cut off after %g s", left, config.drain_s)
+        _log.warning("%d requests are cut off after %g s", left, router.config.drain_s)
     await router.stop()
-
-
-def _upstream_key(name: str | None) -> str | None:
-    if name is None:
-        return None
-    key = os.environ.get(name)
-    if not key:
-        raise ConfigError(f"the environment variable {name} with the replicas' key is not set")
-    return key

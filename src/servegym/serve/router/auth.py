@@ -88,6 +88,23 @@ def read_keys(config: AuthConfig) -> Keys:
     return Keys(tenants)
 
 
+def upstream_key(name: str | None) -> str | None:
+    """Return the API key that the replicas want.
+
+    Args:
+        name: Of the environment variable that holds it; `None`: they want none.
+
+    Raises:
+        ConfigError: If it is not set.
+    """
+    if name is None:
+        return None
+    key = os.environ.get(name)
+    if not key:
+        raise ConfigError(f"the environment variable {name} with the replicas' key is not set")
+    return key
+
+
 async def watch_file(path: Path, changed: Callable[[], None], interval_s: float = 2.0) -> None:
     """Look at a file for ever, and say when it has changed.
 

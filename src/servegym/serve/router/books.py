@@ -5,7 +5,7 @@ from __future__ import annotations
 from servegym.serve.dispatcher import Dispatcher, Job
 from servegym.serve.router.ejection import Attempt
 from servegym.serve.router.health import Health
-from servegym.serve.router.stream import Reader
+from servegym.serve.router.placement import Ending
 from servegym.serve.router.telemetry import Telemetry
 from servegym.serve.router.upstream import UpstreamError
 
@@ -48,24 +48,15 @@ class Books:
         if not moved and not theirs:
             self._ejection.failed(attempt, hung=cause == "stall")
 
-    def close(
-        self,
-        job: Job,
-        attempt: Attempt,
-        reader: Reader,
-        status: int,
-        failures: Failures,
-        *,
-        broken: bool,
-    ) -> None:
+    def close(self, job: Job, attempt: Attempt, ending: Ending, failures: Failures) -> None:
         """An answer has come to its end, good or not."""
-        prompt_tokens, _, cached_tokens = reader.usage()
-        if prompt_tokens is not None:
+        if (prompt_tokens := ending.prompt_tokens) is not None:
+            cached_tokens = ending.cached_tokens
             self.dispatcher.usage(job, prompt_tokens=prompt_tokens, cached_tokens=cached_tokens)
-        if broken or (status == 200 and reader.failed):
+        if ending.broken or (ending.status == 200 and ending.failed):
             self.end(job, "failed")
             return
-        if status != 200:
+        if ending.status != 200:
             self.end(job, "refused")  # says nothing about the replica
             return
         if not attempt.begun:
@@ -73,7 +64,7 @@ class Books:
         self._ejection.whole(attempt)
         self._telemetry.e2e.observe(self.dispatcher.clock() - job.request.arrival_s)
         self._telemetry.outcomes["finished"] += 1
-        self.dispatcher.finish(job, reader.output_tokens())
+        self.dispatcher.finish(job, ending.output_tokens)
 
     def end(self, job: Job, status: str) -> None:
         """Close the books of a request that did not get its answer; does nothing the second time.

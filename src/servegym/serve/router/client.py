@@ -98,6 +98,11 @@ class Request:
         """Whether the client takes no more for now."""
         return self._connection.paused
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the body is there, or no more of it will be read."""
+        return self._connection.has_body
+
     async def body(self, timeout_s: float) -> bytes:
         """Return the body as it came, once all of it is there.
 
@@ -210,6 +215,11 @@ class Connection(asyncio.Protocol):
         elif len(self._buffer) > _MAX_EARLY_BYTES and self._transport is not None:
             self._holds_back = True
             self._transport.pause_reading()
+
+    @property
+    def has_body(self) -> bool:
+        """See `Request.is_whole`."""
+        return self._framing is None or self._refused is not None
 
     async def body(self, timeout_s: float) -> bytes:
         """See `Request.body`."""
@@ -409,8 +419,19 @@ class Server:
         self._listening = await self.loop.create_server(
             lambda: Connection(self), sock=listener, backlog=BACKLOG
         )
-        self._sweep = self.loop.call_later(_SWEEP_S, self._close_idle)
+        self.sweep()
         return int(self._listening.sockets[0].getsockname()[1])
+
+    async def take(self, connection: socket.socket) -> None:
+        """Take a connection that was accepted elsewhere."""
+        try:
+            await self.loop.connect_accepted_socket(lambda: Connection(self), connection)
+        except OSError:  # its client has gone
+            connection.close()
+
+    def sweep(self) -> None:
+        """Close connections that are idle for long, from now on."""
+        self._sweep = self.loop.call_later(_SWEEP_S, self._close_idle)
 
     async def stop(self) -> None:
         """Take no more connections and cut off those that there are."""
@@ -443,4 +464,4 @@ class Server:
         oldest_s = self.loop.time() - _KEEPALIVE_S
         for connection in [c for c in self.connections if c.idle_since_s < oldest_s]:
             connection.close_if_idle()
-        self._sweep = self.loop.call_later(_SWEEP_S, self._close_idle)
+        self.sweep()

@@ -16,6 +16,9 @@ from servegym.serve.dispatcher import DispatchConfig
 from servegym.serve.router.headers import DEFAULT_FORWARDED, check_rules
 from servegym.serve.router.replica import ReplicaConfig, check_distinct
 
+#: One decider keeps no more busy.
+MAX_WORKERS = 64
+
 
 class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -29,12 +32,15 @@ class ListenConfig(_Config):
         port: For clients; 0 takes a free one.
         admin_host: Address for operators; must be a loopback address.
         admin_port: For operators; 0 takes a free one.
+        workers: Processes that carry requests. One also decides; several have one more that
+            decides for all.
     """
 
     host: str = "127.0.0.1"
     port: int = Field(8080, ge=0, le=65535)
     admin_host: str = "127.0.0.1"
     admin_port: int = Field(8081, ge=0, le=65535)
+    workers: int = Field(1, ge=1, le=MAX_WORKERS)
 
     @field_validator("admin_host")
     @classmethod
@@ -273,6 +279,18 @@ def read_config(path: Path) -> RouterConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     return parse_config(read_mapping(text, str(path), "replicas and dispatch"), str(path))
+
+
+def with_workers(config: RouterConfig, workers: int) -> RouterConfig:
+    """Return a configuration with so many workers.
+
+    Raises:
+        ConfigError: If there cannot be so many.
+    """
+    if not 1 <= workers <= MAX_WORKERS:
+        raise ConfigError(f"--workers must be from 1 to {MAX_WORKERS}, got {workers}")
+    listen = config.listen.model_copy(update={"workers": workers})
+    return config.model_copy(update={"listen": listen})
 
 
 def parse_config(data: Mapping[str, object], origin: str) -> RouterConfig:

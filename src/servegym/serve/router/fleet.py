@@ -16,8 +16,8 @@ from servegym.errors import ConfigError, unknown_name
 from servegym.serve.dispatcher import Dispatcher
 from servegym.serve.facts import replica_facts
 from servegym.serve.monitoring.poller import MetricsPoller
+from servegym.serve.router.desk import LocalDesk
 from servegym.serve.router.health import Health
-from servegym.serve.router.proxy import Proxy
 from servegym.serve.router.replica import ReplicaConfig
 from servegym.serve.router.telemetry import Telemetry
 from servegym.typing import FloatArray
@@ -58,7 +58,7 @@ class Fleet:
         dispatcher: Decides among them.
         health: Checks them.
         poller: Asks for their metrics.
-        proxy: Sends requests to them.
+        desk: Tells where they are.
         telemetry: Forgets what has gone.
     """
 
@@ -68,13 +68,13 @@ class Fleet:
         dispatcher: Dispatcher,
         health: Health,
         poller: MetricsPoller,
-        proxy: Proxy,
+        desk: LocalDesk,
         telemetry: Telemetry,
     ) -> None:
         self._dispatcher = dispatcher
         self._health = health
         self._poller = poller
-        self._proxy = proxy
+        self._desk = desk
         self._telemetry = telemetry
         self._members: dict[str, Member] = {}
         self._leaving: list[Member] = []
@@ -192,7 +192,7 @@ class Fleet:
     def _settle(self, member: Member) -> None:
         slot, replica = member.slot, member.replica
         self._members[replica.name] = member
-        self._proxy.add(slot, replica.url)
+        self._desk.add(slot, replica.url)
         self._poller.add(slot, replica.metrics_page)
         self._health.add(slot, replica.url)
 
@@ -228,7 +228,7 @@ class Fleet:
             if self._dispatcher.state.outstanding(slot) or not self._health.is_idle(slot):
                 continue
             self._leaving.remove(member)
-            for part in (self._proxy, self._poller, self._health, self._dispatcher):
+            for part in (self._desk, self._poller, self._health, self._dispatcher):
                 part.remove(slot)
             if name not in self._members:
                 self._telemetry.forget(name)

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Callable
 from typing import Literal
 
-from servegym.serve.dispatcher import Job
-from servegym.serve.router.books import Books, Failures
 from servegym.serve.router.client import ID_HEADER, Request
 from servegym.serve.router.config import RequestConfig
-from servegym.serve.router.ejection import Attempt
 from servegym.serve.router.errors import error_event
 from servegym.serve.router.framing import LAST_CHUNK, chunk
 from servegym.serve.router.headers import returned
+from servegym.serve.router.placement import Ending, Placement
 from servegym.serve.router.upstream import Exchange
 
 #: What a chunk lacks whose replica has gone is filled up to this size, so that an error can follow.
@@ -31,26 +30,22 @@ class Relay:
 
     Args:
         config: Times.
-        books: Told what comes.
+        clock: Seconds that never go back.
         request: The client's.
-        job: Its place in the books.
-        attempt: At the replica that answers.
-        exchange: With that replica; its answer has begun.
-        failures: Of the replicas asked before; judged once the answer has come.
+        placement: Told what comes.
+        exchange: With its replica; the answer has begun.
+        whole_by_s: When the whole answer must be there, on that clock.
     """
 
     __slots__ = (
         "_answered",
-        "_attempt",
         "_begun",
-        "_books",
         "_client_s",
         "_clock",
         "_exchange",
-        "_failures",
         "_frame",
-        "_job",
         "_paused",
+        "_placement",
         "_reader",
         "_request",
         "_stall_s",
@@ -63,29 +58,23 @@ class Relay:
     def __init__(
         self,
         config: RequestConfig,
-        books: Books,
+        clock: Callable[[], float],
         request: Request,
-        job: Job,
-        attempt: Attempt,
+        placement: Placement,
         exchange: Exchange,
-        failures: Failures,
+        whole_by_s: float,
     ) -> None:
         head = exchange.head
         assert head is not None
-        self._books = books
         self._request = request
-        self._job = job
-        self._attempt = attempt
+        self._placement = placement
         self._exchange = exchange
         self._reader = exchange.reader
-        self._failures = failures
         self._status = head.status
-        self._clock = books.dispatcher.clock
+        self._clock = clock
         self._client_s = config.client_timeout_s
         self._stall_s = config.stall_timeout_s if exchange.reader.is_stream else math.inf
-        self._whole_by_s = math.inf
-        if not attempt.stream and config.answer_timeout_s is not None:
-            self._whole_by_s = attempt.dispatch_s + config.answer_timeout_s
+        self._whole_by_s = whole_by_s
         self._token_s = self._clock()
         self._frame: _Frame = "as it came" if head.chunked else "anew"
         if head.length is not None or not request.takes_chunks:
@@ -151,7 +140,7 @@ class Relay:
         """See `Receiver`."""
         if self._paused:  # the client's side: it takes nothing
             self._exchange.close()
-            self._books.end(self._job, "cancelled")
+            self._placement.end("cancelled")
             self._request.flow = None
             self._request.break_off(b"")
             self._finish()
@@ -164,7 +153,7 @@ class Relay:
         now_s = self._clock()
         self._exchange.pause()
         if self._begun:
-            self._attempt.has_got(now_s)  # nothing is owed to who takes nothing
+            self._placement.paused(now_s)
         self._exchange.patience.due_s = now_s + self._client_s
 
     def resumed(self) -> None:
@@ -172,21 +161,20 @@ class Relay:
         self._paused = False
         now_s = self._clock()
         if self._begun:
-            self._attempt.waits(now_s)
+            self._placement.resumed(now_s)
         self._token_s = now_s  # what the client took to take it is no stall
         self._exchange.patience.due_s = min(now_s + self._stall_s, self._whole_by_s)
         self._exchange.resume()
 
     def _begin(self) -> None:
         self._begun = True
-        self._books.begin(self._job, self._attempt, self._failures)
-        self._attempt.waits(self._clock())
+        self._placement.begin()
 
     def _tokens(self, count: int) -> None:
         if not self._begun:
             self._begin()
-        self._books.dispatcher.tokens(self._job, count)
-        self._token_s = self._attempt.standing.last_token_s = self._clock()
+        self._token_s = self._clock()
+        self._placement.tokens(count, self._token_s)
 
     def _framed(self, framed: bytes, body: bytes) -> bytes:
         """Return a piece as the client is to get it."""
@@ -199,7 +187,7 @@ class Relay:
         reader = self._reader
         if reader.done and not self._answered and not reader.failed and self._status == 200:
             self._answered = True
-            self._books.dispatcher.answered(self._job)
+            self._placement.answered()
 
     def _end(self, cause: str) -> None:
         """The answer is over, and whole unless there is a cause."""
@@ -215,9 +203,17 @@ class Relay:
             elif self._frame != "none":
                 request.write(LAST_CHUNK)
             if cause:
-                self._books.broke(self._attempt, cause, self._token_s, reader.error_status)
-            self._books.close(
-                self._job, self._attempt, reader, self._status, self._failures, broken=bool(cause)
+                self._placement.broke(cause, self._token_s, reader.error_status)
+            prompt_tokens, _, cached_tokens = reader.usage()
+            self._placement.close(
+                Ending(
+                    self._status,
+                    bool(cause),
+                    reader.failed,
+                    prompt_tokens,
+                    cached_tokens,
+                    reader.output_tokens(),
+                )
             )
         finally:  # whoever waits must not wait for ever
             self._finish()

@@ -422,6 +422,11 @@ class Pool:
         self._idle: list[Connection] = []
         self._sweep: asyncio.TimerHandle | None = None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no connection is kept for the next request."""
+        return not self._idle
+
     async def connect(self) -> Connection:
         """Return a connection that is free, else a new one.
 

@@ -1,0 +1,268 @@
+"""The deciding end: workers ask here, and one desk answers all of them.
+
+Why one process decides: what a decision rests on (counters, prefix index, learners, guards,
+standing of replicas, budgets, limits) changes with every request, is some megabytes of Python and
+NumPy objects, and would have to be locked and shared whole for several to decide as one would. A
+decision and its books take a fraction of what a request's bytes take (docs/live.md has numbers), so
+one process keeps several workers busy, by the very code that a router of one process runs.
+
+Why they place like one: a worker tells what has happened before its client can know, and packets
+are taken in the order they were written, whichever worker wrote them. A request that a client sends
+after an answer is decided with that answer booked, although another worker may carry it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from servegym.serve.router.auth import Keys
+from servegym.serve.router.desk import LocalDesk, LocalPlacement
+from servegym.serve.router.errors import RequestError
+from servegym.serve.router.placement import Ending, Seat
+from servegym.serve.router.upstream import UpstreamError
+from servegym.serve.router.workers.frames import (
+    Frame,
+    Kind,
+    Packet,
+    pack,
+    token_records,
+    unpack,
+    unpack_arrival,
+)
+from servegym.serve.router.workers.link import Link
+
+_log = logging.getLogger(__name__)
+
+
+class Shared(NamedTuple):
+    """What a decider has of the process that started it.
+
+    Attributes:
+        path: Where workers come, in a folder that only this user can open.
+        port: For clients, who come to the workers.
+        admin: Bound; for operators.
+    """
+
+    path: Path
+    port: int
+    admin: socket.socket
+
+
+class _Worker:
+    """One worker, as the decider sees it.
+
+    Attributes:
+        link: To it.
+        pid: Of its process; 0 until it has said so.
+        placements: Its requests, by ticket.
+        holds: Those of them that wait for a place.
+    """
+
+    def __init__(self, connection: socket.socket, readable: Callable[[], None]) -> None:
+        self.link = Link(connection, readable)
+        self.pid = 0
+        self.placements: dict[int, LocalPlacement] = {}
+        self.holds: dict[int, asyncio.Task[None]] = {}
+
+
+class Decider:
+    """Answers workers.
+
+    Args:
+        desk: Decides.
+        keys: API keys that workers are to know; `None`: everyone may ask.
+
+    Attributes:
+        num_lost: Workers that have gone.
+        loop: That it runs on.
+    """
+
+    def __init__(self, desk: LocalDesk, keys: Keys | None) -> None:
+        self.num_lost = 0
+        self._desk = desk
+        self._keys = keys
+        self._workers: list[_Worker] = []
+        self._late: list[tuple[_Worker, Packet]] = []  # written after the last look had begun
+        self._listener: socket.socket | None = None
+        self.loop = asyncio.get_running_loop()
+        self._takes: dict[int, Callable[[_Worker, LocalPlacement, Frame], None]] = {
+            Kind.ADMIT: self._admit,
+            Kind.ARRIVE: self._arrive,
+            Kind.PLACE: self._place,
+            Kind.FAILED: self._failed,
+            Kind.BEGIN: lambda _, placement, __: placement.begin(),
+            Kind.PAUSED: lambda _, placement, frame: placement.paused(*unpack(frame.body)),
+            Kind.RESUMED: lambda _, placement, frame: placement.resumed(*unpack(frame.body)),
+            Kind.ANSWERED: lambda _, placement, __: placement.answered(),
+            Kind.BROKE: lambda _, placement, frame: placement.broke(*unpack(frame.body)),
+            Kind.CLOSE: self._close,
+            Kind.LEAVE: self._leave,
+        }
+
+    @property
+    def workers(self) -> list[dict[str, int]]:
+        """Process id and number of requests of every worker."""
+        return [{"pid": w.pid, "requests": len(w.placements)} for w in self._workers if w.pid]
+
+    def listen(self, path: Path) -> None:
+        """Let workers come.
+
+        Args:
+            path: Of a socket, in a folder that only this user can open; what is left there of an
+                earlier decider is removed.
+        """
+        path.unlink(missing_ok=True)
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.setblocking(False)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self.loop.add_reader(self._listener, self._meet)
+
+    def stop(self) -> None:
+        """Hang up; what workers still have has failed."""
+        if self._listener is not None:
+            self.loop.remove_reader(self._listener)
+            self._listener.close()
+            self._listener = None
+        for worker in list(self._workers):
+            worker.link.close()
+            self._lose(worker)
+
+    def tell_keys(self, keys: Keys | None) -> None:
+        """Let all workers know other API keys."""
+        self._keys = keys
+        for worker in self._workers:
+            worker.link.send(Kind.KEYS, 0, pack(keys))
+
+    def _meet(self) -> None:
+        """A worker has come."""
+        assert self._listener is not None
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:  # it has gone again
+            return
+        worker = _Worker(connection, self._look)
+        self._workers.append(worker)
+        worker.link.send(Kind.KEYS, 0, pack(self._keys))
+
+    def _look(self) -> None:
+        """Take in what workers have said, in the order they said it.
+
+        What causes another thing was written before it, and so is here if that one is, unless it
+        was written after this look had begun: what was waits for the next look.
+        """
+        begin_s = time.monotonic()
+        said, self._late = self._late, []
+        for worker in self._workers:
+            said += [(worker, packet) for packet in worker.link.receive()]
+        if len(said) > 1:
+            said.sort(key=lambda one: one[1].written_s)
+        for worker, packet in said:
+            if packet.written_s > begin_s and not worker.link.lost:
+                self._late.append((worker, packet))
+                continue
+            for frame in packet.frames:
+                self._take(worker, frame)
+        if self._late:
+            self.loop.call_soon(self._look)
+        for worker in [w for w in self._workers if w.link.lost]:
+            self._lose(worker)
+
+    def _take(self, worker: _Worker, frame: Frame) -> None:
+        """Take in one frame; what goes wrong with a request concerns no other."""
+        kind, ticket, body = frame
+        try:
+            if kind == Kind.TOKENS:
+                for one, count, now_s in token_records(body):
+                    if (found := worker.placements.get(one)) is not None:
+                        found.tokens(count, now_s)
+            elif (placement := worker.placements.get(ticket)) is not None:
+                self._takes[kind](worker, placement, frame)
+            elif kind == Kind.ENTER:
+                worker.placements[ticket] = self._desk.enter(*unpack(body))
+            elif kind == Kind.COUNT:
+                self._desk.count(*unpack(body))
+            elif kind == Kind.PAGE:
+                reply = self._desk.show(*unpack(body))
+                worker.link.send(Kind.SHOWN, ticket, pack(reply.status, reply.body, reply.headers))
+            elif kind == Kind.HELLO:
+                (worker.pid,) = unpack(body)
+        except Exception as error:
+            self._refuse(worker, ticket, error)
+
+    def _refuse(self, worker: _Worker, ticket: int, error: Exception) -> None:
+        """Tell a worker what to tell a client."""
+        if not isinstance(error, RequestError):
+            _log.error("a request failed in the router", exc_info=error)
+            error = RequestError(500, "the router failed: its log says why", "internal_error")
+        placement = worker.placements.pop(ticket, None)
+        if placement is not None:
+            placement.leave()
+        said = error.status, error.message, error.code, error.retry_after_s
+        worker.link.send(Kind.REFUSED, ticket, pack(*said))
+
+    def _admit(self, worker: _Worker, placement: LocalPlacement, frame: Frame) -> None:
+        worker.link.send(Kind.ADMITTED, frame.ticket)
+
+    def _arrive(self, worker: _Worker, placement: LocalPlacement, frame: Frame) -> None:
+        arrival = unpack_arrival(frame.body)
+        # what is learnt about lengths is known here
+        prompt = self._desk.dispatcher.reader.measured(arrival.prompt)
+        placement.arrive(arrival._replace(prompt=prompt))
+
+    def _place(self, worker: _Worker, placement: LocalPlacement, frame: Frame) -> None:
+        found = placement.try_place()
+        if isinstance(found, Seat):
+            worker.link.send(Kind.PLACED, frame.ticket, pack(*found))
+        else:
+            holding = self._hold(worker, placement, frame.ticket, found)
+            worker.holds[frame.ticket] = self.loop.create_task(holding)
+
+    async def _hold(
+        self, worker: _Worker, placement: LocalPlacement, ticket: int, pause_s: float
+    ) -> None:
+        try:
+            seat = await placement.hold(pause_s)
+        except Exception as error:
+            self._refuse(worker, ticket, error)
+        else:
+            worker.link.send(Kind.PLACED, ticket, pack(*seat))
+        finally:
+            worker.holds.pop(ticket, None)
+
+    def _failed(self, worker: _Worker, placement: LocalPlacement, frame: Frame) -> None:
+        again = placement.judge(UpstreamError(*unpack(frame.body)))
+        worker.link.send(Kind.VERDICT, frame.ticket, pack(again))
+
+    def _close(self, worker: _Worker, placement: LocalPlacement, frame: Frame) -> None:
+        del worker.placements[frame.ticket]
+        try:
+            placement.close(Ending(*unpack(frame.body)))
+        finally:
+            placement.leave()
+
+    def _leave(self, worker: _Worker, placement: LocalPlacement, frame: Frame) -> None:
+        del worker.placements[frame.ticket]
+        if (holding := worker.holds.pop(frame.ticket, None)) is not None:
+            holding.cancel()
+        placement.end(*unpack(frame.body))
+        placement.leave()
+
+    def _lose(self, worker: _Worker) -> None:
+        """A worker has gone: its clients have lost their answers, and replicas their requests."""
+        self._workers.remove(worker)
+        self.num_lost += 1
+        if worker.placements:
+            _log.warning("a worker has gone with %d requests", len(worker.placements))
+        for holding in worker.holds.values():
+            holding.cancel()
+        for placement in worker.placements.values():
+            placement.end("lost")
+            placement.leave()
+        worker.placements.clear()

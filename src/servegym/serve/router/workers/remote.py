@@ -1,0 +1,273 @@
+"""The carrying end: a desk that asks the decider."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from servegym.serve.router.auth import Keys
+from servegym.serve.router.config import RouterConfig
+from servegym.serve.router.errors import RequestError
+from servegym.serve.router.placement import Arrival, Ending, Seat
+from servegym.serve.router.reply import Reply
+from servegym.serve.router.upstream import UpstreamError
+from servegym.serve.router.workers.frames import Frame, Kind, pack, pack_arrival, unpack
+from servegym.serve.router.workers.link import Link
+
+_AGAIN_S = 0.05
+
+
+class RemoteDesk:
+    """Asks the decider; see `Desk`. While there is none, requests are refused.
+
+    Args:
+        config: Of the router.
+        path: Of the decider's socket.
+        keys_changed: Called with the API keys whenever the decider tells them.
+    """
+
+    def __init__(
+        self, config: RouterConfig, path: Path, keys_changed: Callable[[Keys | None], None]
+    ) -> None:
+        log = config.dispatch.log
+        self.follows = log is not None and log.max_ends > 0
+        self._retry_after_s = config.request.retry_after_s
+        self._path = path
+        self._keys_changed = keys_changed
+        self._link: Link | None = None
+        self._waiting: dict[int, RemotePlacement | asyncio.Future[Reply]] = {}
+        self._last_ticket = 0
+        self._lost = asyncio.Event()
+
+    async def connect(self, timeout_s: float) -> bool:
+        """Find the decider; return whether it was there in time."""
+        until_s = time.monotonic() + timeout_s
+        connection = socket.socket(socket.AF_UNIX)
+        while True:
+            try:
+                connection.connect(str(self._path))
+                break
+            except OSError:
+                if time.monotonic() >= until_s:
+                    connection.close()
+                    return False
+            await asyncio.sleep(_AGAIN_S)
+        self._lost.clear()
+        self._link = Link(connection, self._look)
+        self._link.send(Kind.HELLO, 0, pack(os.getpid()))
+        return True
+
+    async def lost(self) -> None:
+        """Wait until the decider has gone."""
+        await self._lost.wait()
+
+    def close(self) -> None:
+        """Hang up."""
+        if self._link is not None:
+            self._link.close()
+
+    def enter(self, tenant: str, key: str) -> RemotePlacement:
+        """See `Desk`.
+
+        Raises:
+            RequestError: If there is no decider.
+        """
+        link, ticket = self._connected(), self._next_ticket()
+        placement = self._waiting[ticket] = RemotePlacement(self, link, ticket)
+        link.put(Kind.ENTER, ticket, pack(tenant, key))
+        return placement
+
+    def count(self, endpoint: str, status: int) -> None:
+        """See `Desk`."""
+        if self._link is not None:
+            self._link.put(Kind.COUNT, 0, pack(endpoint, status))
+
+    async def page(self, path: str) -> Reply:
+        """See `Desk`."""
+        link, ticket = self._connected(), self._next_ticket()
+        shown: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._waiting[ticket] = shown
+        link.send(Kind.PAGE, ticket, pack(path))
+        try:
+            return await shown
+        finally:
+            self._waiting.pop(ticket, None)
+
+    def forget(self, ticket: int) -> None:
+        """Nothing more is expected of a request."""
+        self._waiting.pop(ticket, None)
+
+    def away(self) -> RequestError:
+        """Make the error of a request about which nobody can decide."""
+        return RequestError(
+            503,
+            "the router's deciding process is away: come again later",
+            "no_decider",
+            retry_after_s=self._retry_after_s,
+        )
+
+    def _connected(self) -> Link:
+        if self._link is None or self._link.lost:
+            raise self.away()
+        return self._link
+
+    def _next_ticket(self) -> int:
+        self._last_ticket = self._last_ticket % 0xFFFF_FFFF + 1
+        return self._last_ticket
+
+    def _look(self) -> None:
+        """Take in what the decider has said."""
+        assert self._link is not None
+        for packet in self._link.receive():
+            for frame in packet.frames:
+                self._take(frame)
+        if self._link.lost:
+            for waiting in list(self._waiting.values()):
+                _refuse(waiting, self.away())
+            self._waiting.clear()
+            self._lost.set()
+
+    def _take(self, frame: Frame) -> None:
+        kind, ticket, body = frame
+        if kind == Kind.KEYS:
+            self._keys_changed(*unpack(body))
+            return
+        waiting = self._waiting.get(ticket)
+        if waiting is None:  # its client has gone
+            return
+        if kind == Kind.REFUSED:
+            status, message, code, retry_after_s = unpack(body)
+            error = RequestError(status, message, code, retry_after_s=retry_after_s)
+            _refuse(waiting, error)
+        elif isinstance(waiting, RemotePlacement):
+            waiting.told(unpack(body) if body else None)
+        elif not waiting.done():
+            waiting.set_result(Reply(*unpack(body)))
+
+
+class RemotePlacement:
+    """One request; see `Placement`.
+
+    Args:
+        desk: That it is at.
+        link: To the decider that it is booked at.
+        ticket: Its number there.
+    """
+
+    __slots__ = ("_arrival", "_desk", "_gone", "_link", "_refused", "_said", "_status", "_ticket")
+
+    def __init__(self, desk: RemoteDesk, link: Link, ticket: int) -> None:
+        self._desk = desk
+        self._link = link
+        self._ticket = ticket
+        self._arrival: bytes | None = None
+        self._said: asyncio.Future[Any] | None = None  # what is waited for
+        self._refused: RequestError | None = None
+        self._status = "failed"
+        self._gone = False
+
+    def told(self, what: Any) -> None:
+        """The decider has answered."""
+        if self._said is not None and not self._said.done():
+            self._said.set_result(what)
+
+    def refuse(self, error: RequestError) -> None:
+        """The decider has refused it, or has gone: it is in no books any more."""
+        self._refused = error
+        self._gone = True
+        if self._said is not None and not self._said.done():
+            self._said.set_exception(error)
+
+    async def admitted(self) -> None:
+        """See `Placement`."""
+        await self._ask(Kind.ADMIT)
+
+    def arrive(self, arrival: Arrival) -> None:
+        """See `Placement`."""
+        body = pack_arrival(arrival, content=self._desk.follows)
+        self._link.put(Kind.ARRIVE, self._ticket, body)
+
+    async def place(self) -> Seat:
+        """See `Placement`."""
+        return Seat(*await self._ask(Kind.PLACE))
+
+    async def failed(self, error: UpstreamError) -> bool:
+        """See `Placement`; once the decider has gone nobody can place it again."""
+        if self._link.lost:
+            return False
+        refusal = error.refusal
+        if refusal is not None:  # what it says is for the client
+            refusal = refusal._replace(body=b"")
+        (again,) = await self._ask(Kind.FAILED, pack(error.cause, refusal))
+        return bool(again)
+
+    def begin(self) -> None:
+        """See `Placement`."""
+        self._link.send(Kind.BEGIN, self._ticket)
+
+    def tokens(self, count: int, now_s: float) -> None:
+        """See `Placement`."""
+        self._link.put_tokens(self._ticket, count, now_s)
+
+    def paused(self, now_s: float) -> None:
+        """See `Placement`."""
+        self._link.send(Kind.PAUSED, self._ticket, pack(now_s))
+
+    def resumed(self, now_s: float) -> None:
+        """See `Placement`."""
+        self._link.send(Kind.RESUMED, self._ticket, pack(now_s))
+
+    def answered(self) -> None:
+        """See `Placement`."""
+        if self._desk.follows:
+            self._link.send(Kind.ANSWERED, self._ticket)
+
+    def broke(self, cause: str, token_s: float, status: int) -> None:
+        """See `Placement`."""
+        self._link.put(Kind.BROKE, self._ticket, pack(cause, token_s, status))
+
+    def close(self, ending: Ending) -> None:
+        """See `Placement`; it leaves the books with that."""
+        self._link.send(Kind.CLOSE, self._ticket, pack(*ending))
+        self._gone = True
+
+    def end(self, status: str) -> None:
+        """See `Placement`; the decider is told when it leaves."""
+        if self._status == "failed":
+            self._status = status
+
+    def leave(self) -> None:
+        """See `Placement`."""
+        self._desk.forget(self._ticket)
+        if not self._gone:
+            self._gone = True
+            self._link.send(Kind.LEAVE, self._ticket, pack(self._status))
+
+    async def _ask(self, kind: Kind, body: bytes = b"") -> Any:
+        """Say something and wait for the answer.
+
+        Raises:
+            RequestError: If the request is refused.
+        """
+        if self._refused is None and self._link.lost:
+            self._refused = self._desk.away()
+        if self._refused is not None:
+            raise self._refused
+        self._said = asyncio.get_running_loop().create_future()
+        self._link.send(kind, self._ticket, body)
+        try:
+            return await self._said
+        finally:
+            self._said = None
+
+
+def _refuse(waiting: RemotePlacement | asyncio.Future[Reply], error: RequestError) -> None:
+    if isinstance(waiting, RemotePlacement):
+        waiting.refuse(error)
+    elif not waiting.done():
+        waiting.set_exception(error)
