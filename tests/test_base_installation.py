@@ -19,6 +19,9 @@ IMPORTED_AS = {
     "pillow": "PIL",
     "ray[rllib]": "ray",
     "mlflow-skinny": "mlflow",
+    "grpcio": "grpc",
+    "grpcio-health-checking": "grpc_health",
+    "protobuf": "google",
 }
 
 ALONE = """

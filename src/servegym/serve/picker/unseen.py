@@ -9,6 +9,7 @@ from servegym.policy.contract import (
     FIRST_NOMINAL,
     INFERRED,
     KV_CACHE_USAGE,
+    MAX_NUM_SEQS,
     NUM_NOMINAL,
     NUM_REPLICA_FEATURES,
     NUM_REQUEST_FEATURES,
@@ -87,6 +88,7 @@ def _draw(rng: np.random.Generator, ranges: dict[str, FloatArray] | None) -> Obs
         np.array([1.0, 8000.0, 0.02, 0.0002, 1e5, 128.0, 2048.0])[:, None]
         * rng.uniform(0.7, 1.0, _WIDTH)
     )
+    replicas[MAX_NUM_SEQS] = rng.uniform(1.0, 60.0, _WIDTH)  # some are full
     replicas[KV_CACHE_USAGE] = rng.uniform(0.0, 1.0, _WIDTH)
     replicas[ReplicaFeature["OUTSTANDING_PREDICTED_TOKENS"]] *= 200.0
     replicas[ReplicaFeature["GENERATED_TOKENS"]] *= 100.0
