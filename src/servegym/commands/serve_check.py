@@ -10,9 +10,7 @@ from rich.console import Console
 from servegym.errors import ConfigError
 
 
-def conclude_check(
-    console: Console, path: Path, problems: Sequence[str], *, offline: bool
-) -> None:
+def conclude_check(console: Console, path: Path, problems: Sequence[str], *, offline: bool) -> None:
     """Print what is wrong, a sentence each, or that the file is good.
 
     Args:

@@ -447,7 +447,11 @@ def test_a_gateway_that_sends_less_than_the_file_says_is_told_once(caplog):
 
 @pytest.mark.parametrize(
     ("policy", "reads"),
-    [("mct", "generated_tokens"), ("added-delay-inferred", "step_time_ratio"), ("linucb", "became")],
+    [
+        ("mct", "generated_tokens"),
+        ("added-delay-inferred", "step_time_ratio"),
+        ("linucb", "became"),
+    ],
 )
 def test_a_policy_that_goes_by_tokens_is_refused_where_none_are_seen(policy, reads):
     replica = {"name": "r0", "url": "http://127.0.0.1:8000", "rates": RATES}

@@ -37,7 +37,10 @@ def test_rules_read_what_their_formulas_say(name, expected):
         ("outstanding_requests + kv_cache_usage", []),
         ("outstanding_requests + recent_ttft_s", ["recent_ttft_s"]),
         ("recent_tpot_s * generated_tokens", ["recent_tpot_s", "generated_tokens"]),
-        ("where(outstanding_requests > 25, -generated_tokens, kv_cache_usage)", ["generated_tokens"]),
+        (
+            "where(outstanding_requests > 25, -generated_tokens, kv_cache_usage)",
+            ["generated_tokens"],
+        ),
     ],
 )
 def test_a_score_reads_what_stands_in_it(score, expected):

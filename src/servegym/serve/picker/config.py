@@ -178,6 +178,4 @@ def read_picker_config(path: Path) -> PickerConfig:
         raise ConfigError(f"no configuration at {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
-    return checked(
-        read_mapping(text, str(path), "replicas and dispatch"), str(path), PickerConfig
-    )
+    return checked(read_mapping(text, str(path), "replicas and dispatch"), str(path), PickerConfig)

@@ -134,7 +134,9 @@ class Exchange:
             self._body += part.data
             limit = self._placer.max_body_bytes
             if len(self._body) > limit:
-                raise RequestError(413, f"the body may have {limit} bytes at most", "body_too_large")
+                raise RequestError(
+                    413, f"the body may have {limit} bytes at most", "body_too_large"
+                )
             if not part.ends and duplex:
                 return []
         body, self._body = bytes(self._body), bytearray()

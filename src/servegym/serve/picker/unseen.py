@@ -84,10 +84,9 @@ def _draw(rng: np.random.Generator, ranges: dict[str, FloatArray] | None) -> Obs
     request = rng.uniform(1.0, 500.0, NUM_REQUEST_FEATURES)
     static = slice(FIRST_NOMINAL, FIRST_NOMINAL + NUM_NOMINAL)
     # a fleet whose replicas differ, but not so much that one is always the best
-    replicas[static] = (
-        np.array([1.0, 8000.0, 0.02, 0.0002, 1e5, 128.0, 2048.0])[:, None]
-        * rng.uniform(0.7, 1.0, _WIDTH)
-    )
+    replicas[static] = np.array([1.0, 8000.0, 0.02, 0.0002, 1e5, 128.0, 2048.0])[
+        :, None
+    ] * rng.uniform(0.7, 1.0, _WIDTH)
     replicas[MAX_NUM_SEQS] = rng.uniform(1.0, 60.0, _WIDTH)  # some are full
     replicas[KV_CACHE_USAGE] = rng.uniform(0.0, 1.0, _WIDTH)
     replicas[ReplicaFeature["OUTSTANDING_PREDICTED_TOKENS"]] *= 200.0
