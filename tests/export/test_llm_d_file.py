@@ -234,7 +234,7 @@ def test_what_has_no_counterpart_is_refused_in_one_sentence(tmp_path, plugins, p
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"kind": "InferencePool"}, "kind.*'EndpointPickerConfig'.*'InferencePool'"),
+        ({"kind": "InferencePool"}, "must be llm-d's scheduling file.*its kind is 'InferencePool'"),
         ({"apiVersion": "v1"}, "apiVersion.*llm-d.ai/v1alpha1.*got 'v1'"),
         ({"plugin": []}, "unknown key plugin; did you mean plugins"),
         ({"featureGates": ["flowControl"]}, "flowControl holds requests back"),
@@ -247,7 +247,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path, more, words):
 
 
 def test_a_file_that_is_not_there_is_named():
-    with pytest.raises(ConfigError, match="no scheduling file at /no/epp.yaml"):
+    with pytest.raises(ConfigError, match=r"no scheduling file at /no/epp\.yaml"):
         resolve_policy("/no/epp.yaml")
 
 

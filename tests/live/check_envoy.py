@@ -150,20 +150,21 @@ async def whole_protocol(envoy: str) -> None:
         for engine in s.engines:
             engine.tokens = 20
         status, answer = await s.post(stream=True)
-        assert status == 200 and answer.count(b"data: ") == 21, answer
+        assert (status, answer.count(b"data: ")) == (200, 21), answer
         await s.idle()
         assert s.picker.telemetry.outcomes == {"finished": 1}
         assert s.picker.telemetry.ttft.count == 1
         print("a stream of 20 tokens: passed whole, its first token and its end booked")
 
         status, answer = await s.post()
-        assert status == 200 and json.loads(answer)["usage"]["completion_tokens"] == 20
+        assert (status, json.loads(answer)["usage"]["completion_tokens"]) == (200, 20)
         await s.idle()
         print("an answer in one piece: passed whole and booked")
 
         long = "x" * 3_000_000
         status, _ = await s.post(prompt=long, stream=True)
-        assert status == 200 and any(b["prompt"] == long for e in s.engines for b in e.bodies)
+        assert status == 200
+        assert any(body["prompt"] == long for engine in s.engines for body in engine.bodies)
         await s.idle()
         print("a body of 3 MB: passed whole")
 
@@ -194,7 +195,8 @@ async def whole_protocol(envoy: str) -> None:
         done = [await s.post(stream=True) for _ in range(4)]
         await s.idle()
         assert [status for status, _ in done] == [200] * 4, done
-        assert s.engines[0].bodies and len(s.engines[1].bodies) == 4
+        assert s.engines[0].bodies
+        assert len(s.engines[1].bodies) == 4
         print("an engine that is full: Envoy goes to the fallback, and the books follow it")
 
         s.engines[0].mode = "ok"
@@ -208,7 +210,7 @@ async def whole_protocol(envoy: str) -> None:
             while s.state.up.any():
                 await asyncio.sleep(0.05)
         status, answer = await s.post()
-        assert status == 503 and json.loads(answer)["error"]["code"] == "no_replica", answer
+        assert (status, json.loads(answer)["error"]["code"]) == (503, "no_replica")
         print("no engine is up: 503, in OpenAI's form")
 
 
@@ -235,7 +237,7 @@ async def less_is_sent(envoy: str) -> None:
     buffered = {"request_body_mode": "BUFFERED", "request_trailer_mode": "SKIP"}
     async with setup(envoy, buffered) as s:
         status, answer = await s.post(stream=True)
-        assert status == 200 and answer.count(b"data: ") == 6
+        assert (status, answer.count(b"data: ")) == (200, 6)
         await s.idle()
         assert s.picker.telemetry.outcomes == {"finished": 1}
         print("request bodies buffered: passed and booked")

@@ -19,6 +19,7 @@ from servegym.baselines.parts import join_parts
 from servegym.documents import checked, read_mapping
 from servegym.errors import ConfigError, unknown_name
 
+_KIND = "EndpointPickerConfig"
 #: Of the files; no exported policy ends so.
 SUFFIXES = (".yaml", ".yml")
 
@@ -136,6 +137,11 @@ def scheduling_rule(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     data = read_mapping(text, str(path), "apiVersion, kind: EndpointPickerConfig and plugins")
+    if data.get("kind") != _KIND:
+        raise ConfigError(
+            f"{path} must be llm-d's scheduling file, with kind: {_KIND}; its kind is "
+            f"{data.get('kind')!r}"
+        )
     if "flowControl" in data or "flowControl" in (data.get("featureGates") or ()):
         raise ConfigError(
             f"{path}: flowControl holds requests back before one is chosen for, and has no "

@@ -12,8 +12,8 @@ from servegym.serve.picker.app import Picker
 from servegym.serve.picker.config import PickerConfig
 from servegym.serve.picker.wire import _CLASSES, METHOD, SERVICE
 
-from ..running import RATES
-from ..upstream import Upstream
+from ..running import RATES  # noqa: TID252 - tests are no package
+from ..upstream import Upstream  # noqa: TID252
 
 CHAT = "/v1/chat/completions"
 DESTINATION = "x-gateway-destination-endpoint"
@@ -28,7 +28,8 @@ def body_of(prompt: str = "hello", **more) -> bytes:
 def event(text: str, finish: str | None = None) -> bytes:
     """An event of a stream, as vLLM writes it."""
     choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish}
-    return f"data: {json.dumps({'id': 'x', 'object': 'text_completion', 'choices': [choice]})}\n\n".encode()
+    text = json.dumps({"id": "x", "object": "text_completion", "choices": [choice]})
+    return f"data: {text}\n\n".encode()
 
 
 class Stream:

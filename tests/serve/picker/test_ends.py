@@ -50,10 +50,10 @@ def test_of_more_than_the_engine_has_those_that_should_be_over_first_have_ended(
     books.now_s = 101.0
     books.count(running=1, waiting=1)
     books.look(101.1)
-    assert not long.ended and not short.ended
+    assert (short.ended, long.ended) == (False, False)
     books.count(running=1)
     books.look(101.2)
-    assert short.ended and not long.ended
+    assert (short.ended, long.ended) == (True, False)
     assert (books.ends.num_counted, books.ends.num_timed, len(books.ends)) == (1, 0, 1)
     assert books.dispatcher.state.outstanding(0) == 1
 

@@ -15,7 +15,7 @@ from servegym.serve.picker.app import Picker
 from servegym.serve.picker.config import PickerConfig
 from servegym.serve.picker.wire import METHOD, SERVICE
 
-from ..running import RATES, run, until
+from ..running import RATES, run, until  # noqa: TID252 - tests are no package
 from .gateway import (
     BUFFERED,
     DESTINATION,

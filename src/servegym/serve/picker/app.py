@@ -223,7 +223,9 @@ class Picker:
             exchange.close()
 
     def _exchange(self) -> Exchange:
-        assert self._placer is not None and self._books is not None and self._health is not None
+        assert self._placer is not None
+        assert self._books is not None
+        assert self._health is not None
         response = self.config.response
         return Exchange(
             self._placer,
@@ -272,7 +274,8 @@ class Picker:
 
 
 def _credentials(listen: PickerListenConfig) -> grpc.ServerCredentials:
-    assert listen.certificate is not None and listen.key is not None
+    assert listen.certificate is not None
+    assert listen.key is not None
     try:
         pair = listen.key.read_bytes(), listen.certificate.read_bytes()
     except OSError as error:
