@@ -27,10 +27,7 @@ def require_picker_extra() -> None:
         ("grpc_health", "grpcio-health-checking"),
     ):
         if find_spec(module) is None:
-            raise ConfigError(
-                f"an endpoint picker needs {package}: pip install {package}, or servegym with the "
-                "extras serve and picker"
-            )
+            raise ConfigError(f"an endpoint picker needs {package}: pip install {package}")
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,8 @@ def test_a_stream_goes_out_and_its_tokens_come_back_into_the_books():
         assert row[3] == 0
         assert gateway.state._generated[chosen] == 3
         assert gateway.picker.telemetry.ttft.count == 1
+        standing = gateway.picker._health.ejection.standings[chosen]
+        assert (standing.streams, standing.owing) == (1, 0)  # slow clients are not its fault
         end = event("", "length") + DONE
         await stream.body("response", end, ends=True)
         last = (await stream.answer()).response_body.response.body_mutation.streamed_response
@@ -110,6 +112,23 @@ def test_an_answer_in_one_piece_is_booked_with_what_the_engine_reports():
         assert gateway.picker.dispatcher.predictor.predict("default", 0) == 40
 
     play(test, dispatch={"prediction": {"min_answers": 1}})
+
+
+def test_a_stream_that_nobody_asked_for_begins_once():
+    async def test(gateway):
+        stream = gateway.stream()
+        await gateway.send_to(stream, body_of(stream=False))
+        await stream.answer()
+        await stream.response_headers(stream=True)
+        for piece in (event("a"), event("b"), event("", "stop") + DONE):
+            await stream.body("response", piece, ends=piece.endswith(DONE))
+        assert all([await stream.answer() for _ in range(4)])
+        await stream.done()
+        await until(gateway.idle)
+        assert gateway.picker.telemetry.ttft.count == 1
+        assert gateway.picker.telemetry.outcomes == {"finished": 1}
+
+    play(test)
 
 
 def test_requests_go_to_the_least_outstanding_replica_in_turn():

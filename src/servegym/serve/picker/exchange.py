@@ -80,6 +80,7 @@ class Exchange:
         self._attempt: Attempt | None = None
         self._reader: Reader | None = None
         self._failures: Failures = []
+        self._begun = False  # the first token has come
         self._status = 0
         self._prefill: asyncio.TimerHandle | None = None
 
@@ -233,13 +234,13 @@ class Exchange:
     def _note_tokens(self, job: Job, reader: Reader, count: int) -> None:
         attempt = self._attempt
         assert attempt is not None
-        if reader.begun and not attempt.begun:
+        if reader.begun and not self._begun:
+            self._begun = True
+            # from now on the replica owes nothing: a client that takes nothing looks the same here
             self._books.begin(job, attempt, self._failures)
         if count:
             self._books.dispatcher.tokens(job, count)
-        if reader.begun:
-            attempt.has_got(self._books.dispatcher.clock())
-            attempt.waits(attempt.standing.last_token_s)
+            attempt.standing.last_token_s = self._books.dispatcher.clock()
 
     def _note_end(self) -> None:
         job, reader, attempt = self._job, self._reader, self._attempt
