@@ -40,8 +40,18 @@ def free_port() -> int:
         return int(taken.getsockname()[1])
 
 
-def envoy_config(port: int, picker_port: int, engines: list[int], modes: dict[str, str]) -> Any:
-    """Return the example's configuration with other ports and modes."""
+def envoy_config(
+    port: int, picker_port: int, engines: list[int], modes: dict[str, str], *, hint: bool
+) -> Any:
+    """Return the example's configuration with other ports and modes.
+
+    Args:
+        port: Envoy's.
+        picker_port: The picker's.
+        engines: Ports of the engines.
+        modes: Of bodies, headers and trailers, in place of the example's.
+        hint: Whether Envoy says that the second engine must be chosen.
+    """
     data = yaml.safe_load((ROOT / "examples/envoy.yaml").read_text())
     resources = data["static_resources"]
     (listener,) = resources["listeners"]
@@ -49,6 +59,17 @@ def envoy_config(port: int, picker_port: int, engines: list[int], modes: dict[st
     (chain,) = listener["filter_chains"]
     manager = chain["filters"][0]["typed_config"]
     manager["http_filters"][0]["typed_config"]["processing_mode"].update(modes)
+    if hint:
+        endpoints = [f"127.0.0.1:{engines[1]}"]
+        entry = {
+            "metadata_namespace": "envoy.lb.subset_hint",
+            "value": {"x-gateway-destination-endpoint-subset": endpoints},
+        }
+        kind = "type.googleapis.com/envoy.extensions.filters.http.set_metadata.v3.Config"
+        setter = {"@type": kind, "metadata": [entry]}
+        manager["http_filters"].insert(
+            0, {"name": "envoy.filters.http.set_metadata", "typed_config": setter}
+        )
     for cluster, ports in zip(resources["clusters"], (engines, [picker_port]), strict=True):
         (group,) = cluster["load_assignment"]["endpoints"]
         example = group["lb_endpoints"][0]["endpoint"]["address"]["socket_address"]
@@ -86,7 +107,7 @@ class Setup:
 
 @contextlib.asynccontextmanager
 async def setup(
-    envoy: str, modes: dict[str, str] | None = None, **settings: Any
+    envoy: str, modes: dict[str, str] | None = None, *, hint: bool = False, **settings: Any
 ) -> AsyncIterator[Setup]:
     """Start everything; stop it again."""
     engines = [Upstream() for _ in range(2)]
@@ -105,7 +126,8 @@ async def setup(
     picker = Picker(PickerConfig.model_validate(data))
     await picker.start()
     port = free_port()
-    config = envoy_config(port, picker.port, [engine.port for engine in engines], modes or {})
+    ports = [engine.port for engine in engines]
+    config = envoy_config(port, picker.port, ports, modes or {}, hint=hint)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "envoy.yaml"
         path.write_text(yaml.safe_dump(config))
@@ -232,6 +254,21 @@ async def refused(envoy: str) -> None:
         print("a request the policy rejects: 429; one that is no JSON: 400; no engine sees them")
 
 
+async def hinted(envoy: str) -> None:
+    """A gateway that says among whom to choose."""
+    async with setup(envoy, hint=True) as s:
+        done = await asyncio.gather(*(s.post(stream=True) for _ in range(4)))
+        assert [status for status, _ in done] == [200] * 4
+        await s.idle()
+        assert [len(engine.bodies) for engine in s.engines] == [0, 4]
+        s.engines[1].healthy = False
+        async with asyncio.timeout(10):
+            while s.state.is_up(1):
+                await asyncio.sleep(0.05)
+        assert (await s.post())[0] == 503
+        print("a subset of one engine: only it is chosen, and without it 503")
+
+
 async def less_is_sent(envoy: str) -> None:
     """Gateways that send only requests, or buffer them."""
     buffered = {"request_body_mode": "BUFFERED", "request_trailer_mode": "SKIP"}
@@ -286,6 +323,7 @@ async def check(envoy: str) -> None:
     """Check everything."""
     await whole_protocol(envoy)
     await refused(envoy)
+    await hinted(envoy)
     await less_is_sent(envoy)
     await without_picker(envoy)
 
