@@ -180,9 +180,9 @@ def test_prefill_apart_from_decode_becomes_a_rule_and_a_placement(tmp_path, more
         (["queue-scorerr"], [], "queue-scorerr.*did you mean queue-scorer"),
         ([plugin("queue-scorer", depth=3)], [], "queue-scorer has no parameters, got 'depth'"),
         (
-            [plugin("load-aware-scorer", treshold=3)],
+            [plugin("load-aware-scorer", limit=3)],
             [],
-            "unknown parameter of load-aware-scorer 'treshold'",
+            "unknown parameter of load-aware-scorer .limit.",
         ),
         (
             [plugin("load-aware-scorer", threshold=0)],

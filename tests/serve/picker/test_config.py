@@ -56,7 +56,7 @@ def test_a_replica_that_no_gateway_can_reach_is_refused(tmp_path, change, words)
     ("settings", "words"),
     [
         ({"response": "body"}, r"response.*'bodies', 'headers' or 'none'.*'body'"),
-        ({"respons": "none"}, "unknown key respons; did you mean response"),
+        ({"responses": "none"}, "unknown key responses; did you mean response"),
         ({"fallbacks": -1}, "fallbacks.*greater than or equal to 0"),
         ({"listen": {"certificate": "a.pem"}}, "certificate and key go together"),
         ({"response": "none", "dispatch": {"log": {"folder": "x"}}}, "dispatch.log needs response"),

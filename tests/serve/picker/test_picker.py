@@ -536,7 +536,25 @@ def test_a_port_that_is_taken_is_one_clear_error():
     async def test(gateway):
         listen = gateway.picker.config.listen.model_copy(update={"port": gateway.picker.port})
         other = Picker(gateway.picker.config.model_copy(update={"listen": listen}))
-        with pytest.raises(ConfigError, match="the picker cannot listen"):
+        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{listen.port}: is the"):
             await other.start()
 
     play(test)
+
+
+@pytest.mark.parametrize(
+    ("certificate", "words"),
+    [("none.pem", "none.pem cannot be read"), ("text.pem", "text.pem and .*text.pem no pair")],
+)
+def test_a_certificate_that_is_none_is_one_clear_error(tmp_path, certificate, words):
+    (tmp_path / "text.pem").write_text("no certificate")
+    files = {"certificate": tmp_path / certificate, "key": tmp_path / "text.pem"}
+    replica = {"name": "r0", "url": "http://127.0.0.1:9", "rates": RATES}
+    config = {"replicas": [replica], "listen": {"port": 0, "admin_port": 0, **files}}
+
+    async def start():
+        picker = Picker(PickerConfig.model_validate(config))
+        with pytest.raises(ConfigError, match=words):
+            await picker.start()
+
+    run(start, plain=True)

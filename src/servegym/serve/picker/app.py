@@ -132,9 +132,12 @@ class Picker:
             self._looking = asyncio.create_task(self.ends.run())
             await self._listen_for_operators()
             await self._serve()
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
             await self.stop()
-            raise ConfigError(f"the picker cannot listen: {error}") from error
+            raise ConfigError(f"the picker cannot listen: {error.strerror or error}") from error
+        except ConfigError:
+            await self.stop()
+            raise
 
     async def _serve(self) -> None:
         config = self.config
@@ -152,13 +155,7 @@ class Picker:
             (grpc.method_handlers_generic_handler(SERVICE, {METHOD: process}),)
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._grpc_health, self._server)
-        listen = config.listen
-        host = f"[{listen.host}]" if ":" in listen.host else listen.host
-        address = f"{host}:{listen.port}"
-        if listen.certificate is None:
-            self.port = self._server.add_insecure_port(address)
-        else:
-            self.port = self._server.add_secure_port(address, _credentials(listen))
+        self.port = _bind(self._server, config.listen)
         await self._server.start()
         await self._tell_health(ready=True)
 
@@ -273,6 +270,21 @@ class Picker:
         return Reply(200, page.page().encode(), [("Content-Type", CONTENT_TYPE)])
 
 
+def _bind(server: grpc.aio.Server, listen: PickerListenConfig) -> int:
+    """Let a server listen, by TLS if there is a certificate; return its port."""
+    host = f"[{listen.host}]" if ":" in listen.host else listen.host
+    address = f"{host}:{listen.port}"
+    try:
+        if listen.certificate is None:
+            return int(server.add_insecure_port(address))
+        return int(server.add_secure_port(address, _credentials(listen)))
+    except RuntimeError:  # gRPC writes the reason to the standard error alone
+        why = "is the port taken?"
+        if listen.certificate is not None:
+            why = f"is the port taken, or are {listen.certificate} and {listen.key} no pair of PEM?"
+        raise ConfigError(f"the picker cannot listen on {address}: {why}") from None
+
+
 def _credentials(listen: PickerListenConfig) -> grpc.ServerCredentials:
     assert listen.certificate is not None
     assert listen.key is not None
@@ -293,6 +305,7 @@ def serve(config: PickerConfig, ready: Callable[[Picker], None]) -> None:
     Raises:
         ServeGymError: If the configuration cannot be used.
     """
+    # uvloop makes no difference here: gRPC waits for sockets in a thread of its own
     asyncio.run(_serve(config, ready))
 
 
