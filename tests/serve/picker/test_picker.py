@@ -478,6 +478,10 @@ def test_a_policy_that_goes_by_tokens_is_refused_where_none_are_seen(policy, rea
     config = {"replicas": [replica], "response": "none", "dispatch": dispatch}
     with pytest.raises(ConfigError, match=rf"{policy} goes by .*{reads}.*response: none"):
         Picker(PickerConfig.model_validate(config))
+    # nor does it step in for another
+    config["dispatch"] = {"runtime": {"policy": "round-robin", "fallback": policy}}
+    with pytest.raises(ConfigError, match=f"{policy} goes by"):
+        Picker(PickerConfig.model_validate(config))
 
 
 def test_the_rule_decides_where_the_policy_is_not_required(caplog):

@@ -19,6 +19,7 @@ from servegym.errors import ConfigError
 from servegym.serve.dispatcher import Dispatcher
 from servegym.serve.facts import fleet_facts
 from servegym.serve.listening import listen
+from servegym.serve.loaded_policy import LoadedPolicy
 from servegym.serve.monitoring.exposition import add_dispatcher
 from servegym.serve.monitoring.metrics import metric_names
 from servegym.serve.monitoring.poller import MetricsPoller
@@ -97,6 +98,7 @@ class Picker:
         """Refuse policies, now and later, that go by what is not seen."""
         runtime = self.dispatcher.runtime
         runtime.condition = partial(require_seen, response=self.config.response)
+        runtime.condition(LoadedPolicy(runtime.config.fallback, runtime.fallback))
         try:
             if runtime.loaded is not None:
                 runtime.condition(runtime.loaded)
