@@ -149,7 +149,8 @@ class PickerConfig(_Config):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        names, places = set(), {}
+        names: set[str] = set()
+        places: dict[str, str] = {}
         for replica in self.replicas:
             if replica.name in names:
                 raise ValueError(f"replica names must differ, got {replica.name} twice")

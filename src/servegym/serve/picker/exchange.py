@@ -154,7 +154,6 @@ class Exchange:
         Raises:
             RequestError: If the client is to be answered instead.
         """
-        assert self._headers is not None or body is not None
         fields = self._headers.fields if self._headers else {}
         path = fields.get(":path", "").partition("?")[0]
         self._is_placed = True
