@@ -51,6 +51,15 @@ def test_groups_that_are_inferred_are_known_from_what_is_asked_for():
     assert unseen_features(policy("added-delay-observed")) == ["step_time_ratio", "recent_itl_s"]
 
 
+def test_a_policy_is_as_it_was_after_it_was_tried():
+    tried, other = policy("round-robin"), policy("round-robin")
+    for rule in (tried, other):
+        rule.reset(1, 5)
+    assert unseen_features(tried) == []
+    assert tried.memory.tolist() == other.memory.tolist()
+    assert tried.rng.tolist() == other.rng.tolist()
+
+
 def test_a_network_that_comes_with_servegym_is_refused_by_the_features_it_reads():
     loaded = load_policy("generalist", RuntimeConfig())
     with pytest.raises(Exception, match=r"generalist goes by .*\(response: headers\)"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import numpy as np
 
 from servegym.errors import ConfigError
@@ -46,6 +48,7 @@ def unseen_features(policy: Policy, ranges: dict[str, FloatArray] | None = None)
         return ["what became of each request"]
     rows = (*REPLICA_FEATURES, *REQUEST_FEATURES)
     found = [f.name for f in rows if f.group & INFERRED & policy.needs]
+    policy = copy(policy)  # its memory and its draws stay as they are
     rng = np.random.default_rng(0)
     for name in TOKEN_FEATURES:
         row = ReplicaFeature[name.upper()]
