@@ -29,8 +29,9 @@ from servegym.typing import BoolArray, FloatArray, UInt64Array
 
 #: Among whom the highest score is looked for: all allowed, those that only prefill, who decodes.
 ALLOWED, PREFILLING, DECODING = range(3)
-#: Places of the parameters of all scorers: weights, then what some of them have besides.
-QUEUE, KV, PREFIX, LOAD, RUNNING, ACTIVE, LOAD_THRESHOLD, IDLE, BUSY = range(9)
+#: Places of the parameters of all scorers: weights, what some of them have besides, and whether
+#: the choice is drawn with chances in proportion to the scores, not the highest.
+QUEUE, KV, PREFIX, LOAD, RUNNING, ACTIVE, LOAD_THRESHOLD, IDLE, BUSY, DRAWN = range(10)
 SCORER_PARAMETERS = (
     "queue",
     "kv",
@@ -41,6 +42,7 @@ SCORER_PARAMETERS = (
     "load_threshold",
     "idle",
     "busy",
+    "drawn",
 )
 
 
@@ -52,7 +54,7 @@ def _is_among(replicas: FloatArray, mask: BoolArray, r: int, among: int) -> bool
 
 
 @inlined
-def _share_above(value: float, low: float, high: float) -> float:
+def _below_highest(value: float, low: float, high: float) -> float:
     """How far a value is below the highest, as a share of the spread; 1 if all are equal."""
     return 1.0 if high <= low else (high - value) / (high - low)
 
@@ -78,7 +80,9 @@ def highest_score(
     rng: UInt64Array,
     among: int,
 ) -> int:
-    """Return the replica with the highest weighted score, -1 if there is none; ties are drawn.
+    """Return the replica with the highest weighted score, or one drawn by score; -1: none.
+
+    Equal scores are drawn among.
 
     Args:
         replicas: As a rule gets them; so are the next two.
@@ -98,20 +102,26 @@ def highest_score(
             high = max(high, replicas[NUM_WAITING, r])
             fewest = min(fewest, replicas[NUM_RUNNING, r])
             most = max(most, replicas[NUM_RUNNING, r])
-    best, best_score, ties = -1, -1.0, 0
+    best, best_score, ties, total = -1, -1.0, 0, 0.0
     for r in range(num_replicas(mask)):
         if _is_among(replicas, mask, r, among):
             waiting = replicas[NUM_WAITING, r]
             active = replicas[OUTSTANDING_REQUESTS, r]
             score = (
-                params[QUEUE] * _share_above(waiting, low, high)
+                params[QUEUE] * _below_highest(waiting, low, high)
                 + params[KV] * (1.0 - replicas[KV_CACHE_USAGE, r])
                 + params[PREFIX] * (replicas[PREFIX_HIT_TOKENS, r] / request[PROMPT_TOKENS])
                 + params[LOAD] * _load_score(waiting, params[LOAD_THRESHOLD])
-                + params[RUNNING] * _share_above(replicas[NUM_RUNNING, r], fewest, most)
+                + params[RUNNING] * _below_highest(replicas[NUM_RUNNING, r], fewest, most)
                 + params[ACTIVE] * _active_score(active, most_active, params[IDLE], params[BUSY])
             )
-            if best < 0 or score > best_score:
+            if params[DRAWN] > 0.0:
+                ties += 1
+                total += score
+                chance = score / total if total > 0.0 else 1.0 / ties
+                if next_uniform(rng) < chance:
+                    best = r
+            elif best < 0 or score > best_score:
                 best, best_score, ties = r, score, 1
             elif score == best_score:
                 ties += 1
@@ -144,9 +154,10 @@ def llm_d(
     load_threshold: float = 128.0,
     idle: float = 0.0,
     busy: float = 1.0,
+    drawn: float = 0.0,
 ) -> Heuristic:
     """llm-d scorers: queue, KV use and prefix match, weighted 2 / 2 / 3."""
-    scores = [queue, kv, prefix, load, running, active, load_threshold, idle, busy]
+    scores = [queue, kv, prefix, load, running, active, load_threshold, idle, busy, drawn]
     return Heuristic(
         name="llm-d",
         information="metric",

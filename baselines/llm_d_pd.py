@@ -62,11 +62,12 @@ def llm_d_pd(
     load_threshold: float = 128.0,
     idle: float = 0.0,
     busy: float = 1.0,
+    drawn: float = 0.0,
     non_cached_tokens: float = 8.0,
     prompt_tokens: float = 0.0,
 ) -> Heuristic:
     """llm-d's decider: prefilled elsewhere from so many tokens on that are not cached there."""
-    scores = [queue, kv, prefix, load, running, active, load_threshold, idle, busy]
+    scores = [queue, kv, prefix, load, running, active, load_threshold, idle, busy, drawn]
     return Heuristic(
         name="llm-d-pd",
         information="metric",

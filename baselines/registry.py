@@ -46,8 +46,8 @@ _DELAYS = dict.fromkeys(("prefill", "decode"), Range(0.05, 20.0, logarithmic=Tru
 _SHARE = {"shrink": (0.0, 1.0)}
 #: Weights of llm-d's scores.
 SCORES = dict.fromkeys(("queue", "kv", "prefix"), Range(0.1, 10.0, logarithmic=True))
-#: Of llm-d's scorers: a share divides by the first, and the last is a share.
-SCORE_BOUNDS = {"load_threshold": (1.0, 1e9), "busy": (0.0, 1.0)}
+#: Of llm-d's scorers: a share divides by the first, the others are a share, and yes or no.
+SCORE_BOUNDS = {"load_threshold": (1.0, 1e9), "busy": (0.0, 1.0), "drawn": (0.0, 1.0)}
 
 RULES: Rules[Heuristic | OnlinePolicy] = Rules(
     "policy",

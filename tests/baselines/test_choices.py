@@ -418,6 +418,16 @@ def test_equal_replicas_are_taken_equally_often(text):
     assert all(abs(counts[r] - 1000) < 4 * 26 for r in range(3))
 
 
+def test_drawn_by_score_a_replica_is_chosen_in_proportion_to_it():
+    text = "llm-d:queue=0,prefix=0,kv=1,drawn=1"
+    counts = Counter(choices(text, {"kv_cache_usage": (0.9, 0.7, 1.0)}, 4000))
+    # scores 0.1, 0.3 and 0: 1,000 and 3,000 expected, standard deviation sqrt(4000 * 3/16) = 27
+    assert abs(counts[0] - 1000) < 4 * 27
+    assert counts[0] + counts[1] == 4000
+    counts = Counter(choices(text, {"kv_cache_usage": 1.0}, 3000))  # all 0: evenly
+    assert all(abs(counts[r] - 1000) < 4 * 26 for r in range(3))
+
+
 def test_ties_are_broken_among_the_best_only():
     rows = {"kv_cache_usage": (0.1, 0.9, 0.1)}
     assert set(choices("llm-d", rows, 50)) == {0, 2}

@@ -94,7 +94,7 @@ def test_rule_dispatches_alike_when_run_twice(name):
     [
         ("speed-family:eta=0.5", [0.5]),
         ("prefix-load:eta=0.5", [0.05, 0.5]),
-        ("llm-d:prefix=1,queue=4", [4.0, 2.0, 1.0, 0.0, 0.0, 0.0, 128.0, 0.0, 1.0]),
+        ("llm-d:prefix=1,queue=4", [4.0, 2.0, 1.0, 0.0, 0.0, 0.0, 128.0, 0.0, 1.0, 0.0]),
         ("dynamo:per_request=1e-2", [1.0, 1.0, 0.01, 64.0]),
     ],
 )

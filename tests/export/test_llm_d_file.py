@@ -95,6 +95,11 @@ def test_the_default_of_the_scheduler_is_the_rule_s_own(tmp_path):
             "random",
         ),
         (["decode-filter"], [profile(decode_filter=None)], "random"),
+        (
+            ["queue-scorer", "weighted-random-picker"],
+            [profile(queue_scorer=1, weighted_random_picker=None)],
+            "llm-d:queue=1,kv=0,prefix=0,drawn=1",
+        ),
     ],
 )
 def test_a_profile_becomes_a_rule_with_its_weights(tmp_path, plugins, profiles, rule):

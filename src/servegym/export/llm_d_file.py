@@ -34,7 +34,7 @@ _SCORERS = {
     "running-requests-size-scorer": "running",
     "active-request-scorer": "active",
 }
-_PICKERS = ("max-score-picker", "random-picker")
+_PICKERS = ("max-score-picker", "random-picker", "weighted-random-picker")
 _FILTERS = ("decode-filter", "prefill-filter")
 _SINGLE, _PD_HANDLERS = "single-profile-handler", ("pd-profile-handler", "disagg-profile-handler")
 _PREFIX_DECIDER, _ALWAYS = "prefix-based-pd-decider", "always-disagg-pd-decider"
@@ -65,6 +65,7 @@ _PARAMETERS: Mapping[str, set[str]] = {
     "active-request-scorer": {"requestTimeout", "idleThreshold", "maxBusyScore"},
     "max-score-picker": {"maxNumOfEndpoints"},
     "random-picker": {"maxNumOfEndpoints"},
+    "weighted-random-picker": {"maxNumOfEndpoints"},
     "prefix-based-pd-decider": {"nonCachedTokens"},
     "pd-profile-handler": {
         *("decodeProfile", "prefillProfile", "prefixPluginType", "prefixPluginName"),
@@ -247,6 +248,8 @@ def _parameters(
         return None
     if not any(found.get(weight) for weight in set(_SCORERS.values())):
         return None  # all score the same, and equal scores are drawn from
+    if pickers == ["weighted-random-picker"]:
+        found["drawn"] = 1.0
     return found
 
 
