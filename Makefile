@@ -18,7 +18,7 @@ coverage: setup  ## the whole suite with line coverage
 test-vllm: setup  ## compare with vLLM's real scheduler, in an environment of its own
 	scripts/test-vllm
 
-test-live: setup  ## the plug-in in the real vLLM, Ray Serve and LiteLLM, in environments of their own
+test-live: setup  ## the plug-in in the real vLLM, Ray Serve, LiteLLM and Envoy, in environments of their own
 	scripts/test-live
 
 test-clients: setup  ## other people's clients and checkers, in environments of their own
