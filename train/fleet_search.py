@@ -3,7 +3,7 @@
 Who goes where, and beside it where a request decodes or which ones migrate. What a choice does
 there shows only later and elsewhere, so choices are not tried one by one: whole episodes are
 played, in compiled code, all candidates of a generation the same ones. What is kept is what is best
-on validation episodes.
+on validation episodes, if it is ahead of what the search began with by more than luck may be.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -34,6 +35,9 @@ from servegym.train.search_run import SearchRun
 from servegym.train.training_run import Stage
 from servegym.train.validation import FIRST_SEED, Validated
 from servegym.typing import FloatArray
+
+#: Standard errors of the paired difference by which what is kept is ahead of the start.
+_MARGIN = 2.0
 
 
 class FleetSearchTrainer(SearchRun[FleetSearchTraining, FleetWeights]):
@@ -61,7 +65,14 @@ class FleetSearchTrainer(SearchRun[FleetSearchTraining, FleetWeights]):
 
     @override
     def _validation_episodes(self) -> list[Episode]:
-        return self.episodes(FIRST_SEED, self.config.num_validation, self.config.num_requests)
+        c = self.config
+        return self.episodes(FIRST_SEED, c.num_validation, c.validation_requests)
+
+    @override
+    def is_better(self, found: Validated) -> bool:
+        gains = self.first_scores - found.scores
+        luck = gains.std(ddof=1) / np.sqrt(len(gains))
+        return super().is_better(found) and bool(gains.mean() > _MARGIN * luck)
 
     def _play(self, policy: Policy | Pair, episodes: list[Episode]) -> Simulator:
         return DispatchEpisodes(self.scenario, episodes).run(policy)
@@ -119,6 +130,7 @@ class FleetSearchTrainer(SearchRun[FleetSearchTraining, FleetWeights]):
                 "minutes": round(self.spent_s / 60.0, 2),
                 "seed": self.config.seed,
                 "validation_loss": round(float(self.best_scores.mean()), 5),
+                "validation_gain": round(self.gain, 5),
             },
         )
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Fixed, Suppress, arg
 
+from servegym.errors import ConfigError
 from servegym.train.ranges import check_counts, check_load, check_minutes
 
 
@@ -31,12 +32,15 @@ class FleetSearchTraining:
     """Generations, at most."""
     num_candidates: int = 24
     """Of a generation."""
-    num_episodes: int = 4
+    num_episodes: int = 6
     """That each of them plays."""
-    num_validation: int = 12
-    """Episodes by which the best is chosen."""
     num_requests: int = 1024
-    """Requests per episode."""
+    """Requests of each of those."""
+    num_validation: int = 16
+    """Episodes by which the best is chosen; the start is kept unless something is ahead of it by
+    two standard errors."""
+    validation_requests: int | None = None
+    """Requests of each of those; as many as the scenario's episodes have, where nothing is said."""
     seed: int = 0
     """Of everything."""
 
@@ -48,11 +52,12 @@ class FleetSearchTraining:
     def __post_init__(self) -> None:
         check_load(self.load)
         check_minutes(self.max_minutes)
-        check_counts(
-            self,
-            "max_generations",
-            "num_candidates",
-            "num_episodes",
-            "num_requests",
-            "num_validation",
-        )
+        counts = ["max_generations", "num_candidates", "num_episodes", "num_requests"]
+        if self.validation_requests is not None:
+            counts.append("validation_requests")
+        check_counts(self, *counts)
+        if self.num_validation < 2:
+            raise ConfigError(
+                "num_validation must be at least 2, as one episode does not say how far off it is, "
+                f"got {self.num_validation}"
+            )
