@@ -36,9 +36,6 @@ from servegym.train.training_run import Stage
 from servegym.train.validation import FIRST_SEED, Validated
 from servegym.typing import FloatArray
 
-#: Standard errors of the paired difference by which what is kept is ahead of the start.
-_MARGIN = 2.0
-
 
 class FleetSearchTrainer(SearchRun[FleetSearchTraining, FleetWeights]):
     """A run that searches a dispatcher and the second decision of its fleet."""
@@ -72,7 +69,7 @@ class FleetSearchTrainer(SearchRun[FleetSearchTraining, FleetWeights]):
     def is_better(self, found: Validated) -> bool:
         gains = self.first_scores - found.scores
         luck = gains.std(ddof=1) / np.sqrt(len(gains))
-        return super().is_better(found) and bool(gains.mean() > _MARGIN * luck)
+        return super().is_better(found) and bool(gains.mean() > self.config.margin * luck)
 
     def _play(self, policy: Policy | Pair, episodes: list[Episode]) -> Simulator:
         return DispatchEpisodes(self.scenario, episodes).run(policy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -37,10 +38,12 @@ class FleetSearchTraining:
     num_requests: int = 1024
     """Requests of each of those."""
     num_validation: int = 16
-    """Episodes by which the best is chosen; the start is kept unless something is ahead of it by
-    two standard errors."""
+    """Episodes by which the best is chosen."""
     validation_requests: int | None = None
     """Requests of each of those; as many as the scenario's episodes have, where nothing is said."""
+    margin: float = 2.0
+    """Standard errors by which a policy must be ahead of the start on those, or the start is kept;
+    with 0 any gain will do."""
     seed: int = 0
     """Of everything."""
 
@@ -52,6 +55,8 @@ class FleetSearchTraining:
     def __post_init__(self) -> None:
         check_load(self.load)
         check_minutes(self.max_minutes)
+        if not 0 <= self.margin < math.inf:
+            raise ConfigError(f"margin must be at least 0 and finite, got {self.margin:g}")
         counts = ["max_generations", "num_candidates", "num_episodes", "num_requests"]
         if self.validation_requests is not None:
             counts.append("validation_requests")

@@ -249,6 +249,14 @@ def test_the_start_is_kept_unless_the_gain_is_beyond_two_standard_errors(
     assert not trainer.is_better(found)
 
 
+def test_without_a_margin_any_gain_will_do(tiered, tmp_path):
+    trainer = FleetSearchTrainer(settings(tiered, margin=0.0), tmp_path / "run")
+    trainer.first_scores = trainer.best_scores = np.array([1.0, 2.0, 3.0, 4.0])
+    for gain, kept in ((0.1, True), (0.0, False), (-0.1, False)):
+        gains = gain + np.array([0.3, -0.3, 0.1, -0.1])
+        assert trainer.is_better(Validated(trainer.first_scores - gains, 1.0, 1.0)) is kept
+
+
 def test_episodes_that_choose_are_as_long_as_those_of_an_evaluation(tiered, tmp_path):
     scenario = load_scenario(tiered)
     for given, wanted in ((None, scenario.num_requests), (30, 30)):
@@ -323,6 +331,8 @@ def test_scenarios_with_one_decision_and_rules_outside_the_space_are_refused(cap
         settings("pd-equal", validation_requests=0)
     with pytest.raises(ConfigError, match="num_validation must be at least 2, as one episode does"):
         settings("pd-equal", num_validation=1)
+    with pytest.raises(ConfigError, match="margin must be at least 0 and finite, got -1"):
+        settings("pd-equal", margin=-1.0)
 
 
 @pytest.mark.parametrize(
