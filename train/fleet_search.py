@@ -68,8 +68,8 @@ class FleetSearchTrainer(SearchRun[FleetSearchTraining, FleetWeights]):
     @override
     def is_better(self, found: Validated) -> bool:
         gains = self.first_scores - found.scores
-        luck = gains.std(ddof=1) / np.sqrt(len(gains))
-        return super().is_better(found) and bool(gains.mean() > self.config.margin * luck)
+        error = gains.std(ddof=1) / np.sqrt(len(gains))
+        return super().is_better(found) and bool(gains.mean() > self.config.margin * error)
 
     def _play(self, policy: Policy | Pair, episodes: list[Episode]) -> Simulator:
         return DispatchEpisodes(self.scenario, episodes).run(policy)

@@ -396,6 +396,9 @@ def test_the_search_for_what_is_kept_begins_with_the_very_rule_choice_for_choice
     space = fleet_space(scenario, text)
     assert isinstance(space, RetainSpace)
     assert len(space.start) == 2 + 4 * len(TURN_TERMS)
+    # sizes are logarithms of up to e^4 thousand tokens: their weights vary a quarter as much
+    spreads = dict(zip(TURN_TERMS, space.spread[2 : 2 + len(TURN_TERMS)].tolist(), strict=True))
+    assert spreads["tokens"] == spreads["constant"] / 4 > 0
     learned, known = fleet_policy(space.weights(space.start), "start"), resolve_dispatch(text)
     episodes = [scenario.episode(seed, load=2.0, num_requests=80) for seed in range(2)]
     one, other = (DispatchEpisodes(scenario, episodes).run(policy) for policy in (learned, known))
