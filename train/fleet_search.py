@@ -67,9 +67,13 @@ class FleetSearchTrainer(SearchRun[FleetSearchTraining, FleetWeights]):
 
     @override
     def is_better(self, found: Validated) -> bool:
-        gains = self.first_scores - found.scores
-        error = gains.std(ddof=1) / np.sqrt(len(gains))
-        return super().is_better(found) and bool(gains.mean() > self.config.margin * error)
+        gain = float((self.first_scores - found.scores).mean())
+        return super().is_better(found) and gain > self.config.margin * self._error(found.scores)
+
+    def _error(self, scores: FloatArray) -> float:
+        """Return the standard error of the gain over the start, episode by episode."""
+        gains = self.first_scores - scores
+        return float(gains.std(ddof=1) / np.sqrt(len(gains)))
 
     def _play(self, policy: Policy | Pair, episodes: list[Episode]) -> Simulator:
         return DispatchEpisodes(self.scenario, episodes).run(policy)
@@ -128,6 +132,7 @@ class FleetSearchTrainer(SearchRun[FleetSearchTraining, FleetWeights]):
                 "seed": self.config.seed,
                 "validation_loss": round(float(self.best_scores.mean()), 5),
                 "validation_gain": round(self.gain, 5),
+                "validation_gain_error": round(self._error(self.best_scores), 5),
             },
         )
 

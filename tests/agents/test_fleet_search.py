@@ -224,6 +224,10 @@ def test_what_is_found_is_no_worse_on_validation_and_plays_so_from_its_file(
         DispatchEpisodes(trainer.scenario, trainer._validation).run(policy)
     )
     np.testing.assert_array_equal(played.scores, trainer.best_scores)
+    said = json.loads((path.parent / NAME).read_text())["training"]
+    gains = trainer.first_scores - trainer.best_scores
+    assert said["validation_gain"] == round(gains.mean(), 5)
+    assert said["validation_gain_error"] == round(gains.std(ddof=1) / 2.0, 5)  # of four episodes
 
 
 @pytest.mark.parametrize(
