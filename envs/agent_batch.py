@@ -165,7 +165,7 @@ class AgentBatch:
 
     @property
     def is_up(self) -> BoolArray:
-        """Who can be asked, not the schedulers of replicas that are down: `bool[fleets, agents]`."""
+        """Who can be asked, as replicas that are down ask nobody, `bool[num_fleets, agents]`."""
         width = self.batch.num_schedulers
         up = self.is_present.copy()
         up[:, 1 : 1 + width] &= self.batch.simulator.state.observation[:, OBSERVED_UP, :width] > 0.0

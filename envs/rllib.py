@@ -2,26 +2,20 @@
 
 An agent has an observation where it is asked, and only there, so nobody passes: RLlib keeps its
 action until it is asked again, and its reward is what it has earned by then. Agents of a class have
-the same spaces, so they can share a policy: `policy_of` says so. See `docs/env-cluster.md`.
+the same spaces, so they can share a policy: `policy_of` says so. See `docs/env-cluster.md`. RLlib
+is imported only for who asks for one of its classes.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from ray.rllib.callbacks.utils import make_callback
-from ray.rllib.env.env_context import EnvContext
-from ray.rllib.env.multi_agent_env import MultiAgentEnv
-from ray.rllib.env.multi_agent_env_runner import MultiAgentEnvRunner
-from ray.rllib.env.vector.vector_multi_agent_env import VectorMultiAgentEnv
 
 from servegym.envs.agent_batch import AgentBatch, Ended, Turn
 from servegym.errors import InvalidAction, ResetNeeded
-
-#: What RLlib wants to know of a step: observations, rewards, terminated, truncated and infos.
-Stepped = tuple[dict[str, Any], dict[str, float], dict[str, bool], dict[str, bool], dict[str, Any]]
 
 
 def policy_of(agent_id: str, episode: Any = None, **kwargs: Any) -> str:
@@ -29,44 +23,11 @@ def policy_of(agent_id: str, episode: Any = None, **kwargs: Any) -> str:
     return agent_id.rpartition("_")[0]
 
 
-class ClusterMultiAgentEnv(MultiAgentEnv):  # type: ignore[misc]
-    """The agents of one fleet.
+class FleetsByName:
+    """The agents of many fleets, stepped in one compiled call, in dictionaries by their names.
 
-    Args:
-        settings: Of `AgentBatch`, by name; RLlib's `env_config`.
-    """
-
-    def __init__(self, settings: dict[str, Any] | None = None) -> None:
-        self._vector = ClusterVectorMultiAgentEnv(1, settings)
-        self.observation_spaces = self._vector.single_observation_spaces
-        self.action_spaces = self._vector.single_action_spaces
-        self.possible_agents = [*self._vector.fleets.possible_agents]
-        self.agents = [*self.possible_agents]
-        super().__init__()
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Begin an episode; the agent that is asked first sees something."""
-        seen, infos = self._vector.reset(seed=seed, options=options)
-        self.agents = self._vector.present(0)
-        return seen[0], infos[0]
-
-    def step(self, action_dict: dict[str, Any]) -> Stepped:
-        """Take the decision of the agent that is asked."""
-        if self._vector.is_over[0]:
-            raise ResetNeeded("the episode is over or none has begun: call reset")
-        return tuple(part[0] for part in self._vector.step([action_dict]))  # type: ignore[return-value]
-
-    def close(self) -> None:
-        """End; the fleet cannot be used any more."""
-        self._vector.close()
-
-
-class ClusterVectorMultiAgentEnv(VectorMultiAgentEnv):  # type: ignore[misc]
-    """The agents of many fleets, stepped in one compiled call.
-
-    A fleet whose episode is over begins the next in the step after (`next_step`, as RLlib's own).
+    What RLlib's vector environments do, without RLlib. A fleet whose episode is over begins the
+    next in the step after (`next_step`, as RLlib's own).
 
     Args:
         num_envs: Fleets.
@@ -135,10 +96,6 @@ class ClusterVectorMultiAgentEnv(VectorMultiAgentEnv):  # type: ignore[misc]
             rewards[fleet] = dict.fromkeys(seen[fleet], 0.0)
         return seen, rewards, terminated, truncated, infos
 
-    def close_extras(self, **kwargs: Any) -> None:
-        """Release threads."""
-        self.fleets.close()
-
     def _no_infos(self) -> list[dict[str, Any]]:
         return [{} for _ in range(self.num_envs)]
 
@@ -203,44 +160,100 @@ class ClusterVectorMultiAgentEnv(VectorMultiAgentEnv):  # type: ignore[misc]
         return seen, rewards
 
 
-class ClusterEnvRunner(MultiAgentEnvRunner):  # type: ignore[misc]
-    """RLlib's runner of many agents, over fleets that are stepped in one compiled call.
+@cache
+def cluster_env() -> type[Any]:
+    """Return the class `ClusterMultiAgentEnv`, the agents of one fleet as RLlib's.
+
+    It takes the settings of `AgentBatch` as a dictionary, RLlib's `env_config`.
+    """
+    from ray.rllib.env.multi_agent_env import MultiAgentEnv
+
+    class ClusterMultiAgentEnv(MultiAgentEnv):  # type: ignore[misc]
+        """The agents of one fleet."""
+
+        def __init__(self, settings: dict[str, Any] | None = None) -> None:
+            self._fleets = FleetsByName(1, settings)
+            self.observation_spaces = self._fleets.single_observation_spaces
+            self.action_spaces = self._fleets.single_action_spaces
+            self.possible_agents = [*self._fleets.fleets.possible_agents]
+            self.agents = [*self.possible_agents]
+            super().__init__()
+
+        def reset(
+            self, *, seed: int | None = None, options: dict[str, Any] | None = None
+        ) -> tuple[dict[str, Any], dict[str, Any]]:
+            """Begin an episode; the agent that is asked first sees something."""
+            seen, infos = self._fleets.reset(seed=seed, options=options)
+            self.agents = self._fleets.present(0)
+            return seen[0], infos[0]
+
+        def step(self, action_dict: dict[str, Any]) -> tuple[Any, ...]:
+            """Take the decision of the agent that is asked."""
+            if self._fleets.is_over[0]:
+                raise ResetNeeded("the episode is over or none has begun: call reset")
+            return tuple(part[0] for part in self._fleets.step([action_dict]))
+
+        def close(self) -> None:
+            """End; the fleet cannot be used any more."""
+            self._fleets.fleets.close()
+
+    return ClusterMultiAgentEnv
+
+
+@cache
+def cluster_env_runner() -> type[Any]:
+    """Return the class `ClusterEnvRunner`, RLlib's runner over fleets stepped in one compiled call.
 
     RLlib's own steps environments one after the other. Give it to `config.env_runners` as
     `env_runner_cls`; `config.environment` names any environment, `env_config` has the settings of
     `AgentBatch`.
     """
+    from ray.rllib.callbacks.utils import make_callback
+    from ray.rllib.env.env_context import EnvContext
+    from ray.rllib.env.multi_agent_env_runner import MultiAgentEnvRunner
+    from ray.rllib.env.vector.vector_multi_agent_env import VectorMultiAgentEnv
 
-    def make_env(self) -> None:
-        """Make the fleets."""
-        if self.env is not None:
-            self.env.close()
-        context = self.config.env_config
-        if not isinstance(context, EnvContext):
-            context = EnvContext(
-                context, self.worker_index, num_workers=self.config.num_env_runners
+    class ClusterVectorMultiAgentEnv(FleetsByName, VectorMultiAgentEnv):  # type: ignore[misc]
+        """The agents of many fleets."""
+
+        def close_extras(self, **kwargs: Any) -> None:
+            """Release threads."""
+            self.fleets.close()
+
+    class ClusterEnvRunner(MultiAgentEnvRunner):  # type: ignore[misc]
+        """RLlib's runner of many agents."""
+
+        def make_env(self) -> None:
+            """Make the fleets."""
+            if self.env is not None:
+                self.env.close()
+            context = self.config.env_config
+            if not isinstance(context, EnvContext):
+                workers = self.config.num_env_runners
+                context = EnvContext(context, self.worker_index, num_workers=workers)
+            self.num_envs = self.config.num_envs_per_env_runner
+            self.env = ClusterVectorMultiAgentEnv(self.num_envs, dict(context))
+            # RLlib asks each for its spaces, and for nothing else
+            self.env.envs = [cluster_env()(dict(context))] * self.num_envs
+            self._needs_initial_reset = True
+            make_callback(
+                "on_environment_created",
+                callbacks_objects=self._callbacks,
+                callbacks_functions=self.config.callbacks_on_environment_created,
+                kwargs={
+                    "env_runner": self,
+                    "metrics_logger": self.metrics,
+                    "env": self.env.unwrapped,
+                    "env_context": context,
+                },
             )
-        self.env = ClusterVectorMultiAgentEnv(self.config.num_envs_per_env_runner, dict(context))
-        self.num_envs = self.env.num_envs
-        # RLlib asks each for its spaces, and for nothing else
-        self.env.envs = [ClusterMultiAgentEnv(dict(context))] * self.num_envs
-        self._needs_initial_reset = True
-        make_callback(
-            "on_environment_created",
-            callbacks_objects=self._callbacks,
-            callbacks_functions=self.config.callbacks_on_environment_created,
-            kwargs={
-                "env_runner": self,
-                "metrics_logger": self.metrics,
-                "env": self.env.unwrapped,
-                "env_context": context,
-            },
-        )
+
+    return ClusterEnvRunner
 
 
 def register(name: str = "servegym-cluster-agents") -> str:
     """Tell RLlib of `ClusterMultiAgentEnv` under a name; return it."""
     from ray.tune import register_env
 
-    register_env(name, lambda context: ClusterMultiAgentEnv(dict(context)))
+    register_env(name, lambda context: cluster_env()(dict(context)))
     return name

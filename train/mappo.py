@@ -34,8 +34,8 @@ from servegym.typing import FloatArray
 
 #: Classes of agents, in the order of their weights.
 _CLASSES = {"scheduler": SCHEDULERS, "dispatcher": DISPATCHER}
-#: Logit of what is not allowed.
-_FORBIDDEN = -1e8
+#: Logit of what is not allowed: below any that a low temperature makes.
+_FORBIDDEN = torch.finfo(torch.float32).min
 _MAX_GRAD_NORM = 0.5
 
 
@@ -308,10 +308,10 @@ class MappoTrainer(PairRun[MappoTraining]):
                     with torch.no_grad():
                         kls.append(share * float((ratio - 1.0 - log_ratio).mean()))
                         clipped.append(share * float((ratio != kept).float().mean()))
-                self._step(self.critic_optimizer, value_loss)
+                self._descend(self.critic_optimizer, value_loss)
                 losses.append(float(value_loss.detach()))
                 if not warm:
-                    self._step(self.optimizer, -gain)
+                    self._descend(self.optimizer, -gain)
                     gains.append(float(gain.detach()))
             if warm:
                 continue
@@ -328,7 +328,7 @@ class MappoTrainer(PairRun[MappoTraining]):
         return stats
 
     @staticmethod
-    def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    def _descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         for group in optimizer.param_groups:

@@ -8,6 +8,7 @@ import pytest
 from servegym.cluster.spec import Episode
 from servegym.envs import cluster_v0
 from servegym.envs.agent_batch import AgentBatch, Turn
+from servegym.envs.rllib import FleetsByName, policy_of
 from servegym.errors import ConfigError, InvalidAction, ResetNeeded
 from servegym.policy.contract import NUM_OBSERVED_FEATURES, OUTSTANDING_REQUESTS
 from servegym.workloads.table import RequestTable
@@ -222,3 +223,43 @@ def test_what_is_wrong_is_refused_before_anything_happens():
         len(turn.asked["dispatcher"].observation[0])
         == batch.spaces["dispatcher_0"]["observation"].shape[0]
     )
+
+
+def test_fleets_stepped_together_begin_anew_in_the_step_after_their_end():
+    vector = FleetsByName(3, {"scenario": tight(), "load": 2.0})
+    seen, _ = vector.reset(seed=1)
+    ended, began, rng = 0, 0, np.random.default_rng(0)
+    decided = [set[str]() for _ in range(3)]
+    while ended < 6:
+        was_over = vector.is_over.copy()
+        actions = [
+            {}
+            if over
+            else {name: rng.choice(np.flatnonzero(view["action_mask"])) for name, view in s.items()}
+            for over, s in zip(was_over, seen, strict=True)
+        ]
+        for fleet in range(3):
+            decided[fleet] |= set(actions[fleet])
+        seen, rewards, terminated, _, _ = vector.step(actions)
+        for fleet in range(3):
+            if terminated[fleet]["__all__"]:
+                assert seen[fleet] == {}
+                assert set(rewards[fleet]) == decided[fleet] > {"dispatcher_0"}
+                decided[fleet] = set()
+                ended += 1
+            else:
+                assert len(seen[fleet]) == 1
+                assert rewards[fleet].keys() == seen[fleet].keys()
+            if was_over[fleet]:
+                assert rewards[fleet] == {"dispatcher_0": 0.0}
+                began += 1
+    assert began >= 3
+    assert {policy_of(name) for name in vector.fleets.possible_agents} == {
+        "dispatcher",
+        "scheduler",
+    }
+    vector.is_over[:] = False
+    with pytest.raises(
+        InvalidAction, match=r"_\d is asked in fleet \d and must act, got actions of"
+    ):
+        vector.step([{}, {}, {}])

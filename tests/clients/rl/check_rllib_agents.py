@@ -12,13 +12,7 @@ from ray.rllib.utils.pre_checks.env import check_multiagent_environments
 
 from servegym.agents.rllib_module import masked_module
 from servegym.envs import cluster_v0
-from servegym.envs.rllib import (
-    ClusterEnvRunner,
-    ClusterMultiAgentEnv,
-    ClusterVectorMultiAgentEnv,
-    policy_of,
-    register,
-)
+from servegym.envs.rllib import cluster_env, cluster_env_runner, policy_of, register
 from servegym.errors import InvalidAction, ResetNeeded
 
 SMALL = {"scenario": "kv-starved-fleet", "num_requests": 40, "load": 4.0, "max_waiting": 8}
@@ -39,12 +33,12 @@ def drawn(rng, seen):
 
 
 def test_rllibs_own_check_passes():
-    check_multiagent_environments(ClusterMultiAgentEnv(SMALL))
+    check_multiagent_environments(cluster_env()(SMALL))
 
 
 @pytest.mark.parametrize("settings", [SMALL, TRUNCATED], ids=["terminated", "truncated"])
 def test_each_agent_earns_what_it_earns_in_pettingzoo(settings):
-    env, other = ClusterMultiAgentEnv(settings), cluster_v0.raw_env(**settings)
+    env, other = cluster_env()(settings), cluster_v0.raw_env(**settings)
     seen, _ = env.reset(seed=3)
     other.reset(seed=3)
     earned, want = dict.fromkeys(env.agents, 0.0), dict.fromkeys(env.agents, 0.0)
@@ -75,33 +69,7 @@ def test_each_agent_earns_what_it_earns_in_pettingzoo(settings):
         env.step({"scheduler_1": 0})
 
 
-def test_fleets_stepped_together_begin_anew_in_the_step_after_their_end():
-    vector = ClusterVectorMultiAgentEnv(3, SMALL)
-    seen, _ = vector.reset(seed=1)
-    ended, began, rng = 0, 0, np.random.default_rng(0)
-    decided = [set[str]() for _ in range(3)]
-    while ended < 6:
-        was_over = vector.is_over.copy()
-        actions = [{} if over else drawn(rng, s) for over, s in zip(was_over, seen, strict=True)]
-        for fleet in range(3):
-            decided[fleet] |= set(actions[fleet])
-        seen, rewards, terminated, _, _ = vector.step(actions)
-        for fleet in range(3):
-            if terminated[fleet]["__all__"]:
-                assert seen[fleet] == {}
-                assert set(rewards[fleet]) == decided[fleet] > {"dispatcher_0"}
-                decided[fleet] = set()
-                ended += 1
-            else:
-                assert len(seen[fleet]) == 1
-                assert rewards[fleet].keys() == seen[fleet].keys()
-            if was_over[fleet]:
-                assert rewards[fleet] == {"dispatcher_0": 0.0}
-                began += 1
-    assert began >= 3
-
-
-@pytest.mark.parametrize("runner", [None, ClusterEnvRunner], ids=["one by one", "one call"])
+@pytest.mark.parametrize("runner", [None, cluster_env_runner()], ids=["one by one", "one call"])
 def test_ppo_trains_a_policy_of_all_schedulers_and_one_of_the_dispatcher(runner):
     settings = {**SMALL, "normalise": True, "shaping": "cost-to-go", "reward_scale": "auto"}
     module = RLModuleSpec(module_class=masked_module(), model_config={"hidden": 16})
