@@ -1,4 +1,4 @@
-.PHONY: demo docs test test-nojit coverage test-vllm test-live test-clients check bench release setup
+.PHONY: demo docs test test-nojit coverage test-vllm test-peers test-live test-clients check bench release setup
 
 setup:
 	@scripts/setup
@@ -17,6 +17,9 @@ coverage: setup  ## the whole suite with line coverage
 
 test-vllm: setup  ## compare with vLLM's real scheduler, in an environment of its own
 	scripts/test-vllm
+
+test-peers: setup  ## published rows through other simulators: PUBLISHED=measurements.csv.gz
+	scripts/test-peers "$(PUBLISHED)"
 
 test-live: setup  ## the plug-in in the real vLLM, Ray Serve and LiteLLM, in environments of their own
 	scripts/test-live

@@ -1,0 +1,76 @@
+"""Ask AIConfigurator, where it is installed: drive_aiconfigurator.py WORK.json ANSWERS.json.
+
+It has no queue and no single requests: an estimate is of a steady state at a batch, here that of
+the clients, at the mean lengths.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from aiconfigurator.cli.api import cli_estimate
+from aiconfigurator.sdk.perf_database import get_latest_database_version
+from checkpoint import folder_of
+
+#: It takes seconds to look up.
+latest = cache(get_latest_database_version)
+
+
+def estimate(piece: dict[str, Any], folder: Path) -> dict[str, float]:
+    """Return its figures for a piece of work.
+
+    Raises:
+        ValueError: If it has none to give; it raises others, too.
+    """
+    if piece["queued"]:
+        raise ValueError("no queue: the batch that runs would have to be assumed")
+    result = cli_estimate(
+        str(folder),
+        piece["system"],
+        backend_name=piece["backend"],
+        backend_version=latest(piece["system"], piece["backend"]),
+        isl=round(fmean(piece["prompt_tokens"])),
+        osl=round(fmean(piece["output_tokens"])),
+        batch_size=max(1, round(piece["concurrency"] / piece["attention_dp"])),
+        tp_size=piece["tp"],
+        attention_dp_size=piece["attention_dp"],
+        moe_tp_size=piece["moe_tp"] or None,
+        moe_ep_size=piece["moe_ep"] or None,
+        kvcache_quant_mode="fp8" if piece["fp8_kv"] else "bfloat16",
+    )
+    if result.kv_cache_warning:
+        raise ValueError("the batch is beyond its KV cache, for which its times do not hold")
+    return {
+        "tpot_s": float(result.tpot) / 1e3,
+        "ttft_s": float(result.ttft) / 1e3,
+        "e2e_s": float(result.raw["request_latency"]) / 1e3,
+        "output_tokens_per_s": float(result.raw["tokens/s"]),
+    }
+
+
+def main() -> None:
+    logging.disable(logging.WARNING)
+    answers = []
+    pieces = json.loads(Path(sys.argv[1]).read_text())
+    with tempfile.TemporaryDirectory() as made:
+        for i, piece in enumerate(pieces):
+            print(f"\r  {i} of {len(pieces)}", end="", file=sys.stderr, flush=True)
+            answer = {"row_id": piece["row_id"]}
+            try:
+                answer["figures"] = estimate(piece, folder_of(piece, Path(made)))
+            except Exception as error:  # whatever it raises is its answer
+                answer["refused"] = (str(error) or type(error).__name__).splitlines()[0]
+            answers.append(answer)
+    print("\r", end="", file=sys.stderr)
+    Path(sys.argv[2]).write_text(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main()
