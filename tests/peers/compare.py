@@ -1,7 +1,7 @@
 """Draw work for peers, and compare their answers and ours with what was measured.
 
 python -m peers.compare draw measurements.csv.gz 4 work.json
-python -m peers.compare report measurements.csv.gz 4 aiconfigurator=answers.json ...
+python -m peers.compare report measurements.csv.gz 4 aiconfigurator=answers.jsonl ...
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("command", choices=("draw", "report"))
     parser.add_argument("published", type=Path)
     parser.add_argument("per_group", type=int)
-    parser.add_argument("files", nargs="+", help="work.json, or NAME=answers.json of each peer")
+    parser.add_argument("files", nargs="+", help="work.json, or NAME=answers.jsonl of each peer")
     parser.add_argument("--document", type=Path, help="where to write the tables, too")
     told = parser.parse_args()
     rows, left_out = drawn(read_published(told.published), told.per_group)
@@ -150,7 +150,10 @@ def main() -> None:
         print(f"{len(rows)} rows")
         return
     named = dict(text.split("=", 1) for text in told.files)
-    answers = {name: json.loads(Path(path).read_text()) for name, path in named.items()}
+    answers = {
+        name: [json.loads(line) for line in Path(path).read_text().splitlines()]
+        for name, path in named.items()
+    }
     scores, skipped = score_rows([row for row, _ in rows], {})
     figures = {name: figures_of(found) for name, found in answers.items()}
     title = "The same rows through other simulators, error in %"

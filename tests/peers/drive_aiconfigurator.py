@@ -1,4 +1,4 @@
-"""Ask AIConfigurator, where it is installed: drive_aiconfigurator.py WORK.json ANSWERS.json.
+"""Ask AIConfigurator, where it is installed: drive_aiconfigurator.py WORK.json ANSWERS.jsonl.
 
 It has no queue and no single requests: an estimate is of a steady state at a batch, here that of
 the clients, at the mean lengths.
@@ -6,10 +6,7 @@ the clients, at the mean lengths.
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
-import tempfile
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -17,6 +14,7 @@ from typing import Any
 
 from aiconfigurator.cli.api import cli_estimate
 from aiconfigurator.sdk.perf_database import get_latest_database_version
+from asking import ask_all
 from checkpoint import folder_of
 
 #: It takes seconds to look up.
@@ -55,22 +53,6 @@ def estimate(piece: dict[str, Any], folder: Path) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    logging.disable(logging.WARNING)
-    answers = []
-    pieces = json.loads(Path(sys.argv[1]).read_text())
-    with tempfile.TemporaryDirectory() as made:
-        for i, piece in enumerate(pieces):
-            print(f"\r  {i} of {len(pieces)}", end="", file=sys.stderr, flush=True)
-            answer = {"row_id": piece["row_id"]}
-            try:
-                answer["figures"] = estimate(piece, folder_of(piece, Path(made)))
-            except Exception as error:  # whatever it raises is its answer
-                answer["refused"] = (str(error) or type(error).__name__).splitlines()[0]
-            answers.append(answer)
-    print("\r", end="", file=sys.stderr)
-    Path(sys.argv[2]).write_text(json.dumps(answers))
-
-
 if __name__ == "__main__":
-    main()
+    logging.disable(logging.WARNING)
+    ask_all(lambda piece, made: estimate(piece, folder_of(piece, made)))

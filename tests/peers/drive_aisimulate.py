@@ -1,4 +1,4 @@
-"""Ask AISimulate, where it is installed: drive_aisimulate.py WORK.json ANSWERS.json.
+"""Ask AISimulate, where it is installed: drive_aisimulate.py WORK.json ANSWERS.jsonl.
 
 It simulates single requests in passes, as servegym does, and gets the same lengths in the same
 order from as many clients.
@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import yaml
 from aisimulate.main import main as aisimulate
+from asking import ask_all
 from checkpoint import folder_of
 
 #: Tokens of a block of a trace; requests share none.
@@ -92,21 +91,5 @@ def predict(piece: dict[str, Any], work: Path) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    answers = []
-    pieces = json.loads(Path(sys.argv[1]).read_text())
-    with tempfile.TemporaryDirectory() as made:
-        for i, piece in enumerate(pieces):
-            print(f"\r  {i} of {len(pieces)}", end="", file=sys.stderr, flush=True)
-            answer = {"row_id": piece["row_id"]}
-            try:
-                answer["figures"] = predict(piece, Path(made))
-            except Exception as error:  # whatever it raises is its answer
-                answer["refused"] = (str(error) or type(error).__name__).splitlines()[-1]
-            answers.append(answer)
-    print("\r", end="", file=sys.stderr)
-    Path(sys.argv[2]).write_text(json.dumps(answers))
-
-
 if __name__ == "__main__":
-    main()
+    ask_all(predict)
