@@ -23,8 +23,10 @@ from servegym.validate.tables import TextTable
 from .work import as_json, drawn, figures_of
 
 HEADS = {"tpot_s": "TPOT", "ttft_s": "TTFT", "e2e_s": "E2E", "output_tokens_per_s": "throughput"}
-#: What is particular to one row in a peer's refusal.
-PARTICULAR = re.compile(r"'[^']*/[^']*'|\S*/tmp/\S*|(?<![\w.])\d[\d,.]*")
+#: What is particular to one row in a peer's refusal: names, keys, paths and numbers.
+PARTICULAR = re.compile(r"\{.*\}|'[^']*'|\"[^\"]*\"|\S*/\S+/\S*|(?<![\w.])\d[\d,.]*")
+#: What goes before it: the layers that the reason came through.
+LAYERS = re.compile(r".*\b\w+Error: ")
 
 
 class Pair(NamedTuple):
@@ -121,8 +123,8 @@ def refusals(
 
 
 def general(reason: str) -> str:
-    """Cut what is particular to one row off a reason: numbers, paths and what follows a list."""
-    return PARTICULAR.sub("...", reason)[:140].strip()
+    """Return a reason without the layers that it came through and without what is of one row."""
+    return PARTICULAR.sub("...", LAYERS.sub("", reason)).removesuffix(" at ...")[:100].strip()
 
 
 def not_asked(left_out: Sequence[Skipped]) -> TextTable:

@@ -7,18 +7,13 @@ the clients, at the mean lengths.
 from __future__ import annotations
 
 import logging
-from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from aiconfigurator.cli.api import cli_estimate
-from aiconfigurator.sdk.perf_database import get_latest_database_version
-from asking import ask_all
+from asking import ask_all, newest_tables
 from checkpoint import folder_of
-
-#: It takes seconds to look up.
-latest = cache(get_latest_database_version)
 
 
 def estimate(piece: dict[str, Any], folder: Path) -> dict[str, float]:
@@ -33,7 +28,7 @@ def estimate(piece: dict[str, Any], folder: Path) -> dict[str, float]:
         str(folder),
         piece["system"],
         backend_name=piece["backend"],
-        backend_version=latest(piece["system"], piece["backend"]),
+        backend_version=newest_tables(piece["system"], piece["backend"]),
         isl=round(fmean(piece["prompt_tokens"])),
         osl=round(fmean(piece["output_tokens"])),
         batch_size=max(1, round(piece["concurrency"] / piece["attention_dp"])),

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 from aisimulate.main import main as aisimulate
-from asking import ask_all
+from asking import ask_all, newest_tables
 from checkpoint import folder_of
 
 #: Tokens of a block of a trace; requests share none.
@@ -50,6 +50,7 @@ def configuration(piece: dict[str, Any], checkpoint: Path, trace: Path) -> dict[
             "model": str(checkpoint),
             "hardware": piece["system"],
             "backend": piece["backend"],
+            "backend_version": newest_tables(piece["system"], piece["backend"]),
             "workers": {"aggregated": worker},
         },
         "traffic": {

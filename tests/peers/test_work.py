@@ -80,6 +80,7 @@ def test_queued_requests_all_come_at_once():
         ({"model": "Qwen2.5-7B"}, "no configuration of Qwen2.5-7B"),
         ({"concurrency": "", "request_rate": "2"}, "lack"),
         ({"notes": "ShareGPT"}, "lack"),
+        ({"notes": "static batch"}, "static batch"),
         ({"notes": "1P1D, tp=1 per worker"}, "disaggregated"),
         ({"engine": "DeepSpeed"}, "no engine like deepspeed"),
     ],
@@ -147,5 +148,9 @@ def test_rows_that_a_peer_refused_are_in_no_line(scores):
 
 
 def test_reasons_lose_what_is_particular_to_a_row():
-    assert general("no table for m=4096 in /tmp/x/y") == general("no table for m=12 in /tmp/z")
-    assert general("x" * 300) == "x" * 140
+    missing = 'replay failed: DataError: no rows for Key { quant: "fp8", m: %d } at /tmp/x/%s'
+    assert (
+        general(missing % (8, "h100")) == general(missing % (16, "l40s")) == "no rows for Key ..."
+    )
+    assert general("OOM: 'a' does not fit (tp=4)") == "OOM: ... does not fit (tp=...)"
+    assert general("x" * 300) == "x" * 100

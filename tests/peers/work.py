@@ -100,7 +100,9 @@ def work(row: Row, plan: Experiment) -> Work:
     setup = plan.setup
     if plan.prefill is not None:
         raise ConfigError("disaggregated: other workers and links would have to be assumed")
-    if plan.loop not in ("closed", "offline") or plan.lengths == "spread":
+    if plan.loop == "batch":
+        raise ConfigError("a static batch, of an engine older than the peers' tables")
+    if plan.loop == "open" or plan.lengths == "spread":
         raise ConfigError("arrivals or lengths are drawn from distributions that peers lack")
     if plan.family not in BACKENDS:
         raise ConfigError(f"peers have no engine like {plan.family}")
