@@ -32,13 +32,13 @@ def described(
         weights: Number format; empty: its own.
         fp8_kv: Whether the KV cache is kept in fp8.
     """
-    kv = "FP8" if fp8_kv else None
+    kv = "FP8" if fp8_kv else "BF16"  # AISimulate takes FP8 with quantized weights all the same
     if quantized is not None and not weights:
         section = quantized["quantization"] | {"kv_cache_quant_algo": kv}
         return config, quantized | {"quantization": section}
     own = QUANTIZATION[weights] if weights else config.get("quantization_config", {})
     section = {name: value for name, value in own.items() if name != "kv_cache_scheme"}
-    if kv:
+    if section or fp8_kv:
         section["kv_cache_quant_algo"] = kv
     config = {name: value for name, value in config.items() if name != "quantization_config"}
     return (config | {"quantization_config": section} if section else config), None

@@ -103,8 +103,12 @@ def test_of_rows_alike_so_many_are_drawn_and_the_same_each_time():
 
 def test_checkpoint_gets_other_weights_and_cache():
     config = {"hidden_size": 8, "quantization_config": {"quant_method": "mxfp4"}}
-    own = {"hidden_size": 8, "quantization_config": {"quant_method": "mxfp4"}}
-    assert described(config, None, "", fp8_kv=False) == (own, None)
+    own = {"quant_method": "mxfp4", "kv_cache_quant_algo": "BF16"}
+    assert described(config, None, "", fp8_kv=False) == (
+        config | {"quantization_config": own},
+        None,
+    )
+    assert described({"hidden_size": 8}, None, "", fp8_kv=False) == ({"hidden_size": 8}, None)
     made, beside = described({"hidden_size": 8}, None, "fp8-block", fp8_kv=True)
     assert beside is None
     assert made["quantization_config"]["weight_block_size"] == [128, 128]
@@ -112,7 +116,7 @@ def test_checkpoint_gets_other_weights_and_cache():
     shipped = {"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}}
     assert described(config, shipped, "", fp8_kv=False) == (
         config,
-        {"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": None}},
+        {"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "BF16"}},
     )
 
 
