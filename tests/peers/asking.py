@@ -6,15 +6,8 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
-
-from aiconfigurator_core.sdk.perf_database import get_latest_database_version
-
-#: Version of the engine whose tables are the newest, of a system and a backend. It takes seconds to
-#: look up; and what AISimulate takes by default are older tables, which lack more shapes.
-newest_tables = cache(get_latest_database_version)
 
 
 def ask_all(ask: Callable[[dict[str, Any], Path], dict[str, float]]) -> None:

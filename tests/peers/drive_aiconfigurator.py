@@ -12,8 +12,9 @@ from statistics import fmean
 from typing import Any
 
 from aiconfigurator.cli.api import cli_estimate
-from asking import ask_all, newest_tables
+from asking import ask_all
 from checkpoint import folder_of
+from newest import newest_tables
 
 
 def estimate(piece: dict[str, Any], folder: Path) -> dict[str, float]:

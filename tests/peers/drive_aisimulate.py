@@ -14,8 +14,9 @@ from typing import Any
 
 import yaml
 from aisimulate.main import main as aisimulate
-from asking import ask_all, newest_tables
+from asking import ask_all
 from checkpoint import folder_of
+from newest import newest_tables
 
 #: Tokens of a block of a trace; requests share none.
 BLOCK = 512

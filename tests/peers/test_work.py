@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from servegym.errors import ConfigError
 from servegym.validate.published import Row, experiment
 from servegym.validate.score import Comparison, RowScore
 
+from .asking import ask_all
 from .checkpoint import described
 from .compare import Pair, general, pairs, table
 from .work import drawn, work
@@ -118,6 +121,28 @@ def test_checkpoint_gets_other_weights_and_cache():
         config,
         {"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "BF16"}},
     )
+
+
+def test_a_peer_is_asked_what_it_has_not_answered_and_may_refuse(tmp_path, monkeypatch):
+    asked_about = []
+
+    def ask(piece, made):
+        asked_about.append(piece["row_id"])
+        if piece["row_id"] == "3":
+            raise KeyError
+        return {"tpot_s": 0.01}
+
+    given, answers = tmp_path / "work.json", tmp_path / "answers.jsonl"
+    given.write_text(json.dumps([{"row_id": name} for name in "123"]))
+    answers.write_text('{"row_id": "1", "refused": "no table"}\n')
+    monkeypatch.setattr("sys.argv", ["drive", str(given), str(answers)])
+    ask_all(ask)
+    assert asked_about == ["2", "3"]
+    assert [json.loads(line) for line in answers.read_text().splitlines()] == [
+        {"row_id": "1", "refused": "no table"},
+        {"row_id": "2", "figures": {"tpot_s": 0.01}},
+        {"row_id": "3", "refused": "KeyError"},
+    ]
 
 
 @pytest.fixture
