@@ -144,9 +144,12 @@ def main() -> None:
     parser.add_argument("published", type=Path)
     parser.add_argument("per_group", type=int)
     parser.add_argument("files", nargs="+", help="work.json, or NAME=answers.jsonl of each peer")
+    parser.add_argument("--load", choices=("closed", "offline"), help="rows of one kind of load")
     parser.add_argument("--document", type=Path, help="where to write the tables, too")
     told = parser.parse_args()
     rows, left_out = drawn(read_published(told.published), told.per_group)
+    if told.load:
+        rows = [(row, piece) for row, piece in rows if piece.queued == (told.load == "offline")]
     if told.command == "draw":
         Path(told.files[0]).write_text(as_json([piece for _, piece in rows]))
         print(f"{len(rows)} rows")
