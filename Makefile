@@ -1,4 +1,4 @@
-.PHONY: demo docs test test-nojit coverage test-vllm test-live test-clients check bench release setup
+.PHONY: demo docs test test-nojit coverage test-vllm test-peers test-live test-clients check bench release setup
 
 setup:
 	@scripts/setup
@@ -7,6 +7,7 @@ demo: setup  ## train briefly, evaluate against the baselines, show the result
 	.venv/bin/servegym demo
 
 test: setup  ## the whole test suite
+	.venv/bin/servegym compile
 	.venv/bin/python -m pytest -n auto --dist loadfile
 
 test-nojit: setup  ## the tests that can do without the compiler, without it
@@ -18,7 +19,10 @@ coverage: setup  ## the whole suite with line coverage
 test-vllm: setup  ## compare with vLLM's real scheduler, in an environment of its own
 	scripts/test-vllm
 
-test-live: setup  ## the plug-in in the real vLLM, Ray Serve and LiteLLM, in environments of their own
+test-peers: setup  ## published rows through other simulators: PUBLISHED=measurements.csv.gz
+	scripts/test-peers "$(PUBLISHED)"
+
+test-live: setup  ## the plug-in in the real vLLM, Ray Serve, LiteLLM and Envoy, in environments of their own
 	scripts/test-live
 
 test-clients: setup  ## other people's clients and checkers, in environments of their own

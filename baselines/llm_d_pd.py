@@ -12,11 +12,21 @@ from __future__ import annotations
 import numpy as np
 
 from servegym.baselines.choice import no_replica
-from servegym.baselines.llm_d import ALLOWED, DECODING, PREFILLING, highest_score
+from servegym.baselines.llm_d import (
+    ALLOWED,
+    DECODING,
+    PREFILLING,
+    SCORER_PARAMETERS,
+    highest_score,
+)
 from servegym.policy.contract import PREFIX_HIT_TOKENS, PROMPT_TOKENS, Group
 from servegym.policy.policy import Heuristic
 from servegym.policy.rule import rule
 from servegym.typing import BoolArray, FloatArray, UInt64Array
+
+#: Places of the decider's parameters, behind those of the scorers.
+NON_CACHED = len(SCORER_PARAMETERS)
+SHORTEST = NON_CACHED + 1
 
 
 @rule
@@ -33,7 +43,8 @@ def decide(
     if at >= 0 and mask[at]:
         prompt = request[PROMPT_TOKENS]
         uncached = prompt - replicas[PREFIX_HIT_TOKENS, at]
-        if params[3] == 0.0 or uncached < params[3] or prompt < params[4]:
+        enough = params[NON_CACHED]
+        if enough == 0.0 or uncached < enough or prompt < params[SHORTEST]:
             return at
     best = highest_score(replicas, request, mask, params, rng, PREFILLING)
     if best < 0:
@@ -45,16 +56,24 @@ def llm_d_pd(
     queue: float = 2.0,
     kv: float = 2.0,
     prefix: float = 3.0,
+    load: float = 0.0,
+    running: float = 0.0,
+    active: float = 0.0,
+    load_threshold: float = 128.0,
+    idle: float = 0.0,
+    busy: float = 1.0,
+    drawn: float = 0.0,
     non_cached_tokens: float = 8.0,
     prompt_tokens: float = 0.0,
 ) -> Heuristic:
     """llm-d's decider: prefilled elsewhere from so many tokens on that are not cached there."""
+    scores = [queue, kv, prefix, load, running, active, load_threshold, idle, busy, drawn]
     return Heuristic(
         name="llm-d-pd",
         information="metric",
         needs=Group.COUNTERS | Group.METRICS | Group.PREFIX | Group.ROLES,
         decide=decide,
-        params=np.array([queue, kv, prefix, non_cached_tokens, prompt_tokens], np.float64),
-        param_names=("queue", "kv", "prefix", "non_cached_tokens", "prompt_tokens"),
+        params=np.array([*scores, non_cached_tokens, prompt_tokens], np.float64),
+        param_names=(*SCORER_PARAMETERS, "non_cached_tokens", "prompt_tokens"),
         reference="llm-d inference scheduler, prefix-based PD decider",
     )

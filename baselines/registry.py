@@ -46,6 +46,8 @@ _DELAYS = dict.fromkeys(("prefill", "decode"), Range(0.05, 20.0, logarithmic=Tru
 _SHARE = {"shrink": (0.0, 1.0)}
 #: Weights of llm-d's scores.
 SCORES = dict.fromkeys(("queue", "kv", "prefix"), Range(0.1, 10.0, logarithmic=True))
+#: Of llm-d's scorers: a share divides by the first, the others are a share, and yes or no.
+SCORE_BOUNDS = {"load_threshold": (1.0, 1e9), "busy": (0.0, 1.0), "drawn": (0.0, 1.0)}
 
 RULES: Rules[Heuristic | OnlinePolicy] = Rules(
     "policy",
@@ -70,7 +72,7 @@ RULES: Rules[Heuristic | OnlinePolicy] = Rules(
             bounds={"cache_threshold": (0.0, 1.0)},
         ),
         "sglang-older": Entry(sglang_older),
-        "llm-d": Entry(llm_d, SCORES),
+        "llm-d": Entry(llm_d, SCORES, bounds=SCORE_BOUNDS),
         "dynamo": Entry(
             dynamo,
             {
@@ -109,6 +111,7 @@ RULES: Rules[Heuristic | OnlinePolicy] = Rules(
                 "non_cached_tokens": Range(1.0, 8000.0, logarithmic=True),
                 "prompt_tokens": Range(1.0, 8000.0, logarithmic=True),
             },
+            bounds=SCORE_BOUNDS,
         ),
         "llm-d-predicted": Entry(
             llm_d_predicted,

@@ -17,6 +17,7 @@ import numpy as np
 
 from servegym.cluster.state import LEAVE
 from servegym.envs import cluster_v0
+from servegym.envs.agent_batch import AgentBatch
 from servegym.envs.cluster import ClusterVectorEnv
 from servegym.envs.cluster_batch import ClusterBatch
 from servegym.envs.cluster_kernels import KIND_MIGRATE, KIND_RETAIN
@@ -110,6 +111,29 @@ def vector(scenario: str, num_envs: int) -> Callable[[], float]:
     return one_round
 
 
+def agents(scenario: str, num_fleets: int) -> Callable[[], float]:
+    """The agents of many fleets as one batch, by class."""
+    fleets = AgentBatch(num_fleets, scenario)
+    batch, turn = fleets.batch, fleets.reset(seed=0)
+    steps = max(64, DECISIONS // num_fleets)
+
+    def one_round() -> float:
+        nonlocal turn
+        spent = 0.0
+        for _ in range(steps):
+            chosen = choose(batch)
+            first = {"controller": batch.first_move, "scheduler": batch.num_dispatch}
+            actions = {
+                kind: chosen[asked.fleet] - first.get(kind, 0) for kind, asked in turn.asked.items()
+            }
+            begin = time.process_time()
+            turn = fleets.step(actions)
+            spent += time.process_time() - begin
+        return spent / (steps * num_fleets)
+
+    return one_round
+
+
 def sb3(scenario: str, num_envs: int) -> Callable[[], float]:
     """Stable-Baselines3's form of many fleets."""
     from servegym.envs.sb3 import ClusterVecEnv
@@ -148,6 +172,7 @@ def measure(scenario: str, sizes: list[int], num_rounds: int) -> None:
     """Measure all forms of a scenario, batches in these sizes, and print."""
     forms = {"env (AEC)": turns(scenario), "parallel_env": rounds(scenario)}
     forms |= {f"VectorEnv, {size}": vector(scenario, size) for size in sizes}
+    forms |= {f"AgentBatch, {size}": agents(scenario, size) for size in sizes}
     forms |= {f"SB3 VecEnv, {size}": sb3(scenario, size) for size in sizes}
     taken: dict[str, list[float]] = {name: [] for name in forms}
     for form in forms.values():  # compiles

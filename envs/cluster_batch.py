@@ -111,6 +111,8 @@ class ClusterBatch(RequestBatch):
             the controller, `int64[num_envs]`; observed as one number an agent.
         of_replica: The part of the last reward that each replica's own requests are, before
             shaping and penalties, `float64[num_envs, R]`.
+        kernel_settings: What kernels are told.
+        own_memory: Working memory of the thread that made it.
     """
 
     metric_names: ClassVar[tuple[str, ...]] = (*RequestBatch.metric_names, "num_preemptions")
@@ -191,7 +193,7 @@ class ClusterBatch(RequestBatch):
         self.num_scheduled = self.num_picks + self.num_answers
         self.first_move = self.num_dispatch + self.num_scheduled
         self._allocate(self.first_move + self.num_moves, tables, others)
-        self._kernel_settings = KernelSettings(
+        self.kernel_settings = KernelSettings(
             needs=int(groups),
             by_arrival=settings.queue_order == "arrival",
             goodput=self.objective == "goodput",
@@ -215,7 +217,7 @@ class ClusterBatch(RequestBatch):
         self.agent: IntArray = np.zeros(num_envs, np.int64)
         self.of_replica: FloatArray = np.zeros((num_envs, width))
         self._agents = np.eye(num_agents, dtype=np.int8)
-        self._own_memory = self._memory()
+        self.own_memory = self._memory()
         self._output = Output(
             self.replicas,
             self.request,
@@ -264,7 +266,7 @@ class ClusterBatch(RequestBatch):
             self._output = self._output._replace(counted=grown)
         if self._retains:
             self._tell_tools(env, episode)
-        return begin(p, s, self._kernel_settings, self._output, env, self._memory())
+        return begin(p, s, self.kernel_settings, self._output, env, self._memory())
 
     def _tell_tools(self, env: int, episode: Episode) -> None:
         """Note which tool runs before each request of an episode; make room for more of them."""
@@ -297,7 +299,7 @@ class ClusterBatch(RequestBatch):
     @override
     def _step_range(self, first: int, stop: int, actions: IntArray, active: BoolArray) -> None:
         p, s = self.simulator.params, self.simulator.state
-        c, o = self._kernel_settings, self._output
+        c, o = self.kernel_settings, self._output
         arguments = (p, s, c, o, first, stop, actions, active, self._memory())
         fixed(step_range, *arguments)(*arguments)
 
@@ -370,8 +372,8 @@ class ClusterBatch(RequestBatch):
     def look(self, env: int, first: int, stop: int, views: Views) -> None:
         """Write what agents `first..stop-1` of an environment see now, whoever is asked."""
         p, s = self.simulator.params, self.simulator.state
-        c, turns = self._kernel_settings, self._output.turns
-        arguments = (p, s, c, turns, views, env, first, stop, self._own_memory)
+        c, turns = self.kernel_settings, self._output.turns
+        arguments = (p, s, c, turns, views, env, first, stop, self.own_memory)
         fixed(look, *arguments)(*arguments)
 
     def look_at_moves(self, env: int) -> Float32Array:

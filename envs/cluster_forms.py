@@ -8,7 +8,8 @@ import numpy as np
 from pettingzoo import AECEnv, ParallelEnv
 from typing_extensions import override
 
-from servegym.envs.cluster_agents import METADATA, ClusterAgents, Observation
+from servegym.envs.agent_views import Observation
+from servegym.envs.cluster_agents import METADATA, ClusterAgents
 from servegym.errors import InvalidAction, ResetNeeded
 
 

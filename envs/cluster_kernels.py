@@ -289,6 +289,27 @@ def step_range(
             o.allowed[e, 0] = 1  # a mask without any action breaks samplers
 
 
+@inlined
+def look_as_dispatcher(
+    p: Params,
+    s: State,
+    c: KernelSettings,
+    e: int,
+    replicas: Float32Array,
+    request: Float32Array,
+    memory: FloatArray,
+) -> None:
+    """Write what the dispatcher sees now, as in `Views`, whoever is asked."""
+    due = s.env[e].decision == DISPATCH or s.env[e].decision == PLACE
+    observe(p, s, e, c.needs if due else c.needs & ~_PREFIX, memory)
+    write_replicas(s, c.num_roles, e, replicas)
+    if not due:
+        for r in range(replicas.shape[0]):
+            replicas[r, PREFIX_HIT_TOKENS] = 0.0
+    for g in range(request.shape[0]):
+        request[g] = memory[g] if due else 0.0
+
+
 @kernel
 def look(
     p: Params,
@@ -305,14 +326,7 @@ def look(
     v.turn[:] = 0.0
     for agent in range(first, stop):
         if agent == 0:
-            due = s.env[e].decision == DISPATCH or s.env[e].decision == PLACE
-            observe(p, s, e, c.needs if due else c.needs & ~_PREFIX, m.request)
-            write_replicas(s, c.num_roles, e, v.replicas)
-            if not due:
-                for r in range(v.replicas.shape[0]):
-                    v.replicas[r, PREFIX_HIT_TOKENS] = 0.0
-            for g in range(v.request.shape[0]):
-                v.request[g] = m.request[g] if due else 0.0
+            look_as_dispatcher(p, s, c, e, v.replicas, v.request, m.request)
             continue
         r = agent - 1
         if v.requests.shape[1] > 0:

@@ -48,7 +48,7 @@ from typing import Any
 
 from pettingzoo.utils.wrappers import OrderEnforcingWrapper
 
-from servegym.envs.cluster_agents import Observation
+from servegym.envs.agent_views import Observation
 from servegym.envs.cluster_forms import ClusterAEC, ClusterParallel
 
 

@@ -19,6 +19,9 @@ IMPORTED_AS = {
     "pillow": "PIL",
     "ray[rllib]": "ray",
     "mlflow-skinny": "mlflow",
+    "grpcio": "grpc",
+    "grpcio-health-checking": "grpc_health",
+    "protobuf": "google",
 }
 
 ALONE = """
@@ -74,6 +77,10 @@ def test_rules_are_compared_without_any_extra():
         (["train", "--scenario", "kv-starved"], "training needs t"),
         (["demo"], "training needs t"),
         (["serve", "router", "--config", str(ROOT / "examples" / "router.yaml")], "aiohttp"),
+        (
+            ["serve", "picker", "--config", str(ROOT / "examples" / "picker.yaml")],
+            "an endpoint picker needs aiohttp",
+        ),
     ],
     ids=lambda x: " ".join(x[:3]) if isinstance(x, list) else "",
 )

@@ -12,7 +12,7 @@ PAGES = {
     "add-a-rule": {"program": 1, "file": 2, "command": 1},
     "add-a-reward": {"program": 2},
     "add-a-network": {"program": 3, "command": 1},
-    "train-many-agents": {"program": 3},
+    "train-many-agents": {"program": 4},
     "add-a-scenario": {"file": 1, "command": 2, "program": 1},
     "add-a-gpu": {"file": 3, "command": 2},
 }

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from servegym.agents.features import replica_inputs
+from servegym.agents.features import base_cost, replica_inputs
 from servegym.agents.network import DispatchNetwork
 from servegym.agents.network_config import NetworkConfig
 from servegym.errors import ConfigError
@@ -187,6 +187,45 @@ class DispatchSpace:
         bias[:, 2:] = parts[:, :, NUM_INPUTS]
         out[:, 2:, 0] = parts[:, :, NUM_INPUTS + 1]
         return Dispatchers(np.exp(rule), Perceptrons(self._mean, self._scale, hidden, bias, out))
+
+    def prepared(self, replicas: Tensor, request: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn observations into what `scores` takes; done once, however often they are scored.
+
+        Args:
+            replicas: Raw, `float32[batch, R, F]`.
+            request: Raw, `float32[batch, G]`.
+
+        Returns:
+            Normalised inputs, `float32[batch, R, NUM_INPUTS]`, and of the rule's cost, seconds,
+            what it is alone, and what each of its parameters adds, `float32[batch, R, 3]`.
+        """
+        x = replica_inputs(replicas, request)
+        mean, scale = (torch.from_numpy(a).to(x.dtype) for a in (self._mean, self._scale))
+        alone, prefill, decode = (
+            base_cost(self._base, replicas, request, params)
+            for params in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0))
+        )
+        return (x - mean) / scale, torch.stack((alone, prefill - alone, decode - alone), -1)
+
+    def scores(self, theta: Tensor, inputs: Tensor, costs: Tensor) -> Tensor:
+        """Score replicas as `dispatchers` does, with gradients.
+
+        Args:
+            theta: Flat weights, `float32[size]`.
+            inputs: As from `prepared`.
+            costs: The same.
+
+        Returns:
+            `float32[batch, R]`; a request goes where it is greatest.
+        """
+        own = len(self._linear)
+        rule, linear, free = theta.split([_NUM_RULE, own, len(theta) - _NUM_RULE - own])
+        weight, prefill, decode = rule.exp()
+        cost = costs[..., 0] + prefill * costs[..., 1] + decode * costs[..., 2]
+        parts = free.view(-1, UNIT)
+        hidden = parts[:, :NUM_INPUTS] * torch.from_numpy(self._varies)
+        units = (inputs @ hidden.T + parts[:, NUM_INPUTS]).relu()
+        return inputs[..., self._linear] @ linear + units @ parts[:, NUM_INPUTS + 1] - weight * cost
 
     def network(self, theta: FloatArray) -> DispatchNetwork:
         """Return the network that chooses alike."""

@@ -3,7 +3,7 @@
 Who goes where, and beside it where a request decodes or which ones migrate. What a choice does
 there shows only later and elsewhere, so choices are not tried one by one: whole episodes are
 played, in compiled code, all candidates of a generation the same ones. What is kept is what is best
-on validation episodes.
+on validation episodes, if it is ahead of what the search began with by more than luck may be.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -61,7 +62,18 @@ class FleetSearchTrainer(SearchRun[FleetSearchTraining, FleetWeights]):
 
     @override
     def _validation_episodes(self) -> list[Episode]:
-        return self.episodes(FIRST_SEED, self.config.num_validation, self.config.num_requests)
+        c = self.config
+        return self.episodes(FIRST_SEED, c.num_validation, c.validation_requests)
+
+    @override
+    def is_better(self, found: Validated) -> bool:
+        gain = float((self.first_scores - found.scores).mean())
+        return super().is_better(found) and gain > self.config.margin * self._error(found.scores)
+
+    def _error(self, scores: FloatArray) -> float:
+        """Return the standard error of the gain over the start, episode by episode."""
+        gains = self.first_scores - scores
+        return float(gains.std(ddof=1) / np.sqrt(len(gains)))
 
     def _play(self, policy: Policy | Pair, episodes: list[Episode]) -> Simulator:
         return DispatchEpisodes(self.scenario, episodes).run(policy)
@@ -119,6 +131,8 @@ class FleetSearchTrainer(SearchRun[FleetSearchTraining, FleetWeights]):
                 "minutes": round(self.spent_s / 60.0, 2),
                 "seed": self.config.seed,
                 "validation_loss": round(float(self.best_scores.mean()), 5),
+                "validation_gain": round(self.gain, 5),
+                "validation_gain_error": round(self._error(self.best_scores), 5),
             },
         )
 

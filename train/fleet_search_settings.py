@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from tyro.conf import Fixed, Suppress, arg
 
+from servegym.errors import ConfigError
 from servegym.train.ranges import check_counts, check_load, check_minutes
 
 
@@ -31,12 +33,17 @@ class FleetSearchTraining:
     """Generations, at most."""
     num_candidates: int = 24
     """Of a generation."""
-    num_episodes: int = 4
+    num_episodes: int = 6
     """That each of them plays."""
-    num_validation: int = 12
-    """Episodes by which the best is chosen."""
     num_requests: int = 1024
-    """Requests per episode."""
+    """Requests of each of those."""
+    num_validation: int = 64
+    """Episodes by which the best is chosen."""
+    validation_requests: int | None = None
+    """Requests of each of those; as many as the scenario's episodes have, where nothing is said."""
+    margin: float = 2.0
+    """Standard errors by which a policy must be ahead of the start on those, or the start is kept;
+    with 0 any gain will do."""
     seed: int = 0
     """Of everything."""
 
@@ -48,11 +55,14 @@ class FleetSearchTraining:
     def __post_init__(self) -> None:
         check_load(self.load)
         check_minutes(self.max_minutes)
-        check_counts(
-            self,
-            "max_generations",
-            "num_candidates",
-            "num_episodes",
-            "num_requests",
-            "num_validation",
-        )
+        if not 0 <= self.margin < math.inf:
+            raise ConfigError(f"margin must be at least 0 and finite, got {self.margin:g}")
+        counts = ["max_generations", "num_candidates", "num_episodes", "num_requests"]
+        if self.validation_requests is not None:
+            counts.append("validation_requests")
+        check_counts(self, *counts)
+        if self.num_validation < 2:
+            raise ConfigError(
+                "num_validation must be at least 2, as one episode does not say how far off it is, "
+                f"got {self.num_validation}"
+            )

@@ -33,6 +33,9 @@ _PLACE = {"late": 2.0, "log_tpot": 0.5, "slow": 4.0, "kv_usage": 1.0}
 _REJECTION = 0.3
 #: Standard deviations with which it begins.
 _SPREAD = 0.3
+#: About how large the terms of turns are: the larger one is, the less its weight is spread, so that
+#: all move scores by as much.
+_TURN_SIZES = {"gap": 3.0, "tokens": 4.0, "waiting": 2.0}
 #: The range of a rule's number that has no logarithmic one is so wide in the space.
 _WIDTH = 4.0
 
@@ -168,8 +171,11 @@ class RetainSpace:
         self._numbers = RuleNumbers(dispatch)
         values = dict(part.split("=") for part in given.split(",") if part)
         turns = _RETENTIONS[name](**{key: float(value) for key, value in values.items()})
+        sizes = np.array([_TURN_SIZES.get(term, 1.0) for term in TURN_TERMS])
         self.start = np.concatenate([self._numbers.start, *turns])
-        self.spread = np.full(len(self.start), _SPREAD)
+        self.spread = _SPREAD / np.concatenate(
+            [np.ones(len(self._numbers.start)), *(sizes for _ in turns)]
+        )
 
     def weights(self, theta: FloatArray) -> FleetWeights:
         """See `FleetSpace.weights`."""

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from servegym.errors import ConfigError
-from servegym.policy.learned_ordering import OrderingWeights
+from servegym.policy.learned_ordering import CLIP, OrderingWeights
 from servegym.policy.ordering import (
     COMPUTED_TOKENS,
+    GENERATED_TOKENS,
     NUM_ORDERING_FEATURES,
     NUM_RUNNING,
+    PREDICTED_REMAINING_TOKENS,
+    PROMPT_TOKENS,
     WAITED_S,
     OrderingPolicy,
     OrderingRule,
@@ -159,22 +162,43 @@ class OrderSpace:
             orders.powers[:] = thetas[:, : self._num_powers].reshape(-1, 2, 2)
         return orders
 
-    def scores(self, theta: Tensor, rows: Tensor) -> Tensor:
-        """Score rows as `perceptrons` does, with gradients, where there are no powers.
+    def prepared(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn rows of features into what `scores` takes; done once, however often they are scored.
+
+        Args:
+            rows: As the contract has them, `float32[..., NUM_ORDERING_FEATURES]`; rows of 0 are of
+                nobody.
+
+        Returns:
+            Normalised features, of the same shape, and the logarithms that powers are of, tokens
+            left and KV held meanwhile, `float32[..., 2]`.
+        """
+        logs = rows.abs().log1p().copysign(rows)
+        mean, scale = (torch.from_numpy(x).to(rows.dtype) for x in (self._mean, self.scale))
+        left = rows[..., PREDICTED_REMAINING_TOKENS]
+        held = rows[..., PROMPT_TOKENS] + rows[..., GENERATED_TOKENS] + 0.5 * left
+        powers = torch.stack((left, held), -1).clamp(min=1.0).log()
+        return ((logs - mean) / scale).clamp(-CLIP, CLIP), powers
+
+    def scores(self, theta: Tensor, rows: Tensor, logs: Tensor | None = None) -> Tensor:
+        """Score rows as `orders` does, with gradients.
 
         Args:
             theta: Flat weights, `float64[size]`.
             rows: Normalised features, `float64[..., NUM_ORDERING_FEATURES]`.
+            logs: Where there are powers, the logarithms that they are of, `float64[..., 2]`.
 
         Returns:
             Of both heads, `float64[..., 2]`.
         """
-        linear, free = theta.split([2 * len(self.linear), len(theta) - 2 * len(self.linear)])
+        first, own = self._num_powers, 2 * len(self.linear)
+        powers, linear, free = theta.split([first, own, len(theta) - first - own])
         parts = free.view(-1, UNIT)
         inputs = parts[:, :NUM_ORDERING_FEATURES] * torch.from_numpy(self._varies)
         units = (rows @ inputs.T + parts[:, NUM_ORDERING_FEATURES]).relu()
-        own = rows[..., self.linear] @ linear.view(2, -1).T
-        return own + units @ parts[:, NUM_ORDERING_FEATURES + 1 :]
+        scores = rows[..., self.linear] @ linear.view(2, -1).T
+        scores = scores + units @ parts[:, NUM_ORDERING_FEATURES + 1 :]
+        return scores if logs is None else scores + logs @ powers.view(2, 2).T
 
     def weights(self, theta: FloatArray) -> OrderingWeights:
         """Return an order as its file holds it."""

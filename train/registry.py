@@ -63,6 +63,11 @@ LEARNERS = {
             "servegym.train.joint_settings:JointTraining",
             "servegym.train.joint:JointTrainer",
         ),
+        "mappo": Entry(
+            "mappo",
+            "servegym.train.mappo_settings:MappoTraining",
+            "servegym.train.mappo:MappoTrainer",
+        ),
         "offline": Entry(
             "offline",
             "servegym.train.offline_settings:OfflineTraining",

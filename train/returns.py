@@ -54,6 +54,33 @@ def gae(reward: Tensor, value: Tensor, gamma: Tensor, last: Tensor, lam: Tensor)
     return advantage
 
 
+def gae_along(
+    reward: Tensor, value: Tensor, gamma: Tensor, lam: Tensor, following: Tensor
+) -> Tensor:
+    """Generalised advantage estimation where what follows a decision is not the next step's.
+
+    Of many agents that decide in turn, an agent's next decision may be many steps later.
+
+    Args:
+        reward: Between a decision and the one that follows it, `float32[steps, envs]`.
+        value: Of the states acted in, same shape.
+        gamma: Discount to what follows, 0 where nothing does, same shape.
+        lam: Lambda of each decision, same shape.
+        following: Step of what follows, greater than its own, `int64[steps, envs]`; any step where
+            nothing does.
+
+    Returns:
+        Advantages, `float32[steps, envs]`.
+    """
+    advantage = torch.zeros_like(reward)
+    for t in range(len(reward) - 1, -1, -1):
+        after = following[t : t + 1]
+        ahead = gamma[t] * value.gather(0, after)[0]
+        ahead += gamma[t] * lam[t] * advantage.gather(0, after)[0]
+        advantage[t] = reward[t] + ahead - value[t]
+    return advantage
+
+
 def chosen(values: Tensor, actions: Tensor) -> Tensor:
     """Pick each row's value at its action, `float32[batch]`."""
     return values.gather(-1, actions.unsqueeze(-1)).squeeze(-1)

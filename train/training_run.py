@@ -323,7 +323,7 @@ class TrainingRun(ABC, Generic[C, S, Found]):
     def keep_the_better(self) -> dict[str, float]:
         """Validate, and keep the present policy if it is the best; return what is logged."""
         found = self._validated()
-        better = found.scores.mean() < self.best_scores.mean()
+        better = self.is_better(found)
         if better:
             self.best, self.best_scores = self.parameters(), found.scores
         return {
@@ -334,6 +334,10 @@ class TrainingRun(ABC, Generic[C, S, Found]):
             "validation/best_gain": self.gain,
             **{f"reference/{name}": value for name, value in self.lines.items()},
         }
+
+    def is_better(self, found: Validated) -> bool:
+        """Whether a policy that was validated is to be kept, instead of the best up to now."""
+        return bool(found.scores.mean() < self.best_scores.mean())
 
     def _validated(self) -> Validated:
         begin_s = time.monotonic()

@@ -253,7 +253,7 @@ def test_without_a_name_a_problem_has_its_first_learner():
     for problem, entry in TRAINERS.items():
         assert find_trainer(problem) is entry
     searches = ["cross-entropy", "search", "evolve", "joint"]
-    dispatchers = ["ppo", "counterfactual", *searches, "offline", "rllib"]
+    dispatchers = ["ppo", "counterfactual", *searches, "mappo", "offline", "rllib"]
     assert list(LEARNERS["dispatch"]) == dispatchers
     assert np.isinf(TRAINERS["dispatch"].settings().max_minutes)
 

@@ -29,6 +29,7 @@ from servegym.train.fleet_search import FleetSearchTrainer
 from servegym.train.fleet_search_settings import FleetSearchTraining
 from servegym.train.fleet_spaces import MigrateSpace, RetainSpace, RuleNumbers, fleet_space
 from servegym.train.search import Search
+from servegym.train.validation import Validated
 
 LINK = {"gb_per_s": 10.0}
 SPLIT = {
@@ -121,6 +122,7 @@ def settings(scenario, **changes):
         num_episodes=2,
         num_validation=4,
         num_requests=80,
+        validation_requests=80,
     )
     return replace(small, **changes)
 
@@ -222,6 +224,50 @@ def test_what_is_found_is_no_worse_on_validation_and_plays_so_from_its_file(
         DispatchEpisodes(trainer.scenario, trainer._validation).run(policy)
     )
     np.testing.assert_array_equal(played.scores, trainer.best_scores)
+    said = json.loads((path.parent / NAME).read_text())["training"]
+    gains = trainer.first_scores - trainer.best_scores
+    assert said["validation_gain"] == round(gains.mean(), 5)
+    assert said["validation_gain_error"] == round(gains.std(ddof=1) / 2.0, 5)  # of four episodes
+
+
+@pytest.mark.parametrize(
+    ("gains", "kept"),
+    [
+        # means of 0.15, 0.075 and 0.125, with standard errors of 0.05, 0.085 and 0.075
+        ((0.1, 0.1, 0.1, 0.3), True),
+        ((0.3, -0.1, 0.0, 0.1), False),
+        ((0.05, 0.05, 0.05, 0.35), False),
+        ((0.0, 0.0, 0.0, 0.0), False),
+        ((-0.1, -0.1, -0.1, -0.1), False),
+    ],
+)
+def test_the_start_is_kept_unless_the_gain_is_beyond_two_standard_errors(
+    gains, kept, tiered, tmp_path
+):
+    trainer = FleetSearchTrainer(settings(tiered), tmp_path / "run")
+    trainer.first_scores = trainer.best_scores = np.array([1.0, 2.0, 3.0, 4.0])
+    found = Validated(trainer.first_scores - gains, 1.0, 1.0)
+    assert trainer.is_better(found) is kept
+    # beyond luck, and behind something better that was found before
+    trainer.best_scores = trainer.first_scores - 0.2
+    assert not trainer.is_better(found)
+
+
+def test_without_a_margin_any_gain_will_do(tiered, tmp_path):
+    trainer = FleetSearchTrainer(settings(tiered, margin=0.0), tmp_path / "run")
+    trainer.first_scores = trainer.best_scores = np.array([1.0, 2.0, 3.0, 4.0])
+    for gain, kept in ((0.1, True), (0.0, False), (-0.1, False)):
+        gains = gain + np.array([0.3, -0.3, 0.1, -0.1])
+        assert trainer.is_better(Validated(trainer.first_scores - gains, 1.0, 1.0)) is kept
+
+
+def test_episodes_that_choose_are_as_long_as_those_of_an_evaluation(tiered, tmp_path):
+    scenario = load_scenario(tiered)
+    for given, wanted in ((None, scenario.num_requests), (30, 30)):
+        config = settings(tiered, num_validation=2, validation_requests=given)
+        trainer = FleetSearchTrainer(config, tmp_path / str(given))
+        assert [len(episode.table) for episode in trainer._validation] == [wanted] * 2
+    assert scenario.num_requests != 80
 
 
 class Killed(Exception):
@@ -285,6 +331,12 @@ def test_scenarios_with_one_decision_and_rules_outside_the_space_are_refused(cap
     with pytest.raises(SystemExit):
         main(["train", "--scenario", "mixed-chat", "--learner", "search", "--num-candidates", "0"])
     assert "num_candidates must be at least 1, got 0" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="validation_requests must be at least 1, got 0"):
+        settings("pd-equal", validation_requests=0)
+    with pytest.raises(ConfigError, match="num_validation must be at least 2, as one episode does"):
+        settings("pd-equal", num_validation=1)
+    with pytest.raises(ConfigError, match="margin must be at least 0 and finite, got -1"):
+        settings("pd-equal", margin=-1.0)
 
 
 @pytest.mark.parametrize(
@@ -348,6 +400,9 @@ def test_the_search_for_what_is_kept_begins_with_the_very_rule_choice_for_choice
     space = fleet_space(scenario, text)
     assert isinstance(space, RetainSpace)
     assert len(space.start) == 2 + 4 * len(TURN_TERMS)
+    # sizes are logarithms of up to e^4 thousand tokens: their weights vary a quarter as much
+    spreads = dict(zip(TURN_TERMS, space.spread[2 : 2 + len(TURN_TERMS)].tolist(), strict=True))
+    assert spreads["tokens"] == spreads["constant"] / 4 > 0
     learned, known = fleet_policy(space.weights(space.start), "start"), resolve_dispatch(text)
     episodes = [scenario.episode(seed, load=2.0, num_requests=80) for seed in range(2)]
     one, other = (DispatchEpisodes(scenario, episodes).run(policy) for policy in (learned, known))
@@ -404,7 +459,7 @@ def test_search_is_an_option_of_the_command(split, tmp_path, capsys):
     out = tmp_path / "searched"
     main(
         f"train --scenario {split} --learner search --max-generations 2 --num-candidates 4 "
-        f"--num-validation 2 --num-requests 40 --out {out}".split()
+        f"--num-validation 2 --num-requests 40 --validation-requests 40 --out {out}".split()
     )
     assert "placed.npz" in capsys.readouterr().out
     assert (out / "policy" / "placed.npz").is_file()
@@ -414,7 +469,7 @@ def test_where_requests_migrate_it_is_what_trains(full, tmp_path, capsys):
     out = tmp_path / "searched"
     main(
         f"train --scenario {full} --max-generations 1 --num-candidates 2 --start mct+freeness "
-        f"--num-validation 2 --num-requests 40 --out {out}".split()
+        f"--num-validation 2 --num-requests 40 --validation-requests 40 --out {out}".split()
     )
     assert "migrating.npz" in capsys.readouterr().out
     main(

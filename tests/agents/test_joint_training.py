@@ -23,8 +23,9 @@ from servegym.policy.replica_inputs import NUM_INPUTS, write_inputs
 from servegym.policy.run_pair import make_simulator, run_pair
 from servegym.scenario import load_scenario
 from servegym.serve.vllm.plugin import load_policy
-from servegym.train.joint import DISPATCHER, SCHEDULERS, JointTrainer
+from servegym.train.joint import JointTrainer
 from servegym.train.joint_settings import JointTraining
+from servegym.train.pair_run import DISPATCHER, SCHEDULERS
 from servegym.train.registry import find_trainer
 from servegym.train.request_run import losses
 from servegym.train.search import Search

@@ -75,6 +75,11 @@ LLM_D = {
     "kv_cache_usage": (0.0, 0.5, 0.9),
     "prefix_hit_tokens": (0, 50, 0),
 }
+LOADED = {
+    "num_waiting": (0, 50, 128),
+    "num_running": (10, 4, 7),
+    "outstanding_requests": (3, 1, 4),
+}
 DYNAMO = {
     "pending_prefill_tokens": (100, 0, 200),
     "prefix_hit_tokens": (80, 0, 100),
@@ -224,6 +229,17 @@ HAND = [
     ("llm-d:queue=0,prefix=0", LLM_D, 0),  # 2, 1, 0.2
     # equal queues score 1 each, so 2 + 2 * (1 - kv): 4, 3, 2.2
     ("llm-d", {"num_waiting": 7, "kv_cache_usage": (0.0, 0.5, 0.9)}, 0),
+    # load 0.5 - 0.5 q / 128: .5, .305, 0; running: 0, 1, .5; active (4 - n) / 4: .25, .75, 0
+    ("llm-d:queue=0,kv=0,prefix=0,load=1", LOADED, 0),
+    ("llm-d:queue=0,kv=0,prefix=0,running=1", LOADED, 1),
+    ("llm-d:queue=0,kv=0,prefix=0,active=1", LOADED, 1),
+    ("llm-d:queue=0,kv=0,prefix=0,load=2,active=1", LOADED, 1),  # 1.25, 1.36, 0
+    ("llm-d:queue=0,kv=0,prefix=0,load=2,active=1,busy=0.5", LOADED, 0),  # 1.125, 0.98, 0
+    ("llm-d:queue=0,kv=0,prefix=0,load=2,active=1,idle=1", LOADED, 1),  # 1.25, 1.61, 0
+    ("llm-d:queue=0,kv=0,prefix=0,load=2,active=1,idle=3", LOADED, 0),  # 2, 1.61, 0
+    # 50 are no more than 50: .5, 0, 0; and with 1.5 of running: 0.5, 1.5, 0.75
+    ("llm-d:queue=0,kv=0,prefix=0,load=1,load_threshold=50,running=0.4", LOADED, 0),
+    ("llm-d:queue=0,kv=0,prefix=0,load=1,load_threshold=50,running=1.5", LOADED, 1),
     ("llm-d-predicted", LLM_D, 1),  # as llm-d, before anything has ended
     ("linucb:alpha=0", FIVE_THERE, 2),  # others wait 5 * 0.1 s, own wait 0.3 s, 0.2 s
     ("linucb:alpha=0,price=0", FIVE_THERE, 0),
@@ -399,6 +415,16 @@ def test_first_of_equal_replicas_is_taken(text, first):
 def test_equal_replicas_are_taken_equally_often(text):
     counts = Counter(choices(text, {}, 3000))
     # 1,000 expected, standard deviation sqrt(3000 * 1/3 * 2/3) = 26
+    assert all(abs(counts[r] - 1000) < 4 * 26 for r in range(3))
+
+
+def test_drawn_by_score_a_replica_is_chosen_in_proportion_to_it():
+    text = "llm-d:queue=0,prefix=0,kv=1,drawn=1"
+    counts = Counter(choices(text, {"kv_cache_usage": (0.9, 0.7, 1.0)}, 4000))
+    # scores 0.1, 0.3 and 0: 1,000 and 3,000 expected, standard deviation sqrt(4000 * 3/16) = 27
+    assert abs(counts[0] - 1000) < 4 * 27
+    assert counts[0] + counts[1] == 4000
+    counts = Counter(choices(text, {"kv_cache_usage": 1.0}, 3000))  # all 0: evenly
     assert all(abs(counts[r] - 1000) < 4 * 26 for r in range(3))
 
 

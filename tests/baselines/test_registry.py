@@ -94,7 +94,7 @@ def test_rule_dispatches_alike_when_run_twice(name):
     [
         ("speed-family:eta=0.5", [0.5]),
         ("prefix-load:eta=0.5", [0.05, 0.5]),
-        ("llm-d:prefix=1,queue=4", [4.0, 2.0, 1.0]),
+        ("llm-d:prefix=1,queue=4", [4.0, 2.0, 1.0, 0.0, 0.0, 0.0, 128.0, 0.0, 1.0, 0.0]),
         ("dynamo:per_request=1e-2", [1.0, 1.0, 0.01, 64.0]),
     ],
 )
@@ -133,6 +133,7 @@ def test_an_unknown_name_parameter_or_value_is_refused_in_one_sentence(text, par
         ("dynamo:block_tokens=0", "block_tokens"),
         ("hexgen:alpha=2", "alpha"),
         ("llm-d:kv=-1", "kv"),
+        ("llm-d:load_threshold=0", "load_threshold"),
         ("sglang:cache_threshold=-3", "cache_threshold"),
     ],
 )

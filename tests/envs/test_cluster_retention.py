@@ -211,13 +211,13 @@ def test_a_scheduler_sees_what_rules_are_told_and_where_the_kv_is():
     env = ClusterEnv(scenario, keep_s=KEEPS)
     seen, info = env.reset(seed=1)
     sim, rng = env.batch.simulator, np.random.default_rng(0)
-    turns, table = Turns(sim, 0), sim.episodes[0].table
+    turns, table = Turns(sim), sim.episodes[0].table
     done, most_gaps, most_copies, full = False, 0, np.zeros(NUM_TIERS), 0.0
     while not done:
         state = sim.state.env[0]
         if state["decision"] == RETAIN:
             request, r, now_s = int(state["deciding"]), int(state["asking"]), float(state["now_s"])
-            told = turns.due(tell=False)
+            told = turns.due(0, tell=False)
             got = dict(zip(TURN, seen["turn"].tolist(), strict=True))
             assert got["kept_tokens"] == told.kept_tokens > 0
             assert got["kept_share"] == pytest.approx(told.kv_share)

@@ -83,13 +83,13 @@ def test_a_turn_has_what_its_replica_and_its_first_tier_hold():
     fleet = (agents.fleet[2].model_copy(update={"count": 2, "host_kv": slow}),)
     scenario = agents.model_copy(update={"fleet": fleet, "kv_store": None})
     simulator = make_simulator(scenario.spec, [scenario.episode(0, load=2.0, num_requests=60)])
-    turns, seen = Turns(simulator, 0), []
+    turns, seen = Turns(simulator), []
     while simulator.advance()[0] == DECISION:
         env = simulator.state.env[0]
         if env["decision"] != RETAIN:
             simulator.apply(np.array([int(env["now_s"] * 7) % 2]))
             continue
-        turn, r = turns.due(tell=False), int(env["asking"])
+        turn, r = turns.due(0, tell=False), int(env["asking"])
         size = scenario.spec.types[0].num_blocks
         blocks = simulator.state.block[0, r][:size]
         unused = ((blocks["holders"] == 0) & (blocks["keepers"] == 0)).sum()

@@ -104,7 +104,7 @@ async def serving(discover: dict) -> Running:
     )
     router = Router(config)
     await router.start()
-    return Running(router, [], aiohttp.ClientSession())
+    return Running(router, [], aiohttp.ClientSession(), {})
 
 
 async def ended(it: Running) -> None:

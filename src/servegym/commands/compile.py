@@ -88,10 +88,14 @@ def compile_tiers() -> None:
     from servegym.export.resolve import resolve_dispatch
     from servegym.policy.retention import Kept
     from servegym.policy.run_kept import make_simulator, run_kept
+    from servegym.policy.turn_scores import NUM_TURN_TERMS, TurnWeights, scored_turns
 
     scenario, kept = load_scenario("agents-tiers"), resolve_dispatch("prefix-load+by-tool")
     assert isinstance(kept, Kept)
-    run_kept(make_simulator(scenario.spec, [scenario.episode(0, num_requests=16)]), kept)
+    nothing = TurnWeights(*np.zeros((len(TurnWeights._fields), NUM_TURN_TERMS)))
+    scored = Kept(kept.dispatch, scored_turns(nothing, "scored"), "scored")
+    for each in (kept, scored):
+        run_kept(make_simulator(scenario.spec, [scenario.episode(0, num_requests=16)]), each)
     play_environments("servegym/Cluster-v0", scenario="agents-tiers", num_requests=16)
     cluster_v0.parallel_env("agents-tiers", num_requests=16).reset(seed=0)
 

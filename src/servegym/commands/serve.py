@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from servegym.commands.console import make_console
+from servegym.commands.serve_check import conclude_check
 from servegym.commands.serve_engine import ServeEngine
+from servegym.commands.serve_picker import ServePicker
 from servegym.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,14 +56,7 @@ class ServeRouter:
         console = make_console()
         if self.check:
             problems = _problems(config, Router(config), ask=not self.offline)
-            for problem in problems:
-                console.print(problem, highlight=False, markup=False, soft_wrap=True)
-            if problems:
-                raise ConfigError(
-                    f"{self.config} names what is not as it should be ({len(problems)}, see above)"
-                    + ("" if self.offline else "; --offline leaves the replicas out of the check")
-                )
-            console.print(f"{self.config} is good")
+            conclude_check(console, self.config, problems, offline=self.offline)
             return
 
         def ready(router: Router) -> None:
@@ -107,6 +102,7 @@ def _problems(config: RouterConfig, router: Router, *, ask: bool) -> list[str]:
 
 What = Annotated[
     Annotated[ServeRouter, tyro.conf.subcommand("router")]
+    | Annotated[ServePicker, tyro.conf.subcommand("picker")]
     | Annotated[ServeEngine, tyro.conf.subcommand("engine")],
     tyro.conf.OmitSubcommandPrefixes,
     tyro.conf.OmitArgPrefixes,
@@ -116,7 +112,7 @@ What = Annotated[
 
 @dataclass(frozen=True)
 class Serve:
-    """Serve live: a router in front of replicas, or an emulated engine."""
+    """Serve live: a router in front of replicas, an endpoint picker, or an emulated engine."""
 
     what: What
     """What to serve."""

@@ -15,6 +15,8 @@ from servegym.baselines.retention.registry import RETENTIONS, retention
 from servegym.baselines.rules import Rules
 from servegym.errors import ConfigError, unknown_name
 from servegym.export.fleet import FLEET_PROBLEMS, exported_fleet
+from servegym.export.llm_d_file import SUFFIXES as SCHEDULING_SUFFIXES
+from servegym.export.llm_d_file import scheduling_rule
 from servegym.export.manifest import Manifest, policy_name, read_manifest
 from servegym.export.ordering import SUFFIXES, exported_ordering
 from servegym.export.shipped import shipped_path
@@ -70,8 +72,8 @@ def resolve_policy(text: str) -> Policy:
     """Return a dispatch policy.
 
     Args:
-        text: A rule by name (`"speed-family:eta=0.5"`), an exported policy by its file, or one that
-            comes with servegym by its name.
+        text: A rule by name (`"speed-family:eta=0.5"`), an exported policy by its file, one that
+            comes with servegym by its name, or llm-d's scheduling file.
 
     Raises:
         ConfigError: If there is no such rule or parameter.
@@ -80,7 +82,24 @@ def resolve_policy(text: str) -> Policy:
     if text.endswith(DISPATCH_SUFFIXES):
         return load_policy(Path(text), "dispatch")
     shipped = shipped_path(text)
-    return policy(text) if shipped is None else load_policy(shipped, "dispatch")
+    return policy(rule_text(text)) if shipped is None else load_policy(shipped, "dispatch")
+
+
+def rule_text(text: str) -> str:
+    """Return a rule's text, be it that or llm-d's scheduling file, which describes one.
+
+    Raises:
+        ConfigError: If the file asks for what no rule does, or for what two do together.
+    """
+    if not text.endswith(SCHEDULING_SUFFIXES):
+        return text
+    found = scheduling_rule(Path(text))
+    if len(split_parts(found)) > 1:
+        raise ConfigError(
+            f"{text} says who prefills and who decodes: name it alone, in a fleet whose replicas "
+            "have roles; a live router has none"
+        )
+    return found
 
 
 def resolve_dispatch(text: str) -> Policy | Pair:
@@ -90,7 +109,7 @@ def resolve_dispatch(text: str) -> Policy | Pair:
         text: As `resolve_policy` takes it; or `"DISPATCH+PLACEMENT"`, which makes a `Placed`;
             `"DISPATCH+MIGRATION"`, which makes a `Migrating`; `"DISPATCH+RETENTION"`, which makes a
             `Kept`; or `"DISPATCH+ORDER"`, the second part as `resolve_order` takes it, which makes
-            a `Pair`; or a folder with both parts of a learned one.
+            a `Pair`; or a folder with both parts of a learned one; or llm-d's scheduling file.
 
     Raises:
         ConfigError: If there is no such rule, order or parameter, or there are more parts.
@@ -98,6 +117,8 @@ def resolve_dispatch(text: str) -> Policy | Pair:
     """
     if Path(text).is_dir():
         return load_pair(Path(text))
+    if text.endswith(SCHEDULING_SUFFIXES) and len(split_parts(text)) == 1:
+        text = scheduling_rule(Path(text))
     dispatch, *more = dispatch_parts(text)
     if not more:
         return _fleet_or_not(dispatch)

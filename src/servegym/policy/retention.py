@@ -58,6 +58,8 @@ class RetentionRule:
         retain: The rule.
         reference: Where it comes from.
         learned: Whether it was.
+        weights: Of a learned one, by which compiled code decides as `retain` does: see
+            `policy.turn_scores`, `float64[4, NUM_TURN_TERMS]`.
     """
 
     name: str
@@ -65,6 +67,7 @@ class RetentionRule:
     retain: Retain
     reference: str = ""
     learned: bool = False
+    weights: FloatArray | None = None
 
 
 @dataclass(frozen=True)

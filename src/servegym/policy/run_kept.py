@@ -1,25 +1,45 @@
-"""Playing whole episodes under a dispatch policy and a rule for the KV of ended turns."""
+"""Playing whole episodes under a dispatch policy and a rule for the KV of ended turns.
+
+Where a compiled rule dispatches and weights say what becomes of turns, all of it is compiled code.
+"""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections.abc import Callable
 
 import numpy as np
 
+from servegym.cluster.kernels import advance, apply
 from servegym.cluster.simulator import Simulator
-from servegym.cluster.spec import ClusterSpec, Episode, ReplicaType
-from servegym.cluster.state import DECISION, DONE, RETAIN, STORE, WHERE_IT_MATTERS, Asks
+from servegym.cluster.spec import ClusterSpec, Episode
+from servegym.cluster.state import (
+    DECISION,
+    DONE,
+    LOG_FULL,
+    OFFLOAD,
+    RETAIN,
+    WHERE_IT_MATTERS,
+    Asks,
+    Params,
+    State,
+)
+from servegym.cluster.turns import may_retain
 from servegym.errors import ConfigError
-from servegym.policy.contract import Group
-from servegym.policy.observe import observe_batch
-from servegym.policy.policy import Heuristic, Observations
+from servegym.policy.contract import NUM_REQUEST_FEATURES, Group
+from servegym.policy.observe import observe, observe_batch, prepare
+from servegym.policy.policy import Decide, Heuristic, Observations
 from servegym.policy.retention import Kept, Turn
+from servegym.policy.rule import compile_for_rules
 from servegym.policy.run import require_whole_requests, run_compiled, tell_truth
-from servegym.typing import FloatArray
-
-#: Of gaps that a rule is shown, the latest so many.
-_MOST_GAPS = 256
+from servegym.policy.turn_memory import TurnMemory, note_turn
+from servegym.policy.turn_scores import (
+    NUM_TURN_TERMS,
+    TURN_FACTS,
+    answer_by_scores,
+    write_terms,
+)
+from servegym.typing import FloatArray, UInt64Array
 
 
 def make_simulator(
@@ -64,12 +84,17 @@ def run_kept(simulator: Simulator, policy: Kept, seed: int = 0) -> None:
     require_whole_requests(simulator, policy)
     policy.reset(simulator.num_envs, seed)
     tell_truth(simulator, policy.dispatch.information)
-    turns = [Turns(simulator, env) for env in range(simulator.num_envs)]
-    compiled = isinstance(policy.dispatch, Heuristic) and not policy.needs & Group.WHAT_IF
+    dispatch, weights = policy.dispatch, policy.retention.weights
+    compiled = isinstance(dispatch, Heuristic) and not policy.needs & Group.WHAT_IF
+    if compiled and weights is not None:
+        assert isinstance(dispatch, Heuristic)
+        _run_by_weights(simulator, dispatch, weights)
+        return
+    turns = Turns(simulator)
     while True:
         if compiled:
-            assert isinstance(policy.dispatch, Heuristic)
-            run_compiled(simulator, policy.dispatch)
+            assert isinstance(dispatch, Heuristic)
+            run_compiled(simulator, dispatch)
         elif (simulator.advance() == DONE).all():
             return
         due = simulator.reasons == DECISION
@@ -78,7 +103,7 @@ def run_kept(simulator: Simulator, policy: Kept, seed: int = 0) -> None:
         answers = np.zeros(simulator.num_envs, np.int64)
         asked = due & (simulator.state.env["decision"] == RETAIN)
         for env in np.flatnonzero(asked).tolist():
-            turn = turns[env].due(tell=policy.retention.information == "oracle")
+            turn = turns.due(env, tell=policy.retention.information == "oracle")
             answers[env], keep_s = policy.retention.retain(turn)
             simulator.state.env["keep_s"][env] = keep_s
         if (due & ~asked).any():
@@ -89,84 +114,107 @@ def run_kept(simulator: Simulator, policy: Kept, seed: int = 0) -> None:
         simulator.apply(answers)
 
 
+def _play(
+    decide: Decide,
+    p: Params,
+    s: State,
+    e: int,
+    needs: int,
+    params: FloatArray,
+    memory: FloatArray,
+    rng: UInt64Array,
+    m: TurnMemory,
+    weights: FloatArray,
+    facts: FloatArray,
+    terms: FloatArray,
+    request: FloatArray,
+) -> int:
+    """Dispatch by a compiled rule and retain by weights to the end, or a full log."""
+    while True:
+        reason = advance(p, s, e)
+        if reason != DECISION:
+            return reason
+        if s.env[e].decision == RETAIN:
+            tool = note_turn(p, s, e, m, facts)
+            write_terms(facts, m.gaps_s[e, tool, : m.num_gaps[e, tool]], terms)
+            tiered = may_retain(p, s, e, s.env[e].asking, OFFLOAD)
+            answer, s.env[e].keep_s = answer_by_scores(weights, terms, tiered)
+        else:
+            observe(p, s, e, needs, request)
+            answer = decide(s.observation[e], request, s.allowed[e], params, memory, rng)
+        apply(p, s, e, answer)
+
+
+_players: list[Callable[..., int]] = []
+
+
+def _player(arguments: tuple[object, ...]) -> Callable[..., int]:
+    if not _players:  # the types of the arguments never differ
+        _players.append(compile_for_rules(_play, arguments))
+    return _players[0]
+
+
+def _run_by_weights(simulator: Simulator, dispatch: Heuristic, weights: FloatArray) -> None:
+    prepare(simulator, dispatch.needs)
+    memory, request = TurnMemory.of(simulator), np.zeros(NUM_REQUEST_FEATURES)
+    facts, terms = np.zeros(len(TURN_FACTS)), np.zeros(NUM_TURN_TERMS)
+    for env in range(simulator.num_envs):
+        reason = LOG_FULL
+        while reason == LOG_FULL:
+            arguments = (
+                simulator.params,
+                simulator.state,
+                env,
+                int(dispatch.needs),
+                dispatch.params,
+                dispatch.memory[env],
+                dispatch.rng[env],
+                memory,
+                weights,
+                facts,
+                terms,
+                request,
+            )
+            reason = _player(arguments)(dispatch.decide, *arguments)
+            if reason == LOG_FULL:
+                simulator.grow_logs()
+        simulator.reasons[env] = reason
+
+
 class Turns:
-    """The turns of one environment: which have ended, and when the next ones came.
+    """The turns of a simulator's episodes, as rules are told of them.
 
     Args:
         simulator: Freshly loaded.
-        env: Which of its environments.
     """
 
-    def __init__(self, simulator: Simulator, env: int) -> None:
-        self._simulator, self._env = simulator, env
-        self._table = simulator.episodes[env].table
-        self._tool = self._table.tool
-        self._ended: list[int] = []
-        self._gaps_s: dict[int, list[float]] = defaultdict(list)
-        self._curves = [_recompute_curve(kind) for kind in simulator.spec.types]
+    def __init__(self, simulator: Simulator) -> None:
+        self._simulator = simulator
+        self._memory = TurnMemory.of(simulator)
 
-    def due(self, *, tell: bool) -> Turn:
+    def due(self, env: int, *, tell: bool) -> Turn:
         """Return the turn that is to be decided; `tell` when the next one will come."""
-        simulator, env = self._simulator, self._env
+        simulator, memory = self._simulator, self._memory
         spec, state = simulator.spec, simulator.state.env[env]
+        facts = np.zeros(len(TURN_FACTS))
+        tool = note_turn(simulator.params, simulator.state, env, memory, facts)
+        known = dict(zip(TURN_FACTS, facts.tolist(), strict=True))
         request = int(state["deciding"])
         row = simulator.state.request[env, request]
-        kind_idx = int(simulator.episodes[env].type_idx[int(state["asking"])])
-        kind = spec.types[kind_idx]
-        now_s = float(state["now_s"])
-        self._learn(now_s)
-        self._ended.append(int(row["first_after"]))
-        tool = int(self._tool[row["first_after"]])
-        tokens = int(row["table_len"]) * spec.block_size
-        known, seconds = self._curves[kind_idx]
-        replica = simulator.state.replica[env, int(state["asking"])]
+        kind = spec.types[int(simulator.episodes[env].type_idx[int(state["asking"])])]
         return Turn(
-            now_s=now_s,
-            kept_tokens=tokens,
+            now_s=float(state["now_s"]),
+            kept_tokens=int(known.pop("kept_tokens")),
             kv_share=int(row["table_len"]) / kind.num_blocks,
-            recompute_s=float(np.interp(tokens, known, seconds)),
             tiered=any((kind.host_kv, kind.disk_kv, spec.tiers.store)),
-            tool=tool,
-            gaps_s=np.array(self._gaps_s[tool][-_MOST_GAPS:]),
-            back_s=self._back_s(request) if tell else math.nan,
-            free_share=int(replica["free_blocks"] - replica["kept_blocks"]) / kind.num_blocks,
-            num_waiting=int(replica["num_waiting"]),
-            host_share=self._first_tier_share(int(state["asking"]), kind_idx),
-            writing_s=max(0.0, float(replica["slowed_until_s"]) - now_s),
+            tool=tool - 1,
+            gaps_s=memory.gaps_s[env, tool, : memory.num_gaps[env, tool]].copy(),
+            back_s=self._back_s(env, request) if tell else math.nan,
+            num_waiting=int(known.pop("num_waiting")),
+            **known,
         )
 
-    def _first_tier_share(self, replica: int, kind_idx: int) -> float:
-        """Share of a replica's first tier that is filled, 0 without one."""
-        sizes = self._simulator.params.tier_num_blocks[kind_idx]
-        tier = int(np.argmax(sizes > 0))
-        if not sizes[tier]:
-            return 0.0
-        state = self._simulator.state
-        own = state.tier[self._env, replica, tier]["num_blocks"]
-        filled = state.env[self._env]["store_num_blocks"] if tier == STORE else own
-        return float(filled / sizes[tier])
-
-    def _learn(self, now_s: float) -> None:
-        """Note the gaps of turns whose next ones have come."""
-        if not self._ended:
-            return
-        following = np.array(self._ended)
-        rows = self._simulator.state.request[self._env, following]
-        came = rows["arrival_s"] <= now_s
-        for i in following[came].tolist():
-            before = self._simulator.state.request[self._env, int(self._table.after[i])]
-            arrival_s = float(self._simulator.state.request[self._env, i]["arrival_s"])
-            self._gaps_s[int(self._tool[i])].append(arrival_s - float(before["finish_s"]))
-        self._ended = following[~came].tolist()
-
-    def _back_s(self, request: int) -> float:
+    def _back_s(self, env: int, request: int) -> float:
         """Seconds until the first of those that wait for a request comes."""
-        return float(self._table.delay_s[self._table.after == request].min())
-
-
-def _recompute_curve(kind: ReplicaType) -> tuple[FloatArray, FloatArray]:
-    """Seconds of the steps that compute a text alone, at so many tokens."""
-    budget = kind.max_num_batched_tokens
-    ends = np.arange(0, 65, dtype=np.float64) * budget
-    steps = [kind.grid.step_s([(budget, int(done))]) for done in ends[:-1]]
-    return ends, np.concatenate(([0.0], np.cumsum(steps)))
+        table = self._simulator.episodes[env].table
+        return float(table.delay_s[table.after == request].min())

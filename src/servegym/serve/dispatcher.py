@@ -317,6 +317,11 @@ class Dispatcher:
         self._take_back(job)
         self.state.hold(job.request)
 
+    def moved(self, job: Job, replica: int) -> None:
+        """Another replica than the chosen one has taken a request: whoever sent it tried again."""
+        self._take_back(job)
+        self.state.dispatch(job.request, replica, self.clock())
+
     def end_prefill(self, job: Job) -> None:
         """The prompt is computed, as far as is known or assumed."""
         if job.request.prefill_is_pending:

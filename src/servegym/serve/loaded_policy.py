@@ -11,7 +11,7 @@ import numpy as np
 from servegym.baselines.registry import policy as rule
 from servegym.errors import ConfigError, ExportError
 from servegym.export.manifest import Manifest, read_manifest
-from servegym.export.resolve import DISPATCH_SUFFIXES, exported_policy
+from servegym.export.resolve import DISPATCH_SUFFIXES, exported_policy, rule_text
 from servegym.export.shipped import shipped_path
 from servegym.policy.contract import (
     DECODES,
@@ -55,16 +55,16 @@ class LoadedPolicy:
 
     @property
     def version(self) -> str:
-        """First digits of the file's checksum; a rule's own text."""
-        return self.manifest.sha256[:12] if self.manifest else self.text
+        """First digits of the file's checksum; a rule's own text, whatever file it is from."""
+        return self.manifest.sha256[:12] if self.manifest else self.policy.name
 
 
 def load_policy(text: str, config: RuntimeConfig) -> LoadedPolicy:
     """Load a policy and try it; nothing that fails here ever decides.
 
     Args:
-        text: A rule's name with parameters, the path of a `policy.onnx` or `score.json`, or the
-            name of a policy that comes with servegym.
+        text: A rule's name with parameters, the path of a `policy.onnx` or `score.json`, the name
+            of a policy that comes with servegym, or llm-d's scheduling file.
         config: For the ranges and the seed.
 
     Raises:
@@ -77,7 +77,7 @@ def load_policy(text: str, config: RuntimeConfig) -> LoadedPolicy:
         manifest = read_manifest(path, "dispatch")
         found: Policy = exported_policy(path, manifest)
     else:
-        found = rule(text)
+        found = rule(rule_text(text))
     if found.information == "oracle" or found.needs & Group.WHAT_IF:
         raise ConfigError(
             f"{text} cannot be live: it needs what only a simulator knows; "

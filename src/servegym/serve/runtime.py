@@ -130,6 +130,7 @@ class PolicyRuntime:
         latency: Seconds per decision.
         features_out: How often each feature was far from training, by name.
         silence: Notices a policy that is never asked.
+        condition: Raises a `ServeGymError` for a policy that may not decide here; may be set.
 
     Raises:
         ConfigError: If the fallback, or a policy by name, is unknown or cannot be live.
@@ -147,6 +148,7 @@ class PolicyRuntime:
         self.latency = Histogram(LATENCY_BOUNDS_S)
         self.features_out: dict[str, int] = {}
         self.silence = Silence(config.silent_after_decisions)
+        self.condition: Callable[[LoadedPolicy], None] = lambda loaded: None
         self.clock = clock
         self._turn = 0
         self._explorer = np.random.default_rng(config.seed)
@@ -167,7 +169,9 @@ class PolicyRuntime:
 
     def prepare(self, text: str) -> LoadedPolicy:
         """Load and try a policy without putting it in place; takes up to seconds."""
-        return load_policy(text, self.config)
+        loaded = load_policy(text, self.config)
+        self.condition(loaded)
+        return loaded
 
     def install(self, loaded: LoadedPolicy) -> None:
         """Put a policy in place, between two decisions; the breaker starts afresh."""

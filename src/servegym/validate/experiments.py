@@ -34,12 +34,8 @@ def play(
         ConfigError: If the model does not fit the GPUs, or a request the KV cache.
     """
     fleet = _fleet(plan, constants, world)
-    # the same requests for the same experiment, whatever else is in the table
-    seed = zlib.crc32(repr((plan.prompt_tokens, plan.output_tokens, plan.num_requests)).encode())
-    rng = np.random.default_rng(seed)
     longest = min(kind.capacity_tokens(plan.setup.block_size) for kind, _ in fleet)
-    prompt = _lengths(rng, plan, plan.prompt_tokens)
-    output = _lengths(rng, plan, plan.output_tokens)
+    prompt, output, rng = draw_lengths(plan)
     if plan.lengths == "spread":  # engines cut what is beyond their context
         prompt = np.minimum(prompt, max(1, longest // 2))
         output = np.minimum(output, max(1, longest // 2))
@@ -139,6 +135,18 @@ def _covering(replica: ReplicaType, plan: Experiment, tokens: int) -> ReplicaTyp
         return replica
     budget = max(replica.max_num_batched_tokens, tokens)
     return replace(replica, max_num_batched_tokens=budget)
+
+
+def draw_lengths(plan: Experiment) -> tuple[IntArray, IntArray, np.random.Generator]:
+    """Draw prompt and output tokens of the requests of an experiment, `int64[n]` each.
+
+    The same requests for the same experiment, whatever else is in the table. What else is drawn
+    comes from the generator that is returned.
+    """
+    seed = zlib.crc32(repr((plan.prompt_tokens, plan.output_tokens, plan.num_requests)).encode())
+    rng = np.random.default_rng(seed)
+    prompt = _lengths(rng, plan, plan.prompt_tokens)
+    return prompt, _lengths(rng, plan, plan.output_tokens), rng
 
 
 def _lengths(rng: np.random.Generator, plan: Experiment, mean: float) -> IntArray:

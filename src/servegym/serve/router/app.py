@@ -121,10 +121,9 @@ class Router:
             timeout_s=config.metrics.timeout_s,
         )
         pages = Pages(self._health, self._metrics_page)
-        desk = LocalDesk(config, self.dispatcher, self._health, self.telemetry, pages)
-        self._desk = desk
+        self._desk = desk = LocalDesk(config, self.dispatcher, self._health, self.telemetry, pages)
         self._fleet = Fleet(
-            config.replicas, self.dispatcher, self._health, self._poller, self.telemetry
+            config.replicas, self.dispatcher, self._health, self._poller, desk, self.telemetry
         )
         admin = Admin(
             self.dispatcher,

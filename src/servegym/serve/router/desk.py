@@ -32,6 +32,7 @@ class LocalDesk:
 
     Attributes:
         draining: Whether new requests are refused.
+        urls: Of the replicas' servers, by slot.
     """
 
     def __init__(
@@ -52,7 +53,21 @@ class LocalDesk:
             config.request.retry_share, config.request.retry_reserve, dispatcher.clock
         )
         self.books = Books(dispatcher, health, telemetry)
+        self.urls: dict[int, str] = {}
         self._pages = pages
+
+    def add(self, replica: int, url: str) -> None:
+        """A replica has joined.
+
+        Args:
+            replica: Its slot.
+            url: Of its server.
+        """
+        self.urls[replica] = url
+
+    def remove(self, replica: int) -> None:
+        """A replica has gone, after its last request."""
+        del self.urls[replica]
 
     def enter(self, tenant: str, key: str) -> LocalPlacement:
         """Admit a request; see `Desk`.
@@ -304,7 +319,7 @@ class LocalPlacement:
             self._prefill = loop.call_later(left_s, desk.dispatcher.end_prefill, job)
         return Seat(
             desk.dispatcher.names[replica],
-            desk.health.replicas[replica].url,
+            desk.urls[replica],
             attempt.dispatch_s,
             self._first_token_s(attempt),
             job.request.slo_class,

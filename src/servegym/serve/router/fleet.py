@@ -16,6 +16,7 @@ from servegym.errors import ConfigError, unknown_name
 from servegym.serve.dispatcher import Dispatcher
 from servegym.serve.facts import replica_facts
 from servegym.serve.monitoring.poller import MetricsPoller
+from servegym.serve.router.desk import LocalDesk
 from servegym.serve.router.health import Health
 from servegym.serve.router.replica import ReplicaConfig
 from servegym.serve.router.telemetry import Telemetry
@@ -57,6 +58,7 @@ class Fleet:
         dispatcher: Decides among them.
         health: Checks them.
         poller: Asks for their metrics.
+        desk: Tells where they are.
         telemetry: Forgets what has gone.
     """
 
@@ -66,11 +68,13 @@ class Fleet:
         dispatcher: Dispatcher,
         health: Health,
         poller: MetricsPoller,
+        desk: LocalDesk,
         telemetry: Telemetry,
     ) -> None:
         self._dispatcher = dispatcher
         self._health = health
         self._poller = poller
+        self._desk = desk
         self._telemetry = telemetry
         self._members: dict[str, Member] = {}
         self._leaving: list[Member] = []
@@ -188,6 +192,7 @@ class Fleet:
     def _settle(self, member: Member) -> None:
         slot, replica = member.slot, member.replica
         self._members[replica.name] = member
+        self._desk.add(slot, replica.url)
         self._poller.add(slot, replica.metrics_page)
         self._health.add(slot, replica.url)
 
@@ -223,7 +228,7 @@ class Fleet:
             if self._dispatcher.state.outstanding(slot) or not self._health.is_idle(slot):
                 continue
             self._leaving.remove(member)
-            for part in (self._poller, self._health, self._dispatcher):
+            for part in (self._desk, self._poller, self._health, self._dispatcher):
                 part.remove(slot)
             if name not in self._members:
                 self._telemetry.forget(name)

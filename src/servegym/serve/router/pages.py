@@ -16,7 +16,7 @@ class Pages:
     """The pages of `/health`, `/metrics`, `/v1/models` and of each model.
 
     Args:
-        health: Knows the fleet and its models.
+        health: Knows the replicas and their models.
         metrics_page: Returns the Prometheus page.
     """
 

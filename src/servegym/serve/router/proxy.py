@@ -14,9 +14,6 @@ from servegym.serve.router.relay import Relay, answer_pairs
 from servegym.serve.router.reply import Reply
 from servegym.serve.router.upstream import Exchange, Pool, UpstreamError, ask
 
-#: Beyond so many, those without idle connections are forgotten.
-_MAX_POOLS = 1000
-
 
 class Proxy:
     """Sends requests to replicas and their answers to clients.
@@ -106,11 +103,11 @@ class Proxy:
         return head.status
 
     def _pool(self, url: str) -> Pool:
-        """Return the connections to a replica."""
+        """Return the connections to a replica; those to replicas that have gone are let go."""
         pool = self._pools.get(url)
         if pool is None:
-            if len(self._pools) >= _MAX_POOLS:  # replicas come and go
-                self._pools = {u: p for u, p in self._pools.items() if p.has_idle}
+            for other in [place for place, known in self._pools.items() if known.is_empty]:
+                del self._pools[other]
             pool = self._pools[url] = Pool(url, self.config.connect_timeout_s, self._clock)
         return pool
 

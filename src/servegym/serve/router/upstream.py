@@ -423,9 +423,9 @@ class Pool:
         self._sweep: asyncio.TimerHandle | None = None
 
     @property
-    def has_idle(self) -> bool:
-        """Whether a connection is kept for the next request."""
-        return bool(self._idle)
+    def is_empty(self) -> bool:
+        """Whether no connection is kept for the next request."""
+        return not self._idle
 
     async def connect(self) -> Connection:
         """Return a connection that is free, else a new one.

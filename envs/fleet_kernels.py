@@ -1,0 +1,42 @@
+"""What a centralised critic sees of many fleets, in one compiled call."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from servegym.cluster.jit import kernel
+from servegym.cluster.state import Params, State
+from servegym.envs.cluster_kernels import KernelSettings, Memory, look_as_dispatcher
+from servegym.envs.retention_kernels import see_tiers
+from servegym.policy.ordering_rows import write_engine_columns
+from servegym.typing import Float32Array
+
+
+class FleetViews(NamedTuple):
+    """What there is to see of fleets; axes: E fleets, R replica rows, S schedulers."""
+
+    replicas: Float32Array  # [E, R, F], as in `cluster_kernels.Output`
+    request: Float32Array  # [E, NUM_OBSERVED_REQUEST_FEATURES], 0 where none is due
+    engine: Float32Array  # [E, S, number of an engine's features, or 0 without orders]
+    tiers: Float32Array  # [E, S, len(TIER_FEATURES), or 0 where nobody is asked about turns]
+
+
+@kernel
+def look_at_fleets(
+    p: Params, s: State, c: KernelSettings, v: FleetViews, first: int, stop: int, m: Memory
+) -> None:
+    """Write what there is to see of fleets `first..stop-1`, whoever is asked."""
+    width = v.engine.shape[2]
+    for e in range(first, stop):
+        look_as_dispatcher(p, s, c, e, v.replicas[e], v.request[e], m.request)
+        for r in range(v.engine.shape[1]):
+            there = r < s.env[e].num_replicas
+            if width > 0:
+                if there:
+                    write_engine_columns(p, s, e, r, m.row)
+                for k in range(width):
+                    v.engine[e, r, k] = m.row[m.row.shape[0] - width + k] if there else 0.0
+            if v.tiers.shape[2] > 0:
+                v.tiers[e, r] = 0.0
+                if there:
+                    see_tiers(p, s, e, r, v.tiers[e, r])

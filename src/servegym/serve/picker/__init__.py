@@ -1,0 +1,1 @@
+"""An endpoint picker: it tells a gateway, over Envoy's external processing, where requests go."""
