@@ -31,7 +31,7 @@ from servegym.serve.decision_log import (
 from servegym.serve.loaded_policy import LoadedPolicy
 from servegym.serve.requests.prediction import LengthPrediction, LengthPredictor
 from servegym.serve.requests.prefix_index import PrefixIndex
-from servegym.serve.requests.prompt import PrefixConfig, Prompt, PromptReader
+from servegym.serve.requests.prompt import PrefixConfig, Prompt, PromptReader, Size
 from servegym.serve.requests.recent_ends import Mark, RecentEnds
 from servegym.serve.runtime import Decision, PolicyRuntime, RuntimeConfig
 from servegym.serve.state import EngineMetrics, LiveRequest, LiveState
@@ -234,7 +234,7 @@ class Dispatcher:
 
     def arrive(
         self,
-        prompt: Prompt | str | Sequence[int],
+        prompt: Prompt | Size | str | Sequence[int],
         *,
         key: str,
         tenant: str = "default",

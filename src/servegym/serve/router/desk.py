@@ -86,9 +86,9 @@ class LocalDesk:
         self.telemetry.in_flight += 1
         return LocalPlacement(self, tenant, key)
 
-    def count(self, endpoint: str, status: int) -> None:
+    def count(self, endpoint: str, status: int, times: int = 1) -> None:
         """See `Desk`."""
-        self.telemetry.requests[endpoint, status] += 1
+        self.telemetry.requests[endpoint, status] += times
 
     async def page(self, path: str) -> Reply:
         """See `Desk`."""

@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ from servegym.serve.router.upstream import UpstreamError
 from servegym.serve.router.workers.frames import Frame, Kind, pack, pack_arrival, unpack
 from servegym.serve.router.workers.link import Link
 
+#: Between two attempts to find the decider, seconds.
 _AGAIN_S = 0.05
+#: How late the decider may know how many clients were answered, seconds.
+_COUNTS_S = 0.05
 
 
 class RemoteDesk:
@@ -43,6 +47,8 @@ class RemoteDesk:
         self._waiting: dict[int, RemotePlacement | asyncio.Future[Reply]] = {}
         self._last_ticket = 0
         self._lost = asyncio.Event()
+        self._counts: Counter[tuple[str, int]] = Counter()
+        self._counting: asyncio.TimerHandle | None = None
 
     async def connect(self, timeout_s: float) -> bool:
         """Find the decider; return whether it was there in time."""
@@ -68,6 +74,9 @@ class RemoteDesk:
 
     def close(self) -> None:
         """Hang up."""
+        if self._counting is not None:
+            self._counting.cancel()
+            self._tell_counts()
         if self._link is not None:
             self._link.close()
 
@@ -84,8 +93,10 @@ class RemoteDesk:
 
     def count(self, endpoint: str, status: int) -> None:
         """See `Desk`."""
-        if self._link is not None:
-            self._link.put(Kind.COUNT, 0, pack(endpoint, status))
+        self._counts[endpoint, status] += 1
+        if self._counting is None:
+            loop = asyncio.get_running_loop()
+            self._counting = loop.call_later(_COUNTS_S, self._tell_counts)
 
     async def page(self, path: str) -> Reply:
         """See `Desk`."""
@@ -115,6 +126,13 @@ class RemoteDesk:
         if self._link is None or self._link.lost:
             raise self.away()
         return self._link
+
+    def _tell_counts(self) -> None:
+        """Say how many clients have been answered since it was last said."""
+        self._counting = None
+        if self._link is not None and not self._link.lost:
+            self._link.send(Kind.COUNT, 0, pack(dict(self._counts)))
+            self._counts.clear()
 
     def _next_ticket(self) -> int:
         self._last_ticket = self._last_ticket % 0xFFFF_FFFF + 1
@@ -165,7 +183,7 @@ class RemotePlacement:
         self._desk = desk
         self._link = link
         self._ticket = ticket
-        self._arrival: bytes | None = None
+        self._arrival: bytes | None = None  # until the decider has it
         self._said: asyncio.Future[Any] | None = None  # what is waited for
         self._refused: RequestError | None = None
         self._status = "failed"
@@ -189,11 +207,13 @@ class RemotePlacement:
 
     def arrive(self, arrival: Arrival) -> None:
         """See `Placement`."""
-        body = pack_arrival(arrival, content=self._desk.follows)
-        self._link.put(Kind.ARRIVE, self._ticket, body)
+        self._arrival = pack_arrival(arrival, content=self._desk.follows)
 
     async def place(self) -> Seat:
         """See `Placement`."""
+        arrival, self._arrival = self._arrival, None
+        if arrival is not None:
+            return Seat(*await self._ask(Kind.ARRIVE, arrival))
         return Seat(*await self._ask(Kind.PLACE))
 
     async def failed(self, error: UpstreamError) -> bool:
