@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 def require_extra() -> None:
     """Say what to install if the serving extra is missing."""
-    for name in ("aiohttp", "httptools"):
+    for name in ("aiohttp", "httptools", "prometheus_client"):
         if find_spec(name) is None:
-            raise ConfigError(f"serving needs {name}: pip install {name}")
+            package = name.replace("_", "-")
+            raise ConfigError(f"serving needs {package}: pip install {package}")
 
 
 @dataclass(frozen=True)

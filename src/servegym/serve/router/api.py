@@ -32,7 +32,7 @@ _Handler = Callable[[Request], Awaitable[Reply | int]]
 #: Larger bodies are read and hashed in a thread: all streams would wait for it.
 _LARGE_BYTES = 64 * 1024
 #: Tenant of everyone where there are no keys.
-_EVERYONE = "default"
+EVERYONE = "default"
 _READ = ("GET", "HEAD")
 _CHAT = "/v1/chat/completions"
 _MODEL = "/v1/models/"
@@ -218,7 +218,7 @@ class Api:
 
     def _tenant(self, request: Request) -> str:
         if self.keys is None:
-            return _EVERYONE
+            return EVERYONE
         tenant = self.keys.tenant(request.fields.get("authorization"))
         if tenant is None:
             raise RequestError(

@@ -12,21 +12,25 @@ from collections.abc import Callable
 import aiohttp
 from aiohttp import web
 
+from servegym import __version__
 from servegym.errors import ConfigError
 from servegym.serve.dispatcher import Dispatcher
 from servegym.serve.facts import fleet_facts
 from servegym.serve.listening import listen
 from servegym.serve.monitoring.exposition import add_dispatcher
+from servegym.serve.monitoring.loop_lag import LoopLag
 from servegym.serve.monitoring.metrics import metric_names
 from servegym.serve.monitoring.poller import MetricsPoller
+from servegym.serve.monitoring.process import add_process
 from servegym.serve.monitoring.prometheus import CONTENT_TYPE, Exposition
 from servegym.serve.router.admin import Admin
-from servegym.serve.router.api import Api
+from servegym.serve.router.api import EVERYONE, Api
 from servegym.serve.router.auth import read_keys, watch_file
 from servegym.serve.router.client import Server
 from servegym.serve.router.config import RouterConfig
 from servegym.serve.router.health import Health
 from servegym.serve.router.http_log import http_logger
+from servegym.serve.router.latencies import Latencies
 from servegym.serve.router.proxy import Proxy
 from servegym.serve.router.reply import Reply
 from servegym.serve.router.telemetry import Telemetry
@@ -55,7 +59,8 @@ class Router:
         self._keys = read_keys(config.auth) if config.auth else None
         self._upstream_key = _upstream_key(config.upstream_key_env)
         self._names = metric_names(config.metrics.engine)
-        self.telemetry = Telemetry()
+        tenants = {EVERYONE} if config.auth is None else set(config.tenants)
+        self.telemetry = Telemetry(latencies=Latencies(tenants))
         self.dispatcher = Dispatcher(
             config.dispatch,
             [replica.name for replica in config.replicas],
@@ -70,6 +75,7 @@ class Router:
         self._api: Api | None = None
         self._ports: list[int] = []
         self._watch: asyncio.Task[None] | None = None
+        self._loop_lag = LoopLag()
 
     @property
     def port(self) -> int:
@@ -123,6 +129,7 @@ class Router:
         )
         admin = Admin(self.dispatcher, self._health, self._metrics_page)
         listen = config.listen
+        self._loop_lag.start()
         try:
             await self._health.start()
             await self._poller.start()
@@ -138,6 +145,7 @@ class Router:
 
     async def stop(self) -> None:
         """Stop serving; requests in progress are cut off. See `drain`."""
+        self._loop_lag.stop()
         if self._watch is not None:
             self._watch.cancel()
         if self._server is not None:
@@ -194,7 +202,7 @@ class Router:
 
     def _metrics_page(self) -> Reply:
         page = Exposition()
-        self.telemetry.write(page)
+        self.telemetry.write(page, self.dispatcher.names)
         add_dispatcher(page, self.dispatcher)
         if self._health is not None:
             standings = self._health.ejection.standings
@@ -217,6 +225,13 @@ class Router:
                     )
                 ],
             )
+        page.gauge("servegym_build_info", "What runs", 1.0, version=__version__)
+        page.histogram(
+            "servegym_event_loop_lag_seconds",
+            "How much later than asked the event loop wakes who waits",
+            self._loop_lag.lag,
+        )
+        add_process(page)
         return Reply(200, page.page().encode(), [("Content-Type", CONTENT_TYPE)])
 
 

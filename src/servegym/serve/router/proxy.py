@@ -89,6 +89,7 @@ class Proxy:
                 if not failures:
                     passed_s = self._dispatcher.clock() - read_s - job.held_s
                     self._telemetry.overhead.observe(passed_s)
+                    self._books.dispatched(job, replica)
                 attempt = self._ejection.begin(replica, stream=stream)
                 prefill = None if stream else self._assume_prefill(job)
                 try:
@@ -162,7 +163,7 @@ class Proxy:
                 if job.replica >= 0:
                     return job.replica
                 if not job.request.held:
-                    self._telemetry.outcomes["rejected"] += 1
+                    self._books.rejected(job)
                     raise RequestError(
                         429,
                         "the fleet is too busy for this request: come again later",
@@ -256,7 +257,7 @@ class Proxy:
                 502, "no replica could answer", "upstream_failed", retry_after_s=retry_after_s
             )
         status, given, body = error.refusal
-        self._books.end(job, "refused" if error.is_full else "failed")
+        self._books.end(job, "refused" if error.is_full else "failed", full=error.is_full)
         if not body:
             after_s = retry_after_s if error.is_full else None
             message = "the replica gave no reason"

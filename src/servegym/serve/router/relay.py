@@ -49,12 +49,14 @@ class Relay:
         "_exchange",
         "_failures",
         "_frame",
+        "_has_token",
         "_job",
         "_paused",
         "_reader",
         "_request",
         "_stall_s",
         "_status",
+        "_times",
         "_token_s",
         "_whole_by_s",
         "done",
@@ -90,7 +92,8 @@ class Relay:
         self._frame: _Frame = "as it came" if head.chunked else "anew"
         if head.length is not None or not request.takes_chunks:
             self._frame = "none"
-        self._begun = self._answered = self._paused = False
+        self._times = books.times(job, attempt.replica)
+        self._begun = self._answered = self._paused = self._has_token = False
         #: Done when the client has its answer, or will not get it.
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -186,7 +189,14 @@ class Relay:
         if not self._begun:
             self._begin()
         self._books.dispatcher.tokens(self._job, count)
-        self._token_s = self._attempt.standing.last_token_s = self._clock()
+        now_s = self._clock()
+        for times in self._times:
+            if self._has_token:
+                times.itl.observe(now_s - self._token_s)
+            if count > 1:  # they came at once
+                times.itl.observe(0.0, count - 1)
+        self._has_token = True
+        self._token_s = self._attempt.standing.last_token_s = now_s
 
     def _framed(self, framed: bytes, body: bytes) -> bytes:
         """Return a piece as the client is to get it."""
