@@ -29,6 +29,9 @@ class Books:
         self.dispatcher = dispatcher
         self._ejection = health.ejection
         self._telemetry = telemetry
+        for level in filter(_has_limits, dispatcher.config.slo_classes):
+            # from the start: of a series that begins with its first miss Prometheus sees no rise
+            telemetry.slo.update({(level.name, met): 0 for met in (False, True)})
 
     def times(self, job: Job, replica: int) -> tuple[Times, Times]:
         """Return where times of a request on a replica are counted."""
@@ -117,7 +120,7 @@ class Books:
     def _count_slo(self, job: Job, *, met: bool) -> None:
         """Count a request of a class with limits."""
         level = self._level(job)
-        if level.ttft_s is not None or level.tpot_s is not None:
+        if _has_limits(level):
             self._telemetry.slo[level.name, met] += 1
 
     def _level(self, job: Job) -> SloConfig:
@@ -147,3 +150,7 @@ class Books:
                 continue  # full, down, or only slow
             self._ejection.failed(failed, hung=late)
         failures.clear()
+
+
+def _has_limits(level: SloConfig) -> bool:
+    return level.ttft_s is not None or level.tpot_s is not None
