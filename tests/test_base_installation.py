@@ -19,6 +19,9 @@ IMPORTED_AS = {
     "pillow": "PIL",
     "ray[rllib]": "ray",
     "mlflow-skinny": "mlflow",
+    "prometheus-client": "prometheus_client",
+    "opentelemetry-sdk": "opentelemetry",
+    "opentelemetry-exporter-otlp-proto-http": "opentelemetry",
 }
 
 ALONE = """

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from servegym.serve.router.app import Router
     from servegym.serve.router.config import RouterConfig
 
+_log = logging.getLogger(__name__)
+
 
 def require_extra() -> None:
     """Say what to install if the serving extra is missing."""
@@ -44,9 +46,10 @@ class ServeRouter:
         require_extra()
         from servegym.serve.router.app import Router, serve
         from servegym.serve.router.config import read_config
+        from servegym.serve.router.logs import set_up
 
-        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
         config = read_config(self.config)
+        set_up(config.log)
         console = make_console()
         if self.check:
             problems = _problems(config, Router(config), ask=not self.offline)
@@ -60,11 +63,17 @@ class ServeRouter:
             console.print(f"{self.config} is good")
             return
 
+        def say(sentence: str) -> None:
+            if config.log.format == "json":  # whoever reads the log reads nothing else
+                _log.info(sentence)
+            else:
+                console.print(sentence, markup=False)
+
         def ready(router: Router) -> None:
             listen = config.listen
             runtime = router.dispatcher.runtime
             policy = runtime.loaded.text if runtime.loaded else runtime.config.fallback
-            console.print(
+            say(
                 f"{policy} ({runtime.mode}) decides for {len(config.replicas)} replicas: "
                 f"http://{listen.host}:{router.port}/v1, "
                 f"operators: http://{listen.admin_host}:{router.admin_port}"
@@ -72,13 +81,12 @@ class ServeRouter:
             state = router.dispatcher.state
             for index, replica in enumerate(config.replicas):
                 if not state.is_up(index):
-                    console.print(
-                        f"{replica.name} is down: {replica.url}{config.health.path} has not "
-                        "answered well yet; it gets requests once it does",
-                        markup=False,
+                    say(
+                        f"{replica.name} is down: {replica.shown_url}{config.health.path} has not "
+                        "answered well yet; it gets requests once it does"
                     )
             if config.auth is None:
-                console.print("no API keys are configured: everyone who can reach it is served")
+                say("no API keys are configured: everyone who can reach it is served")
 
         serve(config, ready)
 

@@ -230,7 +230,12 @@ class Dispatcher:
         return job
 
     def decide(
-        self, job: Job, *, allowed: BoolArray | None = None, may_hold: bool = True
+        self,
+        job: Job,
+        *,
+        allowed: BoolArray | None = None,
+        may_hold: bool = True,
+        with_scores: bool = False,
     ) -> Decision:
         """Decide, and book the dispatch, the hold or the rejection.
 
@@ -240,6 +245,7 @@ class Dispatcher:
             job: From `arrive`.
             allowed: Replicas in question, `bool[R]`; `None`: all that are up.
             may_hold: Whether it may be held (again).
+            with_scores: Whether to ask the policy once more, for what it gives each choice.
         """
         request = job.request
         self._take_back(job)
@@ -252,7 +258,7 @@ class Dispatcher:
             may_hold=may_hold,
             needs=self._needs,
         )
-        decision = self._choose(seen, request.key)
+        decision = self._choose(seen, request.key, with_scores=with_scores)
         if self.log is not None:
             job.decisions.append(self._decision_row(job, decision, now_s, seen))
         if decision.action < self.state.num_replicas:
@@ -346,17 +352,27 @@ class Dispatcher:
         if self.log is not None:
             self.log.close()
 
-    def _choose(self, seen: Observations, key: str) -> Decision:
+    def _choose(self, seen: Observations, key: str, *, with_scores: bool) -> Decision:
         """Let the runtime decide, equally good replicas in turn."""
         loaded = self.runtime.loaded
         if counts_replicas(self.runtime.fallback) or (loaded and counts_replicas(loaded.policy)):
-            return self.runtime.decide(seen, key)
+            decision = self.runtime.decide(seen, key)
+            if with_scores and decision.proposed is not None:
+                return decision._replace(scores=self.runtime.scores(seen))
+            return decision
         shown, order = self._ties.show(seen)
         decision = self.runtime.decide(shown, key)
         proposed = decision.proposed
+        scores = None
+        if with_scores and proposed is not None:
+            given = self.runtime.scores(shown)
+            if given is not None:
+                scores = np.empty_like(given)
+                scores[order] = given
         return decision._replace(
             action=int(order[decision.action]),
             proposed=None if proposed is None else int(order[proposed]),
+            scores=scores,
         )
 
     def _take_back(self, job: Job) -> None:

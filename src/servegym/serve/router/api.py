@@ -7,7 +7,7 @@ import logging
 import zlib
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 from urllib.parse import unquote
 
 from servegym.serve.dispatcher import Dispatcher
@@ -18,11 +18,15 @@ from servegym.serve.router.config import RouterConfig
 from servegym.serve.router.errors import RequestError
 from servegym.serve.router.health import Health
 from servegym.serve.router.limits import Limits
+from servegym.serve.router.logs import REQUEST_ID, log_request
 from servegym.serve.router.proxy import Proxy
 from servegym.serve.router.reply import Reply, json_reply
 from servegym.serve.router.request import Asked, read_request, with_hints
 from servegym.serve.router.telemetry import Telemetry
 from servegym.serve.vllm.hints import hints
+
+if TYPE_CHECKING:
+    from servegym.serve.router.tracing import Tracing
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -49,6 +53,7 @@ class Api:
         proxy: Sends requests on.
         keys: Who may ask; `None`: everyone.
         metrics_page: Returns the Prometheus page.
+        tracing: Makes spans of what is asked of replicas.
 
     Attributes:
         keys: May be replaced at any time.
@@ -64,6 +69,7 @@ class Api:
         proxy: Proxy,
         keys: Keys | None,
         metrics_page: Callable[[], Reply],
+        tracing: Tracing | None = None,
     ) -> None:
         self.config = config
         self.dispatcher = dispatcher
@@ -73,6 +79,7 @@ class Api:
         self._health = health
         self._proxy = proxy
         self._metrics_page = metrics_page
+        self._tracing = tracing
         self._limits = Limits(config.limits, config.tenants)
         self._reading = ThreadPoolExecutor(1, "large-bodies")
         self._routes: dict[str, tuple[tuple[str, ...], _Handler]] = {
@@ -98,27 +105,40 @@ class Api:
             request: Its answer is sent when this returns.
         """
         endpoint = "other"
+        begin_s = self.dispatcher.clock()
+        REQUEST_ID.set(request.key)  # in the context of this request's task alone
         try:
             endpoint, method, handler = self._route(request)
             if request.head.method not in method:
                 raise RequestError(405, _place(request, "Method Not Allowed"), "method_not_allowed")
+            if self._tracing is not None and method is not _READ:
+                request.trace = self._tracing.begin(request, endpoint)
             answer = await handler(request)
         except RequestError as error:
             answer = error.reply()
         except asyncio.CancelledError:
-            self.telemetry.requests[endpoint, 499] += 1  # the client has gone
+            self._count(request, endpoint, 499, begin_s)  # the client has gone
             raise
         except Exception:
             _log.exception("a request failed in the router")
             message = "the router failed: its log says why"
             answer = RequestError(500, message, "internal_error").reply()
         status = answer.status if isinstance(answer, Reply) else answer
-        self.telemetry.requests[endpoint, status] += 1
+        self._count(request, endpoint, status, begin_s)
         if isinstance(answer, Reply):
             if request.begun:  # too late to say anything
                 request.break_off(b"")
             else:
                 request.reply(answer)
+
+    def _count(self, request: Request, endpoint: str, status: int, begin_s: float) -> None:
+        """A request has been answered."""
+        self.telemetry.requests[endpoint, status] += 1
+        if self.config.log.requests:
+            duration_s = self.dispatcher.clock() - begin_s
+            log_request(request, endpoint, status, duration_s)
+        if request.trace is not None:
+            request.trace.end(status)
 
     def _route(self, request: Request) -> tuple[str, tuple[str, ...], _Handler]:
         """Return an endpoint's name, its methods, and who answers it.
@@ -136,7 +156,7 @@ class Api:
         raise RequestError(404, _place(request, "Not Found"), "unknown_url")
 
     async def _completions(self, request: Request) -> Reply | int:
-        tenant = self._tenant(request)
+        tenant = request.tenant = self._tenant(request)
         if self.draining:
             raise RequestError(
                 503,
@@ -178,6 +198,9 @@ class Api:
             model=model,
             session=session or asked.session or None,
         )
+        if request.trace is not None:
+            level = dispatcher.config.slo_classes[slo_class].name
+            request.trace.asked(job, level, asked.max_tokens, stream=asked.stream)
         if config.engine_hints:
             level = dispatcher.config.slo_classes[slo_class]
             told = hints(job.request.predicted_output_tokens, level.ttft_s, level.tpot_s)

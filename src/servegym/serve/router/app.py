@@ -8,6 +8,8 @@ import logging
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
 
 import aiohttp
 from aiohttp import web
@@ -36,6 +38,9 @@ from servegym.serve.router.reply import Reply
 from servegym.serve.router.telemetry import Telemetry
 from servegym.serve.router.upstream import KEEPALIVE_S
 
+if TYPE_CHECKING:
+    from servegym.serve.router.tracing import Tracing
+
 _log = logging.getLogger(__name__)
 
 
@@ -61,6 +66,7 @@ class Router:
         self._names = metric_names(config.metrics.engine)
         tenants = {EVERYONE} if config.auth is None else set(config.tenants)
         self.telemetry = Telemetry(latencies=Latencies(tenants))
+        self._make_tracing = _tracing(config)
         self.dispatcher = Dispatcher(
             config.dispatch,
             [replica.name for replica in config.replicas],
@@ -75,6 +81,7 @@ class Router:
         self._api: Api | None = None
         self._ports: list[int] = []
         self._watch: asyncio.Task[None] | None = None
+        self._tracing: Tracing | None = None
         self._loop_lag = LoopLag()
 
     @property
@@ -118,6 +125,8 @@ class Router:
             [replica.url for replica in config.replicas],
             self._upstream_key,
         )
+        if self._make_tracing is not None:
+            self._tracing = self._make_tracing()
         self._api = Api(
             config,
             self.dispatcher,
@@ -126,6 +135,7 @@ class Router:
             self._proxy,
             self._keys,
             self._metrics_page,
+            self._tracing,
         )
         admin = Admin(self.dispatcher, self._health, self._metrics_page)
         listen = config.listen
@@ -163,6 +173,8 @@ class Router:
         if self._api is not None:
             self._api.close()
         await asyncio.to_thread(self.dispatcher.close)
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
 
     def reload_keys(self) -> None:
         """Read the API keys anew; keys that cannot be read leave the old ones in place."""
@@ -274,6 +286,23 @@ async def _serve(config: RouterConfig, ready: Callable[[Router], None]) -> None:
     if left:
         _log.warning("%d requests are cut off after %g s", left, config.drain_s)
     await router.stop()
+
+
+def _tracing(config: RouterConfig) -> Callable[[], Tracing] | None:
+    """Return what makes spans, once the router starts: it has a thread of its own.
+
+    Raises:
+        ConfigError: If a package is missing.
+    """
+    if config.tracing is None:
+        return None
+    try:
+        from servegym.serve.router.tracing import Tracing
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"tracing needs {error.name}: pip install 'servegym[otel]', or leave tracing out"
+        ) from error
+    return partial(Tracing, config.tracing, config.metrics.engine)
 
 
 def _upstream_key(name: str | None) -> str | None:

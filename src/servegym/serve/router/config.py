@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -75,6 +75,12 @@ class ReplicaConfig(_Config):
     def metrics_page(self) -> str:
         """Where its metrics are."""
         return self.metrics_url or f"{self.url}/metrics"
+
+    @property
+    def shown_url(self) -> str:
+        """Its url as logs and errors may have it: without the user and password it may hold."""
+        parts = urlsplit(self.url)
+        return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
     @property
     def place(self) -> tuple[str, str, int, str]:
@@ -266,6 +272,47 @@ class ScrapeConfig(_Config):
     timeout_s: float = Field(1.0, gt=0)
 
 
+class LogConfig(_Config):
+    """What the router says on standard error; the decision log is another (`dispatch.log`).
+
+    Attributes:
+        format: Lines for people (`text`), or a JSON object a line.
+        level: Less important lines are left out.
+        requests: Whether each answer to a client has a line, of level `info`.
+    """
+
+    format: Literal["text", "json"] = "text"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    requests: bool = False
+
+
+class TracingConfig(_Config):
+    """Where spans of requests and decisions go; without this section there are none.
+
+    Attributes:
+        endpoint: Of a collector that takes OTLP over HTTP, such as
+            `http://collector:4318/v1/traces`. Headers that it wants are read from the environment
+            variable `OTEL_EXPORTER_OTLP_HEADERS`, as by every program with OpenTelemetry.
+        sample: Share of the traces that begin at the router. A request that is part of a trace is
+            recorded if its client's `traceparent` says so.
+        service_name: Of the router.
+        timeout_s: For the collector to take a batch; spans that it does not take are lost.
+    """
+
+    endpoint: str
+    sample: float = Field(1.0, ge=0, le=1)
+    service_name: str = Field("servegym-router", min_length=1)
+    timeout_s: float = Field(10.0, gt=0)
+
+    @field_validator("endpoint")
+    @classmethod
+    def _is_http(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("must be like http://host:4318/v1/traces")
+        return value
+
+
 class RouterConfig(_Config):
     """All that a router's file says.
 
@@ -280,6 +327,8 @@ class RouterConfig(_Config):
         request: What is accepted, and how long things may take.
         health: Of replicas.
         metrics: Of replicas.
+        log: What is said on standard error.
+        tracing: Of requests and decisions.
         drain_s: How long a stopping router waits for requests in progress.
     """
 
@@ -293,6 +342,8 @@ class RouterConfig(_Config):
     request: RequestConfig = RequestConfig()
     health: HealthConfig = HealthConfig()
     metrics: ScrapeConfig = ScrapeConfig()
+    log: LogConfig = LogConfig()
+    tracing: TracingConfig | None = None
     drain_s: float = Field(60.0, ge=0)
 
     @model_validator(mode="after")
@@ -310,8 +361,8 @@ class RouterConfig(_Config):
             other = places.setdefault(replica.place, replica)
             if other is not replica:
                 raise ValueError(
-                    f"replicas {other.name} and {replica.name} have the same url, {replica.url}: "
-                    "its load would be counted as that of two"
+                    f"replicas {other.name} and {replica.name} have the same url, "
+                    f"{replica.shown_url}: its load would be counted as that of two"
                 )
         if self.tenants and self.auth is None:
             raise ValueError(

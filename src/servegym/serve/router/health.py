@@ -64,6 +64,7 @@ class Health:
         self.config = config
         self.replicas = [ReplicaHealth() for _ in replicas]
         self._urls = [replica.url for replica in replicas]
+        self._shown_urls = [replica.shown_url for replica in replicas]
         self._dispatcher = dispatcher
         self._session = session
         self._timeout = aiohttp.ClientTimeout(total=config.timeout_s)
@@ -79,7 +80,7 @@ class Health:
         self._settle()
         await asyncio.gather(*(self._check(r) for r in range(len(self.replicas))))
         for health, name, url in zip(
-            self.replicas, self._dispatcher.names, self._urls, strict=True
+            self.replicas, self._dispatcher.names, self._shown_urls, strict=True
         ):
             if not health.up:
                 place = url + self.config.path

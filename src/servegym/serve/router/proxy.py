@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from servegym.serve.dispatcher import Dispatcher, Job
 from servegym.serve.router.books import Books, Failures
@@ -11,7 +14,7 @@ from servegym.serve.router.client import ID_HEADER, Request
 from servegym.serve.router.config import RequestConfig
 from servegym.serve.router.ejection import Attempt
 from servegym.serve.router.errors import RequestError
-from servegym.serve.router.headers import HeaderFilter, returned
+from servegym.serve.router.headers import CONTEXT_HEADERS, HeaderFilter, returned
 from servegym.serve.router.health import Health
 from servegym.serve.router.relay import Relay, answer_pairs
 from servegym.serve.router.reply import Reply
@@ -19,6 +22,9 @@ from servegym.serve.router.retry_budget import RetryBudget
 from servegym.serve.router.telemetry import Telemetry
 from servegym.serve.router.upstream import Exchange, Pool, UpstreamError, ask
 from servegym.typing import BoolArray
+
+if TYPE_CHECKING:
+    from servegym.serve.router.tracing import AttemptTrace, Trace
 
 
 class Proxy:
@@ -82,31 +88,42 @@ class Proxy:
         failures: Failures = []
         tried: set[int] = set()
         headers = self._headers(request, len(body))
+        trace = request.trace
         self._budget.request()
         try:
             while True:
-                replica = await self._place(job, tried, stream=stream)
+                replica = await self._place(job, tried, trace, stream=stream)
+                request.replica = self._dispatcher.names[replica]
                 if not failures:
                     passed_s = self._dispatcher.clock() - read_s - job.held_s
                     self._telemetry.overhead.observe(passed_s)
                     self._books.dispatched(job, replica)
                 attempt = self._ejection.begin(replica, stream=stream)
                 prefill = None if stream else self._assume_prefill(job)
+                sent: AttemptTrace | None = None
                 try:
                     pool = self._pools[replica]
-                    head = self._first_line(pool, request, path) + headers
+                    first_line = self._first_line(pool, request, path)
+                    if trace is not None:
+                        sent = trace.attempt(request.replica, pool.place, len(failures))
+                        first_line += sent.head
+                    head = first_line + headers
                     first_token_s, patience_s = self._first_token_s(attempt), self._patience_s
                     exchange = await ask(
                         pool, head, body, first_token_s=first_token_s, patience_s=patience_s
                     )
                     try:
-                        return await self._pass_on(request, job, attempt, exchange, failures)
+                        return await self._pass_on(request, job, attempt, exchange, failures, sent)
                     finally:
                         exchange.close()
                 except UpstreamError as error:
                     failures.append((attempt, error))
                     self._note(attempt, error)
+                    if sent is not None:
+                        sent.end(error.cause, error.refusal.status if error.refusal else None)
                 finally:
+                    if sent is not None:
+                        sent.end("cancelled")  # unless it has ended otherwise
                     self._ejection.end(attempt)
                     if prefill is not None:
                         prefill.cancel()
@@ -127,6 +144,7 @@ class Proxy:
         attempt: Attempt,
         exchange: Exchange,
         failures: Failures,
+        sent: AttemptTrace | None,
     ) -> int:
         """Pass an answer through; return its status."""
         head = exchange.head
@@ -134,8 +152,13 @@ class Proxy:
         name = self._dispatcher.names[attempt.replica] if self.config.expose_replica else ""
         relay = Relay(self.config, self._books, request, job, attempt, exchange, failures)
         relay.start(answer_pairs(head.fields.pairs, request.key, name))
-        if not relay.done.done():
-            await relay.done
+        try:
+            if not relay.done.done():
+                await relay.done
+        finally:  # an answer that breaks off ends the client's connection, and so this task
+            if sent is not None and relay.done.done() and not relay.done.cancelled():
+                first_s = job.request.first_token_s - attempt.dispatch_s
+                sent.answered(head.status, relay.cause, exchange.reader, first_s)
         return head.status
 
     def _assume_prefill(self, job: Job) -> asyncio.TimerHandle:
@@ -144,7 +167,7 @@ class Proxy:
         loop = asyncio.get_running_loop()
         return loop.call_later(left_s, self._dispatcher.end_prefill, job)
 
-    async def _place(self, job: Job, tried: set[int], *, stream: bool) -> int:
+    async def _place(self, job: Job, tried: set[int], trace: Trace | None, *, stream: bool) -> int:
         """Decide where a request goes; hold it as long as the policy wants or none is up.
 
         Raises:
@@ -159,7 +182,10 @@ class Proxy:
                 and dispatcher.clock() + config.hold_s <= until_s
             )
             if allowed.any():
-                dispatcher.decide(job, allowed=allowed, may_hold=may_hold)
+                if trace is not None and trace.sampled:
+                    self._decide_seen(job, allowed, trace, len(tried), may_hold=may_hold)
+                else:
+                    dispatcher.decide(job, allowed=allowed, may_hold=may_hold)
                 if job.replica >= 0:
                     return job.replica
                 if not job.request.held:
@@ -185,6 +211,24 @@ class Proxy:
                 pause_s = min(1.0, pause_s * (1.0 + dispatcher.state.num_held / 20.0))
             await asyncio.sleep(pause_s)
             job.held_s += pause_s
+
+    def _decide_seen(
+        self, job: Job, allowed: BoolArray, trace: Trace, attempts: int, *, may_hold: bool
+    ) -> None:
+        """Decide, and leave a span that says among whom, and why."""
+        dispatcher = self._dispatcher
+        candidates = np.flatnonzero(allowed).tolist()
+        outstanding = [dispatcher.state.outstanding(r) for r in candidates]
+        decision = dispatcher.decide(job, allowed=allowed, may_hold=may_hold, with_scores=True)
+        loaded = dispatcher.runtime.loaded
+        trace.decided(
+            decision,
+            dispatcher.names,
+            candidates,
+            outstanding,
+            policy=loaded.version if loaded else "none",
+            attempts=attempts,
+        )
 
     def _allowed(self, job: Job, tried: set[int], *, stream: bool) -> BoolArray:
         """Replicas that are up and have the model; the others if there is no better one.
@@ -279,6 +323,8 @@ class Proxy:
     def _headers(self, request: Request, length: int) -> bytes:
         """Write the rest of the head, which is the same for all replicas."""
         headers = self._filter.forwarded(request.fields.pairs)
+        if request.trace is not None:  # each attempt has a context of its own
+            headers = [pair for pair in headers if pair[0].lower() not in CONTEXT_HEADERS]
         if request.fields.get("content-type") is None:
             headers.append(("Content-Type", "application/json"))
         headers.append((ID_HEADER, request.key))

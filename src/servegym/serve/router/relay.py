@@ -37,6 +37,10 @@ class Relay:
         attempt: At the replica that answers.
         exchange: With that replica; its answer has begun.
         failures: Of the replicas asked before; judged once the answer has come.
+
+    Attributes:
+        cause: Why the answer is not whole, once it has ended; empty if it is.
+        done: Done when the client has its answer, or will not get it.
     """
 
     __slots__ = (
@@ -59,6 +63,7 @@ class Relay:
         "_times",
         "_token_s",
         "_whole_by_s",
+        "cause",
         "done",
     )
 
@@ -94,7 +99,7 @@ class Relay:
             self._frame = "none"
         self._times = books.times(job, attempt.replica)
         self._begun = self._answered = self._paused = self._has_token = False
-        #: Done when the client has its answer, or will not get it.
+        self.cause = ""
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def start(self, pairs: list[tuple[str, str]]) -> None:
@@ -153,6 +158,7 @@ class Relay:
     def expired(self) -> None:
         """See `Receiver`."""
         if self._paused:  # the client's side: it takes nothing
+            self.cause = "cancelled"
             self._exchange.close()
             self._books.end(self._job, "cancelled")
             self._request.flow = None
@@ -217,6 +223,7 @@ class Relay:
         missing = exchange.framing.missing if self._frame == "as it came" else 0
         is_whole = not cause and (exchange.ended or (self._frame != "none" and not missing))
         request.flow = None
+        self.cause = cause
         try:
             exchange.close()
             if not is_whole:
