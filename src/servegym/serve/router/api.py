@@ -38,6 +38,8 @@ _LARGE_BYTES = 64 * 1024
 #: Tenant of everyone where there are no keys.
 EVERYONE = "default"
 _READ = ("GET", "HEAD")
+#: Asked every few seconds by machines: no line of the log for each.
+_PROBED = ("/health", "/metrics")
 _CHAT = "/v1/chat/completions"
 _MODEL = "/v1/models/"
 
@@ -134,7 +136,8 @@ class Api:
     def _count(self, request: Request, endpoint: str, status: int, begin_s: float) -> None:
         """A request has been answered."""
         self.telemetry.requests[endpoint, status] += 1
-        if self.config.log.requests:
+        probe = status == 200 and endpoint in _PROBED
+        if self.config.log.requests and not probe:
             duration_s = self.dispatcher.clock() - begin_s
             log_request(request, endpoint, status, duration_s)
         if request.trace is not None:

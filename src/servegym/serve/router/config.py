@@ -278,7 +278,8 @@ class LogConfig(_Config):
     Attributes:
         format: Lines for people (`text`), or a JSON object a line.
         level: Less important lines are left out.
-        requests: Whether each answer to a client has a line, of level `info`.
+        requests: Whether each answer to a client has a line, of level `info`; good ones to health
+            checks and to Prometheus have none.
     """
 
     format: Literal["text", "json"] = "text"
@@ -296,13 +297,14 @@ class TracingConfig(_Config):
         sample: Share of the traces that begin at the router. A request that is part of a trace is
             recorded if its client's `traceparent` says so.
         service_name: Of the router.
-        timeout_s: For the collector to take a batch; spans that it does not take are lost.
+        timeout_s: For the collector to take a batch; spans that it does not take are lost, and a
+            router that stops waits no longer for it.
     """
 
     endpoint: str
     sample: float = Field(1.0, ge=0, le=1)
     service_name: str = Field("servegym-router", min_length=1)
-    timeout_s: float = Field(10.0, gt=0)
+    timeout_s: float = Field(5.0, gt=0)
 
     @field_validator("endpoint")
     @classmethod
