@@ -1,6 +1,6 @@
-"""Ask a router that runs from the image's file system; see `scripts/test-image`.
+"""Ask a router that runs from the image's file system, for `scripts/test-image`.
 
-python scripts/image_smoke.py ROOTFS FOLDER      FOLDER has `run`, and `etc` for the router's file
+Arguments: the file system, and a folder with `run`, which starts it, and `etc` for its file.
 """
 
 from __future__ import annotations

@@ -133,8 +133,8 @@ def test_helm_renders_what_is_recorded_and_the_files_as_they_are():
         ({}, "config.replicas is empty: name at least one engine"),
         ({"replicaCount": 0}, "replicaCount"),
         ({"config": {"replicas": [{"name": "a", "url": "a:8000"}]}}, "url"),
-        ({"confg": {}}, "confg"),
-        ({"metrics": {"dashbord": {}}}, "dashbord"),
+        ({"sorce": {}}, "sorce"),
+        ({"metrics": {"polcy": {}}}, "polcy"),
     ],
 )
 def test_helm_refuses_wrong_values(tmp_path, values, sentence):
