@@ -80,7 +80,7 @@ def main(root: Path, folder: Path) -> None:
     }
     (folder / "etc" / "router.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     begin_s = time.monotonic()
-    command = ["unshare", "--mount", "sh", folder / "run", root, folder / "etc"]
+    command = ["unshare", "--mount", "sh", *map(str, (folder / "run", root, folder / "etc"))]
     router = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said = ""
     try:

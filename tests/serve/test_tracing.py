@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
+import json
+import logging
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from servegym.errors import ConfigError
 from servegym.policy.policy import Observations
 from servegym.serve.router import app, tracing
 from servegym.serve.router.config import parse_config
+from servegym.serve.router.logs import JsonLines
 
 from .running import RATES, run, running, until
 
@@ -142,6 +146,29 @@ def test_a_parent_that_is_none_begins_a_new_trace(parent):
             assert f"{server.context.trace_id:032x}" != TRACE
 
     run(test)
+
+
+def test_lines_of_the_log_name_the_trace():
+    written = io.StringIO()
+    handler = logging.StreamHandler(written)
+    handler.setFormatter(JsonLines())
+    logger = logging.getLogger("servegym.serve.router.logs")
+
+    async def test() -> None:
+        async with traced(1, log={"requests": True}) as (it, spans):
+            await it.post(STREAM)
+            (server,), _, _ = by_kind(spans())
+            line = json.loads(written.getvalue())
+            assert line["trace_id"] == f"{server.context.trace_id:032x}"
+
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel("INFO")
+    try:
+        run(test)
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
 
 
 def test_a_retry_is_another_decision_and_another_attempt():

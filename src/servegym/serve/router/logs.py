@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 #: Id of the request that is being answered; each has a task, and so a context, of its own.
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
+#: Id of its trace, where there is one.
+TRACE_ID: ContextVar[str] = ContextVar("trace_id", default="")
 #: Attribute of a record, given as `extra`, with more members of its object.
 FIELDS = "servegym_fields"
 
@@ -89,7 +91,7 @@ class TextLines(logging.Formatter):
 class JsonLines(logging.Formatter):
     """An object a line: `time` (RFC 3339, UTC), `level`, `logger`, `process`, `message`, ...
 
-    ... `request_id` where there is one, `error` with `type` and `traceback` where something was
+    ... `request_id` and `trace_id` where there is one, `error` with `type` and `traceback` where something was
     raised, and what the line is about.
     """
 
@@ -105,6 +107,8 @@ class JsonLines(logging.Formatter):
         }
         if key := REQUEST_ID.get():
             line["request_id"] = key
+        if trace := TRACE_ID.get():
+            line["trace_id"] = trace
         line |= getattr(record, FIELDS, {})
         if record.exc_info and record.exc_info[0] is not None:
             traceback = _bare(self.formatException(record.exc_info))

@@ -25,6 +25,7 @@ from servegym.serve.dispatcher import Job
 from servegym.serve.router.client import Request
 from servegym.serve.router.config import TracingConfig
 from servegym.serve.router.headers import CONTEXT_HEADERS
+from servegym.serve.router.logs import TRACE_ID
 from servegym.serve.router.stream import Reader
 from servegym.serve.runtime import Decision
 from servegym.typing import FloatArray
@@ -99,6 +100,7 @@ class Tracing:
             kind=SpanKind.SERVER,
             attributes=attributes,
         )
+        TRACE_ID.set(f"{span.get_span_context().trace_id:032x}")
         return Trace(self._tracer, span, attributes)
 
 
