@@ -14,7 +14,7 @@ from servegym.serve.monitoring.prometheus import Exposition, Histogram
 #: Upper bounds, seconds: fine enough to read a p99 of TTFT and of whole answers off.
 _LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 #: Steps of engines take 5 to 100 ms; what is above are preemptions, long prefills and stalls.
-_ITL_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_ITL_S = (0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0)
 #: A decision takes less than a millisecond; what is above are holds.
 _QUEUE_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 

@@ -91,8 +91,8 @@ class TextLines(logging.Formatter):
 class JsonLines(logging.Formatter):
     """An object a line: `time` (RFC 3339, UTC), `level`, `logger`, `process`, `message`, ...
 
-    ... `request_id` and `trace_id` where there is one, `error` with `type` and `traceback` where something was
-    raised, and what the line is about.
+    ... `request_id` and `trace_id` where there is one, `error` with `type` and `traceback` where
+    something was raised, and what the line is about.
     """
 
     def format(self, record: logging.LogRecord) -> str:
