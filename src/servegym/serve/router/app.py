@@ -300,7 +300,8 @@ def _tracing(config: RouterConfig) -> Callable[[], Tracing] | None:
         from servegym.serve.router.tracing import Tracing
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"tracing needs {error.name}: pip install 'servegym[otel]', or leave tracing out"
+            f"tracing needs {error.name}: pip install opentelemetry-sdk "
+            "opentelemetry-exporter-otlp-proto-http, or leave tracing out"
         ) from error
     return partial(Tracing, config.tracing, config.metrics.engine)
 
