@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import logging
+import sys
 
 import numpy as np
 import pytest
@@ -325,7 +326,7 @@ def test_a_wrong_endpoint_and_a_missing_package_are_named(tmp_path, capsys, monk
     }
     with pytest.raises(ConfigError, match="endpoint: must be like http://host:4318/v1/traces"):
         parse_config(data, "router.yaml")
-    monkeypatch.setitem(__import__("sys").modules, "servegym.serve.router.tracing", None)
+    monkeypatch.setitem(sys.modules, "servegym.serve.router.tracing", None)
     config = parse_config({**data, "tracing": ENDPOINT}, "router.yaml")
     with pytest.raises(ConfigError, match=r"tracing needs .*: pip install opentelemetry-sdk"):
         app.Router(config)

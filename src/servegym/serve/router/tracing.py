@@ -245,7 +245,8 @@ class AttemptTrace:
     def __init__(self, span: Span, trace: Trace) -> None:
         carrier: dict[str, str] = {}
         _W3C.inject(carrier, set_span_in_context(span, Context()))
-        self.head = "".join([f"{k}: {v}\r\n" for k, v in carrier.items()]).encode("latin-1")
+        lines = "".join([f"{name}: {value}\r\n" for name, value in carrier.items()])
+        self.head = lines.encode("utf-8", "surrogateescape")
         self._span = span
         self._trace = trace
         self._ended = False
