@@ -160,6 +160,9 @@ class RouterCpu:
     """Short ones in a turn, 16 at once."""
     prompt_chars: int = 1000
     """Of every prompt; no two are equal."""
+    trace: float | None = None
+    """Share of its requests that this checkout's router makes spans of, by default without tracing.
+    BEFORE may be this checkout, too. A replica stands in for the collector."""
     pairs: int = 10
     """Turns of each proxy."""
     out: Path | None = None
@@ -213,10 +216,14 @@ class RouterCpu:
     def _router(self, folder: Path, urls: Sequence[str], checkout: Path | None) -> Router:
         rates = {"prefill_tokens_per_s": 20_000.0, "decode_step_s": 0.01}
         entries = [{"name": f"r{i}", "url": url, "rates": rates} for i, url in enumerate(urls)]
+        more: dict[str, object] = {}
+        if self.trace is not None and checkout is None:
+            more["tracing"] = {"endpoint": f"{urls[0]}/v1/traces", "sample": self.trace}
         return Router(
             folder,
             entries,
             checkout=checkout,
+            **more,
             dispatch={"runtime": {"policy": self.policy, "max_metrics_age_s": 60.0}},
             # what is measured is requests, not polls
             metrics={"interval_s": 5.0},

@@ -22,6 +22,9 @@ IMPORTED_AS = {
     "grpcio": "grpc",
     "grpcio-health-checking": "grpc_health",
     "protobuf": "google",
+    "prometheus-client": "prometheus_client",
+    "opentelemetry-sdk": "opentelemetry",
+    "opentelemetry-exporter-otlp-proto-http": "opentelemetry",
 }
 
 ALONE = """

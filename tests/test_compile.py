@@ -106,7 +106,7 @@ def test_what_calls_the_kernels_of_dispatch_waits_for_them(monkeypatch):
         began.append((part, tuple(over)))
         over.append(part)
 
-    parts = ("tiers", "jobs", "dispatch", "live")
+    parts = ("tiers", "jobs", "dispatch", "live", "router")
     monkeypatch.setattr(
         compile_command, "PARTS", {part: functools.partial(begins, part) for part in parts}
     )
@@ -115,7 +115,8 @@ def test_what_calls_the_kernels_of_dispatch_waits_for_them(monkeypatch):
     assert sorted(done) == sorted(parts)
     before = dict(began)
     assert "dispatch" in before["tiers"]
-    assert "dispatch" in before["live"]
+    assert "dispatch" in before["router"]
+    assert "router" in before["live"]
     assert not before["jobs"]
 
 

@@ -10,13 +10,14 @@ from servegym.agents.network import DispatchNetwork, NetworkConfig
 from servegym.policy.contract import (
     EXPECTED_TOKENS,
     NUM_REPLICA_FEATURES,
+    NUM_REQUEST_FEATURES,
     ReplicaFeature,
     observed,
 )
 from servegym.policy.costs import BASES, INFERRED_BASES
 from servegym.policy.frozen import NumpyPolicy
 from servegym.policy.numpy_network import NetworkShape, NumpyNetwork, family_of
-from servegym.policy.policy import Observations
+from servegym.policy.policy import Observations, Scoring
 
 PARAMS = {
     "added-delay": (1.9, 0.4),
@@ -152,3 +153,18 @@ def test_wrong_weights_are_refused():
         NumpyNetwork(network.shape, weights | {"score.bias": np.array([np.nan])})
     with pytest.raises(ValueError, match=r"actor.query"):
         NumpyNetwork(network.shape._replace(context="attention"), weights)
+
+
+def test_what_a_policy_gives_each_action_is_what_it_chooses_by():
+    _, network = make("added-delay", "mean", 1)
+    policy = NumpyPolicy(network, information="predictive", name="x")
+    rng = np.random.default_rng(0)
+    replicas = rng.uniform(0.1, 1.0, (1, NUM_REPLICA_FEATURES, 3))
+    request = rng.uniform(0.1, 1.0, (1, NUM_REQUEST_FEATURES))
+    for allowed in ([1, 1, 1, 0, 0], [0, 1, 1, 0, 0], [1, 0, 1, 0, 1]):
+        seen = Observations(replicas, request, np.array([allowed], bool))
+        scores = policy.scores(seen)
+        assert scores.shape == (5,)
+        assert np.isfinite(scores).tolist() == [bool(x) for x in allowed]
+        assert scores.argmax() == policy.act(seen, np.zeros(1, np.int64))[0]
+    assert isinstance(policy, Scoring)

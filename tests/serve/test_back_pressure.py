@@ -306,7 +306,7 @@ class TestChat:
                 status, body, _ = await task
                 assert status == 200
                 assert body.startswith(self.ROLE + b": ping\n\n" + self.SAYS)
-                ttft = it.router.telemetry.ttft
+                ttft = it.router.telemetry.latencies.total(lambda times: times.ttft)
                 assert (ttft.count, ttft.total > 0.19) == (1, True)
                 assert it.idle()
             (file,) = tmp_path.iterdir()

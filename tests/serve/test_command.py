@@ -77,9 +77,11 @@ def answer(url: str) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["aiohttp", "httptools"])
+@pytest.mark.parametrize("name", ["aiohttp", "httptools", "prometheus-client"])
 def test_what_is_not_installed_is_named(tmp_path, capsys, monkeypatch, name):
-    monkeypatch.setattr(serve, "find_spec", lambda asked: None if asked == name else object())
+    monkeypatch.setattr(
+        serve, "find_spec", lambda asked: None if asked == name.replace("-", "_") else object()
+    )
     with pytest.raises(SystemExit) as end:
         main(["serve", "router", "--config", str(write(tmp_path)), "--check"])
     assert end.value.code == 2

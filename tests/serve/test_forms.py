@@ -276,7 +276,7 @@ def test_a_stream_is_passed_on_and_booked(path, stream, tmp_path):
             status, answer, _ = await it.post(body, path)
             assert (status, answer) == (200, b"".join(stream))
             assert it.router.telemetry.outcomes == {"finished": 1}
-            assert it.router.telemetry.ttft.count == 1
+            assert it.router.telemetry.latencies.total(lambda times: times.ttft).count == 1
             assert it.idle()
         (file,) = tmp_path.iterdir()
         row = json.loads(file.read_text())

@@ -30,7 +30,7 @@ def test_a_stream_passes_through_byte_by_byte():
             assert events[5] == "data: [DONE]"
             assert it.idle()
             assert it.router.telemetry.outcomes["finished"] == 1
-            assert it.router.telemetry.ttft.count == 1
+            assert it.router.telemetry.latencies.total(lambda times: times.ttft).count == 1
 
     run(test)
 

@@ -98,6 +98,28 @@ class TestKeys:
         assert keys.tenant(f"Bearer {self.BOB}") == "bob"
 
     @pytest.mark.parametrize(
+        ("mode", "owner", "told"),
+        [
+            (0o600, True, False),
+            (0o640, True, True),
+            (0o604, True, True),
+            (0o440, False, False),  # as Kubernetes mounts a secret: root's, for our group
+            (0o444, False, True),
+        ],
+    )
+    def test_a_file_that_others_can_read_is_told(
+        self, tmp_path, monkeypatch, caplog, mode, owner, told
+    ):
+        path = tmp_path / "keys.yaml"
+        path.write_text(f"alice: {self.ALICE}\n")
+        path.chmod(mode)
+        found = path.stat()
+        monkeypatch.setattr("os.getuid", lambda: found.st_uid + (not owner))
+        monkeypatch.setattr("os.getgid", lambda: found.st_gid)
+        read_keys(AuthConfig(keys_file=path))
+        assert ("can be read by others" in caplog.text) == told
+
+    @pytest.mark.parametrize(
         ("content", "sentence"),
         [
             ("", "must hold a key or a list of keys for each tenant"),

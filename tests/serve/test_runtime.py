@@ -70,7 +70,7 @@ SEEN = observe([0, 5, 5])
 
 def test_acts_by_the_policy():
     runtime, _, _ = scripted()
-    assert runtime.decide(SEEN) == (1, "policy", Reason.POLICY, 0.0, 1, None)
+    assert runtime.decide(SEEN) == (1, "policy", Reason.POLICY, 0.0, 1, None, None)
     assert runtime.counters.num_policy == 1
     assert runtime.latency.count == 1
 
@@ -169,13 +169,13 @@ def test_a_late_answer_is_taken_and_counted_until_the_breaker_opens():
     clock.now_s += 10.0
     policy.takes_s = 0.0
     for _ in range(20):  # on trial it is asked, and watched
-        assert runtime.decide(SEEN) == (0, "fallback", Reason.BREAKER, 0.0, 1, None)
+        assert runtime.decide(SEEN) == (0, "fallback", Reason.BREAKER, 0.0, 1, None, None)
     assert runtime.decide(SEEN).by == "policy"
 
 
 def test_shadow_asks_and_counts_but_acts_by_the_fallback():
     runtime, policy, _ = scripted(mode="shadow")
-    assert runtime.decide(SEEN) == (0, "fallback", Reason.SHADOW, 0.0, 1, None)
+    assert runtime.decide(SEEN) == (0, "fallback", Reason.SHADOW, 0.0, 1, None, None)
     policy.action = 0
     runtime.decide(SEEN)
     policy.action = 9

@@ -61,7 +61,7 @@ def test_a_packet_has_the_size_that_its_docstring_says():
 
 
 def arrival(prompt) -> Arrival:
-    return Arrival(prompt, "m", 100, True, "chat", None, 12.5)
+    return Arrival(prompt, "m", 100, True, "chat", None, 12.5, True)
 
 
 def test_an_arrival_comes_as_it_was_sent():

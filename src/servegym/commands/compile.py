@@ -26,7 +26,9 @@ from servegym.commands.console import make_console
 from servegym.errors import ConfigError
 from servegym.scenario import load_scenario
 
-Part = Literal["dispatch", "migration", "tiers", "orders", "jobs", "schedules", "bounds", "live"]
+Part = Literal[
+    "dispatch", "migration", "tiers", "orders", "jobs", "schedules", "bounds", "router", "live"
+]
 
 
 def compile_dispatch() -> None:
@@ -188,17 +190,35 @@ def compile_bounds() -> None:
         problem.episodes(scenario, [0], num_units=8).clairvoyant([rule], budget=2.0)
 
 
-def compile_live() -> None:
-    """What the emulated engine and the router run besides the rules."""
-    from servegym.serve.engine.core import rehearse
+def compile_router() -> None:
+    """What the router runs: its state, its reading of prompts, and every rule that can be live."""
+    from servegym.baselines.registry import RULES
+    from servegym.policy.contract import Group
+    from servegym.serve.dispatcher import DispatchConfig, Dispatcher
     from servegym.serve.facts import Rates, fleet_facts
-    from servegym.serve.requests.prompt import PrefixConfig, PromptReader
-    from servegym.serve.state import LiveState, rehearse_inference
+    from servegym.serve.runtime import RuntimeConfig
+    from servegym.serve.state import rehearse_inference
+
+    rehearse_inference()
+    facts = fleet_facts([Rates(prefill_tokens_per_s=1.0, decode_step_s=1.0)] * 2)
+    for name in RULES:
+        rule = RULES.make(name)
+        if rule.information == "oracle" or rule.needs & Group.WHAT_IF:
+            continue  # a simulator's alone
+        runtime = RuntimeConfig(policy=name, fallback="least-outstanding")
+        dispatcher = Dispatcher(DispatchConfig(runtime=runtime), ["a", "b"], facts)
+        job = dispatcher.arrive("a prompt " * 100, key="key", max_tokens=1)
+        dispatcher.decide(job)
+        dispatcher.first_token(job)
+        dispatcher.finish(job, 2)
+
+
+def compile_live() -> None:
+    """What the emulated engine and the router run."""
+    from servegym.serve.engine.core import rehearse
 
     rehearse(load_scenario("mixed-chat").spec.types[0])
-    rehearse_inference()
-    PromptReader(PrefixConfig())
-    LiveState(fleet_facts([Rates(prefill_tokens_per_s=1.0, decode_step_s=1.0)]))
+    compile_router()
 
 
 def play_environments(name: str, **settings: Any) -> None:
@@ -226,6 +246,7 @@ PARTS: dict[Part, Callable[[], None]] = {
     "jobs": compile_jobs,
     "schedules": compile_schedules,
     "bounds": compile_bounds,
+    "router": compile_router,
     "live": compile_live,
 }
 
@@ -254,21 +275,30 @@ def compile_part(part: Part) -> Compiled:
 def compile_parts(parts: Sequence[Part], pool: Executor) -> Iterator[Compiled]:
     """Compile parts side by side, and tell of each when it is done.
 
-    Kernels of `dispatch` are called by most others: what calls them waits, lest it compile them,
-    too.
+    Kernels of `dispatch` are called by most others, and those of `router` are what `live` has most
+    of: what calls them waits, lest it compile them, too.
 
     Args:
         parts: Which; none twice.
         pool: Compiles. Numba compiles one kernel at a time in a process: so, processes.
     """
-    later = [part for part in parts if "dispatch" in parts and part not in ("dispatch", *APART)]
-    running = {pool.submit(compile_part, part) for part in parts if part not in later}
+    awaited = {part: _awaited(part, parts) for part in parts}
+    running = {pool.submit(compile_part, part) for part in parts if awaited[part] is None}
     while running:
         done, running = wait(running, return_when=FIRST_COMPLETED)
         for compiled in (future.result() for future in done):
-            if compiled.part == "dispatch":
-                running |= {pool.submit(compile_part, part) for part in later}
+            later = (part for part in parts if awaited[part] == compiled.part)
+            running |= {pool.submit(compile_part, part) for part in later}
             yield compiled
+
+
+def _awaited(part: Part, parts: Sequence[Part]) -> Part | None:
+    """Return that of the parts which must be compiled before one, if any must."""
+    if part == "live" and "router" in parts:
+        return "router"
+    if part not in ("dispatch", *APART) and "dispatch" in parts:
+        return "dispatch"
+    return None
 
 
 def side_by_side(parts: Sequence[Part], jobs: int) -> Iterator[Compiled]:
@@ -295,8 +325,8 @@ class Compile:
 
     parts: tuple[Part, ...] = tuple(PARTS)
     """Which: dispatch (with the rules, environments and planners), migration (of requests between
-    replicas), tiers (of KV), orders, jobs, schedules, bounds (clairvoyant searches), live (router
-    and emulated engine). Migration, tiers and live need `dispatch` too."""
+    replicas), tiers (of KV), orders, jobs, schedules, bounds (clairvoyant searches), router, live
+    (router and emulated engine). Migration, tiers and live need `dispatch` too."""
     jobs: int | None = None
     """How many parts are compiled at the same time, each by a process of its own; by default
     one for each processor, 4 at most."""

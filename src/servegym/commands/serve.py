@@ -21,12 +21,15 @@ if TYPE_CHECKING:
     from servegym.serve.router.app import Router
     from servegym.serve.router.config import RouterConfig
 
+_log = logging.getLogger(__name__)
+
 
 def require_extra() -> None:
     """Say what to install if the serving extra is missing."""
-    for name in ("aiohttp", "httptools"):
+    for name in ("aiohttp", "httptools", "prometheus_client"):
         if find_spec(name) is None:
-            raise ConfigError(f"serving needs {name}: pip install {name}")
+            package = name.replace("_", "-")
+            raise ConfigError(f"serving needs {package}: pip install {package}")
 
 
 @dataclass(frozen=True)
@@ -47,23 +50,30 @@ class ServeRouter:
         require_extra()
         from servegym.serve.router.app import Router, serve
         from servegym.serve.router.config import read_config, with_workers
+        from servegym.serve.router.logs import set_up
         from servegym.serve.router.workers.supervisor import supervise
 
-        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
         config = read_config(self.config)
         if self.workers is not None:
             config = with_workers(config, self.workers)
+        set_up(config.log)
         console = make_console()
         if self.check:
             problems = _problems(config, Router(config), ask=not self.offline)
             conclude_check(console, self.config, problems, offline=self.offline)
             return
 
+        def say(sentence: str) -> None:
+            if config.log.format == "json":  # whoever reads the log reads nothing else
+                _log.info(sentence)
+            else:
+                console.print(sentence, markup=False)
+
         def ready(router: Router) -> None:
             listen = config.listen
             runtime = router.dispatcher.runtime
             policy = runtime.loaded.text if runtime.loaded else runtime.config.fallback
-            console.print(
+            say(
                 f"{policy} ({runtime.mode}) decides for {len(router.fleet)} replicas: "
                 f"http://{listen.host}:{router.port}/v1, "
                 f"operators: http://{listen.admin_host}:{router.admin_port}"
@@ -72,15 +82,14 @@ class ServeRouter:
             for member in router.fleet:
                 replica = member.replica
                 if not state.is_up(member.slot):
-                    console.print(
-                        f"{replica.name} is down: {replica.url}{config.health.path} has not "
-                        "answered well yet; it gets requests once it does",
-                        markup=False,
+                    say(
+                        f"{replica.name} is down: {replica.shown_url}{config.health.path} has not "
+                        "answered well yet; it gets requests once it does"
                     )
             if listen.workers > 1:
-                console.print(f"{listen.workers} workers carry the requests")
+                say(f"{listen.workers} workers carry the requests")
             if config.auth is None:
-                console.print("no API keys are configured: everyone who can reach it is served")
+                say("no API keys are configured: everyone who can reach it is served")
 
         (serve if config.listen.workers == 1 else supervise)(config, ready)
 

@@ -12,7 +12,7 @@ from servegym.policy.contract import observed, observed_groups
 from servegym.policy.layout import GRAPH_INPUTS, agent_actions, agent_arrays
 from servegym.policy.numpy_network import NumpyNetwork
 from servegym.policy.policy import Information, Observations
-from servegym.typing import IntArray
+from servegym.typing import FloatArray, IntArray
 
 #: Is no action, and so refused by whoever checks it.
 _NO_CHOICE = -1
@@ -49,6 +49,16 @@ class NumpyPolicy:
             # a NaN wins every argmax: it must not pass for a choice
             chosen[row] = actions[best] if math.isfinite(logits[best]) else _NO_CHOICE
         return chosen
+
+    def scores(self, observations: Observations) -> FloatArray:
+        """Score all actions; see `Scoring`."""
+        replicas, request, mask = observations
+        actions = agent_actions(mask, self._network.shape.num_extra)
+        shown = mask[0].take(actions)
+        scores = np.full(mask.shape[1], -math.inf)
+        logits = self._network.logits(replicas[0], request[0], shown)
+        scores[actions] = np.where(shown, logits, -math.inf)
+        return scores
 
 
 class FrozenPolicy:

@@ -66,6 +66,23 @@ class Policy(Protocol):
         ...
 
 
+@runtime_checkable
+class Scoring(Protocol):
+    """A policy that can say what it gives each action, of which it takes the best."""
+
+    def scores(self, observations: Observations) -> FloatArray:
+        """Score all actions of a batch of one.
+
+        Args:
+            observations: One row.
+
+        Returns:
+            `float64[R + 2]`, by the mask's indices; -inf for those not allowed. The policy was
+            trained to take each with the probability of their softmax.
+        """
+        ...
+
+
 #: A rule in compiled form: `decide(replicas, request, mask, params, memory, rng) -> action`, with
 #: `float64[F, R]`, `float64[G]`, `bool[R + 2]`, `float64[p]`, `float64[m]`, `uint64[1]`.
 Decide = Callable[[FloatArray, FloatArray, BoolArray, FloatArray, FloatArray, UInt64Array], int]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from servegym.replay.compare import Figure
-from servegym.replay.counterfactual import Arrivals
+from servegym.replay.counterfactual import LOGGED, Arrivals
 from servegym.replay.drift import Effect
 from servegym.replay.refit import HeldOut
 from servegym.replay.result import Replayed
@@ -114,6 +114,8 @@ def counterfactual_table(result: Replayed) -> TextTable:
     """What other policies would have made of the arrivals."""
     rows: list[tuple[str, ...]] = []
     closed = result.arrivals.loop == "closed"
+    known = simulation_error(result)
+    doubt = 0.0 if known is None else max(abs(known.low), abs(known.high))
     for one in result.counterfactuals:
         cells = [
             f"{UNITS[metric][1] * one.statistics[metric, statistic]:.{UNITS[metric][2]}f}"
@@ -129,6 +131,8 @@ def counterfactual_table(result: Replayed) -> TextTable:
         ]
         ratio = f"{one.ratio.value:.3f} [{one.ratio.low:.3f}, {one.ratio.high:.3f}]"
         share = f"{100 * one.slo_attainment:.1f} %"
+        if one.policy != LOGGED and abs(one.ratio.value - 1.0) < doubt:
+            ratio += " ?"
         same = f"{100 * one.agreement:.0f} %"
         later = f"{float(one.shift_s.mean()):+.2f}"
         name = one.policy + (" (decided)" if one.decided else "")
@@ -137,6 +141,7 @@ def counterfactual_table(result: Replayed) -> TextTable:
         "Counterfactual: everything here is simulated, with the costs as fitted; nothing of it was "
         "observed. Ratio: mean E2E over that of the logged decisions. "
         + _loop_note(result.arrivals)
+        + _error_note(known)
     )
     if result.unknown_policies:
         note += (
@@ -159,6 +164,27 @@ def counterfactual_table(result: Replayed) -> TextTable:
         ),
         rows,
         note,
+    )
+
+
+def simulation_error(result: Replayed) -> Figure | None:
+    """Return the error of mean E2E where it can be seen: on the logged decisions, as fitted.
+
+    A held-out part says more than the data of the fit, where the log was tested on one.
+    """
+    figures = result.corrected_figures if result.held_out is None else result.held_out.after
+    found = [f for f in figures if (f.scope, f.metric, f.statistic) == ("all", "e2e_s", "mean")]
+    return found[0] if found else None
+
+
+def _error_note(known: Figure | None) -> str:
+    if known is None:
+        return " How wrong the simulation is cannot be seen from this log."
+    return (
+        f" Of the logged decisions, where it can be checked, the simulated mean E2E is off by "
+        f"{100 * known.error:+.1f} % [{100 * known.low:+.1f}, {100 * known.high:+.1f}]; a ratio "
+        "nearer to 1 than that (?) may be the simulator's doing. For decisions unlike the logged "
+        "ones the error is not known."
     )
 
 

@@ -270,7 +270,12 @@ class Dispatcher:
         return job
 
     def decide(
-        self, job: Job, *, allowed: BoolArray | None = None, may_hold: bool = True
+        self,
+        job: Job,
+        *,
+        allowed: BoolArray | None = None,
+        may_hold: bool = True,
+        with_scores: bool = False,
     ) -> Decision:
         """Decide, and book the dispatch, the hold or the rejection.
 
@@ -280,6 +285,7 @@ class Dispatcher:
             job: From `arrive`.
             allowed: Replicas in question, by slot, `bool[W]`; `None`: all that are up.
             may_hold: Whether it may be held (again).
+            with_scores: Whether to ask the policy once more, for what it gives each choice.
 
         Returns:
             Its actions are slots, W to hold, and W + 1 to reject.
@@ -295,7 +301,7 @@ class Dispatcher:
             may_hold=may_hold,
             needs=self._needs,
         )
-        decision = self._choose(seen, request.key)
+        decision = self._choose(seen, request.key, with_scores=with_scores)
         if self.log is not None:
             job.decisions.append(self._decision_row(job, decision, now_s, seen))
         if decision.action < self.state.num_slots:
@@ -394,7 +400,7 @@ class Dispatcher:
         if self.log is not None:
             self.log.close()
 
-    def _choose(self, seen: Observations, key: str) -> Decision:
+    def _choose(self, seen: Observations, key: str, *, with_scores: bool) -> Decision:
         """Let the runtime decide, equally good replicas in turn."""
         loaded = self.runtime.loaded
         counts = counts_replicas(self.runtime.fallback) or (
@@ -403,9 +409,16 @@ class Dispatcher:
         shown, order = self._ties.show(seen, in_turn=not counts)
         decision = self.runtime.decide(shown, key)
         proposed = decision.proposed
+        scores = None
+        if with_scores and proposed is not None:
+            given = self.runtime.scores(shown)
+            if given is not None:
+                scores = np.full(self.state.num_slots + 2, -np.inf)
+                scores[order] = given
         return decision._replace(
             action=int(order[decision.action]),
             proposed=None if proposed is None else int(order[proposed]),
+            scores=scores,
         )
 
     def _meet(self) -> None:

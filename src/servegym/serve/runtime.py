@@ -22,7 +22,7 @@ from servegym.policy.contract import (
     Group,
 )
 from servegym.policy.exploration import explore
-from servegym.policy.policy import Observations, Policy
+from servegym.policy.policy import Observations, Policy, Scoring
 from servegym.serve.guards import (
     FAULTS,
     BreakerConfig,
@@ -95,6 +95,8 @@ class Decision(NamedTuple):
         duration_s: Wall-clock seconds from the observation to the decision.
         proposed: What the policy answered, where it was asked and did not fail.
         propensity: Probability of the action, where the policy decided and explores.
+        scores: What the policy gave each action, `float64[R + 2]`, -inf where it gave none; only
+            where that was asked for, and the policy is one that scores.
     """
 
     action: int
@@ -103,6 +105,7 @@ class Decision(NamedTuple):
     duration_s: float
     proposed: int | None
     propensity: float | None = None
+    scores: FloatArray | None = None
 
 
 def _reads_metrics(policy: Policy) -> bool:
@@ -262,6 +265,15 @@ class PolicyRuntime:
         duration_s = self.clock() - begin_s
         self._count(by, action, proposed, reason, duration_s)
         return Decision(action, by, reason, duration_s, proposed, propensity)
+
+    def scores(self, observations: Observations) -> FloatArray | None:
+        """Return what the policy gives each action, `float64[R + 2]`; `None` if it gives nothing.
+
+        Args:
+            observations: A batch of one, about which the policy has just been asked.
+        """
+        policy = self.loaded.policy if self.loaded else None
+        return policy.scores(observations) if isinstance(policy, Scoring) else None
 
     def _announce_silence(self, doubt: Reason) -> None:
         assert self.loaded is not None

@@ -73,7 +73,7 @@ def test_a_stream_goes_out_and_its_tokens_come_back_into_the_books():
             assert passed.streamed_response.body == event(text)
         assert row[3] == 0
         assert gateway.state._generated[chosen] == 3
-        assert gateway.picker.telemetry.ttft.count == 1
+        assert gateway.picker.telemetry.latencies.total(lambda times: times.ttft).count == 1
         standing = gateway.picker._health.ejection.standings[chosen]
         assert (standing.streams, standing.owing) == (1, 0)  # slow clients are not its fault
         end = event("", "length") + DONE
@@ -125,7 +125,7 @@ def test_a_stream_that_nobody_asked_for_begins_once():
         assert all([await stream.answer() for _ in range(4)])
         await stream.done()
         await until(gateway.idle)
-        assert gateway.picker.telemetry.ttft.count == 1
+        assert gateway.picker.telemetry.latencies.total(lambda times: times.ttft).count == 1
         assert gateway.picker.telemetry.outcomes == {"finished": 1}
 
     play(test)

@@ -19,14 +19,15 @@ class Histogram:
         bounds: Upper bounds, ascending; one more bin is open.
 
     Attributes:
+        bounds: As given.
         total: Sum of the values.
     """
 
-    __slots__ = ("_bounds", "_counts", "total")
+    __slots__ = ("_counts", "bounds", "total")
 
     def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = tuple(bounds)
-        self._counts = [0] * (len(self._bounds) + 1)
+        self.bounds = tuple(bounds)
+        self._counts = [0] * (len(self.bounds) + 1)
         self.total = 0.0
 
     @property
@@ -36,20 +37,26 @@ class Histogram:
 
     def observe(self, value: float, count: int = 1) -> None:
         """Count a value, as often as it occurred."""
-        self._counts[bisect_left(self._bounds, value)] += count
+        self._counts[bisect_left(self.bounds, value)] += count
         self.total += value * count
+
+    def add(self, other: Histogram) -> None:
+        """Count what another histogram of the same bounds has counted."""
+        assert self.bounds == other.bounds
+        self._counts = [a + b for a, b in zip(self._counts, other._counts, strict=True)]
+        self.total += other.total
 
     def quantile(self, share: float) -> float:
         """Return the bound below which a share of the values lies; 0.0 without values."""
         wanted = share * self.count
-        for bound, count in zip(self._bounds, accumulate(self._counts), strict=False):
+        for bound, count in zip(self.bounds, accumulate(self._counts), strict=False):
             if count >= wanted:
                 return bound if wanted else 0.0
         return float("inf")
 
     def cumulative(self) -> list[tuple[str, int]]:
         """Return bounds as Prometheus writes them, with the number of values up to each."""
-        names = [*(f"{bound:.10g}" for bound in self._bounds), "+Inf"]
+        names = [*(f"{bound:.10g}" for bound in self.bounds), "+Inf"]
         return list(zip(names, accumulate(self._counts), strict=True))
 
 
@@ -82,11 +89,20 @@ class Exposition:
 
     def histogram(self, name: str, text: str, histogram: Histogram) -> None:
         """Add a histogram with its buckets, count and sum."""
+        self.histograms(name, text, [({}, histogram)])
+
+    def histograms(
+        self, name: str, text: str, values: Iterable[tuple[Mapping[str, str], Histogram]]
+    ) -> None:
+        """Add a histogram for each set of further labels."""
         self._head(name, text, "histogram")
-        for bound, count in histogram.cumulative():
-            self._sample(f"{name}_bucket", count, {"le": bound})
-        self._sample(f"{name}_count", histogram.count, {})
-        self._sample(f"{name}_sum", histogram.total, {})
+        for labels, histogram in values:
+            pairs = self._pairs(labels)  # once: a page has thousands of buckets
+            begin = f"{name}_bucket{{{pairs},le=" if pairs else f"{name}_bucket{{le="
+            for bound, count in histogram.cumulative():
+                self._lines.append(f'{begin}"{bound}"}} {count}.0')
+            self._sample(f"{name}_count", histogram.count, labels)
+            self._sample(f"{name}_sum", histogram.total, labels)
 
     def page(self) -> str:
         """Return the text of all series added so far."""
@@ -96,10 +112,13 @@ class Exposition:
         self._lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
 
     def _sample(self, name: str, value: float, labels: Mapping[str, str]) -> None:
-        pairs = ",".join(f'{k}="{_escaped(v)}"' for k, v in {**self._labels, **labels}.items())
+        pairs = self._pairs(labels)
         self._lines.append(
             f"{name}{{{pairs}}} {float(value)!r}" if pairs else f"{name} {float(value)!r}"
         )
+
+    def _pairs(self, labels: Mapping[str, str]) -> str:
+        return ",".join(f'{k}="{_escaped(v)}"' for k, v in {**self._labels, **labels}.items())
 
 
 def _escaped(value: str) -> str:

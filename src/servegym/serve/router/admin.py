@@ -153,7 +153,7 @@ class Admin:
             member = await self._fleet.add(replica)
         except TakenError as error:
             raise RequestError(409, str(error), "refused") from error
-        _told(request, f"{replica.name} is added, at {replica.url}")
+        _told(request, f"{replica.name} is added, at {replica.shown_url}")
         return web.json_response(self._summary(member, leaving=False), status=201)
 
     async def _remove(self, request: web.Request) -> web.StreamResponse:

@@ -16,9 +16,11 @@ from servegym.serve.router.client import Request, Server
 from servegym.serve.router.config import RouterConfig
 from servegym.serve.router.errors import RequestError
 from servegym.serve.router.forms import FORMS, Form
+from servegym.serve.router.logs import REQUEST_ID, log_request
+from servegym.serve.router.otel import tracing_of
 from servegym.serve.router.pages import MODEL
 from servegym.serve.router.placement import Arrival, Desk, Placement
-from servegym.serve.router.proxy import Proxy
+from servegym.serve.router.proxy import Proxy, place
 from servegym.serve.router.reply import Reply
 from servegym.serve.router.request import Asked, read_request, with_hints
 from servegym.serve.vllm.hints import hints
@@ -31,8 +33,10 @@ _Handler = Callable[[Request], Awaitable[Reply | int]]
 #: Larger bodies are read and hashed in a thread: all streams would wait for it.
 _LARGE_BYTES = 64 * 1024
 #: Tenant of everyone where there are no keys.
-_EVERYONE = "default"
+EVERYONE = "default"
 _READ = ("GET", "HEAD")
+#: Asked every few seconds by machines: no line of the log for each.
+_PROBED = ("/health", "/metrics")
 
 
 class Api:
@@ -65,6 +69,8 @@ class Api:
         self._reader = reader
         self._proxy = proxy
         self._clock = clock
+        tracing = tracing_of(config)
+        self._tracing = None if tracing is None else tracing(config)
         self._reading = ThreadPoolExecutor(1, "large-bodies")
         self._routes: dict[str, tuple[tuple[str, ...], _Handler]] = {
             **dict.fromkeys(FORMS, (("POST",), self._serve)),
@@ -73,9 +79,11 @@ class Api:
             "/metrics": (_READ, self._page),
         }
 
-    def close(self) -> None:
-        """End the thread for large bodies."""
+    async def close(self) -> None:
+        """End the thread for large bodies, and send the spans that are left."""
         self._reading.shutdown(wait=False, cancel_futures=True)
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
 
     def server(self) -> Server:
         """Make the server that takes clients' requests."""
@@ -87,29 +95,41 @@ class Api:
         Args:
             request: Its answer is sent when this returns.
         """
-        endpoint = "other"
+        endpoint, begin_s = "other", self._clock()
+        REQUEST_ID.set(request.key)  # in the context of this request's task alone
         dialect = FORMS[path].dialect if (path := request.head.path) in FORMS else "openai"
         try:
             endpoint, method, handler = self._route(request)
             if request.head.method not in method:
                 raise RequestError(405, _place(request, "Method Not Allowed"), "method_not_allowed")
+            if self._tracing is not None and method is not _READ:
+                request.trace = self._tracing.begin(request, endpoint)
             answer = await handler(request)
         except RequestError as error:
             answer = error.reply(dialect)
         except asyncio.CancelledError:
-            self._desk.count(endpoint, 499)  # the client has gone
+            self._count(request, endpoint, 499, begin_s)  # the client has gone
             raise
         except Exception:
             _log.exception("a request failed in the router")
             message = "the router failed: its log says why"
             answer = RequestError(500, message, "internal_error").reply(dialect)
         status = answer.status if isinstance(answer, Reply) else answer
-        self._desk.count(endpoint, status)
+        self._count(request, endpoint, status, begin_s)
         if isinstance(answer, Reply):
             if request.begun:  # too late to say anything
                 request.break_off(b"")
             else:
                 request.reply(answer)
+
+    def _count(self, request: Request, endpoint: str, status: int, begin_s: float) -> None:
+        """A request has been answered."""
+        self._desk.count(endpoint, status)
+        probe = status == 200 and endpoint in _PROBED
+        if self.config.log.requests and not probe:
+            log_request(request, endpoint, status, self._clock() - begin_s)
+        if request.trace is not None:
+            request.trace.end(status)
 
     def _route(self, request: Request) -> tuple[str, tuple[str, ...], _Handler]:
         """Return an endpoint's name, its methods, and who answers it.
@@ -128,7 +148,8 @@ class Api:
 
     async def _serve(self, request: Request) -> Reply | int:
         """Let a replica answer."""
-        placement = self._desk.enter(self._tenant(request), request.key)
+        tenant = request.tenant = self._tenant(request)
+        placement = self._desk.enter(tenant, request.key)
         try:
             if not request.is_whole:
                 await placement.admitted()
@@ -151,6 +172,9 @@ class Api:
         )
         header = config.session_header
         session = request.fields.get(header.lower()) if header else None
+        trace = request.trace
+        if trace is not None:
+            trace.asked(request.tenant, prompt.tokens, asked.max_tokens, stream=asked.stream)
         placement.arrive(
             Arrival(
                 prompt,
@@ -160,9 +184,10 @@ class Api:
                 request.fields.get(config.slo_header.lower()) or asked.slo_class,
                 session or asked.session or None,
                 read_s,
+                trace is not None and trace.sampled,
             )
         )
-        seat = await placement.place()
+        seat = await place(placement, trace)
         if config.engine_hints and form.takes_hints:
             level = self.config.dispatch.slo_classes[seat.slo_class]
             told = hints(seat.predicted_output_tokens, level.ttft_s, level.tpot_s)
@@ -198,7 +223,7 @@ class Api:
 
     def _tenant(self, request: Request) -> str:
         if self.keys is None:
-            return _EVERYONE
+            return EVERYONE
         given = request.fields.get("authorization")
         if given is None and (key := request.fields.get("x-api-key")):
             given = f"Bearer {key}"  # as clients of Anthropic's API give it

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 import aiohttp
 from aiohttp import web
 
+from servegym import __version__
 from servegym.errors import ConfigError
 from servegym.serve.discovery.replicas_file import ReplicasFile
 from servegym.serve.discovery.sources import Sources
@@ -21,11 +22,13 @@ from servegym.serve.dispatcher import Dispatcher
 from servegym.serve.facts import fleet_facts
 from servegym.serve.listening import bind, listen_at
 from servegym.serve.monitoring.exposition import add_dispatcher
+from servegym.serve.monitoring.loop_lag import LoopLag
 from servegym.serve.monitoring.metrics import metric_names
 from servegym.serve.monitoring.poller import MetricsPoller
+from servegym.serve.monitoring.process import add_process
 from servegym.serve.monitoring.prometheus import CONTENT_TYPE, Exposition
 from servegym.serve.router.admin import Admin
-from servegym.serve.router.api import Api
+from servegym.serve.router.api import EVERYONE, Api
 from servegym.serve.router.auth import read_keys, upstream_key, watch_file
 from servegym.serve.router.client import Server
 from servegym.serve.router.config import RouterConfig
@@ -33,6 +36,8 @@ from servegym.serve.router.desk import LocalDesk
 from servegym.serve.router.fleet import Fleet
 from servegym.serve.router.health import Health
 from servegym.serve.router.http_log import http_logger
+from servegym.serve.router.latencies import Latencies
+from servegym.serve.router.otel import tracing_of
 from servegym.serve.router.pages import Pages
 from servegym.serve.router.proxy import Proxy
 from servegym.serve.router.reply import Reply
@@ -68,7 +73,9 @@ class Router:
         self._file = ReplicasFile(config.replicas_file) if config.replicas_file else None
         if self._file is not None:
             self._file.read()  # wrong at the start is wrong
-        self.telemetry = Telemetry()
+        tenants = {EVERYONE} if config.auth is None else set(config.tenants)
+        self.telemetry = Telemetry(latencies=Latencies(tenants))
+        tracing_of(config)  # what is missing is missing at the start, whoever carries requests
         self.dispatcher = Dispatcher(
             config.dispatch,
             [replica.name for replica in config.replicas],
@@ -87,6 +94,7 @@ class Router:
         self._decider: Decider | None = None
         self._ports: list[int] = []
         self._watch: asyncio.Task[None] | None = None
+        self._loop_lag = LoopLag()
 
     @property
     def port(self) -> int:
@@ -135,6 +143,7 @@ class Router:
         )
         self._sources = Sources(self._fleet, self._file, config.discover)
         listen = config.listen
+        self._loop_lag.start()
         try:
             await self._sources.start()
             await self._health.start()
@@ -156,6 +165,7 @@ class Router:
 
     async def stop(self) -> None:
         """Stop serving; requests in progress are cut off. See `drain`."""
+        self._loop_lag.stop()
         if self._watch is not None:
             self._watch.cancel()
         if self._server is not None:
@@ -173,7 +183,7 @@ class Router:
         if self._session is not None:
             await self._session.close()
         if self._api is not None:
-            self._api.close()
+            await self._api.close()
         await asyncio.to_thread(self.dispatcher.close)
 
     @property
@@ -270,6 +280,13 @@ class Router:
                 "Polls of engine metrics that failed",
                 self._by_name(self._poller.num_failed),
             )
+        page.gauge("servegym_build_info", "What runs", 1.0, version=__version__)
+        page.histogram(
+            "servegym_event_loop_lag_seconds",
+            "How much later than asked the event loop wakes who waits",
+            self._loop_lag.lag,
+        )
+        add_process(page)
         return Reply(200, page.page().encode(), [("Content-Type", CONTENT_TYPE)])
 
     def _by_name(self, counts: Mapping[int, int]) -> list[tuple[dict[str, str], int]]:

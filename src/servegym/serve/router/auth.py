@@ -130,9 +130,18 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 
+def _others_may_read(found: os.stat_result) -> bool:
+    """Whether more than this process may read a file.
+
+    A secret that Kubernetes mounts is root's, and for the group of the process alone.
+    """
+    mounted = found.st_uid != os.getuid() and found.st_gid == os.getgid()
+    return bool(found.st_mode & (0o007 if mounted else 0o077))
+
+
 def _from_file(path: Path) -> dict[str, list[str]]:
     try:
-        if path.stat().st_mode & 0o077:
+        if _others_may_read(path.stat()):
             _log.warning("%s can be read by others: chmod 600 it", path)
         data = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):

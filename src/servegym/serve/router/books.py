@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from servegym.serve.dispatcher import Dispatcher, Job
+import math
+
+from servegym.serve.dispatcher import Dispatcher, Job, SloConfig
 from servegym.serve.router.ejection import Attempt
 from servegym.serve.router.health import Health
+from servegym.serve.router.latencies import Times
 from servegym.serve.router.placement import Ending
 from servegym.serve.router.telemetry import Telemetry
 from servegym.serve.router.upstream import UpstreamError
@@ -26,12 +29,27 @@ class Books:
         self.dispatcher = dispatcher
         self._ejection = health.ejection
         self._telemetry = telemetry
+        for level in filter(_has_limits, dispatcher.config.slo_classes):
+            # from the start: of a series that begins with its first miss Prometheus sees no rise
+            telemetry.slo.update({(level.name, met): 0 for met in (False, True)})
+
+    def times(self, job: Job, replica: int) -> tuple[Times, Times]:
+        """Return where times of a request on a replica are counted."""
+        return self._telemetry.latencies.of(self.dispatcher.names[replica], job.tenant)
+
+    def dispatched(self, job: Job, replica: int) -> None:
+        """A request is sent to a replica for the first time."""
+        queued_s = self.dispatcher.clock() - job.request.arrival_s
+        for times in self.times(job, replica):
+            times.queue.observe(queued_s)
 
     def begin(self, job: Job, attempt: Attempt, failures: Failures) -> None:
         """The first token of a stream has come; those who failed it before are judged."""
         self._answered(attempt, failures)
         self.dispatcher.first_token(job)
-        self._telemetry.ttft.observe(self.dispatcher.clock() - job.request.arrival_s)
+        ttft_s = self.dispatcher.clock() - job.request.arrival_s
+        for times in self.times(job, attempt.replica):
+            times.ttft.observe(ttft_s)
 
     def broke(self, attempt: Attempt, cause: str, token_s: float, status: int) -> None:
         """An answer broke off: whose fault is it?
@@ -62,20 +80,57 @@ class Books:
         if not attempt.begun:
             self._answered(attempt, failures)
         self._ejection.whole(attempt)
-        self._telemetry.e2e.observe(self.dispatcher.clock() - job.request.arrival_s)
-        self._telemetry.outcomes["finished"] += 1
-        self.dispatcher.finish(job, ending.output_tokens)
+        e2e_s = self.dispatcher.clock() - job.request.arrival_s
+        for times in self.times(job, attempt.replica):
+            times.e2e.observe(e2e_s)
+        output_tokens = ending.output_tokens
+        self._telemetry.outcome(job.tenant, "finished")
+        self._telemetry.tokens(job.tenant, int(prompt_tokens or job.prompt.tokens), output_tokens)
+        self._count_slo(job, met=self._met_slo(job, e2e_s, output_tokens))
+        self.dispatcher.finish(job, output_tokens)
 
-    def end(self, job: Job, status: str) -> None:
+    def end(self, job: Job, status: str, *, full: bool = False) -> None:
         """Close the books of a request that did not get its answer; does nothing the second time.
 
         Args:
             job: Of the request.
             status: For the counters; only the client's leaving is another matter to the log.
+            full: Whether the fleet was too full for it.
         """
         if not job.ended:
-            self._telemetry.outcomes[status] += 1
+            self._telemetry.outcome(job.tenant, status)
+            if status in ("failed", "lost") or full:
+                self._count_slo(job, met=False)
             self.dispatcher.end(job, "cancelled" if status == "cancelled" else "failed")
+
+    def rejected(self, job: Job) -> None:
+        """The policy has rejected a request; its books are closed."""
+        self._telemetry.outcome(job.tenant, "rejected")
+        self._count_slo(job, met=False)
+
+    def _count_slo(self, job: Job, *, met: bool) -> None:
+        """Count a request of a class with limits."""
+        level = self._level(job)
+        if _has_limits(level):
+            self._telemetry.slo[level.name, met] += 1
+
+    def _level(self, job: Job) -> SloConfig:
+        return self.dispatcher.config.slo_classes[job.request.slo_class]
+
+    def _met_slo(self, job: Job, e2e_s: float, output_tokens: int) -> bool:
+        """Whether a whole answer met the limits of its class.
+
+        Without a stream nobody sees the first token: then both limits are one for all of it.
+        """
+        level = self._level(job)
+        ttft_limit_s = math.inf if level.ttft_s is None else level.ttft_s
+        tpot_limit_s = math.inf if level.tpot_s is None else level.tpot_s
+        later = max(0, output_tokens - 1)
+        decode_limit_s = later * tpot_limit_s if later else 0.0
+        ttft_s = job.request.first_token_s - job.request.arrival_s
+        if math.isnan(ttft_s):
+            return e2e_s <= ttft_limit_s + decode_limit_s
+        return ttft_s <= ttft_limit_s and (not later or e2e_s - ttft_s <= decode_limit_s)
 
     def _answered(self, attempt: Attempt, failures: Failures) -> None:
         """A request has its answer: now it is known that those who failed it were at fault."""
@@ -86,3 +141,7 @@ class Books:
                 continue  # full, down, or only slow
             self._ejection.failed(failed, hung=late)
         failures.clear()
+
+
+def _has_limits(level: SloConfig) -> bool:
+    return level.ttft_s is not None or level.tpot_s is not None

@@ -14,7 +14,7 @@ import struct
 import time
 from collections.abc import Awaitable, Callable
 from email.utils import formatdate
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from servegym.serve.listening import BACKLOG, bind
 from servegym.serve.router.errors import RequestError
@@ -29,6 +29,9 @@ from servegym.serve.router.head import (
     write_response_head,
 )
 from servegym.serve.router.reply import Reply
+
+if TYPE_CHECKING:
+    from servegym.serve.router.tracing import Trace
 
 _log = logging.getLogger(__name__)
 
@@ -68,16 +71,31 @@ class Request:
         key: The id that the client has given it, else a new one.
         begun: Whether any of its answer has been sent.
         flow: Told of the client's pace.
+        tenant: Who has sent it, once that is known.
+        replica: Name of the one that was asked last.
+        trace: Its spans, where there are any.
         write: Sends more of the body, framed as the head of the answer says.
     """
 
-    __slots__ = ("_connection", "begun", "flow", "head", "key", "write")
+    __slots__ = (
+        "_connection",
+        "begun",
+        "flow",
+        "head",
+        "key",
+        "replica",
+        "tenant",
+        "trace",
+        "write",
+    )
 
     def __init__(self, connection: Connection, head: RequestHead) -> None:
         self._connection = connection
         self.head = head
         self.begun = False
         self.flow: Flow | None = None
+        self.tenant = self.replica = ""
+        self.trace: Trace | None = None
         self.write = connection.write
         key = head.fields.get("x-request-id") or ""
         good = 0 < len(key) <= _MAX_ID_CHARACTERS and key.isprintable()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -214,6 +215,49 @@ class ScrapeConfig(_Config):
     timeout_s: float = Field(1.0, gt=0)
 
 
+class LogConfig(_Config):
+    """What the router says on standard error; the decision log is another (`dispatch.log`).
+
+    Attributes:
+        format: Lines for people (`text`), or a JSON object a line.
+        level: Less important lines are left out.
+        requests: Whether each answer to a client has a line, of level `info`; good ones to health
+            checks and to Prometheus have none.
+    """
+
+    format: Literal["text", "json"] = "text"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    requests: bool = False
+
+
+class TracingConfig(_Config):
+    """Where spans of requests and decisions go; without this section there are none.
+
+    Attributes:
+        endpoint: Of a collector that takes OTLP over HTTP, such as
+            `http://collector:4318/v1/traces`. Headers that it wants are read from the environment
+            variable `OTEL_EXPORTER_OTLP_HEADERS`, as by every program with OpenTelemetry.
+        sample: Share of the traces that begin at the router. A request that is part of a trace is
+            recorded if its client's `traceparent` says so.
+        service_name: Of the router.
+        timeout_s: For the collector to take a batch; spans that it does not take are lost, and a
+            router that stops waits no longer for it.
+    """
+
+    endpoint: str
+    sample: float = Field(1.0, ge=0, le=1)
+    service_name: str = Field("servegym-router", min_length=1)
+    timeout_s: float = Field(5.0, gt=0)
+
+    @field_validator("endpoint")
+    @classmethod
+    def _is_http(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("must be like http://host:4318/v1/traces")
+        return value
+
+
 class RouterConfig(_Config):
     """All that a router's file says.
 
@@ -230,6 +274,8 @@ class RouterConfig(_Config):
         request: What is accepted, and how long things may take.
         health: Of replicas.
         metrics: Of replicas.
+        log: What is said on standard error.
+        tracing: Of requests and decisions.
         drain_s: How long a stopping router waits for requests in progress.
     """
 
@@ -245,6 +291,8 @@ class RouterConfig(_Config):
     request: RequestConfig = RequestConfig()
     health: HealthConfig = HealthConfig()
     metrics: ScrapeConfig = ScrapeConfig()
+    log: LogConfig = LogConfig()
+    tracing: TracingConfig | None = None
     drain_s: float = Field(60.0, ge=0)
 
     @model_validator(mode="after")

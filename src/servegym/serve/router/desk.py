@@ -9,7 +9,9 @@ from servegym.serve.router.books import Books, Failures
 from servegym.serve.router.config import RouterConfig
 from servegym.serve.router.ejection import Attempt
 from servegym.serve.router.errors import RequestError
+from servegym.serve.router.explanation import Explanation, decide_explained
 from servegym.serve.router.health import Health
+from servegym.serve.router.latencies import Times
 from servegym.serve.router.limits import Limits
 from servegym.serve.router.pages import Pages, no_model
 from servegym.serve.router.placement import Arrival, Ending, Seat
@@ -106,32 +108,42 @@ class LocalPlacement:
         desk: That it is at.
         tenant: Who asks.
         key: Names it.
+
+    Attributes:
+        key: As given.
     """
 
     __slots__ = (
         "_attempt",
         "_desk",
+        "_explained",
         "_failures",
         "_gone",
         "_job",
-        "_key",
         "_prefill",
         "_read_s",
         "_stream",
         "_tenant",
+        "_times",
+        "_token_s",
+        "_traced",
         "_tried",
+        "key",
     )
 
     def __init__(self, desk: LocalDesk, tenant: str, key: str) -> None:
         self._desk = desk
         self._tenant = tenant
-        self._key = key
+        self.key = key
         self._job: Job | None = None
         self._attempt: Attempt | None = None  # at the replica where it is, or was last
         self._prefill: asyncio.TimerHandle | None = None
         self._failures: Failures = []
         self._tried: set[int] = set()
-        self._stream = False
+        self._stream = self._traced = False
+        self._explained: list[Explanation] = []  # what its carrier has not been told
+        self._times: tuple[Times, ...] = ()  # where times at its replica are counted
+        self._token_s: float | None = None  # when its last token came, or its client took more
         self._read_s = 0.0
         self._gone = False
 
@@ -159,10 +171,11 @@ class LocalPlacement:
             slo_class = desk.dispatcher.slo_class(named)
         except ValueError as error:
             raise RequestError(400, str(error), "unknown_slo_class") from error
-        self._stream, self._read_s = arrival.stream, arrival.read_s
+        self._stream, self._traced = arrival.stream, arrival.traced
+        self._read_s = arrival.read_s
         self._job = desk.dispatcher.arrive(
             arrival.prompt,
-            key=self._key,
+            key=self.key,
             tenant=self._tenant,
             slo_class=slo_class,
             max_tokens=arrival.max_tokens,
@@ -208,11 +221,22 @@ class LocalPlacement:
             and dispatcher.clock() + config.hold_s <= until_s
         )
         if allowed.any():
-            dispatcher.decide(job, allowed=allowed, may_hold=may_hold)
+            if self._traced:
+                self._explained.append(
+                    decide_explained(
+                        dispatcher,
+                        job,
+                        allowed=allowed,
+                        may_hold=may_hold,
+                        attempts=len(self._tried),
+                    )
+                )
+            else:
+                dispatcher.decide(job, allowed=allowed, may_hold=may_hold)
             if job.replica >= 0:
                 return self._sit_down(job.replica)
             if not job.request.held:
-                desk.telemetry.outcomes["rejected"] += 1
+                desk.books.rejected(job)
                 raise RequestError(
                     429,
                     "the fleet is too busy for this request: come again later",
@@ -233,6 +257,11 @@ class LocalPlacement:
         if not allowed.any():
             pause_s = min(1.0, pause_s * (1.0 + dispatcher.state.num_held / 20.0))
         return pause_s
+
+    def explained(self) -> list[Explanation]:
+        """See `Placement`."""
+        explained, self._explained = self._explained, []
+        return explained
 
     async def failed(self, error: UpstreamError) -> bool:
         """See `Placement`."""
@@ -268,6 +297,12 @@ class LocalPlacement:
         """See `Placement`."""
         self._desk.dispatcher.tokens(self.job, count, now_s)
         self.attempt.standing.last_token_s = now_s
+        for times in self._times:
+            if self._token_s is not None:
+                times.itl.observe(now_s - self._token_s)
+            if count > 1:  # they came at once
+                times.itl.observe(0.0, count - 1)
+        self._token_s = now_s
 
     def paused(self, now_s: float) -> None:
         """See `Placement`: nothing is owed to who takes nothing."""
@@ -276,6 +311,8 @@ class LocalPlacement:
     def resumed(self, now_s: float) -> None:
         """See `Placement`."""
         self.attempt.waits(now_s)
+        if self._token_s is not None:
+            self._token_s = now_s  # what the client took is no engine's
 
     def answered(self) -> None:
         """See `Placement`."""
@@ -294,7 +331,8 @@ class LocalPlacement:
         """See `Placement`."""
         self._stand_up()
         if self._job is not None:
-            self._desk.books.end(self._job, status)
+            # an answer that is a refusal is closed: this one has got none
+            self._desk.books.end(self._job, status, full=status == "refused")
 
     def leave(self) -> None:
         """See `Placement`."""
@@ -311,6 +349,8 @@ class LocalPlacement:
         if self._attempt is None:
             passed_s = desk.dispatcher.clock() - self._read_s - job.held_s
             desk.telemetry.overhead.observe(passed_s)
+            desk.books.dispatched(job, replica)
+        self._times = desk.books.times(job, replica)
         self._attempt = attempt = desk.health.ejection.begin(replica, stream=self._stream)
         if not self._stream:
             # no one will say when the prompt is computed: take the known rate for it

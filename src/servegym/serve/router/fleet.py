@@ -176,17 +176,17 @@ class Fleet:
         for other in self:
             if other.replica.name == replica.name:
                 raise TakenError(
-                    f"there is a replica {replica.name} already, at {other.replica.url} "
+                    f"there is a replica {replica.name} already, at {other.replica.shown_url} "
                     f"(from {other.source}): give the new one another name"
                 )
             if other.replica.place == replica.place:
                 raise TakenError(
                     f"{replica.name} has the url of {other.replica.name} (from {other.source}), "
-                    f"{replica.url}: its load would be counted as that of two"
+                    f"{replica.shown_url}: its load would be counted as that of two"
                 )
         member = Member(self._dispatcher.add(replica.name, facts), replica, source)
         self._settle(member)
-        _log.warning("%s joins, at %s (from %s)", replica.name, replica.url, source)
+        _log.warning("%s joins, at %s (from %s)", replica.name, replica.shown_url, source)
         return member
 
     def _settle(self, member: Member) -> None:
@@ -230,6 +230,7 @@ class Fleet:
             self._leaving.remove(member)
             for part in (self._desk, self._poller, self._health, self._dispatcher):
                 part.remove(slot)
-            if name not in self._members:
+            others = (other.replica.name for other in self._leaving)
+            if name not in self._members and name not in others:
                 self._telemetry.forget(name)
             _log.warning("%s has gone", name)

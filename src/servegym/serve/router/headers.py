@@ -19,6 +19,8 @@ DEFAULT_FORWARDED = (
     "x-session-*",
     "x-user-id",
 )
+#: Of W3C's trace context: a router that makes spans has its own in place of the client's.
+CONTEXT_HEADERS = frozenset({"traceparent", "tracestate"})
 #: Headers that are about one connection, or whose value the router sets itself.
 _CONNECTION = frozenset(
     {

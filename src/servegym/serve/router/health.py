@@ -12,6 +12,7 @@ import numpy as np
 from servegym.serve.dispatcher import Dispatcher
 from servegym.serve.router.config import HealthConfig
 from servegym.serve.router.ejection import Ejection
+from servegym.serve.router.replica import shown
 from servegym.serve.router.slow_start import SlowStart
 from servegym.typing import BoolArray
 
@@ -116,7 +117,7 @@ class Health:
         await asyncio.gather(*(self._check(r) for r in self.replicas))
         for r, health in self.replicas.items():
             if not health.up:
-                name, place = self._dispatcher.names[r], health.url + self.config.path
+                name, place = self._dispatcher.names[r], shown(health.url) + self.config.path
                 _log.error("%s is down: %s has never answered well; is its url right?", name, place)
         self._looking = asyncio.create_task(self._look())
         for k, r in enumerate(self.replicas):

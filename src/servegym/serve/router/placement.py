@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 from servegym.serve.requests.prompt import Prompt, Size
+from servegym.serve.router.explanation import Explanation
 from servegym.serve.router.reply import Reply
 from servegym.serve.router.upstream import UpstreamError
 
@@ -24,6 +25,7 @@ class Arrival(NamedTuple):
         slo_class: Name of the service level that it asks for; `None`: its tenant's.
         session: Name of its conversation, if it gives one.
         read_s: When the body was there, on the clock that all processes of a machine share.
+        traced: Whether decisions about it are to be explained.
     """
 
     prompt: Prompt | Size
@@ -33,6 +35,7 @@ class Arrival(NamedTuple):
     slo_class: str | None
     session: str | None
     read_s: float
+    traced: bool
 
 
 class Seat(NamedTuple):
@@ -98,6 +101,9 @@ class Placement(Protocol):
         Raises:
             RequestError: If it is rejected, or no replica takes it in time.
         """
+
+    def explained(self) -> list[Explanation]:
+        """Return the decisions since the last call, with their reasons, if it is traced."""
 
     async def failed(self, error: UpstreamError) -> bool:
         """A replica has failed it before its answer began; return whether to place it again."""

@@ -46,12 +46,12 @@ async def _look(
     health_s = config.health.timeout_s
     health, _ = await _get(session, replica.url + config.health.path, health_s)
     if isinstance(health, str):
-        return [f"{replica.url}{config.health.path} {health}: start it, or correct its url"]
+        return [f"{replica.shown_url}{config.health.path} {health}: start it, or correct its url"]
     wrong = []
     if health >= 300:
         wrong.append(
-            f"{replica.url}{config.health.path} answers {health}: correct its url, or name the "
-            "page for health checks in health.path"
+            f"{replica.shown_url}{config.health.path} answers {health}: correct its url, or name "
+            "the page for health checks in health.path"
         )
     wrong += await _look_at_models(config, replica, session)
     page = replica.metrics_page
@@ -67,8 +67,8 @@ async def _look_at_models(
 ) -> list[str]:
     key = os.environ.get(config.upstream_key_env or "", "")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    url = f"{replica.url}/v1/models"
-    status, data = await _get(session, url, config.health.timeout_s, headers)
+    asked, url = f"{replica.url}/v1/models", f"{replica.shown_url}/v1/models"
+    status, data = await _get(session, asked, config.health.timeout_s, headers)
     if isinstance(status, str):
         return [f"{url} {status}: correct its url"]
     if status in (401, 403):

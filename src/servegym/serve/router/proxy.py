@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from servegym.serve.router.client import ID_HEADER, Request
 from servegym.serve.router.config import RequestConfig
 from servegym.serve.router.errors import RequestError
-from servegym.serve.router.headers import HeaderFilter, returned
+from servegym.serve.router.headers import CONTEXT_HEADERS, HeaderFilter, returned
 from servegym.serve.router.placement import Placement, Seat
 from servegym.serve.router.relay import Relay, answer_pairs
 from servegym.serve.router.reply import Reply
 from servegym.serve.router.upstream import Exchange, Pool, UpstreamError, ask
+
+if TYPE_CHECKING:
+    from servegym.serve.router.tracing import AttemptTrace, Trace
 
 
 class Proxy:
@@ -68,26 +72,44 @@ class Proxy:
         """
         errors: list[UpstreamError] = []
         headers = self._headers(request, len(body))
+        trace = request.trace
         while True:
+            request.replica = seat.name
             pool = self._pool(seat.url)
-            head = self._first_line(pool, request, path) + headers
+            head = self._first_line(pool, request, path)
+            sent: AttemptTrace | None = None
+            if trace is not None:
+                sent = trace.attempt(seat.name, pool.place, len(errors))
+                head += sent.head
+            head += headers
             first_token_s, patience_s = seat.first_token_s, self._patience_s
             try:
                 exchange = await ask(
                     pool, head, body, first_token_s=first_token_s, patience_s=patience_s
                 )
                 try:
-                    return await self._pass_on(request, placement, seat, exchange, stream)
+                    return await self._pass_on(request, placement, seat, exchange, sent, stream)
                 finally:
                     exchange.close()
             except UpstreamError as error:
                 errors.append(error)
+                if sent is not None:
+                    sent.end(error.cause, error.refusal.status if error.refusal else None)
+            finally:
+                if sent is not None:
+                    sent.end("cancelled")  # unless it has ended otherwise
             if not await placement.failed(errors[-1]):
                 return self._give_up(placement, errors)
-            seat = await placement.place()
+            seat = await place(placement, trace)
 
     async def _pass_on(
-        self, request: Request, placement: Placement, seat: Seat, exchange: Exchange, stream: bool
+        self,
+        request: Request,
+        placement: Placement,
+        seat: Seat,
+        exchange: Exchange,
+        sent: AttemptTrace | None,
+        stream: bool,
     ) -> int:
         """Pass an answer through; return its status."""
         head = exchange.head
@@ -98,8 +120,13 @@ class Proxy:
             whole_by_s = seat.dispatch_s + self.config.answer_timeout_s
         relay = Relay(self.config, self._clock, request, placement, exchange, whole_by_s)
         relay.start(answer_pairs(head.fields.pairs, request.key, name))
-        if not relay.done.done():
-            await relay.done
+        try:
+            if not relay.done.done():
+                await relay.done
+        finally:  # an answer that breaks off ends the client's connection, and so this task
+            if sent is not None and relay.done.done() and not relay.done.cancelled():
+                first_s = relay.first_token_s - seat.dispatch_s
+                sent.answered(head.status, relay.cause, exchange.reader, first_s)
         return head.status
 
     def _pool(self, url: str) -> Pool:
@@ -148,6 +175,8 @@ class Proxy:
     def _headers(self, request: Request, length: int) -> bytes:
         """Write the rest of the head, which is the same for all replicas."""
         headers = self._filter.forwarded(request.fields.pairs)
+        if request.trace is not None:  # each attempt has a context of its own
+            headers = [pair for pair in headers if pair[0].lower() not in CONTEXT_HEADERS]
         if request.fields.get("content-type") is None:
             headers.append(("Content-Type", "application/json"))
         headers.append((ID_HEADER, request.key))
@@ -156,3 +185,16 @@ class Proxy:
         headers.append(("Content-Length", str(length)))
         lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
         return f"{lines}\r\n".encode("utf-8", "surrogateescape")
+
+
+async def place(placement: Placement, trace: Trace | None) -> Seat:
+    """Let a request be placed; its trace gets what was decided, whatever that was.
+
+    Raises:
+        RequestError: See `Placement.place`.
+    """
+    try:
+        return await placement.place()
+    finally:
+        if trace is not None:
+            trace.decided(placement.explained())

@@ -35,6 +35,11 @@ class Relay:
         placement: Told what comes.
         exchange: With its replica; the answer has begun.
         whole_by_s: When the whole answer must be there, on that clock.
+
+    Attributes:
+        cause: Why the answer is not whole, once it has ended; empty if it is.
+        first_token_s: When its first token came, on that clock; NaN as long as none is seen.
+        done: Done when the client has its answer, or will not get it.
     """
 
     __slots__ = (
@@ -52,7 +57,9 @@ class Relay:
         "_status",
         "_token_s",
         "_whole_by_s",
+        "cause",
         "done",
+        "first_token_s",
     )
 
     def __init__(
@@ -80,7 +87,8 @@ class Relay:
         if head.length is not None or not request.takes_chunks:
             self._frame = "none"
         self._begun = self._answered = self._paused = False
-        #: Done when the client has its answer, or will not get it.
+        self.cause = ""
+        self.first_token_s = math.nan
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def start(self, pairs: list[tuple[str, str]]) -> None:
@@ -139,6 +147,7 @@ class Relay:
     def expired(self) -> None:
         """See `Receiver`."""
         if self._paused:  # the client's side: it takes nothing
+            self.cause = "cancelled"
             self._exchange.close()
             self._placement.end("cancelled")
             self._request.flow = None
@@ -168,6 +177,7 @@ class Relay:
 
     def _begin(self) -> None:
         self._begun = True
+        self.first_token_s = self._clock()
         self._placement.begin()
 
     def _tokens(self, count: int) -> None:
@@ -195,6 +205,7 @@ class Relay:
         missing = exchange.framing.missing if self._frame == "as it came" else 0
         is_whole = not cause and (exchange.ended or (self._frame != "none" and not missing))
         request.flow = None
+        self.cause = cause
         try:
             exchange.close()
             if not is_whole:

@@ -73,6 +73,11 @@ class ReplicaConfig(BaseModel):
         return self.metrics_url or f"{self.url}/metrics"
 
     @property
+    def shown_url(self) -> str:
+        """Its url as logs and errors may have it; see `shown`."""
+        return shown(self.url)
+
+    @property
     def place(self) -> tuple[str, str, int, str]:
         """Its url, so that equal places are equal however they are written."""
         parts = urlsplit(self.url)
@@ -93,6 +98,12 @@ class _Listed(BaseModel):
         return self
 
 
+def shown(url: str) -> str:
+    """Return a url without the user and password that it may hold."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
 def check_distinct(replicas: Iterable[ReplicaConfig]) -> None:
     """Check that no two replicas have one name or one url.
 
@@ -108,8 +119,8 @@ def check_distinct(replicas: Iterable[ReplicaConfig]) -> None:
         other = places.setdefault(replica.place, replica)
         if other is not replica:
             raise ValueError(
-                f"replicas {other.name} and {replica.name} have the same url, {replica.url}: "
-                "its load would be counted as that of two"
+                f"replicas {other.name} and {replica.name} have the same url, "
+                f"{replica.shown_url}: its load would be counted as that of two"
             )
 
 

@@ -6,9 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from servegym.serve.monitoring.prometheus import Exposition, Histogram
+from servegym.serve.router.latencies import Latencies
 
-#: Upper bounds, seconds: fine enough to read a p99 of TTFT and of whole answers off.
-_LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _OVERHEAD_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
 
 
@@ -23,9 +22,11 @@ class Telemetry:
         retries: By cause.
         retries_denied: By what spoke against them: `budget`, `request` (two replicas have failed
             it), `replicas` (there is no other).
+        slo: Of requests in SLO classes with limits, by class and whether they met them.
+        tenant_outcomes: By tenant and how requests ended.
+        tenant_tokens: By tenant, and `prompt` or `output`; of answers that came to their end.
         in_flight: Requests in the router.
-        ttft: From arrival to first token, of streams, seconds.
-        e2e: From arrival to end, seconds.
+        latencies: Times by replica and tenant; knows the tenants that are told apart.
         overhead: From the end of the request's body to its first dispatch, holds not counted.
     """
 
@@ -34,15 +35,29 @@ class Telemetry:
     upstream_failures: Counter[tuple[str, str]] = field(default_factory=Counter)
     retries: Counter[str] = field(default_factory=Counter)
     retries_denied: Counter[str] = field(default_factory=Counter)
+    slo: Counter[tuple[str, bool]] = field(default_factory=Counter)
+    tenant_outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    tenant_tokens: Counter[tuple[str, str]] = field(default_factory=Counter)
     in_flight: int = 0
-    ttft: Histogram = field(default_factory=lambda: Histogram(_LATENCY_S))
-    e2e: Histogram = field(default_factory=lambda: Histogram(_LATENCY_S))
+    latencies: Latencies = field(default_factory=Latencies)
     overhead: Histogram = field(default_factory=lambda: Histogram(_OVERHEAD_S))
 
     def forget(self, replica: str) -> None:
         """A replica has gone: its name may never come back."""
         for key in [key for key in self.upstream_failures if key[0] == replica]:
             del self.upstream_failures[key]
+        self.latencies.forget(replica)
+
+    def outcome(self, tenant: str, how: str) -> None:
+        """Count how a request has ended."""
+        self.outcomes[how] += 1
+        self.tenant_outcomes[self.latencies.label(tenant), how] += 1
+
+    def tokens(self, tenant: str, prompt: int, output: int) -> None:
+        """Count the tokens of an answer that has come to its end."""
+        label = self.latencies.label(tenant)
+        self.tenant_tokens[label, "prompt"] += prompt
+        self.tenant_tokens[label, "output"] += output
 
     def write(self, page: Exposition) -> None:
         """Write everything onto a page."""
@@ -77,9 +92,32 @@ class Telemetry:
             "Failed requests that were not sent to another replica",
             [({"reason": name}, count) for name, count in sorted(self.retries_denied.items())],
         )
+        page.counter(
+            "servegym_slo_requests",
+            "Requests in SLO classes with limits, by whether they met them",
+            [
+                ({"slo_class": name, "met": "yes" if met else "no"}, count)
+                for (name, met), count in sorted(self.slo.items())
+            ],
+        )
+        page.counter(
+            "servegym_tenant_outcomes",
+            "How requests ended, by tenant",
+            [
+                ({"tenant": tenant, "outcome": how}, count)
+                for (tenant, how), count in sorted(self.tenant_outcomes.items())
+            ],
+        )
+        page.counter(
+            "servegym_tenant_tokens",
+            "Tokens of answers that came to their end, by tenant",
+            [
+                ({"tenant": tenant, "kind": kind}, count)
+                for (tenant, kind), count in sorted(self.tenant_tokens.items())
+            ],
+        )
         page.gauge("servegym_router_in_flight", "Requests in the router", self.in_flight)
-        page.histogram("servegym_router_ttft_seconds", "To the first token of streams", self.ttft)
-        page.histogram("servegym_router_e2e_seconds", "Arrival to end", self.e2e)
         page.histogram(
             "servegym_router_overhead_seconds", "Body read to first dispatch", self.overhead
         )
+        self.latencies.write(page)

@@ -403,6 +403,7 @@ class Pool:
         host: Value of `Host`.
         prefix: Of the paths there.
         authorization: Header that the URL asks for, if it names a user.
+        place: Its host and port.
         clock: As given.
     """
 
@@ -416,7 +417,7 @@ class Pool:
             self.authorization = f"Basic {base64.b64encode(pair.encode()).decode()}"
         self.clock = clock
         secure = parts.scheme == "https"
-        self._place = (parts.hostname or "", parts.port or (443 if secure else 80))
+        self.place = (parts.hostname or "", parts.port or (443 if secure else 80))
         self._tls = ssl.create_default_context() if secure else None
         self._connect_timeout_s = connect_timeout_s
         self._idle: list[Connection] = []
@@ -439,7 +440,7 @@ class Pool:
             if connection.is_open and connection.idle_since_s >= oldest_s:
                 return connection
             connection.close()
-        host, port = self._place
+        host, port = self.place
         loop = asyncio.get_running_loop()
         making = loop.create_task(
             loop.create_connection(lambda: Connection(self), host, port, ssl=self._tls)

@@ -25,6 +25,8 @@ from servegym.serve.requests.prompt import Prompt
 from servegym.serve.router.auth import Keys
 from servegym.serve.router.desk import LocalDesk, LocalPlacement
 from servegym.serve.router.errors import RequestError
+from servegym.serve.router.explanation import Explanation
+from servegym.serve.router.logs import REQUEST_ID
 from servegym.serve.router.placement import Ending, Seat
 from servegym.serve.router.upstream import UpstreamError
 from servegym.serve.router.workers.frames import (
@@ -202,14 +204,18 @@ class Decider:
 
     def _refuse(self, worker: _Worker, ticket: int, error: Exception) -> None:
         """Tell a worker what to tell a client."""
-        if not isinstance(error, RequestError):
-            _log.error("a request failed in the router", exc_info=error)
-            error = RequestError(500, "the router failed: its log says why", "internal_error")
         placement = worker.placements.pop(ticket, None)
+        if not isinstance(error, RequestError):
+            before = REQUEST_ID.set(placement.key if placement else "")
+            _log.error("a request failed in the router", exc_info=error)
+            REQUEST_ID.reset(before)
+            error = RequestError(500, "the router failed: its log says why", "internal_error")
+        explained: list[Explanation] = []
         if placement is not None:
+            explained = placement.explained()
             placement.leave()
         said = error.status, error.message, error.code, error.retry_after_s
-        worker.link.put(Kind.REFUSED, ticket, pack(*said))
+        worker.link.put(Kind.REFUSED, ticket, pack(explained, *said))
 
     def _admit(self, worker: _Worker, placement: LocalPlacement, ticket: int, _: bytes) -> None:
         worker.link.put(Kind.ADMITTED, ticket)
@@ -225,7 +231,7 @@ class Decider:
     def _place(self, worker: _Worker, placement: LocalPlacement, ticket: int, _: bytes) -> None:
         found = placement.try_place()
         if isinstance(found, Seat):
-            worker.link.put(Kind.PLACED, ticket, pack(*found))
+            self._tell(worker, placement, ticket, found)
         else:
             holding = self._hold(worker, placement, ticket, found)
             worker.holds[ticket] = self.loop.create_task(holding)
@@ -238,10 +244,14 @@ class Decider:
         except Exception as error:
             self._refuse(worker, ticket, error)
         else:
-            worker.link.put(Kind.PLACED, ticket, pack(*seat))
+            self._tell(worker, placement, ticket, seat)
         finally:
             worker.holds.pop(ticket, None)
         worker.link.flush()
+
+    def _tell(self, worker: _Worker, placement: LocalPlacement, ticket: int, seat: Seat) -> None:
+        """Say where a request has been placed, and why, if it is traced."""
+        worker.link.put(Kind.PLACED, ticket, pack(placement.explained(), *seat))
 
     def _failed(self, worker: _Worker, placement: LocalPlacement, ticket: int, body: bytes) -> None:
         again = placement.judge(UpstreamError(*unpack(body)))

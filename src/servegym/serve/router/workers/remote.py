@@ -14,6 +14,7 @@ from typing import Any
 from servegym.serve.router.auth import Keys
 from servegym.serve.router.config import RouterConfig
 from servegym.serve.router.errors import RequestError
+from servegym.serve.router.explanation import Explanation
 from servegym.serve.router.placement import Arrival, Ending, Seat
 from servegym.serve.router.reply import Reply
 from servegym.serve.router.upstream import UpstreamError
@@ -159,8 +160,10 @@ class RemoteDesk:
         if waiting is None:  # its client has gone
             return
         if kind == Kind.REFUSED:
-            status, message, code, retry_after_s = unpack(body)
+            explained, status, message, code, retry_after_s = unpack(body)
             error = RequestError(status, message, code, retry_after_s=retry_after_s)
+            if isinstance(waiting, RemotePlacement):
+                waiting.learn(explained)
             _refuse(waiting, error)
         elif isinstance(waiting, RemotePlacement):
             waiting.told(unpack(body) if body else None)
@@ -177,13 +180,24 @@ class RemotePlacement:
         ticket: Its number there.
     """
 
-    __slots__ = ("_arrival", "_desk", "_gone", "_link", "_refused", "_said", "_status", "_ticket")
+    __slots__ = (
+        "_arrival",
+        "_desk",
+        "_explained",
+        "_gone",
+        "_link",
+        "_refused",
+        "_said",
+        "_status",
+        "_ticket",
+    )
 
     def __init__(self, desk: RemoteDesk, link: Link, ticket: int) -> None:
         self._desk = desk
         self._link = link
         self._ticket = ticket
         self._arrival: bytes | None = None  # until the decider has it
+        self._explained: list[Explanation] = []
         self._said: asyncio.Future[Any] | None = None  # what is waited for
         self._refused: RequestError | None = None
         self._status = "failed"
@@ -193,6 +207,10 @@ class RemotePlacement:
         """The decider has answered."""
         if self._said is not None and not self._said.done():
             self._said.set_result(what)
+
+    def learn(self, explained: list[Explanation]) -> None:
+        """The decider has said why it has decided so."""
+        self._explained += explained
 
     def refuse(self, error: RequestError) -> None:
         """The decider has refused it, or has gone: it is in no books any more."""
@@ -213,8 +231,16 @@ class RemotePlacement:
         """See `Placement`."""
         arrival, self._arrival = self._arrival, None
         if arrival is not None:
-            return Seat(*await self._ask(Kind.ARRIVE, arrival))
-        return Seat(*await self._ask(Kind.PLACE))
+            explained, *seat = await self._ask(Kind.ARRIVE, arrival)
+        else:
+            explained, *seat = await self._ask(Kind.PLACE)
+        self.learn(explained)
+        return Seat(*seat)
+
+    def explained(self) -> list[Explanation]:
+        """See `Placement`."""
+        explained, self._explained = self._explained, []
+        return explained
 
     async def failed(self, error: UpstreamError) -> bool:
         """See `Placement`; once the decider has gone nobody can place it again."""

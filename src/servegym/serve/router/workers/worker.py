@@ -74,7 +74,7 @@ class Worker:
         """Cut off what there is."""
         await self.server.stop()
         self._proxy.close()
-        self._api.close()
+        await self._api.close()
         self._desk.close()
 
     def _keys_changed(self, keys: Keys | None) -> None:
