@@ -13,6 +13,7 @@ from servegym.serve.router.ejection import Attempt
 from servegym.serve.router.errors import RequestError
 from servegym.serve.router.headers import HeaderFilter, returned
 from servegym.serve.router.health import Health
+from servegym.serve.router.line import Line, Waiting
 from servegym.serve.router.relay import Relay, answer_pairs
 from servegym.serve.router.reply import Reply
 from servegym.serve.router.retry_budget import RetryBudget
@@ -48,6 +49,7 @@ class Proxy:
         self._pools: dict[int, Pool] = {}
         self._upstream_key = upstream_key
         self._filter = HeaderFilter(config.forward_headers)
+        self._line = Line()
         self._budget = RetryBudget(config.retry_share, config.retry_reserve, dispatcher.clock)
         self._books = Books(dispatcher, health, telemetry)
         # between two pieces of an answer no deadline is nearer than this
@@ -118,6 +120,7 @@ class Proxy:
                     self._note(attempt, error)
                 finally:
                     self._ejection.end(attempt)
+                    self._line.call()
                     if prefill is not None:
                         prefill.cancel()
                 tried.add(replica)
@@ -160,50 +163,64 @@ class Proxy:
         Raises:
             RequestError: If it is rejected, or no replica takes it in time.
         """
-        config, dispatcher = self.config, self._dispatcher
+        config, dispatcher, clock = self.config, self._dispatcher, self._dispatcher.clock
         until_s = job.request.arrival_s + config.max_hold_s
-        while True:
-            allowed = self._allowed(job, tried, stream=stream)
-            may_hold = (
-                dispatcher.state.num_held - job.request.held < config.max_held
-                and dispatcher.clock() + config.hold_s <= until_s
-            )
-            if allowed.any():
-                dispatcher.decide(job, allowed=allowed, may_hold=may_hold)
-                if job.replica >= 0:
-                    return job.replica
-                if not job.request.held:
-                    self._telemetry.outcomes["rejected"] += 1
-                    raise RequestError(
-                        429,
-                        "the fleet is too busy for this request: come again later",
-                        "overloaded",
-                        retry_after_s=config.retry_after_s,
-                    )
-            elif may_hold:
-                dispatcher.wait(job)
-            else:
-                raise RequestError(
-                    503,
-                    "no replica takes requests now: come again later",
-                    "no_replica",
-                    retry_after_s=config.retry_after_s,
+        level = dispatcher.config.slo_classes[job.request.slo_class]
+        waiting = Waiting(level.priority, job.request.arrival_s, job.model)
+        try:
+            while True:
+                allowed = self._allowed(job, tried, stream=stream)
+                may_hold = (
+                    dispatcher.state.num_held - job.request.held < config.max_held
+                    and clock() + config.hold_s <= until_s
                 )
-            # many that wait for a replica to come up need not all look so often
-            pause_s = config.hold_s
-            if not allowed.any():
-                pause_s = min(1.0, pause_s * (1.0 + dispatcher.state.num_held / 20.0))
-            await asyncio.sleep(pause_s)
-            job.held_s += pause_s
+                # what has been at a replica before need not stand in line again
+                is_decided = allowed.any() and (bool(tried) or self._line.may_go(waiting))
+                if is_decided:
+                    dispatcher.decide(job, allowed=allowed, may_hold=may_hold)
+                    if job.replica >= 0:
+                        return job.replica
+                    if not job.request.held:
+                        self._telemetry.outcomes["rejected"] += 1
+                        message = "the fleet is too busy for this request: come again later"
+                        raise self._come_again(429, message, "overloaded")
+                elif may_hold:
+                    dispatcher.wait(job)
+                elif self._serving(job).any():
+                    message = "all replicas are full, and others wait: come again later"
+                    raise self._come_again(429, message, "overloaded")
+                else:
+                    message = "no replica takes requests now: come again later"
+                    raise self._come_again(503, message, "no_replica")
+                begin_s = clock()
+                if is_decided:  # the policy's will
+                    self._line.leave(waiting)
+                    await asyncio.sleep(config.hold_s)
+                else:
+                    # many that wait for a replica to come up need not all look so often
+                    pause_s = config.hold_s * (1.0 + dispatcher.state.num_held / 20.0)
+                    await self._line.wait(waiting, min(1.0, pause_s))
+                job.held_s += clock() - begin_s
+        finally:
+            self._line.leave(waiting)
+
+    def _come_again(self, status: int, message: str, code: str) -> RequestError:
+        return RequestError(status, message, code, retry_after_s=self.config.retry_after_s)
+
+    def _serving(self, job: Job) -> BoolArray:
+        """Replicas that are up and have the model, `bool[W]`."""
+        return self._dispatcher.state.up & self._health.serving(job.model)
 
     def _allowed(self, job: Job, tried: set[int], *, stream: bool) -> BoolArray:
-        """Replicas that are up and have the model; the others if there is no better one.
+        """Replicas that are up, have the model, and room; the others if there is no better one.
 
         Worse are those that say they are full, newcomers that have their share, and to an answer
         that is not streamed, those that have stopped talking: no one would notice that they still
         do not. Those that have failed the request are the last.
         """
-        allowed = self._dispatcher.state.up & self._health.serving(job.model)
+        allowed = self._serving(job)
+        if self.config.max_load is not None:
+            allowed &= self._dispatcher.state.has_room(self.config.max_load)
         worse = self._ejection.passed_over(stream=stream)
         worse += self._health.slow_start.held_back(allowed)
         if not worse and not tried:
