@@ -126,6 +126,18 @@ def test_what_cannot_be_read_is_refused_in_one_sentence(form, fields, words):
         asked(form, **fields)
 
 
+def test_what_is_nested_too_deeply_is_refused(monkeypatch):
+    def deep(text: bytes) -> dict:
+        block: object = "x"
+        for _ in range(5000):  # which not every parser of JSON refuses
+            block = [{"type": "tool_result", "content": block}]
+        return {"messages": [{"role": "user", "content": block}]}
+
+    monkeypatch.setattr("servegym.serve.router.request.parse_json", deep)
+    with pytest.raises(RequestError, match="nested too deeply"):
+        read_request(b"", MESSAGES)
+
+
 def form_data(**fields) -> tuple[bytes, str]:
     parts = [
         f'--b\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
