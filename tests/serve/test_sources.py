@@ -36,9 +36,13 @@ def test_the_first_template_that_fits_describes_a_replica():
         Found("x", "10.0.0.2", 8000, labels={"gpu": "h100", "tier": "gpu", "more": "1"}),
         Found("y", "fd00::3", 8000, "https", {"gpu": "a10"}),
         Found("z", "10.0.0.4", 8000, labels={"gpu": "h100"}),
+        Found("h100-2", "10.0.0.5]", 8000),
     ]
-    replicas, strangers = described(found, templates)
-    assert strangers == ["z"]
+    replicas, complaints = described(found, templates)
+    assert complaints == [
+        "no template fits z: it is left out",
+        "http://10.0.0.5]:8000 is no url: h100-2 is left out",
+    ]
     assert [(r.name, r.url, r.metrics_page) for r in replicas] == [
         ("h100-1", "http://10.0.0.1:8000", "http://10.0.0.1:8000/prometheus/metrics"),
         ("x", "http://10.0.0.2:8000", "http://10.0.0.2:8000/metrics"),

@@ -62,9 +62,9 @@ async def first_look(discover: DiscoverConfig) -> tuple[list[ReplicaConfig], lis
         if found is None:
             wrong.append(f"{source.title} has named no replicas in {_FIRST_S:g} s")
             continue
-        named, strangers = described(found, discover.templates)
+        named, complaints = described(found, discover.templates)
         replicas += named
-        wrong += [f"{source.title}: no template fits {name}" for name in strangers]
+        wrong += [f"{source.title}: {complaint}" for complaint in complaints]
     return replicas, wrong
 
 
@@ -132,12 +132,12 @@ class Sources:
             first.set()
 
     async def _describe(self, source: Source) -> AsyncIterator[list[ReplicaConfig]]:
-        """Give what a source finds its template; say whom none fits, once."""
+        """Give what a source finds its template; say what cannot be a replica, once."""
         assert self._discover is not None
         said: set[str] = set()
         async for found in source.watch():
-            replicas, strangers = described(found, self._discover.templates)
-            for name in sorted(set(strangers) - said):
-                _log.error("%s: no template fits %s: it is left out", source.title, name)
-            said = set(strangers)
+            replicas, complaints = described(found, self._discover.templates)
+            for complaint in sorted(set(complaints) - said):
+                _log.error("%s: %s", source.title, complaint)
+            said = set(complaints)
             yield replicas
