@@ -421,7 +421,9 @@ class LiveState:
 
     def _grow(self, more: int) -> None:
         """Make slots for so many more replicas."""
-        self.replicas = np.hstack([self.replicas, np.zeros((NUM_REPLICA_FEATURES, more))])
+        grown = np.zeros((NUM_REPLICA_FEATURES, self.num_slots + more))
+        grown[:, : self.num_slots] = self.replicas
+        self.replicas = grown  # in the order that compiled code reads
         for name, empty in _OF_NOBODY.items():
             values = getattr(self, name)
             setattr(self, name, np.append(values, np.full(more, empty, values.dtype)))
