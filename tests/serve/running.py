@@ -61,11 +61,11 @@ class Running:
 
     def idle(self) -> bool:
         """Whether nothing is left in any book."""
-        names = range(len(self.replicas))
+        slots = self.router.dispatcher.slots()
         return (
             self.router.telemetry.in_flight == 0
             and self.state.num_held == 0
-            and all(self.state.outstanding(r) == 0 for r in names)
+            and all(self.state.outstanding(slot) == 0 for slot in slots)
             and all(self.state.replicas[3] == 0)
         )
 

@@ -52,6 +52,7 @@ class SloConfig(BaseModel):
         ttft_s: Limit of the time to the first token.
         tpot_s: Limit of the time per output token after the first.
         weight: Worth of meeting them.
+        priority: Of its requests where they wait for a replica with room; higher goes first.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -60,6 +61,7 @@ class SloConfig(BaseModel):
     ttft_s: float | None = Field(None, gt=0)
     tpot_s: float | None = Field(None, gt=0)
     weight: float = Field(1.0, ge=0)
+    priority: int = 0
 
 
 class DispatchConfig(BaseModel):
