@@ -117,7 +117,8 @@ class MappoTrainer(PairRun[MappoTraining]):
         """Compile what steps fleets and what validates."""
         super().warm_up()
         few = [self.scenario.episode(1, num_requests=2)] * self.config.num_episodes
-        roll_out(self.fleets, few, self.agents.draw)
+        with torch.random.fork_rng(devices=[]):  # a run that goes on draws as one that went on
+            roll_out(self.fleets, few, self.agents.draw)
 
     @override
     def close_stage(self) -> None:
