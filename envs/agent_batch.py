@@ -149,6 +149,9 @@ class AgentBatch:
         self._has_decided: BoolArray = np.zeros(size, np.bool_)
         self._everyone = np.ones(num_fleets, np.bool_)
         self._first_of_row = np.arange(num_fleets) * size[1]
+        # views of one axis: these are indexed at each step
+        self._flat = [x.reshape(-1) for x in (self._since, self._decided_s, self._has_decided)]
+        self._now_s: FloatArray = np.zeros(num_fleets)
         self._asked: dict[str, Asked] = {}
         self._nothing_ended = _nothing_ended(size[1], self.batch.metric_names)
 
@@ -210,20 +213,26 @@ class AgentBatch:
         batch = self.batch
         active = self._everyone if active is None else active
         chosen = self._chosen(actions, active)
-        agents, before_s = batch.agent.copy(), batch.now_s
+        agents = batch.agent.copy()
         batch.step(chosen, active)
-        acted = (self._first_of_row + agents)[active]
-        self._since.flat[acted] = 0.0
-        self._decided_s.flat[acted] = before_s[active]
-        self._has_decided.flat[acted] = True
+        everywhere = active is self._everyone
+        acted = self._first_of_row + agents
+        since, decided_s, has_decided = self._flat
+        if everywhere:
+            decided_s[acted] = self._now_s
+        else:
+            acted = acted[active]
+            decided_s[acted] = self._now_s[active]
+        since[acted] = 0.0
+        has_decided[acted] = True
         earned = self._views.earned(self._rewards, agents)
         earned *= self.is_present
         dt_s = batch.dt_s.copy()
-        if active is not self._everyone:
+        if not everywhere:
             earned[~active] = 0.0
             dt_s[~active] = 0.0
         self._since += earned
-        over = np.flatnonzero(active & (batch.done | batch.truncated))
+        over = (active & (batch.done | batch.truncated)).nonzero()[0]
         ended = self._nothing_ended
         if len(over):
             ended = self._ended(over)
@@ -283,14 +292,16 @@ class AgentBatch:
     def _turn(self, earned: FloatArray, dt_s: FloatArray, ended: Ended) -> Turn:
         batch = self.batch
         at = self._first_of_row + batch.agent
-        is_first = ~self._has_decided.flat[at]
-        reward, since_s = self._since.flat[at], batch.now_s - self._decided_s.flat[at]
-        reward[is_first] = 0.0
-        since_s[is_first] = 0.0
+        since, decided_s, has_decided = self._flat
+        self._now_s = batch.now_s
+        decided = has_decided[at]
+        is_first = ~decided
+        reward = since[at] * decided
+        since_s = (self._now_s - decided_s[at]) * decided
         kinds = self._class_places[batch.agent]
         self._asked = {}
         for place, kind in enumerate(self.classes):
-            fleet = np.flatnonzero(kinds == place)
+            fleet = (kinds == place).nonzero()[0]
             first, count = self._own_actions[kind]
             self._asked[kind] = Asked(
                 fleet,
