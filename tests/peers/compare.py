@@ -23,6 +23,8 @@ from servegym.validate.tables import TextTable
 from .work import as_json, drawn, figures_of
 
 HEADS = {"tpot_s": "TPOT", "ttft_s": "TTFT", "e2e_s": "E2E", "output_tokens_per_s": "throughput"}
+#: Ends of the ranges of clients.
+CLIENTS = (4, 16, 64, 256, 20_000)
 #: What is particular to one row in a peer's refusal: names, keys, paths and numbers.
 PARTICULAR = re.compile(r"\{.*\}|'[^']*'|\"[^\"]*\"|\S*/\S+/\S*|(?<![\w.])\d[\d,.]*")
 #: What goes before it: the layers that the reason came through.
@@ -61,21 +63,28 @@ def table(
     title: str,
     scores: Sequence[RowScore],
     peers: Mapping[str, Mapping[str, Mapping[str, float]]],
-    key: Callable[[RowScore], str],
+    key: Callable[[RowScore], tuple[int, str]],
 ) -> TextTable:
-    """Lay out both errors of groups of rows, a line for each peer."""
+    """Lay out both errors of groups of rows, a line for each peer.
+
+    Args:
+        title: Ends with what the groups are by.
+        scores: Ours.
+        peers: Figures of each by row.
+        key: Place of a row's group among the groups, and its name.
+    """
     rows = []
-    for place in ["all", *sorted({key(score) for score in scores})]:
+    for place in [(-1, "all"), *sorted({key(score) for score in scores})]:
         for name, figures in peers.items():
             group = [
                 score
                 for score in scores
-                if place in ("all", key(score)) and score.row.row_id in figures
+                if place in ((-1, "all"), key(score)) and score.row.row_id in figures
             ]
             if group:
                 both = pairs(group, figures)
                 cells = (_cell(both[metric]) for metric in HEADS)
-                rows.append((place, name, str(len(group)), *cells, _nearer(group, figures)))
+                rows.append((place[1], name, str(len(group)), *cells, _nearer(group, figures)))
     return TextTable(
         title,
         (title.rsplit("by ", 1)[-1], "peer", "rows", *HEADS.values(), "nearer"),
@@ -102,6 +111,14 @@ def _nearer(group: Sequence[RowScore], figures: Mapping[str, Mapping[str, float]
         if both is not None:
             nearer.append(abs(both.ours) < abs(both.peer))
     return f"{100 * sum(nearer) / len(nearer):.0f} %" if nearer else "-"
+
+
+def clients(score: RowScore) -> tuple[int, str]:
+    """Return a range of clients, for `table`."""
+    if score.plan.loop == "offline":
+        return len(CLIENTS), "all queued"
+    place = next(i for i, most in enumerate(CLIENTS) if score.plan.concurrency <= most)
+    return place, f"up to {CLIENTS[place]}"
 
 
 def refusals(
@@ -163,8 +180,10 @@ def main() -> None:
     figures = {name: figures_of(found) for name, found in answers.items()}
     title = "The same rows through other simulators, error in %"
     tables = [
-        table(f"{title}, by GPU", scores, figures, lambda score: score.plan.setup.gpu),
-        table(f"{title}, by engine", scores, figures, lambda score: score.plan.family),
+        table(f"{title}, by GPU", scores, figures, lambda score: (0, score.plan.setup.gpu)),
+        table(f"{title}, by engine", scores, figures, lambda score: (0, score.plan.family)),
+        table(f"{title}, by model", scores, figures, lambda score: (0, score.plan.setup.model)),
+        table(f"{title}, by clients", scores, figures, clients),
         refusals(answers, skipped),
         not_asked(left_out),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +13,7 @@ from servegym.validate.score import Comparison, RowScore
 
 from .asking import ask_all
 from .checkpoint import described
-from .compare import Pair, general, pairs, table
+from .compare import Pair, clients, general, pairs, table
 from .work import drawn, work
 
 CELLS = {
@@ -165,14 +166,21 @@ def test_errors_are_compared_on_the_rows_and_figures_that_both_have(scores):
 
 def test_table_has_medians_of_both_and_who_is_nearer(scores):
     peer = {name: {"tpot_s": 0.021 if name == "1" else 0.01, "ttft_s": 0.2} for name in "12"}
-    made = table("Errors, by GPU", scores, {"peer": peer}, lambda score: score.plan.setup.gpu)
+    made = table("Errors, by GPU", scores, {"peer": peer}, lambda score: (0, score.plan.setup.gpu))
     cells = ("2", "15.0 / 27.5 (2)", "50.0 / 0.0 (2)", "-", "-", "50 %")
     assert made.heads[0] == "GPU"
     assert made.rows == [("all", "peer", *cells), ("H100-SXM-80GB", "peer", *cells)]
 
 
+def test_ranges_of_clients_are_in_their_order(scores):
+    crowded = replace(scores[1], plan=replace(scores[1].plan, concurrency=17))
+    peer = {name: {"tpot_s": 0.02} for name in "12"}
+    made = table("Errors, by clients", [crowded, scores[0]], {"peer": peer}, clients)
+    assert [line[0] for line in made.rows] == ["all", "up to 4", "up to 64"]
+
+
 def test_rows_that_a_peer_refused_are_in_no_line(scores):
-    made = table("Errors, by GPU", scores, {"peer": {}}, lambda score: "GPU")
+    made = table("Errors, by GPU", scores, {"peer": {}}, lambda score: (0, "GPU"))
     assert made.rows == []
 
 
