@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from servegym.commands.console import make_console
+from servegym.errors import ConfigError
 from servegym.validate.document import write_markdown
 from servegym.validate.published import read_published
 from servegym.validate.score import METRICS, RowScore, Skipped, aggregate, score_rows
@@ -24,7 +25,7 @@ from .work import as_json, drawn, figures_of
 
 HEADS = {"tpot_s": "TPOT", "ttft_s": "TTFT", "e2e_s": "E2E", "output_tokens_per_s": "throughput"}
 #: Ends of the ranges of clients.
-CLIENTS = (4, 16, 64, 256, 20_000)
+CLIENTS = (4, 16, 64, 256)
 #: What is particular to one row in a peer's refusal: names, keys, paths and numbers.
 PARTICULAR = re.compile(r"\{.*\}|'[^']*'|\"[^\"]*\"|\S*/\S+/\S*|(?<![\w.])\d[\d,.]*")
 #: What goes before it: the layers that the reason came through.
@@ -116,9 +117,11 @@ def _nearer(group: Sequence[RowScore], figures: Mapping[str, Mapping[str, float]
 def clients(score: RowScore) -> tuple[int, str]:
     """Return a range of clients, for `table`."""
     if score.plan.loop == "offline":
-        return len(CLIENTS), "all queued"
-    place = next(i for i, most in enumerate(CLIENTS) if score.plan.concurrency <= most)
-    return place, f"up to {CLIENTS[place]}"
+        return len(CLIENTS) + 1, "all queued"
+    for place, most in enumerate(CLIENTS):
+        if score.plan.concurrency <= most:
+            return place, f"up to {most}"
+    return len(CLIENTS), f"over {CLIENTS[-1]}"
 
 
 def refusals(
@@ -154,6 +157,22 @@ def not_asked(left_out: Sequence[Skipped]) -> TextTable:
     )
 
 
+def answers_of(path: Path, wanted: set[str]) -> list[dict[str, Any]]:
+    """Read what a peer said of the rows wanted; it may have been asked about others, too.
+
+    Raises:
+        ConfigError: If it has not been asked about one of them.
+    """
+    told = (json.loads(line) for line in path.read_text().splitlines())
+    found = [answer for answer in told if answer["row_id"] in wanted]
+    missing = wanted - {answer["row_id"] for answer in found}
+    if missing:
+        raise ConfigError(
+            f"{path.name} has no answer about {len(missing)} of {len(wanted)} rows: ask the peer on"
+        )
+    return found
+
+
 def main() -> None:
     """Draw or report."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -172,10 +191,8 @@ def main() -> None:
         print(f"{len(rows)} rows")
         return
     named = dict(text.split("=", 1) for text in told.files)
-    answers = {
-        name: [json.loads(line) for line in Path(path).read_text().splitlines()]
-        for name, path in named.items()
-    }
+    wanted = {row.row_id for row, _ in rows}
+    answers = {name: answers_of(Path(path), wanted) for name, path in named.items()}
     scores, skipped = score_rows([row for row, _ in rows], {})
     figures = {name: figures_of(found) for name, found in answers.items()}
     title = "The same rows through other simulators, error in %"

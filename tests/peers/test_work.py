@@ -13,7 +13,7 @@ from servegym.validate.score import Comparison, RowScore
 
 from .asking import ask_all
 from .checkpoint import described
-from .compare import Pair, clients, general, pairs, table
+from .compare import Pair, answers_of, clients, general, pairs, table
 from .work import drawn, work
 
 CELLS = {
@@ -173,10 +173,19 @@ def test_table_has_medians_of_both_and_who_is_nearer(scores):
 
 
 def test_ranges_of_clients_are_in_their_order(scores):
-    crowded = replace(scores[1], plan=replace(scores[1].plan, concurrency=17))
-    peer = {name: {"tpot_s": 0.02} for name in "12"}
-    made = table("Errors, by clients", [crowded, scores[0]], {"peer": peer}, clients)
-    assert [line[0] for line in made.rows] == ["all", "up to 4", "up to 64"]
+    few = [replace(scores[0], plan=replace(scores[0].plan, concurrency=n)) for n in (300, 17, 4)]
+    queued = replace(scores[0], plan=replace(scores[0].plan, loop="offline"))
+    made = table("Errors, by clients", [queued, *few], {"peer": {"1": {"tpot_s": 0.02}}}, clients)
+    names = [line[0] for line in made.rows]
+    assert names == ["all", "up to 4", "up to 64", "over 256", "all queued"]
+
+
+def test_answers_about_other_rows_are_left_out_and_missing_ones_are_an_error(tmp_path):
+    path = tmp_path / "peer.jsonl"
+    path.write_text('{"row_id": "1", "refused": "no table"}\n{"row_id": "9", "figures": {}}\n')
+    assert answers_of(path, {"1"}) == [{"row_id": "1", "refused": "no table"}]
+    with pytest.raises(ConfigError, match="no answer about 1 of 2 rows"):
+        answers_of(path, {"1", "2"})
 
 
 def test_rows_that_a_peer_refused_are_in_no_line(scores):
