@@ -196,11 +196,15 @@ def main() -> None:
     scores, skipped = score_rows([row for row, _ in rows], {})
     figures = {name: figures_of(found) for name, found in answers.items()}
     title = "The same rows through other simulators, error in %"
-    tables = [
+    first, *others = [
         table(f"{title}, by GPU", scores, figures, lambda score: (0, score.plan.setup.gpu)),
         table(f"{title}, by engine", scores, figures, lambda score: (0, score.plan.family)),
         table(f"{title}, by model", scores, figures, lambda score: (0, score.plan.setup.model)),
         table(f"{title}, by clients", scores, figures, clients),
+    ]
+    tables = [
+        first,
+        *(each._replace(note="") for each in others),  # it is the same
         refusals(answers, skipped),
         not_asked(left_out),
     ]
