@@ -23,6 +23,7 @@ from ..running import run, running, until  # noqa: TID252 - tests are no package
 
 BODY = {"model": "m", "prompt": "hello there", "max_tokens": 5}
 STREAM = {**BODY, "stream": True}
+COUNT = "servegym_replica_ttft_seconds_count"
 ALICE, BOB = "alice-has-a-long-key", "bob-has-a-long-key-too"
 
 
@@ -42,16 +43,21 @@ class Page:
         return {s.labels[label]: s.value for s in self.samples if s.name == name}
 
 
-def test_requests_are_counted_by_replica_and_by_the_tenants_that_are_configured(monkeypatch):
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_requests_are_counted_by_replica_and_by_the_tenants_that_are_configured(
+    monkeypatch, num_workers
+):
     monkeypatch.setenv("KEYS", f"alice={ALICE},bob={BOB}")
     settings = {"auth": {"keys_env": "KEYS"}, "tenants": {"alice": {}}}
 
     async def test() -> None:
-        async with running(**settings) as it:
+        async with running(num_workers=num_workers, **settings) as it:
             answered: Counter[str] = Counter()
-            for key, body in ((ALICE, STREAM), (ALICE, STREAM), (BOB, STREAM), (BOB, BODY)):
+            asked = ((ALICE, STREAM), (ALICE, STREAM), (BOB, STREAM), (BOB, BODY))
+            for i, (key, body) in enumerate(asked):
                 headers = {"Authorization": f"Bearer {key}"}
-                status, _, got = await it.post(body, headers=headers)
+                worker = i % max(1, num_workers)
+                status, _, got = await it.post(body, worker=worker, headers=headers)
                 assert status == 200
                 answered[got["X-Servegym-Replica"]] += 1
             _, text = await it.get("/metrics", headers={"Authorization": f"Bearer {ALICE}"})
@@ -86,9 +92,10 @@ def test_requests_are_counted_by_replica_and_by_the_tenants_that_are_configured(
     run(test)
 
 
-def test_times_are_those_of_the_streams():
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_times_are_those_of_the_streams(num_workers):
     async def test() -> None:
-        async with running(1) as it:
+        async with running(1, num_workers) as it:
             it.replicas[0].script = [
                 b'data: {"choices": [{"text": "a"}]}\n\n',
                 0.06,
@@ -220,6 +227,27 @@ def test_a_replica_that_is_gone_has_no_series_but_what_it_did_still_counts():
         want = {"a": 1.0, "b": 6.0}
         found = read.values("servegym_replica_ttft_seconds_sum", "replica")
         assert found == {name: want[name] for name in replicas}
+
+
+def test_the_series_of_a_replica_end_with_its_last_request():
+    async def test() -> None:
+        async with running(2) as it:
+            for replica in it.replicas:
+                replica.gap_s = 0.2
+            answers = [asyncio.create_task(it.post(STREAM)) for _ in range(2)]
+            await until(lambda: all(replica.sent for replica in it.replicas))
+            it.router.fleet.remove("r0")
+            leaving = Page((await it.get("/metrics"))[1])
+            assert {"r0", "r1"} == leaving.values(COUNT, "replica").keys()
+            assert [status for status, _, _ in await asyncio.gather(*answers)] == [200, 200]
+            await until(lambda: not it.router.fleet.leaving)
+            gone = Page((await it.get("/metrics"))[1])
+        assert gone.values(COUNT, "replica") == {"r1": 1}
+        assert gone["servegym_router_ttft_seconds_count", {}] == 2
+        assert gone["servegym_router_itl_seconds_count", {}] == 8  # of both, to their ends
+        assert not any("r0" in sample.labels.values() for sample in gone.samples)
+
+    run(test)
 
 
 def test_a_loop_that_is_held_up_is_seen():
