@@ -74,6 +74,7 @@ def test_a_request_has_a_span_with_its_decision_and_its_replica_within(num_worke
                 "servegym.request.id": "mine",
                 "servegym.tenant": "default",
                 "servegym.slo_class": "default",
+                "servegym.prompt_tokens": 3,
             }.items():
                 assert server.attributes[name] == value
             assert server.status.status_code is StatusCode.UNSET
