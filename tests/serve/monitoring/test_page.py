@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
 import subprocess
 import time
@@ -15,7 +16,7 @@ from aiohttp import ClientError
 from prometheus_client.parser import text_string_to_metric_families
 
 from servegym import __version__
-from servegym.serve.monitoring.loop_lag import LoopLag
+from servegym.serve.monitoring.loop_lag import LAG_S, LoopLag
 from servegym.serve.monitoring.prometheus import Exposition, Histogram
 from servegym.serve.router.latencies import Latencies
 
@@ -192,6 +193,20 @@ def test_the_page_is_what_prometheus_expects(tmp_path):
         assert (said.returncode, said.stdout + said.stderr) == (0, "")
 
 
+def test_workers_say_how_late_they_are_and_what_they_use():
+    async def test() -> None:
+        async with running(1, 2) as it:
+            await until(lambda: it.router._decider.lag.count > 3)
+            page = Page((await it.get("/metrics"))[1])
+        assert page["servegym_worker_event_loop_lag_seconds_count", {}] > 3
+        mine = {"pid": str(os.getpid())}  # here they are one process, and so are listed once
+        open_files = page["servegym_worker_process_open_fds", mine]
+        assert 10 < open_files < page["servegym_worker_process_max_fds", mine]
+        assert page["servegym_worker_process_cpu_seconds_total", mine] > 0.1
+
+    run(test)
+
+
 def test_labels_are_escaped_as_the_format_says():
     page = Exposition({"of": 'a "b"\n\\c'})
     page.gauge("x", "Text", 1.0)
@@ -252,13 +267,14 @@ def test_the_series_of_a_replica_end_with_its_last_request():
 
 def test_a_loop_that_is_held_up_is_seen():
     async def test() -> Histogram:
-        lag = LoopLag()
+        lags = Histogram(LAG_S)
+        lag = LoopLag(lags.observe)
         lag.start()
         await asyncio.sleep(0.05)
         time.sleep(0.2)  # what no one should do on a loop
         await asyncio.sleep(0.01)
         lag.stop()
-        return lag.lag
+        return lags
 
     lag = asyncio.run(test())
     assert lag.count == 1

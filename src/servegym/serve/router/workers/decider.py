@@ -21,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from servegym.serve.monitoring.loop_lag import LAG_S
+from servegym.serve.monitoring.prometheus import Histogram
 from servegym.serve.router.auth import Keys
 from servegym.serve.router.desk import LocalDesk, LocalPlacement
 from servegym.serve.router.errors import RequestError
@@ -82,11 +84,13 @@ class Decider:
 
     Attributes:
         num_lost: Workers that have gone.
+        lag: Of their event loops, seconds.
         loop: That it runs on.
     """
 
     def __init__(self, desk: LocalDesk, keys: Keys | None) -> None:
         self.num_lost = 0
+        self.lag = Histogram(LAG_S)
         self._desk = desk
         self._keys = keys
         self._workers: list[_Worker] = []
@@ -190,6 +194,8 @@ class Decider:
                 worker.placements[ticket] = self._desk.enter(*unpack(body))
             elif kind == Kind.COUNT:
                 self._desk.count(*unpack(body))
+            elif kind == Kind.LAG:
+                self.lag.observe(*unpack(body))
             elif kind == Kind.PAGE:
                 reply = self._desk.show(*unpack(body))
                 worker.link.send(Kind.SHOWN, ticket, pack(reply.status, reply.body, reply.headers))
