@@ -38,7 +38,7 @@ def page(tmp_path_factory) -> dict[str, set[str]]:
     }
 
     async def test() -> None:
-        async with running(**settings) as it:
+        async with running(num_workers=1, **settings) as it:
             it.router.dispatcher.runtime.features_out["prompt_tokens"] = 1
             await it.post(STREAM)
             it.replicas[0].mode = it.replicas[1].mode = "die_first"  # tried again

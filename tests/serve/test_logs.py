@@ -46,12 +46,13 @@ def lines():
     ours.setLevel(own)
 
 
-def test_each_line_is_an_object_with_the_id_of_its_request(lines):
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_each_line_is_an_object_with_the_id_of_its_request(lines, num_workers):
     written = lines(format="json", requests=True)
 
     async def test() -> None:
         settings = {"log": {"format": "json", "requests": True}}
-        async with running(2, **settings) as it:
+        async with running(2, num_workers, **settings) as it:
             await it.post(STREAM, headers={"X-Request-Id": "mine"})
             await it.post({"model": "m"}, headers={"X-Request-Id": 'a "quoted"\tone'})
             await it.post(BODY, headers={"X-Request-Id": "überall"})
@@ -102,6 +103,21 @@ def test_an_error_of_a_request_has_its_id_and_its_traceback(lines, monkeypatch):
     assert "Traceback" in line["error"]["traceback"]
     assert "Bearer ***" in line["error"]["traceback"]
     assert ALICE not in written.getvalue()
+
+
+def test_an_error_where_it_is_decided_has_the_id_too(lines, monkeypatch):
+    written = lines(format="json")
+
+    async def test() -> None:
+        async with running(1, 1) as it:
+            monkeypatch.setattr(it.router.dispatcher, "arrive", lambda *_, **__: 1 / 0)
+            status, _, _ = await it.post(BODY, headers={"X-Request-Id": "mine"})
+            assert status == 500
+
+    run(test)
+    found = [json.loads(line) for line in written.getvalue().splitlines()]
+    (line,) = (one for one in found if one["level"] == "error")
+    assert (line["request_id"], line["error"]["type"]) == ("mine", "ZeroDivisionError")
 
 
 @pytest.mark.parametrize("form", ["text", "json"])

@@ -74,6 +74,7 @@ def test_a_request_has_a_span_with_its_decision_and_its_replica_within(num_worke
                 "servegym.request.id": "mine",
                 "servegym.tenant": "default",
                 "servegym.slo_class": "default",
+                "servegym.prompt_tokens": 3,
             }.items():
                 assert server.attributes[name] == value
             assert server.status.status_code is StatusCode.UNSET
@@ -237,6 +238,51 @@ def test_what_never_reaches_a_replica_has_one_span():
             (server,) = spans()
             assert server.attributes["http.response.status_code"] == 400
             assert server.status.status_code is StatusCode.UNSET
+
+    run(test)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_holds_and_a_rejection_are_spans_of_their_request(monkeypatch, num_workers):
+    async def test() -> None:
+        dispatch = {"allow_hold": True, "allow_reject": True}
+        settings = {"dispatch": dispatch, "request": {"hold_s": 0.02}}
+        async with traced(1, num_workers=num_workers, **settings) as (it, spans):
+            told = iter([1, 1, 2])  # of one replica: it holds twice, and rejects
+            policy = it.router.dispatcher.runtime.loaded.policy
+            monkeypatch.setattr(policy, "act", lambda *_: [next(told)])
+            status, _, _ = await it.post(STREAM)
+            assert status == 429
+            (server,), decisions, attempts = by_kind(spans())
+            assert [one.attributes["servegym.decision.action"] for one in decisions] == [
+                "hold",
+                "hold",
+                "reject",
+            ]
+            assert {one.parent.span_id for one in decisions} == {server.context.span_id}
+            assert decisions[2].start_time - decisions[0].start_time >= 0.04e9
+            assert attempts == []
+            assert server.attributes["http.response.status_code"] == 429
+            assert server.attributes["gen_ai.request.model"] == "m"
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "operation"),
+    [
+        ("/v1/messages", {"messages": [{"role": "user", "content": "hi"}]}, "chat"),
+        ("/v1/embeddings", {"input": "hi"}, "embeddings"),
+        ("/v1/rerank", {"query": "hi", "documents": ["ho"]}, "rerank"),
+    ],
+)
+def test_a_span_says_what_its_route_is_for(path, body, operation):
+    async def test() -> None:
+        async with traced(1) as (it, spans):
+            await it.post({"model": "m", **body}, path)
+            (server,), (_,), (attempt,) = by_kind(spans())
+            assert server.name == f"POST {path}"
+            assert attempt.name == f"{operation} m"
 
     run(test)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
 import subprocess
 import time
@@ -15,7 +16,7 @@ from aiohttp import ClientError
 from prometheus_client.parser import text_string_to_metric_families
 
 from servegym import __version__
-from servegym.serve.monitoring.loop_lag import LoopLag
+from servegym.serve.monitoring.loop_lag import LAG_S, LoopLag
 from servegym.serve.monitoring.prometheus import Exposition, Histogram
 from servegym.serve.router.latencies import Latencies
 
@@ -23,6 +24,7 @@ from ..running import run, running, until  # noqa: TID252 - tests are no package
 
 BODY = {"model": "m", "prompt": "hello there", "max_tokens": 5}
 STREAM = {**BODY, "stream": True}
+COUNT = "servegym_replica_ttft_seconds_count"
 ALICE, BOB = "alice-has-a-long-key", "bob-has-a-long-key-too"
 
 
@@ -42,16 +44,21 @@ class Page:
         return {s.labels[label]: s.value for s in self.samples if s.name == name}
 
 
-def test_requests_are_counted_by_replica_and_by_the_tenants_that_are_configured(monkeypatch):
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_requests_are_counted_by_replica_and_by_the_tenants_that_are_configured(
+    monkeypatch, num_workers
+):
     monkeypatch.setenv("KEYS", f"alice={ALICE},bob={BOB}")
     settings = {"auth": {"keys_env": "KEYS"}, "tenants": {"alice": {}}}
 
     async def test() -> None:
-        async with running(**settings) as it:
+        async with running(num_workers=num_workers, **settings) as it:
             answered: Counter[str] = Counter()
-            for key, body in ((ALICE, STREAM), (ALICE, STREAM), (BOB, STREAM), (BOB, BODY)):
+            asked = ((ALICE, STREAM), (ALICE, STREAM), (BOB, STREAM), (BOB, BODY))
+            for i, (key, body) in enumerate(asked):
                 headers = {"Authorization": f"Bearer {key}"}
-                status, _, got = await it.post(body, headers=headers)
+                worker = i % max(1, num_workers)
+                status, _, got = await it.post(body, worker=worker, headers=headers)
                 assert status == 200
                 answered[got["X-Servegym-Replica"]] += 1
             _, text = await it.get("/metrics", headers={"Authorization": f"Bearer {ALICE}"})
@@ -86,9 +93,10 @@ def test_requests_are_counted_by_replica_and_by_the_tenants_that_are_configured(
     run(test)
 
 
-def test_times_are_those_of_the_streams():
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_times_are_those_of_the_streams(num_workers):
     async def test() -> None:
-        async with running(1) as it:
+        async with running(1, num_workers) as it:
             it.replicas[0].script = [
                 b'data: {"choices": [{"text": "a"}]}\n\n',
                 0.06,
@@ -185,6 +193,20 @@ def test_the_page_is_what_prometheus_expects(tmp_path):
         assert (said.returncode, said.stdout + said.stderr) == (0, "")
 
 
+def test_workers_say_how_late_they_are_and_what_they_use():
+    async def test() -> None:
+        async with running(1, 2) as it:
+            await until(lambda: it.router._decider.lag.count > 3)
+            page = Page((await it.get("/metrics"))[1])
+        assert page["servegym_worker_event_loop_lag_seconds_count", {}] > 3
+        mine = {"pid": str(os.getpid())}  # here they are one process, and so are listed once
+        open_files = page["servegym_worker_process_open_fds", mine]
+        assert 10 < open_files < page["servegym_worker_process_max_fds", mine]
+        assert page["servegym_worker_process_cpu_seconds_total", mine] > 0.1
+
+    run(test)
+
+
 def test_labels_are_escaped_as_the_format_says():
     page = Exposition({"of": 'a "b"\n\\c'})
     page.gauge("x", "Text", 1.0)
@@ -222,15 +244,37 @@ def test_a_replica_that_is_gone_has_no_series_but_what_it_did_still_counts():
         assert found == {name: want[name] for name in replicas}
 
 
+def test_the_series_of_a_replica_end_with_its_last_request():
+    async def test() -> None:
+        async with running(2) as it:
+            for replica in it.replicas:
+                replica.gap_s = 0.2
+            answers = [asyncio.create_task(it.post(STREAM)) for _ in range(2)]
+            await until(lambda: all(replica.sent for replica in it.replicas))
+            it.router.fleet.remove("r0")
+            leaving = Page((await it.get("/metrics"))[1])
+            assert {"r0", "r1"} == leaving.values(COUNT, "replica").keys()
+            assert [status for status, _, _ in await asyncio.gather(*answers)] == [200, 200]
+            await until(lambda: not it.router.fleet.leaving)
+            gone = Page((await it.get("/metrics"))[1])
+        assert gone.values(COUNT, "replica") == {"r1": 1}
+        assert gone["servegym_router_ttft_seconds_count", {}] == 2
+        assert gone["servegym_router_itl_seconds_count", {}] == 8  # of both, to their ends
+        assert not any("r0" in sample.labels.values() for sample in gone.samples)
+
+    run(test)
+
+
 def test_a_loop_that_is_held_up_is_seen():
     async def test() -> Histogram:
-        lag = LoopLag()
+        lags = Histogram(LAG_S)
+        lag = LoopLag(lags.observe)
         lag.start()
         await asyncio.sleep(0.05)
         time.sleep(0.2)  # what no one should do on a loop
         await asyncio.sleep(0.01)
         lag.stop()
-        return lag.lag
+        return lags
 
     lag = asyncio.run(test())
     assert lag.count == 1

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
-from servegym.serve.monitoring.prometheus import Histogram
-
-_LAG_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+#: Bounds for a histogram of lags, seconds.
+LAG_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 #: Between two looks: often enough to meet what lasts as long, and 0.01 % of a core.
 _INTERVAL_S = 0.1
 
 
 class LoopLag:
-    """Asks to be woken again and again, and counts how much later that is than asked.
+    """Asks to be woken again and again, and tells how much later that is than asked.
 
-    Attributes:
-        lag: Seconds.
+    Args:
+        tell: Called with each lag, seconds.
     """
 
-    def __init__(self) -> None:
-        self.lag = Histogram(_LAG_S)
+    def __init__(self, tell: Callable[[float], None]) -> None:
+        self._tell = tell
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
@@ -36,6 +36,6 @@ class LoopLag:
 
     def _look(self, loop: asyncio.AbstractEventLoop, due_s: float) -> None:
         now_s = loop.time()
-        self.lag.observe(max(0.0, now_s - due_s))
+        self._tell(max(0.0, now_s - due_s))
         next_s = now_s + _INTERVAL_S
         self._timer = loop.call_at(next_s, self._look, loop, next_s)

@@ -174,7 +174,7 @@ class Api:
         session = request.fields.get(header.lower()) if header else None
         trace = request.trace
         if trace is not None:
-            trace.asked(request.tenant, prompt.tokens, asked.max_tokens, stream=asked.stream)
+            trace.asked(request.tenant, asked.max_tokens, stream=asked.stream)
         placement.arrive(
             Arrival(
                 prompt,

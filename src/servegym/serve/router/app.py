@@ -22,11 +22,11 @@ from servegym.serve.dispatcher import Dispatcher
 from servegym.serve.facts import fleet_facts
 from servegym.serve.listening import bind, listen_at
 from servegym.serve.monitoring.exposition import add_dispatcher
-from servegym.serve.monitoring.loop_lag import LoopLag
+from servegym.serve.monitoring.loop_lag import LAG_S, LoopLag
 from servegym.serve.monitoring.metrics import metric_names
 from servegym.serve.monitoring.poller import MetricsPoller
-from servegym.serve.monitoring.process import add_process
-from servegym.serve.monitoring.prometheus import CONTENT_TYPE, Exposition
+from servegym.serve.monitoring.process import add_process, add_workers
+from servegym.serve.monitoring.prometheus import CONTENT_TYPE, Exposition, Histogram
 from servegym.serve.router.admin import Admin
 from servegym.serve.router.api import EVERYONE, Api
 from servegym.serve.router.auth import read_keys, upstream_key, watch_file
@@ -94,7 +94,8 @@ class Router:
         self._decider: Decider | None = None
         self._ports: list[int] = []
         self._watch: asyncio.Task[None] | None = None
-        self._loop_lag = LoopLag()
+        self._lag = Histogram(LAG_S)
+        self._loop_lag = LoopLag(self._lag.observe)
 
     @property
     def port(self) -> int:
@@ -263,6 +264,12 @@ class Router:
                 "Processes that carried requests and have gone",
                 [({}, self._decider.num_lost)],
             )
+            page.histogram(
+                "servegym_worker_event_loop_lag_seconds",
+                "How much later than asked the event loops of workers wake who waits",
+                self._decider.lag,
+            )
+            add_workers(page, [worker["pid"] for worker in self._workers()])
         add_dispatcher(page, self.dispatcher)
         if self._health is not None:
             ejections = {
@@ -284,7 +291,7 @@ class Router:
         page.histogram(
             "servegym_event_loop_lag_seconds",
             "How much later than asked the event loop wakes who waits",
-            self._loop_lag.lag,
+            self._lag,
         )
         add_process(page)
         return Reply(200, page.page().encode(), [("Content-Type", CONTENT_TYPE)])

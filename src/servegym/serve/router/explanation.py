@@ -28,6 +28,7 @@ class Explanation(NamedTuple):
         attempts_before: Replicas that have failed the request before.
         model: That the request is for.
         slo_class: Name of its service level.
+        prompt_tokens: Of the request, as estimated.
         predicted_output_tokens: Of the request.
         end_ns: When it had been taken, nanoseconds since 1970.
         duration_s: From the observation to the decision, seconds.
@@ -46,6 +47,7 @@ class Explanation(NamedTuple):
     attempts_before: int
     model: str
     slo_class: str
+    prompt_tokens: float
     predicted_output_tokens: float
     end_ns: int
     duration_s: float
@@ -82,6 +84,7 @@ def decide_explained(
         attempts_before=attempts,
         model=job.model,
         slo_class=dispatcher.config.slo_classes[job.request.slo_class].name,
+        prompt_tokens=float(job.prompt.tokens),
         predicted_output_tokens=float(job.request.predicted_output_tokens),
         end_ns=end_ns,
         duration_s=decision.duration_s,

@@ -124,14 +124,11 @@ class Trace:
         self.sampled = span.is_recording()
         self.broken: tuple[int, str] | None = None
 
-    def asked(
-        self, tenant: str, prompt_tokens: float, max_tokens: int | None, *, stream: bool
-    ) -> None:
+    def asked(self, tenant: str, max_tokens: int | None, *, stream: bool) -> None:
         """Note what is asked for.
 
         Args:
             tenant: Who asks.
-            prompt_tokens: As estimated.
             max_tokens: What the client allows, `None` if it does not say.
             stream: Whether it wants a stream.
         """
@@ -140,13 +137,7 @@ class Trace:
         self._shared["gen_ai.request.stream"] = stream
         if max_tokens is not None:
             self._shared["gen_ai.request.max_tokens"] = max_tokens
-        self._span.set_attributes(
-            {
-                **self._shared,
-                "servegym.tenant": tenant,
-                "servegym.prompt_tokens": prompt_tokens,
-            }
-        )
+        self._span.set_attributes({**self._shared, "servegym.tenant": tenant})
 
     def decided(self, explanations: Iterable[Explanation]) -> None:
         """Make the spans of decisions that have been taken, and note what they were about."""
@@ -157,6 +148,7 @@ class Trace:
                 {
                     **self._shared,
                     "servegym.slo_class": one.slo_class,
+                    "servegym.prompt_tokens": one.prompt_tokens,
                     "servegym.predicted_output_tokens": one.predicted_output_tokens,
                 }
             )

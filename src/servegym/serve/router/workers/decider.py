@@ -21,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from servegym.serve.monitoring.loop_lag import LAG_S
+from servegym.serve.monitoring.prometheus import Histogram
 from servegym.serve.requests.prompt import Prompt
 from servegym.serve.router.auth import Keys
 from servegym.serve.router.desk import LocalDesk, LocalPlacement
@@ -83,11 +85,13 @@ class Decider:
 
     Attributes:
         num_lost: Workers that have gone.
+        lag: Of their event loops, seconds.
         loop: That it runs on.
     """
 
     def __init__(self, desk: LocalDesk, keys: Keys | None) -> None:
         self.num_lost = 0
+        self.lag = Histogram(LAG_S)
         self._desk = desk
         self._keys = keys
         self._workers: list[_Worker] = []
@@ -194,6 +198,8 @@ class Decider:
             elif kind == Kind.COUNT:
                 for (endpoint, status), count in unpack(body)[0].items():
                     self._desk.count(endpoint, status, count)
+            elif kind == Kind.LAG:
+                self.lag.observe(*unpack(body))
             elif kind == Kind.PAGE:
                 reply = self._desk.show(*unpack(body))
                 worker.link.put(Kind.SHOWN, ticket, pack(reply.status, reply.body, reply.headers))

@@ -44,6 +44,7 @@ class Kind(IntEnum):
     LEAVE = 14
     COUNT = 15
     PAGE = 16
+    LAG = 17
 
     KEYS = 32
     ADMITTED = 33

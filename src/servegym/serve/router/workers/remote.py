@@ -99,6 +99,11 @@ class RemoteDesk:
             loop = asyncio.get_running_loop()
             self._counting = loop.call_later(_COUNTS_S, self._tell_counts)
 
+    def lags(self, lag_s: float) -> None:
+        """Tell how late this process' event loop is, seconds."""
+        if self._link is not None:
+            self._link.put(Kind.LAG, 0, pack(lag_s))
+
     async def page(self, path: str) -> Reply:
         """See `Desk`."""
         link, ticket = self._connected(), self._next_ticket()

@@ -9,6 +9,7 @@ import socket
 import time
 from pathlib import Path
 
+from servegym.serve.monitoring.loop_lag import LoopLag
 from servegym.serve.requests.prompt import PromptReader
 from servegym.serve.router.api import Api
 from servegym.serve.router.auth import Keys, upstream_key
@@ -43,6 +44,7 @@ class Worker:
         self._proxy = Proxy(config.request, time.monotonic, upstream_key(config.upstream_key_env))
         reader = PromptReader(config.dispatch.prefix)
         self._api = Api(config, self._desk, reader, self._proxy, None, time.monotonic)
+        self._loop_lag = LoopLag(self._desk.lags)
         self.server: Server = self._api.server()
 
     async def connect(self, timeout_s: float = BACK_S) -> bool:
@@ -58,6 +60,7 @@ class Worker:
             for one in said:
                 one.cancel()
             if self._has_keys.is_set():
+                self._loop_lag.start()
                 return True
         return False
 
@@ -65,6 +68,7 @@ class Worker:
         """Return when the decider has gone and does not come back."""
         while True:
             await self._desk.lost()
+            self._loop_lag.stop()
             await asyncio.sleep(_ORDERLY_S)
             _log.warning("the deciding process has gone: new requests are refused")
             if not await self.connect():
@@ -72,6 +76,7 @@ class Worker:
 
     async def stop(self) -> None:
         """Cut off what there is."""
+        self._loop_lag.stop()
         await self.server.stop()
         self._proxy.close()
         await self._api.close()
