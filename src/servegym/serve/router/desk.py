@@ -11,7 +11,7 @@ from servegym.serve.router.ejection import Attempt
 from servegym.serve.router.errors import RequestError
 from servegym.serve.router.health import Health
 from servegym.serve.router.limits import Limits
-from servegym.serve.router.pages import Pages, no_model
+from servegym.serve.router.pages import Pages, no_model, no_replica
 from servegym.serve.router.placement import Arrival, Ending, Seat
 from servegym.serve.router.reply import Reply
 from servegym.serve.router.retry_budget import RetryBudget
@@ -222,12 +222,7 @@ class LocalPlacement:
         elif may_hold:
             dispatcher.wait(job)
         else:
-            raise RequestError(
-                503,
-                "no replica takes requests now: come again later",
-                "no_replica",
-                retry_after_s=config.retry_after_s,
-            )
+            raise no_replica(config.retry_after_s)
         # many that wait for a replica to come up need not all look so often
         pause_s = config.hold_s
         if not allowed.any():
@@ -351,7 +346,7 @@ class LocalPlacement:
         do not. Those that have failed the request are the last.
         """
         health, tried = self._desk.health, self._tried
-        allowed = self._desk.dispatcher.state.up & health.serving(self.job.model)
+        allowed = self._candidates()
         worse = health.ejection.passed_over(stream=self._stream)
         worse += health.slow_start.held_back(allowed)
         if not worse and not tried:
@@ -362,6 +357,10 @@ class LocalPlacement:
             if left.any():
                 return left
         return allowed
+
+    def _candidates(self) -> BoolArray:
+        """Replicas that are up and have the model."""
+        return self._desk.dispatcher.state.up & self._desk.health.serving(self.job.model)
 
     def _first_token_s(self, attempt: Attempt) -> float | None:
         """How long an answer may take to begin."""
