@@ -59,13 +59,14 @@ class ServePicker:
             runtime, listen = picker.dispatcher.runtime, config.listen
             policy = runtime.loaded.text if runtime.loaded else runtime.config.fallback
             console.print(
-                f"{policy} ({runtime.mode}) picks of {len(config.replicas)} replicas: "
+                f"{policy} ({runtime.mode}) picks of {len(picker.fleet)} replicas: "
                 f"grpc://{listen.host}:{picker.port}, "
                 f"operators: http://127.0.0.1:{picker.admin_port}"
             )
             state = picker.dispatcher.state
-            for index, replica in enumerate(config.replicas):
-                if not state.is_up(index):
+            for member in picker.fleet:
+                replica = member.replica
+                if not state.is_up(member.slot):
                     console.print(
                         f"{replica.name} is down: {replica.url}{config.health.path} has not "
                         "answered well yet; it is picked once it does",
@@ -78,7 +79,6 @@ class ServePicker:
 def _problems(config: PickerConfig, *, ask: bool) -> list[str]:
     """Say, a sentence each, what a file that can be read is wrong about."""
     from servegym.serve.picker.app import Picker
-    from servegym.serve.router.config import RouterConfig
     from servegym.serve.router.probe import probe
 
     dispatcher = Picker(config).dispatcher
@@ -86,6 +86,5 @@ def _problems(config: PickerConfig, *, ask: bool) -> list[str]:
     reason = dispatcher.runtime.never_decides()
     found = [reason] if reason else []
     if ask:
-        parts = {"replicas": config.replicas, "health": config.health, "metrics": config.metrics}
-        found += asyncio.run(probe(RouterConfig.model_validate(parts)))
+        found += asyncio.run(probe(config.as_router()))
     return found

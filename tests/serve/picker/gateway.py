@@ -116,7 +116,7 @@ class Gateway:
             and self.state.num_held == 0
             and sum(self.outstanding()) == 0
             and all(self.state.replicas[3] == 0)
-            and not any(s.streams or s.wholes or s.owing for s in standings)
+            and not any(s.streams or s.wholes or s.owing for s in standings.values())
         )
 
 

@@ -35,7 +35,7 @@ def config(tmp_path, *replicas, **settings) -> PickerConfig:
 )
 def test_an_endpoint_is_written_as_gateways_write_it(tmp_path, url, endpoint):
     (replica,) = config(tmp_path, {**REPLICA, "url": url}).replicas
-    assert endpoint_of(replica) == endpoint
+    assert endpoint_of(replica.name, replica.url) == endpoint
 
 
 @pytest.mark.parametrize(
@@ -85,5 +85,5 @@ def test_the_example_names_the_fleet_that_the_example_of_envoy_has():
         ]
         for cluster in resources["clusters"]
     )
-    assert engines == [endpoint_of(replica) for replica in picker.replicas]
+    assert engines == [endpoint_of(replica.name, replica.url) for replica in picker.replicas]
     assert itself == [f"127.0.0.1:{picker.listen.port}"]

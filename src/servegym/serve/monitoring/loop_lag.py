@@ -23,7 +23,8 @@ class LoopLag:
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """Begin, on the running loop."""
+        """Begin, on the running loop; anew if it has begun."""
+        self.stop()
         loop = asyncio.get_running_loop()
         due_s = loop.time() + _INTERVAL_S
         self._timer = loop.call_at(due_s, self._look, loop, due_s)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
 from collections.abc import AsyncIterator, Callable
 from functools import partial
@@ -16,6 +17,8 @@ from grpc_health.v1 import health as grpc_health
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from servegym.errors import ConfigError
+from servegym.serve.discovery.replicas_file import ReplicasFile
+from servegym.serve.discovery.sources import Sources
 from servegym.serve.dispatcher import Dispatcher
 from servegym.serve.facts import fleet_facts
 from servegym.serve.listening import listen
@@ -24,16 +27,18 @@ from servegym.serve.monitoring.exposition import add_dispatcher
 from servegym.serve.monitoring.metrics import metric_names
 from servegym.serve.monitoring.poller import MetricsPoller
 from servegym.serve.monitoring.prometheus import CONTENT_TYPE, Exposition
-from servegym.serve.picker.config import PickerConfig, PickerListenConfig
+from servegym.serve.picker.config import PickerConfig, PickerListenConfig, check_endpoint
+from servegym.serve.picker.desk import PickerDesk
 from servegym.serve.picker.ends import AssumedEnds
 from servegym.serve.picker.exchange import Exchange
-from servegym.serve.picker.placer import Placer
+from servegym.serve.picker.reading import Reading
 from servegym.serve.picker.unseen import require_seen
 from servegym.serve.picker.wire import METHOD, SERVICE, BodyMode, Message, read
 from servegym.serve.router.admin import Admin
-from servegym.serve.router.books import Books
+from servegym.serve.router.fleet import Fleet
 from servegym.serve.router.health import Health
 from servegym.serve.router.http_log import http_logger
+from servegym.serve.router.pages import Pages
 from servegym.serve.router.reply import Reply
 from servegym.serve.router.telemetry import Telemetry
 
@@ -72,6 +77,10 @@ class Picker:
         self.config = config
         self.telemetry = Telemetry()
         self._names = metric_names(config.metrics.engine)
+        self._file = ReplicasFile(config.replicas_file) if config.replicas_file else None
+        if self._file is not None:
+            for replica in self._file.read():  # wrong at the start is wrong
+                check_endpoint(replica)
         self.dispatcher = Dispatcher(
             config.dispatch,
             [replica.name for replica in config.replicas],
@@ -86,8 +95,15 @@ class Picker:
         self._session: aiohttp.ClientSession | None = None
         self._health: Health | None = None
         self._poller: MetricsPoller | None = None
-        self._placer: Placer | None = None
-        self._books: Books | None = None
+        self._desk: PickerDesk | None = None
+        self._fleet: Fleet | None = None
+        self._sources: Sources | None = None
+        self._reading = Reading(
+            config.request,
+            self.dispatcher.reader,
+            config.dispatch.prefix.bytes_per_token,
+            self.dispatcher.clock,
+        )
         self._admin: web.AppRunner | None = None
         self._looking: asyncio.Task[None] | None = None
         self._complained = False
@@ -117,22 +133,40 @@ class Picker:
         """
         config = self.config
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
-        self._health = Health(config.health, config.replicas, self.dispatcher, self._session)
+        self._health = Health(config.health, self.dispatcher, self._session)
         self._poller = MetricsPoller(
-            [replica.metrics_page for replica in config.replicas],
             self._names,
             self.dispatcher,
             self._session,
             interval_s=config.metrics.interval_s,
             timeout_s=config.metrics.timeout_s,
         )
-        self._books = Books(self.dispatcher, self._health, self.telemetry)
-        self._placer = Placer(config, self.dispatcher, self._health, self.telemetry, self._books)
+        pages = Pages(self._health, self._metrics_page)
+        self._desk = desk = PickerDesk(config, self.dispatcher, self._health, self.telemetry, pages)
+        self._fleet = Fleet(
+            config.replicas,
+            self.dispatcher,
+            self._health,
+            self._poller,
+            desk,
+            self.telemetry,
+            check_endpoint,
+        )
+        self._sources = Sources(self._fleet, self._file, config.discover)
+        admin = Admin(
+            self.dispatcher,
+            self._health,
+            self._fleet,
+            self._metrics_page,
+            lambda: desk.show("/health"),
+            lambda: [{"pid": os.getpid(), "requests": self.telemetry.in_flight}],
+        )
         try:
+            await self._sources.start()
             await self._health.start()
             await self._poller.start()
             self._looking = asyncio.create_task(self.ends.run())
-            await self._listen_for_operators()
+            await self._listen_for_operators(admin)
             await self._serve()
         except OSError as error:
             await self.stop()
@@ -161,9 +195,7 @@ class Picker:
         await self._server.start()
         await self._tell_health(ready=True)
 
-    async def _listen_for_operators(self) -> None:
-        assert self._health is not None
-        admin = Admin(self.dispatcher, self._health, self._metrics_page)
+    async def _listen_for_operators(self, admin: Admin) -> None:
         self._admin = web.AppRunner(
             admin.app(), access_log=None, logger=http_logger, shutdown_timeout=1.0
         )
@@ -178,14 +210,24 @@ class Picker:
             self._looking.cancel()
         if self._admin is not None:
             await self._admin.cleanup()
-        for part in (self._health, self._poller):
+        for part in (self._sources, self._fleet, self._health, self._poller):
             if part is not None:
                 await part.stop()
         if self._session is not None:
             await self._session.close()
-        if self._placer is not None:
-            self._placer.close()
+        self._reading.close()
         await asyncio.to_thread(self.dispatcher.close)
+
+    @property
+    def fleet(self) -> Fleet:
+        """The replicas, once started."""
+        assert self._fleet is not None
+        return self._fleet
+
+    def read_anew(self) -> None:
+        """Read the file of replicas anew; what is wrong changes nothing."""
+        if self._sources is not None:
+            self._sources.read_anew()
 
     async def drain(self) -> int:
         """Tell gateways to go elsewhere and wait for what is in progress, at most `drain_s`.
@@ -194,6 +236,8 @@ class Picker:
             How many conversations are still there.
         """
         await self._tell_health(ready=False)
+        if self._desk is not None:
+            self._desk.draining = True
         loop = asyncio.get_running_loop()
         until_s = loop.time() + self.config.drain_s
         while self.telemetry.in_flight and loop.time() < until_s:
@@ -209,7 +253,6 @@ class Picker:
         what becomes of the request.
         """
         exchange = self._exchange()
-        self.telemetry.in_flight += 1
         try:
             async for message in messages:
                 self._compare(message)
@@ -218,18 +261,14 @@ class Picker:
                 if exchange.over:
                     return
         finally:
-            self.telemetry.in_flight -= 1
             exchange.close()
 
     def _exchange(self) -> Exchange:
-        assert self._placer is not None
-        assert self._books is not None
-        assert self._health is not None
+        assert self._desk is not None
         response = self.config.response
         return Exchange(
-            self._placer,
-            self._books,
-            self._health.ejection,
+            self._desk,
+            self._reading,
             self.ends,
             (
                 self._request_mode,
@@ -300,6 +339,8 @@ def _credentials(listen: PickerListenConfig) -> grpc.ServerCredentials:
 def serve(config: PickerConfig, ready: Callable[[Picker], None]) -> None:
     """Run a picker until it is told to stop (SIGTERM, SIGINT), then let it drain.
 
+    SIGHUP reads the file of replicas anew, and stops nothing.
+
     Args:
         config: Its configuration.
         ready: Called once it serves.
@@ -317,6 +358,7 @@ async def _serve(config: PickerConfig, ready: Callable[[Picker], None]) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, picker.read_anew)
     await picker.start()
     # what is there now stays: looking through all of it would stop every stream for 0.1 s
     gc.freeze()

@@ -5,39 +5,59 @@ from __future__ import annotations
 import ipaddress
 from pathlib import Path
 from typing import Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from servegym.documents import checked, read_mapping
 from servegym.errors import ConfigError
+from servegym.serve.discovery.config import DiscoverConfig
+from servegym.serve.discovery.found import place
 from servegym.serve.dispatcher import DispatchConfig
-from servegym.serve.router.config import HealthConfig, ReplicaConfig, ScrapeConfig
+from servegym.serve.router.config import HealthConfig, RequestConfig, RouterConfig, ScrapeConfig
+from servegym.serve.router.replica import ReplicaConfig, check_distinct
 
 
 class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-def endpoint_of(replica: ReplicaConfig) -> str:
+def endpoint_of(name: str, url: str) -> str:
     """Return a replica's `ip:port`, an IPv6 address in brackets, as gateways write it.
 
+    Args:
+        name: Of the replica, for the sentence.
+        url: Of its server.
+
     Raises:
-        ValueError: If its url has no IP address, or something behind the port.
+        ValueError: If the url has no IP address, or something behind the port.
     """
-    scheme, host, port, path = replica.place
+    parts = urlsplit(url)
     try:
-        address = ipaddress.ip_address(host)
+        address = ipaddress.ip_address(parts.hostname or "")
     except ValueError:
         raise ValueError(
-            f"replica {replica.name} must have an IP address in its url: gateways know endpoints "
-            f"as ip:port; got {replica.url}"
+            f"replica {name} must have an IP address in its url: gateways know endpoints as "
+            f"ip:port; got {url}"
         ) from None
-    if scheme != "http" or path:
+    if parts.scheme != "http" or parts.path.strip("/"):
         raise ValueError(
-            f"the url of replica {replica.name} must be like http://10.0.0.1:8000: the gateway "
-            f"makes the connection, and the path is the client's; got {replica.url}"
+            f"the url of replica {name} must be like http://10.0.0.1:8000: the gateway makes the "
+            f"connection, and the path is the client's; got {url}"
         )
-    return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
+    return place(str(address), parts.port or 80)
+
+
+def check_endpoint(replica: ReplicaConfig) -> None:
+    """Check that gateways can name a replica that comes from elsewhere than the picker's file.
+
+    Raises:
+        ConfigError: If they cannot.
+    """
+    try:
+        endpoint_of(replica.name, replica.url)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 class PickerListenConfig(_Config):
@@ -74,8 +94,9 @@ class PickRequestConfig(_Config):
         max_body_bytes: Larger bodies are refused.
         max_held: Requests on hold at most.
         hold_s: How long a hold lasts.
-        max_hold_s: How long a request is held in all. The gateway's `message_timeout` must be
-            longer, where it applies.
+        max_hold_s: How long a request is held in all, be it that the policy wants it or that no
+            replica takes requests. The gateway's `message_timeout` must be longer, where it
+            applies.
         retry_after_s: What clients are told who must come again.
         tenant_header: Header that names the tenant, whose answers' lengths are learned together.
         slo_header: Header that names the service level.
@@ -119,7 +140,9 @@ class PickerConfig(_Config):
     """All that a picker's file says.
 
     Attributes:
-        replicas: The fleet; the router's, whose urls have IP addresses.
+        replicas: The fleet, or the part of it that stays; urls have IP addresses.
+        replicas_file: YAML file with a list of more, read anew whenever it changes.
+        discover: How more are found, by DNS or in Kubernetes.
         listen: Addresses.
         dispatch: Policy, service levels, prediction, prefixes and log.
         response: What the gateway sends of answers: `bodies` (its `response_body_mode`), `headers`
@@ -135,7 +158,9 @@ class PickerConfig(_Config):
         drain_s: How long a stopping picker waits for requests in progress.
     """
 
-    replicas: tuple[ReplicaConfig, ...] = Field(min_length=1)
+    replicas: tuple[ReplicaConfig, ...] = ()
+    replicas_file: Path | None = None
+    discover: DiscoverConfig | None = None
     listen: PickerListenConfig = PickerListenConfig()
     dispatch: DispatchConfig = DispatchConfig()
     response: Literal["bodies", "headers", "none"] = "bodies"
@@ -149,21 +174,45 @@ class PickerConfig(_Config):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        names: set[str] = set()
         places: dict[str, str] = {}
         for replica in self.replicas:
-            if replica.name in names:
-                raise ValueError(f"replica names must differ, got {replica.name} twice")
-            names.add(replica.name)
-            other = places.setdefault(endpoint_of(replica), replica.name)
+            other = places.setdefault(endpoint_of(replica.name, replica.url), replica.name)
             if other != replica.name:
                 raise ValueError(f"replicas {other} and {replica.name} have the same endpoint")
+        check_distinct(self.replicas)
+        if not self.replicas and self.replicas_file is None and self.discover is None:
+            raise ValueError("there is no replica: give replicas, replicas_file or discover")
+        if self.discover is not None:
+            for source in (*self.discover.dns, *self.discover.kubernetes):
+                if source.scheme != "http":
+                    raise ValueError(
+                        f"discover needs scheme: http, got {source.scheme}: the gateway makes the "
+                        "connection"
+                    )
         if self.response != "bodies" and self.dispatch.log is not None:
             raise ValueError(
                 f"dispatch.log needs response: bodies, got response: {self.response}: without "
                 "answers nobody knows when a request has ended and how long its answer was"
             )
         return self
+
+    def as_router(self) -> RouterConfig:
+        """Return what the router's desk and its checks of replicas go by."""
+        request = self.request
+        return RouterConfig(
+            replicas=self.replicas,
+            replicas_file=self.replicas_file,
+            discover=self.discover,
+            dispatch=self.dispatch,
+            request=RequestConfig(
+                max_held=request.max_held,
+                hold_s=request.hold_s,
+                max_hold_s=request.max_hold_s,
+                retry_after_s=request.retry_after_s,
+            ),
+            health=self.health,
+            metrics=self.metrics,
+        )
 
 
 def read_picker_config(path: Path) -> PickerConfig:

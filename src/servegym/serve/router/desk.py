@@ -14,7 +14,7 @@ from servegym.serve.router.health import Health
 from servegym.serve.router.latencies import Times
 from servegym.serve.router.limits import Limits
 from servegym.serve.router.line import Line, Waiting
-from servegym.serve.router.pages import Pages, no_model
+from servegym.serve.router.pages import Pages, no_model, no_replica
 from servegym.serve.router.placement import Arrival, Ending, Seat
 from servegym.serve.router.reply import Reply
 from servegym.serve.router.retry_budget import RetryBudget
@@ -267,12 +267,11 @@ class LocalPlacement:
             return config.hold_s
         if may_hold:
             dispatcher.wait(job)
-        elif self._serving().any():
+        elif self._candidates().any():
             message = "all replicas are full, and others wait: come again later"
             raise desk.come_again(429, message, "overloaded")
         else:
-            message = "no replica takes requests now: come again later"
-            raise desk.come_again(503, message, "no_replica")
+            raise no_replica(config.retry_after_s)
         # many that wait for a replica to come up need not all look so often
         return min(1.0, config.hold_s * (1.0 + dispatcher.state.num_held / 20.0))
 
@@ -405,10 +404,6 @@ class LocalPlacement:
             return next(iter(models))
         raise no_model(asked, models)
 
-    def _serving(self) -> BoolArray:
-        """Replicas that are up and have the model, `bool[W]`."""
-        return self._desk.dispatcher.state.up & self._desk.health.serving(self.job.model)
-
     def _allowed(self) -> BoolArray:
         """Replicas that are up, have the model, and room; the others if there is no better one.
 
@@ -417,7 +412,7 @@ class LocalPlacement:
         do not. Those that have failed the request are the last.
         """
         health, tried = self._desk.health, self._tried
-        allowed = self._serving()
+        allowed = self._candidates()
         max_load = self._desk.config.request.max_load
         if max_load is not None:
             allowed &= self._desk.dispatcher.state.has_room(max_load)
@@ -431,6 +426,10 @@ class LocalPlacement:
             if left.any():
                 return left
         return allowed
+
+    def _candidates(self) -> BoolArray:
+        """Replicas that are up and have the model, `bool[W]`."""
+        return self._desk.dispatcher.state.up & self._desk.health.serving(self.job.model)
 
     def _first_token_s(self, attempt: Attempt) -> float | None:
         """How long an answer may take to begin."""

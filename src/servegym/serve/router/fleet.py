@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from servegym.errors import ConfigError, unknown_name
@@ -60,6 +60,7 @@ class Fleet:
         poller: Asks for their metrics.
         desk: Tells where they are.
         telemetry: Forgets what has gone.
+        check: Raises a `ConfigError` of a replica that cannot be of this fleet; `None`: any can.
     """
 
     def __init__(
@@ -70,12 +71,14 @@ class Fleet:
         poller: MetricsPoller,
         desk: LocalDesk,
         telemetry: Telemetry,
+        check: Callable[[ReplicaConfig], None] | None = None,
     ) -> None:
         self._dispatcher = dispatcher
         self._health = health
         self._poller = poller
         self._desk = desk
         self._telemetry = telemetry
+        self._check = check
         self._members: dict[str, Member] = {}
         self._leaving: list[Member] = []
         self._waiting: asyncio.Task[None] | None = None
@@ -114,10 +117,10 @@ class Fleet:
         """An operator adds a replica: down, until a check is good.
 
         Raises:
-            ConfigError: If its hardware is not known.
+            ConfigError: If its hardware is not known, or it cannot be of this fleet.
             TakenError: If its name or url is another's.
         """
-        facts = await asyncio.to_thread(replica_facts, replica.facts)
+        facts = await asyncio.to_thread(self._facts, replica)
         return self._join(replica, facts, OPERATOR)
 
     def remove(self, name: str) -> Member:
@@ -142,10 +145,11 @@ class Fleet:
             replicas: All that it names.
 
         Raises:
-            ConfigError: If the hardware of one is not known; nothing has changed then.
+            ConfigError: If the hardware of one is not known, or it cannot be of this fleet; nothing
+                has changed then.
         """
         facts = await asyncio.to_thread(
-            lambda: {replica.name: replica_facts(replica.facts) for replica in replicas}
+            lambda: {replica.name: self._facts(replica) for replica in replicas}
         )
         named = {replica.name: replica for replica in replicas}
         for member in [m for m in self if m.source == source]:
@@ -171,6 +175,11 @@ class Fleet:
         if self._waiting is not None:
             self._waiting.cancel()
             await asyncio.gather(self._waiting, return_exceptions=True)
+
+    def _facts(self, replica: ReplicaConfig) -> FloatArray:
+        if self._check is not None:
+            self._check(replica)
+        return replica_facts(replica.facts)
 
     def _join(self, replica: ReplicaConfig, facts: FloatArray, source: str) -> Member:
         for other in self:

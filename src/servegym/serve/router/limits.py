@@ -30,7 +30,7 @@ class Limits:
     def __init__(self, default: LimitConfig, tenants: Mapping[str, LimitConfig]) -> None:
         self._default = default
         self._tenants = dict(tenants)
-        self._accounts: dict[str, _Account] = {}  # as many as there are tenants with keys
+        self._accounts: dict[str, _Account] = {}  # of those with requests, or with a rate
 
     def of(self, tenant: str) -> LimitConfig:
         """Limits of a tenant."""
@@ -60,7 +60,10 @@ class Limits:
 
     def leave(self, tenant: str) -> None:
         """A request has ended."""
-        self._accounts[tenant].concurrent -= 1
+        account = self._accounts[tenant]
+        account.concurrent -= 1
+        if not account.concurrent and self.of(tenant).requests_per_min is None:
+            del self._accounts[tenant]  # behind a gateway clients name themselves as they like
 
     def _take(self, tenant: str, account: _Account, per_min: float, now_s: float) -> None:
         """Take a token out of a bucket that holds a minute's worth."""

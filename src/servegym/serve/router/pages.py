@@ -60,3 +60,13 @@ def no_model(name: str, models: Iterable[str]) -> RequestError:
     """Make the error of a request for a model that no replica has."""
     known = ", ".join(sorted(models)) or "none yet"
     return RequestError(404, f"there is no model {name!r}, only {known}", "model_not_found")
+
+
+def no_replica(retry_after_s: float) -> RequestError:
+    """Make the error of a request that no replica takes."""
+    return RequestError(
+        503,
+        "no replica takes requests now: come again later",
+        "no_replica",
+        retry_after_s=retry_after_s,
+    )

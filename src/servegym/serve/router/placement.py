@@ -35,7 +35,7 @@ class Arrival(NamedTuple):
     slo_class: str | None
     session: str | None
     read_s: float
-    traced: bool
+    traced: bool = False
 
 
 class Seat(NamedTuple):
