@@ -234,5 +234,7 @@ def test_a_picker_does_not_start_with_a_file_that_gateways_cannot_follow(tmp_pat
         "- {name: a, url: 'https://10.0.0.1', "
         "rates: {prefill_tokens_per_s: 1000, decode_step_s: 0.01}}"
     )
-    with pytest.raises(ConfigError, match=r"the url of replica a must be like http://10\.0\.0\.1"):
+    with pytest.raises(
+        ConfigError, match=r"replicas\.yaml: the url of replica a must be like http://10\.0\.0\.1"
+    ):
         Picker(config)
