@@ -131,6 +131,14 @@ def test_a_request_for_an_endpoint_that_is_not_there_yet_waits_for_it():
             await stream.answer()
             assert (gateway.state.outstanding(1), gateway.state.outstanding(slot)) == (1, 1)
             assert gateway.picker.telemetry.upstream_failures == {}
+            # one that the gateway has tried there again is at the new one
+            other, to = await place(gateway)
+            assert to == gateway.endpoints[0]
+            await other.answer()
+            await other.response_headers(served=endpoint(newcomer))
+            await other.answer()
+            assert [gateway.state.outstanding(r) for r in (0, 1, slot)] == [0, 1, 2]
+            assert gateway.picker.telemetry.upstream_failures == {("r0", "disconnected"): 1}
 
     run(test, plain=True)
 
