@@ -120,6 +120,7 @@ async def setup(
         "listen": {"port": 0, "admin_port": 0},
         "dispatch": {"runtime": {"policy": "least-outstanding"}},
         "metrics": {"interval_s": 0.05},
+        "request": {"max_hold_s": 1.0},
         "drain_s": 1.0,
         **settings,
     }

@@ -131,6 +131,14 @@ def test_a_request_for_an_endpoint_that_is_not_there_yet_waits_for_it():
             await stream.answer()
             assert (gateway.state.outstanding(1), gateway.state.outstanding(slot)) == (1, 1)
             assert gateway.picker.telemetry.upstream_failures == {}
+            # one that the gateway has tried there again is at the new one
+            other, to = await place(gateway)
+            assert to == gateway.endpoints[0]
+            await other.answer()
+            await other.response_headers(served=endpoint(newcomer))
+            await other.answer()
+            assert [gateway.state.outstanding(r) for r in (0, 1, slot)] == [0, 1, 2]
+            assert gateway.picker.telemetry.upstream_failures == {("r0", "disconnected"): 1}
 
     run(test, plain=True)
 
@@ -234,5 +242,7 @@ def test_a_picker_does_not_start_with_a_file_that_gateways_cannot_follow(tmp_pat
         "- {name: a, url: 'https://10.0.0.1', "
         "rates: {prefill_tokens_per_s: 1000, decode_step_s: 0.01}}"
     )
-    with pytest.raises(ConfigError, match=r"the url of replica a must be like http://10\.0\.0\.1"):
+    with pytest.raises(
+        ConfigError, match=r"replicas\.yaml: the url of replica a must be like http://10\.0\.0\.1"
+    ):
         Picker(config)

@@ -227,6 +227,38 @@ def test_a_request_that_cannot_be_read_is_answered_at_once(body, fields, status,
     play(test, request={"max_body_bytes": 1000})
 
 
+def test_a_model_that_nobody_has_is_refused_in_the_form_of_its_endpoint():
+    async def test(gateway):
+        said = {}
+        for path in ("/v1/completions", "/v1/messages"):
+            stream = gateway.stream()
+            await stream.request_headers(path)
+            messages = [{"role": "user", "content": "hi"}]
+            body = {"model": "other", "prompt": "hi", "messages": messages, "max_tokens": 3}
+            await stream.body("request", json.dumps(body).encode(), ends=True)
+            refused = (await stream.answer()).immediate_response
+            assert refused.status.code == 404
+            said[path] = json.loads(refused.body)["error"]
+        assert said["/v1/completions"]["code"] == "model_not_found"
+        assert said["/v1/messages"]["type"] == "not_found_error"
+        await until(gateway.idle)
+
+    play(test)
+
+
+def test_an_unseen_body_may_ask_for_any_of_several_models():
+    async def test(gateway):
+        gateway.replicas[0].adapters = ["n"]
+        await until(lambda: set(gateway.picker._health.models()) == {"m", "n"})
+        stream = gateway.stream(NONE, DUPLEX)
+        await stream.request_headers(content_length="40")
+        assert destination(await stream.answer()) in gateway.endpoints
+        to = await gateway.send_to(gateway.stream(), body_of().replace(b'"m"', b'"n"'))
+        assert to == gateway.endpoints[0]
+
+    play(test, health={"models_interval_s": 0.05})
+
+
 def test_fallbacks_are_the_replicas_with_the_fewest_requests():
     async def test(gateway):
         for r, num in enumerate((0, 3, 1, 2)):

@@ -79,8 +79,12 @@ class Picker:
         self._names = metric_names(config.metrics.engine)
         self._file = ReplicasFile(config.replicas_file) if config.replicas_file else None
         if self._file is not None:
-            for replica in self._file.read():  # wrong at the start is wrong
-                check_endpoint(replica)
+            replicas = self._file.read()  # wrong at the start is wrong
+            try:
+                for replica in replicas:
+                    check_endpoint(replica)
+            except ConfigError as error:
+                raise ConfigError(f"{config.replicas_file}: {error}") from error
         self.dispatcher = Dispatcher(
             config.dispatch,
             [replica.name for replica in config.replicas],

@@ -72,9 +72,8 @@ class PickerDesk(LocalDesk):
     def among(self, subset: Collection[str] | None) -> BoolArray:
         """Return the replicas that a gateway leaves to choose from, `bool[W]`; `None`: all."""
         found = np.zeros(self.dispatcher.state.num_slots, np.bool_)
-        found[[r for r, known in self.endpoints.items() if subset is None or known in subset]] = (
-            True
-        )
+        for replica, known in self.endpoints.items():
+            found[replica] = subset is None or known in subset
         return found
 
     def in_turn(self, subset: Collection[str] | None) -> list[str]:
