@@ -111,7 +111,7 @@ def vector(scenario: str, num_envs: int) -> Callable[[], float]:
     return one_round
 
 
-def agents(scenario: str, num_fleets: int) -> Callable[[], float]:
+def by_class(scenario: str, num_fleets: int) -> Callable[[], float]:
     """The agents of many fleets as one batch, by class."""
     fleets = AgentBatch(num_fleets, scenario)
     batch, turn = fleets.batch, fleets.reset(seed=0)
@@ -172,7 +172,7 @@ def measure(scenario: str, sizes: list[int], num_rounds: int) -> None:
     """Measure all forms of a scenario, batches in these sizes, and print."""
     forms = {"env (AEC)": turns(scenario), "parallel_env": rounds(scenario)}
     forms |= {f"VectorEnv, {size}": vector(scenario, size) for size in sizes}
-    forms |= {f"AgentBatch, {size}": agents(scenario, size) for size in sizes}
+    forms |= {f"AgentBatch, {size}": by_class(scenario, size) for size in sizes}
     forms |= {f"SB3 VecEnv, {size}": sb3(scenario, size) for size in sizes}
     taken: dict[str, list[float]] = {name: [] for name in forms}
     for form in forms.values():  # compiles

@@ -124,8 +124,13 @@ class Process:
     @property
     def cpu_s(self) -> float:
         """CPU time that its threads have used."""
+        return self.cpu_s_of(self.popen.pid)
+
+    @staticmethod
+    def cpu_s_of(pid: int) -> float:
+        """CPU time that the threads of a process have used."""
         used_ns = 0
-        for task in Path(f"/proc/{self.popen.pid}/task").iterdir():
+        for task in Path(f"/proc/{pid}/task").iterdir():
             used_ns += int((task / "schedstat").read_text(encoding="ascii").split()[0])
         return used_ns / 1e9
 
@@ -220,12 +225,14 @@ class Router(Process):
         replicas: Sequence[Mapping[str, object]],
         *,
         checkout: Path | None = None,
+        workers: int | None = None,
         **settings: Any,
     ) -> None:
         port, admin = free_ports(2)
+        listen = {"port": port, "admin_port": admin}
         config = {
             "replicas": list(replicas),
-            "listen": {"port": port, "admin_port": admin},
+            "listen": listen if workers is None else {**listen, "workers": workers},
             **settings,
         }
         path = folder / f"router-{port}.yaml"

@@ -33,13 +33,23 @@ from servegym.serve.engine import asks
 from servegym.serve.engine.faults import Fault
 from servegym.serve.engine.server import output_tokens
 from servegym.serve.monitoring.metrics import read_metrics
-from servegym.serve.requests.prompt import PrefixConfig, PromptReader
+from servegym.serve.requests.prompt import PrefixConfig, PromptReader, Size
 from servegym.serve.router.auth import Keys
 from servegym.serve.router.errors import RequestError
-from servegym.serve.router.forms import CHAT, COMPLETION, Form
+from servegym.serve.router.forms import (
+    CHAT,
+    COMPLETION,
+    MESSAGES,
+    POOLING,
+    RERANK,
+    RESPONSES,
+    SCORE,
+    Form,
+)
 from servegym.serve.router.framing import Chunked, FramingError
 from servegym.serve.router.head import HeadError, may_begin_request, read_request_head
 from servegym.serve.router.headers import DEFAULT_FORWARDED, HeaderFilter, retry_after_s
+from servegym.serve.router.multipart import read_form
 from servegym.serve.router.request import read_request
 from servegym.serve.router.stream import Reader
 from servegym.workloads.readers import read_trace
@@ -102,6 +112,36 @@ _CHAT = json.dumps(
 ).encode()
 _COMPLETION = b'{"model": "m", "prompt": "hello there", "max_tokens": 16.0, "stream": "true"}'
 _TOKENS = b'{"prompt": [[1, 2, 3], [4]], "max_tokens": 16, "vllm_xargs": {"a": 1}, "priority": 3}'
+_MESSAGES = json.dumps(
+    {
+        "model": "m",
+        "system": [{"type": "text", "text": "be kind"}],
+        "messages": [
+            {"role": "user", "content": [{"type": "image", "source": {"data": "AAAA"}}]},
+            {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "input": {}}]},
+            {"role": "user", "content": [{"type": "tool_result", "content": [{"text": "x"}]}]},
+        ],
+        "max_tokens": 16,
+    }
+).encode()
+_RESPONSES = (
+    b'{"input": [{"role": "user", "content": [{"type": "input_text", "text": "x"}]}, '
+    b'{"type": "function_call", "arguments": "{}"}], "instructions": "y", "max_output_tokens": 9}'
+)
+_POOLED = b'{"input": ["a", [1, 2]], "query": "q", "documents": ["a", {"text": "b"}]}'
+_PAIRS = b'{"text_1": ["a", {"content": [{"text": "b"}]}], "text_2": ["c"]}'
+_FORM = (
+    b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n--b\r\n'
+    b'Content-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\nRIFF\r\n--b--\r\n'
+)
+_TYPED = (
+    b'event: message_start\ndata: {"type":"message_start","message":{"usage":{"input_tokens":3,'
+    b'"cache_read_input_tokens":1}}}\n\ndata: {"type":"content_block_delta","delta":{}}\n\n'
+    b'data: {"type":"response.created","response":{"usage":null}}\n\n'
+    b'data: {"type":"response.output_text.delta","delta":"x"}\n\n'
+    b'data: {"type":"response.failed","response":{"error":{"message":"x"}}}\n\n'
+    b'data: {"type":"response.completed","response":{"usage":{"output_tokens":2}}}\n\n'
+)
 _STREAM = (
     b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}\n\n'
     b': 1.5 1.2\ndata: {"choices":[{"index":0,"delta":{"content":"a b"},"finish_reason":null}]}\n\n'
@@ -179,7 +219,7 @@ def _finish(reader: Reader) -> None:
 def _request(form: Form) -> Callable[[bytes], None]:
     def read(data: bytes) -> None:
         prompt = read_request(data, form, slo_field="service_tier").prompt
-        if isinstance(prompt, str) or hasattr(prompt, "dtype"):
+        if isinstance(prompt, str | Size) or hasattr(prompt, "dtype"):
             measured = _PROMPTS.read(prompt)
             assert measured.tokens >= 1
 
@@ -244,7 +284,7 @@ TARGETS: Mapping[str, Target] = {
     ),
     "stream": Target(
         _stream,
-        (_STREAM, _FAILED, _STREAM * 3),
+        (_STREAM, _FAILED, _STREAM * 3, _TYPED),
         (b"data:", b"data: ", b"event: error", b"[DONE]", b": ", b"id: 1", b"\r\n\r\n", *_JSON),
     ),
     "answer": Target(
@@ -255,6 +295,16 @@ TARGETS: Mapping[str, Target] = {
     ),
     "completion": Target(
         _request(COMPLETION), (_COMPLETION, _TOKENS), (b'"prompt":', b'"max_tokens":', *_JSON)
+    ),
+    "messages": Target(_request(MESSAGES), (_MESSAGES,), (b'"type":', b'"content":', *_JSON)),
+    "responses": Target(_request(RESPONSES), (_RESPONSES,), (b'"input":', b'"content":', *_JSON)),
+    "pooling": Target(_request(POOLING), (_POOLED,), (b'"input":', b'"messages":', *_JSON)),
+    "rerank": Target(_request(RERANK), (_POOLED,), (b'"query":', b'"documents":', *_JSON)),
+    "score": Target(_request(SCORE), (_PAIRS,), (b'"text_1":', b'"text_2":', *_JSON)),
+    "form": Target(
+        lambda data: read_form(data, "multipart/form-data; boundary=b"),
+        (_FORM,),
+        (b"--b", b"--b--", b"\r\n", b"\r\n\r\n", b'name="x"', b"filename=", b'"'),
     ),
     "engine-chat": Target(lambda d: asks.parse(asks.Chat, d).text, (_CHAT,), (b'"type":', *_JSON)),
     "engine-completion": Target(

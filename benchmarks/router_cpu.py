@@ -64,7 +64,7 @@ def _sized(body: bytes) -> bytes:
     )
 
 
-class _Replica(asyncio.Protocol):
+class Replica(asyncio.Protocol):
     """Answers at once what is short, and streams events `gap_s` apart."""
 
     gap_s = 0.02
@@ -104,7 +104,7 @@ class _Replica(asyncio.Protocol):
             self._transport.write(b"0\r\n\r\n")
 
 
-class _Client(asyncio.Protocol):
+class Client(asyncio.Protocol):
     """Asks one thing after the other on one connection."""
 
     def __init__(self) -> None:
@@ -180,7 +180,7 @@ class RouterCpu:
     async def _measure(self) -> dict[str, dict[str, list[float]]]:
         loop = asyncio.get_running_loop()
         servers = [
-            await loop.create_server(_Replica, "127.0.0.1", 0, backlog=1024)
+            await loop.create_server(Replica, "127.0.0.1", 0, backlog=1024)
             for _ in range(self.replicas)
         ]
         urls = [f"http://127.0.0.1:{s.sockets[0].getsockname()[1]}" for s in servers]
@@ -230,10 +230,10 @@ class RouterCpu:
             health={"interval_s": 5.0},
         )
 
-    async def _clients(self, url: str, count: int) -> list[_Client]:
+    async def _clients(self, url: str, count: int) -> list[Client]:
         loop = asyncio.get_running_loop()
         port = int(url.rpartition(":")[2])
-        made = [await loop.create_connection(_Client, "127.0.0.1", port) for _ in range(count)]
+        made = [await loop.create_connection(Client, "127.0.0.1", port) for _ in range(count)]
         return [client for _, client in made]
 
     def _body(self, key: str, **more: object) -> bytes:

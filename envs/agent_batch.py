@@ -14,6 +14,7 @@ from servegym.cluster.state import OBSERVED_UP
 from servegym.envs.actions import as_integers
 from servegym.envs.agent_views import AgentViews, Observation, Rewards, check_rewards
 from servegym.envs.cluster_batch import ClusterBatch
+from servegym.envs.kernels import first_invalid
 from servegym.envs.settings import ClusterSettings, make_settings
 from servegym.errors import ConfigError, InvalidAction, ResetNeeded
 from servegym.typing import BoolArray, Float32Array, FloatArray, Int8Array, IntArray
@@ -147,7 +148,12 @@ class AgentBatch:
         self._decided_s: FloatArray = np.zeros(size)
         self._has_decided: BoolArray = np.zeros(size, np.bool_)
         self._everyone = np.ones(num_fleets, np.bool_)
+        self._first_of_row = np.arange(num_fleets) * size[1]
+        # views of one axis: these are indexed at each step
+        self._flat = [x.reshape(-1) for x in (self._since, self._decided_s, self._has_decided)]
+        self._now_s: FloatArray = np.zeros(num_fleets)
         self._asked: dict[str, Asked] = {}
+        self._nothing_ended = _nothing_ended(size[1], self.batch.metric_names)
 
     def action_space(self, agent: str) -> spaces.Discrete:
         """Space of the actions of an agent, or of each one of a class."""
@@ -187,7 +193,7 @@ class AgentBatch:
             self.batch.seed(int(np_random(seed)[0].integers(1 << 62)))
         self._begin(np.arange(self.num_fleets), episodes)
         nothing = np.zeros_like(self._since)
-        return self._turn(nothing, np.zeros(self.num_fleets), self._ended(np.empty(0, np.int64)))
+        return self._turn(nothing, np.zeros(self.num_fleets), self._nothing_ended)
 
     def step(self, actions: Mapping[str, IntArray], active: BoolArray | None = None) -> Turn:
         """Take the decisions that are due, and run each fleet to its next.
@@ -207,23 +213,29 @@ class AgentBatch:
         batch = self.batch
         active = self._everyone if active is None else active
         chosen = self._chosen(actions, active)
-        rows, agents = np.flatnonzero(active), batch.agent.copy()
-        before_s = batch.now_s
+        agents = batch.agent.copy()
         batch.step(chosen, active)
-        acted = agents[rows]
-        self._since[rows, acted] = 0.0
-        self._decided_s[rows, acted] = before_s[rows]
-        self._has_decided[rows, acted] = True
+        everywhere = active is self._everyone
+        acted = self._first_of_row + agents
+        since, decided_s, has_decided = self._flat
+        if everywhere:
+            decided_s[acted] = self._now_s
+        else:
+            acted = acted[active]
+            decided_s[acted] = self._now_s[active]
+        since[acted] = 0.0
+        has_decided[acted] = True
         earned = self._views.earned(self._rewards, agents)
         earned *= self.is_present
         dt_s = batch.dt_s.copy()
-        if len(rows) < self.num_fleets:
+        if not everywhere:
             earned[~active] = 0.0
             dt_s[~active] = 0.0
         self._since += earned
-        over = np.flatnonzero(active & (batch.done | batch.truncated))
-        ended = self._ended(over)
+        over = (active & (batch.done | batch.truncated)).nonzero()[0]
+        ended = self._nothing_ended
         if len(over):
+            ended = self._ended(over)
             self._begin(over)
         return self._turn(earned, dt_s, ended)
 
@@ -248,7 +260,6 @@ class AgentBatch:
             raise InvalidAction(
                 f"there are no agents of class {unknown[0]!r}: choose from {self.classes}"
             )
-        strict = self.batch.settings.invalid_action == "raise"
         chosen = np.full(self.num_fleets, -1, np.int64)
         for kind, asked in self._asked.items():
             if kind not in actions:
@@ -259,38 +270,47 @@ class AgentBatch:
                 )
             own = as_integers(actions[kind], len(asked.fleet))
             first, count = self._own_actions[kind]
-            inside = (own >= 0) & (own < count)
-            if strict:
-                allowed = asked.action_mask[np.arange(len(own)), np.where(inside, own, 0)] == 1
-                bad = np.flatnonzero(~(inside & allowed) & active[asked.fleet])
-                if len(bad):
-                    row = int(bad[0])
-                    raise InvalidAction(
-                        f"action {int(own[row])} of {self.possible_agents[asked.agent[row]]} in "
-                        f"fleet {int(asked.fleet[row])} is not allowed: choose one of "
-                        f"{np.flatnonzero(asked.action_mask[row]).tolist()} (see action_mask)"
-                    )
             # behind a class's own actions begin another's: those are as wrong as any out of range
-            chosen[asked.fleet] = np.where(inside, first + own, -1)
+            chosen[asked.fleet] = np.where((own >= 0) & (own < count), first + own, -1)
+        if self.batch.settings.invalid_action == "raise":
+            bad = first_invalid(self.batch.mask, chosen, active)
+            if bad >= 0:
+                self._refuse(actions, bad)
         return chosen
+
+    def _refuse(self, actions: Mapping[str, IntArray], fleet: int) -> None:
+        """Say which action is not allowed in a fleet, in the agent's own numbers."""
+        agent = int(self.batch.agent[fleet])
+        asked = self._asked[self.class_of[agent]]
+        row = int(np.flatnonzero(asked.fleet == fleet)[0])
+        raise InvalidAction(
+            f"action {int(actions[self.class_of[agent]][row])} of {self.possible_agents[agent]} in "
+            f"fleet {fleet} is not allowed: choose one of "
+            f"{np.flatnonzero(asked.action_mask[row]).tolist()} (see action_mask)"
+        )
 
     def _turn(self, earned: FloatArray, dt_s: FloatArray, ended: Ended) -> Turn:
         batch = self.batch
-        kinds, now_s = self._class_places[batch.agent], batch.now_s
+        at = self._first_of_row + batch.agent
+        since, decided_s, has_decided = self._flat
+        self._now_s = batch.now_s
+        decided = has_decided[at]
+        is_first = ~decided
+        reward = since[at] * decided
+        since_s = (self._now_s - decided_s[at]) * decided
+        kinds = self._class_places[batch.agent]
         self._asked = {}
         for place, kind in enumerate(self.classes):
-            fleet = np.flatnonzero(kinds == place)
-            agent = batch.agent[fleet]
+            fleet = (kinds == place).nonzero()[0]
             first, count = self._own_actions[kind]
-            is_first = ~self._has_decided[fleet, agent]
             self._asked[kind] = Asked(
                 fleet,
-                agent,
+                batch.agent[fleet],
                 self._views.asked(kind, fleet),
-                batch.mask[fleet, first : first + count],
-                np.where(is_first, 0.0, self._since[fleet, agent]),
-                np.where(is_first, 0.0, now_s[fleet] - self._decided_s[fleet, agent]),
-                is_first,
+                batch.mask[:, first : first + count][fleet],
+                reward[fleet],
+                since_s[fleet],
+                is_first[fleet],
             )
         return Turn(self._asked, earned, dt_s, ended)
 
@@ -317,3 +337,11 @@ class AgentBatch:
         for i in range(len(self.possible_agents) - views.num_others, len(self.possible_agents)):
             seen += views.look(fleet, i, i + 1)
         return dict(zip(names, seen, strict=True))
+
+
+def _nothing_ended(num_agents: int, names: tuple[str, ...]) -> Ended:
+    """Make what a step returns in which no episode ended."""
+    nobody, nothing = np.zeros((0, num_agents), np.bool_), np.zeros((0, num_agents))
+    fleet, truncated = np.zeros(0, np.int64), np.zeros(0, np.bool_)
+    metrics = {name: np.zeros(0) for name in names}
+    return Ended(fleet, truncated, nobody, nobody, nothing, nothing, [], metrics)

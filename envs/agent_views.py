@@ -10,7 +10,7 @@ from gymnasium import spaces
 from servegym.cluster.jit import fixed
 from servegym.envs.cluster_batch import ClusterBatch
 from servegym.envs.cluster_kernels import KIND_PREEMPT, KIND_RETAIN
-from servegym.envs.fleet_kernels import FleetViews, look_at_fleets
+from servegym.envs.fleet_kernels import FleetViews, gather, look_at_fleets
 from servegym.envs.migration_kernels import MOVE_FEATURES
 from servegym.envs.observation import Column, Table
 from servegym.envs.preemption_batch import ENGINE_FEATURES
@@ -75,6 +75,16 @@ class AgentViews:
             self.own_actions(i)[1] + can_pass for i in range(len(self.possible_agents))
         ]
         self._make_spaces()
+        of_engine: list[Float32Array | int] = []
+        if self._orders:
+            of_engine += [batch.requests, batch.engine, KIND_PREEMPT]
+        if batch.num_answers:
+            of_engine += [batch.turn, batch.tiers, KIND_RETAIN]
+        self._parts: dict[str, list[Float32Array | int]] = {
+            "dispatcher": [batch.replicas, batch.request],
+            "scheduler": of_engine,
+            "controller": [batch.moves],
+        }
         self._views = batch.views()
         replicas = (batch.num_envs, batch.num_replicas)
         schedulers = (batch.num_envs, width)
@@ -221,21 +231,19 @@ class AgentViews:
             `float32[n, size]`. As `look`, but that a scheduler that is asked about a turn sees no
             requests, and one that is asked about requests no tiers.
         """
-        batch, count = self.batch, self.batch.num_envs
-        if kind == "dispatcher":
-            parts = [batch.replicas.reshape(count, -1)[envs], batch.request[envs]]
-        elif kind == "controller":
-            parts = [batch.moves.reshape(count, -1)[envs]]
-        else:
-            parts = []
-            if self._orders:
-                preempts = (batch.kind[envs] == KIND_PREEMPT)[:, None]
-                parts += [batch.requests.reshape(count, -1)[envs], batch.engine[envs], preempts]
-            if batch.num_answers:
-                retains = (batch.kind[envs] == KIND_RETAIN)[:, None]
-                parts += [batch.turn[envs], batch.tiers[envs], retains]
-        raw = np.concatenate(parts, axis=1, dtype=np.float32)
-        return self._tables[kind].normalised(raw) if batch.settings.normalise else raw
+        batch, table = self.batch, self._tables[kind]
+        raw = np.empty((len(envs), table.size), np.float32)
+        first = 0
+        for part in self._parts[kind]:
+            if isinstance(part, int):  # whether that is what is asked
+                raw[:, first] = batch.kind[envs] == part
+                first += 1
+                continue
+            rows = part.reshape(batch.num_envs, -1)
+            arguments = (rows, envs, raw, first)
+            fixed(gather, *arguments)(*arguments)
+            first += rows.shape[1]
+        return table.normalised(raw) if batch.settings.normalise else raw
 
     def states(self) -> Float32Array:
         """Return what a centralised critic may see of each fleet, `float32[num_envs, n]`.

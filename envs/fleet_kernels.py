@@ -9,7 +9,7 @@ from servegym.cluster.state import Params, State
 from servegym.envs.cluster_kernels import KernelSettings, Memory, look_as_dispatcher
 from servegym.envs.retention_kernels import see_tiers
 from servegym.policy.ordering_rows import write_engine_columns
-from servegym.typing import Float32Array
+from servegym.typing import Float32Array, IntArray
 
 
 class FleetViews(NamedTuple):
@@ -40,3 +40,19 @@ def look_at_fleets(
                 v.tiers[e, r] = 0.0
                 if there:
                     see_tiers(p, s, e, r, v.tiers[e, r])
+
+
+@kernel
+def gather(source: Float32Array, rows: IntArray, out: Float32Array, first: int) -> None:
+    """Copy rows to where a column begins; NumPy would copy them twice.
+
+    Args:
+        source: `float32[N, K]`.
+        rows: Which of them, `int64[n]`.
+        out: `float32[n, >= first + K]`, written to.
+        first: Where they begin in it.
+    """
+    for i in range(rows.shape[0]):
+        row, target = source[rows[i]], out[i, first:]
+        for k in range(row.shape[0]):
+            target[k] = row[k]

@@ -75,6 +75,9 @@ class Table:
     Args:
         columns: What the last axis holds.
         shape: Of one environment's numbers.
+
+    Attributes:
+        size: How many columns there are.
     """
 
     def __init__(self, columns: Sequence[Column], shape: tuple[int, ...]) -> None:
@@ -82,6 +85,7 @@ class Table:
         self._low = np.array([min(c.low, 0.0) for c in columns], np.float32)
         self._high = np.array([c.high for c in columns], np.float32)
         self._shape = shape
+        self.size = len(columns)
         self._share = np.array([c.low >= 0 and c.high <= 1 for c in columns])
         scales = np.array([SCALES[c.unit] for c in columns])
         self._unit = scales[:, 0].astype(np.float32)

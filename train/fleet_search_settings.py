@@ -37,7 +37,7 @@ class FleetSearchTraining:
     """That each of them plays."""
     num_requests: int = 1024
     """Requests of each of those."""
-    num_validation: int = 64
+    num_validation: int = 32
     """Episodes by which the best is chosen."""
     validation_requests: int | None = None
     """Requests of each of those; as many as the scenario's episodes have, where nothing is said."""

@@ -14,53 +14,28 @@ import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from servegym.envs.agent_batch import AgentBatch, Asked
+from servegym.envs.agent_batch import AgentBatch
+from servegym.errors import ConfigError
 from servegym.policy.ordering import NUM_ORDERING_FEATURES
-from servegym.train.critics import Critic, seen_by_scheduler
-from servegym.train.fleet_rollout import Drawn, Links, Rollout, roll_out
+from servegym.scenario import Scenario
+from servegym.train.critics import Critic
+from servegym.train.fleet_agents import CLASSES, Choice, FleetAgents, joined
+from servegym.train.fleet_rollout import Links, Rollout, roll_out
 from servegym.train.mappo_settings import MappoTraining
-from servegym.train.pair_run import DISPATCHER, SCHEDULERS, PairRun
+from servegym.train.pair_run import PairRun
 from servegym.train.returns import chosen, gae_along
 from servegym.train.run_folder import StoredRun
 from servegym.train.training_run import Stage
 from servegym.typing import FloatArray
 
-#: Classes of agents, in the order of their weights.
-_CLASSES = {"scheduler": SCHEDULERS, "dispatcher": DISPATCHER}
-#: Logit of what is not allowed: below any that a low temperature makes.
-_FORBIDDEN = torch.finfo(torch.float32).min
 _MAX_GRAD_NORM = 0.5
-
-
-class Choice(NamedTuple):
-    """Decisions of agents of one class; axes: n of them, W things to choose among.
-
-    Attributes:
-        inputs: Of what there is to choose, `float32[n, W, F]`.
-        others: Costs of replicas, or logarithms of requests, `float32[n, W, 3 or 2]`.
-        sign: 1 where the greatest score is chosen, -1 where the least is, `float32[n]`.
-        head: Which score counts, `int64[n]`.
-        allowed: `bool[n, W]`.
-        taken: Which was, `int64[n]`.
-        log_prob: Its log probability then, `float32[n]`.
-        own: What the agents' own critic sees, `float32[n, K]`.
-    """
-
-    inputs: Tensor
-    others: Tensor
-    sign: Tensor
-    head: Tensor
-    allowed: Tensor
-    taken: Tensor
-    log_prob: Tensor
-    own: Tensor
 
 
 class MappoTrainer(PairRun[MappoTraining]):
@@ -76,15 +51,29 @@ class MappoTrainer(PairRun[MappoTraining]):
         order, dispatch = self._start()
         order = self.order_space.with_units(order, config.num_hidden, self._rng)
         dispatch = self.dispatch_space.with_units(dispatch, config.num_hidden, self._rng)
-        self.thetas = [
-            torch.from_numpy(theta).float().requires_grad_() for theta in (order, dispatch)
-        ]
-        self.optimizer = torch.optim.Adam(self.thetas, lr=config.learning_rate, eps=1e-5)
+        self.agents = FleetAgents(
+            [order, dispatch],
+            self.order_space,
+            self.dispatch_space,
+            self.fleets.batch,
+            config.temperature,
+        )
+        self.optimizer = torch.optim.Adam(self.agents.thetas, lr=config.learning_rate, eps=1e-5)
         self.critics = self._make_critics()
         self.critic_optimizer = torch.optim.Adam(
             self.critics.parameters(), lr=config.critic_learning_rate, eps=1e-5
         )
         self.reward_scale = 0.0  # the standard deviation of returns, from the first update on
+
+    @staticmethod
+    @override
+    def completed(config: MappoTraining, scenario: Scenario) -> MappoTraining:
+        if scenario.spec.moves_kv:
+            raise ConfigError(
+                f"scenario {scenario.name} must have no migration and no roles for --learner "
+                "mappo: it trains no agent that places or moves requests; take --learner joint"
+            )
+        return PairRun.completed(config, scenario)
 
     @cached_property
     def fleets(self) -> AgentBatch:
@@ -102,9 +91,9 @@ class MappoTrainer(PairRun[MappoTraining]):
         if self.config.critic == "central":
             return nn.ModuleDict({"fleet": Critic(fleets.state_space.shape[0], hidden)})
         rows = fleets.batch.requests.shape[1] * NUM_ORDERING_FEATURES
-        size = {f"{kind}": fleets.spaces[f"{kind}_0"]["observation"].shape[0] for kind in _CLASSES}
+        size = {kind: fleets.spaces[f"{kind}_0"]["observation"].shape[0] for kind in CLASSES}
         size["scheduler"] += 2 * NUM_ORDERING_FEATURES - rows
-        return nn.ModuleDict({kind: Critic(size[kind], hidden) for kind in _CLASSES})
+        return nn.ModuleDict({kind: Critic(size[kind], hidden) for kind in CLASSES})
 
     @property
     @override
@@ -128,98 +117,25 @@ class MappoTrainer(PairRun[MappoTraining]):
         """Compile what steps fleets and what validates."""
         super().warm_up()
         few = [self.scenario.episode(1, num_requests=2)] * self.config.num_episodes
-        roll_out(self.fleets, few, self._draw)
+        with torch.random.fork_rng(devices=[]):  # a run that goes on draws as one that went on
+            roll_out(self.fleets, few, self.agents.draw)
 
     @override
     def close_stage(self) -> None:
         self.fleets.close()
 
-    def _weights(self) -> list[FloatArray]:
-        """Return the present weights of both, `float64[size]`."""
-        return [theta.detach().double().numpy() for theta in self.thetas]
-
     def validate(self) -> Any:
         """Play the validation episodes under the present policies, which draw nothing there."""
-        thetas = [theta[None] for theta in self._weights()]
+        thetas = [theta[None] for theta in self.agents.weights()]
         return self.validated_by(self._play(thetas, self._validation))
-
-    @torch.no_grad()
-    def _draw(self, kind: str, asked: Asked) -> Drawn[Choice]:
-        """Draw decisions of agents of one class from the present policy."""
-        choice = self._dispatch(asked) if kind == "dispatcher" else self._pick(asked)
-        log_probs = self._log_probs(kind, choice)
-        noise = torch.empty_like(log_probs).exponential_().log_()
-        taken = (log_probs - noise).argmax(-1)
-        choice = choice._replace(taken=taken, log_prob=chosen(log_probs, taken))
-        action = taken.numpy().copy()
-        if kind == "scheduler":
-            action += np.where(choice.head.numpy() == 1, self.fleets.batch.max_waiting, 0)
-        return Drawn(action, choice)
-
-    def _dispatch(self, asked: Asked) -> Choice:
-        """Make out what dispatchers choose among."""
-        batch = self.fleets.batch
-        seen = torch.from_numpy(asked.observation)
-        width = batch.num_replicas * len(batch.shown)
-        replicas = seen[:, :width].view(len(seen), batch.num_replicas, -1)
-        inputs, costs = self.dispatch_space.prepared(replicas, seen[:, width:])
-        allowed = torch.from_numpy(asked.action_mask == 1)
-        # holds and rejections are taken where no replica is allowed, and are nobody's choice
-        none = ~allowed[:, : batch.num_replicas].any(-1)
-        allowed[:, batch.num_replicas :] &= none[:, None]
-        extra = allowed.shape[1] - batch.num_replicas
-        inputs, costs = (nn.functional.pad(x, (0, 0, 0, extra)) for x in (inputs, costs))
-        nothing = torch.zeros(len(seen))
-        return Choice(
-            inputs, costs, nothing + 1.0, nothing.long(), allowed, nothing.long(), nothing, seen
-        )
-
-    def _pick(self, asked: Asked) -> Choice:
-        """Make out what schedulers choose among: those who wait, or those who run."""
-        batch = self.fleets.batch
-        waiting, running = batch.max_waiting, batch.max_running
-        seen = torch.from_numpy(asked.observation)
-        size = (waiting + running) * NUM_ORDERING_FEATURES
-        rows = seen[:, :size].view(len(seen), waiting + running, NUM_ORDERING_FEATURES)
-        preempts = seen[:, size:][:, -1] > 0.0
-        mask = torch.from_numpy(asked.action_mask == 1)
-        parts = []
-        for x in (rows, mask[..., None]):
-            width = max(waiting, running)
-            admit = nn.functional.pad(x[:, :waiting], (0, 0, 0, width - waiting))
-            preempt = nn.functional.pad(x[:, waiting:], (0, 0, 0, width - running))
-            parts.append(torch.where(preempts[:, None, None], preempt, admit))
-        inputs, logs = self.order_space.prepared(parts[0])
-        nothing = torch.zeros(len(seen))
-        return Choice(
-            inputs,
-            logs,
-            torch.where(preempts, 1.0, -1.0),
-            preempts.long(),
-            parts[1][..., 0],
-            nothing.long(),
-            nothing,
-            seen_by_scheduler(rows, seen[:, size:]),
-        )
-
-    def _log_probs(self, kind: str, choice: Choice) -> Tensor:
-        """Return the log probabilities of all that can be chosen, `float32[n, W]`."""
-        theta = self.thetas[_CLASSES[kind]]
-        if kind == "dispatcher":
-            scores = self.dispatch_space.scores(theta, choice.inputs, choice.others)
-        else:
-            heads = self.order_space.scores(theta, choice.inputs, choice.others)
-            scores = torch.where(choice.head[:, None] == 1, heads[..., 1], heads[..., 0])
-        logits = choice.sign[:, None] * scores / self.config.temperature
-        return logits.masked_fill(~choice.allowed, _FORBIDDEN).log_softmax(-1)
 
     def improve(self) -> dict[str, float]:
         """Let the present policies play some episodes, and learn from that."""
         config = self.config
         first_seed = self.draw_first_seed()
         episodes = self.episodes(first_seed, config.num_episodes, config.num_requests)
-        rollout = roll_out(self.fleets, episodes, self._draw)
-        choices = {kind: _joined(parts) for kind, parts in rollout.kept.items()}
+        rollout = roll_out(self.fleets, episodes, self.agents.draw)
+        choices = {kind: joined(parts) for kind, parts in rollout.kept.items()}
         seen = {
             kind: torch.from_numpy(rollout.states[kind])
             if config.critic == "central"
@@ -298,7 +214,7 @@ class MappoTrainer(PairRun[MappoTraining]):
                     choice = Choice(*(x[rows] for x in choices[kind]))
                     of_class, mean = advantages[kind], advantages[kind].mean()
                     a = (of_class[rows] - mean) / (of_class.std() + 1e-8)
-                    log_probs = self._log_probs(kind, choice)
+                    log_probs = self.agents.log_probs(kind, choice)
                     log_ratio = chosen(log_probs, choice.taken) - choice.log_prob
                     ratio = log_ratio.exp()
                     kept = ratio.clamp(1.0 - config.clip, 1.0 + config.clip)
@@ -337,12 +253,12 @@ class MappoTrainer(PairRun[MappoTraining]):
 
     @override
     def parameters(self) -> list[Tensor]:
-        return [torch.from_numpy(theta) for theta in self._weights()]
+        return [torch.from_numpy(theta) for theta in self.agents.weights()]
 
     @override
     def state(self) -> dict[str, Any]:
         return {
-            "thetas": [theta.detach().clone() for theta in self.thetas],
+            "thetas": [theta.detach().clone() for theta in self.agents.thetas],
             "optimizer": self.optimizer.state_dict(),
             "critics": self.critics.state_dict(),
             "critic_optimizer": self.critic_optimizer.state_dict(),
@@ -354,7 +270,7 @@ class MappoTrainer(PairRun[MappoTraining]):
     @override
     def restore(self, content: Mapping[str, Any]) -> None:
         with torch.no_grad():
-            for theta, kept in zip(self.thetas, content["thetas"], strict=True):
+            for theta, kept in zip(self.agents.thetas, content["thetas"], strict=True):
                 theta.copy_(kept)
         self.optimizer.load_state_dict(content["optimizer"])
         self.critics.load_state_dict(content["critics"])
@@ -363,10 +279,6 @@ class MappoTrainer(PairRun[MappoTraining]):
         self._rng.bit_generator.state = json.loads(content["rng"])
         torch.set_rng_state(content["torch_rng"])
         self.take_best()
-
-
-def _joined(parts: list[Choice]) -> Choice:
-    return Choice(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
 def _spread_of_returns(links: Links, gamma: FloatArray) -> float:

@@ -114,7 +114,7 @@ def test_scores_with_gradients_are_those_of_what_is_exported(fleet, tmp_path):
     rng = np.random.default_rng(0)
     order, dispatch = (
         theta.detach() + 0.3 * torch.from_numpy(rng.normal(size=len(theta))).float()
-        for theta in trainer.thetas
+        for theta in trainer.agents.thetas
     )
     rows = trainer.rows[:200]
     policy = MlpOrdering(
@@ -148,10 +148,11 @@ def test_agents_that_draw_next_to_greedily_wait_as_long_as_the_pair_of_rules(
     trainer = MappoTrainer(config, tmp_path / "run")
     episodes = trainer.episodes(7, 3, 60)
     want = played(trainer.scenario, resolve_dispatch(start), episodes)
-    drawn = roll_out(trainer.fleets, episodes, trainer._draw)
+    drawn = roll_out(trainer.fleets, episodes, trainer.agents.draw)
     # scores that are next to the same are apart in 64 bits and not in 32: some choices differ
     np.testing.assert_allclose(-drawn.returns, want.state.env["area"], rtol=2e-3)
-    other = played(trainer.scenario, resolve_dispatch("added-delay:decode=2+srpt"), episodes)
+    another = "added-delay:decode=2+" + ("srpt" if order == "fcfs" else "fcfs")
+    other = played(trainer.scenario, resolve_dispatch(another), episodes)
     assert (np.abs(other.state.env["area"] / want.state.env["area"] - 1.0) > 0.01).all()
     assert want.state.request["num_preemptions"].sum() > 20
 
@@ -209,9 +210,11 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(fleet, tmp_path, monkeypatch)
     assert len(again.history) == 2
     for part in (SCHEDULERS, DISPATCHER):
         assert not torch.equal(
-            whole.thetas[part], MappoTrainer(config, tmp_path / "new").thetas[part]
+            whole.agents.thetas[part], MappoTrainer(config, tmp_path / "new").agents.thetas[part]
         )
-        torch.testing.assert_close(again.thetas[part], whole.thetas[part], rtol=0.0, atol=0.0)
+        torch.testing.assert_close(
+            again.agents.thetas[part], whole.agents.thetas[part], rtol=0.0, atol=0.0
+        )
     np.testing.assert_array_equal(again.best_scores, whole.best_scores)
 
 
@@ -238,3 +241,11 @@ def test_the_command_names_its_critic_and_refuses_what_cannot_be(fleet, tmp_path
         MappoTrainer(MappoTraining(scenario="mixed-chat"), tmp_path)
     with pytest.raises(ConfigError, match=r"start must be DISPATCH.ORDER of rules that"):
         MappoTrainer(settings(fleet, start="round-robin+srpt"), tmp_path)
+    link = {"gb_per_s": 5.0}
+    moving = [{**entry, "link": link} for entry in FLEET["fleet"]]
+    path = tmp_path / "moving.yaml"
+    path.write_text(yaml.safe_dump({**FLEET, "fleet": moving, "migration": {"interval_s": 0.1}}))
+    with pytest.raises(
+        ConfigError, match="must have no migration and no roles for --learner mappo: it "
+    ):
+        MappoTrainer(settings(str(path)), tmp_path)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from servegym.commands.console import make_console
+from servegym.errors import ConfigError
 from servegym.validate.document import write_markdown
 from servegym.validate.published import read_published
 from servegym.validate.score import METRICS, RowScore, Skipped, aggregate, score_rows
@@ -23,6 +24,8 @@ from servegym.validate.tables import TextTable
 from .work import as_json, drawn, figures_of
 
 HEADS = {"tpot_s": "TPOT", "ttft_s": "TTFT", "e2e_s": "E2E", "output_tokens_per_s": "throughput"}
+#: Ends of the ranges of clients.
+CLIENTS = (4, 16, 64, 256)
 #: What is particular to one row in a peer's refusal: names, keys, paths and numbers.
 PARTICULAR = re.compile(r"\{.*\}|'[^']*'|\"[^\"]*\"|\S*/\S+/\S*|(?<![\w.])\d[\d,.]*")
 #: What goes before it: the layers that the reason came through.
@@ -61,21 +64,28 @@ def table(
     title: str,
     scores: Sequence[RowScore],
     peers: Mapping[str, Mapping[str, Mapping[str, float]]],
-    key: Callable[[RowScore], str],
+    key: Callable[[RowScore], tuple[int, str]],
 ) -> TextTable:
-    """Lay out both errors of groups of rows, a line for each peer."""
+    """Lay out both errors of groups of rows, a line for each peer.
+
+    Args:
+        title: Ends with what the groups are by.
+        scores: Ours.
+        peers: Figures of each by row.
+        key: Place of a row's group among the groups, and its name.
+    """
     rows = []
-    for place in ["all", *sorted({key(score) for score in scores})]:
+    for place in [(-1, "all"), *sorted({key(score) for score in scores})]:
         for name, figures in peers.items():
             group = [
                 score
                 for score in scores
-                if place in ("all", key(score)) and score.row.row_id in figures
+                if place in ((-1, "all"), key(score)) and score.row.row_id in figures
             ]
             if group:
                 both = pairs(group, figures)
                 cells = (_cell(both[metric]) for metric in HEADS)
-                rows.append((place, name, str(len(group)), *cells, _nearer(group, figures)))
+                rows.append((place[1], name, str(len(group)), *cells, _nearer(group, figures)))
     return TextTable(
         title,
         (title.rsplit("by ", 1)[-1], "peer", "rows", *HEADS.values(), "nearer"),
@@ -102,6 +112,16 @@ def _nearer(group: Sequence[RowScore], figures: Mapping[str, Mapping[str, float]
         if both is not None:
             nearer.append(abs(both.ours) < abs(both.peer))
     return f"{100 * sum(nearer) / len(nearer):.0f} %" if nearer else "-"
+
+
+def clients(score: RowScore) -> tuple[int, str]:
+    """Return a range of clients, for `table`."""
+    if score.plan.loop == "offline":
+        return len(CLIENTS) + 1, "all queued"
+    for place, most in enumerate(CLIENTS):
+        if score.plan.concurrency <= most:
+            return place, f"up to {most}"
+    return len(CLIENTS), f"over {CLIENTS[-1]}"
 
 
 def refusals(
@@ -137,6 +157,22 @@ def not_asked(left_out: Sequence[Skipped]) -> TextTable:
     )
 
 
+def answers_of(path: Path, wanted: set[str]) -> list[dict[str, Any]]:
+    """Read what a peer said of the rows wanted; it may have been asked about others, too.
+
+    Raises:
+        ConfigError: If it has not been asked about one of them.
+    """
+    told = (json.loads(line) for line in path.read_text().splitlines())
+    found = [answer for answer in told if answer["row_id"] in wanted]
+    missing = wanted - {answer["row_id"] for answer in found}
+    if missing:
+        raise ConfigError(
+            f"{path.name} has no answer about {len(missing)} of {len(wanted)} rows: ask the peer on"
+        )
+    return found
+
+
 def main() -> None:
     """Draw or report."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -155,16 +191,20 @@ def main() -> None:
         print(f"{len(rows)} rows")
         return
     named = dict(text.split("=", 1) for text in told.files)
-    answers = {
-        name: [json.loads(line) for line in Path(path).read_text().splitlines()]
-        for name, path in named.items()
-    }
+    wanted = {row.row_id for row, _ in rows}
+    answers = {name: answers_of(Path(path), wanted) for name, path in named.items()}
     scores, skipped = score_rows([row for row, _ in rows], {})
     figures = {name: figures_of(found) for name, found in answers.items()}
     title = "The same rows through other simulators, error in %"
+    first, *others = [
+        table(f"{title}, by GPU", scores, figures, lambda score: (0, score.plan.setup.gpu)),
+        table(f"{title}, by engine", scores, figures, lambda score: (0, score.plan.family)),
+        table(f"{title}, by model", scores, figures, lambda score: (0, score.plan.setup.model)),
+        table(f"{title}, by clients", scores, figures, clients),
+    ]
     tables = [
-        table(f"{title}, by GPU", scores, figures, lambda score: score.plan.setup.gpu),
-        table(f"{title}, by engine", scores, figures, lambda score: score.plan.family),
+        first,
+        *(each._replace(note="") for each in others),  # it is the same
         refusals(answers, skipped),
         not_asked(left_out),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +13,7 @@ from servegym.validate.score import Comparison, RowScore
 
 from .asking import ask_all
 from .checkpoint import described
-from .compare import Pair, general, pairs, table
+from .compare import Pair, answers_of, clients, general, pairs, table
 from .work import drawn, work
 
 CELLS = {
@@ -165,14 +166,30 @@ def test_errors_are_compared_on_the_rows_and_figures_that_both_have(scores):
 
 def test_table_has_medians_of_both_and_who_is_nearer(scores):
     peer = {name: {"tpot_s": 0.021 if name == "1" else 0.01, "ttft_s": 0.2} for name in "12"}
-    made = table("Errors, by GPU", scores, {"peer": peer}, lambda score: score.plan.setup.gpu)
+    made = table("Errors, by GPU", scores, {"peer": peer}, lambda score: (0, score.plan.setup.gpu))
     cells = ("2", "15.0 / 27.5 (2)", "50.0 / 0.0 (2)", "-", "-", "50 %")
     assert made.heads[0] == "GPU"
     assert made.rows == [("all", "peer", *cells), ("H100-SXM-80GB", "peer", *cells)]
 
 
+def test_ranges_of_clients_are_in_their_order(scores):
+    few = [replace(scores[0], plan=replace(scores[0].plan, concurrency=n)) for n in (300, 17, 4)]
+    queued = replace(scores[0], plan=replace(scores[0].plan, loop="offline"))
+    made = table("Errors, by clients", [queued, *few], {"peer": {"1": {"tpot_s": 0.02}}}, clients)
+    names = [line[0] for line in made.rows]
+    assert names == ["all", "up to 4", "up to 64", "over 256", "all queued"]
+
+
+def test_answers_about_other_rows_are_left_out_and_missing_ones_are_an_error(tmp_path):
+    path = tmp_path / "peer.jsonl"
+    path.write_text('{"row_id": "1", "refused": "no table"}\n{"row_id": "9", "figures": {}}\n')
+    assert answers_of(path, {"1"}) == [{"row_id": "1", "refused": "no table"}]
+    with pytest.raises(ConfigError, match="no answer about 1 of 2 rows"):
+        answers_of(path, {"1", "2"})
+
+
 def test_rows_that_a_peer_refused_are_in_no_line(scores):
-    made = table("Errors, by GPU", scores, {"peer": {}}, lambda score: "GPU")
+    made = table("Errors, by GPU", scores, {"peer": {}}, lambda score: (0, "GPU"))
     assert made.rows == []
 
 

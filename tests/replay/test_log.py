@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from servegym.errors import ConfigError, WorkloadError
-from servegym.replay.fleet import scenario_fleet
+from servegym.replay.fleet import router_fleet, scenario_fleet
 from servegym.replay.log import read_log
 from servegym.replay.rows import STATUSES
+from servegym.serve.router.config import parse_config
 from servegym.workloads.readers import read_trace
 
 from .live import NAMES, play_live, scenario
@@ -182,3 +183,9 @@ def test_every_way_to_end_is_counted(tmp_path):
     assert log.replica[by_status["failed"]] == 1  # where it had been sent
     # half a second at the pace of the others, 0.1 s a token, after the first
     assert log.table.output_tokens[by_status["cancelled"]] == 6
+
+
+def test_a_configuration_that_lists_no_replicas_is_no_fleet():
+    config = parse_config({"replicas_file": "fleet.yaml"}, "test")
+    with pytest.raises(ConfigError, match="finds its replicas while it runs: give one that lists"):
+        router_fleet(config)

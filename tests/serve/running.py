@@ -61,11 +61,11 @@ class Running:
 
     def idle(self) -> bool:
         """Whether nothing is left in any book."""
-        names = range(len(self.replicas))
+        slots = self.router.dispatcher.slots()
         return (
             self.router.telemetry.in_flight == 0
             and self.state.num_held == 0
-            and all(self.state.outstanding(r) == 0 for r in names)
+            and all(self.state.outstanding(slot) == 0 for slot in slots)
             and all(self.state.replicas[3] == 0)
         )
 
@@ -120,16 +120,17 @@ async def running(
                     await replica.stop()
 
 
-def run(test: Callable[[], Awaitable[None]], *, plain: bool = False) -> None:
+def run(test: Callable[[], Awaitable[None]], *, plain: bool = False, limit_s: float = 20.0) -> None:
     """Run a test's coroutine on the loop that the router runs on; none takes long.
 
     Args:
         test: The coroutine.
         plain: Run it on Python's own loop.
+        limit_s: It fails if it takes longer.
     """
 
     async def limited() -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(limit_s):
             await test()
 
     with asyncio.Runner(loop_factory=None if plain else uvloop.new_event_loop) as runner:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from servegym.cluster.state import EV_DISPATCH
 from servegym.policy.contract import (
@@ -33,8 +35,8 @@ class Clock:
         return self.now_s
 
 
-def make(names=("a", "b", "c"), policy="least-outstanding", **settings) -> Dispatcher:
-    config = DispatchConfig(runtime=RuntimeConfig(policy=policy, fallback=policy), **settings)
+def make(names=("a", "b", "c"), policy="least-outstanding", **more) -> Dispatcher:
+    config = DispatchConfig(runtime=RuntimeConfig(policy=policy, fallback=policy), **more)
     facts = np.stack([replica_facts(SLOW)] * len(names), axis=1)
     return Dispatcher(config, names, facts, Clock())
 
@@ -77,6 +79,65 @@ def test_a_replica_that_has_gone_leaves_no_gap_in_what_policies_see():
     assert mask.shape == (1, 4)
     assert request[0, NUM_UP] == 2
     assert replicas[0, UP].tolist() == [1.0, 1.0]
+
+
+def test_a_fleet_that_has_changed_looks_like_one_that_has_always_been_so():
+    """`a` and `c` of three, beside `a` and `c` alone, through the same requests."""
+    changed, always = make(policy="round-robin"), make(("a", "c"), policy="round-robin")
+    changed.remove(1)
+    changed.clock = always.clock = lambda: now[0]
+    now = [100.0]
+    seen = Seen(changed), Seen(always)
+    jobs = []
+    for i in range(6):
+        now[0] += 0.25
+        pair = [send(d, key=str(i), prompt=list(range(100 * i))) for d in (changed, always)]
+        assert [changed.names[pair[0].replica], always.names[pair[1].replica]] == ["ac"[i % 2]] * 2
+        jobs.append(pair)
+        if i >= 2:
+            for dispatcher, job in zip((changed, always), jobs[i - 2], strict=True):
+                dispatcher.first_token(job)
+                dispatcher.tokens(job, i)
+                dispatcher.finish(job, i)
+    assert len(seen[0].seen) == len(seen[1].seen) == 6
+    for one, other in zip(seen[0].seen, seen[1].seen, strict=True):
+        for mine, theirs in zip(one, other, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.sampled_from(["add", "remove", "arrive", "arrive", "end"]), max_size=40))
+def test_the_books_are_right_whatever_comes_and_goes(steps):
+    dispatcher = make(("a", "b"), allow_reject=True)
+    seen, jobs, leaving = Seen(dispatcher), [], set()
+    for num, step in enumerate(steps):
+        there = [slot for slot in dispatcher.slots() if slot not in leaving]
+        if step == "add":
+            dispatcher.add(f"n{num}", replica_facts(SLOW))
+        elif step == "remove" and there:
+            leaving.add(there[num % len(there)])
+            dispatcher.state.set_up(there[num % len(there)], False)
+        elif step == "arrive":
+            job = send(dispatcher, key=str(num))
+            replicas, _, mask = seen.seen[-1]
+            assert replicas.shape[2] == len(mask[0]) - 2 == len(dispatcher.slots())
+            assert mask[0, :-2].sum() == len(there)
+            if there:
+                assert job.replica in there
+                jobs.append(job)
+            else:
+                assert job.ended
+        elif step == "end" and jobs:
+            dispatcher.finish(jobs.pop(num % len(jobs)), 3)
+        for slot in [slot for slot in leaving if not dispatcher.state.outstanding(slot)]:
+            leaving.remove(slot)
+            dispatcher.remove(slot)
+        at = [job.replica for job in jobs]
+        assert {s: dispatcher.state.outstanding(s) for s in dispatcher.slots()} == {
+            s: at.count(s) for s in dispatcher.slots()
+        }
+        assert len(dispatcher.names) == dispatcher.state.num_slots
+        assert dispatcher.state.num_replicas == len([name for name in dispatcher.names if name])
 
 
 def test_a_newcomer_takes_the_free_slot_and_inherits_nothing():

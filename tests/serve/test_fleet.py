@@ -106,6 +106,42 @@ def test_requests_on_a_removed_replica_finish_and_its_slot_is_free_after_them():
     run(test)
 
 
+def test_no_answer_is_lost_while_the_fleet_changes():
+    async def test():
+        async with running(3) as it:
+            for replica in it.replicas:
+                replica.tokens, replica.gap_s = 12, 0.01
+
+            async def ask(i: int) -> None:
+                await asyncio.sleep(0.02 * i)
+                status, body, _ = await it.post({**STREAM, "prompt": f"hello {i}"})
+                assert status == 200
+                assert body.count(b'"text"') == 12
+                assert body.endswith(b"data: [DONE]\n\n")
+
+            async def change() -> None:
+                for turn in range(6):
+                    k = turn % 3
+                    status, _ = await remove(it, f"r{k}")
+                    assert status == 200
+                    status, _ = await it.operate("/replicas", entry(f"r{k}", it.replicas[k]))
+                    assert status == 201
+                    await until(lambda k=k: it.router.fleet[f"r{k}"].slot in up(it))
+
+            await asyncio.gather(change(), *(ask(i) for i in range(80)))
+            await until(lambda: not it.router.fleet.leaving)
+            assert len(it.router.fleet) == 3
+            assert sum(len(replica.bodies) for replica in it.replicas) == 80  # none twice
+            assert it.router.telemetry.outcomes == {"finished": 80}
+            assert it.idle()
+
+    run(test)
+
+
+def up(it) -> list[int]:
+    return [slot for slot in it.router.dispatcher.slots() if it.state.is_up(slot)]
+
+
 def test_requests_that_wait_at_the_router_are_decided_anew():
     async def test():
         async with running(1, request={"max_hold_s": 5.0}) as it, upstream() as newcomer:

@@ -126,6 +126,18 @@ def test_what_cannot_be_read_is_refused_in_one_sentence(form, fields, words):
         asked(form, **fields)
 
 
+def test_what_is_nested_too_deeply_is_refused(monkeypatch):
+    def deep(text: bytes) -> dict:
+        block: object = "x"
+        for _ in range(5000):  # which not every parser of JSON refuses
+            block = [{"type": "tool_result", "content": block}]
+        return {"messages": [{"role": "user", "content": block}]}
+
+    monkeypatch.setattr("servegym.serve.router.request.parse_json", deep)
+    with pytest.raises(RequestError, match="nested too deeply"):
+        read_request(b"", MESSAGES)
+
+
 def form_data(**fields) -> tuple[bytes, str]:
     parts = [
         f'--b\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
@@ -158,9 +170,9 @@ RESPONSE = [
     typed("response.created", response={"id": "r", "usage": None}, sequence_number=0),
     typed("response.in_progress", response={"id": "r"}, sequence_number=1),
     typed("response.output_item.added", item={"type": "message"}),
-    typed("response.output_text.delta", delta="Hel"),
-    typed("response.output_text.delta", delta="lo"),
-    typed("response.output_text.done", text="Hello"),
+    typed("response.output_text.delta", delta="Good"),
+    typed("response.output_text.delta", delta="bye"),
+    typed("response.output_text.done", text="Goodbye"),
     typed(
         "response.completed",
         response={
@@ -176,16 +188,16 @@ MESSAGE = [
     typed("message_start", message={"usage": {"input_tokens": 5, "cache_read_input_tokens": 4}}),
     typed("content_block_start", index=0, content_block={"type": "text", "text": ""}),
     typed("ping"),
-    typed("content_block_delta", index=0, delta={"type": "text_delta", "text": "Hel"}),
-    typed("content_block_delta", index=0, delta={"type": "text_delta", "text": "lo"}),
+    typed("content_block_delta", index=0, delta={"type": "text_delta", "text": "Good"}),
+    typed("content_block_delta", index=0, delta={"type": "text_delta", "text": "bye"}),
     typed("content_block_stop", index=0),
     typed("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 3}),
     typed("message_stop"),
 ]
 TRANSCRIPT = [
-    typed("transcript.text.delta", delta="Hel"),
-    typed("transcript.text.delta", delta="lo"),
-    typed("transcript.text.done", text="Hello", usage={"input_tokens": 9, "output_tokens": 3}),
+    typed("transcript.text.delta", delta="Good"),
+    typed("transcript.text.delta", delta="bye"),
+    typed("transcript.text.done", text="Goodbye", usage={"input_tokens": 9, "output_tokens": 3}),
 ]
 
 

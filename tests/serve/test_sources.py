@@ -10,11 +10,13 @@ import aiohttp
 import pytest
 from pydantic import ValidationError
 
+from servegym.serve.discovery import sources
 from servegym.serve.discovery.config import DiscoverConfig, DnsConfig, TemplateConfig
 from servegym.serve.discovery.dns import DnsNames
 from servegym.serve.discovery.found import Found, described
 from servegym.serve.router.app import Router
 from servegym.serve.router.config import parse_config
+from servegym.serve.router.probe import probe
 
 from .api_server import NAMESPACE, PODS, ApiServer, pod
 from .running import RATES, Running, run, until
@@ -34,9 +36,13 @@ def test_the_first_template_that_fits_describes_a_replica():
         Found("x", "10.0.0.2", 8000, labels={"gpu": "h100", "tier": "gpu", "more": "1"}),
         Found("y", "fd00::3", 8000, "https", {"gpu": "a10"}),
         Found("z", "10.0.0.4", 8000, labels={"gpu": "h100"}),
+        Found("h100-2", "10.0.0.5]", 8000),
     ]
-    replicas, strangers = described(found, templates)
-    assert strangers == ["z"]
+    replicas, complaints = described(found, templates)
+    assert complaints == [
+        "no template fits z: it is left out",
+        "http://10.0.0.5]:8000 is no url: h100-2 is left out",
+    ]
     assert [(r.name, r.url, r.metrics_page) for r in replicas] == [
         ("h100-1", "http://10.0.0.1:8000", "http://10.0.0.1:8000/prometheus/metrics"),
         ("x", "http://10.0.0.2:8000", "http://10.0.0.2:8000/metrics"),
@@ -131,6 +137,25 @@ def test_a_router_serves_with_what_the_dns_says():
         finally:
             await ended(it)
             await replica.stop()
+
+    run(test)
+
+
+def test_a_check_looks_where_replicas_are_to_be_found(monkeypatch):
+    monkeypatch.setattr(sources, "_FIRST_S", 0.5)
+
+    async def test():
+        replica = Upstream()
+        await replica.start()
+        names = [{"name": n, "port": replica.port} for n in ("localhost", "no.invalid")]
+        discover = {"dns": names, "templates": [{"names": "127.*", "rates": RATES}]}
+        replica.healthy = False
+        said = await probe(parse_config({"discover": discover}, "test"))
+        await replica.stop()
+        assert "dns no.invalid has named no replicas in 0.5 s" in said
+        place = f"127.0.0.1:{replica.port}"
+        (health,) = (line for line in said if line.startswith(place))
+        assert health.startswith(f"{place}: http://{place}/health answers 503")
 
     run(test)
 

@@ -14,7 +14,6 @@ from servegym.serve.requests.recent_ends import MAX_NEW_BLOCKS
 from servegym.serve.router.placement import Arrival
 from servegym.serve.router.workers import decider
 from servegym.serve.router.workers.frames import (
-    Frame,
     Kind,
     Packet,
     pack,
@@ -40,12 +39,11 @@ CONFIG = PrefixConfig(block_tokens=4, bytes_per_token=4)
 @settings(max_examples=60, deadline=None)
 def test_packets_are_whole_however_they_are_cut(bodies, data):
     packets = [
-        Packet(float(i), [Frame(Kind.COUNT, k, body) for k, body in enumerate(one)])
+        Packet(float(i), [(Kind.COUNT, k, body) for k, body in enumerate(one)])
         for i, one in enumerate(bodies)
     ]
     sent = b"".join(
-        write_packet(p.written_s, [write_frame(Kind.COUNT, f.ticket, f.body) for f in p.frames])
-        for p in packets
+        write_packet(p.written_s, [write_frame(*frame) for frame in p.frames]) for p in packets
     )
     cut = data.draw(st.integers(0, len(sent)))
     first, rest = read_packets(sent[:cut])
@@ -123,12 +121,12 @@ class _Desk:
     def __init__(self) -> None:
         self.counted: list[tuple[str, int]] = []
 
-    def count(self, endpoint: str, status: int) -> None:
-        self.counted.append((endpoint, status))
+    def count(self, endpoint: str, status: int, times: int) -> None:
+        self.counted.append((endpoint, times))
 
 
 def said(written_s: float, name: str) -> bytes:
-    return write_packet(written_s, [write_frame(Kind.COUNT, 0, pack(name, 200))])
+    return write_packet(written_s, [write_frame(Kind.COUNT, 0, pack({(name, 200): 3}))])
 
 
 def test_what_was_said_first_is_taken_first_whoever_said_it(monkeypatch, tmp_path):
@@ -148,7 +146,7 @@ def test_what_was_said_first_is_taken_first_whoever_said_it(monkeypatch, tmp_pat
         workers[0].send(said(3.0, "next request") + said(11.0, "written since the look began"))
         workers[1].send(said(2.0, "end of the answer") + said(10.5, "too"))
         it._look()
-        assert desk.counted == [("end of the answer", 200), ("next request", 200)]
+        assert desk.counted == [("end of the answer", 3), ("next request", 3)]
         monkeypatch.setattr(decider.time, "monotonic", lambda: 12.0)
         async with asyncio.timeout(5):
             while len(desk.counted) < 4:

@@ -12,7 +12,8 @@ from servegym.policy.contract import REPLICA_FEATURES
 from servegym.serve.decision_log import read_rows
 from servegym.serve.router.workers.decider import Decider
 
-from .running import run, running, until
+from .running import RATES, run, running, until
+from .upstream import Upstream
 
 STREAM = {"model": "m", "prompt": "hello", "stream": True}
 WHOLE = {"model": "m", "prompt": "hello"}
@@ -321,3 +322,43 @@ def test_changed_keys_reach_all_workers(tmp_path):
             assert [await status(w, "sk-bob-0123456789") for w in (0, 1)] == [200, 200]
 
     run(test)
+
+
+def test_replicas_that_come_are_used_by_all_workers_and_those_that_leave_by_none():
+    async def test() -> None:
+        new = Upstream()
+        await new.start()
+        async with running(1, 2) as it:
+            entry = {"name": "new", "url": new.url, "rates": RATES}
+            status, _ = await it.operate("/replicas", entry)
+            assert status == 201
+            await until(lambda: it.state.up.sum() == 2)
+            went = [(await it.post(WHOLE, worker=i // 2))[2] for i in range(4)]
+            assert {headers["x-servegym-replica"] for headers in went[:2]} == {"r0", "new"}
+            assert {headers["x-servegym-replica"] for headers in went[2:]} == {"r0", "new"}
+            async with it.client.delete(it.admin + "/replicas/new") as response:
+                assert response.status == 200
+            went = [(await it.post(WHOLE, worker=i % 2))[2] for i in range(4)]
+            assert [headers["x-servegym-replica"] for headers in went] == ["r0"] * 4
+        await new.stop()
+
+    run(test)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_what_has_only_a_length_is_measured_where_lengths_are_learnt(num_workers, tmp_path):
+    async def test() -> None:
+        dispatch = {"runtime": {"policy": "least-outstanding"}, "log": {"folder": str(tmp_path)}}
+        async with running(1, num_workers, dispatch=dispatch) as it:
+            reader = it.router.dispatcher.reader
+            for _ in range(300):
+                reader.learn(reader.read("x" * 400), 200)  # two bytes a token
+            body = {"model": "m", "input": ["x" * 600, "y" * 200]}
+            status, *_ = await it.post(body, "/v1/embeddings")
+            assert status == 200
+
+    run(test)
+    (row,) = read_rows(tmp_path)
+    decided = row["decisions"][0]
+    assert decided["action"] == 0
+    assert 395 <= row["prompt_tokens"] <= 405

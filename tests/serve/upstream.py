@@ -8,6 +8,8 @@ from collections.abc import Mapping
 
 from aiohttp import web
 
+from servegym.serve.router.forms import FORMS
+
 
 class Upstream:
     """One replica, on a free port.
@@ -69,9 +71,9 @@ class Upstream:
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/v1/models", self._models)
-        app.router.add_post("/v1/completions", self._complete)
-        app.router.add_post("/v1/chat/completions", self._complete)
-        app.router.add_post("/{path:.*}", self._other)
+        for path in FORMS:
+            completes = path.endswith("/completions")
+            app.router.add_post(path, self._complete if completes else self._other)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self.port)

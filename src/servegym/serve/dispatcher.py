@@ -31,7 +31,7 @@ from servegym.serve.decision_log import (
 from servegym.serve.loaded_policy import LoadedPolicy
 from servegym.serve.requests.prediction import LengthPrediction, LengthPredictor
 from servegym.serve.requests.prefix_index import PrefixIndex
-from servegym.serve.requests.prompt import PrefixConfig, Prompt, PromptReader
+from servegym.serve.requests.prompt import PrefixConfig, Prompt, PromptReader, Size
 from servegym.serve.requests.recent_ends import Mark, RecentEnds
 from servegym.serve.runtime import Decision, PolicyRuntime, RuntimeConfig
 from servegym.serve.state import EngineMetrics, LiveRequest, LiveState
@@ -52,6 +52,7 @@ class SloConfig(BaseModel):
         ttft_s: Limit of the time to the first token.
         tpot_s: Limit of the time per output token after the first.
         weight: Worth of meeting them.
+        priority: Of its requests where they wait for a replica with room; higher goes first.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -60,6 +61,7 @@ class SloConfig(BaseModel):
     ttft_s: float | None = Field(None, gt=0)
     tpot_s: float | None = Field(None, gt=0)
     weight: float = Field(1.0, ge=0)
+    priority: int = 0
 
 
 class DispatchConfig(BaseModel):
@@ -234,7 +236,7 @@ class Dispatcher:
 
     def arrive(
         self,
-        prompt: Prompt | str | Sequence[int],
+        prompt: Prompt | Size | str | Sequence[int],
         *,
         key: str,
         tenant: str = "default",

@@ -30,6 +30,7 @@ from servegym.policy.contract import (
     KV_CACHE_USAGE,
     KV_CAPACITY_TOKENS,
     MAX_NUM_BATCHED_TOKENS,
+    MAX_NUM_SEQS,
     METRICS_AGE_S,
     NO_BOUND,
     NUM_HELD,
@@ -82,6 +83,14 @@ _LATENCY_WEIGHT = 0.1
 _ARRIVAL_WEIGHT = 0.02
 _FAR_S = 1e6
 _NO_STEP_S = 1e-9
+#: What a state keeps of each replica beside its rows, and what stands there for a free slot.
+_OF_NOBODY = {
+    "_speed": 0.0,
+    "_last_dispatch_s": -math.inf,
+    "_last_metrics_s": -math.inf,
+    "_generated": 0.0,
+    "_engine_counts": False,
+}
 _ALL = Group.COUNTERS | Group.METRICS | Group.PREFIX
 
 
@@ -402,19 +411,9 @@ class LiveState:
         self.in_use[slot] = False
         self.replicas[:, slot] = 0.0
         self._streams.clear(slot)
-        for values, empty in self._by_slot():
-            values[slot] = empty
+        for name, empty in _OF_NOBODY.items():
+            getattr(self, name)[slot] = empty
         self._scale_speeds()
-
-    def _by_slot(self) -> tuple[tuple[FloatArray | BoolArray, float], ...]:
-        """Return what is known of each replica beside its rows, and what it is of none."""
-        return (
-            (self._speed, 0.0),
-            (self._last_dispatch_s, -np.inf),
-            (self._last_metrics_s, -np.inf),
-            (self._generated, 0.0),
-            (self._engine_counts, False),
-        )
 
     def _scale_speeds(self) -> None:
         fastest = self._speed.max(initial=0.0)
@@ -422,13 +421,12 @@ class LiveState:
 
     def _grow(self, more: int) -> None:
         """Make slots for so many more replicas."""
-        self.replicas = np.hstack([self.replicas, np.zeros((NUM_REPLICA_FEATURES, more))])
-        grown = [
-            np.append(values, np.full(more, empty, values.dtype))
-            for values, empty in self._by_slot()
-        ]
-        self._speed, self._last_dispatch_s, self._last_metrics_s, self._generated = grown[:4]
-        self._engine_counts = grown[4]
+        grown = np.zeros((NUM_REPLICA_FEATURES, self.num_slots + more))
+        grown[:, : self.num_slots] = self.replicas
+        self.replicas = grown  # in the order that compiled code reads
+        for name, empty in _OF_NOBODY.items():
+            values = getattr(self, name)
+            setattr(self, name, np.append(values, np.full(more, empty, values.dtype)))
         self.in_use = np.append(self.in_use, np.zeros(more, np.bool_))
         self._streams.grow(more)
         self._at += [{} for _ in range(more)]
@@ -626,6 +624,11 @@ class LiveState:
     def is_up(self, replica: int) -> bool:
         """Whether a replica takes requests."""
         return bool(self.replicas[UP, replica] > 0.0)
+
+    def has_room(self, max_load: float) -> BoolArray:
+        """Replicas with fewer requests than so many times their `max_num_seqs`, `bool[W]`."""
+        outstanding, seqs = self.replicas[OUTSTANDING_REQUESTS], self.replicas[MAX_NUM_SEQS]
+        return np.asarray(outstanding < max_load * seqs)
 
     def update_metrics(self, replica: int, metrics: EngineMetrics, now_s: float) -> None:
         """Note what an engine says of itself.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from servegym.serve.discovery.config import DnsConfig
 from servegym.serve.discovery.found import Found, place
@@ -28,7 +28,7 @@ class DnsNames:
         self.config = config
         self.title = f"dns {config.name}"
 
-    async def watch(self) -> AsyncIterator[list[Found]]:
+    async def watch(self) -> AsyncGenerator[list[Found]]:
         """Yield the servers of each answer; a failed look-up says nothing about them."""
         loop, complaint = asyncio.get_running_loop(), ""
         while True:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from pydantic import ValidationError
+
 from servegym.serve.discovery.config import TemplateConfig
 from servegym.serve.router.replica import ReplicaConfig
 
@@ -43,21 +45,24 @@ def described(
     """Make what was found replicas, each by the first template that fits.
 
     Returns:
-        The replicas, and the names of those that no template fits.
+        The replicas, and one sentence for each server that cannot be one.
     """
-    replicas, strangers = [], []
+    replicas, complaints = [], []
     for server in found:
         fitting = next((t for t in templates if t.fits(server.name, server.labels)), None)
         if fitting is None:
-            strangers.append(server.name)
+            complaints.append(f"no template fits {server.name}: it is left out")
             continue
-        replicas.append(
-            ReplicaConfig(
+        try:
+            replica = ReplicaConfig(
                 name=server.name,
                 url=server.url,
                 hardware=fitting.hardware,
                 rates=fitting.rates,
                 metrics_url=server.url + fitting.metrics_path,
             )
-        )
-    return replicas, strangers
+        except ValidationError:
+            complaints.append(f"{server.url} is no url: {server.name} is left out")
+        else:
+            replicas.append(replica)
+    return replicas, complaints

@@ -7,7 +7,7 @@ others are, ready or not: whether one takes requests the router's own checks fin
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -46,7 +46,7 @@ class KubernetesPods:
         self.config = config
         self.title = f"kubernetes {config.title}"
 
-    async def watch(self) -> AsyncIterator[list[Found]]:
+    async def watch(self) -> AsyncGenerator[list[Found]]:
         """Yield the servers that are there, now and whenever that changes."""
         patience, loop = Patience(self.title), asyncio.get_running_loop()
         followed: tuple[Mapping[str, str], Sequence[int], Collection] | None = None

@@ -48,9 +48,11 @@ class ReplicasFile:
     async def watch(self) -> AsyncIterator[tuple[ReplicaConfig, ...]]:
         """Yield what the file holds; while it is wrong nothing changes, which is said."""
         loop = asyncio.get_running_loop()
-        looking = loop.create_task(
-            watch_file(self.path, lambda: loop.call_soon_threadsafe(self._changed.set))
-        )
+
+        def changed() -> None:
+            loop.call_soon_threadsafe(self._changed.set)
+
+        looking = loop.create_task(watch_file(self.path, changed))
         try:
             while True:
                 self._changed.clear()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from typing import Protocol
 
 from servegym.errors import ConfigError
@@ -27,8 +28,44 @@ class Source(Protocol):
 
     title: str
 
-    def watch(self) -> AsyncIterator[list[Found]]:
+    def watch(self) -> AsyncGenerator[list[Found]]:
         """Yield all that are there, now and whenever that may have changed; never ends."""
+
+
+def sources(discover: DiscoverConfig) -> list[Source]:
+    """Make the sources that a configuration names."""
+    found: list[Source] = [DnsNames(config) for config in discover.dns]
+    return found + [KubernetesPods(config) for config in discover.kubernetes]
+
+
+async def first_look(discover: DiscoverConfig) -> tuple[list[ReplicaConfig], list[str]]:
+    """Ask every source once, as long as a router waits for it at its start.
+
+    Returns:
+        The replicas that they name now, and one sentence for each thing that is wrong; why a source
+        has named none is in the log.
+    """
+
+    async def ask(source: Source) -> list[Found] | None:
+        async with aclosing(source.watch()) as lists:
+            try:
+                async with asyncio.timeout(_FIRST_S):
+                    return await anext(lists)
+            except TimeoutError:
+                return None
+
+    asked = sources(discover)
+    replicas: list[ReplicaConfig] = []
+    wrong: list[str] = []
+    answers = await asyncio.gather(*map(ask, asked))
+    for source, found in zip(asked, answers, strict=True):
+        if found is None:
+            wrong.append(f"{source.title} has named no replicas in {_FIRST_S:g} s")
+            continue
+        named, complaints = described(found, discover.templates)
+        replicas += named
+        wrong += [f"{source.title}: {complaint}" for complaint in complaints]
+    return replicas, wrong
 
 
 class Sources:
@@ -54,9 +91,10 @@ class Sources:
         if self._file is not None:
             firsts.append(self._follow(self._file.title, self._file.watch()))
         if self._discover is not None:
-            found: list[Source] = [DnsNames(config) for config in self._discover.dns]
-            found += [KubernetesPods(config) for config in self._discover.kubernetes]
-            firsts += [self._follow(s.title, self._describe(s)) for s in found]
+            firsts += [
+                self._follow(source.title, self._describe(source))
+                for source in sources(self._discover)
+            ]
         if not firsts:
             return
         waiting = [asyncio.create_task(first.wait()) for first in firsts]
@@ -94,12 +132,12 @@ class Sources:
             first.set()
 
     async def _describe(self, source: Source) -> AsyncIterator[list[ReplicaConfig]]:
-        """Give what a source finds its template; say whom none fits, once."""
+        """Give what a source finds its template; say what cannot be a replica, once."""
         assert self._discover is not None
         said: set[str] = set()
         async for found in source.watch():
-            replicas, strangers = described(found, self._discover.templates)
-            for name in sorted(set(strangers) - said):
-                _log.error("%s: no template fits %s: it is left out", source.title, name)
-            said = set(strangers)
+            replicas, complaints = described(found, self._discover.templates)
+            for complaint in sorted(set(complaints) - said):
+                _log.error("%s: %s", source.title, complaint)
+            said = set(complaints)
             yield replicas

@@ -156,19 +156,20 @@ class PromptReader:
         """
         if prompt.num_media:
             media_tokens = prompt.num_media * self._media_tokens
-            text_tokens = round(prompt.tokens - prompt.media_tokens)
+            text_tokens: float = round(prompt.tokens - prompt.media_tokens)
             if prompt.num_bytes:
                 text_tokens = prompt.num_bytes / self._bytes_per_token
             tokens = max(1.0, round(text_tokens + media_tokens))
             block_tokens = prompt.block_tokens * (tokens / prompt.tokens)
-            return prompt._replace(
-                tokens=tokens, block_tokens=block_tokens, media_tokens=media_tokens
-            )
-        if not prompt.num_bytes:
+        elif prompt.num_bytes:
+            media_tokens = 0.0
+            tokens = max(1.0, round(prompt.num_bytes / self._bytes_per_token))
+            block_tokens = self._block_bytes / self._bytes_per_token
+        else:
             return prompt  # its tokens were counted
-        tokens = max(1.0, round(prompt.num_bytes / self._bytes_per_token))
-        return prompt._replace(
-            tokens=tokens, block_tokens=self._block_bytes / self._bytes_per_token
+        num_bytes, num_media = prompt.num_bytes, prompt.num_media
+        return Prompt(
+            tokens, prompt.keys, block_tokens, num_bytes, num_media, media_tokens, *prompt[6:]
         )
 
     def learn(self, prompt: Prompt, tokens: int) -> None:

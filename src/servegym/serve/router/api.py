@@ -196,7 +196,7 @@ class Api:
 
     def _read(
         self, packed: bytes, coding: str, form: Form, kind: str
-    ) -> tuple[bytes, Asked, Prompt]:
+    ) -> tuple[bytes, Asked, Prompt | Size]:
         """Unpack and read a body and measure its prompt."""
         config = self.config.request
         body = packed if coding == "identity" else _unpack(packed, coding, config.max_body_bytes)
@@ -208,8 +208,8 @@ class Api:
             session_field=config.session_field,
         )
         prompt = asked.prompt
-        if not isinstance(prompt, Prompt):
-            prompt = self._reader.read(cast("str | Sequence[int] | Size", prompt))
+        if not isinstance(prompt, Prompt | Size):  # a size is read where lengths are learnt
+            prompt = self._reader.read(cast("str | Sequence[int]", prompt))
         return body, asked, prompt
 
     async def _off_loop(

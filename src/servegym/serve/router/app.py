@@ -52,7 +52,7 @@ class Router:
     """A running router; also the way to have one inside another program.
 
     Args:
-        config: See `RouterConfig`.
+        config: See `RouterConfig`; `listen.workers` is the business of `workers.supervisor`.
         shared: What it has of its supervisor, if workers take the clients; `None`: it takes them.
 
     Attributes:
@@ -150,10 +150,10 @@ class Router:
             await self._health.start()
             await self._poller.start()
             if self._shared is None:
-                await self._take_clients(self._desk)
+                await self._take_clients(desk)
                 await self._take_operators(admin, bind(listen.admin_host, listen.admin_port))
             else:
-                self._decider = Decider(self._desk, self._keys)
+                self._decider = Decider(desk, self._keys)
                 self._decider.listen(self._shared.path)
                 self._ports.append(self._shared.port)
                 await self._take_operators(admin, self._shared.admin)

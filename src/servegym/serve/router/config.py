@@ -106,6 +106,8 @@ class RequestConfig(_Config):
             connection it broke, are tried again beyond this budget: it takes no more.
         forward_headers: Headers of clients that replicas see; `x-*` names all that begin so.
         forward_query: Whether replicas see the query string of a URL.
+        max_load: Requests at a replica at most, as a multiple of its `max_num_seqs`. Others wait at
+            the router, by priority of their SLO class, then by arrival. `None`: no limit.
         max_held: Requests on hold at most.
         hold_s: How long a hold lasts.
         max_hold_s: How long a request is held in all, be it that the policy wants it or that no
@@ -134,6 +136,7 @@ class RequestConfig(_Config):
     retry_reserve: int = Field(100, ge=0)
     forward_headers: tuple[str, ...] = DEFAULT_FORWARDED
     forward_query: bool = True
+    max_load: float | None = Field(None, gt=0)
     max_held: int = Field(1000, ge=0)
     hold_s: float = Field(0.05, gt=0)
     max_hold_s: float = Field(10.0, ge=0)

@@ -13,6 +13,7 @@ from servegym.serve.router.explanation import Explanation, decide_explained
 from servegym.serve.router.health import Health
 from servegym.serve.router.latencies import Times
 from servegym.serve.router.limits import Limits
+from servegym.serve.router.line import Line, Waiting
 from servegym.serve.router.pages import Pages, no_model
 from servegym.serve.router.placement import Arrival, Ending, Seat
 from servegym.serve.router.reply import Reply
@@ -35,6 +36,7 @@ class LocalDesk:
     Attributes:
         draining: Whether new requests are refused.
         urls: Of the replicas' servers, by slot.
+        line: Of requests that wait for a replica with room.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class LocalDesk:
         )
         self.books = Books(dispatcher, health, telemetry)
         self.urls: dict[int, str] = {}
+        self.line = Line()
         self._pages = pages
 
     def add(self, replica: int, url: str) -> None:
@@ -78,19 +81,20 @@ class LocalDesk:
             RequestError: If the router stops, or the tenant has too many.
         """
         if self.draining:
-            raise RequestError(
-                503,
-                "the router is stopping: come again, or ask another",
-                "stopping",
-                retry_after_s=self.config.request.retry_after_s,
-            )
+            message = "the router is stopping: come again, or ask another"
+            raise self.come_again(503, message, "stopping")
         self.limits.enter(tenant, self.dispatcher.clock())
         self.telemetry.in_flight += 1
         return LocalPlacement(self, tenant, key)
 
-    def count(self, endpoint: str, status: int) -> None:
+    def come_again(self, status: int, message: str, code: str) -> RequestError:
+        """Make the error of a request that may be served later."""
+        retry_after_s = self.config.request.retry_after_s
+        return RequestError(status, message, code, retry_after_s=retry_after_s)
+
+    def count(self, endpoint: str, status: int, times: int = 1) -> None:
         """See `Desk`."""
-        self.telemetry.requests[endpoint, status] += 1
+        self.telemetry.requests[endpoint, status] += times
 
     async def page(self, path: str) -> Reply:
         """See `Desk`."""
@@ -128,6 +132,8 @@ class LocalPlacement:
         "_token_s",
         "_traced",
         "_tried",
+        "_waiting",
+        "_wants_room",
         "key",
     )
 
@@ -145,6 +151,8 @@ class LocalPlacement:
         self._times: tuple[Times, ...] = ()  # where times at its replica are counted
         self._token_s: float | None = None  # when its last token came, or its client took more
         self._read_s = 0.0
+        self._waiting: Waiting | None = None
+        self._wants_room = False  # it is held for want of a replica, not by the policy
         self._gone = False
 
     @property
@@ -158,6 +166,12 @@ class LocalPlacement:
         """It at its replica, once it has been placed."""
         assert self._attempt is not None
         return self._attempt
+
+    @property
+    def waiting(self) -> Waiting:
+        """It in the line of those that no replica has room for, once it has arrived."""
+        assert self._waiting is not None
+        return self._waiting
 
     async def admitted(self) -> None:
         """See `Placement`: `enter` has said so."""
@@ -182,6 +196,8 @@ class LocalPlacement:
             model=model,
             session=arrival.session,
         )
+        level = desk.dispatcher.config.slo_classes[slo_class]
+        self._waiting = Waiting(level.priority, self._job.request.arrival_s, model)
         desk.budget.request()
 
     async def place(self) -> Seat:
@@ -198,9 +214,14 @@ class LocalPlacement:
         Raises:
             RequestError: See `try_place`.
         """
+        desk = self._desk
         while True:
-            await asyncio.sleep(pause_s)
-            self.job.held_s += pause_s
+            begin_s = desk.dispatcher.clock()
+            if self._wants_room:
+                await desk.line.wait(self.waiting, pause_s)
+            else:
+                await asyncio.sleep(pause_s)
+            self.job.held_s += desk.dispatcher.clock() - begin_s
             found = self.try_place()
             if isinstance(found, Seat):
                 return found
@@ -220,7 +241,10 @@ class LocalPlacement:
             dispatcher.state.num_held - job.request.held < config.max_held
             and dispatcher.clock() + config.hold_s <= until_s
         )
-        if allowed.any():
+        # what has been at a replica before need not stand in line again
+        is_decided = allowed.any() and (bool(self._tried) or desk.line.may_go(self.waiting))
+        self._wants_room = not is_decided
+        if is_decided:
             if self._traced:
                 self._explained.append(
                     decide_explained(
@@ -237,26 +261,20 @@ class LocalPlacement:
                 return self._sit_down(job.replica)
             if not job.request.held:
                 desk.books.rejected(job)
-                raise RequestError(
-                    429,
-                    "the fleet is too busy for this request: come again later",
-                    "overloaded",
-                    retry_after_s=config.retry_after_s,
-                )
-        elif may_hold:
+                message = "the fleet is too busy for this request: come again later"
+                raise desk.come_again(429, message, "overloaded")
+            desk.line.leave(self.waiting)
+            return config.hold_s
+        if may_hold:
             dispatcher.wait(job)
+        elif self._serving().any():
+            message = "all replicas are full, and others wait: come again later"
+            raise desk.come_again(429, message, "overloaded")
         else:
-            raise RequestError(
-                503,
-                "no replica takes requests now: come again later",
-                "no_replica",
-                retry_after_s=config.retry_after_s,
-            )
+            message = "no replica takes requests now: come again later"
+            raise desk.come_again(503, message, "no_replica")
         # many that wait for a replica to come up need not all look so often
-        pause_s = config.hold_s
-        if not allowed.any():
-            pause_s = min(1.0, pause_s * (1.0 + dispatcher.state.num_held / 20.0))
-        return pause_s
+        return min(1.0, config.hold_s * (1.0 + dispatcher.state.num_held / 20.0))
 
     def explained(self) -> list[Explanation]:
         """See `Placement`."""
@@ -339,6 +357,8 @@ class LocalPlacement:
         if self._gone:
             return
         self._gone = True
+        if self._waiting is not None:
+            self._desk.line.leave(self._waiting)
         self.end("failed")
         self._desk.telemetry.in_flight -= 1
         self._desk.limits.leave(self._tenant)
@@ -346,6 +366,7 @@ class LocalPlacement:
     def _sit_down(self, replica: int) -> Seat:
         """A replica has been chosen."""
         desk, job = self._desk, self.job
+        desk.line.leave(self.waiting)
         if self._attempt is None:
             passed_s = desk.dispatcher.clock() - self._read_s - job.held_s
             desk.telemetry.overhead.observe(passed_s)
@@ -370,6 +391,7 @@ class LocalPlacement:
         """It is no longer at a replica; does nothing the second time."""
         if self._attempt is not None:
             self._desk.health.ejection.end(self._attempt)
+            self._desk.line.call()
         if self._prefill is not None:
             self._prefill.cancel()
             self._prefill = None
@@ -383,15 +405,22 @@ class LocalPlacement:
             return next(iter(models))
         raise no_model(asked, models)
 
+    def _serving(self) -> BoolArray:
+        """Replicas that are up and have the model, `bool[W]`."""
+        return self._desk.dispatcher.state.up & self._desk.health.serving(self.job.model)
+
     def _allowed(self) -> BoolArray:
-        """Replicas that are up and have the model; the others if there is no better one.
+        """Replicas that are up, have the model, and room; the others if there is no better one.
 
         Worse are those that say they are full, newcomers that have their share, and to an answer
         that is not streamed, those that have stopped talking: no one would notice that they still
         do not. Those that have failed the request are the last.
         """
         health, tried = self._desk.health, self._tried
-        allowed = self._desk.dispatcher.state.up & health.serving(self.job.model)
+        allowed = self._serving()
+        max_load = self._desk.config.request.max_load
+        if max_load is not None:
+            allowed &= self._desk.dispatcher.state.has_room(max_load)
         worse = health.ejection.passed_over(stream=self._stream)
         worse += health.slow_start.held_back(allowed)
         if not worse and not tried:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-from servegym.serve.requests.prompt import Prompt
+from servegym.serve.requests.prompt import Prompt, Size
 from servegym.serve.router.explanation import Explanation
 from servegym.serve.router.reply import Reply
 from servegym.serve.router.upstream import UpstreamError
@@ -18,7 +18,7 @@ class Arrival(NamedTuple):
     """A request whose body has been read.
 
     Attributes:
-        prompt: Its prompt, measured.
+        prompt: Its prompt, read; or how long it is, where that is all there is to it.
         model: That it asks for; empty if none is named.
         max_tokens: What the client allows, `None` if it does not say.
         stream: Whether it wants a stream.
@@ -28,7 +28,7 @@ class Arrival(NamedTuple):
         traced: Whether decisions about it are to be explained.
     """
 
-    prompt: Prompt
+    prompt: Prompt | Size
     model: str
     max_tokens: int | None
     stream: bool

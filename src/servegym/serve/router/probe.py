@@ -7,6 +7,7 @@ import os
 
 import aiohttp
 
+from servegym.serve.discovery.sources import first_look
 from servegym.serve.monitoring.metrics import MetricNames, MetricsError, metric_names
 from servegym.serve.monitoring.poller import fetch_metrics
 from servegym.serve.router.config import RouterConfig
@@ -21,20 +22,25 @@ async def probe(config: RouterConfig) -> list[str]:
             `metrics.timeout_s`.
 
     Returns:
-        One sentence for each thing that is wrong, in the order of the replicas.
+        One sentence for each thing that is wrong, sources first, then replica by replica.
 
     Raises:
         ConfigError: If the metrics' names or the file of replicas cannot be read.
     """
     names = metric_names(config.metrics.engine)
-    replicas = [*config.replicas]
+    replicas: list[ReplicaConfig] = [*config.replicas]
+    wrong: list[str] = []
     if config.replicas_file is not None:
         replicas += read_replicas(config.replicas_file)
+    if config.discover is not None:
+        found, wrong = await first_look(config.discover)
+        replicas += found
     async with aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as session:
-        found = await asyncio.gather(
+        answers = await asyncio.gather(
             *(_look(config, names, replica, session) for replica in replicas)
         )
-    return [f"{r.name}: {said}" for r, all_ in zip(replicas, found, strict=True) for said in all_]
+    wrong += [f"{r.name}: {s}" for r, said in zip(replicas, answers, strict=True) for s in said]
+    return wrong
 
 
 async def _look(

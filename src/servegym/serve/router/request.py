@@ -80,7 +80,10 @@ def read_request(
         raise wrong(f"{slo_field} must be a text")
     session = data.get(session_field) if session_field else None
     named = isinstance(session, str | int) and not isinstance(session, bool)
-    prompt = form.prompt(data)
+    try:
+        prompt = form.prompt(data)
+    except RecursionError:
+        raise wrong("the body is nested too deeply") from None
     return Asked(
         model,
         prompt,

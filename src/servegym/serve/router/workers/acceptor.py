@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import mmap
 import socket
-from collections.abc import MutableSequence
 
 from servegym.serve.router.client import Server
 
@@ -15,7 +14,7 @@ _WAIT_S = 0.002
 NOBODY = 2**31 - 1
 
 
-def shared_counts(num_workers: int) -> MutableSequence[int]:
+def shared_counts(num_workers: int) -> memoryview[int]:
     """Return a count of connections for each worker, in memory that forked processes share."""
     counts = memoryview(mmap.mmap(-1, 4 * num_workers)).cast("i")
     for index in range(num_workers):
@@ -38,7 +37,7 @@ class Acceptor:
     """
 
     def __init__(
-        self, listener: socket.socket, counts: MutableSequence[int], index: int, server: Server
+        self, listener: socket.socket, counts: memoryview[int], index: int, server: Server
     ) -> None:
         self._listener = listener
         self._counts = counts

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from servegym.serve.monitoring.loop_lag import LAG_S
 from servegym.serve.monitoring.prometheus import Histogram
+from servegym.serve.requests.prompt import Prompt
 from servegym.serve.router.auth import Keys
 from servegym.serve.router.desk import LocalDesk, LocalPlacement
 from servegym.serve.router.errors import RequestError
@@ -97,16 +98,16 @@ class Decider:
         self._late: list[tuple[_Worker, Packet]] = []  # written after the last look had begun
         self._listener: socket.socket | None = None
         self.loop = asyncio.get_running_loop()
-        self._takes: dict[int, Callable[[_Worker, LocalPlacement, Frame], None]] = {
+        self._takes: dict[int, Callable[[_Worker, LocalPlacement, int, bytes], None]] = {
             Kind.ADMIT: self._admit,
             Kind.ARRIVE: self._arrive,
             Kind.PLACE: self._place,
             Kind.FAILED: self._failed,
-            Kind.BEGIN: lambda _, placement, __: placement.begin(),
-            Kind.PAUSED: lambda _, placement, frame: placement.paused(*unpack(frame.body)),
-            Kind.RESUMED: lambda _, placement, frame: placement.resumed(*unpack(frame.body)),
-            Kind.ANSWERED: lambda _, placement, __: placement.answered(),
-            Kind.BROKE: lambda _, placement, frame: placement.broke(*unpack(frame.body)),
+            Kind.BEGIN: lambda _, placement, *__: placement.begin(),
+            Kind.PAUSED: lambda _, placement, __, body: placement.paused(*unpack(body)),
+            Kind.RESUMED: lambda _, placement, __, body: placement.resumed(*unpack(body)),
+            Kind.ANSWERED: lambda _, placement, *__: placement.answered(),
+            Kind.BROKE: lambda _, placement, __, body: placement.broke(*unpack(body)),
             Kind.CLOSE: self._close,
             Kind.LEAVE: self._leave,
         }
@@ -179,6 +180,8 @@ class Decider:
             self.loop.call_soon(self._look)
         for worker in [w for w in self._workers if w.link.lost]:
             self._lose(worker)
+        for worker in self._workers:
+            worker.link.flush()
 
     def _take(self, worker: _Worker, frame: Frame) -> None:
         """Take in one frame; what goes wrong with a request concerns no other."""
@@ -189,16 +192,17 @@ class Decider:
                     if (found := worker.placements.get(one)) is not None:
                         found.tokens(count, now_s)
             elif (placement := worker.placements.get(ticket)) is not None:
-                self._takes[kind](worker, placement, frame)
+                self._takes[kind](worker, placement, ticket, body)
             elif kind == Kind.ENTER:
                 worker.placements[ticket] = self._desk.enter(*unpack(body))
             elif kind == Kind.COUNT:
-                self._desk.count(*unpack(body))
+                for (endpoint, status), count in unpack(body)[0].items():
+                    self._desk.count(endpoint, status, count)
             elif kind == Kind.LAG:
                 self.lag.observe(*unpack(body))
             elif kind == Kind.PAGE:
                 reply = self._desk.show(*unpack(body))
-                worker.link.send(Kind.SHOWN, ticket, pack(reply.status, reply.body, reply.headers))
+                worker.link.put(Kind.SHOWN, ticket, pack(reply.status, reply.body, reply.headers))
             elif kind == Kind.HELLO:
                 (worker.pid,) = unpack(body)
         except Exception as error:
@@ -217,24 +221,26 @@ class Decider:
             explained = placement.explained()
             placement.leave()
         said = error.status, error.message, error.code, error.retry_after_s
-        worker.link.send(Kind.REFUSED, ticket, pack(explained, *said))
+        worker.link.put(Kind.REFUSED, ticket, pack(explained, *said))
 
-    def _admit(self, worker: _Worker, placement: LocalPlacement, frame: Frame) -> None:
-        worker.link.send(Kind.ADMITTED, frame.ticket)
+    def _admit(self, worker: _Worker, placement: LocalPlacement, ticket: int, _: bytes) -> None:
+        worker.link.put(Kind.ADMITTED, ticket)
 
-    def _arrive(self, worker: _Worker, placement: LocalPlacement, frame: Frame) -> None:
-        arrival = unpack_arrival(frame.body)
-        # what is learnt about lengths is known here
-        prompt = self._desk.dispatcher.reader.measured(arrival.prompt)
-        placement.arrive(arrival._replace(prompt=prompt))
+    def _arrive(self, worker: _Worker, placement: LocalPlacement, ticket: int, body: bytes) -> None:
+        arrival = unpack_arrival(body)
+        if isinstance(arrival.prompt, Prompt):  # what is learnt about lengths is known here
+            prompt = self._desk.dispatcher.reader.measured(arrival.prompt)
+            arrival = arrival._replace(prompt=prompt)
+        placement.arrive(arrival)
+        self._place(worker, placement, ticket, b"")
 
-    def _place(self, worker: _Worker, placement: LocalPlacement, frame: Frame) -> None:
+    def _place(self, worker: _Worker, placement: LocalPlacement, ticket: int, _: bytes) -> None:
         found = placement.try_place()
         if isinstance(found, Seat):
-            self._tell(worker, placement, frame.ticket, found)
+            self._tell(worker, placement, ticket, found)
         else:
-            holding = self._hold(worker, placement, frame.ticket, found)
-            worker.holds[frame.ticket] = self.loop.create_task(holding)
+            holding = self._hold(worker, placement, ticket, found)
+            worker.holds[ticket] = self.loop.create_task(holding)
 
     async def _hold(
         self, worker: _Worker, placement: LocalPlacement, ticket: int, pause_s: float
@@ -247,27 +253,28 @@ class Decider:
             self._tell(worker, placement, ticket, seat)
         finally:
             worker.holds.pop(ticket, None)
+        worker.link.flush()
 
     def _tell(self, worker: _Worker, placement: LocalPlacement, ticket: int, seat: Seat) -> None:
         """Say where a request has been placed, and why, if it is traced."""
-        worker.link.send(Kind.PLACED, ticket, pack(placement.explained(), *seat))
+        worker.link.put(Kind.PLACED, ticket, pack(placement.explained(), *seat))
 
-    def _failed(self, worker: _Worker, placement: LocalPlacement, frame: Frame) -> None:
-        again = placement.judge(UpstreamError(*unpack(frame.body)))
-        worker.link.send(Kind.VERDICT, frame.ticket, pack(again))
+    def _failed(self, worker: _Worker, placement: LocalPlacement, ticket: int, body: bytes) -> None:
+        again = placement.judge(UpstreamError(*unpack(body)))
+        worker.link.put(Kind.VERDICT, ticket, pack(again))
 
-    def _close(self, worker: _Worker, placement: LocalPlacement, frame: Frame) -> None:
-        del worker.placements[frame.ticket]
+    def _close(self, worker: _Worker, placement: LocalPlacement, ticket: int, body: bytes) -> None:
+        del worker.placements[ticket]
         try:
-            placement.close(Ending(*unpack(frame.body)))
+            placement.close(Ending(*unpack(body)))
         finally:
             placement.leave()
 
-    def _leave(self, worker: _Worker, placement: LocalPlacement, frame: Frame) -> None:
-        del worker.placements[frame.ticket]
-        if (holding := worker.holds.pop(frame.ticket, None)) is not None:
+    def _leave(self, worker: _Worker, placement: LocalPlacement, ticket: int, body: bytes) -> None:
+        del worker.placements[ticket]
+        if (holding := worker.holds.pop(ticket, None)) is not None:
             holding.cancel()
-        placement.end(*unpack(frame.body))
+        placement.end(*unpack(body))
         placement.leave()
 
     def _lose(self, worker: _Worker) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from servegym.serve.requests.prompt import Prompt
+from servegym.serve.requests.prompt import Prompt, Size
 from servegym.serve.requests.recent_ends import MAX_NEW_BLOCKS
 from servegym.serve.router.placement import Arrival
 
@@ -31,7 +31,7 @@ class Kind(IntEnum):
     HELLO = 1
     ENTER = 2
     ADMIT = 3
-    ARRIVE = 4
+    ARRIVE = 4  # and place it
     PLACE = 5
     FAILED = 6
     BEGIN = 7
@@ -54,18 +54,9 @@ class Kind(IntEnum):
     SHOWN = 37
 
 
-class Frame(NamedTuple):
-    """One thing that was said.
-
-    Attributes:
-        kind: What, a `Kind`.
-        ticket: Of the request that it is about; 0: of none.
-        body: See `unpack`.
-    """
-
-    kind: int
-    ticket: int
-    body: bytes
+#: One thing that was said: a `Kind`, the ticket of the request that it is about (0: of none), and a
+#: body; see `unpack`.
+Frame = tuple[int, int, bytes]
 
 
 class Packet(NamedTuple):
@@ -99,7 +90,7 @@ def read_packets(data: bytes) -> tuple[list[Packet], bytes]:
         end = at + _PACKET.size + size
         if end > len(data):
             break
-        packets.append(Packet(written_s, list(_frames(data, at + _PACKET.size, end))))
+        packets.append(Packet(written_s, _frames(data, at + _PACKET.size, end)))
         at = end
     return packets, data[at:]
 
@@ -133,6 +124,8 @@ def pack_arrival(arrival: Arrival, *, content: bool) -> bytes:
             the prompt's content goes along, as far back as `requests.recent_ends` looks.
     """
     prompt = arrival.prompt
+    if isinstance(prompt, Size):
+        return pack(prompt, arrival[1:])
     begin = max(0, len(prompt.keys) - MAX_NEW_BLOCKS) * prompt.block_bytes
     end = prompt.content[begin:].tobytes() if content else b""
     lengths = prompt[0], *prompt[2:6]  # of its fields; between them are its keys
@@ -141,17 +134,22 @@ def pack_arrival(arrival: Arrival, *, content: bool) -> bytes:
 
 def unpack_arrival(body: bytes) -> Arrival:
     """Read what `pack_arrival` wrote; content that did not come along is of any value."""
-    keys, lengths, block_bytes, begin, end, others = unpack(body)
+    read = unpack(body)
+    if len(read) == 2:
+        return Arrival(read[0], *read[1])
+    keys, lengths, block_bytes, begin, end, others = read
     content = np.empty(begin + len(end) if end else 0, np.uint8)
     content[len(content) - len(end) :] = np.frombuffer(end, np.uint8)
     named = np.frombuffer(keys, np.uint64)
-    prompt = Prompt(lengths[0], named, *lengths[1:], content, block_bytes)
+    prompt = Prompt._make((lengths[0], named, *lengths[1:], content, block_bytes))
     return Arrival(prompt, *others)
 
 
-def _frames(data: bytes, at: int, end: int) -> Iterator[Frame]:
+def _frames(data: bytes, at: int, end: int) -> list[Frame]:
+    found = []
     while at < end:
         size, kind, ticket = _FRAME.unpack_from(data, at)
-        at += _FRAME.size
-        yield Frame(kind, ticket, data[at : at + size])
-        at += size
+        begin = at + _FRAME.size
+        at = begin + size
+        found.append((kind, ticket, data[begin:at]))
+    return found

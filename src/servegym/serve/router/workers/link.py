@@ -53,7 +53,7 @@ class Link:
         """Say something now, and before it what was `put`; nothing once the other end has gone."""
         if not self.lost:
             self._put.append(write_frame(kind, ticket, body))
-            self._flush()
+            self.flush()
 
     def put(self, kind: Kind, ticket: int = 0, body: bytes = b"") -> None:
         """Say something with what is sent next, or a little later."""
@@ -92,14 +92,13 @@ class Link:
         self._loop.remove_writer(self._connection)
         self._connection.close()
 
-    def _flush_soon(self) -> None:
-        if self._flushing is None:
-            self._flushing = self._loop.call_later(_PAUSE_S, self._flush)
-
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Send what was `put`, if anything was."""
         if self._flushing is not None:
             self._flushing.cancel()
             self._flushing = None
+        if not self._put and not self._tokens:
+            return
         frames, self._put = self._put, []
         if self._tokens:
             frames.insert(0, write_frame(Kind.TOKENS, 0, b"".join(self._tokens)))
@@ -110,6 +109,10 @@ class Link:
             if not self._unsent:
                 self._loop.add_writer(self._connection, self._write_on)
             self._unsent += data[sent:]
+
+    def _flush_soon(self) -> None:
+        if self._flushing is None:
+            self._flushing = self._loop.call_later(_PAUSE_S, self.flush)
 
     def _write_on(self) -> None:
         """The other end reads again."""

@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ from servegym.serve.router.upstream import UpstreamError
 from servegym.serve.router.workers.frames import Frame, Kind, pack, pack_arrival, unpack
 from servegym.serve.router.workers.link import Link
 
+#: Between two attempts to find the decider, seconds.
 _AGAIN_S = 0.05
+#: How late the decider may know how many clients were answered, seconds.
+_COUNTS_S = 0.05
 
 
 class RemoteDesk:
@@ -44,6 +48,8 @@ class RemoteDesk:
         self._waiting: dict[int, RemotePlacement | asyncio.Future[Reply]] = {}
         self._last_ticket = 0
         self._lost = asyncio.Event()
+        self._counts: Counter[tuple[str, int]] = Counter()
+        self._counting: asyncio.TimerHandle | None = None
 
     async def connect(self, timeout_s: float) -> bool:
         """Find the decider; return whether it was there in time."""
@@ -69,6 +75,9 @@ class RemoteDesk:
 
     def close(self) -> None:
         """Hang up."""
+        if self._counting is not None:
+            self._counting.cancel()
+            self._tell_counts()
         if self._link is not None:
             self._link.close()
 
@@ -85,8 +94,10 @@ class RemoteDesk:
 
     def count(self, endpoint: str, status: int) -> None:
         """See `Desk`."""
-        if self._link is not None:
-            self._link.put(Kind.COUNT, 0, pack(endpoint, status))
+        self._counts[endpoint, status] += 1
+        if self._counting is None:
+            loop = asyncio.get_running_loop()
+            self._counting = loop.call_later(_COUNTS_S, self._tell_counts)
 
     def lags(self, lag_s: float) -> None:
         """Tell how late this process' event loop is, seconds."""
@@ -121,6 +132,13 @@ class RemoteDesk:
         if self._link is None or self._link.lost:
             raise self.away()
         return self._link
+
+    def _tell_counts(self) -> None:
+        """Say how many clients have been answered since it was last said."""
+        self._counting = None
+        if self._link is not None and not self._link.lost:
+            self._link.send(Kind.COUNT, 0, pack(dict(self._counts)))
+            self._counts.clear()
 
     def _next_ticket(self) -> int:
         self._last_ticket = self._last_ticket % 0xFFFF_FFFF + 1
@@ -167,12 +185,23 @@ class RemotePlacement:
         ticket: Its number there.
     """
 
-    __slots__ = ("_desk", "_explained", "_gone", "_link", "_refused", "_said", "_status", "_ticket")
+    __slots__ = (
+        "_arrival",
+        "_desk",
+        "_explained",
+        "_gone",
+        "_link",
+        "_refused",
+        "_said",
+        "_status",
+        "_ticket",
+    )
 
     def __init__(self, desk: RemoteDesk, link: Link, ticket: int) -> None:
         self._desk = desk
         self._link = link
         self._ticket = ticket
+        self._arrival: bytes | None = None  # until the decider has it
         self._explained: list[Explanation] = []
         self._said: asyncio.Future[Any] | None = None  # what is waited for
         self._refused: RequestError | None = None
@@ -201,12 +230,15 @@ class RemotePlacement:
 
     def arrive(self, arrival: Arrival) -> None:
         """See `Placement`."""
-        body = pack_arrival(arrival, content=self._desk.follows)
-        self._link.put(Kind.ARRIVE, self._ticket, body)
+        self._arrival = pack_arrival(arrival, content=self._desk.follows)
 
     async def place(self) -> Seat:
         """See `Placement`."""
-        explained, *seat = await self._ask(Kind.PLACE)
+        arrival, self._arrival = self._arrival, None
+        if arrival is not None:
+            explained, *seat = await self._ask(Kind.ARRIVE, arrival)
+        else:
+            explained, *seat = await self._ask(Kind.PLACE)
         self.learn(explained)
         return Seat(*seat)
 

@@ -147,8 +147,13 @@ class Supervisor:
             os.write(says, _READY)
 
         async def run() -> None:
-            stop = asyncio.Event()
-            asyncio.get_running_loop().add_reader(self._alive[0], stop.set)
+            stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+            def is_alone() -> None:
+                loop.remove_reader(self._alive[0])  # its end stays readable
+                stop.set()
+
+            loop.add_reader(self._alive[0], is_alone)
             await serve_until_told(Router(self._config, self._shared), ready, stop)
 
         try:

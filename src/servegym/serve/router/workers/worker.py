@@ -7,7 +7,6 @@ import gc
 import logging
 import socket
 import time
-from collections.abc import MutableSequence
 from pathlib import Path
 
 from servegym.serve.monitoring.loop_lag import LoopLag
@@ -50,12 +49,20 @@ class Worker:
 
     async def connect(self, timeout_s: float = BACK_S) -> bool:
         """Find the decider and learn the API keys; return whether it was there in time."""
+        until_s = time.monotonic() + timeout_s
         self._has_keys.clear()
-        if not await self._desk.connect(timeout_s):
-            return False
-        await self._has_keys.wait()
-        self._loop_lag.start()
-        return True
+        while await self._desk.connect(until_s - time.monotonic()):
+            said = {
+                asyncio.create_task(self._has_keys.wait()),
+                asyncio.create_task(self._desk.lost()),
+            }
+            await asyncio.wait(said, return_when=asyncio.FIRST_COMPLETED)
+            for one in said:
+                one.cancel()
+            if self._has_keys.is_set():
+                self._loop_lag.start()
+                return True
+        return False
 
     async def stay_connected(self) -> None:
         """Return when the decider has gone and does not come back."""
@@ -84,7 +91,7 @@ async def carry(
     config: RouterConfig,
     path: Path,
     listener: socket.socket,
-    counts: MutableSequence[int],
+    counts: memoryview[int],
     index: int,
     lifeline: int,
 ) -> int:
@@ -102,8 +109,8 @@ async def carry(
         Exit status: 1 if the decider has gone and has not come back.
     """
     loop = asyncio.get_running_loop()
-    let_go: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(lifeline, lambda: let_go.done() or let_go.set_result(None))
+    let_go = asyncio.Event()
+    loop.add_reader(lifeline, let_go.set)
     worker = Worker(config, path)
     if not await worker.connect():
         _log.error("worker %d has found no deciding process", index)
@@ -111,10 +118,14 @@ async def carry(
     gc.freeze()
     worker.server.sweep()
     acceptor = Acceptor(listener, counts, index, worker.server)
-    alone = asyncio.create_task(worker.stay_connected())
-    await asyncio.wait({let_go, alone}, return_when=asyncio.FIRST_COMPLETED)
+    ends = [
+        asyncio.create_task(let_go.wait()),
+        asyncio.create_task(worker.stay_connected()),
+    ]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     loop.remove_reader(lifeline)
     acceptor.stop()
     await worker.stop()
-    alone.cancel()
-    return 0 if let_go.done() else 1
+    for end in ends:
+        end.cancel()
+    return 0 if let_go.is_set() else 1
