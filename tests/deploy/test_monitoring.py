@@ -46,6 +46,8 @@ def page(tmp_path_factory) -> dict[str, set[str]]:
             it.replicas[0].mode = it.replicas[1].mode = 500  # not tried again
             await it.post(STREAM)
             await until(it.idle)
+            # workers wait a little before they tell of answers
+            await until(lambda: it.router.telemetry.requests.total() == 3)
             _, text = await it.get("/metrics")
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
