@@ -27,7 +27,8 @@ from servegym.serve.monitoring.exposition import add_dispatcher
 from servegym.serve.monitoring.metrics import metric_names
 from servegym.serve.monitoring.poller import MetricsPoller
 from servegym.serve.monitoring.prometheus import CONTENT_TYPE, Exposition
-from servegym.serve.picker.config import PickerConfig, PickerListenConfig, check_endpoint
+from servegym.serve.picker.binding import bind
+from servegym.serve.picker.config import PickerConfig, check_endpoint
 from servegym.serve.picker.desk import PickerDesk
 from servegym.serve.picker.ends import AssumedEnds
 from servegym.serve.picker.exchange import Exchange
@@ -195,7 +196,7 @@ class Picker:
             (grpc.method_handlers_generic_handler(SERVICE, {METHOD: process}),)
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._grpc_health, self._server)
-        self.port = _bind(self._server, config.listen)
+        self.port = bind(self._server, config.listen)
         await self._server.start()
         await self._tell_health(ready=True)
 
@@ -313,31 +314,6 @@ class Picker:
             ],
         )
         return Reply(200, page.page().encode(), [("Content-Type", CONTENT_TYPE)])
-
-
-def _bind(server: grpc.aio.Server, listen: PickerListenConfig) -> int:
-    """Let a server listen, by TLS if there is a certificate; return its port."""
-    host = f"[{listen.host}]" if ":" in listen.host else listen.host
-    address = f"{host}:{listen.port}"
-    try:
-        if listen.certificate is None:
-            return int(server.add_insecure_port(address))
-        return int(server.add_secure_port(address, _credentials(listen)))
-    except RuntimeError:  # gRPC writes the reason to the standard error alone
-        why = "is the port taken?"
-        if listen.certificate is not None:
-            why = f"is the port taken, or are {listen.certificate} and {listen.key} no pair of PEM?"
-        raise ConfigError(f"the picker cannot listen on {address}: {why}") from None
-
-
-def _credentials(listen: PickerListenConfig) -> grpc.ServerCredentials:
-    assert listen.certificate is not None
-    assert listen.key is not None
-    try:
-        pair = listen.key.read_bytes(), listen.certificate.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{error.filename} cannot be read: {error.strerror}") from error
-    return grpc.ssl_server_credentials([pair])
 
 
 def serve(config: PickerConfig, ready: Callable[[Picker], None]) -> None:

@@ -183,12 +183,12 @@ class PickerConfig(_Config):
         if not self.replicas and self.replicas_file is None and self.discover is None:
             raise ValueError("there is no replica: give replicas, replicas_file or discover")
         if self.discover is not None:
-            for source in (*self.discover.dns, *self.discover.kubernetes):
-                if source.scheme != "http":
-                    raise ValueError(
-                        f"discover needs scheme: http, got {source.scheme}: the gateway makes the "
-                        "connection"
-                    )
+            schemes = {source.scheme for source in self.discover.dns}
+            schemes |= {source.scheme for source in self.discover.kubernetes}
+            if "https" in schemes:
+                raise ValueError(
+                    "discover needs scheme: http, got https: the gateway makes the connection"
+                )
         if self.response != "bodies" and self.dispatch.log is not None:
             raise ValueError(
                 f"dispatch.log needs response: bodies, got response: {self.response}: without "

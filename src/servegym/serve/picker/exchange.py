@@ -21,12 +21,13 @@ from servegym.serve.picker.wire import (
     refuse,
     stream_body,
 )
-from servegym.serve.router.errors import Dialect, RequestError
+from servegym.serve.router.errors import RequestError
 from servegym.serve.router.forms import FORMS
 from servegym.serve.router.headers import retry_after_s
 from servegym.serve.router.pages import no_replica
 from servegym.serve.router.placement import Ending
 from servegym.serve.router.stream import Reader
+from servegym.serve.router.typed_events import Dialect
 
 _REQUEST, _RESPONSE = Direction.REQUEST, Direction.RESPONSE
 #: The gateway waits for an answer to each message, and these bodies it sends when it has had that
