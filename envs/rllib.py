@@ -46,8 +46,8 @@ class FleetsByName:
         self.single_action_spaces = {
             name: self.fleets.action_space(name) for name in self.fleets.possible_agents
         }
-        self.single_observation_space = spaces.Dict(self.single_observation_spaces)
-        self.single_action_space = spaces.Dict(self.single_action_spaces)
+        self.single_observation_space = spaces.Dict({**self.single_observation_spaces})
+        self.single_action_space = spaces.Dict({**self.single_action_spaces})
         self.is_over = np.ones(num_envs, np.bool_)
         self._turn: Turn | None = None
 
@@ -222,6 +222,8 @@ def cluster_env_runner() -> type[Any]:
 
     class ClusterEnvRunner(MultiAgentEnvRunner):  # type: ignore[misc]
         """RLlib's runner of many agents."""
+
+        env: Any
 
         def make_env(self) -> None:
             """Make the fleets."""

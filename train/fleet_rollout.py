@@ -108,7 +108,7 @@ class _Step(NamedTuple, Generic[T]):
 
 
 def _only(asked: Asked, those: BoolArray) -> Asked:
-    return Asked(*(values[those] for values in asked))
+    return Asked._make(values[those] for values in asked)
 
 
 def _linked(steps: list[_Step[T]], num_fleets: int, num_agents: int) -> Rollout[T]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium.spaces import flatdim
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -89,9 +90,9 @@ class MappoTrainer(PairRun[MappoTraining]):
     def _make_critics(self) -> nn.ModuleDict:
         hidden, fleets = self.config.critic_hidden, self.fleets
         if self.config.critic == "central":
-            return nn.ModuleDict({"fleet": Critic(fleets.state_space.shape[0], hidden)})
+            return nn.ModuleDict({"fleet": Critic(flatdim(fleets.state_space), hidden)})
         rows = fleets.batch.requests.shape[1] * NUM_ORDERING_FEATURES
-        size = {kind: fleets.spaces[f"{kind}_0"]["observation"].shape[0] for kind in CLASSES}
+        size = {kind: flatdim(fleets.spaces[f"{kind}_0"]["observation"]) for kind in CLASSES}
         size["scheduler"] += 2 * NUM_ORDERING_FEATURES - rows
         return nn.ModuleDict({kind: Critic(size[kind], hidden) for kind in CLASSES})
 
@@ -194,7 +195,10 @@ class MappoTrainer(PairRun[MappoTraining]):
         self.optimizer.param_groups[0]["lr"] = config.learning_rate * left
         warm = self.num_updates_made < config.warmup_updates
         total = sum(len(x) for x in advantages.values())
-        kls, clipped, gains, losses = [], [], [], []
+        kls: list[float] = []
+        clipped: list[float] = []
+        gains: list[float] = []
+        losses: list[float] = []
         for _ in range(config.num_epochs):
             order = {
                 kind: torch.randperm(len(x)).chunk(config.num_minibatches)
