@@ -9,8 +9,9 @@ import numpy as np
 from servegym.policy.contract import OUTSTANDING_REQUESTS
 from servegym.serve.dispatcher import Dispatcher, Job
 from servegym.serve.picker.config import PickerConfig, endpoint_of
-from servegym.serve.router.desk import LocalDesk, LocalPlacement
+from servegym.serve.router.desk import LocalDesk
 from servegym.serve.router.health import Health
+from servegym.serve.router.local_placement import LocalPlacement
 from servegym.serve.router.pages import Pages, no_replica
 from servegym.serve.router.telemetry import Telemetry
 from servegym.serve.router.upstream import UpstreamError

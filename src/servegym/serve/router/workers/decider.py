@@ -25,9 +25,10 @@ from servegym.serve.monitoring.loop_lag import LAG_S
 from servegym.serve.monitoring.prometheus import Histogram
 from servegym.serve.requests.prompt import Prompt
 from servegym.serve.router.auth import Keys
-from servegym.serve.router.desk import LocalDesk, LocalPlacement
+from servegym.serve.router.desk import LocalDesk
 from servegym.serve.router.errors import RequestError
 from servegym.serve.router.explanation import Explanation
+from servegym.serve.router.local_placement import LocalPlacement
 from servegym.serve.router.logs import REQUEST_ID
 from servegym.serve.router.placement import Ending, Seat
 from servegym.serve.router.upstream import UpstreamError
