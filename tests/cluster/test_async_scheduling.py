@@ -11,6 +11,7 @@ from servegym.cluster.spec import ClusterSpec, Episode
 from servegym.costs.shared import NUM_SHARED_KNOTS, SharedCost
 from servegym.errors import ConfigError
 
+from ..random_blocks import blocks  # noqa: TID252 - tests are no package
 from .strategies import random_case, with_followers
 from .test_differential import assert_same_events
 from .test_toys import (
@@ -30,7 +31,7 @@ def ahead(spec: ClusterSpec, episode: Episode) -> tuple[ClusterSpec, Episode]:
     return replace(spec, types=types), episode
 
 
-@pytest.mark.parametrize("block", range(3))
+@pytest.mark.parametrize("block", blocks(3))
 def test_compiled_and_plain_simulator_agree_on_steps_formed_ahead(block):
     for seed in range(6000 + 40 * block, 6040 + 40 * block):
         assert_same_events(*ahead(*random_case(seed, ("vllm", "trtllm"))))

@@ -17,6 +17,7 @@ from servegym.engines import ENGINES, EngineName
 from servegym.policy.contract import Group, ReplicaFeature
 from servegym.policy.observe import observe_batch
 
+from ..random_blocks import blocks  # noqa: TID252 - tests are no package
 from .strategies import choose, long_answers, random_case, with_followers, with_ranks
 
 
@@ -88,26 +89,26 @@ def assert_same_events(spec: ClusterSpec, episode: Episode) -> ReferenceSimulato
     return slow
 
 
-@pytest.mark.parametrize("block", range(10))
+@pytest.mark.parametrize("block", blocks(10))
 def test_compiled_and_plain_simulator_agree_on_random_scenarios(block):
     for seed in range(40 * block, 40 * block + 40):
         assert_equal(seed)
 
 
 @pytest.mark.parametrize("engine", [e for e in ENGINES if e != "vllm"])
-@pytest.mark.parametrize("block", range(3))
+@pytest.mark.parametrize("block", blocks(3))
 def test_they_agree_on_other_engines(block, engine):
     for seed in range(40 * block, 40 * block + 40):
         assert_equal(seed, [engine])
 
 
-@pytest.mark.parametrize("block", range(3))
+@pytest.mark.parametrize("block", blocks(3))
 def test_they_agree_on_fleets_of_several_engines(block):
     for seed in range(1000 + 40 * block, 1040 + 40 * block):
         assert_equal(seed, ENGINES)
 
 
-@pytest.mark.parametrize("block", range(3))
+@pytest.mark.parametrize("block", blocks(3))
 def test_they_agree_on_requests_that_wait_for_others(block):
     for seed in range(2000 + 40 * block, 2040 + 40 * block):
         assert_same_events(*with_followers(*random_case(seed, ENGINES), seed))

@@ -42,6 +42,7 @@ from servegym.cluster.state import (
 )
 from servegym.errors import ConfigError, InvalidAction
 
+from ..random_blocks import blocks  # noqa: TID252 - tests are no package
 from .strategies import choose, random_case, with_conversations, with_followers, with_migration
 from .test_differential import assert_same_log
 from .test_invariants import blocks_held, chain, many
@@ -132,7 +133,7 @@ def without_pauses(events: np.ndarray) -> np.ndarray:
     return events
 
 
-@pytest.mark.parametrize(("block", "asked"), [*((block, False) for block in range(5)), (0, True)])
+@pytest.mark.parametrize(("block", "asked"), [*((block, False) for block in blocks(5)), (0, True)])
 def test_compiled_and_plain_simulator_agree_on_random_migrations(block, asked):
     seen = np.zeros(32, int)
     for seed in range(60 * block, 60 * block + 60):

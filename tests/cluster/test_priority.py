@@ -24,6 +24,7 @@ from servegym.cluster.state import (
 )
 from servegym.workloads.table import RequestTable
 
+from ..random_blocks import blocks  # noqa: TID252 - tests are no package
 from ..toys import constant_grid  # noqa: TID252 - tests are no package
 from .strategies import choose, random_case
 
@@ -122,7 +123,7 @@ def assert_equal(seed: int, asks: int) -> int:
 
 
 @pytest.mark.parametrize("asks", [NEVER, WHERE_IT_MATTERS, ALWAYS])
-@pytest.mark.parametrize("block", range(3))
+@pytest.mark.parametrize("block", blocks(3))
 def test_compiled_and_plain_engine_agree_on_random_scenarios(block, asks):
     asked = sum(assert_equal(seed, asks) for seed in range(40 * block, 40 * block + 40))
     assert (asked > 100) == (asks != NEVER)

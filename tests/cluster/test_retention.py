@@ -28,6 +28,7 @@ from servegym.policy.contract import Group
 from servegym.policy.observe import observe_batch
 from servegym.workloads.table import ANY_END, BY_ITSELF
 
+from ..random_blocks import blocks  # noqa: TID252 - tests are no package
 from .strategies import choose, random_case, with_conversations
 from .test_closed_loop import waiting_episode
 from .test_differential import assert_same_log
@@ -221,7 +222,7 @@ def kept_now(sim: ReferenceSimulator) -> list[list[int]]:
     ]
 
 
-@pytest.mark.parametrize("block", range(4))
+@pytest.mark.parametrize("block", blocks(4))
 def test_compiled_and_plain_simulator_agree_on_conversations(block):
     turns = 0
     for seed in range(5000 + 60 * block, 5060 + 60 * block):

@@ -46,6 +46,7 @@ from servegym.errors import ConfigError, InvalidAction
 from servegym.policy.contract import Group, ReplicaFeature
 from servegym.policy.observe import observe_batch
 
+from ..random_blocks import blocks  # noqa: TID252 - tests are no package
 from .strategies import (
     choose,
     random_case,
@@ -164,7 +165,7 @@ def held(sim: Simulator, r: int, tier: int) -> list[int]:
     return order
 
 
-@pytest.mark.parametrize("block", range(8))
+@pytest.mark.parametrize("block", blocks(8))
 def test_compiled_and_plain_simulator_agree_on_random_tiers(block):
     landed = returned = 0
     for seed in range(40 * block, 40 * block + 40):
@@ -178,7 +179,7 @@ def test_compiled_and_plain_simulator_agree_on_random_tiers(block):
     assert returned > 10
 
 
-@pytest.mark.parametrize("block", range(5))
+@pytest.mark.parametrize("block", blocks(5))
 def test_they_agree_where_others_prefill(block):
     landed, loaded, returned = 0, 0, 0
     for seed in range(9000 + 25 * block, 9025 + 25 * block):
@@ -193,7 +194,7 @@ def test_they_agree_where_others_prefill(block):
     assert returned > 10
 
 
-@pytest.mark.parametrize("block", range(3))
+@pytest.mark.parametrize("block", blocks(3))
 def test_they_agree_where_requests_migrate(block):
     moved, loaded = 0, 0
     for seed in range(9500 + 25 * block, 9525 + 25 * block):

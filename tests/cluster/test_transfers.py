@@ -39,6 +39,7 @@ from servegym.errors import ConfigError
 from servegym.policy.contract import Group, ReplicaFeature
 from servegym.policy.observe import observe_batch
 
+from ..random_blocks import blocks  # noqa: TID252 - tests are no package
 from .strategies import (
     choose,
     random_case,
@@ -146,7 +147,7 @@ def assert_same_events(spec: ClusterSpec, episode: Episode) -> np.ndarray:
     return events
 
 
-@pytest.mark.parametrize("block", range(10))
+@pytest.mark.parametrize("block", blocks(10))
 def test_compiled_and_plain_simulator_agree_on_random_roles(block):
     landed = returned = 0
     for seed in range(40 * block, 40 * block + 40):
@@ -157,21 +158,21 @@ def test_compiled_and_plain_simulator_agree_on_random_roles(block):
     assert returned > 10
 
 
-@pytest.mark.parametrize("block", range(3))
+@pytest.mark.parametrize("block", blocks(3))
 def test_they_agree_on_requests_that_wait_for_others(block):
     for seed in range(2000 + 40 * block, 2040 + 40 * block):
         case = with_followers(*random_case(seed), seed)
         assert len(assert_same_events(*with_roles(*case, seed)))
 
 
-@pytest.mark.parametrize("block", range(3))
+@pytest.mark.parametrize("block", blocks(3))
 def test_they_agree_on_conversations_whose_turns_are_retained(block):
     for seed in range(3000 + 40 * block, 3040 + 40 * block):
         case = with_conversations(*random_case(seed), seed)
         assert len(assert_same_events(*with_roles(*case, seed)))
 
 
-@pytest.mark.parametrize("block", range(4))
+@pytest.mark.parametrize("block", blocks(4))
 def test_they_agree_on_ranks_in_lockstep_that_prefill_or_decode(block):
     landed = together = 0
     for seed in range(5000 + 40 * block, 5040 + 40 * block):

@@ -26,6 +26,7 @@ from ...cluster.strategies import (  # noqa: TID252
     random_case,
     random_grid,
 )
+from ...random_blocks import blocks  # noqa: TID252 - tests are no package
 from .naive import NaiveReplica, NaiveRequest
 
 COMPARED = (st.EV_ADMIT, st.EV_FIRST_TOKEN, st.EV_PREEMPT, st.EV_FINISH)
@@ -157,7 +158,7 @@ def assert_plays_as_the_simulator(spec: ClusterSpec, episode: Episode, seed: int
     return int((events["kind"] == st.EV_FINISH).sum())
 
 
-@pytest.mark.parametrize("block", range(4))
+@pytest.mark.parametrize("block", blocks(4))
 def test_replica_agrees_with_the_simulator_to_the_bit_on_random_workloads(block):
     for seed in range(50 * block, 50 * block + 50):
         assert assert_plays_as_the_simulator(*random_case(seed), seed) > 0
@@ -280,7 +281,7 @@ def assert_same_times(got, want, seed: int) -> None:
     np.testing.assert_allclose([e[0] for e in got], [e[0] for e in want], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("block", range(4))
+@pytest.mark.parametrize("block", blocks(4))
 def test_priorities_preemption_and_aborts_agree_with_a_plain_scheduler(block):
     preemptions = left_out = 0
     for seed in range(50 * block, 50 * block + 50):

@@ -13,6 +13,7 @@ from servegym.workflow.online.reference import ReferenceSimulator
 from servegym.workflow.online.simulator import Simulator
 from servegym.workflow.online.state import DECISION, DONE
 
+from ...random_blocks import blocks  # noqa: TID252 - tests are no package
 from .strategies import choose, random_case
 
 
@@ -77,7 +78,7 @@ def assert_equal(seed: int) -> None:
         np.testing.assert_allclose(fast.devices()[name], want, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("block", range(10))
+@pytest.mark.parametrize("block", blocks(10))
 def test_compiled_and_plain_simulator_agree_on_random_jobs(block):
     for seed in range(40 * block, 40 * block + 40):
         assert_equal(seed)
