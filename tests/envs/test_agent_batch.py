@@ -145,6 +145,7 @@ def test_an_agents_rewards_and_times_add_up_to_its_episode():
             assert (begun_s[fleet, 1:] >= begun_s[fleet, 0]).all()
             reward[fleet] = elapsed_s[fleet] = 0.0
             ended += 1
+    assert ended >= 8
 
 
 def test_who_decides_once_earns_the_rest_at_the_end_and_who_never_does_has_not_decided():
