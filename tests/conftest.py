@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import numpy as np
+import pytest
 from hypothesis import settings
 from numba import config as numba_config
 
@@ -12,6 +14,17 @@ from numba import config as numba_config
 os.environ["SERVEGYM_COMPILE_NOTICE"] = "0"
 settings.register_profile("servegym", derandomize=True, deadline=None)
 settings.load_profile("servegym")
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c_stays():
+    """Fail whoever leaves a handler behind: Ctrl-C would do nothing in what comes after."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    after = signal.getsignal(signal.SIGINT)
+    if after != before:
+        signal.signal(signal.SIGINT, before)
+    assert after == before
 
 
 def _let_records_be_read_by_attribute() -> None:

@@ -41,6 +41,14 @@ def place(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C ends Python, and programs that it starts, also where the shell had it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def unread() -> io.TextIOWrapper:
     """Return a pipe that nobody reads."""
     read, write = os.pipe()
@@ -107,7 +115,9 @@ def test_interrupted_training_says_that_nothing_is_saved_yet(place, capsys, monk
     assert capsys.readouterr().err == "servegym: interrupted; nothing was saved yet\n"
 
 
-def test_ctrl_c_that_python_drops_stops_training_at_the_next_update(place, capsys, monkeypatch):
+def test_ctrl_c_that_python_drops_stops_training_at_the_next_update(
+    place, ctrl_c, capsys, monkeypatch
+):
     ppo = pytest.importorskip("servegym.train.ppo")
     rollout, rollouts, dropped = ppo.Trainer._rollout, [], []
 
@@ -181,7 +191,7 @@ def test_output_folder_that_cannot_be_written_is_refused_first(place, capsys, mo
 
 
 @pytest.mark.slow
-def test_ctrl_c_keeps_the_checkpoint_and_the_same_command_goes_on(place):
+def test_ctrl_c_keeps_the_checkpoint_and_the_same_command_goes_on(place, ctrl_c):
     pytest.importorskip("torch")
     words = [*PROGRAM, *TRAIN, "--decisions", str(40 * 1024)]
     environment = dict(os.environ, SERVEGYM_COMPILE_NOTICE="0")

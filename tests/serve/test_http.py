@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from servegym.serve.router import api, app
 from servegym.serve.router.config import parse_config
 from servegym.serve.router.forms import COMPLETION
 from servegym.serve.router.request import read_request
+from servegym.serve.until_told import serve_until_told
 
 from .running import RATES, run, running, until
 from .upstream import Upstream
@@ -304,6 +306,7 @@ def test_sighup_reads_the_keys_anew_and_stops_nothing(tmp_path, caplog):
     keys.write_text(f"alice: {KEY}\n")
     keys.chmod(0o600)
     caplog.set_level(logging.INFO, "servegym")
+    frozen = gc.get_freeze_count()
 
     async def test() -> None:
         replica = Upstream()
@@ -319,9 +322,7 @@ def test_sighup_reads_the_keys_anew_and_stops_nothing(tmp_path, caplog):
             "test",
         )
         started: asyncio.Future[app.Router] = asyncio.get_running_loop().create_future()
-        serving = asyncio.create_task(
-            app.serve_until_told(app.Router(config), started.set_result, asyncio.Event())
-        )
+        serving = asyncio.create_task(serve_until_told(app.Router(config), started.set_result))
         router = await started
         async with aiohttp.ClientSession() as session:
 
@@ -349,4 +350,8 @@ def test_sighup_reads_the_keys_anew_and_stops_nothing(tmp_path, caplog):
         await serving
         await replica.stop()
 
+    heard = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in heard]
     run(test)
+    assert [signal.getsignal(number) for number in heard] == before
+    assert gc.get_freeze_count() == frozen

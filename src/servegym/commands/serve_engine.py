@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import gc
-import signal
 from dataclasses import dataclass
 
 from servegym.errors import ConfigError
 from servegym.scenario import load_scenario
 from servegym.serve.engine.faults import Fault
+from servegym.serve.until_told import kept_as_it_is, loop_factory, told_by_signals
 
 
 @dataclass(frozen=True)
@@ -64,24 +62,18 @@ class ServeEngine:
         fleet = Fleet(config)
 
         async def serve() -> None:
-            loop, stop = asyncio.get_running_loop(), asyncio.Event()
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.add_signal_handler(number, stop.set)
-            await fleet.start()
-            for index, server in fleet.servers.items():
-                print(f"replica {index} {server.kind_name}: {server.url}", flush=True)
-            if fleet.admin_url:
-                print(f"faults: {fleet.admin_url}", flush=True)
-            gc.freeze()  # what is there now stays; a full collection would only make steps late
-            await stop.wait()
-            await fleet.stop()
+            stop = asyncio.Event()
+            with told_by_signals(stop.set):
+                await fleet.start()
+                for index, server in fleet.servers.items():
+                    print(f"replica {index} {server.kind_name}: {server.url}", flush=True)
+                if fleet.admin_url:
+                    print(f"faults: {fleet.admin_url}", flush=True)
+                with kept_as_it_is():
+                    await stop.wait()
+                await fleet.stop()
 
-        factory = None
-        with contextlib.suppress(ModuleNotFoundError):
-            import uvloop
-
-            factory = uvloop.new_event_loop
-        with asyncio.Runner(loop_factory=factory) as runner:
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
             runner.run(serve())
 
 

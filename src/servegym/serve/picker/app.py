@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
-import signal
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 
@@ -42,6 +40,7 @@ from servegym.serve.router.http_log import http_logger
 from servegym.serve.router.pages import Pages
 from servegym.serve.router.reply import Reply
 from servegym.serve.router.telemetry import Telemetry
+from servegym.serve.until_told import serve_until_told
 
 _log = logging.getLogger(__name__)
 
@@ -234,6 +233,11 @@ class Picker:
         if self._sources is not None:
             self._sources.read_anew()
 
+    @property
+    def in_flight(self) -> int:
+        """How many conversations are in progress."""
+        return self.telemetry.in_flight
+
     async def drain(self) -> int:
         """Tell gateways to go elsewhere and wait for what is in progress, at most `drain_s`.
 
@@ -329,22 +333,4 @@ def serve(config: PickerConfig, ready: Callable[[Picker], None]) -> None:
         ServeGymError: If the configuration cannot be used.
     """
     # uvloop makes no difference here: gRPC waits for sockets in a thread of its own
-    asyncio.run(_serve(config, ready))
-
-
-async def _serve(config: PickerConfig, ready: Callable[[Picker], None]) -> None:
-    picker = Picker(config)
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    loop.add_signal_handler(signal.SIGHUP, picker.read_anew)
-    await picker.start()
-    # what is there now stays: looking through all of it would stop every stream for 0.1 s
-    gc.freeze()
-    ready(picker)
-    await stop.wait()
-    _log.warning("stopping: %d requests in progress", picker.telemetry.in_flight)
-    if left := await picker.drain():
-        _log.warning("%d requests are cut off after %g s", left, config.drain_s)
-    await picker.stop()
+    asyncio.run(serve_until_told(Picker(config), ready))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
-import signal
 import socket
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -44,6 +42,7 @@ from servegym.serve.router.reply import Reply
 from servegym.serve.router.telemetry import Telemetry
 from servegym.serve.router.upstream import KEEPALIVE_S
 from servegym.serve.router.workers.decider import Decider, Shared
+from servegym.serve.until_told import loop_factory, serve_until_told
 
 _log = logging.getLogger(__name__)
 
@@ -215,6 +214,11 @@ class Router:
                 self._decider.loop.call_soon_threadsafe(self._decider.tell_keys, keys)
             _log.info("the API keys have been read anew")
 
+    @property
+    def in_flight(self) -> int:
+        """How many requests are in progress."""
+        return self.telemetry.in_flight
+
     async def drain(self) -> int:
         """Refuse new requests and wait for those in progress, at most `drain_s`.
 
@@ -317,33 +321,4 @@ def serve(config: RouterConfig, ready: Callable[[Router], None]) -> None:
         ServeGymError: If the configuration cannot be used.
     """
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        runner.run(serve_until_told(Router(config), ready, asyncio.Event()))
-
-
-def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Return what makes event loops: uvloop, where it is installed."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
-
-
-async def serve_until_told(
-    router: Router, ready: Callable[[Router], None], stop: asyncio.Event
-) -> None:
-    """Run a router until a signal or an event tells it to stop; see `serve`."""
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    loop.add_signal_handler(signal.SIGHUP, router.read_anew)
-    await router.start()
-    # what is there now stays: looking through all of it would stop every stream for 0.1 s
-    gc.freeze()
-    ready(router)
-    await stop.wait()
-    _log.warning("stopping: %d requests in progress", router.telemetry.in_flight)
-    left = await router.drain()
-    if left:
-        _log.warning("%d requests are cut off after %g s", left, router.config.drain_s)
-    await router.stop()
+        runner.run(serve_until_told(Router(config), ready))

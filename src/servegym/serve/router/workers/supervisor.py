@@ -22,11 +22,12 @@ from pathlib import Path
 
 from servegym.errors import ConfigError, ServeGymError
 from servegym.serve.listening import BACKLOG, bind
-from servegym.serve.router.app import Router, loop_factory, serve_until_told
+from servegym.serve.router.app import Router
 from servegym.serve.router.config import RouterConfig
 from servegym.serve.router.workers.acceptor import NOBODY, shared_counts
 from servegym.serve.router.workers.decider import Shared
 from servegym.serve.router.workers.worker import carry
+from servegym.serve.until_told import loop_factory, serve_until_told
 
 _log = logging.getLogger(__name__)
 
