@@ -54,6 +54,9 @@ class StepCost:
     scales: Scales = "dynamic"
     expert_groups: int = 1
     shard: Shard = field(init=False, compare=False, repr=False)
+    _compiled: dict[tuple[int, int], CostGrid] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         shard = Shard(
@@ -309,5 +312,11 @@ class StepCost:
         Args:
             max_tokens: Largest token budget of a step.
             max_context: Longest context.
+
+        Returns:
+            The same object for the same arguments: leave its arrays as they are.
         """
-        return sample(self, max_tokens, max_context)
+        size = (max_tokens, max_context)
+        if size not in self._compiled:
+            self._compiled[size] = sample(self, *size)
+        return self._compiled[size]

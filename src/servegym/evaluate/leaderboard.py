@@ -97,14 +97,13 @@ def recorded_rules(record: dict[str, Any]) -> list[str]:
 def recorded_entries(suite: Suite, record: dict[str, Any]) -> list[dict[str, Any]]:
     """Make an entry of each rule that was recorded; nothing is played."""
     entries = []
+    played = [(scenario, load) for scenario in suite.scenarios for load in scenario.loads]
+    references = [reference(suite, record, scenario, load) for scenario, load in played]
     for text in recorded_rules(record):
         scenarios: dict[str, dict[str, Any]] = {}
-        for scenario in suite.scenarios:
-            for load in scenario.loads:
-                row = record["scenarios"][scenario.name][f"{load:g}"]["rules"].get(text)
-                if row is None:
-                    continue
-                there = reference(suite, record, scenario, load)
+        for (scenario, load), there in zip(played, references, strict=True):
+            row = record["scenarios"][scenario.name][f"{load:g}"]["rules"].get(text)
+            if row is not None:
                 scenarios.setdefault(scenario.name, {})[f"{load:g}"] = {
                     **{key: value for key, value in row.items() if key != "recorded_by"},
                     **_score_numbers(there.score(np.array(row["values"]))),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -192,16 +193,25 @@ def step_cost(entry: FleetEntry, model_name: str, precision: ScenarioFormat) -> 
             )
         path = Path(entry.calibration)
         return calibrated_cost(path, entry.gpu, model_name, entry.tp, precision)
-    spec, weights = gpu(entry.gpu), number_format(precision)
-    source = TableSource(spec, weights.fp8) if entry.costs == "tables" else None
+    return _bundled_cost(
+        entry.gpu, model_name, entry.tp, precision, entry.costs, kernels_of(entry.engine)
+    )
+
+
+@cache
+def _bundled_cost(
+    gpu_name: str,
+    model_name: str,
+    tp: int,
+    precision: ScenarioFormat,
+    costs: Literal["fits", "tables"],
+    engine: EngineName,
+) -> StepCost:
+    """Return the step cost by the bundled fits or tables; many scenarios share what it compiles."""
+    spec, weights = gpu(gpu_name), number_format(precision)
+    source = TableSource(spec, weights.fp8) if costs == "tables" else None
     return StepCost(
-        spec,
-        model(model_name),
-        entry.tp,
-        weights.fp8,
-        source,
-        engine=kernels_of(entry.engine),
-        scales=weights.scales,
+        spec, model(model_name), tp, weights.fp8, source, engine=engine, scales=weights.scales
     )
 
 
