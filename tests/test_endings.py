@@ -193,7 +193,7 @@ def test_output_folder_that_cannot_be_written_is_refused_first(place, capsys, mo
 @pytest.mark.slow
 def test_ctrl_c_keeps_the_checkpoint_and_the_same_command_goes_on(place, ctrl_c):
     pytest.importorskip("torch")
-    words = [*PROGRAM, *TRAIN, "--decisions", str(40 * 1024)]
+    words = [*PROGRAM, *TRAIN, "--decisions", str(12 * 1024)]
     environment = dict(os.environ, SERVEGYM_COMPILE_NOTICE="0")
     running = subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
