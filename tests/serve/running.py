@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
 import aiohttp
@@ -72,21 +72,23 @@ class Running:
 
 @contextlib.asynccontextmanager
 async def running(
-    num_replicas: int = 2, num_workers: int = 0, **settings
+    num_replicas: int = 2, num_workers: int = 0, roles: Sequence[str] = (), **settings
 ) -> AsyncIterator[Running]:
     """Start engines, a router and a client; stop all of them.
 
     Args:
         num_replicas: Engines.
         num_workers: Workers that carry the router's requests, on the same loop; 0: it does so.
+        roles: Of the replicas; without them all do everything.
         settings: Of the router's file.
     """
-    replicas = [Upstream() for _ in range(num_replicas)]
+    replicas = [Upstream() for _ in roles or range(num_replicas)]
     for replica in replicas:
         await replica.start()
     data = {
         "replicas": [
             {"name": f"r{i}", "url": replica.url, "rates": RATES}
+            | ({"role": roles[i]} if roles else {})
             for i, replica in enumerate(replicas)
         ],
         "listen": {"port": 0, "admin_port": 0},

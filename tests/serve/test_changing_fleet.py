@@ -59,9 +59,9 @@ class Seen:
         self._decide = dispatcher.runtime.decide
         dispatcher.runtime.decide = self
 
-    def __call__(self, observations, key):
+    def __call__(self, observations, key, **settings):
         self.seen.append([array.copy() for array in observations])
-        return self._decide(observations, key)
+        return self._decide(observations, key, **settings)
 
 
 def test_a_replica_that_has_gone_leaves_no_gap_in_what_policies_see():

@@ -28,6 +28,7 @@ class Upstream:
         healthy: What its health check says.
         tokens: Events of an answer.
         gap_s: Between them.
+        params: What it says of the KV that it keeps for another, if it is asked to keep it.
         document: Its answer to what is no completion.
         bodies: Requests it got.
         others: Path and body of requests that are no completions.
@@ -51,6 +52,7 @@ class Upstream:
         self.said = b'{"error": {"message": "no"}}'
         self.poison: str | None = None
         self.pad = ""
+        self.params: dict | None = None
         self.document: dict = {}
         self.bodies: list[dict] = []
         self.others: list[tuple[str, bytes]] = []
@@ -160,8 +162,10 @@ class Upstream:
         }
         if not body.get("stream") and not self.streams_always:
             await asyncio.sleep(self.gap_s * self.tokens)
+            keeps = (body.get("kv_transfer_params") or {}).get("do_remote_decode")
+            kept = {"kv_transfer_params": self.params} if keeps else {}
             return web.json_response(
-                {"choices": [{"text": "x " * self.tokens}], "usage": usage},
+                {"choices": [{"text": "x " * self.tokens}], "usage": usage} | kept,
                 headers={"X-Engine": "fake"},
             )
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})

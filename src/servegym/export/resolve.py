@@ -97,7 +97,7 @@ def rule_text(text: str) -> str:
     if len(split_parts(found)) > 1:
         raise ConfigError(
             f"{text} says who prefills and who decodes: name it alone, in a fleet whose replicas "
-            "have roles; a live router has none"
+            "have roles"
         )
     return found
 

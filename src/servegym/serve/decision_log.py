@@ -268,6 +268,16 @@ def _schema(pa: Any) -> Any:
             ),
         ]
     )
+    placement = pa.struct(
+        [
+            ("after_s", pa.float64()),
+            ("replica_name", pa.string()),
+            ("by", pa.string()),
+            ("reason", pa.string()),
+            ("duration_s", pa.float64()),
+            ("proposed", pa.string()),
+        ]
+    )
     followed = pa.struct([("key", pa.string()), ("delay_s", pa.float64()), ("by", pa.string())])
     return pa.schema(
         [
@@ -292,6 +302,9 @@ def _schema(pa: Any) -> Any:
             ("num_retries", pa.int16()),
             ("follows", followed),
             ("decisions", pa.list_(decision)),
+            ("prefill_replica_name", pa.string()),
+            ("prefilled_s", pa.float64()),
+            ("placements", pa.list_(placement)),
         ]
     )
 
@@ -348,6 +361,12 @@ def read_events(path: Path) -> NDArray[np.void]:
             place = numbers.get(decision.get("replica_name"), action) if action >= 0 else -1
             kind = {LOGGED_HOLD: s.EV_HOLD, LOGGED_REJECT: s.EV_REJECT}.get(action, s.EV_DISPATCH)
             events.append((time_s, 0.0, i, place, kind))
+        for placement in row.get("placements") or ():
+            place = numbers[placement["replica_name"]]
+            events.append((at_s + placement["after_s"], 0.0, i, place, s.EV_PLACE))
+        if (prefilled_s := row.get("prefilled_s")) is not None:
+            source = numbers[row["prefill_replica_name"]]
+            events.append((at_s + prefilled_s, 0.0, i, source, s.EV_PREFILLED))
         if row["ttft_s"] is not None:
             events.append((at_s + row["ttft_s"], 0.0, i, place, s.EV_FIRST_TOKEN))
         if row["status"] == "finished":
@@ -364,7 +383,10 @@ def _numbers(rows: list[Row]) -> dict[str, int]:
         for decision in row["decisions"]
         if decision.get("replica_name") is not None
     )
-    names = list(dict.fromkeys(name for name, _ in named))
+    placed = dict.fromkeys(  # where they decode that were prefilled elsewhere
+        str(placement["replica_name"]) for row in rows for placement in row.get("placements") or ()
+    )
+    names = list(dict.fromkeys([*(name for name, _ in named), *placed]))
     counted = {action for _, action in named}
     if len(names) == len(counted) == len(named):
         return dict(named)

@@ -29,6 +29,7 @@ from servegym.serve.decision_log import (
     logged_action,
 )
 from servegym.serve.loaded_policy import LoadedPolicy
+from servegym.serve.placing import Placing, Prefill
 from servegym.serve.requests.prediction import LengthPrediction, LengthPredictor
 from servegym.serve.requests.prefix_index import PrefixIndex
 from servegym.serve.requests.prompt import PrefixConfig, Prompt, PromptReader, Size
@@ -36,6 +37,7 @@ from servegym.serve.requests.recent_ends import Mark, RecentEnds
 from servegym.serve.runtime import Decision, PolicyRuntime, RuntimeConfig
 from servegym.serve.state import EngineMetrics, LiveRequest, LiveState
 from servegym.serve.ties import TieBreaker, counts_replicas
+from servegym.serve.transfers import Moving
 from servegym.typing import BoolArray, FloatArray
 from servegym.workloads.followed import Followed
 
@@ -106,6 +108,9 @@ class Job:
         follows: The answered request that it came after, for the log.
         mark: What those that follow it will know it by, until it has been answered.
         held_s: How long it has been on hold.
+        moving: It between the replica that prefills it and the one where it decodes.
+        prefill: Where and when it was prefilled last, if not where it decodes.
+        placements: Decisions where it decodes, for the log.
         ended: Whether its books are closed.
     """
 
@@ -122,11 +127,16 @@ class Job:
     follows: Followed | None = None
     mark: Mark | None = None
     held_s: float = 0.0
+    moving: Moving | None = None
+    prefill: Prefill | None = None
+    placements: list[dict[str, Any]] = field(default_factory=list)
     ended: bool = False
 
     @property
     def replica(self) -> int:
-        """Slot of the replica where it is, -1: nowhere."""
+        """Slot of the replica where it is, if only to be prefilled; -1: nowhere."""
+        if self.request.replica < 0 and self.moving is not None:
+            return self.moving.source
         return self.request.replica
 
 
@@ -149,6 +159,7 @@ class Dispatcher:
         index: The prefix index.
         predictor: Of output lengths.
         log: The decision log, if there is one.
+        placing: Where requests decode that are prefilled on their own.
 
     Raises:
         ServeGymError: If a part of the configuration cannot be used.
@@ -174,6 +185,7 @@ class Dispatcher:
         )
         self.runtime = PolicyRuntime(config.runtime)
         self.runtime.meet(self.state.replicas)
+        self.placing = Placing(self)
         self.predictor = LengthPredictor(config.prediction)
         self.reader = PromptReader(config.prefix)
         self.index = PrefixIndex([0] * len(self.names))
@@ -212,6 +224,7 @@ class Dispatcher:
     def remove(self, slot: int) -> None:
         """A replica has left the fleet, after its last request; its slot is free for another."""
         self.state.remove(slot)
+        self.placing.transfers.forget(slot)
         self.names[slot] = ""
         self.index.clear(slot)
         self.index.resize(slot, 0)
@@ -281,7 +294,8 @@ class Dispatcher:
     ) -> Decision:
         """Decide, and book the dispatch, the hold or the rejection.
 
-        A job that is at a replica is taken back first: that is a retry.
+        A job that is at a replica is taken back first: that is a retry. One that goes to a replica
+        that only prefills is to be placed then, see `placing`.
 
         Args:
             job: From `arrive`.
@@ -295,22 +309,29 @@ class Dispatcher:
         request = job.request
         self._take_back(job)
         now_s = self.clock()
+        transfers = self.placing.transfers
+        if transfers.are_possible:
+            transfers.see(None, now_s)
         seen = self.state.observe(
             request,
             now_s,
-            hit_tokens=self._hits(job),
+            hit_tokens=self.hits(job),
             allowed=allowed,
             may_hold=may_hold,
-            needs=self._needs,
+            needs=self.needs,
         )
-        decision = self._choose(seen, request.key, with_scores=with_scores)
+        decision = self.choose(seen, request.key, with_scores=with_scores)
         if self.log is not None:
             job.decisions.append(self._decision_row(job, decision, now_s, seen))
         if decision.action < self.state.num_slots:
-            if (learner := self._learner) is not None:
+            apart = transfers.only_prefills(decision.action)
+            if not apart and (learner := self._learner) is not None:
                 there, place = seen.replicas[0][:, self.state.in_use], self._place(decision.action)
                 learner.chosen(0, request, there, seen.request[0], place, now_s)
-            self.state.dispatch(request, decision.action, now_s)
+            if apart:
+                self.placing.begin(job, decision.action, now_s)
+            else:
+                self.state.dispatch(request, decision.action, now_s)
             self._ties.chose(decision.action)
             if math.isnan(job.first_dispatch_s):
                 job.first_dispatch_s = now_s
@@ -335,6 +356,8 @@ class Dispatcher:
         if job.request.prefill_is_pending:
             self.index.add(job.replica, job.prompt.keys)
             self.state.end_prefill(job.request)
+        elif job.moving is not None:
+            self.placing.landed(job)
 
     def first_token(self, job: Job) -> None:
         """The first token has come."""
@@ -347,6 +370,12 @@ class Dispatcher:
     def tokens(self, job: Job, count: int, now_s: float | None = None) -> None:
         """So many more output tokens have come, now if no time is given."""
         self.state.tokens(job.request, count, self.clock() if now_s is None else now_s)
+
+    def prefill_left_s(self, job: Job) -> float:
+        """Seconds until the prompt of a request should be computed, or its KV have come."""
+        if job.moving is not None:
+            return self.placing.transfers.left_s(job.moving, self.clock())
+        return self.state.prefill_left_s(job.request.replica)
 
     def usage(self, job: Job, *, prompt_tokens: int, cached_tokens: int | None = None) -> None:
         """An engine has said how long the prompt was."""
@@ -387,6 +416,7 @@ class Dispatcher:
             return
         row = self._row(job, status, job.request.generated_tokens)
         self.state.leave(job.request)
+        self.placing.give_up(job)
         if (learner := self._learner) is not None:
             learner.gone(0, job.request)
         self._write(job, row)
@@ -402,14 +432,23 @@ class Dispatcher:
         if self.log is not None:
             self.log.close()
 
-    def _choose(self, seen: Observations, key: str, *, with_scores: bool) -> Decision:
-        """Let the runtime decide, equally good replicas in turn."""
-        loaded = self.runtime.loaded
-        counts = counts_replicas(self.runtime.fallback) or (
-            loaded is not None and counts_replicas(loaded.policy)
-        )
+    def choose(
+        self, seen: Observations, key: str, *, with_scores: bool = False, placing: bool = False
+    ) -> Decision:
+        """Let the runtime decide, equally good replicas in turn; nothing is booked.
+
+        Args:
+            seen: A batch of one, by slot.
+            key: Of the request.
+            with_scores: Whether to ask the policy once more, for what it gives each choice.
+            placing: Whether it is about where a request decodes that is prefilled on its own.
+
+        Returns:
+            Its actions are slots, W to hold, and W + 1 to reject.
+        """
+        counts = any(map(counts_replicas, self.runtime.deciders(placing=placing)))
         shown, order = self._ties.show(seen, in_turn=not counts)
-        decision = self.runtime.decide(shown, key)
+        decision = self.runtime.decide(shown, key, placing=placing)
         proposed = decision.proposed
         scores = None
         if with_scores and proposed is not None:
@@ -427,8 +466,8 @@ class Dispatcher:
         """The fleet is another one; who remembers replicas by their place begins anew."""
         runtime = self.runtime
         runtime.meet(self.state.replicas)
-        for policy in (runtime.fallback, runtime.loaded.policy if runtime.loaded else None):
-            if policy is not None and counts_replicas(policy):
+        for policy in (*runtime.deciders(), *runtime.deciders(placing=True)):
+            if counts_replicas(policy):
                 policy.reset(1, runtime.config.seed)
 
     def _place(self, action: int) -> int:
@@ -439,9 +478,10 @@ class Dispatcher:
         return int(self.state.in_use[:action].sum())
 
     def _take_back(self, job: Job) -> None:
-        if job.request.replica >= 0:
+        if job.request.replica >= 0 or job.moving is not None:
             job.num_retries += 1
             self.state.leave(job.request)
+            self.placing.give_up(job)
 
     def _size_index(self, replica: int) -> None:
         tokens = self.state.kv_capacity_tokens(replica) * self._share
@@ -454,18 +494,20 @@ class Dispatcher:
         return loaded.policy if loaded and isinstance(loaded.policy, OnlinePolicy) else None
 
     @property
-    def _needs(self) -> Group:
+    def needs(self) -> Group:
         """Groups of features that whoever may decide reads."""
         loaded = self.runtime.loaded
         if self._needed is None or self._needed[0] is not loaded:
-            needs = self.runtime.fallback.needs | (loaded.policy.needs if loaded else Group(0))
+            needs = Group(0)
+            for policy in (*self.runtime.deciders(), *self.runtime.deciders(placing=True)):
+                needs |= policy.needs
             self._needed = loaded, needs
         return self._needed[1]
 
-    def _hits(self, job: Job) -> FloatArray | None:
+    def hits(self, job: Job) -> FloatArray | None:
         """Tokens believed cached; the last token of a prompt is always computed."""
         prompt = job.prompt
-        if not len(prompt.keys) or not self._needs & _BY_PREFIX:
+        if not len(prompt.keys) or not self.needs & _BY_PREFIX:
             return None
         blocks = self.index.leading_blocks(prompt.keys)
         hits = blocks * prompt.block_tokens
@@ -534,6 +576,9 @@ class Dispatcher:
             "num_retries": job.num_retries,
             "follows": None if job.follows is None else job.follows._asdict(),
             "decisions": job.decisions,
+            "prefill_replica_name": job.prefill.replica if job.prefill else None,
+            "prefilled_s": job.prefill.after_s if job.prefill else None,
+            "placements": job.placements,
         }
 
     def _write(self, job: Job, row: dict[str, Any] | None) -> None:

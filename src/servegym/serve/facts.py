@@ -21,7 +21,7 @@ from servegym.cluster.nominal import (
 )
 from servegym.cluster.spec import ClusterSpec, ReplicaType
 from servegym.costs.step import StepCost
-from servegym.policy.contract import NUM_NOMINAL
+from servegym.policy.contract import NO_BOUND, NUM_NOMINAL
 from servegym.typing import FloatArray
 
 
@@ -39,6 +39,7 @@ class Hardware(BaseModel):
         max_num_batched_tokens: Engine setting.
         kv_memory_fraction: Share of the memory that the engine may use.
         kv_capacity_tokens: Size of the KV cache, if it is known better.
+        link_gb_per_s: At which KV comes and goes where replicas have roles; `None`: not known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -53,6 +54,7 @@ class Hardware(BaseModel):
     max_num_batched_tokens: int = Field(2048, ge=1)
     kv_memory_fraction: float = Field(0.9, gt=0, le=1)
     kv_capacity_tokens: int | None = Field(None, ge=1)
+    link_gb_per_s: float | None = Field(None, gt=0)
 
     def replica_type(self) -> ReplicaType:
         """Make it a replica of the simulator.
@@ -60,10 +62,7 @@ class Hardware(BaseModel):
         Raises:
             ConfigError: If a name is unknown or the calibration was made for another.
         """
-        if self.calibration is not None:
-            cost = calibrated_cost(self.calibration, self.gpu, self.model, self.tp, self.precision)
-        else:
-            cost = StepCost(gpu(self.gpu), model(self.model), self.tp, self.precision == "fp8")
+        cost = self._cost()
         tokens = self.kv_capacity_tokens or cost.kv_capacity_tokens(self.kv_memory_fraction)
         return ReplicaType(
             name=f"{self.gpu} x{self.tp}",
@@ -72,6 +71,17 @@ class Hardware(BaseModel):
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_num_seqs=self.max_num_seqs,
         )
+
+    def kv_rate(self) -> float:
+        """Tokens whose KV its link moves in a second; 0: not known."""
+        if self.link_gb_per_s is None:
+            return 0.0
+        return min(1e9 * self.link_gb_per_s / self._cost().kv_token_bytes, NO_BOUND)
+
+    def _cost(self) -> StepCost:
+        if self.calibration is not None:
+            return calibrated_cost(self.calibration, self.gpu, self.model, self.tp, self.precision)
+        return StepCost(gpu(self.gpu), model(self.model), self.tp, self.precision == "fp8")
 
 
 class Rates(BaseModel):
@@ -84,6 +94,8 @@ class Rates(BaseModel):
         kv_capacity_tokens: Size of the KV cache; 0: ask the engine's metrics.
         max_num_seqs: Engine setting.
         max_num_batched_tokens: Engine setting.
+        kv_tokens_per_s: Tokens whose KV comes or goes in a second where replicas have roles; 0: not
+            known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -94,6 +106,7 @@ class Rates(BaseModel):
     kv_capacity_tokens: int = Field(0, ge=0)
     max_num_seqs: int = Field(256, ge=1)
     max_num_batched_tokens: int = Field(2048, ge=1)
+    kv_tokens_per_s: float = Field(0.0, ge=0)
 
     def reference_request_s(self) -> float:
         """Engine seconds of the simulator's reference request, as far as these numbers tell."""
@@ -101,6 +114,11 @@ class Rates(BaseModel):
         step_s = self.decode_step_s + (batch - 1) * self.decode_seq_s
         prefill_s = REFERENCE_PROMPT_TOKENS / self.prefill_tokens_per_s
         return prefill_s + REFERENCE_OUTPUT_TOKENS * step_s / batch
+
+
+def kv_tokens_per_s(entry: Hardware | Rates) -> float:
+    """Return how many tokens' KV a replica's link moves in a second; 0 where it is not known."""
+    return entry.kv_rate() if isinstance(entry, Hardware) else entry.kv_tokens_per_s
 
 
 @functools.lru_cache(maxsize=64)  # equal replicas are compiled once

@@ -48,8 +48,9 @@ class RuntimeConfig(BaseModel):
     """Which policy decides, who steps in for it, and when.
 
     Attributes:
-        policy: A rule (`"added-delay:prefill=1.9"`) or the path of a `policy.onnx` or `score.json`.
-        fallback: The rule that decides whenever the policy may not.
+        policy: A rule (`"added-delay:prefill=1.9"`) or the path of a `policy.onnx` or `score.json`;
+            where replicas have roles `"DISPATCH+PLACEMENT"`, or the path of a `placed.npz`.
+        fallback: The rule that decides whenever the policy may not; it may have two parts, too.
         require_policy: Refuse to start without the policy; else the fallback decides until a
             reload brings a good one.
         mode: `live` acts by the policy, `shadow` only watches it.
@@ -128,6 +129,7 @@ class PolicyRuntime:
         canary_fraction: May be changed.
         loaded: The policy in place, if there is one.
         fallback: The rule that decides when the policy may not.
+        place_fallback: That which then decides where requests decode.
         counters: Decisions by reason.
         breaker: The circuit breaker.
         latency: Seconds per decision.
@@ -159,7 +161,8 @@ class PolicyRuntime:
         self.loaded: LoadedPolicy | None = None
         if config.fallback.endswith(DISPATCH_SUFFIXES):
             raise ConfigError(f"the fallback must be a rule by name, got {config.fallback!r}")
-        self.fallback = load_policy(config.fallback, config).policy
+        safe = load_policy(config.fallback, config)
+        self.fallback, self.place_fallback = safe.policy, safe.place
         if _reads_metrics(self.fallback):
             _log.warning("the fallback %s reads engine metrics itself", config.fallback)
         try:
@@ -228,18 +231,28 @@ class PolicyRuntime:
         self.install(loaded)
         return loaded
 
-    def decide(self, observations: Observations, key: str = "") -> Decision:
+    def deciders(self, *, placing: bool = False) -> tuple[Policy, ...]:
+        """Return the fallback and, if there is one, the policy; of placings if that is asked."""
+        loaded = self.loaded
+        if placing:
+            return (self.place_fallback, *([loaded.place] if loaded else ()))
+        return (self.fallback, *([loaded.policy] if loaded else ()))
+
+    def decide(
+        self, observations: Observations, key: str = "", *, placing: bool = False
+    ) -> Decision:
         """Decide for one request; never raises.
 
         Args:
             observations: A batch of one. Metrics that were never seen have an age of `NO_BOUND`.
             key: Of the request; the same key is always inside or outside of the canary's share.
+            placing: Whether it is about where a request decodes that is prefilled on its own.
         """
         begin_s = self.clock()
         proposed: int | None = None
         reason = self._forbidden(observations) or self._choose_side(key, begin_s)
         if self._is_asked(reason, begin_s):
-            doubt = self._doubt(observations)
+            doubt = self._doubt(observations, placing=placing)
             if doubt is not None:
                 reason = doubt
                 if self.silence.kept_out():
@@ -247,21 +260,21 @@ class PolicyRuntime:
             else:
                 if num_missed := self.silence.asked():
                     _log.warning("the policy is asked again, after %d decisions", num_missed)
-                proposed, fault = self._ask(observations, begin_s)
+                proposed, fault = self._ask(observations, begin_s, placing=placing)
                 reason = fault or reason
         by: Literal["policy", "fallback"] = "fallback"
         propensity: float | None = None
         if proposed is not None and (reason is None or self._may_be_late(reason, begin_s)):
             action, by = proposed, "policy"
             reason = reason or Reason.POLICY
-            if share := self.config.explored:
+            if (share := self.config.explored) and not placing:
                 mask = observations.mask[0]
                 action, propensity = explore(proposed, mask, share, self._explorer)
                 if reason is Reason.POLICY and action != proposed:
                     reason = Reason.EXPLORED
         else:
             assert reason is not None
-            action, reason = self._fall_back(observations, reason)
+            action, reason = self._fall_back(observations, reason, placing=placing)
         duration_s = self.clock() - begin_s
         self._count(by, action, proposed, reason, duration_s)
         return Decision(action, by, reason, duration_s, proposed, propensity)
@@ -321,12 +334,12 @@ class PolicyRuntime:
             return Reason.CANARY
         return None
 
-    def _doubt(self, observations: Observations) -> Reason | None:
+    def _doubt(self, observations: Observations, *, placing: bool) -> Reason | None:
         """Say why the policy should not judge by what is seen, if so."""
         loaded = self.loaded
         assert loaded is not None
         replicas, request = observations.replicas[0], observations.request[0]
-        if _reads_metrics(loaded.policy):
+        if _reads_metrics(loaded.place if placing else loaded.policy):
             oldest_s = replicas[METRICS_AGE_S].max(
                 where=observations.mask[0, :-2], initial=0.0
             )  # NaN is found below
@@ -337,7 +350,7 @@ class PolicyRuntime:
         shown = replicas[:NUM_OBSERVED_FEATURES]
         if not (np.isfinite(shown).all() and np.isfinite(request).all()):
             return Reason.NAN
-        if loaded.ranges is not None:
+        if loaded.ranges is not None and not placing:
             far = loaded.ranges.far(observations)
             for name in far:
                 self.features_out[name] = self.features_out.get(name, 0) + 1
@@ -345,13 +358,16 @@ class PolicyRuntime:
                 return Reason.OUT_OF_RANGE
         return None
 
-    def _ask(self, observations: Observations, begin_s: float) -> tuple[int | None, Reason | None]:
+    def _ask(
+        self, observations: Observations, begin_s: float, *, placing: bool
+    ) -> tuple[int | None, Reason | None]:
         """Ask the policy; return its answer, if it is one, and its fault, if any."""
         assert self.loaded is not None
         fault: Reason | None = None
         action: int | None = None
         try:
-            action = int(self.loaded.policy.act(observations, _ENV)[0])
+            policy = self.loaded.place if placing else self.loaded.policy
+            action = int(policy.act(observations, _ENV)[0])
         except Exception:
             _log.exception("%s failed", self.loaded.text)
             fault = Reason.ERROR
@@ -367,7 +383,9 @@ class PolicyRuntime:
             _log.error("%s is out of service after faults (%s): %s decides", text, fault, fallback)
         return action, fault
 
-    def _fall_back(self, observations: Observations, reason: Reason) -> tuple[int, Reason]:
+    def _fall_back(
+        self, observations: Observations, reason: Reason, *, placing: bool
+    ) -> tuple[int, Reason]:
         mask = observations.mask[0]
         if reason in (Reason.SCHEMA, Reason.FORCED):
             return self._last_resort(mask), reason
@@ -376,7 +394,8 @@ class PolicyRuntime:
                 finite = np.nan_to_num(observations.replicas, nan=0.0, posinf=1e9, neginf=0.0)
                 request = np.nan_to_num(observations.request, nan=0.0, posinf=1e9, neginf=0.0)
                 observations = Observations(finite, request, observations.mask)
-            action = int(self.fallback.act(observations, _ENV)[0])
+            fallback = self.place_fallback if placing else self.fallback
+            action = int(fallback.act(observations, _ENV)[0])
             if is_allowed(action, mask):
                 return action, reason
         except Exception:

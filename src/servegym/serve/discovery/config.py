@@ -9,6 +9,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from servegym.cluster.spec import Role
 from servegym.serve.facts import Hardware, Rates
 
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
@@ -27,6 +28,8 @@ class TemplateConfig(_Config):
         hardware: What they run on, if servegym knows its costs.
         rates: Their numbers, instead.
         metrics_path: Of their Prometheus page.
+        role: What they do of a request.
+        bootstrap_port: Of SGLang servers that prefill.
     """
 
     names: str = Field("*", min_length=1)
@@ -34,6 +37,8 @@ class TemplateConfig(_Config):
     hardware: Hardware | None = None
     rates: Rates | None = None
     metrics_path: str = Field("/metrics", pattern="^/")
+    role: Role = "mixed"
+    bootstrap_port: int = Field(8998, ge=1, le=65535)
 
     @model_validator(mode="after")
     def _has_facts(self) -> Self:

@@ -60,6 +60,8 @@ def described(
                 hardware=fitting.hardware,
                 rates=fitting.rates,
                 metrics_url=server.url + fitting.metrics_path,
+                role=fitting.role,
+                bootstrap_port=fitting.bootstrap_port,
             )
         except ValidationError:
             complaints.append(f"{server.url} is no url: {server.name} is left out")

@@ -16,6 +16,7 @@ from servegym.serve.discovery.found import place
 from servegym.serve.dispatcher import DispatchConfig
 from servegym.serve.router.config import HealthConfig, RequestConfig, RouterConfig, ScrapeConfig
 from servegym.serve.router.replica import ReplicaConfig, check_distinct
+from servegym.serve.router.roles import PICKER_AND_ROLES, refuse_role, refuse_roles
 
 
 class _Config(BaseModel):
@@ -52,8 +53,9 @@ def check_endpoint(replica: ReplicaConfig) -> None:
     """Check that gateways can name a replica that comes from elsewhere than the picker's file.
 
     Raises:
-        ConfigError: If they cannot.
+        ConfigError: If they cannot, or it does only a part of a request.
     """
+    refuse_role(replica, PICKER_AND_ROLES)
     try:
         endpoint_of(replica.name, replica.url)
     except ValueError as error:
@@ -180,6 +182,7 @@ class PickerConfig(_Config):
             if other != replica.name:
                 raise ValueError(f"replicas {other} and {replica.name} have the same endpoint")
         check_distinct(self.replicas)
+        refuse_roles(self.replicas, self.discover, PICKER_AND_ROLES)
         if not self.replicas and self.replicas_file is None and self.discover is None:
             raise ValueError("there is no replica: give replicas, replicas_file or discover")
         if self.discover is not None:

@@ -182,6 +182,7 @@ class Admin:
             "name": member.replica.name,
             "url": member.replica.url,
             "source": member.source,
+            "role": member.replica.role,
             "takes_requests": not leaving and state.is_up(member.slot),
             "leaving": leaving,
             "outstanding_requests": state.outstanding(member.slot),
@@ -229,6 +230,7 @@ class Admin:
             self._dispatcher.clock(),
         )
         replicas, sizes = [], dispatcher.index.sizes()
+        transfers = dispatcher.placing.transfers
         for r, health in sorted(self._health.replicas.items()):
             standing = self._health.ejection.standings[r]
             age_s = state.metrics_age_s(r, now_s)
@@ -236,6 +238,7 @@ class Admin:
             replicas.append(
                 {
                     "name": dispatcher.names[r],
+                    "role": transfers.role(r),
                     "takes_requests": state.is_up(r),
                     "healthy": health.up,
                     "draining": health.draining,

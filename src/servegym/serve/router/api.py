@@ -14,6 +14,7 @@ from servegym.serve.requests.prompt import Prompt, PromptReader, Size
 from servegym.serve.router.auth import Keys
 from servegym.serve.router.client import Request, Server
 from servegym.serve.router.config import RouterConfig
+from servegym.serve.router.disaggregation import is_divisible
 from servegym.serve.router.errors import RequestError
 from servegym.serve.router.forms import FORMS, Form
 from servegym.serve.router.logs import REQUEST_ID, log_request
@@ -185,6 +186,7 @@ class Api:
                 session or asked.session or None,
                 read_s,
                 trace is not None and trace.sampled,
+                is_divisible(form, asked.fields),
             )
         )
         seat = await place(placement, trace)

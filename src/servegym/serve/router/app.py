@@ -8,6 +8,7 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import aiohttp
 from aiohttp import web
@@ -39,6 +40,7 @@ from servegym.serve.router.otel import tracing_of
 from servegym.serve.router.pages import Pages
 from servegym.serve.router.proxy import Proxy
 from servegym.serve.router.reply import Reply
+from servegym.serve.router.roles import WORKERS_AND_ROLES, refuse_role
 from servegym.serve.router.telemetry import Telemetry
 from servegym.serve.router.upstream import KEEPALIVE_S
 from servegym.serve.router.workers.decider import Decider, Shared
@@ -131,7 +133,13 @@ class Router:
         pages = Pages(self._health, self._metrics_page)
         self._desk = desk = LocalDesk(config, self.dispatcher, self._health, self.telemetry, pages)
         self._fleet = Fleet(
-            config.replicas, self.dispatcher, self._health, self._poller, desk, self.telemetry
+            config.replicas,
+            self.dispatcher,
+            self._health,
+            self._poller,
+            desk,
+            self.telemetry,
+            check=None if self._shared is None else partial(refuse_role, reason=WORKERS_AND_ROLES),
         )
         admin = Admin(
             self.dispatcher,
@@ -235,7 +243,7 @@ class Router:
 
     async def _take_clients(self, desk: LocalDesk) -> None:
         config, clock = self.config, self.dispatcher.clock
-        self._proxy = Proxy(config.request, clock, self._upstream_key)
+        self._proxy = Proxy(config.request, clock, self._upstream_key, config.disaggregation)
         self._api = Api(config, desk, self.dispatcher.reader, self._proxy, self._keys, clock)
         self._server = self._api.server()
         self._ports.append(await self._server.start(config.listen.host, config.listen.port))

@@ -43,6 +43,14 @@ class Books:
         for times in self.times(job, replica):
             times.queue.observe(queued_s)
 
+    def prefilled(self, job: Job, attempt: Attempt) -> None:
+        """A replica has prefilled a request that decodes elsewhere."""
+        self._ejection.first_token(attempt)
+        self._ejection.whole(attempt)
+        name = self.dispatcher.names[attempt.replica]
+        self._telemetry.prefills[name, "ok"] += 1
+        self._telemetry.prefill.observe(self.dispatcher.clock() - attempt.dispatch_s)
+
     def begin(self, job: Job, attempt: Attempt, failures: Failures) -> None:
         """The first token of a stream has come; those who failed it before are judged."""
         self._answered(attempt, failures)

@@ -16,6 +16,7 @@ from servegym.serve.discovery.config import DiscoverConfig
 from servegym.serve.dispatcher import DispatchConfig
 from servegym.serve.router.headers import DEFAULT_FORWARDED, check_rules
 from servegym.serve.router.replica import ReplicaConfig, check_distinct
+from servegym.serve.router.roles import WORKERS_AND_ROLES, refuse_roles
 
 #: One decider keeps no more busy.
 MAX_WORKERS = 64
@@ -155,6 +156,25 @@ class RequestConfig(_Config):
         return value
 
 
+class DisaggregationConfig(_Config):
+    """How a replica that only prefills and one that decodes do a request together.
+
+    Attributes:
+        protocol: Of their servers: `nixl` (vLLM with its NIXL connector: one after the other),
+            `sglang` (SGLang: both at once) or `sidecar` (llm-d: a sidecar in front of the replica
+            that decodes asks the other); see `serve.router.disaggregation`.
+        prefill_timeout_s: For a prefill to be done, from its dispatch.
+    """
+
+    protocol: Literal["nixl", "sglang", "sidecar"] = "nixl"
+    prefill_timeout_s: float = Field(60.0, gt=0)
+
+    @property
+    def decoders_prefill(self) -> bool:
+        """Whether a replica of role `decode` can do all of a request; SGLang's cannot."""
+        return self.protocol != "sglang"
+
+
 class HealthConfig(_Config):
     """When a replica counts as up.
 
@@ -275,6 +295,7 @@ class RouterConfig(_Config):
         limits: Of every tenant that `tenants` does not name.
         tenants: Limits by tenant.
         request: What is accepted, and how long things may take.
+        disaggregation: How replicas of roles `prefill` and `decode` do a request together.
         health: Of replicas.
         metrics: Of replicas.
         log: What is said on standard error.
@@ -292,6 +313,7 @@ class RouterConfig(_Config):
     limits: LimitConfig = LimitConfig()
     tenants: Mapping[str, LimitConfig] = {}
     request: RequestConfig = RequestConfig()
+    disaggregation: DisaggregationConfig = DisaggregationConfig()
     health: HealthConfig = HealthConfig()
     metrics: ScrapeConfig = ScrapeConfig()
     log: LogConfig = LogConfig()
@@ -314,7 +336,17 @@ class RouterConfig(_Config):
         for limit in (self.limits, *self.tenants.values()):
             if limit.slo_class is not None and limit.slo_class not in classes:
                 raise ValueError(unknown_name("SLO class", limit.slo_class, classes))
+        self.check_roles()
         return self
+
+    def check_roles(self) -> None:
+        """Check that whoever carries requests can carry them between replicas with roles.
+
+        Raises:
+            ValueError: If several workers would have to.
+        """
+        if self.listen.workers > 1:
+            refuse_roles(self.replicas, self.discover, WORKERS_AND_ROLES)
 
 
 def read_config(path: Path) -> RouterConfig:
@@ -336,12 +368,17 @@ def with_workers(config: RouterConfig, workers: int) -> RouterConfig:
     """Return a configuration with so many workers.
 
     Raises:
-        ConfigError: If there cannot be so many.
+        ConfigError: If there cannot be so many, or replicas have roles.
     """
     if not 1 <= workers <= MAX_WORKERS:
         raise ConfigError(f"--workers must be from 1 to {MAX_WORKERS}, got {workers}")
     listen = config.listen.model_copy(update={"workers": workers})
-    return config.model_copy(update={"listen": listen})
+    config = config.model_copy(update={"listen": listen})
+    try:
+        config.check_roles()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return config
 
 
 def parse_config(data: Mapping[str, object], origin: str) -> RouterConfig:

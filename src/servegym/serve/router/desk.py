@@ -13,6 +13,7 @@ from servegym.serve.router.local_placement import LocalPlacement
 from servegym.serve.router.pages import Pages
 from servegym.serve.router.reply import Reply
 from servegym.serve.router.retry_budget import RetryBudget
+from servegym.serve.router.split_placement import SplitPlacement
 from servegym.serve.router.telemetry import Telemetry
 
 
@@ -29,6 +30,7 @@ class LocalDesk:
     Attributes:
         draining: Whether new requests are refused.
         urls: Of the replicas' servers, by slot.
+        bootstrap_ports: Of the replicas that are SGLang servers and prefill, by slot.
         line: Of requests that wait for a replica with room.
     """
 
@@ -51,6 +53,7 @@ class LocalDesk:
         )
         self.books = Books(dispatcher, health, telemetry)
         self.urls: dict[int, str] = {}
+        self.bootstrap_ports: dict[int, int] = {}
         self.line = Line()
         self._pages = pages
 
@@ -66,6 +69,7 @@ class LocalDesk:
     def remove(self, replica: int) -> None:
         """A replica has gone, after its last request."""
         del self.urls[replica]
+        self.bootstrap_ports.pop(replica, None)
 
     def enter(self, tenant: str, key: str) -> LocalPlacement:
         """Admit a request; see `Desk`.
@@ -78,6 +82,8 @@ class LocalDesk:
             raise self.come_again(503, message, "stopping")
         self.limits.enter(tenant, self.dispatcher.clock())
         self.telemetry.in_flight += 1
+        if self.dispatcher.placing.transfers.are_possible:
+            return SplitPlacement(self, tenant, key)
         return LocalPlacement(self, tenant, key)
 
     def come_again(self, status: int, message: str, code: str) -> RequestError:

@@ -32,6 +32,7 @@ class Explanation(NamedTuple):
         predicted_output_tokens: Of the request.
         end_ns: When it had been taken, nanoseconds since 1970.
         duration_s: From the observation to the decision, seconds.
+        about: `dispatch`, or `placement`: where it decodes, being prefilled elsewhere.
     """
 
     action: str
@@ -51,10 +52,17 @@ class Explanation(NamedTuple):
     predicted_output_tokens: float
     end_ns: int
     duration_s: float
+    about: str = "dispatch"
 
 
 def decide_explained(
-    dispatcher: Dispatcher, job: Job, *, allowed: BoolArray, may_hold: bool, attempts: int
+    dispatcher: Dispatcher,
+    job: Job,
+    *,
+    allowed: BoolArray,
+    may_hold: bool,
+    attempts: int,
+    placing: bool = False,
 ) -> Explanation:
     """Decide, and say among whom and why.
 
@@ -64,10 +72,14 @@ def decide_explained(
         allowed: Replicas in question, by slot, `bool[W]`.
         may_hold: Whether it may be held (again).
         attempts: Replicas that have failed the request before.
+        placing: Whether it is about where the request decodes.
     """
     slots = np.flatnonzero(allowed).tolist()
     outstanding = tuple(float(dispatcher.state.outstanding(slot)) for slot in slots)
-    decision = dispatcher.decide(job, allowed=allowed, may_hold=may_hold, with_scores=True)
+    if placing:
+        decision = dispatcher.placing.decide(job, allowed)
+    else:
+        decision = dispatcher.decide(job, allowed=allowed, may_hold=may_hold, with_scores=True)
     end_ns = time.time_ns()
     loaded, scores = dispatcher.runtime.loaded, decision.scores
     return Explanation(
@@ -88,6 +100,7 @@ def decide_explained(
         predicted_output_tokens=float(job.request.predicted_output_tokens),
         end_ns=end_ns,
         duration_s=decision.duration_s,
+        about="placement" if placing else "dispatch",
     )
 
 

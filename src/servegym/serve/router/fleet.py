@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from servegym.errors import ConfigError, unknown_name
 from servegym.serve.dispatcher import Dispatcher
-from servegym.serve.facts import replica_facts
+from servegym.serve.facts import kv_tokens_per_s, replica_facts
 from servegym.serve.monitoring.poller import MetricsPoller
 from servegym.serve.router.desk import LocalDesk
 from servegym.serve.router.health import Health
@@ -137,8 +137,8 @@ class Fleet:
         """Make the replicas of a source those that it names now.
 
         Those of other names join, those no longer named leave. One that is named with another url
-        is another one; one with other hardware is known better. Whoever has the name or url of
-        another source's replica stays out, which is said.
+        or role is another one; one with other hardware is known better. Whoever has the name or
+        url of another source's replica stays out, which is said.
 
         Args:
             source: For the log.
@@ -154,7 +154,10 @@ class Fleet:
         named = {replica.name: replica for replica in replicas}
         for member in [m for m in self if m.source == source]:
             found = named.get(member.replica.name)
-            if found is None or found.place != member.replica.place:
+            if found is None or (found.place, found.role) != (
+                member.replica.place,
+                member.replica.role,
+            ):
                 self._leave(member)
             elif found != member.replica:
                 self._learn(member, found, facts[found.name])
@@ -202,12 +205,18 @@ class Fleet:
         slot, replica = member.slot, member.replica
         self._members[replica.name] = member
         self._desk.add(slot, replica.url)
+        self._desk.bootstrap_ports[slot] = replica.bootstrap_port
+        rate = kv_tokens_per_s(replica.facts)
+        self._dispatcher.placing.set_role(slot, replica.role, rate)
         self._poller.add(slot, replica.metrics_page)
         self._health.add(slot, replica.url)
 
     def _learn(self, member: Member, replica: ReplicaConfig, facts: FloatArray) -> None:
         """A replica is the same, and described otherwise."""
         self._dispatcher.state.set_facts(member.slot, facts)
+        self._desk.bootstrap_ports[member.slot] = replica.bootstrap_port
+        rate = kv_tokens_per_s(replica.facts)
+        self._dispatcher.placing.set_role(member.slot, replica.role, rate)
         if replica.metrics_page != member.replica.metrics_page:
             self._poller.remove(member.slot)
             self._poller.add(member.slot, replica.metrics_page)
@@ -234,7 +243,8 @@ class Fleet:
         """Free the slots of those that have no request left."""
         for member in self._leaving.copy():
             slot, name = member.slot, member.replica.name
-            if self._dispatcher.state.outstanding(slot) or not self._health.is_idle(slot):
+            is_idle = self._health.is_idle(slot) and not self._dispatcher.state.outstanding(slot)
+            if not is_idle or self._dispatcher.placing.transfers.is_holding(slot):
                 continue
             self._leaving.remove(member)
             for part in (self._desk, self._poller, self._health, self._dispatcher):

@@ -35,6 +35,8 @@ _CONNECTION = frozenset(
         "upgrade",
     }
 )
+#: Names the replica that prefills to llm-d's sidecar, as `host:port`.
+PREFILLER_HEADER = "x-prefiller-host-port"
 #: Never forwarded to a replica: those, what describes the body as the client sent it (the router
 #: has unpacked it), what would pack the answer (the router reads along), and the client's key.
 _NEVER_FORWARDED = _CONNECTION | {
@@ -46,6 +48,7 @@ _NEVER_FORWARDED = _CONNECTION | {
     "host",
     "x-api-key",
     "x-request-id",
+    PREFILLER_HEADER,
 }
 #: Never passed back to a client.
 _NEVER_RETURNED = _CONNECTION | {"content-length", "date", "server", "x-request-id"}

@@ -187,7 +187,7 @@ class LocalPlacement:
             message = "all replicas are full, and others wait: come again later"
             raise desk.come_again(429, message, "overloaded")
         else:
-            raise no_replica(config.retry_after_s)
+            raise no_replica(config.retry_after_s, self._missing())
         # many that wait for a replica to come up need not all look so often
         return min(1.0, config.hold_s * (1.0 + dispatcher.state.num_held / 20.0))
 
@@ -278,19 +278,24 @@ class LocalPlacement:
         self._desk.telemetry.in_flight -= 1
         self._desk.limits.leave(self._tenant)
 
-    def _sit_down(self, replica: int) -> Seat:
-        """A replica has been chosen."""
+    def _note_dispatch(self, replica: int) -> None:
+        """It has to wait no longer."""
         desk, job = self._desk, self.job
         desk.line.leave(self.waiting)
         if self._attempt is None:
             passed_s = desk.dispatcher.clock() - self._read_s - job.held_s
             desk.telemetry.overhead.observe(passed_s)
             desk.books.dispatched(job, replica)
+
+    def _sit_down(self, replica: int) -> Seat:
+        """A replica has been chosen."""
+        desk, job = self._desk, self.job
+        self._note_dispatch(replica)
         self._times = desk.books.times(job, replica)
         self._attempt = attempt = desk.health.ejection.begin(replica, stream=self._stream)
         if not self._stream:
             # no one will say when the prompt is computed: take the known rate for it
-            left_s = desk.dispatcher.state.prefill_left_s(replica)
+            left_s = desk.dispatcher.prefill_left_s(job)
             loop = asyncio.get_running_loop()
             self._prefill = loop.call_later(left_s, desk.dispatcher.end_prefill, job)
         return Seat(
@@ -356,18 +361,30 @@ class LocalPlacement:
             return min(self._desk.health.ejection.trial_s, config.first_byte_timeout_s)
         return config.first_byte_timeout_s
 
+    def _missing(self) -> str:
+        """What it waits for that takes no requests, in words."""
+        return "replica"
+
+    def _is_too_late(self, error: UpstreamError) -> bool:
+        """Whether a failure has used up the time for a whole answer."""
+        return error.cause == "timeout" and not self._stream
+
+    def _has_another(self) -> bool:
+        """Whether a replica may have it that has not failed it."""
+        return not self._allowed()[list(self._tried)].any()
+
     def _may_try_again(self, error: UpstreamError) -> bool:
         desk, failures = self._desk, self._failures
         if len(failures) > desk.config.request.max_retries:
             return False
-        if error.cause == "timeout" and not self._stream:
+        if self._is_too_late(error):
             return False
         if error.of_connection:
             return True
         denied: str | None = None
         if sum(e.refusal is not None and not e.is_full for _, e in failures) > 1:
             denied = "request"  # two replicas say so: it is the request
-        elif self._allowed()[list(self._tried)].any():
+        elif not self._has_another():
             denied = "replicas"  # there is no other
         elif not desk.budget.take(desk.telemetry.in_flight):
             denied = "budget"

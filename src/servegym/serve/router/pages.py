@@ -62,11 +62,11 @@ def no_model(name: str, models: Iterable[str]) -> RequestError:
     return RequestError(404, f"there is no model {name!r}, only {known}", "model_not_found")
 
 
-def no_replica(retry_after_s: float) -> RequestError:
-    """Make the error of a request that no replica takes."""
+def no_replica(retry_after_s: float, missing: str = "replica") -> RequestError:
+    """Make the error of a request that no replica takes, or none of those that are `missing`."""
     return RequestError(
         503,
-        "no replica takes requests now: come again later",
+        f"no {missing} takes requests now: come again later",
         "no_replica",
         retry_after_s=retry_after_s,
     )

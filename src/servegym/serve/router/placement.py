@@ -6,7 +6,7 @@ Both may be one process (`desk`), or the bytes are carried by workers that ask o
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from servegym.serve.requests.prompt import Prompt, Size
 from servegym.serve.router.explanation import Explanation
@@ -26,6 +26,7 @@ class Arrival(NamedTuple):
         session: Name of its conversation, if it gives one.
         read_s: When the body was there, on the clock that all processes of a machine share.
         traced: Whether decisions about it are to be explained.
+        divisible: Whether one replica can prefill it and another decode it.
     """
 
     prompt: Prompt | Size
@@ -36,6 +37,24 @@ class Arrival(NamedTuple):
     session: str | None
     read_s: float
     traced: bool = False
+    divisible: bool = False
+
+
+class Apart(NamedTuple):
+    """A part of a request that two replicas do.
+
+    Attributes:
+        step: What the one does that the seat is at: `prefill`, after which it is to be placed
+            again; `decode`, after that; or `both`: to decode, while the other prefills.
+        name: Of the replica that prefills.
+        url: Of that.
+        bootstrap_port: Of that, where it is an SGLang server.
+    """
+
+    step: Literal["prefill", "decode", "both"]
+    name: str
+    url: str
+    bootstrap_port: int = 0
 
 
 class Seat(NamedTuple):
@@ -48,6 +67,7 @@ class Seat(NamedTuple):
         first_token_s: How long the answer may take to begin, seconds; `None`: as long as it wants.
         slo_class: Index of the request's service level.
         predicted_output_tokens: Of the request.
+        apart: What the replica does of it, if not all.
     """
 
     name: str
@@ -56,6 +76,7 @@ class Seat(NamedTuple):
     first_token_s: float | None
     slo_class: int
     predicted_output_tokens: float
+    apart: Apart | None = None
 
 
 class Ending(NamedTuple):
@@ -144,6 +165,23 @@ class Placement(Protocol):
 
     def leave(self) -> None:
         """Its client has been told all there is; what has not ended has failed."""
+
+
+class DividedPlacement(Placement, Protocol):
+    """One that two replicas may do."""
+
+    async def prefilled(self, cached_tokens: int | None) -> Seat:
+        """The replica has prefilled it, where it is seated for that; decide where it decodes.
+
+        Args:
+            cached_tokens: Prompt tokens that the replica found cached, as it reports, if it does.
+
+        Raises:
+            RequestError: If no replica takes it in time.
+        """
+
+    def prefilled_beside(self) -> None:
+        """The other replica has prefilled it, while it is seated where it decodes."""
 
 
 class Desk(Protocol):

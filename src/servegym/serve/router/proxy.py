@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from servegym.serve.router.client import ID_HEADER, Request
-from servegym.serve.router.config import RequestConfig
+from servegym.serve.router.config import DisaggregationConfig, RequestConfig
+from servegym.serve.router.disaggregation import Params
 from servegym.serve.router.errors import RequestError
+from servegym.serve.router.handover import Handover, only_prefilled
 from servegym.serve.router.headers import CONTEXT_HEADERS, HeaderFilter, returned
-from servegym.serve.router.placement import Placement, Seat
+from servegym.serve.router.placement import DividedPlacement, Placement, Seat
 from servegym.serve.router.relay import Relay, answer_pairs
 from servegym.serve.router.reply import Reply
 from servegym.serve.router.upstream import Exchange, Pool, UpstreamError, ask
@@ -26,16 +28,22 @@ class Proxy:
         config: Limits and times.
         clock: Seconds that never go back.
         upstream_key: API key that the replicas want.
+        split: How two replicas do a request.
     """
 
     def __init__(
-        self, config: RequestConfig, clock: Callable[[], float], upstream_key: str | None
+        self,
+        config: RequestConfig,
+        clock: Callable[[], float],
+        upstream_key: str | None,
+        split: DisaggregationConfig | None = None,
     ) -> None:
         self.config = config
         self._clock = clock
         self._pools: dict[str, Pool] = {}  # by URL of the replica
         self._upstream_key = upstream_key
         self._filter = HeaderFilter(config.forward_headers)
+        self._handover = Handover(split or DisaggregationConfig(), self._pool, clock)
         # between two pieces of an answer no deadline is nearer than this
         self._patience_s = min(config.stall_timeout_s, config.client_timeout_s)
 
@@ -73,6 +81,7 @@ class Proxy:
         errors: list[UpstreamError] = []
         headers = self._headers(request, len(body))
         trace = request.trace
+        params: Params = None  # of a prefill that is over
         while True:
             request.replica = seat.name
             pool = self._pool(seat.url)
@@ -81,13 +90,29 @@ class Proxy:
             if trace is not None:
                 sent = trace.attempt(seat.name, pool.place, len(errors))
                 head += sent.head
-            head += headers
+            told = body
+            if seat.apart is None:
+                head += headers
+            else:
+                told, line = await self._handover.part(seat.apart, body, params)
+                head += line + self._headers(request, len(told))
             first_token_s, patience_s = seat.first_token_s, self._patience_s
+            asking = ask(pool, head, told, first_token_s=first_token_s, patience_s=patience_s)
             try:
-                exchange = await ask(
-                    pool, head, body, first_token_s=first_token_s, patience_s=patience_s
-                )
+                if self._handover.takes_two(seat):
+                    other = self._first_line(self._pool(seat.apart.url), request, path)
+                    other += self._headers(request, len(told))
+                    exchange = await self._handover.ask_both(asking, placement, seat, other, told)
+                else:
+                    exchange = await asking
                 try:
+                    if only_prefilled(seat, exchange):
+                        done = await self._handover.end_prefill(exchange, seat)
+                        if sent is not None:
+                            sent.answered(200, "", exchange.reader, math.nan)
+                        params = done.params
+                        seat = await cast(DividedPlacement, placement).prefilled(done.cached_tokens)
+                        continue
                     return await self._pass_on(request, placement, seat, exchange, sent, stream)
                 finally:
                     exchange.close()
@@ -100,7 +125,7 @@ class Proxy:
                     sent.end("cancelled")  # unless it has ended otherwise
             if not await placement.failed(errors[-1]):
                 return self._give_up(placement, errors)
-            seat = await place(placement, trace)
+            seat, params = await place(placement, trace), None
 
     async def _pass_on(
         self,

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from servegym.cluster.spec import Role
 from servegym.documents import checked, load_yaml
 from servegym.errors import ConfigError
 from servegym.serve.facts import Hardware, Rates
@@ -24,6 +25,9 @@ class ReplicaConfig(BaseModel):
         hardware: What it runs on, if servegym knows its costs.
         rates: Its numbers, instead.
         metrics_url: Of its Prometheus page; by default `/metrics` at `url`.
+        role: `mixed` does all of a request, `prefill` only its prefill, `decode` what comes behind.
+        bootstrap_port: Of an SGLang server that prefills, as its flag
+            `--disaggregation-bootstrap-port` says.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -33,6 +37,8 @@ class ReplicaConfig(BaseModel):
     hardware: Hardware | None = None
     rates: Rates | None = None
     metrics_url: str | None = None
+    role: Role = "mixed"
+    bootstrap_port: int = Field(8998, ge=1, le=65535)
 
     @field_validator("url", "metrics_url")
     @classmethod

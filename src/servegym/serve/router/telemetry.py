@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from servegym.serve.monitoring.prometheus import Exposition, Histogram
 from servegym.serve.router.latencies import Latencies
 
+_PREFILL_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _OVERHEAD_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
 
 
@@ -22,12 +23,14 @@ class Telemetry:
         retries: By cause.
         retries_denied: By what spoke against them: `budget`, `request` (two replicas have failed
             it), `replicas` (there is no other).
+        prefills: Of requests that decode elsewhere, by replica and `ok` or `failed`.
         slo: Of requests in SLO classes with limits, by class and whether they met them.
         tenant_outcomes: By tenant and how requests ended.
         tenant_tokens: By tenant, and `prompt` or `output`; of answers that came to their end.
         in_flight: Requests in the router.
         latencies: Times by replica and tenant; knows the tenants that are told apart.
         overhead: From the end of the request's body to its first dispatch, holds not counted.
+        prefill: From the dispatch of such a prefill to its end.
     """
 
     requests: Counter[tuple[str, int]] = field(default_factory=Counter)
@@ -35,17 +38,20 @@ class Telemetry:
     upstream_failures: Counter[tuple[str, str]] = field(default_factory=Counter)
     retries: Counter[str] = field(default_factory=Counter)
     retries_denied: Counter[str] = field(default_factory=Counter)
+    prefills: Counter[tuple[str, str]] = field(default_factory=Counter)
     slo: Counter[tuple[str, bool]] = field(default_factory=Counter)
     tenant_outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
     tenant_tokens: Counter[tuple[str, str]] = field(default_factory=Counter)
     in_flight: int = 0
     latencies: Latencies = field(default_factory=Latencies)
     overhead: Histogram = field(default_factory=lambda: Histogram(_OVERHEAD_S))
+    prefill: Histogram = field(default_factory=lambda: Histogram(_PREFILL_S))
 
     def forget(self, replica: str) -> None:
         """A replica has gone: its name may never come back."""
-        for key in [key for key in self.upstream_failures if key[0] == replica]:
-            del self.upstream_failures[key]
+        for counts in (self.upstream_failures, self.prefills):
+            for key in [key for key in counts if key[0] == replica]:
+                del counts[key]
         self.latencies.forget(replica)
 
     def outcome(self, tenant: str, how: str) -> None:
@@ -92,6 +98,20 @@ class Telemetry:
             "Failed requests that were not sent to another replica",
             [({"reason": name}, count) for name, count in sorted(self.retries_denied.items())],
         )
+        if self.prefills:  # of a fleet without roles there are none
+            page.counter(
+                "servegym_router_prefills",
+                "Prefills of requests that decode elsewhere",
+                [
+                    ({"replica": replica, "result": result}, count)
+                    for (replica, result), count in sorted(self.prefills.items())
+                ],
+            )
+            page.histogram(
+                "servegym_router_prefill_seconds",
+                "From the dispatch of such a prefill to its end",
+                self.prefill,
+            )
         page.counter(
             "servegym_slo_requests",
             "Requests in SLO classes with limits, by whether they met them",

@@ -164,6 +164,7 @@ class Trace:
                 "scores": one.scores,
                 "probabilities": one.probabilities,
                 "attempts_before": one.attempts_before,
+                "about": one.about,
             }
             begin_ns = one.end_ns - round(one.duration_s * 1e9)
             span = self._tracer.start_span(
