@@ -6,7 +6,9 @@ setup:
 demo: setup  ## train briefly, evaluate against the baselines, show the result
 	.venv/bin/servegym demo
 
+# bytecode too: where Python is told to write none, each process that a test starts compiles it anew
 test: setup  ## the whole test suite
+	.venv/bin/python -m compileall -q src
 	.venv/bin/servegym compile
 	.venv/bin/python -m pytest -n auto --dist loadfile
 

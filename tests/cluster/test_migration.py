@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -67,17 +68,18 @@ def play_reference(spec: ClusterSpec, episode: Episode, *, asked: bool) -> Refer
 
     def move(_):
         turns[0] += 1
-        return pick(turns[0], sim.migrations.allowed())
+        return pick(turns[0], sim.migrations.allowed)
 
     sim.run(dispatch, migrate=move if asked else None)
     return sim
 
 
-def pick(turn: int, pairs: list[tuple[int, int]]) -> tuple[int, int] | None:
+def pick(turn: int, allowed: Callable[[], list[tuple[int, int]]]) -> tuple[int, int] | None:
     """Pick a request and where it goes, or nobody, from the number of the decision."""
     rng = np.random.default_rng(turn)
     if rng.random() < 0.3:
         return None
+    pairs = allowed()
     return pairs[rng.integers(len(pairs))]
 
 
@@ -88,7 +90,7 @@ def play_compiled(spec: ClusterSpec, episode: Episode, *, asked: bool) -> Simula
         env = sim.state.env[0]
         if env["decision"] == MIGRATE:
             turn += 1
-            pair = pick(turn, allowed(sim))
+            pair = pick(turn, lambda: allowed(sim))
             answer = NOBODY if pair is None else pair[0] * sim.max_replicas + pair[1]
         else:
             request = int(env["deciding"])
@@ -177,7 +179,7 @@ def test_blocks_are_held_at_both_ends_and_every_request_is_in_one_place(seed):
         env = sim.state.env[0]
         if env["decision"] == MIGRATE:
             turn += 1
-            pair = pick(turn, allowed(sim))
+            pair = pick(turn, lambda: allowed(sim))
             answer = NOBODY if pair is None else pair[0] * sim.max_replicas + pair[1]
         else:
             request = int(env["deciding"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -87,17 +87,23 @@ class Migrations:
 
     def allowed(self) -> list[tuple[int, int]]:
         """All pairs of a request and a replica that may be answered."""
-        return [
-            (q.idx, b.r)
-            for q in self.sim.requests
-            if (a := self.here(q)) is not None and self.may_leave(a, q)
-            for b in self.sim.replicas
-            if b is not a and self.may_come(b, q)
-        ]
+        return list(self._pairs())
 
     def is_due(self) -> bool:
         """Whether anybody may move."""
-        return bool(self.allowed())
+        return next(self._pairs(), None) is not None
+
+    def _pairs(self) -> Iterator[tuple[int, int]]:
+        here = {
+            q.idx: a
+            for a in self.sim.replicas
+            for q in (*a.waiting, *a.running)
+            if self.may_leave(a, q)
+        }
+        for idx in sorted(here):
+            for b in self.sim.replicas:
+                if b is not here[idx] and self.may_come(b, self.sim.requests[idx]):
+                    yield idx, b.r
 
     def freeness(self, engine: Engine) -> float:
         """Blocks that are free, less those that the head of the queue needs, per request."""

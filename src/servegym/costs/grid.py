@@ -136,7 +136,7 @@ class CostGrid:
 
 
 def _locate(knots: FloatArray, x: float) -> tuple[int, float]:
-    i = int(np.clip(np.searchsorted(knots, x, side="right") - 1, 0, len(knots) - 2))
+    i = min(max(int(knots.searchsorted(x, side="right")) - 1, 0), len(knots) - 2)
     return i, float((x - knots[i]) / (knots[i + 1] - knots[i]))
 
 
