@@ -287,6 +287,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin; see `asyncio.Protocol`."""
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by its class
+        self._pool.connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell whoever waits; see `asyncio.Protocol`."""
@@ -405,6 +406,7 @@ class Pool:
         authorization: Header that the URL asks for, if it names a user.
         place: Its host and port.
         clock: As given.
+        connections: That are open, in use or not.
     """
 
     def __init__(self, url: str, connect_timeout_s: float, clock: Callable[[], float]) -> None:
@@ -420,26 +422,32 @@ class Pool:
         self.place = (parts.hostname or "", parts.port or (443 if secure else 80))
         self._tls = ssl.create_default_context() if secure else None
         self._connect_timeout_s = connect_timeout_s
+        self.connections: set[Connection] = set()
         self._idle: list[Connection] = []
+        self._num_making = 0
         self._sweep: asyncio.TimerHandle | None = None
 
     @property
     def is_empty(self) -> bool:
-        """Whether no connection is kept for the next request."""
-        return not self._idle
+        """Whether there is no connection, nor one in the making."""
+        return not self.connections and not self._num_making
 
-    async def connect(self) -> Connection:
-        """Return a connection that is free, else a new one.
-
-        Raises:
-            UpstreamError: If there is none.
-        """
+    def free(self) -> Connection | None:
+        """Return a connection that no request is on, if there is one."""
         oldest_s = self.clock() - KEEPALIVE_S
         while self._idle:
             connection = self._idle.pop()  # the one that was used last
             if connection.is_open and connection.idle_since_s >= oldest_s:
                 return connection
             connection.close()
+        return None
+
+    async def connect(self) -> Connection:
+        """Return a new connection.
+
+        Raises:
+            UpstreamError: If it cannot be made.
+        """
         host, port = self.place
         loop = asyncio.get_running_loop()
         making = loop.create_task(
@@ -454,6 +462,7 @@ class Pool:
 
         patience = Patience(self.clock, self._connect_timeout_s, give_up)
         patience.due_s = self.clock() + self._connect_timeout_s
+        self._num_making += 1
         try:
             _, made = await making
         except asyncio.CancelledError:
@@ -465,6 +474,7 @@ class Pool:
         except (OSError, UnicodeError):  # the latter of a host that cannot be one
             raise UpstreamError("refused") from None
         finally:
+            self._num_making -= 1
             patience.end()
         return made
 
@@ -478,6 +488,7 @@ class Pool:
 
     def forget(self, connection: Connection) -> None:
         """A connection has gone."""
+        self.connections.discard(connection)
         if connection in self._idle:
             self._idle.remove(connection)
 
@@ -518,7 +529,7 @@ async def ask(
         UpstreamError: If there is no answer, or one that another replica may better.
     """
     until_s = math.inf if first_token_s is None else pool.clock() + first_token_s
-    connection = await pool.connect()
+    connection = pool.free() or await pool.connect()
     shortest_s = min(patience_s, first_token_s or math.inf, _REFUSAL_S)
     exchange = connection.send(head, body, shortest_s)
     exchange.patience.due_s = until_s
