@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from servegym.agents.features import base_cost, replica_inputs
 from servegym.agents.network_config import NetworkConfig
 from servegym.policy.contract import Group, observed_groups
-from servegym.policy.numpy_network import LEAST_COST, num_inputs
+from servegym.policy.numpy_network import LEAST_COST, NetworkShape, family_of, num_inputs
 
 #: Added to the logits of forbidden actions (Huang and Ontañón 2022).
 MASKED = -1e8
@@ -77,6 +77,15 @@ class DispatchNetwork(nn.Module):
         nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.extra.weight)
         nn.init.constant_(self.extra.bias, -10.0)  # a heuristic neither holds nor rejects
+
+    @property
+    def shape(self) -> NetworkShape:
+        """What its weights alone do not say."""
+        c = self.config
+        family = family_of(extended=c.extended, arrivals=c.arrivals)
+        return NetworkShape(
+            family, c.context, c.base, c.base_params, c.eta, c.num_extra, c.relative
+        )
 
     @property
     def needs(self) -> Group:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
+import numpy as np
 
+from servegym.agents.acting import Acting
 from servegym.agents.network import DispatchNetwork
 from servegym.policy.layout import agent_actions, agent_arrays
 from servegym.policy.policy import Information, Observations
@@ -17,6 +18,7 @@ class TorchPolicy:
 
     def __init__(self, network: DispatchNetwork, name: str = "ppo") -> None:
         self.network = network.eval()
+        self._acting = Acting(network)
         self.needs = network.needs
         self.name = name
 
@@ -28,6 +30,6 @@ class TorchPolicy:
         config = self.network.config
         actions = agent_actions(observations.mask, config.num_extra)
         arrays = agent_arrays(observations, actions, extended=config.extended)
-        with torch.inference_mode():
-            logits = self.network(*(torch.from_numpy(a) for a in arrays))
+        replicas, request, mask = arrays
+        logits = self._acting.logits(self._acting.prepared(replicas, request, mask.astype(np.int8)))
         return actions[logits.argmax(-1).numpy()]

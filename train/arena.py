@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from servegym.agents.network import DispatchNetwork, Prepared
+from servegym.agents.acting import Acting
+from servegym.agents.network import Prepared
 from servegym.scenario import Scenario
 from servegym.train.places import Places
 
@@ -36,7 +37,6 @@ class Arena:
         group_size: Environments that play the same requests.
         extended: Whether they show what a router infers, too.
         seed: Of the episodes.
-        device: Where the network is.
 
     Attributes:
         scenario: What is played.
@@ -56,13 +56,12 @@ class Arena:
         group_size: int,
         extended: bool,
         seed: int,
-        device: torch.device,
     ) -> None:
         self.scenario, self.load = scenario, load
         self.places = Places.at_the_beginning(num_envs)
         self.observation: dict[str, np.ndarray] = {}
         self.episode_returns = np.zeros(num_envs)
-        self._seed, self._device = seed, device
+        self._seed = seed
         self._made_with: dict[str, Any] = {
             "num_envs": num_envs,
             "num_requests": num_requests,
@@ -93,14 +92,10 @@ class Arena:
         """Release the environments."""
         self.env.close()
 
-    def prepared(self, network: DispatchNetwork) -> Prepared:
+    def prepared(self, acting: Acting) -> Prepared:
         """Turn what the environments show into what a network reads."""
         shown = self.observation
-        return network.prepare(
-            torch.from_numpy(shown["replicas"]).to(self._device),
-            torch.from_numpy(shown["request"]).to(self._device),
-            torch.from_numpy(shown["action_mask"]).to(self._device, torch.float32),
-        )
+        return acting.prepared(shown["replicas"], shown["request"], shown["action_mask"])
 
     def step(self, scores: Tensor, episodes: list[tuple[float, float]]) -> Stepped:
         """Take actions drawn from the policy in all environments; `observation` moves on.

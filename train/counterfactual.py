@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from servegym.agents.acting import Acting
 from servegym.agents.network import Prepared
 from servegym.errors import ConfigError
 from servegym.policy.counterfactual import Teacher, worth_of
@@ -137,13 +138,14 @@ class CounterfactualTrainer(DispatcherRun[CounterfactualTraining]):
     ) -> None:
         """Let the present policy play a scenario, and label some of its decisions."""
         c = self.config
+        acting = Acting(self.network)
         first = self.update * c.num_steps
         for step in range(c.num_steps):
-            prepared = arena.prepared(self.network)
+            prepared = arena.prepared(acting)
             if step % c.label_every == 0:
                 values = self.on_device(label(arena, teacher, (c.seed << 32) + first + step))
                 memory.add(prepared, advantages(values, prepared.mask))
-            arena.step(self.network.logits(prepared), episodes)
+            arena.step(acting.logits(prepared), episodes)
 
     def _fit(self, done_share: float) -> dict[str, float]:
         """Raise the mean advantage of what the network would do in the states of the memories.

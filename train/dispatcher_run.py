@@ -60,7 +60,6 @@ class DispatcherRun(NetworkRun[D]):
                 group_size=c.group_size,
                 extended=c.network.extended,
                 seed=c.seed,
-                device=self.device,
             )
             for part in self.parts
         ]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from servegym.agents.acting import Acting
 from servegym.agents.network import Prepared
 from servegym.baselines.registry import policy
 from servegym.policy.counterfactual import Teacher
@@ -94,14 +95,15 @@ class Trainer(DispatcherRun[PPOConfig]):
     def _rollout(self) -> tuple[dict[str, Tensor], Prepared, list[tuple[float, float]]]:
         c = self.config
         (arena,) = self.arenas
+        acting = Acting(self.network)
         seen: list[Prepared] = []
         logits: list[Tensor] = []
         actions: list[Tensor] = []
         rewards, dts, ends = (np.empty((c.num_steps, c.num_envs)) for _ in range(3))
         episodes: list[tuple[float, float]] = []  # return, mean E2E seconds
         for step in range(c.num_steps):
-            prepared = arena.prepared(self.network)
-            scores = self.network.logits(prepared)
+            prepared = arena.prepared(acting)
+            scores = acting.logits(prepared)
             action, reward, dts[step], ends[step] = arena.step(scores, episodes)
             rewards[step] = self.scale(reward, dts[step], ends[step] > 0)
             seen.append(prepared)
@@ -110,7 +112,7 @@ class Trainer(DispatcherRun[PPOConfig]):
         rows = Prepared(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
         shape = (c.num_steps, c.num_envs)
         value = self.network.values(rows).view(shape)
-        last = self.network.values(arena.prepared(self.network))
+        last = self.network.values(arena.prepared(acting))
         gamma = self.on_device(np.exp(-dts / c.horizon_s) * (1.0 - ends))
         lam = self.on_device(np.exp(-dts / c.credit_s))
         advantage = gae(self.on_device(rewards), value, gamma, last, lam)
@@ -135,6 +137,7 @@ class Trainer(DispatcherRun[PPOConfig]):
         """Step all environments, and keep the decisions whose choices are all tried."""
         c = self.config
         (arena,) = self.arenas
+        acting = Acting(self.network)
         seen: list[Prepared] = []
         logits: list[Tensor] = []
         actions: list[Tensor] = []
@@ -142,8 +145,8 @@ class Trainer(DispatcherRun[PPOConfig]):
         episodes: list[tuple[float, float]] = []
         first = self.update * c.num_steps
         for step in range(c.num_steps):
-            prepared = arena.prepared(self.network)
-            scores = self.network.logits(prepared)
+            prepared = arena.prepared(acting)
+            scores = acting.logits(prepared)
             tried = step % c.label_every == 0
             if tried:
                 values = self.on_device(label(arena, self.teacher, (c.seed << 32) + first + step))

@@ -36,6 +36,7 @@ def compile_dispatch() -> None:
     from servegym.baselines.registry import policy
     from servegym.baselines.score import score_policy
     from servegym.cluster.simulator import Simulator
+    from servegym.policy.compiled_network import rehearse
     from servegym.policy.run import run
 
     scenario = load_scenario("mixed-chat")
@@ -51,6 +52,7 @@ def compile_dispatch() -> None:
         run(Simulator(scenario.spec, [episode], record=record), policy(name))
     run(Simulator(scenario.spec, [episode]), score_policy("outstanding_requests"))
     play_environments("servegym/Dispatch-v1", num_requests=8)
+    rehearse()
     compile_placed()
 
 

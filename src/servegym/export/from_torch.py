@@ -16,7 +16,6 @@ from servegym.export.manifest import write_policy
 from servegym.export.weights import NUM_PROBES, weights_file
 from servegym.policy.contract import NUM_EXTENDED_FEATURES
 from servegym.policy.layout import GRAPH_INPUTS
-from servegym.policy.numpy_network import NetworkShape, family_of
 from servegym.typing import Float32Array
 
 OPSET = 17
@@ -61,7 +60,7 @@ def export_policy(
     }
     graph = graph_of(network, few, GRAPH_INPUTS, "logits", axes)
     _check(network, graph, samples)
-    shape = _shape(network)
+    shape = network.shape
     replicas, request, _ = samples
     return write_policy(
         folder / "policy.onnx",
@@ -107,19 +106,6 @@ def graph_of(
         dynamo=False,
     )
     return graph.getvalue()
-
-
-def _shape(network: DispatchNetwork) -> NetworkShape:
-    config = network.config
-    return NetworkShape(
-        family_of(extended=config.extended, arrivals=config.arrivals),
-        config.context,
-        config.base,
-        config.base_params,
-        config.eta,
-        config.num_extra,
-        config.relative,
-    )
 
 
 def _weights(network: DispatchNetwork) -> dict[str, Float32Array]:

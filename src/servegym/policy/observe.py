@@ -109,6 +109,18 @@ def observe(p: Params, s: State, e: int, needs: int, request_out: FloatArray) ->
             see_roles(p, s, e)
 
 
+@kernel
+def _observe_all(
+    p: Params, s: State, envs: IntArray, needs: int, replicas: FloatArray, request: FloatArray
+) -> None:
+    for row in range(envs.shape[0]):
+        observe(p, s, envs[row], needs, request[row])
+        seen = s.observation[envs[row]]
+        for f in range(seen.shape[0]):
+            for r in range(seen.shape[1]):
+                replicas[row, f, r] = seen[f, r]
+
+
 def prepare(simulator: Simulator, needs: Group) -> None:
     """See to it that `observe` can fill groups of features, before the episodes begin.
 
@@ -136,11 +148,9 @@ def observe_batch(simulator: Simulator, needs: Group) -> tuple[Observations, Int
     width = simulator.max_replicas
     replicas = np.empty((len(envs), NUM_REPLICA_FEATURES, width))
     request = np.zeros((len(envs), NUM_REQUEST_FEATURES))
-    for row, env in enumerate(envs.tolist()):
-        if needs & Group.SAMPLED:
-            fill_sampled(simulator, env)
-        elif needs & Group.WHAT_IF:
-            fill_what_if(simulator, env)
-        observe(simulator.params, simulator.state, env, int(needs), request[row])
-        replicas[row] = simulator.state.observation[env]
+    if needs & Group.WHAT_IF:
+        fill = fill_sampled if needs & Group.SAMPLED else fill_what_if
+        for env in envs.tolist():
+            fill(simulator, env)
+    _observe_all(simulator.params, simulator.state, envs, int(needs), replicas, request)
     return Observations(replicas, request, simulator.state.allowed[envs]), envs
