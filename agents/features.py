@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from servegym.policy.contract import ReplicaFeature, RequestFeature
-from servegym.policy.costs import added_delay_s, delay_s, load_by_speed, prefix_load_s, step_s
+from servegym.policy.costs import (
+    added_delay_s,
+    delay_s,
+    displaced_s,
+    load_by_speed,
+    prefix_load_s,
+    step_s,
+)
 
 _R = {f.name: int(f) for f in ReplicaFeature}
 _Q = {f.name: int(f) for f in RequestFeature}
@@ -167,12 +174,14 @@ def base_cost(name: str, replicas: Tensor, request: Tensor, params: tuple[float,
         own_s = column(replicas, "PENDING_PREFILL_TOKENS") / rate + new_s + alone_s
         return own_s + load * (params[0] * new_s + (1.0 + params[1]) * slowed_s)
     if name == "added-delay-inferred":
-        prefill, decode, shrink, observed = params
+        # policies of before `displaced` was a number of the rule have four
+        prefill, decode, shrink, observed, displaced = (*params, 0.0)[:5]
         predicted = entry(request, "PREDICTED_OUTPUT_TOKENS")
         tokens = predicted + shrink * (entry(request, "EXPECTED_TOKENS") - predicted)
         hit = column(replicas, "PREFIX_HIT_TOKENS")
         rate = column(replicas, "PREFILL_TOKENS_PER_S").clamp(min=1.0)
-        new_s = (entry(request, "PROMPT_TOKENS") - hit).clamp(min=0.0) / rate
+        new = (entry(request, "PROMPT_TOKENS") - hit).clamp(min=0.0)
+        new_s = new / rate
         seq_s = column(replicas, "DECODE_SEQ_S")
         cost = added_delay_s(
             column(replicas, "PENDING_PREFILL_TOKENS") / rate,
@@ -180,5 +189,9 @@ def base_cost(name: str, replicas: Tensor, request: Tensor, params: tuple[float,
             tokens * step_s(column(replicas, "DECODE_STEP_S"), seq_s, load),
             delay_s(load, new_s, seq_s, tokens, prefill, decode),
         )
-        return cost * column(replicas, "STEP_TIME_RATIO") ** observed
+        cost = cost * column(replicas, "STEP_TIME_RATIO") ** observed
+        if displaced == 0.0:  # a graph without it stays as it is
+            return cost
+        capacity = column(replicas, "KV_CAPACITY_TOKENS").clamp(min=1.0)
+        return cost + displaced_s(new, capacity, displaced)
     raise ValueError(f"no base cost {name!r}")

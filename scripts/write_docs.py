@@ -163,10 +163,12 @@ who moves ([migration](migration.md)). `DISPATCH+RETENTION` names one for the KV
 Some rules of dispatch go by what a router [infers](observation.md#what-is-inferred): `shrink` is
 how far they go from a predicted length towards the one that is expected, given how long answers
 became (0: not at all, 1: all the way); `observed` is the power of `step_time_ratio` by which times
-are multiplied. `class-aware` prices, in seconds of added delay, a TTFT over a share `ttft` of its
-limit (`late`), a TPOT over a share `tpot` (`slow`), and each request there that it pushes over that
-share (`pushed`); where the scenario allows it, a request is rejected that costs more than `most`
-everywhere. `added-delay-reject` does so if the least TTFT or TPOT is over a share of its limit.
+are multiplied; `displaced` is the price, in seconds, of all of a replica's KV memory: charged is
+what a prompt takes of it beyond its cached prefix, as others' prefixes go for that. `class-aware`
+prices, in seconds of added delay, a TTFT over a share `ttft` of its limit (`late`), a TPOT over a
+share `tpot` (`slow`), and each request there that it pushes over that share (`pushed`); where the
+scenario allows it, a request is rejected that costs more than `most` everywhere.
+`added-delay-reject` does so if the least TTFT or TPOT is over a share of its limit.
 
 `linucb` and `llm-d-predicted` [learn while they serve](#rules-that-learn-while-they-serve).
 

@@ -23,6 +23,7 @@ from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import Episode
 from servegym.export.from_torch import export_policy
 from servegym.export.sample import sample_observations
+from servegym.policy.contract import observed_groups
 from servegym.policy.perceptron_rule import perceptron_rule
 from servegym.policy.policy import Heuristic, Policy
 from servegym.policy.run import run
@@ -57,11 +58,12 @@ class CrossEntropyTrainer(SearchRun[CrossEntropyTraining, DispatchNetwork]):
         super().__init__(config, folder)
         base = policy(self.config.base)
         observer = Observer(base, self._num_extra)
+        observer.needs |= observed_groups(extended=False)  # the score reads what the rule may not
         run(Simulator(self.scenario.spec, self._sampled_episodes()), observer)
         replicas, request, _ = observer.samples()
         self._base = base_of(config.base)
-        self.space = DispatchSpace(replicas, request, self._num_extra, self._base)
-        guess = self.space.rule_itself(base.params)
+        self.space = DispatchSpace(replicas, request, self._num_extra, self._base, base.params)
+        guess = self.space.rule_itself(base.params, config.eta)
         self.search = Search(guess, np.full(len(guess), _SPREADS[0]))
 
     @staticmethod

@@ -9,7 +9,7 @@ from tyro.conf import Fixed, Suppress, arg
 
 from servegym.baselines.registry import policy
 from servegym.errors import ConfigError
-from servegym.policy.perceptron_rule import BASES, Base
+from servegym.policy.perceptron_rule import BASES, SEARCHED, Base
 from servegym.train.ranges import check_counts, check_load, check_minutes
 
 
@@ -29,7 +29,10 @@ class CrossEntropyTraining:
     """Generations of both stages, at most."""
     base: str = "prefix-load"
     """Rule where the search begins, with its parameters: prefix-load, good where the tail counts,
-    or added-delay."""
+    added-delay or added-delay-inferred, whose shrink and observed stay as they are."""
+    eta: float = 10.0
+    """Weight of the rule's cost beside the score at first, per second: less where requests take
+    long, else the score weighs nothing beside it."""
     num_hidden: int = 6
     """Hidden units beside the linear score; 0 stops with that."""
     num_candidates: int = 24
@@ -46,9 +49,12 @@ class CrossEntropyTraining:
     """Of everything."""
 
     def __post_init__(self) -> None:
-        base_of(self.base)
-        if not (policy(self.base).params > 0).all():
-            raise ConfigError(f"the parameters of base must be above 0, got {self.base!r}")
+        rule, searched = policy(self.base), SEARCHED[base_of(self.base)]
+        if not all(rule.params[i] > 0 for i in searched):
+            names = ", ".join(rule.param_names[i] for i in searched)
+            raise ConfigError(f"{names} of base must be above 0, got {self.base!r}")
+        if not self.eta > 0:
+            raise ConfigError(f"eta must be above 0, got {self.eta:g}")
         check_load(self.load)
         check_minutes(self.max_minutes)
         if self.num_hidden < 0:

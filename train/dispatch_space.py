@@ -14,8 +14,9 @@ from servegym.agents.features import base_cost, replica_inputs
 from servegym.agents.network import DispatchNetwork
 from servegym.agents.network_config import NetworkConfig
 from servegym.errors import ConfigError
+from servegym.policy.costs import INFERRED_BASES
 from servegym.policy.layout import agent_actions, agent_arrays
-from servegym.policy.perceptron_rule import Base
+from servegym.policy.perceptron_rule import SEARCHED, Base
 from servegym.policy.play_fleet import Dispatchers
 from servegym.policy.play_perceptron import Perceptrons
 from servegym.policy.policy import Heuristic, Observations, Policy
@@ -27,10 +28,8 @@ from servegym.policy.replica_inputs import (
 )
 from servegym.typing import Float32Array, FloatArray, IntArray
 
-#: Numbers of the rule: the weight of its cost, then its own two; as logarithms.
+#: Numbers of rule `added-delay`: the weight of its cost, then its own two; as logarithms.
 _NUM_RULE = 3
-#: Weight of the rule's cost with which a search begins beside it, per second.
-_ETA = 10.0
 #: Weights of a hidden unit: of its inputs, its bias, and to the score.
 UNIT = NUM_INPUTS + 2
 #: An input that differs by less from replica to replica is given no weight.
@@ -84,6 +83,7 @@ class DispatchSpace:
         request: Of the same, `float32[n, G]`.
         num_extra: Actions besides the replicas, which are never taken while a replica is allowed.
         base: The rule.
+        params: Its numbers, for those that are not searched.
     """
 
     def __init__(
@@ -92,8 +92,11 @@ class DispatchSpace:
         request: Float32Array,
         num_extra: int,
         base: Base = "added-delay",
+        params: FloatArray | None = None,
     ) -> None:
         self._num_extra, self._base = num_extra, base
+        self._params = np.ones(2) if params is None else params
+        self._searched = np.array(SEARCHED[base])
         x = replica_inputs(torch.from_numpy(replicas), torch.from_numpy(request)).numpy()
         there = replicas[..., 0] > 0
         own = x[there].astype(np.float64)
@@ -118,9 +121,15 @@ class DispatchSpace:
             self._guess({KV_USAGE_INPUT: -1.0}, eta=_NEXT_TO_NOTHING),
         ]
 
-    def rule_itself(self, params: FloatArray) -> FloatArray:
-        """Return the weights of the rule with such parameters, `float64[2]`, above 0."""
-        return np.concatenate([np.log([_ETA, *params]), np.zeros(len(self._linear))])
+    def rule_itself(self, params: FloatArray, eta: float) -> FloatArray:
+        """Return the weights of the rule with such numbers; those that are searched above 0.
+
+        Args:
+            params: The numbers.
+            eta: Weight of its cost beside the linear score, per second.
+        """
+        own = np.log([eta, *params[self._searched]])
+        return np.concatenate([own, np.zeros(len(self._linear))])
 
     def like(self, rule: Heuristic, max_num_seqs: int) -> FloatArray:
         """Return the weights that choose as a rule of `CONTAINED_DISPATCHES`.
@@ -175,7 +184,10 @@ class DispatchSpace:
         A linear score passes two hidden units, one for each sign.
         """
         count, own = len(thetas), len(self._linear)
-        rule, linear, free = np.split(thetas, [_NUM_RULE, _NUM_RULE + own], axis=1)
+        first = 1 + len(self._searched)
+        found, linear, free = np.split(thetas, [first, first + own], axis=1)
+        rule = np.tile(np.concatenate([[1.0], self._params]), (count, 1))
+        rule[:, 0], rule[:, 1 + self._searched] = np.exp(found[:, 0]), np.exp(found[:, 1:])
         extra = free.shape[1] // UNIT
         hidden = np.zeros((count, NUM_INPUTS, 2 + extra))
         bias = np.zeros((count, 2 + extra))
@@ -186,7 +198,7 @@ class DispatchSpace:
         hidden[:, :, 2:] = (parts[:, :, :NUM_INPUTS] * self._varies).transpose(0, 2, 1)
         bias[:, 2:] = parts[:, :, NUM_INPUTS]
         out[:, 2:, 0] = parts[:, :, NUM_INPUTS + 1]
-        return Dispatchers(np.exp(rule), Perceptrons(self._mean, self._scale, hidden, bias, out))
+        return Dispatchers(rule, Perceptrons(self._mean, self._scale, hidden, bias, out))
 
     def prepared(self, replicas: Tensor, request: Tensor) -> tuple[Tensor, Tensor]:
         """Turn observations into what `scores` takes; done once, however often they are scored.
@@ -240,6 +252,7 @@ class DispatchSpace:
             base_params=tuple(params),
             eta=eta,
             num_extra=self._num_extra,
+            extended=self._base in INFERRED_BASES,
         )
         network = DispatchNetwork(config)
         actor = network.actor
@@ -248,7 +261,7 @@ class DispatchSpace:
         assert isinstance(second, nn.Linear)
         with torch.no_grad():
             nn.init.zeros_(first.weight)
-            first.weight[:used] = torch.from_numpy(inputs.T)
+            first.weight[:used, :NUM_INPUTS] = torch.from_numpy(inputs.T)
             first.bias[:used] = torch.from_numpy(bias)
             # what is behind the hidden layer passes it on, whatever is around
             nn.init.eye_(second.weight)

@@ -36,7 +36,7 @@ RULES = (
     "speed-family:eta=0.5",
     "prefix-load:weight=0.3,eta=0.7",
     "added-delay:prefill=3,decode=0.2",
-    "added-delay-inferred:prefill=3,decode=0.2,shrink=0.5,observed=0.7",
+    "added-delay-inferred:prefill=3,decode=0.2,shrink=0.5,observed=0.7,displaced=20",
 )
 
 
@@ -162,7 +162,7 @@ def test_costs_of_networks_and_rules_are_those_of_one_formula(base):
         "speed-family": (0.7,),
         "prefix-load": (0.3, 0.7),
         "added-delay": (1.9, 0.4),
-        "added-delay-inferred": (1.9, 0.4, 0.6, 0.8),
+        "added-delay-inferred": (1.9, 0.4, 0.6, 0.8, 40.0),
     }
     ranges = {
         "UP": (1, 1),
@@ -171,6 +171,7 @@ def test_costs_of_networks_and_rules_are_those_of_one_formula(base):
         "PENDING_PREFILL_TOKENS": (0, 9000),
         "PREFILL_TOKENS_PER_S": (2e3, 5e4),
         "PREFIX_HIT_TOKENS": (0, 900),
+        "KV_CAPACITY_TOKENS": (1e4, 1e6),
         "DECODE_STEP_S": (0.005, 0.03),
         "DECODE_SEQ_S": (1e-5, 1e-3),
         "STEP_TIME_RATIO": (0.8, 4),
@@ -217,6 +218,7 @@ def test_costs_of_networks_and_rules_are_those_of_one_formula(base):
                 delay_s(load, new / rate, seq_s, tokens, *given[:2]),
             )
             * column("STEP_TIME_RATIO") ** given[3]
+            + given[4] * new / column("KV_CAPACITY_TOKENS")
         ),
     }[base]()
     of_network = base_cost(

@@ -6,18 +6,22 @@ import numpy as np
 import pytest
 import torch
 
-from servegym.agents.torch_policy import TorchPolicy
+from servegym.agents.network import DispatchNetwork
 from servegym.baselines.registry import policy
 from servegym.cli import main
 from servegym.cluster.simulator import Simulator
 from servegym.errors import ConfigError
 from servegym.export.resolve import resolve_policy
+from servegym.policy.layout import agent_actions, agent_arrays
 from servegym.policy.run import run
 from servegym.train.cross_entropy import CrossEntropyTrainer
 from servegym.train.cross_entropy_settings import CrossEntropyTraining
 from servegym.train.registry import find_trainer
 from servegym.train.search import Search
 from servegym.train.validation import Validation, judged
+
+#: Running requests as a share of the slots, an engine's metric.
+NUM_RUNNING_INPUT = 10
 
 
 @pytest.fixture
@@ -42,6 +46,28 @@ def settings(write_scenario):
     return make
 
 
+class Compared:
+    """Acts as a rule and keeps what it chose, beside the logits that a network gives."""
+
+    name, information = "compared", "predictive"
+
+    def __init__(self, rule, network: DispatchNetwork) -> None:
+        self.rule, self.network = rule, network
+        self.needs = rule.needs | network.needs
+        self.chosen, self.logits = [], []
+
+    def reset(self, num_envs: int, seed: int) -> None:
+        self.rule.reset(num_envs, seed)
+
+    def act(self, observations, env_ids):
+        actions = agent_actions(observations.mask, 0)
+        arrays = agent_arrays(observations, actions, extended=self.network.config.extended)
+        with torch.inference_mode():
+            self.logits.append(self.network(*map(torch.from_numpy, arrays)).numpy())
+        self.chosen.append(self.rule.act(observations, env_ids))
+        return self.chosen[-1]
+
+
 def taken(scenario, episodes, by) -> list[np.ndarray]:
     """Play episodes; return who got which request."""
     simulator = Simulator(scenario.spec, episodes)
@@ -49,8 +75,11 @@ def taken(scenario, episodes, by) -> list[np.ndarray]:
     return [simulator.outcomes(env)["replica"] for env in range(len(episodes))]
 
 
+INFERRED = "added-delay-inferred:prefill=2,decode=0.3,shrink=0.8,observed=0.5,displaced=9"
+
+
 @pytest.mark.parametrize(
-    "base", ["prefix-load:weight=0.02,eta=0.6", "added-delay:prefill=2,decode=0.3"]
+    "base", ["prefix-load:weight=0.02,eta=0.6", "added-delay:prefill=2,decode=0.3", INFERRED]
 )
 def test_it_begins_as_the_rule_that_it_corrects(settings, tmp_path, base):
     trainer = CrossEntropyTrainer(settings(base=base), tmp_path / "run")
@@ -60,18 +89,37 @@ def test_it_begins_as_the_rule_that_it_corrects(settings, tmp_path, base):
     assert {0, 1} <= set(got[0].tolist())
 
 
-@pytest.mark.parametrize("base", ["prefix-load", "added-delay"])
+@pytest.mark.parametrize("base", ["prefix-load", "added-delay", INFERRED])
 def test_the_compiled_rule_decides_as_the_network_that_is_exported(settings, tmp_path, base):
     trainer = CrossEntropyTrainer(settings(base=base), tmp_path / "run")
     rng = np.random.default_rng(0)
     theta = trainer.space.with_units(trainer.search.mean, 3, rng)
     theta += 0.5 * rng.normal(size=len(theta))
-    network = TorchPolicy(trainer.space.network(theta))
     rule = trainer._rule(theta)
-    got, want = (taken(trainer.scenario, trainer._validation, x) for x in (rule, network))
-    np.testing.assert_array_equal(got, want)
-    begun = taken(trainer.scenario, trainer._validation, policy(base))
+    compared = Compared(rule, trainer.space.network(theta))
+    run(Simulator(trainer.scenario.spec, trainer._validation), compared)
+    chosen, logits = np.concatenate(compared.chosen), np.concatenate(compared.logits)
+    assert len(chosen) == 200
+    assert (logits.argmax(-1) != chosen).sum() <= 2  # single precision makes ties of what is near
+    given = logits[np.arange(200), chosen]
+    np.testing.assert_allclose(given, logits.max(-1), rtol=1e-4, atol=1e-3)
+    got, begun = (taken(trainer.scenario, trainer._validation, x) for x in (rule, policy(base)))
     assert any((a != b).any() for a, b in zip(got, begun, strict=True))
+
+
+def test_of_a_rule_with_shares_these_stay_and_the_rest_is_searched(settings, tmp_path):
+    trainer = CrossEntropyTrainer(settings(base=INFERRED, eta=2.0), tmp_path / "run")
+    np.testing.assert_allclose(np.exp(trainer.search.mean[:4]), [2.0, 2.0, 0.3, 9.0])
+    moved = trainer.search.mean.copy()
+    moved[:4] += np.log(2.0)
+    config = trainer.space.network(moved).config
+    assert (config.base, config.extended) == ("added-delay-inferred", True)
+    assert (config.eta, *config.base_params) == pytest.approx((4.0, 4.0, 0.6, 0.8, 0.5, 18.0))
+
+
+def test_the_score_reads_metrics_that_the_rule_does_not(settings, tmp_path):
+    trainer = CrossEntropyTrainer(settings(base="added-delay"), tmp_path / "run")
+    assert NUM_RUNNING_INPUT in trainer.space._linear
 
 
 def test_the_tail_is_judged_by_the_99th_percentile_of_ttft(settings, tmp_path):
@@ -129,8 +177,13 @@ def test_a_killed_search_ends_as_an_uninterrupted_one(settings, tmp_path, monkey
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"base": "mct"}, "base must be one of added-delay, prefix-load, got 'mct'"),
-        ({"base": "prefix-load:eta=0"}, "the parameters of base must be above 0"),
+        (
+            {"base": "mct"},
+            "base must be one of added-delay, prefix-load, added-delay-inferred, got 'mct'",
+        ),
+        ({"base": "prefix-load:eta=0"}, "weight, eta of base must be above 0, got 'prefix-load:et"),
+        ({"base": "added-delay-inferred"}, "prefill, decode, displaced of base must be above 0"),
+        ({"eta": 0.0}, "eta must be above 0, got 0"),
         ({"num_hidden": -1}, "num_hidden must be at least 0, got -1"),
         ({"load": (1.0, 0.5)}, "load must be two ascending numbers above 0"),
         ({"max_minutes": 0.0}, "minutes must be above 0, got 0"),

@@ -96,6 +96,11 @@ HEXGEN = {
 SLOW_OR_BUSY = {"decode_step_s": (0.02, 0.002, 0.03), "pending_prefill_tokens": (0, 800, 0)}
 FIVE_THERE = {"outstanding_requests": (5, 0, 0), "pending_prefill_tokens": (0, 300, 200)}
 LATELY_SLOW = {"decode_step_s": (0.01, 0.02, 0.03), "step_time_ratio": (3, 1, 1)}
+DISPLACING = {
+    "pending_prefill_tokens": (0, 260, 400),
+    "prefix_hit_tokens": (0, 60, 0),
+    "kv_capacity_tokens": (1000, 8000, 500),
+}
 PUSHED = {"pushed_over_40": (2, 0, 5), "pushed_over_50": (2, 3, 5)}
 WORK = {
     "outstanding_requests": 1,
@@ -308,6 +313,10 @@ HAND = [
     ("added-delay-observed", LATELY_SLOW, 1),
     ("added-delay-inferred", LATELY_SLOW, 1),
     ("added-delay-inferred:observed=0.4", LATELY_SLOW, 0),  # 0.3 * 3^0.4 = 0.466
+    # 0.3, 0.5 and 0.7 s; 100 of 1,000, 40 of 8,000 and 100 of 500 tokens are displaced
+    ("added-delay-shrink", DISPLACING, 0),
+    ("added-delay-shrink:displaced=2", DISPLACING, 0),  # 0.3 + 0.2, 0.5 + 0.01 and 0.7 + 0.4
+    ("added-delay-shrink:displaced=3", DISPLACING, 1),  # 0.3 + 0.3, 0.5 + 0.015 and 0.7 + 0.6
     ("added-delay-reject", SLOW_OR_BUSY, 1),
     ("added-delay-reject:shrink=1", SLOW_OR_BUSY, 0),
     # 0.3 s each: what is over half of its limit costs 10 s

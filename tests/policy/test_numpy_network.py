@@ -24,7 +24,7 @@ PARAMS = {
     "prefix-load": (0.03, 0.7),
     "speed-family": (0.8,),
     "least-outstanding": (),
-    "added-delay-inferred": (1.9, 0.4, 0.6, 0.8),
+    "added-delay-inferred": (1.9, 0.4, 0.6, 0.8, 30.0),
 }
 
 
@@ -105,6 +105,19 @@ def test_logits_are_those_of_pytorch(base, extended, context, num_extra):
             got = other.logits(replicas[i].T.astype(float), request[i].astype(float), mask[i])
             within = 5e-5 if extended else 2e-5  # more inputs, more rounding
             np.testing.assert_allclose(got, want[i], rtol=2e-5, atol=within)
+
+
+def test_policies_of_before_the_price_on_displaced_prefixes_have_one_of_nothing():
+    _, network = make("added-delay-inferred", "mean", 0, extended=True)
+    replicas, request, mask = draw(1, 7, 0, extended=True)
+    four, five = PARAMS["added-delay-inferred"][:4], PARAMS["added-delay-inferred"]
+    logits = []
+    for params in (four, (*four, 0.0), five):
+        network._params = [np.float32(value) for value in params]
+        got = network.logits(replicas[0].T.astype(float), request[0].astype(float), mask[0])
+        logits.append(got.copy())
+    np.testing.assert_array_equal(logits[0], logits[1])
+    assert np.abs(logits[0] - logits[2]).max() > 1e-3
 
 
 def test_a_call_leaves_nothing_behind_for_the_next():

@@ -49,6 +49,12 @@ def added_delay_s(
 
 
 @inlined
+def displaced_s(new_tokens: Quantity, kv_tokens: Quantity, price_s: float) -> Quantity:
+    """Seconds charged for prefixes whose room in the cache a prompt takes, by its share of it."""
+    return price_s * new_tokens / kv_tokens
+
+
+@inlined
 def load_by_speed(outstanding: Quantity, speed: Quantity, eta: float) -> Quantity:
     """Requests there, this one included, over speed^eta: rule `speed-family`."""
     return (outstanding + 1.0) / speed**eta

@@ -392,7 +392,7 @@ class NumpyNetwork:
             np.divide(cost, np.maximum(speed, _SLOWEST) ** params[1], out=cost)
             np.add(cost, waiting_s, out=cost)
         elif self.shape.base == "added-delay-inferred":
-            prefill, decode, shrink, observed = params
+            prefill, decode, shrink, observed, displaced = (*params, _ZERO)[:5]
             tokens = predicted + shrink * (np.float32(request[_EXPECTED]) - predicted)
             np.multiply(load, seen[_SEQ], out=cost)
             np.multiply(cost, _ONE + decode, out=cost)
@@ -403,6 +403,12 @@ class NumpyNetwork:
             np.multiply(b.input_rows[9], prefill, out=other)
             np.add(cost, other, out=cost)
             np.multiply(cost, seen[_RATIO] ** observed, out=cost)
+            if displaced > 0.0:
+                np.subtract(np.float32(request[_PROMPT]), seen[_HIT], out=other)
+                np.maximum(other, _ZERO, out=other)
+                np.multiply(other, displaced, out=other)
+                np.divide(other, b.temp_rows[2], out=other)  # the capacity, see _describe
+                np.add(cost, other, out=cost)
         else:  # added-delay; the inputs' rows hold load * new_s and load * slowed_s
             np.multiply(b.input_rows[9], params[0], out=cost)
             np.add(cost, waiting_s, out=cost)
