@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import contextlib
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -135,8 +136,13 @@ def run(test: Callable[[], Awaitable[None]], *, plain: bool = False, limit_s: fl
         async with asyncio.timeout(limit_s):
             await test()
 
-    with asyncio.Runner(loop_factory=None if plain else uvloop.new_event_loop) as runner:
-        runner.run(limited())
+    # a loop that cannot be closed after a failure would hold up everything: who is where, and out
+    faulthandler.dump_traceback_later(limit_s + 60.0, exit=True)
+    try:
+        with asyncio.Runner(loop_factory=None if plain else uvloop.new_event_loop) as runner:
+            runner.run(limited())
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
