@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import faulthandler
 import contextlib
+import faulthandler
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
