@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -25,6 +30,13 @@ from servegym.serve.dispatcher import DispatchConfig, Dispatcher
 from servegym.serve.facts import Rates, fleet_facts
 from servegym.serve.runtime import RuntimeConfig
 from servegym.workloads.readers import read_trace
+
+
+def until(condition) -> None:
+    end_s = time.monotonic() + 10.0
+    while not condition():
+        assert time.monotonic() < end_s
+        time.sleep(0.01)
 
 
 class Clock:
@@ -262,7 +274,7 @@ def test_a_log_that_cannot_keep_up_drops_rows_and_counts_them(tmp_path, monkeypa
         go.wait(5)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr("servegym.serve.decision_log.json.dumps", slow)
+    monkeypatch.setattr("servegym.serve.log_files.json.dumps", slow)
     log = DecisionLog(DecisionLogConfig(folder=tmp_path, max_queue=10))
     for i in range(100):
         log.put({"i": i, "decisions": []})
@@ -278,6 +290,86 @@ def test_rows_that_cannot_be_written_are_dropped_and_counted(tmp_path):
     log.put({"i": 1, "decisions": []})
     log.close()
     assert (log.num_written, log.num_dropped) == (1, 1)
+
+
+@contextmanager
+def disk_with_room_for(num_bytes: int) -> Iterator[None]:
+    """Let no file grow beyond so many bytes: what is longer is cut off there, and then refused."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_tears_no_line_and_what_comes_after_is_written(tmp_path, caplog):
+    log = DecisionLog(DecisionLogConfig(folder=tmp_path, max_queue=100_000))
+    padding = "x" * 1000
+    with disk_with_room_for(100_000):
+        for i in range(150):
+            log.put({"i": i, "padding": padding, "decisions": []})
+        until(lambda: log.num_written + log.num_dropped >= 130)
+    for i in range(150, 400):
+        log.put({"i": i, "padding": padding, "decisions": []})
+    log.close()
+    kept = sorted(row["i"] for row in read_rows(tmp_path))  # every line can be read
+    assert len(kept) == len(set(kept)) == log.num_written
+    assert log.num_written + log.num_dropped == 400
+    assert kept[-250:] == list(range(150, 400))
+    assert 0 < log.num_dropped < 150
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert said[0].startswith("the decision log cannot be written: File too large; ")
+    assert said[1] == f"the decision log is written again; {log.num_dropped} rows are lost"
+
+
+def test_a_full_disk_leaves_parquet_files_that_can_be_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("servegym.serve.log_files.Parquet.GROUP", 100)
+    folder = tmp_path / "log"
+    log = DecisionLog(DecisionLogConfig(folder=folder, format="parquet", max_file_rows=200))
+    row = {"decisions": [], "arrival_s": 0.0}
+
+    def put(count: int) -> None:
+        for i in range(count):
+            log.put({**row, "key": f"{i} {os.urandom(400).hex()}"})
+
+    put(200)
+    until(lambda: log.num_written == 200)
+    with disk_with_room_for(30_000):
+        put(200)
+        until(lambda: log.num_dropped >= 100)
+    put(300)
+    log.close()
+    assert all(file.suffix == ".parquet" for file in folder.iterdir())
+    assert sum(1 for _ in read_rows(folder)) == log.num_written >= 500
+    assert log.num_written + log.num_dropped == 700
+
+
+def test_a_clock_that_is_set_back_does_not_make_the_newest_file_the_oldest(tmp_path, monkeypatch):
+    hour = [14]
+    monkeypatch.setattr(
+        "servegym.serve.log_files.time.gmtime", lambda: (2026, 12, 1, hour[0], 0, 0, 1, 335, 0)
+    )
+    log = DecisionLog(DecisionLogConfig(folder=tmp_path, max_file_rows=10, max_files=3))
+    for i in range(95):
+        if i == 50:
+            until(lambda: log.num_written == 50)
+            hour[0] = 9
+        log.put({"i": i, "decisions": []})
+    log.close()
+    assert sorted(row["i"] for row in read_rows(tmp_path)) == list(range(70, 95))
+
+
+def test_arrivals_keep_their_distances_where_the_clock_is_set_anew(tmp_path, monkeypatch):
+    dispatcher, clock = make(tmp_path)
+    for jump_s in (0.0, -3600.0, 7200.0):
+        monkeypatch.setattr("servegym.serve.dispatcher.time.time", lambda jump_s=jump_s: jump_s)
+        clock.now_s += 5.0
+        dispatcher.end(dispatcher.arrive("x", key=f"at {jump_s}"), "cancelled")
+    dispatcher.close()
+    at_s = [row["arrival_s"] for row in read_rows(tmp_path)]
+    assert np.diff(at_s).tolist() == pytest.approx([5.0, 5.0])
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):

@@ -7,16 +7,15 @@ cannot keep up, rows are dropped and counted, and serving goes on.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,17 +24,19 @@ from pydantic import BaseModel, ConfigDict, Field
 from servegym.cluster import state as s
 from servegym.cluster.outcome import EVENT_DTYPE
 from servegym.errors import ConfigError, WorkloadError
+from servegym.serve.log_files import Jsonl, LogFiles, Parquet, Row, WriteError
 from servegym.workloads.records import columns_of, records
 
 _log = logging.getLogger(__name__)
 
-Row = dict[str, Any]
 #: Tokens of a block of the trace format's hash ids.
 TRACE_BLOCK_TOKENS = 512
 #: Actions of the log that are no replica: unlike a mask's, they do not depend on the fleet's size.
 LOGGED_HOLD, LOGGED_REJECT = -1, -2
 #: Seconds that a row may wait in memory before it is flushed.
 _FLUSH_S = 1.0
+#: Seconds between two messages that it cannot be written.
+_QUIET_S = 60.0
 
 
 def logged_action(action: int, num_replicas: int) -> int:
@@ -80,7 +81,8 @@ class DecisionLog:
         config: Where to.
 
     Attributes:
-        num_written: Rows that are on disk, or with the operating system.
+        num_written: Rows that are on disk, or with the operating system; of a Parquet file, once it
+            is closed.
         num_dropped: Rows that found the queue full, or could not be written.
 
     Raises:
@@ -98,8 +100,8 @@ class DecisionLog:
             usable = False
         if not usable:
             raise ConfigError(f"{config.folder} cannot be written: give a folder for the log")
-        if config.format == "parquet":
-            _pyarrow()
+        self._lost_since, self._quiet_until_s = 0, -math.inf
+        self._files = self._make_files()
         self._queue: queue.Queue[Row | None] = queue.Queue(config.max_queue)
         self._thread = threading.Thread(target=self._run, name="decision-log", daemon=True)
         self._thread.start()
@@ -121,192 +123,44 @@ class DecisionLog:
             self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        writer = _Jsonl(self.config) if self.config.format == "jsonl" else _Parquet(self.config)
+        files = self._files
         while True:
             try:
                 row = self._queue.get(timeout=_FLUSH_S)
             except queue.Empty:
-                self._guard(writer.flush, 0)
+                self._guard(files.flush)
                 continue
             if row is None:
-                self._guard(writer.close, 0)
+                self._guard(files.close)
                 return
-            if self._guard(lambda row=row: writer.write(row), 1):
-                self.num_written += 1
+            self._guard(lambda row=row: files.write(row))
 
-    def _guard(self, action: Any, rows: int) -> bool:
+    def _make_files(self) -> LogFiles:
+        config = self.config
+        make = Jsonl if config.format == "jsonl" else Parquet
+        return make(config.folder, config.max_file_rows, config.max_files)
+
+    def _guard(self, act: Callable[[], int]) -> None:
         """Do it; a full disk costs rows, not the service."""
         try:
-            action()
-        except (OSError, ValueError, TypeError) as error:
-            self.num_dropped += rows
-            _log.error("the decision log cannot be written: %s", error)
-            return False
-        return True
-
-
-class _Rotation:
-    """Names files by the time they were begun, and deletes the oldest."""
-
-    def __init__(self, config: DecisionLogConfig, suffix: str) -> None:
-        self.config, self.suffix = config, suffix
-        self._number = 0
-
-    def next_path(self) -> Path:
-        self._number += 1
-        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        name = f"requests-{stamp}-{os.getpid()}-{self._number:05d}{self.suffix}"
-        mine = sorted(self.config.folder.glob(f"requests-*{self.suffix}"))
-        for old in mine[: max(0, len(mine) - self.config.max_files + 1)]:
-            old.unlink(missing_ok=True)
-        return self.config.folder / name
-
-
-class _Jsonl:
-    """One JSON object a line."""
-
-    def __init__(self, config: DecisionLogConfig) -> None:
-        self._rotation = _Rotation(config, ".jsonl")
-        self._file: Any = None
-        self._rows = 0
-
-    def write(self, row: Row) -> None:
-        line = json.dumps(row, separators=(",", ":"), allow_nan=False)
-        if self._file is None:
-            self._file = self._rotation.next_path().open("w", encoding="utf-8")
-            self._rows = 0
-        self._file.write(line + "\n")
-        self._rows += 1
-        if self._rows >= self._rotation.config.max_file_rows:
-            self.close()
-
-    def flush(self) -> None:
-        if self._file is not None:
-            self._file.flush()
-
-    def close(self) -> None:
-        if self._file is not None:
-            file, self._file = self._file, None
-            file.close()
-
-
-class _Parquet:
-    """Row groups of at most `GROUP` rows; a file is readable once it is closed."""
-
-    GROUP = 1000
-
-    def __init__(self, config: DecisionLogConfig) -> None:
-        self._rotation = _Rotation(config, ".parquet")
-        self._pa = _pyarrow()
-        self._schema = _schema(self._pa)
-        self._buffer: list[Row] = []
-        self._writer: Any = None
-        self._part: Path | None = None
-        self._rows = 0
-
-    def write(self, row: Row) -> None:
-        self._buffer.append(row)
-        if len(self._buffer) >= self.GROUP:
-            self._write_group()
-        if self._rows + len(self._buffer) >= self._rotation.config.max_file_rows:
-            self.close()
-
-    def flush(self) -> None:
-        """Do nothing: a row group is written when it is full."""
-
-    def close(self) -> None:
-        self._write_group()
-        if self._writer is not None:
-            self._writer.close()
-            assert self._part is not None
-            os.replace(self._part, self._part.with_suffix(""))
-        self._writer, self._rows = None, 0
-
-    def _write_group(self) -> None:
-        rows, self._buffer = self._buffer, []
-        if not rows:
+            count = act()
+        except WriteError as error:
+            self.num_dropped += error.num_rows
+            self._lost_since += error.num_rows
+            now_s = time.monotonic()
+            if now_s >= self._quiet_until_s:  # not a line for every row while the disk is full
+                self._quiet_until_s = now_s + _QUIET_S
+                _log.error(
+                    "the decision log cannot be written: %s; %d rows are lost so far,"
+                    " serving goes on",
+                    error,
+                    self._lost_since,
+                )
             return
-        from pyarrow import parquet
-
-        if self._writer is None:
-            path = self._rotation.next_path()
-            self._part = path.with_name(f"{path.name}.part")
-            self._writer = parquet.ParquetWriter(self._part, self._schema)
-        self._writer.write_table(self._pa.Table.from_pylist(rows, self._schema))
-        self._rows += len(rows)
-
-
-def _pyarrow() -> Any:
-    try:
-        import pyarrow
-    except ImportError as error:
-        raise ConfigError("a Parquet log needs pyarrow: pip install pyarrow") from error
-    return pyarrow
-
-
-def _schema(pa: Any) -> Any:
-    decision = pa.struct(
-        [
-            ("after_s", pa.float64()),
-            ("action", pa.int32()),
-            ("replica_name", pa.string()),
-            ("by", pa.string()),
-            ("reason", pa.string()),
-            ("duration_s", pa.float64()),
-            ("proposed", pa.int32()),
-            ("propensity", pa.float64()),
-            ("policy", pa.string()),
-            (
-                "observation",
-                pa.struct(
-                    [
-                        ("replicas", pa.list_(pa.list_(pa.float32()))),
-                        ("request", pa.list_(pa.float32())),
-                        ("mask", pa.list_(pa.bool_())),
-                    ]
-                ),
-            ),
-        ]
-    )
-    placement = pa.struct(
-        [
-            ("after_s", pa.float64()),
-            ("replica_name", pa.string()),
-            ("by", pa.string()),
-            ("reason", pa.string()),
-            ("duration_s", pa.float64()),
-            ("proposed", pa.string()),
-        ]
-    )
-    followed = pa.struct([("key", pa.string()), ("delay_s", pa.float64()), ("by", pa.string())])
-    return pa.schema(
-        [
-            ("key", pa.string()),
-            ("arrival_s", pa.float64()),
-            ("prompt_tokens", pa.int32()),
-            ("output_tokens", pa.int32()),
-            ("predicted_output_tokens", pa.float64()),
-            ("cached_tokens", pa.int32()),
-            ("slo_class", pa.int16()),
-            ("slo_class_name", pa.string()),
-            ("tenant", pa.int32()),
-            ("tenant_name", pa.string()),
-            ("model", pa.string()),
-            ("hash_ids", pa.list_(pa.uint64())),
-            ("status", pa.string()),
-            ("replica", pa.int16()),
-            ("replica_name", pa.string()),
-            ("dispatch_s", pa.float64()),
-            ("ttft_s", pa.float64()),
-            ("e2e_s", pa.float64()),
-            ("num_retries", pa.int16()),
-            ("follows", followed),
-            ("decisions", pa.list_(decision)),
-            ("prefill_replica_name", pa.string()),
-            ("prefilled_s", pa.float64()),
-            ("placements", pa.list_(placement)),
-        ]
-    )
+        self.num_written += count
+        if count and self._lost_since:
+            _log.warning("the decision log is written again; %d rows are lost", self._lost_since)
+            self._lost_since, self._quiet_until_s = 0, -math.inf
 
 
 def read_rows(path: Path) -> Iterator[Row]:

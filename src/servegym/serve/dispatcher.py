@@ -176,6 +176,8 @@ class Dispatcher:
         self.names = list(replicas)
         assert len(self.names) == facts.shape[1]
         self.clock = clock
+        # of all wall times: arrivals keep their distances where the wall clock is set anew
+        self._epoch_s = time.time() - clock()
         classes = [
             SloClass(c.name, c.ttft_s or math.inf, c.tpot_s or math.inf, c.weight)
             for c in config.slo_classes
@@ -279,7 +281,13 @@ class Dispatcher:
             predicted_output_tokens=self.predictor.predict(tenant, slo_class, max_tokens),
             slo_class=slo_class,
         )
-        job = Job(request, measured.without_content().of_model(model), tenant, model, time.time())
+        job = Job(
+            request,
+            measured.without_content().of_model(model),
+            tenant,
+            model,
+            self._epoch_s + request.arrival_s,
+        )
         if self._ends is not None:
             job.mark, job.follows = self._ends.arrive(measured, tenant, session, request.arrival_s)
         return job
