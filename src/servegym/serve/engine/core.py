@@ -163,9 +163,8 @@ class EngineCore:
         self._state.replica["noise_stream"] = noise.stream
         self._state.observation[0, OBSERVED_UP, 1:] = 0.0  # what stands for other ends
         self._state.replica["mode"][0, 1:] = DOWN
-        self._per_request = PER_REQUEST
+        self._per_request = PER_REQUEST + (("transfer",) if spec.moves_kv else ())
         if spec.moves_kv:
-            self._per_request = (*PER_REQUEST, "transfer")
             self._stay(0)
         self._places = list(range(_FIRST_PLACES))[::-1]
         self._segments = Segments(block_size)

@@ -163,6 +163,7 @@ class Fleet:
             "noise": Noise(spec.noise_sigma, spec.noise_period_steps, episode.noise_seed, index),
             "stream_interval": config.stream_interval,
         }
+        replica: Replica
         if self._has_roles:
             replica = make_replica(
                 kind,

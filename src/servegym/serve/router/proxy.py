@@ -101,7 +101,7 @@ class Proxy:
             first_token_s, patience_s = seat.first_token_s, self._patience_s
             asking = ask(pool, head, told, first_token_s=first_token_s, patience_s=patience_s)
             try:
-                if self._handover.takes_two(seat):
+                if seat.apart is not None and self._handover.takes_two(seat.apart):
                     other = self._first_line(self._pool(seat.apart.url), request, path)
                     other += self._headers(request, len(told))
                     exchange = await self._handover.ask_both(asking, placement, seat, other, told)
