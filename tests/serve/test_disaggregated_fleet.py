@@ -134,3 +134,63 @@ def test_replicas_with_roles_are_served_together_and_hand_over_as_vllm_does():
     pushed = parse_scenario(SCENARIO + "transfers: {reservation: destination}\n", "test")
     with pytest.raises(ConfigError, match="take reservation: source, got destination"):
         Fleet(FleetConfig(pushed))
+
+
+async def post(session, url: str, body: dict) -> tuple[int, dict]:
+    async with session.post(f"{url}/v1/completions", json=body) as response:
+        return response.status, await response.json()
+
+
+def test_an_engine_keeps_kv_once_for_the_same_prompt_and_until_its_lease_is_over():
+    scenario = parse_scenario(SCENARIO + "transfers: {lease_s: 20.0}\n", "test")
+    keep = {"prompt": "x" * 400, "kv_transfer_params": {"do_remote_decode": True}}
+    whole = {"prompt": "x" * 400, "max_tokens": 3, "ignore_eos": True}
+
+    async def test():
+        fleet = Fleet(FleetConfig(scenario, port=0, admin_port=0, speed=20.0))
+        await fleet.start()
+        source, target = fleet.servers[0], fleet.servers[2]
+        async with aiohttp.ClientSession() as session:
+            status, answer = await post(session, source.url, whole)
+            assert (status, answer["error"]["message"][:24]) == (400, "replica-0 only prefills:")
+            status, answer = await post(session, source.url, keep)
+            params = answer["kv_transfer_params"]
+            assert (status, answer["usage"]["completion_tokens"]) == (200, 1)
+            assert params["do_remote_prefill"] is True
+            assert params["remote_engine_id"] == "replica-0"
+            assert params["remote_block_ids"] == list(range(7))  # 100 tokens, 16 a block
+            held = source.state()["kv_cache_usage"]
+            assert (source.state()["num_kept"], held > 0.0) == (1, True)
+            status, answer = await post(
+                session, target.url, {**whole, "kv_transfer_params": params}
+            )
+            digest = request_digest(whole["prompt"], None)
+            assert (status, answer["choices"][0]["text"]) == (200, answer_text(digest, 3))
+            assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 99
+            assert (source.state()["num_kept"], source.state()["kv_cache_usage"]) == (0, 0.0)
+            # a second time it is not there, and nor is it once the lease, a second here, is over
+            status, answer = await post(
+                session, target.url, {**whole, "kv_transfer_params": params}
+            )
+            assert (status, "was fetched, or its lease" in answer["error"]["message"]) == (
+                500,
+                True,
+            )
+            _, answer = await post(session, source.url, keep)
+            await until(lambda: not source.state()["num_kept"])
+            params = answer["kv_transfer_params"]
+            status, _ = await post(session, target.url, {**whole, "kv_transfer_params": params})
+            assert status == 500
+            # who decodes computes whole requests, too
+            assert (await post(session, target.url, whole))[0] == 200
+            _, answer = await post(session, source.url, keep)
+            other = {
+                **whole,
+                "prompt": "y" * 80,
+                "kv_transfer_params": answer["kv_transfer_params"],
+            }
+            status, answer = await post(session, target.url, other)
+            assert (status, "of 100 tokens" in answer["error"]["message"]) == (400, True)
+        await fleet.stop()
+
+    run(test, limit_s=60.0)

@@ -355,7 +355,23 @@ class RouterConfig(_Config):
             if limit.slo_class is not None and limit.slo_class not in classes:
                 raise ValueError(unknown_name("SLO class", limit.slo_class, classes))
         self.check_workers()
+        if self.replicas and self.replicas_file is None and self.discover is None:
+            self._check_parts()
         return self
+
+    def _check_parts(self) -> None:
+        """Check that the replicas, to which no others will come, can do all of a request."""
+        roles = {replica.role for replica in self.replicas}
+        if roles == {"prefill"}:
+            raise ValueError(
+                "all replicas have the role prefill: what they prefill needs one of role decode "
+                "or mixed to decode it"
+            )
+        if roles == {"decode"} and not self.disaggregation.decoders_prefill:
+            raise ValueError(
+                "all replicas have the role decode, and SGLang's cannot prefill: add one of role "
+                "prefill, or take the role mixed"
+            )
 
     def check_workers(self) -> None:
         """Check that whoever carries requests can carry them from one replica to another.
