@@ -9,9 +9,12 @@ import pytest
 
 from servegym.errors import ConfigError
 from servegym.policy.contract import ARRIVING_TOKENS, NUM_HOLDING
+from servegym.serve.discovery.config import TemplateConfig
+from servegym.serve.discovery.found import Found, described
 from servegym.serve.router.config import parse_config, with_workers
 from servegym.serve.router.disaggregation import is_divisible
 from servegym.serve.router.forms import CHAT, COMPLETION, POOLING
+from servegym.serve.router.placement import Arrival
 
 from .running import RATES, run, running, until
 
@@ -305,8 +308,77 @@ def test_is_divisible_means_one_prompt_and_one_answer(form, fields, expected):
 def test_several_workers_are_refused_in_one_sentence():
     replica = {"name": "p0", "url": "http://127.0.0.1:1", "rates": RATES, "role": "prefill"}
     sentence = "p0 has the role prefill, but several workers carry whole requests: take workers: 1"
+    other = {**replica, "name": "d0", "url": "http://127.0.0.1:2", "role": "decode"}
+    data = {"replicas": [replica, other]}
     with pytest.raises(ConfigError, match=sentence):
-        parse_config({"replicas": [replica], "listen": {"workers": 2}}, "test")
-    config = parse_config({"replicas": [replica]}, "test")
+        parse_config({**data, "listen": {"workers": 2}}, "test")
+    config = parse_config(data, "test")
     with pytest.raises(ConfigError, match=sentence):
         with_workers(config, 2)
+
+
+@pytest.mark.parametrize(
+    ("role", "protocol", "sentence"),
+    [
+        ("prefill", "nixl", "all replicas have the role prefill"),
+        ("decode", "sglang", "all replicas have the role decode, and SGLang's cannot prefill"),
+    ],
+)
+def test_a_fleet_that_can_do_no_request_is_refused(role, protocol, sentence):
+    replica = {"name": "r", "url": "http://127.0.0.1:1", "rates": RATES, "role": role}
+    data = {"replicas": [replica], "disaggregation": {"protocol": protocol}}
+    with pytest.raises(ConfigError, match=sentence):
+        parse_config(data, "test")
+    template = {"rates": RATES, "role": "decode"}
+    found = {"dns": [{"name": "d", "port": 1}], "templates": [template]}
+    assert parse_config({**data, "discover": found}, "test").discover.templates[0].role == "decode"
+
+
+def test_a_replica_that_is_found_has_the_role_of_its_template():
+    template = TemplateConfig(names="p-*", rates=RATES, role="prefill", bootstrap_port=9000)
+    found = [Found("p-0", "10.0.0.1", 8000), Found("d-0", "10.0.0.2", 8000)]
+    [p], complaints = described(found, [template])
+    assert (p.role, p.bootstrap_port) == ("prefill", 9000)
+    assert complaints == ["no template fits d-0: it is left out"]
+
+
+def test_a_replica_whose_role_changes_leaves_and_another_comes():
+    async def test():
+        async with running(roles=("mixed", "decode"), request={"max_hold_s": 0.1}) as router:
+            fleet, first = router.router.fleet, router.replicas[0]
+            other = fleet["r0"].replica.model_copy(update={"role": "prefill"})
+            await fleet.sync("replicas", [other, fleet["r1"].replica])
+            await until(lambda: router.state.is_up(fleet["r0"].slot))
+            first.params = PARAMS
+            status, _, headers = await told(router)
+            assert (status, headers["X-Servegym-Replica"]) == (200, "r1")
+            assert len(first.bodies) == 1
+            status, page = await router.get("/metrics")
+            assert 'servegym_router_prefills_total{replica="r0",result="ok"} 1' in page
+            await until(router.idle)
+
+    run(test)
+
+
+def test_decisions_of_both_kinds_are_explained():
+    async def test():
+        async with running(roles=("prefill", "decode", "decode")) as router:
+            router.replicas[0].params = PARAMS
+            desk = router.router._desk
+            placement = desk.enter("default", "key")
+            prompt = router.router.dispatcher.reader.read("a prompt")
+            placement.arrive(
+                Arrival(prompt, "m", 5, True, None, None, 0.0, traced=True, divisible=True)
+            )
+            seat = await placement.place()
+            assert (seat.name, seat.apart.step) == ("r0", "prefill")
+            seat = await placement.prefilled(None)
+            assert (seat.name in ("r1", "r2"), seat.apart.name) == (True, "r0")
+            dispatch, placing = placement.explained()
+            assert (dispatch.about, dispatch.action) == ("dispatch", "r0")
+            assert (placing.about, placing.action) == ("placement", seat.name)
+            assert placing.candidates == ("r1", "r2")
+            placement.leave()
+            assert router.idle()
+
+    run(test)

@@ -194,10 +194,12 @@ def compile_bounds() -> None:
 
 def compile_router() -> None:
     """What the router runs: its state, its reading of prompts, and every rule that can be live."""
+    from servegym.baselines.placement import PLACEMENTS
     from servegym.baselines.registry import RULES
     from servegym.policy.contract import Group
     from servegym.serve.dispatcher import DispatchConfig, Dispatcher
     from servegym.serve.facts import Rates, fleet_facts
+    from servegym.serve.loaded_policy import load_policy
     from servegym.serve.runtime import RuntimeConfig
     from servegym.serve.state import rehearse_inference
 
@@ -213,13 +215,18 @@ def compile_router() -> None:
         dispatcher.decide(job)
         dispatcher.first_token(job)
         dispatcher.finish(job, 2)
+    for name in PLACEMENTS.names():
+        load_policy(f"least-outstanding+{name}", RuntimeConfig())
 
 
 def compile_live() -> None:
     """What the emulated engine and the router run."""
     from servegym.serve.engine.core import rehearse
+    from servegym.serve.engine.roles import rehearse_roles
 
     rehearse(load_scenario("mixed-chat").spec.types[0])
+    apart = load_scenario("pd-equal").spec
+    rehearse_roles(apart.types[0], apart.transfers)
     compile_router()
 
 

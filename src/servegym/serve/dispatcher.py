@@ -11,7 +11,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -138,6 +138,18 @@ class Job:
         if self.request.replica < 0 and self.moving is not None:
             return self.moving.source
         return self.request.replica
+
+
+class Reconsidered(NamedTuple):
+    """Where a request would go now, instead of where it waits.
+
+    Attributes:
+        action: Slot of the replica.
+        row: Of the decision log, if there is one.
+    """
+
+    action: int
+    row: dict[str, Any] | None
 
 
 class Dispatcher:
@@ -348,6 +360,47 @@ class Dispatcher:
         else:
             self.end(job, "rejected")
         return decision
+
+    def reconsider(self, job: Job, allowed: BoolArray, margin: int) -> Reconsidered | None:
+        """Say where a request would go now that waits at a replica; nothing is booked.
+
+        Args:
+            job: At a replica that has sent no token.
+            allowed: Replicas in question, by slot, `bool[W]`.
+            margin: Requests that the other replica must have fewer.
+
+        Returns:
+            The decision for another replica; `None` if it would stay, or not gain so much.
+        """
+        request, here, now_s = job.request, job.request.replica, self.clock()
+        if not allowed.any():
+            return None
+        with self.state.without(request):
+            seen = self.state.observe(
+                request,
+                now_s,
+                hit_tokens=self.hits(job),
+                allowed=allowed,
+                may_hold=False,
+                needs=self.needs,
+            )
+            mask = seen.mask.copy()
+            mask[0, -2:] = False
+            seen = Observations(seen.replicas, seen.request, mask)
+            decision = self.choose(seen, request.key)
+            there = decision.action
+            gain = self.state.outstanding(here) - self.state.outstanding(there)
+            if there == here or gain < margin:
+                return None
+            row = None if self.log is None else self._decision_row(job, decision, now_s, seen)
+            return Reconsidered(there, row)
+
+    def requeue(self, job: Job, there: Reconsidered) -> None:
+        """Book that a request goes where it would go now."""
+        if there.row is not None:
+            job.decisions.append(there.row)
+        self.moved(job, there.action)
+        self._ties.chose(there.action)
 
     def wait(self, job: Job) -> None:
         """Put a request on hold because no replica can take it; nothing is decided."""

@@ -7,7 +7,8 @@ feeds simulated runs through this class and compares the observations feature by
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -605,6 +606,28 @@ class LiveState:
             learn_length(self._length_sums, request.predicted_output_tokens, output_tokens)
         if output_tokens > 1 and now_s > first_s:
             self._average(RECENT_TPOT_S, r, (now_s - first_s) / (output_tokens - 1))
+
+    @contextmanager
+    def without(self, request: LiveRequest) -> Iterator[None]:
+        """See the fleet as if a request were not at its replica, of which no token has come."""
+        assert not request.is_decoding
+        r = request.replica
+        counted = [
+            OUTSTANDING_REQUESTS,
+            OUTSTANDING_PROMPT_TOKENS,
+            OUTSTANDING_PREDICTED_TOKENS,
+            PENDING_PREFILL_TOKENS,
+        ]
+        saved, there = self.replicas[counted, r], self._at[r]
+        prefill = request.prefill_is_pending * (request.prompt_tokens - request.believed_cached)
+        parts = (1.0, request.prompt_tokens, request.predicted_output_tokens, prefill)
+        self.replicas[counted, r] -= parts
+        self._at[r] = {other: None for other in there if other is not request}
+        try:
+            yield
+        finally:
+            self.replicas[counted, r] = saved
+            self._at[r] = there
 
     def leave(self, request: LiveRequest) -> None:
         """A request is gone before its end: cancelled, failed, rejected, or decided again."""

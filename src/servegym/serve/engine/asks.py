@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -44,6 +44,17 @@ class _Ask(_Body):
     priority: _Long | None = 0
     n: Literal[1] | None = 1
     output_tokens: _Count | None = None  # ours: where the answer ends by itself
+    kv_transfer_params: dict[str, Any] | None = None
+
+    @property
+    def keeps_kv(self) -> bool:
+        """Whether the KV of its prompt is to be kept for another replica."""
+        return bool((self.kv_transfer_params or {}).get("do_remote_decode"))
+
+    @property
+    def fetches_kv(self) -> bool:
+        """Whether the KV of its prompt is to be fetched from another replica."""
+        return bool((self.kv_transfer_params or {}).get("do_remote_prefill"))
 
     @property
     def include_usage(self) -> bool:

@@ -10,7 +10,14 @@ import numpy as np
 from numba import typeof
 
 from servegym.cluster.aborts import abort
-from servegym.cluster.allocate import PER_REQUEST, Capacity, load_episode, make_params, make_state
+from servegym.cluster.allocate import (
+    PER_REQUEST,
+    Capacity,
+    load_episode,
+    make_params,
+    make_state,
+    wanted_entries,
+)
 from servegym.cluster.entry import addresses
 from servegym.cluster.live import (
     FORMED,
@@ -26,8 +33,16 @@ from servegym.cluster.live import (
     speed_up,
     turn,
 )
-from servegym.cluster.spec import ClusterSpec, Episode, ReplicaType
-from servegym.cluster.state import NEVER, Asks
+from servegym.cluster.live_transfers import (
+    OTHER_END,
+    fetch,
+    land_due,
+    next_landing_s,
+    release_kept,
+    withdraw,
+)
+from servegym.cluster.spec import ClusterSpec, Episode, ReplicaType, TransferRules
+from servegym.cluster.state import DOWN, NEVER, OBSERVED_UP, Asks
 from servegym.engines import ENGINES, EngineName
 from servegym.serve.engine.segments import Segments
 from servegym.workloads.table import RequestTable
@@ -95,6 +110,8 @@ class EngineCore:
         chunked_prefill: Whether a prompt may be split over steps.
         speed: Speed factor, 1 is nominal.
         noise: Of step times.
+        transfers: How KV comes and goes where replicas have roles; `None`: it stays.
+        other_ends: Types of the replicas that KV comes from, at least one if any does.
 
     Attributes:
         longest_tokens: KV tokens that one request can come to have.
@@ -109,9 +126,12 @@ class EngineCore:
         chunked_prefill: bool,
         speed: float,
         noise: Noise,
+        transfers: TransferRules | None = None,
+        other_ends: tuple[ReplicaType, ...] = (),
     ) -> None:
         spec = ClusterSpec(
-            types=(kind,),
+            types=(kind, *other_ends),
+            transfers=transfers or TransferRules(),
             block_size=block_size,
             prefix_caching=prefix_caching,
             chunked_prefill=chunked_prefill,
@@ -119,25 +139,33 @@ class EngineCore:
             noise_period_steps=noise.period_steps,
         )
         self._caching = prefix_caching
-        self._params = make_params(spec, record=True, asks=Asks(dispatch=NEVER))
+        asks = Asks(dispatch=NEVER)
+        self._params = make_params(spec, record=True, asks=asks)
         self.longest_tokens = int(self._params.longest_tokens[0])
         sizes = Capacity(
             num_envs=1,
             requests=_FIRST_PLACES,
             segments=1,
-            replicas=1,
+            replicas=1 + bool(other_ends),
             faults=1,
             longest_tokens=self.longest_tokens,
             # in one step each request may be admitted, preempted and ended a few times over
             log=12 * (_FIRST_PLACES + kind.max_num_seqs) + 64,
         )
         self._state = make_state(spec, sizes)
-        self._params.entries[:] = addresses(typeof(self._params), typeof(self._state))
+        kinds = typeof(self._params), typeof(self._state)
+        self._params.entries[:] = addresses(*kinds, wanted_entries(spec, asks))
         nobody = RequestTable.build(np.zeros(1), np.ones(1, np.int32), np.ones(1, np.int32))
-        episode = Episode(nobody, np.zeros(1, np.int16), np.array([speed]), noise_seed=noise.seed)
+        there = np.arange(1 + bool(other_ends), dtype=np.int16)
+        episode = Episode(nobody, there, np.full(len(there), speed), noise_seed=noise.seed)
         load_episode(self._params, self._state, 0, episode)
         self._state.env["num_requests"] = self._state.env["next_sent"] = 0
         self._state.replica["noise_stream"] = noise.stream
+        self._state.observation[0, OBSERVED_UP, 1:] = 0.0  # what stands for other ends
+        self._state.replica["mode"][0, 1:] = DOWN
+        self._per_request = PER_REQUEST + (("transfer",) if spec.moves_kv else ())
+        if spec.moves_kv:
+            self._stay(0)
         self._places = list(range(_FIRST_PLACES))[::-1]
         self._segments = Segments(block_size)
         self._report = np.zeros(REPORT_HEAD + kind.max_num_seqs, np.int64)
@@ -244,6 +272,45 @@ class EngineCore:
         """Lose all requests, the cache and the step in progress; the caller calls `leave`."""
         fail(self._params, self._state, now_s)
 
+    def fetch(self, place: int) -> None:
+        """Let the KV of a request come from elsewhere, which has just joined the queue."""
+        fetch(self._params, self._state, place)
+
+    @property
+    def next_landing_s(self) -> float:
+        """When the next KV arrives, infinite if none is on its way."""
+        return float(next_landing_s(self._state))
+
+    def land_due(self, now_s: float) -> list[Event]:
+        """Let the KV arrive that is due; return events that say whose."""
+        land_due(self._params, self._state, now_s)
+        return [Event(*e) for e in self._state.log[0, : self._state.env[0]["log_len"]].tolist()]
+
+    def set_other_end(self, type_idx: int, free_s: float) -> None:
+        """Say from what kind of replica KV comes next, and when its link is free.
+
+        Args:
+            type_idx: Among `other_ends`.
+            free_s: Seconds.
+        """
+        self._state.replica["type_idx"][0, OTHER_END] = 1 + type_idx
+        self._state.link["out_free_s"][0, OTHER_END] = free_s
+
+    def other_end_free_s(self) -> float:
+        """When the link is free of the replica from which KV came last."""
+        return float(self._state.link["out_free_s"][0, OTHER_END])
+
+    def release_kept(self, place: int, now_s: float) -> None:
+        """Give back what a prefilled request holds, and its place to others."""
+        release_kept(self._params, self._state, place, now_s)
+        self.leave(place)
+
+    def withdraw(self, place: int, now_s: float) -> None:
+        """Take a request out whose KV was to come, and give its place to others."""
+        withdraw(self._params, self._state, place, now_s)
+        self._state.transfer["source"][0, place] = -1
+        self.leave(place)
+
     def _grow(self) -> None:
         """Make twice as many places."""
         state, size = self._state, self._state.request.shape[1]
@@ -252,8 +319,17 @@ class EngineCore:
             old = getattr(state, name)
             return np.concatenate((old, np.zeros_like(old)), axis=1)
 
-        self._state = state._replace(**{name: twice(name) for name in PER_REQUEST})
+        self._state = state._replace(**{name: twice(name) for name in self._per_request})
+        if "transfer" in self._per_request:
+            self._stay(size)
         self._places = list(range(size, 2 * size))[::-1]
+
+    def _stay(self, first: int) -> None:
+        """Of the requests that come to places from this one on, no KV is elsewhere."""
+        moving = self._state.transfer[0, first:]
+        for name in ("source", "prefill_on", "target"):
+            moving[name] = -1
+        moving["lease_until_s"] = np.inf
 
 
 def rehearse(kind: ReplicaType) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from aiohttp import web
 
@@ -14,8 +16,10 @@ from servegym.errors import ConfigError
 from servegym.scenario import Scenario
 from servegym.serve.engine.core import Noise, rehearse
 from servegym.serve.engine.faults import Fault
+from servegym.serve.engine.handovers import Handovers
 from servegym.serve.engine.metrics import EngineMetrics
 from servegym.serve.engine.replica import Replica
+from servegym.serve.engine.roles import Links, make_replica, rehearse_roles
 from servegym.serve.engine.server import EngineServer
 
 #: Answers whose lengths stand for the scenario's workload.
@@ -76,10 +80,11 @@ class Fleet:
                 f"retain_kv_s is {retain_kv_s}, but an emulated engine is not told which answers "
                 "others wait for: leave it out of the scenario"
             )
-        if config.scenario.spec.disaggregated:
+        self._has_roles = config.scenario.spec.disaggregated
+        if self._has_roles and config.scenario.spec.transfers.reservation != "source":
             raise ConfigError(
-                "emulated engines compute whole requests: take a scenario whose replicas all have "
-                "the role mixed"
+                "emulated engines hand KV over as vLLM does with NIXL: take reservation: source, "
+                f"got {config.scenario.spec.transfers.reservation}"
             )
         if config.scenario.spec.migrates:
             raise ConfigError(
@@ -97,8 +102,17 @@ class Fleet:
         for index in self._chosen:
             if index not in there:
                 raise ConfigError(f"the scenario has replicas 0 to {there[-1]}, got {index}")
+        if self._has_roles and self._chosen != list(there):
+            raise ConfigError(
+                "replicas with roles fetch KV from each other: serve all of them, without --replica"
+            )
         for fault in config.faults:
             self._check(fault)
+        spec = config.scenario.spec
+        self._links = Links()
+        self._handovers = Handovers(spec.transfers.lease_s / config.speed)
+        self._other_ends = tuple(kind for kind in spec.types if kind.role == "prefill")
+        self._origin_s = time.monotonic()
         self.servers: dict[int, EngineServer] = {}
         self.admin_url = ""
         self._admin: web.AppRunner | None = None
@@ -117,7 +131,10 @@ class Fleet:
             ConfigError: If one of them cannot be had; then none is.
         """
         config = self._config
-        rehearse(config.scenario.spec.types[int(self._episode.type_idx[self._chosen[0]])])
+        kind = config.scenario.spec.types[int(self._episode.type_idx[self._chosen[0]])]
+        rehearse(replace(kind, role="mixed"))
+        if self._has_roles:
+            rehearse_roles(kind, config.scenario.spec.transfers)
         try:
             for k, index in enumerate(self._chosen):
                 server = self._make(index)
@@ -138,16 +155,26 @@ class Fleet:
         kind = spec.types[int(episode.type_idx[index])]
         metrics = EngineMetrics(model_name, config.speed, kind.engine)
         lengths = episode.table.output_tokens
-        replica = Replica(
-            kind,
-            metrics,
-            block_size=spec.block_size,
-            prefix_caching=spec.prefix_caching,
-            chunked_prefill=spec.chunked_prefill,
-            speed=float(episode.speed[index]),
-            noise=Noise(spec.noise_sigma, spec.noise_period_steps, episode.noise_seed, index),
-            stream_interval=config.stream_interval,
-        )
+        settings: dict[str, Any] = {
+            "block_size": spec.block_size,
+            "prefix_caching": spec.prefix_caching,
+            "chunked_prefill": spec.chunked_prefill,
+            "speed": float(episode.speed[index]),
+            "noise": Noise(spec.noise_sigma, spec.noise_period_steps, episode.noise_seed, index),
+            "stream_interval": config.stream_interval,
+        }
+        replica: Replica
+        if self._has_roles:
+            replica = make_replica(
+                kind,
+                metrics,
+                transfers=spec.transfers,
+                other_ends=self._other_ends,
+                links=self._links,
+                **settings,
+            )
+        else:
+            replica = Replica(kind, metrics, **settings)
         return EngineServer(
             index,
             replica,
@@ -156,12 +183,24 @@ class Fleet:
             speed=config.speed,
             draw_tokens=lambda digest: int(lengths[int.from_bytes(digest[:8]) % len(lengths)]),
             stamped=config.stamped,
+            role=kind.role,
+            handovers=self._handovers,
+            source_kinds=self._source_kinds,
+            origin_s=self._origin_s,
         )
+
+    @property
+    def _source_kinds(self) -> dict[int, int]:
+        """The kind of each replica that prefills, among those that KV comes from."""
+        types = self._config.scenario.spec.types
+        kinds = {r: types[int(t)] for r, t in enumerate(self._episode.type_idx)}
+        return {r: self._other_ends.index(k) for r, k in kinds.items() if k.role == "prefill"}
 
     async def stop(self) -> None:
         """Stop all servers and the faults still to come."""
         for timer in self._timers:
             timer.cancel()
+        self._handovers.stop()
         if self._admin is not None:
             await self._admin.cleanup()
         for server in self.servers.values():

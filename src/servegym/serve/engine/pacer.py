@@ -33,6 +33,7 @@ class Pacer:
         speed: Seconds of its clock in one real second.
         deliver: Called with each request that has tokens to send.
         clock_s: The wall's clock, real seconds.
+        origin_s: When the replica's clock is at 0, by the wall's; now if it is not given.
 
     Attributes:
         lateness_s: How long after their times steps were done, real seconds.
@@ -44,6 +45,7 @@ class Pacer:
         speed: float,
         deliver: Callable[[EngineRequest], None],
         clock_s: Callable[[], float] = time.monotonic,
+        origin_s: float | None = None,
     ) -> None:
         self.replica = replica
         self.lateness_s = Histogram(LATENESS_BOUNDS_S)
@@ -51,7 +53,7 @@ class Pacer:
         self._deliver = deliver
         self._loop = asyncio.get_running_loop()
         self._clock_s = clock_s
-        self._origin_s = clock_s()
+        self._origin_s = clock_s() if origin_s is None else origin_s
         self._timer: asyncio.TimerHandle | None = None
         self._hung = False
         self._left_s = math.inf  # of the step in progress when it hung
@@ -68,10 +70,18 @@ class Pacer:
 
     def submit(self, request: EngineRequest) -> None:
         """Put a request into the waiting queue now; see `Replica.submit`."""
+        self.do(lambda now_s: self.replica.submit(request, now_s))
+
+    def do(self, action: Callable[[float], None]) -> None:
+        """Do something to the replica that may give it something to do.
+
+        Args:
+            action: Called with the time, when all that was due before has been done.
+        """
         self._catch_up()
-        idle = math.isinf(self.replica.due_s)
-        self.replica.submit(request, self.now_s)
-        if idle:
+        due_s = self.replica.due_s
+        action(self.now_s)
+        if self.replica.due_s < due_s:
             self._arm()
 
     def abort(self, request: EngineRequest) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 
 from servegym.cluster import state as st
-from servegym.cluster.spec import ReplicaType
+from servegym.cluster.spec import ReplicaType, TransferRules
 from servegym.errors import ConfigError
 from servegym.serve.engine.core import NO_NOISE, EngineCore, Event, Noise
 from servegym.serve.engine.request import EngineRequest, Observer, Status
@@ -40,6 +40,8 @@ class Replica:
         noise: Of step times.
         stream_interval: Tokens between two entries of a request in `outbox`; the first and the
             last token always make one.
+        transfers: How KV comes and goes where replicas have roles (`roles`); `None`: it stays.
+        other_ends: Types of the replicas that KV comes from.
 
     Attributes:
         due_s: When the step in progress ends, or the idle engine begins one; infinite without
@@ -58,6 +60,8 @@ class Replica:
         speed: float = 1.0,
         noise: Noise = NO_NOISE,
         stream_interval: int = 1,
+        transfers: TransferRules | None = None,
+        other_ends: tuple[ReplicaType, ...] = (),
     ) -> None:
         if stream_interval < 1:
             raise ConfigError(f"stream_interval must be at least 1, got {stream_interval}")
@@ -73,6 +77,8 @@ class Replica:
             chunked_prefill=chunked_prefill,
             speed=speed,
             noise=noise,
+            transfers=transfers,
+            other_ends=other_ends,
         )
         self._observer = observer
         self._interval = stream_interval

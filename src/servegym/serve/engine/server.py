@@ -5,17 +5,22 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 from aiohttp import web
 
+from servegym.cluster.spec import Role
 from servegym.errors import ConfigError, ServeGymError, WorkloadError
 from servegym.serve.engine import asks
 from servegym.serve.engine.content import Content, answer_text, request_digest
 from servegym.serve.engine.faults import Fault
+from servegym.serve.engine.handovers import Handovers, NoKvError
 from servegym.serve.engine.metrics import EngineMetrics
 from servegym.serve.engine.pacer import Pacer
 from servegym.serve.engine.replica import Replica
 from servegym.serve.engine.request import EngineRequest, Status
+from servegym.serve.engine.roles import DecodeReplica, Kept, PrefillReplica
 from servegym.serve.engine.stream import Stream
 from servegym.serve.listening import listen
 from servegym.serve.monitoring.prometheus import CONTENT_TYPE
@@ -39,8 +44,13 @@ class EngineServer:
         speed: Seconds of the replica's clock in one real second.
         draw_tokens: Length of the answer to a request, from the digest of the request.
         stamped: Whether events tell when they were sent; see `Stream`.
+        role: What it does of a request.
+        handovers: Of the fleet's KV.
+        source_kinds: Of the replicas that prefill, the kind of each for those that fetch.
+        origin_s: When all clocks of the fleet are at 0; see `Pacer`.
 
     Attributes:
+        role: As given.
         faults: What is wrong just now, in words.
     """
 
@@ -54,8 +64,13 @@ class EngineServer:
         speed: float,
         draw_tokens: Callable[[bytes], int],
         stamped: bool = False,
+        role: Role = "mixed",
+        handovers: Handovers | None = None,
+        source_kinds: Mapping[int, int] = MappingProxyType({}),
+        origin_s: float | None = None,
     ) -> None:
         self.index = index
+        self.role = role
         self.faults: set[str] = set()
         self._replica = replica
         self._metrics = metrics
@@ -63,7 +78,9 @@ class EngineServer:
         self._draw_tokens = draw_tokens
         self._stamped = stamped
         self._streams: dict[EngineRequest, Stream] = {}
-        self._pacer = Pacer(replica, speed, self._deliver)
+        self._pacer = Pacer(replica, speed, self._deliver, origin_s=origin_s)
+        self._handovers = handovers
+        self._source_kinds = source_kinds
         self._frozen_page = ""
         self._address: tuple[str, int] = ("", 0)
         app = web.Application(client_max_size=MAX_BODY_BYTES)
@@ -139,6 +156,8 @@ class EngineServer:
                 await self._site.stop()
                 self._site = None
             self._pacer.fail()
+            if self._handovers is not None:
+                self._handovers.lose(self.index)
             self._drop_connections()
             await asyncio.sleep(0.01)  # those that were just being accepted
             self._drop_connections()
@@ -158,10 +177,12 @@ class EngineServer:
 
     def state(self) -> dict[str, object]:
         """Return what an operator wants to see."""
-        lateness = self._pacer.lateness_s
+        lateness, replica = self._pacer.lateness_s, self._replica
         return {
             "replica": self.index,
             "kind": self.kind_name,
+            "role": self.role,
+            "num_kept": replica.num_kept if isinstance(replica, PrefillReplica) else 0,
             "url": self.url,
             "faults": sorted(self.faults),
             "num_running": self._replica.num_running,
@@ -192,18 +213,20 @@ class EngineServer:
                     404, "NotFoundError", f"the model {ask.model!r} is not {self._model_name!r}"
                 )
             stream = self._stream(ask, kind is asks.Chat, http.headers)
-            self._pacer.submit(stream.request)
+            self._submit(ask, stream.request)
         except web.HTTPRequestEntityTooLarge:
             return _refusal(
                 413, "BadRequestError", f"a body may have at most {MAX_BODY_BYTES} bytes"
             )
+        except NoKvError as error:
+            return _refusal(500, "InternalServerError", str(error))
         except ServeGymError as error:
             return _refusal(400, "BadRequestError", str(error))
         self._streams[stream.request] = stream
         try:
             if not ask.stream:
                 await stream.done.wait()
-                return web.json_response(stream.document())
+                return web.json_response(stream.document() | self._kept(stream.request))
             response = await stream.open(http)
             await stream.done.wait()
             await response.write_eof(stream.rest(ask.include_usage))
@@ -225,6 +248,8 @@ class EngineServer:
         room = self._replica.capacity_tokens + 1 - Content(prompt, "", size).prompt_tokens
         natural = ask.output_tokens or output_tokens(headers) or self._draw_tokens(digest)
         tokens, finish_reason = asks.answer(ask, natural, room)
+        if isinstance(self._replica, PrefillReplica):
+            tokens = 1  # of which nobody wants more here
         text = answer_text(digest, tokens)
         content = Content(prompt, text, size)
         name = headers.get("X-Request-Id") or secrets.token_hex(16)
@@ -244,6 +269,43 @@ class EngineServer:
             fingerprint=f"replica-{self.index}",
             stamped=self._stamped,
         )
+
+    def _submit(self, ask: asks.Completion | asks.Chat, request: EngineRequest) -> None:
+        """Put a request into the waiting queue, with the KV that is kept for it if it has some.
+
+        Raises:
+            ServeGymError: If it cannot be served here.
+        """
+        replica = self._replica
+        if isinstance(replica, PrefillReplica):
+            if not ask.keeps_kv or ask.stream:
+                raise WorkloadError(
+                    f"replica-{self.index} only prefills: ask it without a stream, with "
+                    "kv_transfer_params in which do_remote_decode is true"
+                )
+        elif ask.fetches_kv and ask.kv_transfer_params is not None:
+            if not isinstance(replica, DecodeReplica) or self._handovers is None:
+                raise WorkloadError(
+                    f"replica-{self.index} fetches no KV: its scenario has no roles"
+                )
+            kept = self._handovers.take(ask.kv_transfer_params, request.prompt_tokens)
+            kind = self._source_kinds[kept.source]
+            self._pacer.do(lambda now_s: replica.fetch(request, kept, kind, now_s))
+            return
+        self._pacer.submit(request)
+
+    def _kept(self, request: EngineRequest) -> dict[str, Any]:
+        """Return what tells another replica where the KV of a prefilled request is."""
+        replica, handovers = self._replica, self._handovers
+        if not isinstance(replica, PrefillReplica) or handovers is None:
+            return {}
+
+        def release(_: float) -> None:
+            self._pacer.do(lambda now_s: replica.release(request, now_s))
+
+        kept = Kept(self.index, request.prompt_tokens, release)
+        num_blocks = -(-request.prompt_tokens // replica.block_size)
+        return {"kv_transfer_params": handovers.keep(request.request_id, kept, num_blocks)}
 
     def _deliver(self, request: EngineRequest) -> None:
         stream = self._streams.get(request)

@@ -88,6 +88,21 @@ class LimitConfig(_Config):
     slo_class: str | None = None
 
 
+class RequeueConfig(_Config):
+    """When a stream of which no token has come is taken back and sent to another replica.
+
+    Attributes:
+        after_s: It is looked at when so long has passed since its dispatch, and again each time.
+        margin_requests: The other replica, which the policy must choose now, must have so many
+            requests fewer.
+        max_moves: Times that a request is moved at most. The retry budget counts them, too.
+    """
+
+    after_s: float = Field(gt=0)
+    margin_requests: int = Field(4, ge=1)
+    max_moves: int = Field(1, ge=1)
+
+
 class RequestConfig(_Config):
     """What is accepted, and how long things may take.
 
@@ -105,6 +120,8 @@ class RequestConfig(_Config):
         retry_share: Retries within 10 s, as a share of the requests within 10 s or in progress...
         retry_reserve: ... and so many more. Requests that a replica did not even take, or whose
             connection it broke, are tried again beyond this budget: it takes no more.
+        requeue: Whether a stream that waits for its first token may be sent elsewhere; `None`: it
+            stays where it is.
         forward_headers: Headers of clients that replicas see; `x-*` names all that begin so.
         forward_query: Whether replicas see the query string of a URL.
         max_load: Requests at a replica at most, as a multiple of its `max_num_seqs`. Others wait at
@@ -135,6 +152,7 @@ class RequestConfig(_Config):
     max_retries: int = Field(2, ge=0)
     retry_share: float = Field(0.2, ge=0)
     retry_reserve: int = Field(100, ge=0)
+    requeue: RequeueConfig | None = None
     forward_headers: tuple[str, ...] = DEFAULT_FORWARDED
     forward_query: bool = True
     max_load: float | None = Field(None, gt=0)
@@ -336,17 +354,38 @@ class RouterConfig(_Config):
         for limit in (self.limits, *self.tenants.values()):
             if limit.slo_class is not None and limit.slo_class not in classes:
                 raise ValueError(unknown_name("SLO class", limit.slo_class, classes))
-        self.check_roles()
+        self.check_workers()
+        if self.replicas and self.replicas_file is None and self.discover is None:
+            self._check_parts()
         return self
 
-    def check_roles(self) -> None:
-        """Check that whoever carries requests can carry them between replicas with roles.
+    def _check_parts(self) -> None:
+        """Check that the replicas, to which no others will come, can do all of a request."""
+        roles = {replica.role for replica in self.replicas}
+        if roles == {"prefill"}:
+            raise ValueError(
+                "all replicas have the role prefill: what they prefill needs one of role decode "
+                "or mixed to decode it"
+            )
+        if roles == {"decode"} and not self.disaggregation.decoders_prefill:
+            raise ValueError(
+                "all replicas have the role decode, and SGLang's cannot prefill: add one of role "
+                "prefill, or take the role mixed"
+            )
+
+    def check_workers(self) -> None:
+        """Check that whoever carries requests can carry them from one replica to another.
 
         Raises:
             ValueError: If several workers would have to.
         """
         if self.listen.workers > 1:
             refuse_roles(self.replicas, self.discover, WORKERS_AND_ROLES)
+            if self.request.requeue is not None:
+                raise ValueError(
+                    "request.requeue needs one process that carries and decides: take workers: 1, "
+                    "or leave it out"
+                )
 
 
 def read_config(path: Path) -> RouterConfig:
@@ -375,7 +414,7 @@ def with_workers(config: RouterConfig, workers: int) -> RouterConfig:
     listen = config.listen.model_copy(update={"workers": workers})
     config = config.model_copy(update={"listen": listen})
     try:
-        config.check_roles()
+        config.check_workers()
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return config

@@ -65,10 +65,9 @@ class Handover:
         host, port = self._pool(apart.url).place
         return body, f"{PREFILLER_HEADER}: {host_and_port(host, port)}\r\n".encode()
 
-    def takes_two(self, seat: Seat) -> bool:
+    def takes_two(self, apart: Apart) -> bool:
         """Whether another replica is to be asked at once."""
-        both = seat.apart is not None and seat.apart.step == "both"
-        return both and self._config.protocol == "sglang"
+        return apart.step == "both" and self._config.protocol == "sglang"
 
     async def ask_both(
         self,

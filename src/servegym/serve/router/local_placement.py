@@ -40,6 +40,7 @@ class LocalPlacement:
         "_failures",
         "_gone",
         "_job",
+        "_num_moves",
         "_prefill",
         "_read_s",
         "_stream",
@@ -70,6 +71,7 @@ class LocalPlacement:
         self._waiting: Waiting | None = None
         self._wants_room = False  # it is held for want of a replica, not by the policy
         self._gone = False
+        self._num_moves = 0
 
     @property
     def job(self) -> Job:
@@ -220,6 +222,22 @@ class LocalPlacement:
         if again:
             desk.telemetry.retries[error.cause] += 1
         return again
+
+    def move_on(self) -> Seat | None:
+        """See `MovingPlacement`."""
+        desk, job, here = self._desk, self.job, self.job.replica
+        config, dispatcher = desk.config.request.requeue, desk.dispatcher
+        if config is None or self._num_moves >= config.max_moves:
+            return None
+        allowed = self._allowed() & dispatcher.placing.transfers.decoding
+        there = dispatcher.reconsider(job, allowed, config.margin_requests)
+        if there is None or not desk.budget.take(desk.telemetry.in_flight):
+            return None
+        self._num_moves += 1
+        desk.telemetry.requeues[dispatcher.names[here], dispatcher.names[there.action]] += 1
+        self._stand_up()
+        dispatcher.requeue(job, there)
+        return self._sit_down(there.action)
 
     def begin(self) -> None:
         """See `Placement`."""

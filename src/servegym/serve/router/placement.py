@@ -167,6 +167,13 @@ class Placement(Protocol):
         """Its client has been told all there is; what has not ended has failed."""
 
 
+class MovingPlacement(Placement, Protocol):
+    """One that may be placed elsewhere while it waits for its first token."""
+
+    def move_on(self) -> Seat | None:
+        """Place it elsewhere if that is better now; `None`: it stays."""
+
+
 class DividedPlacement(Placement, Protocol):
     """One that two replicas may do."""
 

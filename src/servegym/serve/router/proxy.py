@@ -12,9 +12,10 @@ from servegym.serve.router.disaggregation import Params
 from servegym.serve.router.errors import RequestError
 from servegym.serve.router.handover import Handover, only_prefilled
 from servegym.serve.router.headers import CONTEXT_HEADERS, HeaderFilter, returned
-from servegym.serve.router.placement import DividedPlacement, Placement, Seat
+from servegym.serve.router.placement import DividedPlacement, MovingPlacement, Placement, Seat
 from servegym.serve.router.relay import Relay, answer_pairs
 from servegym.serve.router.reply import Reply
+from servegym.serve.router.requeue import RequeuedError, ask_or_move
 from servegym.serve.router.upstream import Exchange, Pool, UpstreamError, ask
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class Proxy:
         headers = self._headers(request, len(body))
         trace = request.trace
         params: Params = None  # of a prefill that is over
+        requeue = self.config.requeue
         while True:
             request.replica = seat.name
             pool = self._pool(seat.url)
@@ -99,10 +101,13 @@ class Proxy:
             first_token_s, patience_s = seat.first_token_s, self._patience_s
             asking = ask(pool, head, told, first_token_s=first_token_s, patience_s=patience_s)
             try:
-                if self._handover.takes_two(seat):
+                if seat.apart is not None and self._handover.takes_two(seat.apart):
                     other = self._first_line(self._pool(seat.apart.url), request, path)
                     other += self._headers(request, len(told))
                     exchange = await self._handover.ask_both(asking, placement, seat, other, told)
+                elif requeue is not None and stream and seat.apart is None:
+                    moving = cast(MovingPlacement, placement)
+                    exchange = await ask_or_move(asking, moving, requeue.after_s)
                 else:
                     exchange = await asking
                 try:
@@ -116,6 +121,11 @@ class Proxy:
                     return await self._pass_on(request, placement, seat, exchange, sent, stream)
                 finally:
                     exchange.close()
+            except RequeuedError as moved:
+                if sent is not None:
+                    sent.end("requeued")
+                seat = moved.seat
+                continue
             except UpstreamError as error:
                 errors.append(error)
                 if sent is not None:

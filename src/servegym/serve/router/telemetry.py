@@ -23,6 +23,7 @@ class Telemetry:
         retries: By cause.
         retries_denied: By what spoke against them: `budget`, `request` (two replicas have failed
             it), `replicas` (there is no other).
+        requeues: Of streams without a token, by the replica that they left and that they went to.
         prefills: Of requests that decode elsewhere, by replica and `ok` or `failed`.
         slo: Of requests in SLO classes with limits, by class and whether they met them.
         tenant_outcomes: By tenant and how requests ended.
@@ -38,6 +39,7 @@ class Telemetry:
     upstream_failures: Counter[tuple[str, str]] = field(default_factory=Counter)
     retries: Counter[str] = field(default_factory=Counter)
     retries_denied: Counter[str] = field(default_factory=Counter)
+    requeues: Counter[tuple[str, str]] = field(default_factory=Counter)
     prefills: Counter[tuple[str, str]] = field(default_factory=Counter)
     slo: Counter[tuple[str, bool]] = field(default_factory=Counter)
     tenant_outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -52,6 +54,8 @@ class Telemetry:
         for counts in (self.upstream_failures, self.prefills):
             for key in [key for key in counts if key[0] == replica]:
                 del counts[key]
+        for pair in [pair for pair in self.requeues if replica in pair]:
+            del self.requeues[pair]
         self.latencies.forget(replica)
 
     def outcome(self, tenant: str, how: str) -> None:
@@ -97,6 +101,14 @@ class Telemetry:
             "servegym_router_retries_denied",
             "Failed requests that were not sent to another replica",
             [({"reason": name}, count) for name, count in sorted(self.retries_denied.items())],
+        )
+        page.counter(
+            "servegym_router_requeues",
+            "Streams that waited for their first token and were sent to another replica",
+            [
+                ({"replica": replica, "to": other}, count)
+                for (replica, other), count in sorted(self.requeues.items())
+            ],
         )
         if self.prefills:  # of a fleet without roles there are none
             page.counter(
