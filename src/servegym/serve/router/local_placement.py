@@ -6,11 +6,11 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from servegym.serve.dispatcher import Job
+from servegym.serve.monitoring.prometheus import Histogram, observe_all
 from servegym.serve.router.books import Failures
 from servegym.serve.router.ejection import Attempt
 from servegym.serve.router.errors import RequestError
 from servegym.serve.router.explanation import Explanation, decide_explained
-from servegym.serve.router.latencies import Times
 from servegym.serve.router.line import Waiting
 from servegym.serve.router.pages import no_model, no_replica
 from servegym.serve.router.placement import Arrival, Ending, Seat
@@ -39,12 +39,12 @@ class LocalPlacement:
         "_explained",
         "_failures",
         "_gone",
+        "_itl",
         "_job",
         "_prefill",
         "_read_s",
         "_stream",
         "_tenant",
-        "_times",
         "_token_s",
         "_traced",
         "_tried",
@@ -64,7 +64,7 @@ class LocalPlacement:
         self._tried: set[int] = set()
         self._stream = self._traced = False
         self._explained: list[Explanation] = []  # what its carrier has not been told
-        self._times: tuple[Times, ...] = ()  # where times at its replica are counted
+        self._itl: tuple[Histogram, ...] = ()  # of its replica and of its tenant
         self._token_s: float | None = None  # when its last token came, or its client took more
         self._read_s = 0.0
         self._waiting: Waiting | None = None
@@ -228,13 +228,15 @@ class LocalPlacement:
 
     def tokens(self, count: int, now_s: float) -> None:
         """See `Placement`."""
-        self._desk.dispatcher.tokens(self.job, count, now_s)
-        self.attempt.standing.last_token_s = now_s
-        for times in self._times:
-            if self._token_s is not None:
-                times.itl.observe(now_s - self._token_s)
-            if count > 1:  # they came at once
-                times.itl.observe(0.0, count - 1)
+        job, attempt, last_s = self._job, self._attempt, self._token_s
+        assert job is not None
+        assert attempt is not None
+        self._desk.dispatcher.tokens(job, count, now_s)
+        attempt.standing.last_token_s = now_s
+        if last_s is not None:
+            observe_all(self._itl, now_s - last_s)
+        if count > 1:  # they came at once
+            observe_all(self._itl, 0.0, count - 1)
         self._token_s = now_s
 
     def paused(self, now_s: float) -> None:
@@ -286,7 +288,7 @@ class LocalPlacement:
             passed_s = desk.dispatcher.clock() - self._read_s - job.held_s
             desk.telemetry.overhead.observe(passed_s)
             desk.books.dispatched(job, replica)
-        self._times = desk.books.times(job, replica)
+        self._itl = tuple([times.itl for times in desk.books.times(job, replica)])
         self._attempt = attempt = desk.health.ejection.begin(replica, stream=self._stream)
         if not self._stream:
             # no one will say when the prompt is computed: take the known rate for it

@@ -82,6 +82,12 @@ class UpstreamError(Exception):
 class Receiver(Protocol):
     """Whoever passes an answer on that has begun."""
 
+    def repeats(self, data: bytes) -> bool:
+        """Bytes have come: take them if they are only one more event like the last.
+
+        Return whether they were; else nothing has happened, and what they hold follows.
+        """
+
     def piece(self, framed: bytes, body: bytes) -> None:
         """More has come: as it is framed, and the body in that."""
 
@@ -303,6 +309,8 @@ class Connection(asyncio.Protocol):
         if exchange is None:  # bytes that nobody asked for
             self._abort()
             return
+        if exchange.receiver is not None and exchange.receiver.repeats(data):
+            return  # by far most of what comes
         try:
             if exchange.head is None:
                 data = self._read_head(exchange, data)
