@@ -186,7 +186,8 @@ class Dispatcher:
         self.log = DecisionLog(config.log) if config.log else None
         max_ends = config.log.max_ends if config.log else 0
         self._ends = RecentEnds(max_ends) if max_ends else None
-        self._needed: tuple[LoadedPolicy | None, Group] | None = None  # of the policy in place
+        # of the policy in place: what is read, and whether the prefix index is
+        self._needed: tuple[LoadedPolicy | None, Group, bool] | None = None
 
     def add(self, name: str, facts: FloatArray) -> int:
         """A replica joins the fleet.
@@ -266,7 +267,7 @@ class Dispatcher:
             predicted_output_tokens=self.predictor.predict(tenant, slo_class, max_tokens),
             slo_class=slo_class,
         )
-        job = Job(request, measured.without_content().of_model(model), tenant, model, time.time())
+        job = Job(request, measured.kept_for(model), tenant, model, time.time())
         if self._ends is not None:
             job.mark, job.follows = self._ends.arrive(measured, tenant, session, request.arrival_s)
         return job
@@ -295,13 +296,14 @@ class Dispatcher:
         request = job.request
         self._take_back(job)
         now_s = self.clock()
+        needs, by_prefix = self._needs()
         seen = self.state.observe(
             request,
             now_s,
-            hit_tokens=self._hits(job),
+            hit_tokens=self._hits(job) if by_prefix else None,
             allowed=allowed,
             may_hold=may_hold,
-            needs=self._needs,
+            needs=needs,
         )
         decision = self._choose(seen, request.key, with_scores=with_scores)
         if self.log is not None:
@@ -453,19 +455,18 @@ class Dispatcher:
         loaded = self.runtime.loaded
         return loaded.policy if loaded and isinstance(loaded.policy, OnlinePolicy) else None
 
-    @property
-    def _needs(self) -> Group:
-        """Groups of features that whoever may decide reads."""
+    def _needs(self) -> tuple[Group, bool]:
+        """Groups of features that whoever may decide reads; whether the index is read for them."""
         loaded = self.runtime.loaded
         if self._needed is None or self._needed[0] is not loaded:
             needs = self.runtime.fallback.needs | (loaded.policy.needs if loaded else Group(0))
-            self._needed = loaded, needs
-        return self._needed[1]
+            self._needed = loaded, needs, bool(needs & _BY_PREFIX)
+        return self._needed[1:]
 
     def _hits(self, job: Job) -> FloatArray | None:
         """Tokens believed cached; the last token of a prompt is always computed."""
         prompt = job.prompt
-        if not len(prompt.keys) or not self._needs & _BY_PREFIX:
+        if not len(prompt.keys):
             return None
         blocks = self.index.leading_blocks(prompt.keys)
         hits = blocks * prompt.block_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,10 +54,20 @@ class LoadedPolicy:
     manifest: Manifest | None = None
     ranges: Ranges | None = None
 
+    @cached_property
+    def reads_metrics(self) -> bool:
+        """Whether it depends on what engines report; see `reads_metrics`."""
+        return reads_metrics(self.policy)
+
     @property
     def version(self) -> str:
         """First digits of the file's checksum; a rule's own text, whatever file it is from."""
         return self.manifest.sha256[:12] if self.manifest else self.policy.name
+
+
+def reads_metrics(policy: Policy) -> bool:
+    """Whether a policy depends on what engines report; a blind one only on the router's books."""
+    return bool(policy.needs & Group.METRICS) and policy.information != "blind"
 
 
 def load_policy(text: str, config: RuntimeConfig) -> LoadedPolicy:

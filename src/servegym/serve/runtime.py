@@ -19,10 +19,9 @@ from servegym.policy.contract import (
     NUM_OBSERVED_FEATURES,
     NUM_REPLICA_FEATURES,
     NUM_REQUEST_FEATURES,
-    Group,
 )
 from servegym.policy.exploration import explore
-from servegym.policy.policy import Observations, Policy, Scoring
+from servegym.policy.policy import Observations, Scoring
 from servegym.serve.guards import (
     FAULTS,
     BreakerConfig,
@@ -32,7 +31,7 @@ from servegym.serve.guards import (
     Reason,
     Silence,
 )
-from servegym.serve.loaded_policy import LoadedPolicy, is_allowed, load_policy
+from servegym.serve.loaded_policy import LoadedPolicy, is_allowed, load_policy, reads_metrics
 from servegym.serve.monitoring.prometheus import Histogram
 from servegym.typing import BoolArray, FloatArray
 
@@ -108,11 +107,6 @@ class Decision(NamedTuple):
     scores: FloatArray | None = None
 
 
-def _reads_metrics(policy: Policy) -> bool:
-    """Whether a policy depends on what engines report; a blind one only on the router's books."""
-    return bool(policy.needs & Group.METRICS) and policy.information != "blind"
-
-
 class PolicyRuntime:
     """Decides for one request at a time, whatever happens to the policy.
 
@@ -160,7 +154,7 @@ class PolicyRuntime:
         if config.fallback.endswith(DISPATCH_SUFFIXES):
             raise ConfigError(f"the fallback must be a rule by name, got {config.fallback!r}")
         self.fallback = load_policy(config.fallback, config).policy
-        if _reads_metrics(self.fallback):
+        if reads_metrics(self.fallback):
             _log.warning("the fallback %s reads engine metrics itself", config.fallback)
         try:
             self.loaded = self.prepare(config.policy)
@@ -297,7 +291,7 @@ class PolicyRuntime:
             or mask.shape != (1, replicas.shape[2] + 2)
         ):
             return Reason.SCHEMA
-        if not mask[0, :-2].any():
+        if not np.count_nonzero(mask[0, :-2]):
             return Reason.FORCED
         return Reason.NO_POLICY if self.loaded is None else None
 
@@ -326,7 +320,7 @@ class PolicyRuntime:
         loaded = self.loaded
         assert loaded is not None
         replicas, request = observations.replicas[0], observations.request[0]
-        if _reads_metrics(loaded.policy):
+        if loaded.reads_metrics:
             oldest_s = replicas[METRICS_AGE_S].max(
                 where=observations.mask[0, :-2], initial=0.0
             )  # NaN is found below

@@ -14,6 +14,7 @@ from servegym.serve.router.pages import Pages
 from servegym.serve.router.reply import Reply
 from servegym.serve.router.retry_budget import RetryBudget
 from servegym.serve.router.telemetry import Telemetry
+from servegym.serve.router.timers import Timers
 
 
 class LocalDesk:
@@ -30,6 +31,7 @@ class LocalDesk:
         draining: Whether new requests are refused.
         urls: Of the replicas' servers, by slot.
         line: Of requests that wait for a replica with room.
+        timers: For what is assumed of requests.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class LocalDesk:
         self.books = Books(dispatcher, health, telemetry)
         self.urls: dict[int, str] = {}
         self.line = Line()
+        self.timers = Timers()
         self._pages = pages
 
     def add(self, replica: int, url: str) -> None:

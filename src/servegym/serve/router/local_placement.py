@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from servegym.serve.dispatcher import Job
 from servegym.serve.monitoring.prometheus import Histogram, observe_all
 from servegym.serve.router.books import Failures
@@ -14,6 +16,7 @@ from servegym.serve.router.explanation import Explanation, decide_explained
 from servegym.serve.router.line import Waiting
 from servegym.serve.router.pages import no_model, no_replica
 from servegym.serve.router.placement import Arrival, Ending, Seat
+from servegym.serve.router.timers import Timer
 from servegym.serve.router.upstream import UpstreamError
 from servegym.typing import BoolArray
 
@@ -59,7 +62,7 @@ class LocalPlacement:
         self.key = key
         self._job: Job | None = None
         self._attempt: Attempt | None = None  # at the replica where it is, or was last
-        self._prefill: asyncio.TimerHandle | None = None
+        self._prefill: Timer | None = None
         self._failures: Failures = []
         self._tried: set[int] = set()
         self._stream = self._traced = False
@@ -158,7 +161,9 @@ class LocalPlacement:
             and dispatcher.clock() + config.hold_s <= until_s
         )
         # what has been at a replica before need not stand in line again
-        is_decided = allowed.any() and (bool(self._tried) or desk.line.may_go(self.waiting))
+        is_decided = bool(np.count_nonzero(allowed)) and (
+            bool(self._tried) or desk.line.may_go(self.waiting)
+        )
         self._wants_room = not is_decided
         if is_decided:
             if self._traced:
@@ -293,8 +298,7 @@ class LocalPlacement:
         if not self._stream:
             # no one will say when the prompt is computed: take the known rate for it
             left_s = desk.dispatcher.state.prefill_left_s(replica)
-            loop = asyncio.get_running_loop()
-            self._prefill = loop.call_later(left_s, desk.dispatcher.end_prefill, job)
+            self._prefill = desk.timers.after(left_s, lambda: desk.dispatcher.end_prefill(job))
         return Seat(
             desk.dispatcher.names[replica],
             desk.urls[replica],
@@ -306,8 +310,9 @@ class LocalPlacement:
 
     def _stand_up(self) -> None:
         """It is no longer at a replica; does nothing the second time."""
-        if self._attempt is not None:
-            self._desk.health.ejection.end(self._attempt)
+        attempt = self._attempt
+        if attempt is not None and not attempt.ended:
+            self._desk.health.ejection.end(attempt)
             self._desk.line.call()
         if self._prefill is not None:
             self._prefill.cancel()
