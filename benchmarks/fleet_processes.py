@@ -288,6 +288,17 @@ http {{
         self.wait_for(f"{self.url}/health")
 
 
+class BareRelay(Process):
+    """A relay of uvloop and Python that does nothing: see `bare_relay.py`."""
+
+    def __init__(self, urls: Sequence[str]) -> None:
+        (port,) = free_ports(1)
+        program = Path(__file__).with_name("bare_relay.py")
+        super().__init__([sys.executable, str(program), str(port), *urls])
+        self.url = f"http://127.0.0.1:{port}"
+        self.wait_for(f"{self.url}/v1/models")
+
+
 def replica_entries(scenario: str, urls: Sequence[str] = ()) -> list[dict[str, object]]:
     """Write a router's entry for every replica of a scenario; without URLs only to count them."""
     from servegym.scenario import load_scenario

@@ -3,12 +3,13 @@
     git worktree add ../before REVISION
     python benchmarks/router_cpu.py ../before --out router_cpu.json
 
-This checkout's router, the other's and, if it is installed, nginx stand before the same replicas
-and work by turns, a second or so each, so that whatever else the machine does meets all of them.
-Clients and replicas are this process: replicas that write events as vLLM does, one piece each, and
-clients that count bytes. CPU time is that of the proxy's process, by the scheduler's own count. A
-ratio is of two neighbouring turns; its interval is by bootstrap over the pairs. An event is what a
-stream of many costs more than one of few, so that its request is not counted.
+This checkout's router, the other's, a relay of uvloop that does nothing (`bare_relay.py`) and, if
+it is installed, nginx stand before the same replicas and work by turns, a second or so each, so
+that whatever else the machine does meets all of them. Clients and replicas are this process:
+replicas that write events as vLLM does, one piece each, and clients that count bytes. CPU time is
+that of the proxy's process, by the scheduler's own count. A ratio is of two neighbouring turns; its
+interval is by bootstrap over the pairs. An event is what a stream of many costs more than one of
+few, so that its request is not counted.
 
 The replicas send their first event at once: the time to it is all delay, of the proxy and of this
 process. Streams come at a steady rate there, and a direct connection has its turn, too.
@@ -28,12 +29,13 @@ from pathlib import Path
 import numpy as np
 import tyro
 import uvloop
-from fleet_processes import Nginx, Process, Router
+from fleet_processes import BareRelay, Nginx, Process, Router
 from rich.console import Console
 from rich.table import Table
 
 from servegym.typing import FloatArray
 
+_COLUMNS = ("before", "this", "bare relay", "nginx", "direct")
 _EVENT = (
     b'data: {"id":"cmpl-%d","object":"text_completion","created":1750000000,"model":"m",'
     b'"choices":[{"index":0,"text":" word","logprobs":null,"finish_reason":null}]}\n\n'
@@ -190,6 +192,8 @@ class RouterCpu:
             for label, checkout in (("this", None), ("before", self.before)):
                 router = await asyncio.to_thread(self._router, folder, urls, checkout)
                 proxies[label] = stack.enter_context(router)
+            bare = await asyncio.to_thread(BareRelay, urls)
+            proxies["bare relay"] = stack.enter_context(bare)
             try:
                 nginx = await asyncio.to_thread(Nginx, folder, urls)
                 proxies["nginx"] = stack.enter_context(nginx)
@@ -302,7 +306,7 @@ def interval(ratios: FloatArray) -> tuple[float, float, float]:
 
 
 def _show(found: dict[str, dict[str, list[float]]]) -> None:
-    names = [name for name in ("before", "this", "nginx", "direct") if found["ttft_ms"].get(name)]
+    names = [name for name in _COLUMNS if found["ttft_ms"].get(name)]
     table = Table(title="CPU time of the proxy, and milliseconds to the first byte of streams")
     for column in ("", *names, "before / this"):
         table.add_column(column, justify="right")

@@ -9,6 +9,7 @@ import aiohttp
 import pytest
 
 from servegym.serve.router.patience import Patience
+from servegym.serve.router.timers import Timers
 
 from .running import run, running, until
 
@@ -367,7 +368,7 @@ class TestPatience:
         async def test() -> None:
             clock = asyncio.get_running_loop().time
             expired: list[float] = []
-            patience = Patience(clock, 0.05, lambda: expired.append(clock()))
+            patience = Patience(Timers(), clock, 0.05, lambda: expired.append(clock()))
             for _ in range(6):
                 patience.due_s = clock() + 0.05
                 await asyncio.sleep(0.02)
@@ -381,7 +382,7 @@ class TestPatience:
         async def test() -> None:
             clock = asyncio.get_running_loop().time
             expired: list[float] = []
-            patience = Patience(clock, 0.05, lambda: expired.append(clock()))
+            patience = Patience(Timers(), clock, 0.05, lambda: expired.append(clock()))
             begin_s = clock()
             patience.due_s = begin_s + 1000.0
             await asyncio.sleep(0.01)

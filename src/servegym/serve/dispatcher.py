@@ -212,7 +212,8 @@ class Dispatcher:
         self.log = DecisionLog(config.log) if config.log else None
         max_ends = config.log.max_ends if config.log else 0
         self._ends = RecentEnds(max_ends) if max_ends else None
-        self._needed: tuple[LoadedPolicy | None, Group] | None = None  # of the policy in place
+        # of the policy in place: what is read, and whether the prefix index is
+        self._needed: tuple[LoadedPolicy | None, Group, bool] | None = None
 
     def add(self, name: str, facts: FloatArray) -> int:
         """A replica joins the fleet.
@@ -295,7 +296,7 @@ class Dispatcher:
         )
         job = Job(
             request,
-            measured.without_content().of_model(model),
+            measured.kept_for(model),
             tenant,
             model,
             self._epoch_s + request.arrival_s,
@@ -332,13 +333,14 @@ class Dispatcher:
         transfers = self.placing.transfers
         if transfers.are_possible:
             transfers.see(None, now_s)
+        needs, by_prefix = self.needs()
         seen = self.state.observe(
             request,
             now_s,
-            hit_tokens=self.hits(job),
+            hit_tokens=self.hits(job) if by_prefix else None,
             allowed=allowed,
             may_hold=may_hold,
-            needs=self.needs,
+            needs=needs,
         )
         decision = self.choose(seen, request.key, with_scores=with_scores)
         if self.log is not None:
@@ -375,14 +377,15 @@ class Dispatcher:
         request, here, now_s = job.request, job.request.replica, self.clock()
         if not allowed.any():
             return None
+        needs, by_prefix = self.needs()
         with self.state.without(request):
             seen = self.state.observe(
                 request,
                 now_s,
-                hit_tokens=self.hits(job),
+                hit_tokens=self.hits(job) if by_prefix else None,
                 allowed=allowed,
                 may_hold=False,
-                needs=self.needs,
+                needs=needs,
             )
             mask = seen.mask.copy()
             mask[0, -2:] = False
@@ -554,21 +557,20 @@ class Dispatcher:
         loaded = self.runtime.loaded
         return loaded.policy if loaded and isinstance(loaded.policy, OnlinePolicy) else None
 
-    @property
-    def needs(self) -> Group:
-        """Groups of features that whoever may decide reads."""
+    def needs(self) -> tuple[Group, bool]:
+        """Groups of features that whoever may decide reads; whether the index is read for them."""
         loaded = self.runtime.loaded
         if self._needed is None or self._needed[0] is not loaded:
             needs = Group(0)
             for policy in (*self.runtime.deciders(), *self.runtime.deciders(placing=True)):
                 needs |= policy.needs
-            self._needed = loaded, needs
-        return self._needed[1]
+            self._needed = loaded, needs, bool(needs & _BY_PREFIX)
+        return self._needed[1:]
 
     def hits(self, job: Job) -> FloatArray | None:
         """Tokens believed cached; the last token of a prompt is always computed."""
         prompt = job.prompt
-        if not len(prompt.keys) or not self.needs & _BY_PREFIX:
+        if not len(prompt.keys):
             return None
         blocks = self.index.leading_blocks(prompt.keys)
         hits = blocks * prompt.block_tokens

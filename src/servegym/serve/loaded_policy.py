@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,16 @@ class LoadedPolicy:
     place: Policy = field(default_factory=lambda: _placement(DEFAULT_PLACEMENT))
     places: bool = False
 
+    @cached_property
+    def reads_metrics(self) -> bool:
+        """Whether it depends on what engines report; see `reads_metrics`."""
+        return reads_metrics(self.policy)
+
+    @cached_property
+    def placing_reads_metrics(self) -> bool:
+        """The same of what decides where requests decode."""
+        return reads_metrics(self.place)
+
     @property
     def version(self) -> str:
         """First digits of the file's checksum; a rule's own text, whatever file it is from."""
@@ -73,6 +84,11 @@ class LoadedPolicy:
             return self.manifest.sha256[:12]
         rules = (self.policy, self.place) if self.places else (self.policy,)
         return join_parts(rule.name for rule in rules)
+
+
+def reads_metrics(policy: Policy) -> bool:
+    """Whether a policy depends on what engines report; a blind one only on the router's books."""
+    return bool(policy.needs & Group.METRICS) and policy.information != "blind"
 
 
 def load_policy(text: str, config: RuntimeConfig) -> LoadedPolicy:

@@ -74,13 +74,14 @@ class Placing:
         assert moving is not None
         state, now_s = dispatcher.state, dispatcher.clock()
         self.transfers.see(moving, now_s)
+        needs, by_prefix = dispatcher.needs()
         seen = state.observe(
             job.request,
             now_s,
-            hit_tokens=dispatcher.hits(job),
+            hit_tokens=dispatcher.hits(job) if by_prefix else None,
             allowed=allowed & self.transfers.decoding,
             may_hold=False,
-            needs=dispatcher.needs,
+            needs=needs,
         )
         mask = seen.mask.copy()
         mask[0, -2:] = False  # no placing is held or rejected

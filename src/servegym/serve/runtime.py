@@ -19,7 +19,6 @@ from servegym.policy.contract import (
     NUM_OBSERVED_FEATURES,
     NUM_REPLICA_FEATURES,
     NUM_REQUEST_FEATURES,
-    Group,
 )
 from servegym.policy.exploration import explore
 from servegym.policy.policy import Observations, Policy, Scoring
@@ -32,7 +31,7 @@ from servegym.serve.guards import (
     Reason,
     Silence,
 )
-from servegym.serve.loaded_policy import LoadedPolicy, is_allowed, load_policy
+from servegym.serve.loaded_policy import LoadedPolicy, is_allowed, load_policy, reads_metrics
 from servegym.serve.monitoring.prometheus import Histogram
 from servegym.typing import BoolArray, FloatArray
 
@@ -109,11 +108,6 @@ class Decision(NamedTuple):
     scores: FloatArray | None = None
 
 
-def _reads_metrics(policy: Policy) -> bool:
-    """Whether a policy depends on what engines report; a blind one only on the router's books."""
-    return bool(policy.needs & Group.METRICS) and policy.information != "blind"
-
-
 class PolicyRuntime:
     """Decides for one request at a time, whatever happens to the policy.
 
@@ -163,7 +157,7 @@ class PolicyRuntime:
             raise ConfigError(f"the fallback must be a rule by name, got {config.fallback!r}")
         safe = load_policy(config.fallback, config)
         self.fallback, self.place_fallback = safe.policy, safe.place
-        if _reads_metrics(self.fallback):
+        if reads_metrics(self.fallback):
             _log.warning("the fallback %s reads engine metrics itself", config.fallback)
         try:
             self.loaded = self.prepare(config.policy)
@@ -310,7 +304,7 @@ class PolicyRuntime:
             or mask.shape != (1, replicas.shape[2] + 2)
         ):
             return Reason.SCHEMA
-        if not mask[0, :-2].any():
+        if not np.count_nonzero(mask[0, :-2]):
             return Reason.FORCED
         return Reason.NO_POLICY if self.loaded is None else None
 
@@ -339,7 +333,7 @@ class PolicyRuntime:
         loaded = self.loaded
         assert loaded is not None
         replicas, request = observations.replicas[0], observations.request[0]
-        if _reads_metrics(loaded.place if placing else loaded.policy):
+        if loaded.placing_reads_metrics if placing else loaded.reads_metrics:
             oldest_s = replicas[METRICS_AGE_S].max(
                 where=observations.mask[0, :-2], initial=0.0
             )  # NaN is found below

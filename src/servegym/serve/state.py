@@ -92,6 +92,7 @@ _OF_NOBODY = {
     "_generated": 0.0,
     "_engine_counts": False,
 }
+_INFERRED = INFERRED.value
 _ALL = Group.COUNTERS | Group.METRICS | Group.PREFIX
 
 
@@ -531,7 +532,7 @@ class LiveState:
         row[ARRIVAL_RATE_RPS] = self.arrival_rate_rps
         row[NUM_UP] = num_up
         row[NUM_HELD] = self._num_held - request.held
-        if needs & INFERRED:
+        if needs._value_ & _INFERRED:  # the flags' own operator takes 2 µs
             self._infer(request, now_s, needs)
         return Observations(replicas[None], self._request, self._mask)
 
@@ -759,8 +760,8 @@ class LiveState:
         self.replicas[OUTSTANDING_PREDICTED_TOKENS, r] -= request.predicted_output_tokens
         self._generated[r] -= request.generated_tokens
         if self.replicas[OUTSTANDING_REQUESTS, r] == 0.0:  # no rounding left behind
-            self.replicas[
-                [OUTSTANDING_PROMPT_TOKENS, PENDING_PREFILL_TOKENS, OUTSTANDING_PREDICTED_TOKENS], r
-            ] = 0.0
+            self.replicas[OUTSTANDING_PROMPT_TOKENS, r] = 0.0
+            self.replicas[PENDING_PREFILL_TOKENS, r] = 0.0
+            self.replicas[OUTSTANDING_PREDICTED_TOKENS, r] = 0.0
             self._generated[r] = 0.0
         request.replica = -1

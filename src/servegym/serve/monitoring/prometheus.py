@@ -60,6 +60,16 @@ class Histogram:
         return list(zip(names, accumulate(self._counts), strict=True))
 
 
+def observe_all(histograms: Iterable[Histogram], value: float, count: int = 1) -> None:
+    """Count a value in several histograms of the same bounds, as often as it occurred."""
+    place = -1
+    for histogram in histograms:
+        if place < 0:
+            place = bisect_left(histogram.bounds, value)
+        histogram._counts[place] += count
+        histogram.total += value * count
+
+
 class Exposition:
     """A page of metrics, written line by line.
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numba import config
 
 from servegym.cluster.jit import fixed, inlined, kernel
 from servegym.typing import FloatArray, IntArray, UInt64Array
@@ -64,7 +65,10 @@ def block_keys(words: UInt64Array, block_words: int) -> UInt64Array:
     keys = np.empty(len(words) // block_words, np.uint64)
     places = _places(block_words)
     name = fixed(_name, keys, 1, keys, keys)  # types are always these
-    with np.errstate(over="ignore"):  # where nothing is compiled
+    if config.DISABLE_JIT:  # type: ignore[attr-defined]
+        with np.errstate(over="ignore"):
+            name(words, block_words, places, keys)
+    else:
         name(words, block_words, places, keys)
     return keys
 

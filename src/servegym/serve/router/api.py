@@ -168,9 +168,12 @@ class Api:
         read_s = self._clock()
         coding = request.fields.get("content-encoding") or "identity"
         form, kind = FORMS[path], request.fields.get("content-type") or ""
-        body, asked, prompt = await self._off_loop(
-            len(packed), self._read, packed, coding.lower(), form, kind
-        )
+        if len(packed) < _LARGE_BYTES:
+            body, asked, prompt = self._read(packed, coding.lower(), form, kind)
+        else:
+            body, asked, prompt = await self._in_thread(
+                self._read, packed, coding.lower(), form, kind
+            )
         header = config.session_header
         session = request.fields.get(header.lower()) if header else None
         trace = request.trace
@@ -193,7 +196,10 @@ class Api:
         if config.engine_hints and form.takes_hints:
             level = self.config.dispatch.slo_classes[seat.slo_class]
             told = hints(seat.predicted_output_tokens, level.ttft_s, level.tpot_s)
-            body = await self._off_loop(len(body), with_hints, asked.fields, told)
+            if len(body) < _LARGE_BYTES:
+                body = with_hints(asked.fields, told)
+            else:
+                body = await self._in_thread(with_hints, asked.fields, told)
         return await self._proxy.forward(request, placement, seat, path, body, stream=asked.stream)
 
     def _read(
@@ -214,12 +220,8 @@ class Api:
             prompt = self._reader.read(cast("str | Sequence[int]", prompt))
         return body, asked, prompt
 
-    async def _off_loop(
-        self, num_bytes: int, function: Callable[..., _Result], *args: object
-    ) -> _Result:
-        """Do something with a body; with a large one in a thread."""
-        if num_bytes < _LARGE_BYTES:
-            return function(*args)
+    async def _in_thread(self, function: Callable[..., _Result], *args: object) -> _Result:
+        """Do something with a large body."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._reading, function, *args)
 

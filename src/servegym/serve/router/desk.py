@@ -15,6 +15,7 @@ from servegym.serve.router.reply import Reply
 from servegym.serve.router.retry_budget import RetryBudget
 from servegym.serve.router.split_placement import SplitPlacement
 from servegym.serve.router.telemetry import Telemetry
+from servegym.serve.router.timers import Timers
 
 
 class LocalDesk:
@@ -32,6 +33,7 @@ class LocalDesk:
         urls: Of the replicas' servers, by slot.
         bootstrap_ports: Of the replicas that are SGLang servers and prefill, by slot.
         line: Of requests that wait for a replica with room.
+        timers: For what is assumed of requests.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class LocalDesk:
         self.urls: dict[int, str] = {}
         self.bootstrap_ports: dict[int, int] = {}
         self.line = Line()
+        self.timers = Timers()
         self._pages = pages
 
     def add(self, replica: int, url: str) -> None:

@@ -66,9 +66,14 @@ class Chunked:
         """Bytes that the chunk in progress still lacks, with its line end."""
         return self._left
 
+    @property
+    def is_between(self) -> bool:
+        """Whether what comes next begins a chunk."""
+        return not self._left and not self._held and self._trailer_bytes < 0
+
     def feed(self, data: bytes) -> tuple[bytes, bytes, bytes]:
         """See `Framing`."""
-        if not self._left and not self._held and self._trailer_bytes < 0:
+        if self.is_between:
             found = _SIZE.match(data)
             if found is not None:
                 begin = found.end()

@@ -9,6 +9,7 @@ codings besides chunks. Only heads are given to it: it does not say at which byt
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from http import HTTPStatus
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from httptools import (
 #: Longest head read, bytes.
 MAX_HEAD_BYTES = 32 * 1024
 _MAX_FIELDS = 128
+_MAX_KNOWN_HEADS = 64
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
@@ -97,6 +99,8 @@ class ResponseHead(NamedTuple):
         fields: Of the head.
         length: Of the body, bytes; `None`: it comes in chunks or ends with the connection.
         chunked: Whether it comes in chunks.
+        keeps_alive: Whether the connection may be used again after the body.
+        is_stream: Whether it is a stream of server-sent events.
     """
 
     status: int
@@ -104,14 +108,8 @@ class ResponseHead(NamedTuple):
     fields: Fields
     length: int | None
     chunked: bool
-
-    @property
-    def keeps_alive(self) -> bool:
-        """Whether the connection may be used again after the body."""
-        if self.length is None and not self.chunked:
-            return False
-        asked = self.fields.tokens("connection")
-        return "close" not in asked and (self.minor == 1 or "keep-alive" in asked)
+    keeps_alive: bool
+    is_stream: bool
 
 
 def may_begin_request(data: bytes) -> bool:
@@ -150,8 +148,12 @@ def read_request_head(data: bytes) -> RequestHead:
     return RequestHead(method, path, query, minor, fields, None if chunked else length or 0)
 
 
+@functools.lru_cache(maxsize=_MAX_KNOWN_HEADS)
 def read_response_head(data: bytes) -> ResponseHead:
     """Read the head of a response to a POST, up to and with its empty line.
+
+    Those of streams are often the same, within a second at least: the last ones are remembered,
+    and what is returned must not be changed.
 
     Raises:
         HeadError: If it is none.
@@ -167,7 +169,12 @@ def read_response_head(data: bytes) -> ResponseHead:
     if status < 200 or status in (204, 304):
         chunked, length = False, 0
     minor = 1 if parser.get_http_version() == "1.1" else 0
-    return ResponseHead(status, minor, fields, length, chunked)
+    ends = length is not None or chunked
+    asked = fields.tokens("connection")
+    keeps_alive = ends and "close" not in asked and (minor == 1 or "keep-alive" in asked)
+    kind = (fields.get("content-type") or "").partition(";")[0].strip().lower()
+    is_stream = kind == "text/event-stream"
+    return ResponseHead(status, minor, fields, length, chunked, keeps_alive, is_stream)
 
 
 def write_response_head(status: int, pairs: Iterable[tuple[str, str]]) -> bytes:

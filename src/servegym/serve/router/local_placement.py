@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from servegym.serve.dispatcher import Job
+from servegym.serve.monitoring.prometheus import Histogram, observe_all
 from servegym.serve.router.books import Failures
 from servegym.serve.router.ejection import Attempt
 from servegym.serve.router.errors import RequestError
 from servegym.serve.router.explanation import Explanation, decide_explained
-from servegym.serve.router.latencies import Times
 from servegym.serve.router.line import Waiting
 from servegym.serve.router.pages import no_model, no_replica
 from servegym.serve.router.placement import Arrival, Ending, Seat
+from servegym.serve.router.timers import Timer
 from servegym.serve.router.upstream import UpstreamError
 from servegym.typing import BoolArray
 
@@ -39,13 +42,13 @@ class LocalPlacement:
         "_explained",
         "_failures",
         "_gone",
+        "_itl",
         "_job",
         "_num_moves",
         "_prefill",
         "_read_s",
         "_stream",
         "_tenant",
-        "_times",
         "_token_s",
         "_traced",
         "_tried",
@@ -60,12 +63,12 @@ class LocalPlacement:
         self.key = key
         self._job: Job | None = None
         self._attempt: Attempt | None = None  # at the replica where it is, or was last
-        self._prefill: asyncio.TimerHandle | None = None
+        self._prefill: Timer | None = None
         self._failures: Failures = []
         self._tried: set[int] = set()
         self._stream = self._traced = False
         self._explained: list[Explanation] = []  # what its carrier has not been told
-        self._times: tuple[Times, ...] = ()  # where times at its replica are counted
+        self._itl: tuple[Histogram, ...] = ()  # of its replica and of its tenant
         self._token_s: float | None = None  # when its last token came, or its client took more
         self._read_s = 0.0
         self._waiting: Waiting | None = None
@@ -160,7 +163,9 @@ class LocalPlacement:
             and dispatcher.clock() + config.hold_s <= until_s
         )
         # what has been at a replica before need not stand in line again
-        is_decided = allowed.any() and (bool(self._tried) or desk.line.may_go(self.waiting))
+        is_decided = bool(np.count_nonzero(allowed)) and (
+            bool(self._tried) or desk.line.may_go(self.waiting)
+        )
         self._wants_room = not is_decided
         if is_decided:
             if self._traced:
@@ -246,13 +251,15 @@ class LocalPlacement:
 
     def tokens(self, count: int, now_s: float) -> None:
         """See `Placement`."""
-        self._desk.dispatcher.tokens(self.job, count, now_s)
-        self.attempt.standing.last_token_s = now_s
-        for times in self._times:
-            if self._token_s is not None:
-                times.itl.observe(now_s - self._token_s)
-            if count > 1:  # they came at once
-                times.itl.observe(0.0, count - 1)
+        job, attempt, last_s = self._job, self._attempt, self._token_s
+        assert job is not None
+        assert attempt is not None
+        self._desk.dispatcher.tokens(job, count, now_s)
+        attempt.standing.last_token_s = now_s
+        if last_s is not None:
+            observe_all(self._itl, now_s - last_s)
+        if count > 1:  # they came at once
+            observe_all(self._itl, 0.0, count - 1)
         self._token_s = now_s
 
     def paused(self, now_s: float) -> None:
@@ -309,13 +316,12 @@ class LocalPlacement:
         """A replica has been chosen."""
         desk, job = self._desk, self.job
         self._note_dispatch(replica)
-        self._times = desk.books.times(job, replica)
+        self._itl = tuple([times.itl for times in desk.books.times(job, replica)])
         self._attempt = attempt = desk.health.ejection.begin(replica, stream=self._stream)
         if not self._stream:
             # no one will say when the prompt is computed: take the known rate for it
             left_s = desk.dispatcher.prefill_left_s(job)
-            loop = asyncio.get_running_loop()
-            self._prefill = loop.call_later(left_s, desk.dispatcher.end_prefill, job)
+            self._prefill = desk.timers.after(left_s, lambda: desk.dispatcher.end_prefill(job))
         return Seat(
             desk.dispatcher.names[replica],
             desk.urls[replica],
@@ -327,8 +333,9 @@ class LocalPlacement:
 
     def _stand_up(self) -> None:
         """It is no longer at a replica; does nothing the second time."""
-        if self._attempt is not None:
-            self._desk.health.ejection.end(self._attempt)
+        attempt = self._attempt
+        if attempt is not None and not attempt.ended:
+            self._desk.health.ejection.end(attempt)
             self._desk.line.call()
         if self._prefill is not None:
             self._prefill.cancel()

@@ -14,9 +14,10 @@ from typing import Literal
 from servegym.serve.router.client import ID_HEADER, Request
 from servegym.serve.router.config import RequestConfig
 from servegym.serve.router.errors import error_event
-from servegym.serve.router.framing import LAST_CHUNK, chunk
+from servegym.serve.router.framing import LAST_CHUNK, Chunked, chunk
 from servegym.serve.router.headers import returned
 from servegym.serve.router.placement import Ending, Placement
+from servegym.serve.router.shape import Shape
 from servegym.serve.router.upstream import Exchange
 
 #: What a chunk lacks whose replica has gone is filled up to this size, so that an error can follow.
@@ -53,6 +54,7 @@ class Relay:
         "_placement",
         "_reader",
         "_request",
+        "_shape",
         "_stall_s",
         "_status",
         "_token_s",
@@ -87,6 +89,7 @@ class Relay:
         if head.length is not None or not request.takes_chunks:
             self._frame = "none"
         self._begun = self._answered = self._paused = False
+        self._shape: Shape | None = None  # of the next event, as far as can be told
         self.cause = ""
         self.first_token_s = math.nan
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -114,12 +117,25 @@ class Relay:
         exchange.held.clear()
         request.begin(self._status, pairs, first)
         self._note_answered()
+        self._shape = self._known_shape()
         if request.is_paused and not self._paused:
             self.paused()
         if exchange.ended:
             self.ended()
         elif exchange.lost:
             self.lost()
+
+    def repeats(self, data: bytes) -> bool:
+        """See `Receiver`."""
+        shape = self._shape
+        if shape is None or not shape.fits_chunk(data):
+            return False
+        self._token_s = now_s = self._clock()
+        self._reader.num_tokens += 1
+        self._placement.tokens(1, now_s)
+        self._exchange.patience.due_s = min(now_s + self._stall_s, self._whole_by_s)
+        self._request.write(data)
+        return True
 
     def piece(self, framed: bytes, body: bytes) -> None:
         """See `Receiver`."""
@@ -129,6 +145,7 @@ class Relay:
         self._request.write(self._framed(framed, body))
         if self._reader.done:
             self._note_answered()
+        self._shape = self._known_shape()
 
     def ended(self) -> None:
         """See `Receiver`."""
@@ -191,6 +208,13 @@ class Relay:
         if self._frame == "as it came":
             return framed
         return chunk(body) if body and self._frame == "anew" else body
+
+    def _known_shape(self) -> Shape | None:
+        """Return the shape that the next chunk is expected to have, if it may go as it comes."""
+        framing, reader = self._exchange.framing, self._reader
+        if self._frame != "as it came" or not isinstance(framing, Chunked):
+            return None
+        return reader.shape if framing.is_between and reader.is_between else None
 
     def _note_answered(self) -> None:
         """A stream may have said that it is complete: the client may go on."""

@@ -58,6 +58,8 @@ class SlowStart:
         Args:
             allowed: Replicas in question, `bool[W]`.
         """
+        if not self._since_s:
+            return []
         for replica in [r for r in self._since_s if self.share(r) >= 1.0]:
             self.forget(replica)
         if not self._since_s:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from servegym.serve.router.json_body import parse_json
+from servegym.serve.router.shape import Shape, shape_of
 from servegym.serve.router.typed_events import Dialect, Meaning, meaning
 
 #: Events, and answers in one piece, are read up to this size; beyond it only the end is looked at,
@@ -31,11 +32,6 @@ _PROMPT = re.compile(rb'"(?:prompt|input)_tokens"\s*:\s*(\d{1,10})\b')
 _COMPLETION = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*(\d{1,10})\b')
 _CACHED = re.compile(rb'"cached_tokens"\s*:\s*(\d{1,10})\b')
 _BOM = b"\xef\xbb\xbf"
-#: The text of an event, and what makes it more than output. A name within generated text cannot be
-#: mistaken for a field: there its quotes are escaped.
-_TEXT = re.compile(rb'"(?:text|content|reasoning|reasoning_content)":"([^"\\]*)"')
-_UNFINISHED = b'"finish_reason":null'
-_TELLING = re.compile(rb'"(?:error|usage|role|tool_calls)"')
 #: Events whose shape is learnt; an engine that changes its events all the time is read in full.
 _MAX_SHAPES = 16
 
@@ -53,6 +49,7 @@ class Reader:
         error_status: The HTTP status that it names, 500 if none.
         num_tokens: Events with output so far.
         dialect: Whose words the events are in.
+        shape: Of the last event of output, if others may have it.
     """
 
     is_stream: bool
@@ -63,6 +60,7 @@ class Reader:
     error_status: int = 500
     num_tokens: int = 0
     dialect: Dialect = "openai"
+    shape: Shape | None = None
     _prompt_tokens: int | None = None
     _completion_tokens: int | None = None
     _cached_tokens: int | None = None
@@ -74,8 +72,6 @@ class Reader:
     _kind: bytes = b""
     _at_start: bool = True
     _skip_lf: bool = False
-    _head: bytes = b""
-    _tail: bytes = b""
     _num_shapes: int = 0
     _seen: set[int] = field(default_factory=set)
     _finished: set[int] = field(default_factory=set)
@@ -90,12 +86,17 @@ class Reader:
         ended = self.done or (bool(self._seen) and self._seen <= self._finished)
         return ended and not self.failed
 
+    @property
+    def is_between(self) -> bool:
+        """Whether what comes next begins an event."""
+        return not self._line_bytes and not self._num_bytes
+
     def feed(self, piece: bytes) -> int:
         """Take in a piece; return how many events with output ended in it."""
         if not self.is_stream:
             self._keep(piece)
             return 0
-        if self._is_like_the_last(piece):
+        if self.shape is not None and self.is_between and self.shape.fits(piece):
             self.num_tokens += 1
             return 1
         before = self.num_tokens
@@ -114,7 +115,8 @@ class Reader:
             self._take(line, max(size, len(line)))
             size = 0
         if self._num_shapes < _MAX_SHAPES and self.num_tokens == before + 1 and not rest:
-            self._learn_shape(piece)
+            self._num_shapes += 1
+            self.shape = shape_of(piece) or self.shape
         if rest:
             self._line_bytes += len(rest)
             if self._line_bytes <= _MAX_READ_BYTES:
@@ -144,40 +146,6 @@ class Reader:
     def output_tokens(self) -> int:
         """Return the length of the answer: as reported, else one token an event."""
         return self.num_tokens if self._completion_tokens is None else self._completion_tokens
-
-    def _is_like_the_last(self, piece: bytes) -> bool:
-        """Whether a piece is an event of output that was read before, but for its text.
-
-        By far most pieces are; nothing more need be read of them.
-        """
-        head, tail = self._head, self._tail
-        if (
-            not head
-            or self._line_bytes
-            or self._num_bytes
-            or not piece.startswith(head)
-            or not piece.endswith(tail)
-        ):
-            return False
-        end = len(piece) - len(tail)
-        # no quote in the text: it ends where the other ended, and brings no field of its own
-        return end >= len(head) and piece.find(b'"', len(head), end) < 0 and piece[end - 1] != 92
-
-    def _learn_shape(self, piece: bytes) -> None:
-        """Note what is around the text of an event of output, if it is a whole one in one line."""
-        plain = (
-            piece.startswith(b"data: {") and piece.endswith(b"}\n\n") and piece.count(b"\n") == 2
-        )
-        if not plain or b"\r" in piece or _UNFINISHED not in piece:
-            return
-        self._num_shapes += 1
-        found = _TEXT.search(piece)
-        if (
-            found is not None
-            and not _TELLING.search(piece)
-            and not _TEXT.search(piece, found.end())
-        ):
-            self._head, self._tail = piece[: found.start(1)], piece[found.end(1) :]
 
     def _take(self, line: bytes, size: int) -> None:
         """Take in a line of a stream, whose end may be missing where `size` is more."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol, cast
 from urllib.parse import unquote, urlsplit
 
-from servegym.serve.router.framing import Chunked, Framing, FramingError, Sized, UntilClosed
+from servegym.serve.router.framing import Chunked, FramingError, Sized, UntilClosed
 from servegym.serve.router.head import (
     MAX_HEAD_BYTES,
     HeadError,
@@ -21,6 +21,7 @@ from servegym.serve.router.head import (
 from servegym.serve.router.headers import retry_after_s
 from servegym.serve.router.patience import Patience
 from servegym.serve.router.stream import Reader
+from servegym.serve.router.timers import Timers
 
 #: Most that is kept of a refusal, and of what a stream says before its first token.
 _MAX_HELD_BYTES = 256 * 1024
@@ -82,6 +83,12 @@ class UpstreamError(Exception):
 class Receiver(Protocol):
     """Whoever passes an answer on that has begun."""
 
+    def repeats(self, data: bytes) -> bool:
+        """Bytes have come: take them if they are only one more event like the last.
+
+        Return whether they were; else nothing has happened, and what they hold follows.
+        """
+
     def piece(self, framed: bytes, body: bytes) -> None:
         """More has come: as it is framed, and the body in that."""
 
@@ -103,13 +110,14 @@ class Exchange:
 
     Args:
         connection: That it is on.
+        timers: By which `patience` looks.
         clock: Seconds that never go back.
         patience_s: Shortest time that `patience` is ever set to.
 
     Attributes:
         begun: Done when the answer has begun; its exception is an `UpstreamError`.
         patience: How long to wait for what comes next.
-        head: Of the answer.
+        head: Of the answer, once it has come; before it there is no `reader` or `framing`.
         reader: Has read what came.
         framing: Of the answer.
         held: What came before a receiver was there, each as framed and as body.
@@ -121,6 +129,7 @@ class Exchange:
     __slots__ = (
         "_clock",
         "_connection",
+        "_is_closed",
         "_num_held",
         "_refused",
         "begun",
@@ -135,17 +144,20 @@ class Exchange:
     )
 
     def __init__(
-        self, connection: Connection, clock: Callable[[], float], patience_s: float
+        self,
+        connection: Connection,
+        timers: Timers,
+        clock: Callable[[], float],
+        patience_s: float,
     ) -> None:
         self._connection = connection
         self._clock = clock
+        self._is_closed = False
         self._num_held = 0
         self._refused = False
         self.begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.patience = Patience(clock, patience_s, self._expired)
+        self.patience = Patience(timers, clock, patience_s, self._expired)
         self.head: ResponseHead | None = None
-        self.reader = Reader(is_stream=False)
-        self.framing: Framing = UntilClosed()
         self.held: list[tuple[bytes, bytes]] = []
         self.ended = False
         self.lost = False
@@ -160,7 +172,13 @@ class Exchange:
         self._connection.resume()
 
     def close(self) -> None:
-        """Give the connection back if the answer has ended, else cut it; the engine stops then."""
+        """Give the connection back if the answer has ended, else cut it; the engine stops then.
+
+        Does nothing the second time.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
         self.patience.end()
         self.receiver = None
         if not self.begun.done():
@@ -175,10 +193,9 @@ class Exchange:
         self.head = head
         if head.chunked:
             self.framing = Chunked()
-        elif head.length is not None:
-            self.framing = Sized(head.length)
-        kind = (head.fields.get("content-type") or "").partition(";")[0].strip().lower()
-        self.reader = Reader(is_stream=head.status == 200 and kind == "text/event-stream")
+        else:
+            self.framing = UntilClosed() if head.length is None else Sized(head.length)
+        self.reader = Reader(is_stream=head.status == 200 and head.is_stream)
         self._refused = head.status in _FULL or head.status >= 500
         if self._refused:
             self.patience.due_s = min(self.patience.due_s, self._clock() + _REFUSAL_S)
@@ -213,7 +230,7 @@ class Exchange:
 
     def lose(self, *, broken: bool = True) -> None:
         """The connection has gone, in order or broken."""
-        if isinstance(self.framing, UntilClosed) and self.head is not None and not broken:
+        if self.head is not None and isinstance(self.framing, UntilClosed) and not broken:
             self.framing.ended = self.ended = True
             if self.receiver is not None:
                 self.receiver.ended()
@@ -303,6 +320,8 @@ class Connection(asyncio.Protocol):
         if exchange is None:  # bytes that nobody asked for
             self._abort()
             return
+        if exchange.receiver is not None and exchange.receiver.repeats(data):
+            return  # by far most of what comes
         try:
             if exchange.head is None:
                 data = self._read_head(exchange, data)
@@ -324,7 +343,8 @@ class Connection(asyncio.Protocol):
 
     def send(self, head: bytes, body: bytes, patience_s: float) -> Exchange:
         """Send a request."""
-        self._exchange = exchange = Exchange(self, self._pool.clock, patience_s)
+        pool = self._pool
+        self._exchange = exchange = Exchange(self, pool.timers, pool.clock, patience_s)
         transport = self._transport
         if transport is None or transport.is_closing():
             exchange.lose()
@@ -406,6 +426,7 @@ class Pool:
         authorization: Header that the URL asks for, if it names a user.
         place: Its host and port.
         clock: As given.
+        timers: For time-outs of its connections.
         connections: That are open, in use or not.
     """
 
@@ -418,6 +439,7 @@ class Pool:
             pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
             self.authorization = f"Basic {base64.b64encode(pair.encode()).decode()}"
         self.clock = clock
+        self.timers = Timers()
         secure = parts.scheme == "https"
         self.place = (parts.hostname or "", parts.port or (443 if secure else 80))
         self._tls = ssl.create_default_context() if secure else None
@@ -460,7 +482,7 @@ class Pool:
             is_late = True
             making.cancel()
 
-        patience = Patience(self.clock, self._connect_timeout_s, give_up)
+        patience = Patience(self.timers, self.clock, self._connect_timeout_s, give_up)
         patience.due_s = self.clock() + self._connect_timeout_s
         self._num_making += 1
         try:
