@@ -86,3 +86,18 @@ def test_what_is_called_off_is_let_go_at_once():
         assert alive() is None
 
     asyncio.run(test())
+
+
+def test_what_is_called_off_does_not_pile_up():
+    async def test() -> None:
+        timers, called = Timers(), []
+        kept = [timers.after(0.05, lambda i=i: called.append(i)) for i in range(500)]
+        for _ in range(50_000):
+            timers.after(600.0, called.clear).cancel()
+        assert len(timers._heap) <= 2 * 1024
+        for timer in kept[::2]:
+            timer.cancel()
+        await asyncio.sleep(0.2)
+        assert called == list(range(1, 500, 2))
+
+    run(test)

@@ -10,11 +10,13 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from itertools import count
 
 #: Event loops count milliseconds: what is a fraction of one too early looks again.
 _STEP_S = 0.001
+#: Timers that are never too many.
+_FEW = 1024
 
 
 class Timer:
@@ -38,15 +40,24 @@ class Timers:
         self._numbers = count()
         self._handle: asyncio.TimerHandle | None = None
         self._look_s = math.inf  # when that looks
+        self._limit = _FEW  # a longer heap is rid of what was called off
 
     def after(self, delay_s: float, function: Callable[[], object]) -> Timer:
         """Call a function once, in so many seconds."""
         due_s = time.monotonic() + delay_s
         timer = Timer(function)
         heappush(self._heap, (due_s, next(self._numbers), timer))
+        if len(self._heap) > self._limit:
+            self._tidy()
         if due_s < self._look_s:
             self._set(due_s, delay_s)
         return timer
+
+    def _tidy(self) -> None:
+        """Forget what was called off: a long time-out would stand here until it is due."""
+        self._heap[:] = [entry for entry in self._heap if entry[2].function is not None]
+        heapify(self._heap)
+        self._limit = max(_FEW, 2 * len(self._heap))
 
     def _set(self, due_s: float, delay_s: float) -> None:
         if self._handle is not None:
