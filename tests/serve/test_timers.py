@@ -100,4 +100,4 @@ def test_what_is_called_off_does_not_pile_up():
         await asyncio.sleep(0.2)
         assert called == list(range(1, 500, 2))
 
-    run(test)
+    asyncio.run(test())
