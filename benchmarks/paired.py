@@ -37,6 +37,7 @@ ENVIRONMENTS = {
     "dispatch": ("servegym/Dispatch-v1", "mixed-chat", 0, 5_000),
     "dispatch-1": ("servegym/Dispatch-v1", "mixed-chat", 1, 5_000),
     "dispatch-16": ("servegym/Dispatch-v1", "mixed-chat", 16, 5_000),
+    "dispatch-64": ("servegym/Dispatch-v1", "mixed-chat", 64, 5_120),
     "dispatch-256": ("servegym/Dispatch-v1", "mixed-chat", 256, 5_120),
     "preemption-64": ("servegym/Preemption-v0", "kv-starved", 64, 8_000),
     "workflow-64": ("servegym/Workflow-v0", "text-to-sql", 64, 30_000),
@@ -55,6 +56,9 @@ DISPATCHER = {
     "dispatcher-log-1k": (1_000, 100),
     "dispatcher-log-32k": (32_000, 10),
 }
+
+#: Updates of PPO on mixed-chat in a slice, of 8,192 decisions each; one validation comes with them.
+TRAINER = {"ppo": 10}
 
 
 def environment(name: str) -> Callable[[], None]:
@@ -162,9 +166,32 @@ def dispatcher(name: str) -> Callable[[], None]:
     return work
 
 
+def trainer(name: str) -> Callable[[], None]:
+    """Make a slice of a run that trains a dispatcher with the settings that are the default."""
+    from servegym.train.ppo import Trainer
+    from servegym.train.ppo_settings import PPOConfig
+
+    config = PPOConfig(total_decisions=1 << 40)
+    made = Trainer(config, Path(tempfile.mkdtemp()) / "run")
+    made.prepare()
+
+    def work() -> None:
+        for _ in range(TRAINER[name]):
+            made.improve()
+            made.updates[0] += 1
+        made.keep_the_better()
+
+    return work
+
+
 def serve(name: str) -> None:
     """Do a slice of work for every line read, and answer with its CPU time, nanoseconds."""
-    makers = ((ENVIRONMENTS, environment), (SIMULATOR, simulator), (DISPATCHER, dispatcher))
+    makers = (
+        (ENVIRONMENTS, environment),
+        (SIMULATOR, simulator),
+        (DISPATCHER, dispatcher),
+        (TRAINER, trainer),
+    )
     work = next(make for names, make in makers if name in names)(name)
     for _ in range(3):
         work()
@@ -226,7 +253,7 @@ def compare(name: str, sources: tuple[Path, Path], starts: int, pairs: int) -> d
 
 def main() -> None:
     """Compare all, or some, and print a table."""
-    names = [*ENVIRONMENTS, *SIMULATOR, *DISPATCHER]
+    names = [*ENVIRONMENTS, *SIMULATOR, *DISPATCHER, *TRAINER]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("before", nargs="?", type=Path, help="the other checkout")
     parser.add_argument("--only", nargs="+", choices=names, default=names)

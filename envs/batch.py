@@ -100,6 +100,7 @@ class Batch(ABC):
         self._entropy = [(0, env // settings.group_size) for env in range(num_envs)]
         self._count = np.zeros(num_envs, np.int64)
         self._substitutes: dict[int, np.random.Generator] = {}
+        self._shared: dict[tuple[int, ...], tuple[Any, int]] = {}
         self._simulator: Any = None
         self._shaping = None if settings.shaping == "none" else self._potentials()
 
@@ -207,19 +208,26 @@ class Batch(ABC):
 
     def _begin_sequence(self, env: int, entropy: tuple[int, int]) -> None:
         self._entropy[env] = entropy
+        self._shared.clear()
         self._count[env] = 0
         self._substitutes.pop(env, None)
 
     def draw(self, env: int) -> Any:
         """Draw the next episode of one environment; its group plays the same arrivals."""
-        entropy = np.random.SeedSequence((*self._entropy[env], int(self._count[env])))
-        seed, first, second = (int(x) for x in entropy.generate_state(3, np.uint64))
-        load = self.settings.load
-        if not isinstance(load, float | int):
-            load = load[0] + (load[1] - load[0]) * (first / 2.0**64)
+        place = (*self._entropy[env], int(self._count[env]))
         self.input_id[env] = env // self.settings.group_size
         self._count[env] += 1
-        return self._draw(seed, load, second)
+        episode, left = self._shared.pop(place, (None, self.settings.group_size))
+        if episode is None:
+            entropy = np.random.SeedSequence(place)
+            seed, first, second = entropy.generate_state(3, np.uint64).tolist()
+            load = self.settings.load
+            if not isinstance(load, float | int):
+                load = load[0] + (load[1] - load[0]) * (first / 2.0**64)
+            episode = self._draw(seed, load, second)
+        if left > 1:  # others of the group will play it, too, each in its time
+            self._shared[place] = episode, left - 1
+        return episode
 
     def reset(self, envs: IntArray, episodes: Sequence[Any] | None = None) -> None:
         """Start new episodes in some environments and run them to their first decisions.

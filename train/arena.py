@@ -61,7 +61,7 @@ class Arena:
         self.places = Places.at_the_beginning(num_envs)
         self.observation: dict[str, np.ndarray] = {}
         self.episode_returns = np.zeros(num_envs)
-        self._seed = seed
+        self._seed, self._everywhere = seed, np.ones(num_envs, np.bool_)
         self._made_with: dict[str, Any] = {
             "num_envs": num_envs,
             "num_requests": num_requests,
@@ -108,18 +108,20 @@ class Arena:
         noise = torch.empty_like(scores).exponential_().log_()
         action = (scores - noise).argmax(-1)
         taken = action.cpu().numpy()
-        self.observation, reward, terminated, _, info = self.env.step(taken)
-        self.places.note(taken, terminated)
-        dt_s = info["dt_s"].copy()
-        self.episode_returns += reward
-        if terminated.any():  # `info` is of the next episode there
-            final = info["final_info"]
-            dt_s[terminated] = final["dt_s"][terminated]
-            mean_e2e_s = final["episode_metrics"]["mean_e2e_s"][terminated]
-            ended = self.episode_returns[terminated].tolist()
-            episodes += zip(ended, mean_e2e_s.tolist(), strict=True)
-            self.episode_returns[terminated] = 0.0
-        return Stepped(action, reward, dt_s, terminated)
+        batch = self.env.batch  # without what Gymnasium's face of it tells of each step
+        batch.step(taken, self._everywhere)
+        stepped = Stepped(action, batch.reward.copy(), batch.dt_s.copy(), batch.done.copy())
+        self.places.note(taken, stepped.ended)
+        self.episode_returns += stepped.reward
+        over = np.flatnonzero(stepped.ended)
+        if len(over):
+            mean_e2e_s = batch.metrics[batch.metric_names.index("mean_e2e_s"), over]
+            returns = self.episode_returns[over]
+            episodes += zip(returns.tolist(), mean_e2e_s.tolist(), strict=True)
+            self.episode_returns[over] = 0.0
+            batch.reset(over)
+        self.observation = batch.observation()
+        return stepped
 
 
 def arenas_state(arenas: list[Arena]) -> dict[str, Any]:

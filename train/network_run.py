@@ -106,7 +106,7 @@ class NetworkRun(TrainingRun[N, Scenario | Mix, DispatchNetwork]):
         self.device = torch.device(config.device)
         self.network = DispatchNetwork(self.config.network).to(self.device)
         self.optimizer = torch.optim.Adam(
-            self.network.parameters(), lr=config.learning_rate, eps=1e-5
+            self.network.parameters(), lr=config.learning_rate, eps=1e-5, fused=True
         )
         self.parts = parts_of(self.scenario, config.load)
 

@@ -18,10 +18,12 @@ from servegym.agents.network import Prepared
 from servegym.baselines.registry import policy
 from servegym.policy.counterfactual import Teacher
 from servegym.scenario import Scenario, load_scenario
+from servegym.train.compiled_loss import CompiledLoss
 from servegym.train.dispatcher_run import DispatcherRun, episode_stats
 from servegym.train.imitation import demonstrations, imitate
 from servegym.train.labels import label, make_teacher, require_whole_requests
 from servegym.train.mix import Mix, parts_of
+from servegym.train.ppo_loss import AutogradLoss, Loss, LossParts, LossWeights
 from servegym.train.ppo_settings import PPOConfig
 from servegym.train.returns import RunningScale, chosen, gae, less_group_mean
 from servegym.train.run_folder import StoredRun
@@ -44,6 +46,10 @@ class Trainer(DispatcherRun[PPOConfig]):
     def __init__(self, config: PPOConfig, folder: Path | StoredRun) -> None:
         super().__init__(config, folder)
         self.scale = RunningScale(config.num_envs, config.horizon_s)
+        network = self.network
+        self._loss: Loss = (
+            CompiledLoss(network) if CompiledLoss.runs(network) else AutogradLoss(network)
+        )
 
     @property
     @override
@@ -175,45 +181,35 @@ class Trainer(DispatcherRun[PPOConfig]):
     ) -> dict[str, float]:
         c = self.config
         self.optimizer.param_groups[0]["lr"] = c.learning_rate * (1.0 - done_share)
-        entropy_weight = c.entropy * (1.0 - 0.9 * done_share)
         advantage = batch["advantage"]
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+        batch = {**batch, "advantage": advantage}
         size = len(advantage)
-        warm = c.advantage == "gae" and self.update < c.warmup_updates
-        kl, clipped, losses, gains = 0.0, 0.0, [], []
+        by_trying = c.advantage == "counterfactual"
+        weights = LossWeights(
+            clip=c.clip,
+            value=0.0 if by_trying else c.value_weight,
+            entropy=c.entropy * (1.0 - 0.9 * done_share),
+            warm=not by_trying and self.update < c.warmup_updates,
+        )
+        losses: list[LossParts] = []
         for _ in range(c.epochs):
             for part in torch.randperm(size, device=self.device).split(c.minibatch):
-                prepared = Prepared(*(tensor[part] for tensor in rows))
-                log_probs = self.network.logits(prepared).log_softmax(-1)
-                log_ratio = chosen(log_probs, batch["action"][part]) - batch["log_prob"][part]
-                ratio = log_ratio.exp()
-                a = advantage[part]
-                gain = torch.minimum(ratio * a, ratio.clamp(1 - c.clip, 1 + c.clip) * a).mean()
-                value = self.network.values(prepared)
-                value_loss = 0.5 * (value - batch["target"][part]).square().mean()
-                entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
-                loss = c.value_weight * value_loss
-                if not warm:
-                    loss = loss - gain - entropy_weight * entropy
-                self.optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                prepared = Prepared(*(tensor.index_select(0, part) for tensor in rows))
+                drawn = {name: values.index_select(0, part) for name, values in batch.items()}
+                losses.append(self._loss.backward(prepared, drawn, weights))
                 nn.utils.clip_grad_norm_(self.network.parameters(), c.max_grad_norm)
                 self.optimizer.step()
-                with torch.no_grad():
-                    kl = float((ratio - 1 - log_ratio).mean())
-                    clipped = float(((ratio - 1).abs() > c.clip).float().mean())
-                losses.append(float(value_loss.detach()))
-                gains.append(float(gain.detach()))
-            if kl > c.target_kl:
+            if losses[-1].kl > c.target_kl:
                 break
         variance = float(batch["target"].var())
         residual = float((batch["target"] - batch["value"]).var())
         return {
-            "train/policy_loss": -float(np.mean(gains)),
-            "train/value_loss": float(np.mean(losses)),
-            "train/approx_kl": kl,
-            "train/clip_fraction": clipped,
-            "train/entropy": float(entropy.detach()),
+            "train/policy_loss": -float(np.mean([parts.gain for parts in losses])),
+            "train/value_loss": float(np.mean([parts.value_loss for parts in losses])),
+            "train/approx_kl": losses[-1].kl,
+            "train/clip_fraction": losses[-1].clipped,
+            "train/entropy": losses[-1].entropy,
             "train/explained_variance": 1.0 - residual / max(variance, 1e-9),
             "train/learning_rate": self.optimizer.param_groups[0]["lr"],
         }

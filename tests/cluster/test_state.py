@@ -247,6 +247,43 @@ def test_growing_for_a_bigger_episode_leaves_the_others_as_they_were(seed, decis
         assert fate(sim, env) == alone(spec, episodes[env])
 
 
+def with_segments(episode: Episode, num: int) -> Episode:
+    """Return an episode whose first request has so many prefix segments, of two tokens each."""
+    table = episode.table
+    prefixes = {
+        "prefix_offsets": np.array([0, *[num] * len(table)]),
+        "prefix_keys": np.arange(1, num + 1),
+        "prefix_ends": 2 * np.arange(1, num + 1, dtype=np.int32),
+    }
+    return replace(episode, table=replace(table, **prefixes))
+
+
+def test_only_what_is_too_small_is_made_anew_with_room_for_the_next():
+    episode = toy_episode([(0, 40, 3), (0.1, 10, 3)])
+    sim = Simulator(toy_cluster(), [with_segments(episode, 4), episode], record=True)
+    before = sim.state
+    sim.load(0, with_segments(episode, 8))
+    changed = [
+        name for name in before._fields if getattr(before, name) is not getattr(sim.state, name)
+    ]
+    assert changed == ["segment"]
+    assert sim.state.segment.shape == (2, 10)  # 8 and a quarter
+    grown = sim.state
+    sim.load(1, with_segments(episode, 10))
+    assert sim.state is grown
+    finish(sim)
+    assert fate(sim, 0) == alone(toy_cluster(), with_segments(episode, 8))
+    assert fate(sim, 1) == alone(toy_cluster(), with_segments(episode, 10))
+
+
+def test_those_that_wait_for_one_request_are_chained_in_their_order():
+    episode = toy_episode([(i, 10, 3) for i in range(6)])
+    after = np.array([-1, 0, 0, 1, 0, -1], np.int32)
+    sim = Simulator(toy_cluster(), [replace(episode, table=replace(episode.table, after=after))])
+    assert sim.state.request["first_after"][0].tolist() == [1, 3, -1, -1, -1, -1]
+    assert sim.state.request["next_after"][0].tolist() == [-1, 2, 4, -1, -1, -1]
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("decisions", [0, 1, 23, 1000])
 def test_a_new_episode_finds_no_trace_of_the_last_one(seed, decisions):

@@ -134,6 +134,8 @@ def test_a_group_plays_the_same_requests_episode_after_episode(make_scenario):
         np.testing.assert_array_equal(arrivals[0], arrivals[1])
         np.testing.assert_array_equal(arrivals[2], arrivals[3])
         assert not np.array_equal(arrivals[0], arrivals[2])
+        first, second, *_ = env.batch.simulator.episodes
+        assert first is second  # drawn once
         seen.add(arrivals[0].tobytes())
         for _ in range(40):  # members of a group act differently
             *_, info = env.step(np.array([0, 1, 2, 0]))

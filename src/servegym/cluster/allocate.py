@@ -58,11 +58,12 @@ from servegym.cluster.state import (
     Asks,
     Migration,
     Params,
+    Records,
     State,
 )
 from servegym.costs.shared import NUM_SHARED_KNOTS, SharedCost
 from servegym.engines import ENGINES
-from servegym.typing import FloatArray
+from servegym.typing import FloatArray, Int32Array
 
 
 class Capacity(NamedTuple):
@@ -89,6 +90,18 @@ class Capacity(NamedTuple):
             longest_tokens=max(_longest(e) for e in episodes),
             log=12 * requests + 64 if record else 1,
         )
+
+    def grown_to(self, need: Capacity) -> Capacity:
+        """Return sizes that hold both, with room where the next episodes will want some more.
+
+        How many segments an episode has, and how long its longest request is, differ from one to
+        the next: each new record would copy all arrays.
+        """
+        merged = dict(zip(self._fields, map(max, self, need), strict=True))
+        for name in ("segments", "longest_tokens"):
+            if merged[name] > getattr(self, name):
+                merged[name] += merged[name] // 4
+        return Capacity(**merged | {"num_envs": self.num_envs})
 
     def covers(self, episode: Episode) -> bool:
         """Whether an environment of these sizes can play `episode`."""
@@ -287,6 +300,21 @@ def make_state(spec: ClusterSpec, capacity: Capacity) -> State:
     )
 
 
+def _link_followers(after: Int32Array, request: Records) -> None:
+    """Chain the requests that wait for the same one, in order, behind that."""
+    request["first_after"] = -1
+    request["next_after"] = -1
+    waits = np.flatnonzero(after >= 0)
+    if not len(waits):
+        return
+    waits = waits[np.argsort(after[waits], kind="stable")]
+    leader = after[waits]
+    same = leader[1:] == leader[:-1]
+    request["next_after"][waits[:-1][same]] = waits[1:][same]
+    begins = np.concatenate(([True], ~same))
+    request["first_after"][leader[begins]] = waits[begins]
+
+
 def load_episode(params: Params, state: State, env: int, episode: Episode) -> None:
     """Write an episode into one environment and put that into its initial state."""
     table, faults = episode.table, episode.faults
@@ -299,12 +327,7 @@ def load_episode(params: Params, state: State, env: int, episode: Episode) -> No
     request["slo_class"] = table.slo_class
     request["after"] = table.after
     request["delay_s"] = table.delay_s
-    request["first_after"] = -1
-    request["next_after"] = -1
-    for i in np.flatnonzero(table.after >= 0)[::-1].tolist():
-        first = request["first_after"]
-        request["next_after"][i] = first[table.after[i]]
-        first[table.after[i]] = i
+    _link_followers(table.after, request)
     request["segment_first"] = table.prefix_offsets[:-1]
     request["segment_stop"] = table.prefix_offsets[1:]
     state.segment["key"][env, :m] = table.prefix_keys

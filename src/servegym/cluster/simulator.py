@@ -148,15 +148,21 @@ class Simulator:
 
     def _grow(self, episode: Episode) -> None:
         need = Capacity.of([episode], record=bool(self.params.record))
-        merged = Capacity(self.num_envs, *map(max, self._capacity[1:], need[1:]))
-        bigger = make_state(self.spec, merged)
+        merged = self._capacity.grown_to(need)
+        arrays: list[Any] = []
         old: Any
         new: Any
-        for old, new in zip(self.state, bigger, strict=True):
+        for old, new in zip(self.state, make_state(self.spec, merged), strict=True):
+            if new.shape == old.shape:
+                arrays.append(old)  # the memory of the new one has not been touched
+                continue
             new[tuple(slice(size) for size in old.shape)] = old
+            arrays.append(new)
+        bigger = State._make(arrays)
         width = self._capacity.replicas
-        bigger.allowed[:, width:] = False  # hold and reject stand behind all replicas
-        bigger.allowed[:, -2:] = self.state.allowed[:, -2:]
+        if bigger.allowed is not self.state.allowed:
+            bigger.allowed[:, width:] = False  # hold and reject stand behind all replicas
+            bigger.allowed[:, -2:] = self.state.allowed[:, -2:]
         self.state, self._capacity = bigger, merged
 
     def advance(self) -> IntArray:

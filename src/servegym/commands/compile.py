@@ -53,6 +53,10 @@ def compile_dispatch() -> None:
     run(Simulator(scenario.spec, [episode]), score_policy("outstanding_requests"))
     play_environments("servegym/Dispatch-v1", num_requests=8)
     rehearse()
+    if find_spec("torch"):
+        from servegym.train import compiled_loss
+
+        compiled_loss.rehearse()
     compile_placed()
 
 

@@ -345,17 +345,19 @@ class Scenario(Config):
         predicted = self.disturbances.predictor.predict(
             np.random.default_rng(lengths), table.output_tokens
         )
+        trouble = self.disturbances
+        fails = trouble.fail_slow.rate_per_replica_hour or trouble.fail_stop.rate_per_replica_hour
         types, speeds = draw_fleet(np.random.default_rng(fleet), enumerate(self.fleet))
         return Episode(
             table=replace(table, predicted_output_tokens=predicted),
             type_idx=np.array(types, np.int16),
             speed=np.array(speeds, np.float64),
             faults=draw_faults(
-                self.disturbances.fail_slow,
-                self.disturbances.fail_stop,
+                trouble.fail_slow,
+                trouble.fail_stop,
                 np.random.default_rng(faults),
                 len(types),
-                self._last_s(table, types, speeds),
+                self._last_s(table, types, speeds) if fails else 0.0,
             ),
             noise_seed=int(noise.generate_state(1, np.uint64)[0]),
         )

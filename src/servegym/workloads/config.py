@@ -138,7 +138,7 @@ class GeneratedConfig(Workload):
         popularity = (1.0 + np.arange(c.num_system_prompts)) ** -c.zipf
         system = rng.choice(c.num_system_prompts, count, p=popularity / popularity.sum())
         keep = np.flatnonzero((arrival >= 0) & (prompt + answered <= c.max_context_tokens))
-        keep = keep[np.argsort(arrival[keep], kind="stable")][:num]
+        keep = keep[_earliest(arrival[keep], num)]
         if len(keep) < num:
             if spare > _MAX_SPARE:
                 raise WorkloadError(
@@ -166,6 +166,16 @@ class GeneratedConfig(Workload):
             prefix_keys=keys.ravel(),
             prefix_ends=ends.ravel(),
         )
+
+
+def _earliest(arrival_s: FloatArray, num: int) -> IntArray:
+    """Find the `num` earliest (all, if there are fewer), in order; equal ones as they stand."""
+    if len(arrival_s) <= num:
+        return np.argsort(arrival_s, kind="stable")
+    # most turns of the conversations that were begun come later: they need not be sorted
+    last_s = np.partition(arrival_s, num - 1)[num - 1]
+    early = np.flatnonzero(arrival_s <= last_s)
+    return early[np.argsort(arrival_s[early], kind="stable")][:num]
 
 
 def _turn_before(session: IntArray) -> IntArray:
