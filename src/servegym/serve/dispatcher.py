@@ -520,10 +520,14 @@ class Dispatcher:
             if given is not None:
                 scores = np.full(self.state.num_slots + 2, -np.inf)
                 scores[order] = given
-        return decision._replace(
-            action=int(order[decision.action]),
-            proposed=None if proposed is None else int(order[proposed]),
-            scores=scores,
+        return Decision(  # _replace takes thrice as long
+            int(order[decision.action]),
+            decision.by,
+            decision.reason,
+            decision.duration_s,
+            None if proposed is None else int(order[proposed]),
+            decision.propensity,
+            scores,
         )
 
     def _meet(self) -> None:

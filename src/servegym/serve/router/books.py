@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from servegym.serve.dispatcher import Dispatcher, Job, SloConfig
+from servegym.serve.monitoring.prometheus import observe_all
 from servegym.serve.router.ejection import Attempt
 from servegym.serve.router.health import Health
 from servegym.serve.router.latencies import Times
@@ -37,11 +38,10 @@ class Books:
         """Return where times of a request on a replica are counted."""
         return self._telemetry.latencies.of(self.dispatcher.names[replica], job.tenant)
 
-    def dispatched(self, job: Job, replica: int) -> None:
-        """A request is sent to a replica for the first time."""
+    def dispatched(self, job: Job, times: tuple[Times, Times]) -> None:
+        """A request is sent to a replica, whose times are given, for the first time."""
         queued_s = self.dispatcher.clock() - job.request.arrival_s
-        for times in self.times(job, replica):
-            times.queue.observe(queued_s)
+        observe_all([one.queue for one in times], queued_s)
 
     def prefilled(self, job: Job, attempt: Attempt) -> None:
         """A replica has prefilled a request that decodes elsewhere."""
@@ -51,13 +51,14 @@ class Books:
         self._telemetry.prefills[name, "ok"] += 1
         self._telemetry.prefill.observe(self.dispatcher.clock() - attempt.dispatch_s)
 
-    def begin(self, job: Job, attempt: Attempt, failures: Failures) -> None:
+    def begin(
+        self, job: Job, attempt: Attempt, times: tuple[Times, Times], failures: Failures
+    ) -> None:
         """The first token of a stream has come; those who failed it before are judged."""
         self._answered(attempt, failures)
         self.dispatcher.first_token(job)
         ttft_s = self.dispatcher.clock() - job.request.arrival_s
-        for times in self.times(job, attempt.replica):
-            times.ttft.observe(ttft_s)
+        observe_all([one.ttft for one in times], ttft_s)
 
     def broke(self, attempt: Attempt, cause: str, token_s: float, status: int) -> None:
         """An answer broke off: whose fault is it?
@@ -74,7 +75,14 @@ class Books:
         if not moved and not theirs:
             self._ejection.failed(attempt, hung=cause == "stall")
 
-    def close(self, job: Job, attempt: Attempt, ending: Ending, failures: Failures) -> None:
+    def close(
+        self,
+        job: Job,
+        attempt: Attempt,
+        times: tuple[Times, Times],
+        ending: Ending,
+        failures: Failures,
+    ) -> None:
         """An answer has come to its end, good or not."""
         if (prompt_tokens := ending.prompt_tokens) is not None:
             cached_tokens = ending.cached_tokens
@@ -89,12 +97,13 @@ class Books:
             self._answered(attempt, failures)
         self._ejection.whole(attempt)
         e2e_s = self.dispatcher.clock() - job.request.arrival_s
-        for times in self.times(job, attempt.replica):
-            times.e2e.observe(e2e_s)
+        observe_all([one.e2e for one in times], e2e_s)
         output_tokens = ending.output_tokens
         self._telemetry.outcome(job.tenant, "finished")
         self._telemetry.tokens(job.tenant, int(prompt_tokens or job.prompt.tokens), output_tokens)
-        self._count_slo(job, met=self._met_slo(job, e2e_s, output_tokens))
+        level = self._level(job)
+        if _has_limits(level):
+            self._telemetry.slo[level.name, _met_slo(job, level, e2e_s, output_tokens)] += 1
         self.dispatcher.finish(job, output_tokens)
 
     def end(self, job: Job, status: str, *, full: bool = False) -> None:
@@ -108,37 +117,22 @@ class Books:
         if not job.ended:
             self._telemetry.outcome(job.tenant, status)
             if status in ("failed", "lost") or full:
-                self._count_slo(job, met=False)
+                self._missed_slo(job)
             self.dispatcher.end(job, "cancelled" if status == "cancelled" else "failed")
 
     def rejected(self, job: Job) -> None:
         """The policy has rejected a request; its books are closed."""
         self._telemetry.outcome(job.tenant, "rejected")
-        self._count_slo(job, met=False)
+        self._missed_slo(job)
 
-    def _count_slo(self, job: Job, *, met: bool) -> None:
-        """Count a request of a class with limits."""
+    def _missed_slo(self, job: Job) -> None:
+        """Count a request that got no answer, if its class has limits."""
         level = self._level(job)
         if _has_limits(level):
-            self._telemetry.slo[level.name, met] += 1
+            self._telemetry.slo[level.name, False] += 1
 
     def _level(self, job: Job) -> SloConfig:
         return self.dispatcher.config.slo_classes[job.request.slo_class]
-
-    def _met_slo(self, job: Job, e2e_s: float, output_tokens: int) -> bool:
-        """Whether a whole answer met the limits of its class.
-
-        Without a stream nobody sees the first token: then both limits are one for all of it.
-        """
-        level = self._level(job)
-        ttft_limit_s = math.inf if level.ttft_s is None else level.ttft_s
-        tpot_limit_s = math.inf if level.tpot_s is None else level.tpot_s
-        later = max(0, output_tokens - 1)
-        decode_limit_s = later * tpot_limit_s if later else 0.0
-        ttft_s = job.request.first_token_s - job.request.arrival_s
-        if math.isnan(ttft_s):
-            return e2e_s <= ttft_limit_s + decode_limit_s
-        return ttft_s <= ttft_limit_s and (not later or e2e_s - ttft_s <= decode_limit_s)
 
     def _answered(self, attempt: Attempt, failures: Failures) -> None:
         """A request has its answer: now it is known that those who failed it were at fault."""
@@ -153,3 +147,18 @@ class Books:
 
 def _has_limits(level: SloConfig) -> bool:
     return level.ttft_s is not None or level.tpot_s is not None
+
+
+def _met_slo(job: Job, level: SloConfig, e2e_s: float, output_tokens: int) -> bool:
+    """Whether a whole answer met the limits of its class.
+
+    Without a stream nobody sees the first token: then both limits are one for all of it.
+    """
+    ttft_limit_s = math.inf if level.ttft_s is None else level.ttft_s
+    tpot_limit_s = math.inf if level.tpot_s is None else level.tpot_s
+    later = max(0, output_tokens - 1)
+    decode_limit_s = later * tpot_limit_s if later else 0.0
+    ttft_s = job.request.first_token_s - job.request.arrival_s
+    if math.isnan(ttft_s):
+        return e2e_s <= ttft_limit_s + decode_limit_s
+    return ttft_s <= ttft_limit_s and (not later or e2e_s - ttft_s <= decode_limit_s)

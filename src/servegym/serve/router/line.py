@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from bisect import insort
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(slots=True, eq=False)
@@ -19,14 +19,14 @@ class Waiting:
         priority: Higher goes first.
         arrival_s: Of equal ones the earlier.
         model: What it is for.
-        turn: Set when it may be its turn.
+        turn: Set when it may be its turn; there is none before it stands.
         stands: Whether it stands in its line.
     """
 
     priority: int
     arrival_s: float
     model: str
-    turn: asyncio.Event = field(default_factory=asyncio.Event)
+    turn: asyncio.Event | None = None
     stands: bool = False
 
     def __lt__(self, other: Waiting) -> bool:
@@ -53,12 +53,14 @@ class Line:
             seconds: Until it looks for itself, called or not.
         """
         if not one.stands:
-            one.stands = True
+            one.stands, one.turn = True, asyncio.Event()
             insort(self._lines.setdefault(one.model, []), one)
-        one.turn.clear()
+        turn = one.turn
+        assert turn is not None
+        turn.clear()
         try:
             async with asyncio.timeout(seconds):
-                await one.turn.wait()
+                await turn.wait()
         except TimeoutError:
             return
 
@@ -70,11 +72,16 @@ class Line:
         line = self._lines[one.model]
         line.remove(one)
         if line:
-            line[0].turn.set()
+            _tell(line[0])
         else:
             del self._lines[one.model]
 
     def call(self) -> None:
         """There may be room somewhere: it is the turn of the first of every line."""
         for line in self._lines.values():
-            line[0].turn.set()
+            _tell(line[0])
+
+
+def _tell(first: Waiting) -> None:
+    assert first.turn is not None
+    first.turn.set()

@@ -13,6 +13,7 @@ from servegym.serve.router.books import Failures
 from servegym.serve.router.ejection import Attempt
 from servegym.serve.router.errors import RequestError
 from servegym.serve.router.explanation import Explanation, decide_explained
+from servegym.serve.router.latencies import Times
 from servegym.serve.router.line import Waiting
 from servegym.serve.router.pages import no_model, no_replica
 from servegym.serve.router.placement import Arrival, Ending, Seat
@@ -49,6 +50,7 @@ class LocalPlacement:
         "_read_s",
         "_stream",
         "_tenant",
+        "_times",
         "_token_s",
         "_traced",
         "_tried",
@@ -68,7 +70,8 @@ class LocalPlacement:
         self._tried: set[int] = set()
         self._stream = self._traced = False
         self._explained: list[Explanation] = []  # what its carrier has not been told
-        self._itl: tuple[Histogram, ...] = ()  # of its replica and of its tenant
+        self._times: tuple[Times, Times] | None = None  # of its replica and of its tenant
+        self._itl: tuple[Histogram, ...] = ()  # of both
         self._token_s: float | None = None  # when its last token came, or its client took more
         self._read_s = 0.0
         self._waiting: Waiting | None = None
@@ -87,6 +90,12 @@ class LocalPlacement:
         """It at its replica, once it has been placed."""
         assert self._attempt is not None
         return self._attempt
+
+    @property
+    def times(self) -> tuple[Times, Times]:
+        """Where its times are counted, once it has been placed."""
+        assert self._times is not None
+        return self._times
 
     @property
     def waiting(self) -> Waiting:
@@ -246,7 +255,7 @@ class LocalPlacement:
 
     def begin(self) -> None:
         """See `Placement`."""
-        self._desk.books.begin(self.job, self.attempt, self._failures)
+        self._desk.books.begin(self.job, self.attempt, self.times, self._failures)
         self.attempt.waits(self._desk.dispatcher.clock())
 
     def tokens(self, count: int, now_s: float) -> None:
@@ -282,7 +291,7 @@ class LocalPlacement:
 
     def close(self, ending: Ending) -> None:
         """See `Placement`."""
-        self._desk.books.close(self.job, self.attempt, ending, self._failures)
+        self._desk.books.close(self.job, self.attempt, self.times, ending, self._failures)
         self._stand_up()
 
     def end(self, status: str) -> None:
@@ -307,16 +316,17 @@ class LocalPlacement:
         """It has to wait no longer."""
         desk, job = self._desk, self.job
         desk.line.leave(self.waiting)
+        times = desk.books.times(job, replica)
         if self._attempt is None:
             passed_s = desk.dispatcher.clock() - self._read_s - job.held_s
             desk.telemetry.overhead.observe(passed_s)
-            desk.books.dispatched(job, replica)
+            desk.books.dispatched(job, times)
+        self._times, self._itl = times, (times[0].itl, times[1].itl)
 
     def _sit_down(self, replica: int) -> Seat:
         """A replica has been chosen."""
         desk, job = self._desk, self.job
         self._note_dispatch(replica)
-        self._itl = tuple([times.itl for times in desk.books.times(job, replica)])
         self._attempt = attempt = desk.health.ejection.begin(replica, stream=self._stream)
         if not self._stream:
             # no one will say when the prompt is computed: take the known rate for it
