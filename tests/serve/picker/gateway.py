@@ -133,14 +133,17 @@ def destination(answer, part: str = "request_headers") -> str:
 
 
 @contextlib.asynccontextmanager
-async def picking(num_replicas: int = 2, **settings) -> AsyncIterator[Gateway]:
+async def picking(
+    num_replicas: int = 2, roles: Sequence[str] = (), **settings
+) -> AsyncIterator[Gateway]:
     """Start engines, a picker and a channel to it; stop all of them."""
-    replicas = [Upstream() for _ in range(num_replicas)]
+    replicas = [Upstream() for _ in roles or range(num_replicas)]
     for replica in replicas:
         await replica.start()
     data = {
         "replicas": [
             {"name": f"r{i}", "url": replica.url, "rates": RATES}
+            | ({"role": roles[i]} if roles else {})
             for i, replica in enumerate(replicas)
         ],
         "listen": {"port": 0, "admin_port": 0},

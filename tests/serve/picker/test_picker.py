@@ -96,7 +96,7 @@ def test_an_answer_in_one_piece_is_booked_with_what_the_engine_reports():
         answer = await stream.answer()
         # packed, its tokens could not be counted
         mutation = answer.request_headers.response.header_mutation
-        assert list(mutation.remove_headers) == ["accept-encoding"]
+        assert list(mutation.remove_headers) == ["accept-encoding", "x-prefiller-host-port"]
         await stream.answer()
         await stream.response_headers(stream=False)
         await stream.answer()

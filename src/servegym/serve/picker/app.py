@@ -154,7 +154,7 @@ class Picker:
             self._poller,
             desk,
             self.telemetry,
-            check_endpoint,
+            partial(check_endpoint, response=config.response),
         )
         self._sources = Sources(self._fleet, self._file, config.discover)
         admin = Admin(

@@ -14,7 +14,13 @@ from servegym.errors import ConfigError
 from servegym.serve.discovery.config import DiscoverConfig
 from servegym.serve.discovery.found import place
 from servegym.serve.dispatcher import DispatchConfig
-from servegym.serve.router.config import HealthConfig, RequestConfig, RouterConfig, ScrapeConfig
+from servegym.serve.router.config import (
+    DisaggregationConfig,
+    HealthConfig,
+    RequestConfig,
+    RouterConfig,
+    ScrapeConfig,
+)
 from servegym.serve.router.replica import ReplicaConfig, check_distinct
 from servegym.serve.router.roles import PICKER_AND_ROLES, refuse_role, refuse_roles
 
@@ -49,13 +55,18 @@ def endpoint_of(name: str, url: str) -> str:
     return place(str(address), parts.port or 80)
 
 
-def check_endpoint(replica: ReplicaConfig) -> None:
+def check_endpoint(replica: ReplicaConfig, *, response: str = "bodies") -> None:
     """Check that gateways can name a replica that comes from elsewhere than the picker's file.
 
+    Args:
+        replica: It.
+        response: What gateways send of answers.
+
     Raises:
-        ConfigError: If they cannot, or it does only a part of a request.
+        ConfigError: If they cannot, or it does a part of a request and no answers are seen.
     """
-    refuse_role(replica, PICKER_AND_ROLES)
+    if response != "bodies":
+        refuse_role(replica, PICKER_AND_ROLES)
     try:
         endpoint_of(replica.name, replica.url)
     except ValueError as error:
@@ -182,7 +193,8 @@ class PickerConfig(_Config):
             if other != replica.name:
                 raise ValueError(f"replicas {other} and {replica.name} have the same endpoint")
         check_distinct(self.replicas)
-        refuse_roles(self.replicas, self.discover, PICKER_AND_ROLES)
+        if self.response != "bodies":
+            refuse_roles(self.replicas, self.discover, PICKER_AND_ROLES)
         if not self.replicas and self.replicas_file is None and self.discover is None:
             raise ValueError("there is no replica: give replicas, replicas_file or discover")
         if self.discover is not None:
@@ -213,6 +225,7 @@ class PickerConfig(_Config):
                 max_hold_s=request.max_hold_s,
                 retry_after_s=request.retry_after_s,
             ),
+            disaggregation=DisaggregationConfig(protocol="sidecar"),
             health=self.health,
             metrics=self.metrics,
         )

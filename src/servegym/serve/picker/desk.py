@@ -11,8 +11,8 @@ from servegym.serve.dispatcher import Dispatcher, Job
 from servegym.serve.picker.config import PickerConfig, endpoint_of
 from servegym.serve.router.desk import LocalDesk
 from servegym.serve.router.health import Health
-from servegym.serve.router.local_placement import LocalPlacement
 from servegym.serve.router.pages import Pages, no_replica
+from servegym.serve.router.split_placement import SplitPlacement
 from servegym.serve.router.telemetry import Telemetry
 from servegym.serve.router.upstream import UpstreamError
 from servegym.typing import BoolArray
@@ -98,7 +98,7 @@ class PickerDesk(LocalDesk):
         return [self.endpoints[r] for r in (replica, *others[: self._fallbacks])]
 
 
-class PickerPlacement(LocalPlacement):
+class PickerPlacement(SplitPlacement):
     """One request of a gateway; see `LocalPlacement`.
 
     Attributes:
@@ -115,7 +115,14 @@ class PickerPlacement(LocalPlacement):
 
     def endpoints(self) -> list[str]:
         """Return where it goes, now that it has been placed, and where it may go instead."""
-        return self._desk.with_fallbacks(self.job.replica, self._allowed())
+        job, transfers = self.job, self._desk.dispatcher.placing.transfers
+        allowed = self._allowed() & transfers.decoding if job.moving is None else self._places()
+        return self._desk.with_fallbacks(job.replica, allowed)
+
+    def prefiller(self) -> str:
+        """Return the endpoint of the replica that prefills it for another; empty: none does."""
+        moving = self.job.moving
+        return "" if moving is None else self._desk.endpoints[moving.source]
 
     def served(self, endpoint: str) -> None:
         """Tell who has answered; another than the chosen one: the gateway has tried again."""
@@ -142,8 +149,8 @@ class PickerPlacement(LocalPlacement):
         else:
             super().end(status)
 
-    def _candidates(self) -> BoolArray:
-        return super()._candidates() & self._desk.among(self.subset)
+    def _up(self) -> BoolArray:
+        return super()._up() & self._desk.among(self.subset)
 
     def _model(self, asked: str) -> str:
         """Return the model; without the body it is not known which one is asked for."""

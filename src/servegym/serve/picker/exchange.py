@@ -23,7 +23,7 @@ from servegym.serve.picker.wire import (
 )
 from servegym.serve.router.errors import RequestError
 from servegym.serve.router.forms import FORMS
-from servegym.serve.router.headers import retry_after_s
+from servegym.serve.router.headers import PREFILLER_HEADER, retry_after_s
 from servegym.serve.router.pages import no_replica
 from servegym.serve.router.placement import Ending
 from servegym.serve.router.stream import Reader
@@ -173,8 +173,11 @@ class Exchange:
         placement.arrive(arrival)
         await placement.place()
         self._is_placed = True
-        # tokens cannot be counted in a packed answer
-        return Destination(placement.endpoints(), ("accept-encoding",) if sees_tokens else ())
+        prefiller = placement.prefiller()
+        # tokens cannot be counted in a packed answer, and it is not for clients to say who prefills
+        without = ["accept-encoding"] if sees_tokens else []
+        without += [] if prefiller else [PREFILLER_HEADER]
+        return Destination(placement.endpoints(), without, prefiller)
 
     def _take_response(
         self, part: Headers | Body | Trailers, served: str | None

@@ -12,6 +12,7 @@ import numpy as np
 
 from servegym.serve.picker.config import PickRequestConfig
 from servegym.serve.requests.prompt import Prompt, PromptReader, Size
+from servegym.serve.router.disaggregation import is_divisible
 from servegym.serve.router.forms import Form
 from servegym.serve.router.placement import Arrival
 from servegym.serve.router.request import read_request
@@ -117,4 +118,5 @@ class Reading:
             asked.slo_class,
             asked.session,
             read_s,
+            divisible=is_divisible(form, asked.fields),
         )

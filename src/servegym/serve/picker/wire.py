@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, struct_pb2
 
+from servegym.serve.router.headers import PREFILLER_HEADER
+
 #: Name of the service, which gateways call and whose health they ask.
 SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
 METHOD = "Process"
@@ -274,10 +276,12 @@ class Destination(NamedTuple):
     Attributes:
         endpoints: `ip:port`, the first first; the others are for retries.
         without: Headers of the request that are taken out.
+        prefiller: `ip:port` of the replica that prefills it, if another does; for llm-d's sidecar.
     """
 
     endpoints: Sequence[str]
     without: Sequence[str] = ()
+    prefiller: str = ""
 
 
 def pass_headers(direction: Direction, destination: Destination | None = None) -> bytes:
@@ -336,6 +340,8 @@ def _send_to(answer: Any, part: Any, destination: Destination | None) -> None:
         return
     text = ",".join(destination.endpoints)
     _set(part.response.header_mutation, DESTINATION, text)
+    if destination.prefiller:
+        _set(part.response.header_mutation, PREFILLER_HEADER, destination.prefiller)
     part.response.header_mutation.remove_headers.extend(destination.without)
     part.response.clear_route_cache = True
     answer.dynamic_metadata.update({LB_NAMESPACE: {DESTINATION: text}})

@@ -12,9 +12,12 @@ from servegym.serve.router.replica import ReplicaConfig
 from servegym.serve.transfers import Transfers
 from servegym.typing import BoolArray
 
-#: Why several workers, and a picker, do not.
+#: Why several workers, and a picker that sees no answers, do not.
 WORKERS_AND_ROLES = "several workers carry whole requests: take workers: 1"
-PICKER_AND_ROLES = "a picker places whole requests: take servegym serve router"
+PICKER_AND_ROLES = (
+    "where a gateway sends no bodies of answers nobody knows when KV was fetched: take "
+    "response: bodies"
+)
 
 
 def refuse_roles(

@@ -161,10 +161,17 @@ class SplitPlacement(LocalPlacement):
             self._desk.health.ejection.end(self._beside)
             self._beside = None
 
+    def _up(self) -> BoolArray:
+        """Replicas that are up and have the model, whatever their roles, `bool[W]`."""
+        return super()._candidates()
+
     def _found(self) -> Candidates:
+        transfers = self._desk.dispatcher.placing.transfers
+        if not transfers.are_possible:
+            return Candidates(self._up(), "replica")
         return candidates(
-            super()._candidates(),
-            self._desk.dispatcher.placing.transfers,
+            self._up(),
+            transfers,
             divisible=self._divisible,
             decoders_prefill=self._split.decoders_prefill,
             tried=self._tried,
@@ -179,7 +186,7 @@ class SplitPlacement(LocalPlacement):
     def _places(self) -> BoolArray:
         """Replicas where it may decode: those that have not failed it and have room, if any."""
         desk = self._desk
-        found = super()._candidates() & desk.dispatcher.placing.transfers.decoding
+        found = self._up() & desk.dispatcher.placing.transfers.decoding
         avoided = list(self._tried | set(desk.health.ejection.passed_over(stream=self._stream)))
         better = found.copy()
         better[avoided] = False
@@ -196,7 +203,7 @@ class SplitPlacement(LocalPlacement):
         return super()._is_too_late(error) and not self._is_prefill
 
     def _has_another(self) -> bool:
-        found = super()._candidates() & self._desk.dispatcher.placing.transfers.decoding
+        found = self._up() & self._desk.dispatcher.placing.transfers.decoding
         return super()._has_another() and bool(_without(found, self._tried).any())
 
 
