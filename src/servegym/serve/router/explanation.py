@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from servegym.policy.contract import OUTSTANDING_REQUESTS
 from servegym.serve.dispatcher import Dispatcher, Job
 from servegym.typing import BoolArray, FloatArray
 
@@ -66,7 +67,7 @@ def decide_explained(
         attempts: Replicas that have failed the request before.
     """
     slots = np.flatnonzero(allowed).tolist()
-    outstanding = tuple(float(dispatcher.state.outstanding(slot)) for slot in slots)
+    outstanding = tuple(dispatcher.state.replicas[OUTSTANDING_REQUESTS, slots].tolist())
     decision = dispatcher.decide(job, allowed=allowed, may_hold=may_hold, with_scores=True)
     end_ns = time.time_ns()
     loaded, scores = dispatcher.runtime.loaded, decision.scores
