@@ -84,6 +84,15 @@ _LATENCY_WEIGHT = 0.1
 _ARRIVAL_WEIGHT = 0.02
 _FAR_S = 1e6
 _NO_STEP_S = 1e-9
+#: Counters that other routers' requests add to, in the order of `LiveState.own` and `set_others`;
+#: the last is the one of `see`'s `generated`.
+COUNTED = (
+    OUTSTANDING_REQUESTS,
+    OUTSTANDING_PROMPT_TOKENS,
+    OUTSTANDING_PREDICTED_TOKENS,
+    PENDING_PREFILL_TOKENS,
+    GENERATED_TOKENS,
+)
 #: What a state keeps of each replica beside its rows, and what stands there for a free slot.
 _OF_NOBODY = {
     "_speed": 0.0,
@@ -258,9 +267,18 @@ class _Streams:
         self._num[r] -= 1.0
 
     def step(
-        self, r: int, count: int, outstanding: int, replicas: FloatArray, now_s: float
+        self, r: int, count: int, unseen: float, outstanding: int, row: FloatArray, now_s: float
     ) -> None:
-        """A stream that decodes has got tokens."""
+        """A stream that decodes has got tokens.
+
+        Args:
+            r: Replica.
+            count: How many.
+            unseen: Requests there whose streams others pass on.
+            outstanding: All requests there.
+            row: Of the replica, `float64[NUM_REPLICA_FEATURES]`.
+            now_s: When they came.
+        """
         since_s = max(0.0, now_s - self._last_s[r])
         self._last_s[r] += since_s
         share = count / self._num[r]
@@ -274,12 +292,12 @@ class _Streams:
             self._pure_others[r] += share * (self._num[r] - 1.0)
         elif since_s > 0.0:
             most_s = count * longest_step_s(
-                replicas[DECODE_STEP_S, r],
-                replicas[DECODE_SEQ_S, r],
-                self._num[r],
-                replicas[PENDING_PREFILL_TOKENS, r],
-                replicas[MAX_NUM_BATCHED_TOKENS, r],
-                replicas[PREFILL_TOKENS_PER_S, r],
+                row[DECODE_STEP_S],
+                row[DECODE_SEQ_S],
+                self._num[r] + unseen,
+                row[PENDING_PREFILL_TOKENS],
+                row[MAX_NUM_BATCHED_TOKENS],
+                row[PREFILL_TOKENS_PER_S],
             )
             if since_s > most_s:
                 self._late_s[r] += since_s
@@ -355,6 +373,8 @@ class LiveState:
         self._last_metrics_s = np.zeros(0)
         self._generated = np.zeros(0)  # own count
         self._engine_counts = np.zeros(0, np.bool_)  # the engine says `generated_tokens`
+        self._others = np.zeros((len(COUNTED), 0))  # a share of the counters
+        self._others_rate_rps, self._others_held = 0.0, 0
         self._arrival_gap_s = math.nan
         self._last_arrival_s = math.nan
         self._num_held = 0
@@ -412,6 +432,7 @@ class LiveState:
         assert not self._at[slot]
         self.in_use[slot] = False
         self.replicas[:, slot] = 0.0
+        self._others[:, slot] = 0.0
         self._streams.clear(slot)
         for name, empty in _OF_NOBODY.items():
             getattr(self, name)[slot] = empty
@@ -426,6 +447,7 @@ class LiveState:
         grown = np.zeros((NUM_REPLICA_FEATURES, self.num_slots + more))
         grown[:, : self.num_slots] = self.replicas
         self.replicas = grown  # in the order that compiled code reads
+        self._others = np.append(self._others, np.zeros((len(COUNTED), more)), axis=1)
         for name, empty in _OF_NOBODY.items():
             values = getattr(self, name)
             setattr(self, name, np.append(values, np.full(more, empty, values.dtype)))
@@ -529,9 +551,9 @@ class LiveState:
         row[PREDICTED_OUTPUT_TOKENS] = request.predicted_output_tokens
         row[TTFT_SLO_S : SLO_WEIGHT + 1] = self._slo_rows[request.slo_class]
         row[WAITED_S] = now_s - request.arrival_s
-        row[ARRIVAL_RATE_RPS] = self.arrival_rate_rps
+        row[ARRIVAL_RATE_RPS] = self.arrival_rate_rps + self._others_rate_rps
         row[NUM_UP] = num_up
-        row[NUM_HELD] = self._num_held - request.held
+        row[NUM_HELD] = self._num_held - request.held + self._others_held
         if needs._value_ & _INFERRED:  # the flags' own operator takes 2 µs
             self._infer(request, now_s, needs)
         return Observations(replicas[None], self._request, self._mask)
@@ -586,7 +608,9 @@ class LiveState:
         elif request.generated_tokens > 0:  # else the first one, which ends a prefill, not a step
             r = request.replica
             if self._is_watched:
-                self._streams.step(r, count, len(self._at[r]), self.replicas, now_s)
+                unseen = float(self._others[0, r])
+                there = len(self._at[r]) + int(unseen)
+                self._streams.step(r, count, unseen, there, self.replicas[:, r], now_s)
             else:
                 self._streams.skip(r, now_s)
         request.generated_tokens += count
@@ -676,8 +700,30 @@ class LiveState:
         self._last_metrics_s[replica] = now_s - metrics.age_s
 
     def outstanding(self, replica: int) -> int:
-        """Requests dispatched to a replica and not ended."""
-        return int(self.replicas[OUTSTANDING_REQUESTS, replica])
+        """Requests dispatched to a replica and not ended; others' are not among them."""
+        return len(self._at[replica])
+
+    def own(self) -> FloatArray:
+        """Return the counters (`COUNTED`) of the requests dispatched here, `float64[5, W]`."""
+        held = np.vstack((self.replicas[list(COUNTED[:-1])], self._generated))
+        return np.asarray(held - self._others)
+
+    def set_others(self, counters: FloatArray, arrival_rate_rps: float, num_held: int) -> None:
+        """Note what other routers have at the same replicas: decisions see it added to one's own.
+
+        Args:
+            counters: Of all of them together (`COUNTED`), `float64[5, W]`; each call replaces what
+                the one before has said. Free slots have none.
+            arrival_rate_rps: What comes to them.
+            num_held: Requests that they hold.
+        """
+        assert counters.shape == self._others.shape
+        counters = np.where(self.in_use, counters, 0.0)
+        more = counters - self._others
+        self.replicas[list(COUNTED[:-1])] += more[:-1]
+        self._generated += more[-1]
+        self._others = counters
+        self._others_rate_rps, self._others_held = arrival_rate_rps, num_held
 
     def kv_capacity_tokens(self, replica: int) -> float:
         """Size of a replica's KV cache; 0 while it is unknown."""
@@ -710,7 +756,7 @@ class LiveState:
     def _begin_decoding(self, request: LiveRequest, now_s: float) -> None:
         request.is_decoding = True
         r = request.replica
-        self._streams.begin(r, len(self._at[r]), now_s)
+        self._streams.begin(r, len(self._at[r]) + int(self._others[0, r]), now_s)
 
     def _infer(self, request: LiveRequest, now_s: float, needs: Group) -> None:
         """Fill the inferred rows; `policy.inferred.infer` in plain Python."""
@@ -759,9 +805,7 @@ class LiveState:
         self.replicas[OUTSTANDING_PROMPT_TOKENS, r] -= request.prompt_tokens
         self.replicas[OUTSTANDING_PREDICTED_TOKENS, r] -= request.predicted_output_tokens
         self._generated[r] -= request.generated_tokens
-        if self.replicas[OUTSTANDING_REQUESTS, r] == 0.0:  # no rounding left behind
-            self.replicas[OUTSTANDING_PROMPT_TOKENS, r] = 0.0
-            self.replicas[PENDING_PREFILL_TOKENS, r] = 0.0
-            self.replicas[OUTSTANDING_PREDICTED_TOKENS, r] = 0.0
-            self._generated[r] = 0.0
+        if not self._at[r]:  # no rounding left behind
+            self.replicas[list(COUNTED[:-1]), r] = self._others[:-1, r]
+            self._generated[r] = self._others[-1, r]
         request.replica = -1

@@ -19,6 +19,7 @@ from servegym.serve.discovery.replicas_file import ReplicasFile
 from servegym.serve.discovery.sources import Sources
 from servegym.serve.dispatcher import Dispatcher
 from servegym.serve.facts import fleet_facts
+from servegym.serve.gossip.gossip import Gossip
 from servegym.serve.listening import listen
 from servegym.serve.loaded_policy import LoadedPolicy
 from servegym.serve.monitoring.exposition import add_dispatcher
@@ -90,6 +91,7 @@ class Picker:
             [replica.name for replica in config.replicas],
             fleet_facts([replica.facts for replica in config.replicas]),
         )
+        self._gossip = Gossip(config.peers, self.dispatcher) if config.peers else None
         self.ends = AssumedEnds(config.ends, self.dispatcher)
         self._request_mode = _REQUEST_MODES[config.request_body]
         if config.response != "bodies":
@@ -164,11 +166,14 @@ class Picker:
             self._metrics_page,
             lambda: desk.show("/health"),
             lambda: [{"pid": os.getpid(), "requests": self.telemetry.in_flight}],
+            self._gossip.status if self._gossip else list,
         )
         try:
             await self._sources.start()
             await self._health.start()
             await self._poller.start()
+            if self._gossip is not None:
+                await self._gossip.start()
             self._looking = asyncio.create_task(self.ends.run())
             await self._listen_for_operators(admin)
             await self._serve()
@@ -214,7 +219,7 @@ class Picker:
             self._looking.cancel()
         if self._admin is not None:
             await self._admin.cleanup()
-        for part in (self._sources, self._fleet, self._health, self._poller):
+        for part in (self._gossip, self._sources, self._fleet, self._health, self._poller):
             if part is not None:
                 await part.stop()
         if self._session is not None:
@@ -309,6 +314,8 @@ class Picker:
         page = Exposition()
         self.telemetry.write(page)
         add_dispatcher(page, self.dispatcher)
+        if self._gossip is not None:
+            self._gossip.write(page)
         page.counter(
             "servegym_picker_assumed_ends",
             "Requests that counted as ended without a sign of it",

@@ -14,6 +14,7 @@ from servegym.errors import ConfigError
 from servegym.serve.discovery.config import DiscoverConfig
 from servegym.serve.discovery.found import place
 from servegym.serve.dispatcher import DispatchConfig
+from servegym.serve.gossip.config import PeersConfig
 from servegym.serve.router.config import (
     DisaggregationConfig,
     HealthConfig,
@@ -168,6 +169,7 @@ class PickerConfig(_Config):
         ends: When a request counts as ended whose answer is not seen.
         health: Of replicas.
         metrics: Of replicas.
+        peers: Other pickers, or routers, before the same replicas.
         drain_s: How long a stopping picker waits for requests in progress.
     """
 
@@ -183,6 +185,7 @@ class PickerConfig(_Config):
     ends: AssumedEndsConfig = AssumedEndsConfig()
     health: HealthConfig = HealthConfig()
     metrics: ScrapeConfig = ScrapeConfig()
+    peers: PeersConfig | None = None
     drain_s: float = Field(60.0, ge=0)
 
     @model_validator(mode="after")

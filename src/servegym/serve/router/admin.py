@@ -75,6 +75,7 @@ class Admin:
         metrics_page: Returns the Prometheus page.
         ready: Returns whether requests may be sent here.
         workers: Returns process id and number of requests of those who carry them.
+        peers: Returns what is known of other routers.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Admin:
         metrics_page: Callable[[], Reply],
         ready: Callable[[], Reply],
         workers: Callable[[], list[dict[str, int]]],
+        peers: Callable[[], list[dict[str, object]]],
     ) -> None:
         self._dispatcher = dispatcher
         self._health = health
@@ -92,6 +94,7 @@ class Admin:
         self._metrics_page = metrics_page
         self._ready = ready
         self._workers = workers
+        self._peers = peers
         self._loading = asyncio.Lock()
 
     def app(self) -> web.Application:
@@ -256,6 +259,7 @@ class Admin:
         return {
             "runtime": dispatcher.runtime.status(),
             "workers": self._workers(),
+            "peers": self._peers(),
             "held_requests": state.num_held,
             "arrival_rate_rps": state.arrival_rate_rps,
             "replicas": replicas,

@@ -19,6 +19,7 @@ from servegym.serve.discovery.replicas_file import ReplicasFile
 from servegym.serve.discovery.sources import Sources
 from servegym.serve.dispatcher import Dispatcher
 from servegym.serve.facts import fleet_facts
+from servegym.serve.gossip.gossip import Gossip
 from servegym.serve.listening import bind, listen_at
 from servegym.serve.monitoring.exposition import add_dispatcher
 from servegym.serve.monitoring.loop_lag import LAG_S, LoopLag
@@ -82,6 +83,7 @@ class Router:
             [replica.name for replica in config.replicas],
             fleet_facts([replica.facts for replica in config.replicas]),
         )
+        self._gossip = Gossip(config.peers, self.dispatcher) if config.peers else None
         self._admin: web.AppRunner | None = None
         self._server: Server | None = None
         self._proxy: Proxy | None = None
@@ -148,6 +150,7 @@ class Router:
             self._metrics_page,
             lambda: desk.show("/health"),
             self._workers,
+            self._gossip.status if self._gossip else list,
         )
         self._sources = Sources(self._fleet, self._file, config.discover)
         listen = config.listen
@@ -156,6 +159,8 @@ class Router:
             await self._sources.start()
             await self._health.start()
             await self._poller.start()
+            if self._gossip is not None:
+                await self._gossip.start()
             if self._shared is None:
                 await self._take_clients(desk)
                 await self._take_operators(admin, bind(listen.admin_host, listen.admin_port))
@@ -167,6 +172,9 @@ class Router:
         except OSError as error:
             await self.stop()
             raise ConfigError(f"the router cannot listen: {error.strerror or error}") from error
+        except ConfigError:
+            await self.stop()
+            raise
         if config.auth is not None and config.auth.keys_file is not None:
             watching = watch_file(config.auth.keys_file, self.reload_keys)
             self._watch = asyncio.create_task(watching)
@@ -185,7 +193,7 @@ class Router:
             self._admin = None
         if self._proxy is not None:
             self._proxy.close()
-        for part in (self._sources, self._fleet, self._health, self._poller):
+        for part in (self._gossip, self._sources, self._fleet, self._health, self._poller):
             if part is not None:
                 await part.stop()
         if self._session is not None:
@@ -283,6 +291,8 @@ class Router:
             )
             add_workers(page, [worker["pid"] for worker in self._workers()])
         add_dispatcher(page, self.dispatcher)
+        if self._gossip is not None:
+            self._gossip.write(page)
         if self._health is not None:
             ejections = {
                 slot: standing.num_ejections

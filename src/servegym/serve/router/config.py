@@ -14,6 +14,7 @@ from servegym.documents import checked, read_mapping
 from servegym.errors import ConfigError, unknown_name
 from servegym.serve.discovery.config import DiscoverConfig
 from servegym.serve.dispatcher import DispatchConfig
+from servegym.serve.gossip.config import PeersConfig
 from servegym.serve.router.headers import DEFAULT_FORWARDED, check_rules
 from servegym.serve.router.replica import ReplicaConfig, check_distinct
 from servegym.serve.router.roles import WORKERS_AND_ROLES, refuse_roles
@@ -318,6 +319,7 @@ class RouterConfig(_Config):
         metrics: Of replicas.
         log: What is said on standard error.
         tracing: Of requests and decisions.
+        peers: Other routers before the same replicas.
         drain_s: How long a stopping router waits for requests in progress.
     """
 
@@ -336,6 +338,7 @@ class RouterConfig(_Config):
     metrics: ScrapeConfig = ScrapeConfig()
     log: LogConfig = LogConfig()
     tracing: TracingConfig | None = None
+    peers: PeersConfig | None = None
     drain_s: float = Field(60.0, ge=0)
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from servegym.policy.contract import OUTSTANDING_REQUESTS
 from servegym.serve.dispatcher import Dispatcher, Job
 from servegym.typing import BoolArray, FloatArray
 
@@ -75,7 +76,7 @@ def decide_explained(
         placing: Whether it is about where the request decodes.
     """
     slots = np.flatnonzero(allowed).tolist()
-    outstanding = tuple(float(dispatcher.state.outstanding(slot)) for slot in slots)
+    outstanding = tuple(dispatcher.state.replicas[OUTSTANDING_REQUESTS, slots].tolist())
     if placing:
         decision = dispatcher.placing.decide(job, allowed)
     else:

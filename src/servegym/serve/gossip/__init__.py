@@ -1,0 +1,1 @@
+"""Routers before the same replicas tell each other what they have there."""
