@@ -57,12 +57,14 @@ class CrossEntropyTrainer(SearchRun[CrossEntropyTraining, DispatchNetwork]):
     def __init__(self, config: CrossEntropyTraining, folder: Path | StoredRun) -> None:
         super().__init__(config, folder)
         base = policy(self.config.base)
-        observer = Observer(base, self._num_extra)
-        observer.needs |= observed_groups(extended=False)  # the score reads what the rule may not
+        self._base, extended = base_of(config.base), config.extended
+        observer = Observer(base, self._num_extra, extended=extended)
+        observer.needs |= observed_groups(extended=extended)  # the score reads more than the rule
         run(Simulator(self.scenario.spec, self._sampled_episodes()), observer)
         replicas, request, _ = observer.samples()
-        self._base = base_of(config.base)
-        self.space = DispatchSpace(replicas, request, self._num_extra, self._base, base.params)
+        self.space = DispatchSpace(
+            replicas, request, self._num_extra, self._base, base.params, extended=extended
+        )
         guess = self.space.rule_itself(base.params, config.eta)
         self.search = Search(guess, np.full(len(guess), _SPREADS[0]))
 

@@ -33,6 +33,9 @@ class CrossEntropyTraining:
     eta: float = 10.0
     """Weight of the rule's cost beside the score at first, per second: less where requests take
     long, else the score weighs nothing beside it."""
+    extended: bool = False
+    """Let the score see what a router infers, too: step times, expected lengths, and whom a choice
+    pushes over its limits."""
     num_hidden: int = 6
     """Hidden units beside the linear score; 0 stops with that."""
     num_candidates: int = 24

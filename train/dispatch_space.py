@@ -16,6 +16,7 @@ from servegym.agents.network_config import NetworkConfig
 from servegym.errors import ConfigError
 from servegym.policy.costs import INFERRED_BASES
 from servegym.policy.layout import agent_actions, agent_arrays
+from servegym.policy.numpy_network import num_inputs
 from servegym.policy.perceptron_rule import SEARCHED, Base
 from servegym.policy.play_fleet import Dispatchers
 from servegym.policy.play_perceptron import Perceptrons
@@ -52,10 +53,11 @@ class Observer:
     Args:
         inner: Who decides.
         num_extra: Actions besides the replicas.
+        extended: Whether what a router infers is kept, too.
     """
 
-    def __init__(self, inner: Policy, num_extra: int) -> None:
-        self._inner, self._num_extra = inner, num_extra
+    def __init__(self, inner: Policy, num_extra: int, *, extended: bool = False) -> None:
+        self._inner, self._num_extra, self._extended = inner, num_extra, extended
         self.name, self.information, self.needs = inner.name, inner.information, inner.needs
         self._kept: list[tuple[Float32Array, Float32Array, Float32Array]] = []
 
@@ -65,7 +67,8 @@ class Observer:
 
     def act(self, observations: Observations, env_ids: IntArray) -> IntArray:
         """Decide; see `Policy.act`."""
-        arrays = agent_arrays(observations, agent_actions(observations.mask, self._num_extra))
+        actions = agent_actions(observations.mask, self._num_extra)
+        arrays = agent_arrays(observations, actions, extended=self._extended)
         self._kept.append(arrays)
         return self._inner.act(observations, env_ids)
 
@@ -84,6 +87,7 @@ class DispatchSpace:
         num_extra: Actions besides the replicas, which are never taken while a replica is allowed.
         base: The rule.
         params: Its numbers, for those that are not searched.
+        extended: Whether the score has inputs of what a router infers, too.
     """
 
     def __init__(
@@ -93,11 +97,15 @@ class DispatchSpace:
         num_extra: int,
         base: Base = "added-delay",
         params: FloatArray | None = None,
+        *,
+        extended: bool = False,
     ) -> None:
         self._num_extra, self._base = num_extra, base
         self._params = np.ones(2) if params is None else params
         self._searched = np.array(SEARCHED[base])
-        x = replica_inputs(torch.from_numpy(replicas), torch.from_numpy(request)).numpy()
+        self._num_inputs = num_inputs(extended=extended)
+        rows = torch.from_numpy(replicas), torch.from_numpy(request)
+        x = replica_inputs(*rows, extended=extended).numpy()
         there = replicas[..., 0] > 0
         own = x[there].astype(np.float64)
         apart = np.abs(x - x[:, :1])[there & there[:, :1]]
@@ -174,8 +182,9 @@ class DispatchSpace:
 
     def with_units(self, theta: FloatArray, count: int, rng: np.random.Generator) -> FloatArray:
         """Put hidden units beside a linear score; their outputs are 0: choices stay as they are."""
-        free = np.zeros((count, UNIT))
-        free[:, : NUM_INPUTS + 1] = rng.normal(0.0, 0.3, (count, NUM_INPUTS + 1))
+        inputs = self._num_inputs
+        free = np.zeros((count, inputs + 2))
+        free[:, : inputs + 1] = rng.normal(0.0, 0.3, (count, inputs + 1))
         return np.concatenate([theta, free.ravel()])
 
     def dispatchers(self, thetas: FloatArray) -> Dispatchers:
@@ -188,16 +197,17 @@ class DispatchSpace:
         found, linear, free = np.split(thetas, [first, first + own], axis=1)
         rule = np.tile(np.concatenate([[1.0], self._params]), (count, 1))
         rule[:, 0], rule[:, 1 + self._searched] = np.exp(found[:, 0]), np.exp(found[:, 1:])
-        extra = free.shape[1] // UNIT
-        hidden = np.zeros((count, NUM_INPUTS, 2 + extra))
+        inputs = self._num_inputs
+        extra = free.shape[1] // (inputs + 2)
+        hidden = np.zeros((count, inputs, 2 + extra))
         bias = np.zeros((count, 2 + extra))
         out = np.zeros((count, 2 + extra, 1))
         hidden[:, self._linear, 0], hidden[:, self._linear, 1] = linear, -linear
         out[:, 0], out[:, 1] = 1.0, -1.0
-        parts = free.reshape(count, extra, UNIT)
-        hidden[:, :, 2:] = (parts[:, :, :NUM_INPUTS] * self._varies).transpose(0, 2, 1)
-        bias[:, 2:] = parts[:, :, NUM_INPUTS]
-        out[:, 2:, 0] = parts[:, :, NUM_INPUTS + 1]
+        parts = free.reshape(count, extra, inputs + 2)
+        hidden[:, :, 2:] = (parts[:, :, :inputs] * self._varies).transpose(0, 2, 1)
+        bias[:, 2:] = parts[:, :, inputs]
+        out[:, 2:, 0] = parts[:, :, inputs + 1]
         return Dispatchers(rule, Perceptrons(self._mean, self._scale, hidden, bias, out))
 
     def prepared(self, replicas: Tensor, request: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,7 +262,7 @@ class DispatchSpace:
             base_params=tuple(params),
             eta=eta,
             num_extra=self._num_extra,
-            extended=self._base in INFERRED_BASES,
+            extended=self._num_inputs > NUM_INPUTS or self._base in INFERRED_BASES,
         )
         network = DispatchNetwork(config)
         actor = network.actor
@@ -261,7 +271,7 @@ class DispatchSpace:
         assert isinstance(second, nn.Linear)
         with torch.no_grad():
             nn.init.zeros_(first.weight)
-            first.weight[:used, :NUM_INPUTS] = torch.from_numpy(inputs.T)
+            first.weight[:used, : self._num_inputs] = torch.from_numpy(inputs.T)
             first.bias[:used] = torch.from_numpy(bias)
             # what is behind the hidden layer passes it on, whatever is around
             nn.init.eye_(second.weight)

@@ -89,9 +89,14 @@ def test_it_begins_as_the_rule_that_it_corrects(settings, tmp_path, base):
     assert {0, 1} <= set(got[0].tolist())
 
 
-@pytest.mark.parametrize("base", ["prefix-load", "added-delay", INFERRED])
-def test_the_compiled_rule_decides_as_the_network_that_is_exported(settings, tmp_path, base):
-    trainer = CrossEntropyTrainer(settings(base=base), tmp_path / "run")
+@pytest.mark.parametrize(
+    ("base", "extended"),
+    [("prefix-load", False), ("added-delay", False), (INFERRED, False), (INFERRED, True)],
+)
+def test_the_compiled_rule_decides_as_the_network_that_is_exported(
+    settings, tmp_path, base, extended
+):
+    trainer = CrossEntropyTrainer(settings(base=base, extended=extended), tmp_path / "run")
     rng = np.random.default_rng(0)
     theta = trainer.space.with_units(trainer.search.mean, 3, rng)
     theta += 0.5 * rng.normal(size=len(theta))

@@ -16,10 +16,15 @@ from servegym.agents.features import replica_inputs
 from servegym.cli import _parse, main
 from servegym.errors import ConfigError, ExportError
 from servegym.export.resolve import resolve_dispatch, resolve_policy
-from servegym.policy.contract import NUM_OBSERVED_FEATURES, NUM_OBSERVED_REQUEST_FEATURES
+from servegym.policy.contract import observed
 from servegym.policy.learned_ordering import MlpOrdering
 from servegym.policy.pair import Pair
-from servegym.policy.replica_inputs import NUM_INPUTS, write_inputs
+from servegym.policy.replica_inputs import (
+    NUM_EXTENDED_INPUTS,
+    NUM_INPUTS,
+    write_inferred_inputs,
+    write_inputs,
+)
 from servegym.policy.run_pair import make_simulator, run_pair
 from servegym.scenario import load_scenario
 from servegym.serve.vllm.plugin import load_policy
@@ -83,17 +88,20 @@ def same_fate(got, want, envs) -> None:
         np.testing.assert_allclose(a["finish_s"], b["finish_s"], rtol=1e-12)
 
 
-def test_compiled_inputs_are_those_of_the_network():
-    rng = np.random.default_rng(3)
-    replicas = rng.lognormal(0.0, 3.0, (NUM_OBSERVED_FEATURES, 5))
+@pytest.mark.parametrize(("extended", "inputs"), [(False, 25), (True, 38)])
+def test_compiled_inputs_are_those_of_the_network(extended, inputs):
+    rng, shape = np.random.default_rng(3), observed(extended=extended)
+    replicas = rng.lognormal(0.0, 3.0, (shape.replicas, 5))
     replicas[:, 4] = 0.0  # nothing there
-    request = rng.lognormal(2.0, 2.0, NUM_OBSERVED_REQUEST_FEATURES)
+    request = rng.lognormal(2.0, 2.0, shape.request)
     rows = torch.from_numpy(replicas.T.copy()), torch.from_numpy(request)
-    want = replica_inputs(*rows).numpy()
-    assert want.shape == (5, NUM_INPUTS)
-    out = np.empty(NUM_INPUTS)
+    want = replica_inputs(*rows, extended=extended).numpy()
+    assert want.shape == (5, NUM_EXTENDED_INPUTS if extended else NUM_INPUTS) == (5, inputs)
     for r in range(5):
+        out = np.full(inputs, np.nan)
         write_inputs(replicas, request, r, out)
+        if extended:
+            write_inferred_inputs(replicas, request, r, out)
         np.testing.assert_allclose(out, want[r], rtol=1e-9, atol=1e-9)
 
 

@@ -31,7 +31,7 @@ from servegym.policy.contract import (
 from servegym.policy.costs import added_delay_s, delay_s, displaced_s, prefix_load_s, step_s
 from servegym.policy.play_perceptron import Perceptrons
 from servegym.policy.policy import Heuristic
-from servegym.policy.replica_inputs import NUM_INPUTS, write_inputs
+from servegym.policy.replica_inputs import NUM_INPUTS, write_inferred_inputs, write_inputs
 from servegym.policy.rule import rule
 from servegym.typing import BoolArray, FloatArray, UInt64Array
 
@@ -51,9 +51,6 @@ SEARCHED: dict[Base, tuple[int, ...]] = {
 _NUM_RULE = 6
 _BASE, _MEAN = _NUM_RULE, _NUM_RULE + 1
 _SHRINK, _OBSERVED, _DISPLACED = 3, 4, 5
-_SCALE = _MEAN + NUM_INPUTS
-_UNITS = _SCALE + NUM_INPUTS
-_UNIT = NUM_INPUTS + 2
 _SLOWEST = 1e-6
 
 
@@ -88,14 +85,17 @@ def decide(
     rng: UInt64Array,
 ) -> int:
     """Decide; see `policy.rule`. What it keeps is room for the inputs of a replica."""
-    width = mask.shape[0] - 2
+    width, inputs = mask.shape[0] - 2, memory.shape[0]
+    scale, first, size = _MEAN + inputs, _MEAN + 2 * inputs, inputs + 2
     best, best_score = -1, -np.inf
     for r in range(width):
         if not mask[r]:
             continue
         write_inputs(replicas, request, r, memory)
-        for k in range(NUM_INPUTS):
-            memory[k] = (memory[k] - params[_MEAN + k]) / params[_SCALE + k]
+        if inputs > NUM_INPUTS:
+            write_inferred_inputs(replicas, request, r, memory)
+        for k in range(inputs):
+            memory[k] = (memory[k] - params[_MEAN + k]) / params[scale + k]
         if params[_BASE] != 1.0:
             cost_s = _added_delay_s(replicas, request, r, params)
         else:
@@ -106,12 +106,12 @@ def decide(
             load = replicas[OUTSTANDING_REQUESTS, r]
             cost_s = prefix_load_s(prefill_s, load, speed, params[1], params[2])
         score = -params[0] * cost_s
-        for unit in range(_UNITS, params.shape[0], _UNIT):
-            activation = params[unit + NUM_INPUTS]
-            for k in range(NUM_INPUTS):
+        for unit in range(first, params.shape[0], size):
+            activation = params[unit + inputs]
+            for k in range(inputs):
                 activation += memory[k] * params[unit + k]
             if activation > 0.0:
-                score += activation * params[unit + NUM_INPUTS + 1]
+                score += activation * params[unit + inputs + 1]
         if score > best_score:
             best, best_score = r, score
     if best < 0:
@@ -126,13 +126,14 @@ def perceptron_rule(base: Base, weights: FloatArray, nets: Perceptrons, name: st
         base: What it corrects.
         weights: Weight of the cost of that rule, per second, and its numbers,
             `float64[1 + numbers]`.
-        nets: One perceptron of one head, which reads what `write_inputs` writes.
+        nets: One perceptron of one head, which reads what `write_inputs` writes; if it has more
+            inputs, what `write_inferred_inputs` writes, too.
         name: In tables.
     """
     units = np.vstack([nets.hidden[0], nets.hidden_bias[0], nets.out[0, :, 0]])
     own = np.zeros(_NUM_RULE)
     own[: len(weights)] = weights
-    needs = observed_groups(extended=False)
+    needs = observed_groups(extended=len(nets.mean) > NUM_INPUTS)
     needs |= Group.LENGTHS if own[_SHRINK] > 0.0 else Group(0)
     needs |= Group.STEP_TIMES if own[_OBSERVED] > 0.0 else Group(0)
     return Heuristic(
@@ -141,5 +142,5 @@ def perceptron_rule(base: Base, weights: FloatArray, nets: Perceptrons, name: st
         needs=needs,
         decide=decide,
         params=np.concatenate([own, [BASES.index(base)], nets.mean, nets.scale, units.T.ravel()]),
-        memory_size=NUM_INPUTS,
+        memory_size=len(nets.mean),
     )

@@ -1,7 +1,7 @@
 """Inputs of the dispatchers' network in compiled code, for searches that play whole episodes.
 
-The same numbers as `agents.features.replica_inputs` makes of a plain observation, in its order;
-tests hold them equal.
+The same numbers as `agents.features.replica_inputs` makes of a plain observation or an extended
+one, in its order; tests hold them equal.
 """
 
 from __future__ import annotations
@@ -12,13 +12,18 @@ from servegym.cluster.jit import inlined
 from servegym.policy.contract import (
     DECODE_SEQ_S,
     DECODE_STEP_S,
+    EXPECTED_TOKENS,
+    EXPECTED_TOKENS_LEFT,
+    EXPECTED_TOKENS_SPREAD,
     GENERATED_TOKENS,
     KV_CACHE_USAGE,
     KV_CAPACITY_TOKENS,
+    MARGINS,
     MAX_NUM_SEQS,
     METRICS_AGE_S,
     NUM_RUNNING,
     NUM_WAITING,
+    OUTSTANDING_AS_TIGHT,
     OUTSTANDING_PREDICTED_TOKENS,
     OUTSTANDING_PROMPT_TOKENS,
     OUTSTANDING_REQUESTS,
@@ -27,10 +32,13 @@ from servegym.policy.contract import (
     PREFILL_TOKENS_PER_S,
     PREFIX_HIT_TOKENS,
     PROMPT_TOKENS,
+    PUSHED_OVER_40,
+    RECENT_ITL_S,
     RECENT_TPOT_S,
     RECENT_TTFT_S,
     RELATIVE_SPEED,
     SINCE_DISPATCH_S,
+    STEP_TIME_RATIO,
     TPOT_SLO_S,
     TTFT_SLO_S,
 )
@@ -38,8 +46,8 @@ from servegym.policy.costs import step_s
 from servegym.policy.numpy_network import num_inputs
 from servegym.typing import FloatArray
 
-#: How many a replica has.
-NUM_INPUTS = num_inputs(extended=False)
+#: How many a replica has, and with those of what a router infers.
+NUM_INPUTS, NUM_EXTENDED_INPUTS = num_inputs(extended=False), num_inputs(extended=True)
 #: Of the outstanding requests: their logarithm, and their share of the slots; and of the share of
 #: KV blocks in use.
 OUTSTANDING_INPUT, OUTSTANDING_SHARE_INPUT, KV_USAGE_INPUT = 0, 1, 11
@@ -91,3 +99,31 @@ def write_inputs(replicas: FloatArray, request: FloatArray, r: int, out: FloatAr
     out[22] = math.log1p(pending_s + new_s + predicted * each_s) - 1.0
     out[23] = math.log1p(prompt) - 6.0
     out[24] = math.log1p(predicted) - 5.0
+
+
+@inlined
+def write_inferred_inputs(
+    replicas: FloatArray, request: FloatArray, r: int, out: FloatArray
+) -> None:
+    """Write what the network reads besides where it sees what a router infers.
+
+    Args:
+        replicas: Features, `float64[>= NUM_EXTENDED_FEATURES, R]`.
+        request: Features, `float64[G]`.
+        r: The replica.
+        out: `float64[NUM_EXTENDED_INPUTS]`, of which those after `NUM_INPUTS` are written.
+    """
+    outstanding, seq_s = replicas[OUTSTANDING_REQUESTS, r], replicas[DECODE_SEQ_S, r]
+    batch = min(outstanding + 1.0, max(replicas[MAX_NUM_SEQS, r], 1.0))
+    each_s = step_s(replicas[DECODE_STEP_S, r], seq_s, batch - 1.0)
+    itl_s, expected = replicas[RECENT_ITL_S, r], request[EXPECTED_TOKENS]
+    out[25] = math.log(min(max(replicas[STEP_TIME_RATIO, r], 0.05), 20.0))
+    out[26] = min(itl_s / max(request[TPOT_SLO_S], 1e-4), 4.0)
+    out[27] = min(request[EXPECTED_TOKENS_SPREAD], 4.0)
+    out[28] = math.log1p(expected) - 5.0
+    out[29] = math.log1p(100.0 * itl_s)
+    out[30] = math.log1p(replicas[EXPECTED_TOKENS_LEFT, r] / batch * each_s)
+    out[31] = math.log1p(outstanding * seq_s * expected)
+    out[32] = math.log1p(replicas[OUTSTANDING_AS_TIGHT, r])
+    for k in range(len(MARGINS)):
+        out[33 + k] = math.log1p(replicas[PUSHED_OVER_40 + k, r])
