@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from servegym.cluster.spec import SloClass
 from servegym.errors import unknown_name
-from servegym.policy.contract import Group, observed
+from servegym.policy.contract import OUTSTANDING_REQUESTS, Group, observed
 from servegym.policy.online import OnlinePolicy
 from servegym.policy.policy import Observations
 from servegym.serve.decision_log import (
@@ -392,7 +392,8 @@ class Dispatcher:
             seen = Observations(seen.replicas, seen.request, mask)
             decision = self.choose(seen, request.key)
             there = decision.action
-            gain = self.state.outstanding(here) - self.state.outstanding(there)
+            outstanding = self.state.replicas[OUTSTANDING_REQUESTS]
+            gain = outstanding[here] - outstanding[there]  # requests of other routers, too
             if there == here or gain < margin:
                 return None
             row = None if self.log is None else self._decision_row(job, decision, now_s, seen)
