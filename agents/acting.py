@@ -37,9 +37,9 @@ class Acting:
         """Turn raw observations into inputs; see `DispatchNetwork.prepare`.
 
         Args:
-            replicas: `float32[batch, R, F]`, C-contiguous.
-            request: `float32[batch, G]`, C-contiguous.
-            mask: 1 where allowed, `int8[batch, R + num_extra]`, C-contiguous.
+            replicas: `float32[batch, R, F]`.
+            request: `float32[batch, G]`.
+            mask: 1 where allowed, `int8[batch, R + num_extra]`.
         """
         if self._compiled is not None:
             described = self._compiled.describe(replicas, request, mask)

@@ -57,8 +57,8 @@ DISPATCHER = {
     "dispatcher-log-32k": (32_000, 10),
 }
 
-#: Updates of PPO on mixed-chat in a slice, of 8,192 decisions each; one validation comes with them.
-TRAINER = {"ppo": 10}
+#: An update of PPO on mixed-chat, of 8,192 decisions, or a validation, which every tenth has.
+TRAINER = ("ppo-update", "ppo-validation")
 
 
 def environment(name: str) -> Callable[[], None]:
@@ -174,12 +174,13 @@ def trainer(name: str) -> Callable[[], None]:
     config = PPOConfig(total_decisions=1 << 40)
     made = Trainer(config, Path(tempfile.mkdtemp()) / "run")
     made.prepare()
+    made.updates[0] = config.warmup_updates  # actor and critic learn
 
     def work() -> None:
-        for _ in range(TRAINER[name]):
+        if name == "ppo-update":
             made.improve()
-            made.updates[0] += 1
-        made.keep_the_better()
+        else:
+            made.validate()
 
     return work
 

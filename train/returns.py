@@ -44,14 +44,13 @@ def gae(reward: Tensor, value: Tensor, gamma: Tensor, last: Tensor, lam: Tensor)
     Returns:
         Advantages, `float32[steps, envs]`.
     """
-    advantage = torch.zeros_like(reward)
-    running, following = torch.zeros_like(last), last
-    for t in range(len(reward) - 1, -1, -1):
-        delta = reward[t] + gamma[t] * following - value[t]
-        running = delta + gamma[t] * lam[t] * running
-        advantage[t] = running
-        following = value[t]
-    return advantage
+    deltas = reward + gamma * torch.cat((value[1:], last.unsqueeze(0))) - value
+    running = torch.zeros_like(last)
+    advantages = []
+    for delta, decay in zip(deltas.flip(0).unbind(), (gamma * lam).flip(0).unbind(), strict=True):
+        running = delta + decay * running
+        advantages.append(running)
+    return torch.stack(advantages).flip(0)
 
 
 def gae_along(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from servegym.cluster.jit import inlined, kernel
+from servegym.cluster.jit import fixed, inlined, kernel
 from servegym.policy.contract import (
     OUTSTANDING_REQUESTS,
     PENDING_PREFILL_TOKENS,
@@ -70,8 +70,11 @@ def runs(shape: NetworkShape) -> bool:
 
 
 @inlined
-def _cost_s(replicas: Float32Array, request: Float32Array, r: int, rule: FloatArray) -> float:
-    """Cost of a replica by the rule: `rule` has which one it is, and its two parameters."""
+def _cost_s(replicas: FloatArray, request: FloatArray, r: int, rule: FloatArray) -> float:
+    """Cost of a replica by the rule: `rule` has which one it is, and its two parameters.
+
+    Observations may be of either precision.
+    """
     if rule[0] == 0.0:
         return charged_s(replicas, request, r, rule)
     rate = max(replicas[PREFILL_TOKENS_PER_S, r], 1.0)
@@ -225,7 +228,7 @@ class CompiledNetwork:
         """Turn observations into what `logits` takes, in new arrays.
 
         Args:
-            replicas: Raw features, `float32[batch, R, F]`, C-contiguous as all here.
+            replicas: Raw features, `float32[batch, R, F]`.
             request: Raw features, `float32[batch, G]`.
             mask: 1 where allowed, `int8[batch, R + num_extra]`.
         """
@@ -238,7 +241,16 @@ class CompiledNetwork:
         )
         shape = self._shape
         eta, relative = float(shape.eta), bool(shape.relative)
-        _describe(replicas, request, mask, self._rule, eta, relative, described)
+        arguments = (
+            np.ascontiguousarray(replicas, np.float32),
+            np.ascontiguousarray(request, np.float32),
+            np.ascontiguousarray(mask, np.int8),
+            self._rule,
+            eta,
+            relative,
+            described,
+        )
+        fixed(_describe, *arguments)(*arguments)
         return described
 
     def logits(self, described: Described) -> Float32Array:
@@ -260,7 +272,8 @@ class CompiledNetwork:
             room(rows),
         )
         logits = room(*described.mask.shape)
-        _score(described, self._layers, memory, logits)
+        arguments = (described, self._layers, memory, logits)
+        fixed(_score, *arguments)(*arguments)
         return logits
 
 
