@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from servegym.baselines.added_delay import added_delay
+from servegym.baselines.added_delay_held import added_delay_held
 from servegym.baselines.added_delay_inferred import (
     added_delay_inferred,
     added_delay_observed,
@@ -89,6 +90,11 @@ RULES: Rules[Heuristic | OnlinePolicy] = Rules(
         "added-delay-shrink": Entry(added_delay_shrink, _DELAYS, bounds=_SHARE),
         "added-delay-observed": Entry(added_delay_observed, _DELAYS, bounds=_SHARE),
         "added-delay-inferred": Entry(added_delay_inferred, _DELAYS, bounds=_SHARE),
+        "added-delay-held": Entry(
+            added_delay_held,
+            {**_DELAYS, "wait": Range(0.1, 10.0, logarithmic=True)},
+            bounds=_SHARE,
+        ),
         "added-delay-reject": Entry(
             added_delay_reject,
             {"decode": _DELAYS["decode"], "ttft": Range(0.1, 1.0), "tpot": Range(0.4, 1.0)},

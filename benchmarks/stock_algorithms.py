@@ -5,16 +5,18 @@ settings learn for five minutes each, or on so many `--decisions`, on `servegym/
 Then they play held-out episodes beside `random`, `least-outstanding` and `added-delay`: once the
 most probable action each time, once one drawn. Ratios are to least outstanding, over paired seeds.
 With `--id servegym/Dispatch-v1` it shows what the shaped rewards and the other observation are
-worth.
+worth; with `--settings examples/rl-zoo3/ppo.yml` MaskablePPO has the settings there.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from sb3_contrib import MaskablePPO
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.callbacks import BaseCallback
@@ -44,10 +46,15 @@ class TimeLimit(BaseCallback):
 
 
 def learn(name: str, arguments: argparse.Namespace) -> list[StockPolicy]:
-    """Train one algorithm; nothing of it is set but the seed and the device."""
+    """Train one algorithm; unless there are `--settings` only its seed and device are set."""
     kinder = {} if "Shaped" in arguments.id else {"flat": True}
     algorithm: Any
     algorithm, num_envs = ALGORITHMS[name]
+    settings: dict[str, Any] = {"policy": "MlpPolicy"}
+    if arguments.settings is not None:
+        settings = yaml.safe_load(arguments.settings.read_text())[arguments.id]
+        del settings["n_timesteps"]
+        num_envs = settings.pop("n_envs")
     envs = make_vec(
         arguments.id,
         arguments.num_envs or num_envs,
@@ -57,7 +64,7 @@ def learn(name: str, arguments: argparse.Namespace) -> list[StockPolicy]:
         **kinder,
     )
     envs.reset()  # compiles, which is no part of learning
-    model = algorithm("MlpPolicy", envs, seed=arguments.seed, device="cpu")
+    model = algorithm(env=envs, seed=arguments.seed, device="cpu", **settings)
     begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
     model.learn(arguments.decisions or 10**9, TimeLimit(60 * arguments.minutes))
     took_s, cpu_s = time.perf_counter() - begin_s, time.process_time() - begin_cpu_s
@@ -84,6 +91,7 @@ def main() -> None:
     parser.add_argument("--num-envs", type=int, help="for each algorithm, else 4, and 8 for A2C")
     parser.add_argument("--minutes", type=float, default=5.0, help="of each algorithm")
     parser.add_argument("--decisions", type=int, help="stop after so many, if that is earlier")
+    parser.add_argument("--settings", type=Path, help="in rl-zoo3's form, of the id")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learn-requests", type=int, default=1024, help="of an episode")

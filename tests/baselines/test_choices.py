@@ -157,6 +157,7 @@ DECIDER = {
 #: Two that only prefill, and one that does all.
 POOLS = {"decodes": (0, 0, 1), "pending_prefill_tokens": (500, 300, 100)}
 MAY_REJECT = (True, True, False, False, True)
+MAY_HOLD = (True, True, True, True, False)
 
 HAND = [
     ("conductor", CONDUCTOR, 1),
@@ -313,6 +314,7 @@ HAND = [
     ("added-delay-observed", LATELY_SLOW, 1),
     ("added-delay-inferred", LATELY_SLOW, 1),
     ("added-delay-inferred:observed=0.4", LATELY_SLOW, 0),  # 0.3 * 3^0.4 = 0.466
+    ("added-delay-held", SLOW_OR_BUSY, 0),
     # 0.3, 0.5 and 0.7 s; 100 of 1,000, 40 of 8,000 and 100 of 500 tokens are displaced
     ("added-delay-shrink", DISPLACING, 0),
     ("added-delay-shrink:displaced=2", DISPLACING, 0),  # 0.3 + 0.2, 0.5 + 0.01 and 0.7 + 0.4
@@ -364,6 +366,28 @@ def test_conductor_rejects_what_would_miss_a_limit(ttft_slo_s, tpot_slo_s, chose
     seen.request[0, RequestFeature.TTFT_SLO_S] = ttft_slo_s
     seen.request[0, RequestFeature.TPOT_SLO_S] = tpot_slo_s
     assert ready("conductor").act(seen, np.array([0])).tolist() == [chosen]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "mask", "waited_s", "chosen"),
+    [
+        # 0.4 s of prefill wait at the second, whose cost is least: 0.4 + 0.1 + 20 * 0.002 s
+        ("wait=0.5", MAY_HOLD, 0.0, 1),
+        ("wait=0.3", MAY_HOLD, 0.0, 3),
+        ("wait=0.3", MAY_HOLD, 60.0, 1),
+        ("wait=0.3,most=2", MAY_HOLD, 1.9, 3),
+        ("wait=0.3,most=2", MAY_HOLD, 2.0, 1),
+        ("wait=0.3", EVERYWHERE, 0.0, 1),
+    ],
+)
+def test_a_request_is_held_while_prefill_waits_where_it_would_go(
+    parameters, mask, waited_s, chosen
+):
+    rows = {"decode_step_s": (0.03, 0.002, 0.04), "pending_prefill_tokens": (0, 400, 0)}
+    seen = situation(rows, mask)
+    seen.request[0, RequestFeature.WAITED_S] = waited_s
+    rule = ready(f"added-delay-held:{parameters}")
+    assert rule.act(seen, np.array([0])).tolist() == [chosen]
 
 
 def test_a_threshold_of_the_conductor_below_one_is_refused():
