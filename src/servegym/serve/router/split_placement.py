@@ -206,6 +206,16 @@ class SplitPlacement(LocalPlacement):
     def _is_too_late(self, error: UpstreamError) -> bool:
         return super()._is_too_late(error) and not self._is_prefill
 
+    def _may_try_again(self, error: UpstreamError) -> bool:
+        if super()._may_try_again(error):
+            return True
+        tried_enough = len(self._failures) > self._desk.config.request.max_retries
+        refusals = sum(e.refusal is not None and not e.is_full for _, e in self._failures)
+        whole = self._is_prefill and tried_enough and refusals < 2 and self._split.decoders_prefill
+        if whole:  # the last resort: who decodes does all of it
+            self._divisible = False
+        return whole and self._has_another()
+
     def _has_another(self) -> bool:
         found = self._up() & self._desk.dispatcher.placing.transfers.decoding
         return super()._has_another() and bool(_without(found, self._tried).any())
