@@ -149,6 +149,24 @@ def test_a_request_whose_only_prefill_replica_fails_it_is_decoded_whole():
     run(test)
 
 
+@pytest.mark.parametrize(("protocol", "expected"), [("nixl", 200), ("sglang", 502)])
+def test_a_request_whose_prefill_has_failed_often_enough_is_decoded_whole(protocol, expected):
+    async def test():
+        settings = {"request": {"max_retries": 1}, "disaggregation": {"protocol": protocol}}
+        async with running(roles=("prefill",) * 4 + ("decode",), **settings) as router:
+            *sources, target = router.replicas
+            target.script = [0.2, b'data: {"choices": [{"text": "t"}]}\n\n', b"data: [DONE]\n\n"]
+            for source in sources:
+                source.mode = "die_first"
+            status, _, _ = await told(router)
+            assert status == expected
+            assert sum(len(source.bodies) for source in sources) == 2
+            assert ("bootstrap_room" in target.bodies[0]) == (protocol == "sglang")
+            await until(router.idle)
+
+    run(test)
+
+
 def test_a_decode_that_fails_begins_anew_with_its_prefill():
     async def test():
         async with running(roles=("prefill", "decode", "decode")) as router:

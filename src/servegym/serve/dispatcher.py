@@ -551,6 +551,7 @@ class Dispatcher:
             job.num_retries += 1
             self.state.leave(job.request)
             self.placing.give_up(job)
+            job.prefill = None
 
     def _size_index(self, replica: int) -> None:
         tokens = self.state.kv_capacity_tokens(replica) * self._share

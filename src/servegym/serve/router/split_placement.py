@@ -31,13 +31,14 @@ class SplitPlacement(LocalPlacement):
     the prefill is over, else at once. If either replica fails it, it is dispatched anew.
     """
 
-    __slots__ = ("_beside", "_divisible", "_is_prefill")
+    __slots__ = ("_beside", "_divisible", "_is_prefill", "_over")
 
     def __init__(self, desk: LocalDesk, tenant: str, key: str) -> None:
         super().__init__(desk, tenant, key)
         self._divisible = self._is_prefill = False  # whether it is seated to be prefilled
         # at the replica that prefills, while it is seated where it decodes
         self._beside: Attempt | None = None
+        self._over: asyncio.TimerHandle | None = None  # when that prefill should be over
 
     def arrive(self, arrival: Arrival) -> None:
         """See `Placement`."""
@@ -143,7 +144,7 @@ class SplitPlacement(LocalPlacement):
             # nobody will say when the prompt is computed: take the known rate for it
             left_s = dispatcher.state.prefill_left_s(source)
             loop = asyncio.get_running_loop()
-            loop.call_later(left_s, dispatcher.placing.prefilled, job)
+            self._over = loop.call_later(left_s, dispatcher.placing.prefilled, job)
         seat = super()._sit_down(job.request.replica)
         return seat._replace(apart=self._apart(step, source))
 
@@ -157,6 +158,9 @@ class SplitPlacement(LocalPlacement):
         self._end_beside()
 
     def _end_beside(self) -> None:
+        if self._over is not None:
+            self._over.cancel()
+            self._over = None
         if self._beside is not None:
             self._desk.health.ejection.end(self._beside)
             self._beside = None
@@ -201,6 +205,16 @@ class SplitPlacement(LocalPlacement):
 
     def _is_too_late(self, error: UpstreamError) -> bool:
         return super()._is_too_late(error) and not self._is_prefill
+
+    def _may_try_again(self, error: UpstreamError) -> bool:
+        if super()._may_try_again(error):
+            return True
+        tried_enough = len(self._failures) > self._desk.config.request.max_retries
+        refusals = sum(e.refusal is not None and not e.is_full for _, e in self._failures)
+        whole = self._is_prefill and tried_enough and refusals < 2 and self._split.decoders_prefill
+        if whole:  # the last resort: who decodes does all of it
+            self._divisible = False
+        return whole and self._has_another()
 
     def _has_another(self) -> bool:
         found = self._up() & self._desk.dispatcher.placing.transfers.decoding
