@@ -15,6 +15,8 @@ import aiohttp
 import pytest
 
 from servegym.serve.router import upstream
+from servegym.serve.router.config import RequestConfig
+from servegym.serve.router.proxy import Proxy
 
 from .running import RATES, run, running, until
 
@@ -348,5 +350,27 @@ def test_a_replica_that_takes_no_connection_in_time_is_given_up():
             await connecting
         for one in (deaf, *waiting):
             one.close()
+
+    run(test)
+
+
+def test_connections_that_are_all_in_use_are_known_when_another_replica_is_asked_first():
+    async def test() -> None:
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(asyncio.Protocol, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        proxy = Proxy(RequestConfig(), loop.time, None)
+        pool = proxy._pool(url)
+        making = asyncio.create_task(pool.connect())
+        with contextlib.closing(server):
+            await asyncio.sleep(0)
+            proxy._pool("http://127.0.0.1:1")
+            assert proxy._pool(url) is pool  # its only connection is in the making
+            with contextlib.closing(await making):
+                proxy._pool("http://127.0.0.1:2")
+                assert proxy._pool(url) is pool  # its only connection is in use
+            await until(lambda: pool.is_empty)
+            proxy._pool("http://127.0.0.1:3")
+            assert list(proxy._pools) == ["http://127.0.0.1:3"]  # of replicas that may have gone
 
     run(test)

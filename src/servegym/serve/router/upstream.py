@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol, cast
 from urllib.parse import unquote, urlsplit
 
-from servegym.serve.router.framing import Chunked, FramingError, Sized, UntilClosed
+from servegym.serve.router.framing import Chunked, Framing, FramingError, Sized, UntilClosed
 from servegym.serve.router.head import (
     MAX_HEAD_BYTES,
     HeadError,
@@ -142,6 +142,9 @@ class Exchange:
         "reader",
         "receiver",
     )
+
+    reader: Reader
+    framing: Framing
 
     def __init__(
         self,
