@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -262,7 +266,7 @@ def test_a_log_that_cannot_keep_up_drops_rows_and_counts_them(tmp_path, monkeypa
         go.wait(5)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr("servegym.serve.decision_log.json.dumps", slow)
+    monkeypatch.setattr("servegym.serve.log_files.json.dumps", slow)
     log = DecisionLog(DecisionLogConfig(folder=tmp_path, max_queue=10))
     for i in range(100):
         log.put({"i": i, "decisions": []})
@@ -278,6 +282,140 @@ def test_rows_that_cannot_be_written_are_dropped_and_counted(tmp_path):
     log.put({"i": 1, "decisions": []})
     log.close()
     assert (log.num_written, log.num_dropped) == (1, 1)
+
+
+class FullDisk:
+    """Lets files take so many bytes in all; more is what a full disk says."""
+
+    def __init__(self, monkeypatch, room):
+        self.room = room
+        real = Path.open
+
+        def opened(path, *args, **kwargs):
+            return SmallFile(self, real(path, *args, **kwargs))
+
+        monkeypatch.setattr("servegym.serve.log_files.Path.open", opened)
+
+
+class SmallFile:
+    def __init__(self, disk, file):
+        self.disk, self.file = disk, file
+
+    def write(self, data):
+        if not self.disk.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        taken = data[: self.disk.room]
+        self.disk.room -= len(taken)
+        return self.file.write(taken)
+
+    def close(self):
+        self.file.close()
+
+
+def rows_in(folder):
+    files = sorted(folder.iterdir())
+    return [json.loads(line)["i"] for file in files for line in file.read_bytes().splitlines()]
+
+
+def test_a_full_disk_is_said_once_and_loses_nothing_that_fits_the_queue(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr("servegym.serve.decision_log._FLUSH_S", 0.01)
+    with monkeypatch.context() as patch:
+        disk = FullDisk(patch, room=200)  # ends within a line
+        log = DecisionLog(DecisionLogConfig(folder=tmp_path, max_queue=1000))
+        for i in range(100):
+            log.put({"i": i, "decisions": []})
+        wait_for(lambda: log.num_failed >= 3)
+        assert log.num_written == 8  # lines of 24 bytes
+        for i in range(100, 200):
+            log.put({"i": i, "decisions": []})
+        disk.room = 1_000_000
+        wait_for(lambda: log.num_written == 200)
+        log.close()
+    assert rows_in(tmp_path) == list(range(200))
+    assert log.num_dropped == 0
+    said = [record.message for record in caplog.records]
+    assert len(said) == 2
+    assert "cannot be written ([Errno 28] No space left on device): rows wait" in said[0]
+    assert said[1] == "the decision log is written again; 0 rows were lost"
+
+
+def test_beyond_the_queue_a_full_disk_costs_rows_which_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("servegym.serve.decision_log._FLUSH_S", 0.01)
+    with monkeypatch.context() as patch:
+        disk = FullDisk(patch, room=0)
+        log = DecisionLog(DecisionLogConfig(folder=tmp_path, max_queue=10))
+        log.put({"i": 0, "decisions": []})
+        wait_for(lambda: log.num_failed)
+        for i in range(1, 31):
+            log.put({"i": i, "decisions": []})
+        assert log.num_dropped == 20
+        disk.room = 1_000_000
+        wait_for(lambda: log.num_written == 11)
+        log.close()
+    assert rows_in(tmp_path) == list(range(11))
+    assert (log.num_written, log.num_dropped) == (11, 20)
+
+
+def test_a_disk_that_stays_full_does_not_hold_up_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("servegym.serve.decision_log._FLUSH_S", 0.01)
+    with monkeypatch.context() as patch:
+        FullDisk(patch, room=0)
+        log = DecisionLog(DecisionLogConfig(folder=tmp_path, max_queue=10))
+        for i in range(10):
+            log.put({"i": i, "decisions": []})
+        wait_for(lambda: log.num_failed)
+        begin_s = time.monotonic()
+        log.close()
+        assert time.monotonic() - begin_s < 5.0
+    assert (log.num_written, log.num_dropped) == (0, 10)
+
+
+def test_a_read_only_disk_is_a_full_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("servegym.serve.decision_log._FLUSH_S", 0.01)
+
+    def refused(path, *args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("servegym.serve.log_files.Path.open", refused)
+        log = DecisionLog(DecisionLogConfig(folder=tmp_path))
+        log.put({"i": 0, "decisions": []})
+        wait_for(lambda: log.num_failed)
+    wait_for(lambda: log.num_written == 1)
+    log.close()
+    assert rows_in(tmp_path) == [0]
+
+
+def test_a_parquet_file_that_cannot_go_on_is_lost_and_the_next_one_is_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("servegym.serve.decision_log._FLUSH_S", 0.01)
+    pq = pytest.importorskip("pyarrow.parquet")
+    real, writes = pq.ParquetWriter.write_table, []
+
+    def full_once(self, table, *args):
+        writes.append(len(table))
+        if len(writes) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(self, table, *args)
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full_once)
+    monkeypatch.setattr("servegym.serve.log_files.Parquet.GROUP", 10)
+    log = DecisionLog(DecisionLogConfig(folder=tmp_path, format="parquet"))
+    for i in range(20):
+        log.put({"key": str(i), "decisions": []})
+    wait_for(lambda: len(writes) == 3)
+    log.close()
+    (file,) = tmp_path.iterdir()
+    assert [row["key"] for row in read_rows(file)] == [str(i) for i in range(10, 20)]
+    assert (log.num_written, log.num_dropped) == (10, 10)
+
+
+def wait_for(condition, timeout_s=10.0):
+    until_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < until_s
+        time.sleep(0.002)
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):

@@ -1,22 +1,22 @@
 """The decision log: every request, how it was decided and how it went, readable as a trace.
 
 One row a request, written when it ends, in files that rotate. The columns are those of the native
-trace format (`workloads.readers`) and more; `docs/live.md` lists them. A thread writes; when it
-cannot keep up, rows are dropped and counted, and serving goes on.
+trace format (`workloads.readers`) and more; `docs/live.md` lists them. A thread writes, by
+`log_files`; when it cannot keep up, rows are dropped and counted, and serving goes on.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import math
 import os
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +25,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from servegym.cluster import state as s
 from servegym.cluster.outcome import EVENT_DTYPE
 from servegym.errors import ConfigError, WorkloadError
+from servegym.serve.log_files import Jsonl, Parquet, Row
 from servegym.workloads.records import columns_of, records
 
 _log = logging.getLogger(__name__)
 
-Row = dict[str, Any]
 #: Tokens of a block of the trace format's hash ids.
 TRACE_BLOCK_TOKENS = 512
 #: Actions of the log that are no replica: unlike a mask's, they do not depend on the fleet's size.
@@ -76,12 +76,14 @@ class DecisionLogConfig(BaseModel):
 class DecisionLog:
     """Writes rows in a thread of its own.
 
+    While files cannot be written, as a disk is full or read-only, rows wait in memory, and those
+    beyond `max_queue` are dropped; it goes on, where it stopped, when there is room.
+
     Args:
         config: Where to.
 
     Attributes:
-        num_written: Rows that are on disk, or with the operating system.
-        num_dropped: Rows that found the queue full, or could not be written.
+        num_failed: Attempts to write that failed.
 
     Raises:
         ConfigError: If the folder cannot be written, or pyarrow is missing.
@@ -89,8 +91,9 @@ class DecisionLog:
 
     def __init__(self, config: DecisionLogConfig) -> None:
         self.config = config
-        self.num_written = 0
-        self.num_dropped = 0
+        self.num_failed = 0
+        self._num_refused = 0
+        self._dropped_before = -1  # rows, where the last attempt to write failed; else -1
         try:
             config.folder.mkdir(parents=True, exist_ok=True)
             usable = os.access(config.folder, os.W_OK)
@@ -98,202 +101,88 @@ class DecisionLog:
             usable = False
         if not usable:
             raise ConfigError(f"{config.folder} cannot be written: give a folder for the log")
-        if config.format == "parquet":
-            _pyarrow()
+        made = Jsonl if config.format == "jsonl" else Parquet
+        self._files = made(config.folder, config.max_file_rows, config.max_files)
         self._queue: queue.Queue[Row | None] = queue.Queue(config.max_queue)
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="decision-log", daemon=True)
         self._thread.start()
+
+    @property
+    def num_written(self) -> int:
+        """Rows that are on disk, or with the operating system."""
+        return self._files.num_written
+
+    @property
+    def num_dropped(self) -> int:
+        """Rows that found the queue full, or could not be written."""
+        return self._num_refused + self._files.num_lost
 
     def put(self, row: Row) -> None:
         """Hand a row over; never waits."""
         try:
             self._queue.put_nowait(row)
         except queue.Full:
-            self.num_dropped += 1
+            self._num_refused += 1
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Write what is waiting and close the file."""
-        if self._thread.is_alive():
-            try:
-                self._queue.put(None, timeout=timeout_s)
-            except queue.Full:
-                return
-            self._thread.join(timeout_s)
+        """Write what is waiting, if it can be written, and close the file."""
+        self._closing.set()
+        with contextlib.suppress(queue.Full):  # then it is awake
+            self._queue.put_nowait(None)
+        self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        writer = _Jsonl(self.config) if self.config.format == "jsonl" else _Parquet(self.config)
+        flush_s = time.monotonic() + _FLUSH_S
+        while True:
+            is_closing = self._closing.is_set()
+            try:
+                row = self._queue.get(timeout=0.0 if is_closing else _FLUSH_S)
+            except queue.Empty:
+                if is_closing:
+                    break
+            else:
+                if row is not None:
+                    self._add(row)
+            if self._files.is_due or time.monotonic() >= flush_s:
+                if not self._write(self._files.flush):
+                    break
+                flush_s = time.monotonic() + _FLUSH_S
+        self._write(self._files.close)
+        self._num_refused += self._files.num_waiting
+        while not self._queue.empty():
+            self._num_refused += self._queue.get_nowait() is not None
+
+    def _add(self, row: Row) -> None:
+        try:
+            self._files.add(row)
+        except (ValueError, TypeError) as error:
+            self._num_refused += 1
+            _log.error("a row of the decision log cannot be written: %s", error)
+
+    def _write(self, write: Callable[[], None]) -> bool:
+        """Write, as soon as that can be done; return whether it could before the end."""
         while True:
             try:
-                row = self._queue.get(timeout=_FLUSH_S)
-            except queue.Empty:
-                self._guard(writer.flush, 0)
-                continue
-            if row is None:
-                self._guard(writer.close, 0)
-                return
-            if self._guard(lambda row=row: writer.write(row), 1):
-                self.num_written += 1
-
-    def _guard(self, action: Any, rows: int) -> bool:
-        """Do it; a full disk costs rows, not the service."""
-        try:
-            action()
-        except (OSError, ValueError, TypeError) as error:
-            self.num_dropped += rows
-            _log.error("the decision log cannot be written: %s", error)
-            return False
-        return True
-
-
-class _Rotation:
-    """Names files by the time they were begun, and deletes the oldest."""
-
-    def __init__(self, config: DecisionLogConfig, suffix: str) -> None:
-        self.config, self.suffix = config, suffix
-        self._number = 0
-
-    def next_path(self) -> Path:
-        self._number += 1
-        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        name = f"requests-{stamp}-{os.getpid()}-{self._number:05d}{self.suffix}"
-        mine = sorted(self.config.folder.glob(f"requests-*{self.suffix}"))
-        for old in mine[: max(0, len(mine) - self.config.max_files + 1)]:
-            old.unlink(missing_ok=True)
-        return self.config.folder / name
-
-
-class _Jsonl:
-    """One JSON object a line."""
-
-    def __init__(self, config: DecisionLogConfig) -> None:
-        self._rotation = _Rotation(config, ".jsonl")
-        self._file: Any = None
-        self._rows = 0
-
-    def write(self, row: Row) -> None:
-        line = json.dumps(row, separators=(",", ":"), allow_nan=False)
-        if self._file is None:
-            self._file = self._rotation.next_path().open("w", encoding="utf-8")
-            self._rows = 0
-        self._file.write(line + "\n")
-        self._rows += 1
-        if self._rows >= self._rotation.config.max_file_rows:
-            self.close()
-
-    def flush(self) -> None:
-        if self._file is not None:
-            self._file.flush()
-
-    def close(self) -> None:
-        if self._file is not None:
-            file, self._file = self._file, None
-            file.close()
-
-
-class _Parquet:
-    """Row groups of at most `GROUP` rows; a file is readable once it is closed."""
-
-    GROUP = 1000
-
-    def __init__(self, config: DecisionLogConfig) -> None:
-        self._rotation = _Rotation(config, ".parquet")
-        self._pa = _pyarrow()
-        self._schema = _schema(self._pa)
-        self._buffer: list[Row] = []
-        self._writer: Any = None
-        self._part: Path | None = None
-        self._rows = 0
-
-    def write(self, row: Row) -> None:
-        self._buffer.append(row)
-        if len(self._buffer) >= self.GROUP:
-            self._write_group()
-        if self._rows + len(self._buffer) >= self._rotation.config.max_file_rows:
-            self.close()
-
-    def flush(self) -> None:
-        """Do nothing: a row group is written when it is full."""
-
-    def close(self) -> None:
-        self._write_group()
-        if self._writer is not None:
-            self._writer.close()
-            assert self._part is not None
-            os.replace(self._part, self._part.with_suffix(""))
-        self._writer, self._rows = None, 0
-
-    def _write_group(self) -> None:
-        rows, self._buffer = self._buffer, []
-        if not rows:
-            return
-        from pyarrow import parquet
-
-        if self._writer is None:
-            path = self._rotation.next_path()
-            self._part = path.with_name(f"{path.name}.part")
-            self._writer = parquet.ParquetWriter(self._part, self._schema)
-        self._writer.write_table(self._pa.Table.from_pylist(rows, self._schema))
-        self._rows += len(rows)
-
-
-def _pyarrow() -> Any:
-    try:
-        import pyarrow
-    except ImportError as error:
-        raise ConfigError("a Parquet log needs pyarrow: pip install pyarrow") from error
-    return pyarrow
-
-
-def _schema(pa: Any) -> Any:
-    decision = pa.struct(
-        [
-            ("after_s", pa.float64()),
-            ("action", pa.int32()),
-            ("replica_name", pa.string()),
-            ("by", pa.string()),
-            ("reason", pa.string()),
-            ("duration_s", pa.float64()),
-            ("proposed", pa.int32()),
-            ("propensity", pa.float64()),
-            ("policy", pa.string()),
-            (
-                "observation",
-                pa.struct(
-                    [
-                        ("replicas", pa.list_(pa.list_(pa.float32()))),
-                        ("request", pa.list_(pa.float32())),
-                        ("mask", pa.list_(pa.bool_())),
-                    ]
-                ),
-            ),
-        ]
-    )
-    followed = pa.struct([("key", pa.string()), ("delay_s", pa.float64()), ("by", pa.string())])
-    return pa.schema(
-        [
-            ("key", pa.string()),
-            ("arrival_s", pa.float64()),
-            ("prompt_tokens", pa.int32()),
-            ("output_tokens", pa.int32()),
-            ("predicted_output_tokens", pa.float64()),
-            ("cached_tokens", pa.int32()),
-            ("slo_class", pa.int16()),
-            ("slo_class_name", pa.string()),
-            ("tenant", pa.int32()),
-            ("tenant_name", pa.string()),
-            ("model", pa.string()),
-            ("hash_ids", pa.list_(pa.uint64())),
-            ("status", pa.string()),
-            ("replica", pa.int16()),
-            ("replica_name", pa.string()),
-            ("dispatch_s", pa.float64()),
-            ("ttft_s", pa.float64()),
-            ("e2e_s", pa.float64()),
-            ("num_retries", pa.int16()),
-            ("follows", followed),
-            ("decisions", pa.list_(decision)),
-        ]
-    )
+                write()
+            except OSError as error:
+                self.num_failed += 1
+                if self._dropped_before < 0:
+                    self._dropped_before = self.num_dropped
+                    _log.error(
+                        "the decision log cannot be written (%s): rows wait, and beyond %d are "
+                        "lost; requests go on",
+                        error,
+                        self.config.max_queue,
+                    )
+            else:
+                if self._dropped_before >= 0:
+                    lost = self.num_dropped - self._dropped_before
+                    self._dropped_before = -1
+                    _log.warning("the decision log is written again; %d rows were lost", lost)
+                return True
+            if self._closing.wait(_FLUSH_S):
+                return False
 
 
 def read_rows(path: Path) -> Iterator[Row]:
