@@ -36,6 +36,8 @@ class ListenConfig(_Config):
         admin_port: For operators; 0 takes a free one.
         workers: Processes that carry requests. One also decides; several have one more that
             decides for all.
+        hang_s: One of several processes that has not moved for so long is killed, and another takes
+            its place.
     """
 
     host: str = "127.0.0.1"
@@ -43,6 +45,7 @@ class ListenConfig(_Config):
     admin_host: str = "127.0.0.1"
     admin_port: int = Field(8081, ge=0, le=65535)
     workers: int = Field(1, ge=1, le=MAX_WORKERS)
+    hang_s: float = Field(10.0, ge=1.0)
 
     @field_validator("admin_host")
     @classmethod
