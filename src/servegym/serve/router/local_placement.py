@@ -362,9 +362,13 @@ class LocalPlacement:
             return False
         if error.cause == "timeout" and not self._stream:
             return False
+        denied: str | None = None
+        broken = {a.replica for a, e in failures if e.cause == "disconnected"}
+        if len(broken) >= desk.config.request.max_broken:
+            desk.telemetry.retries_denied["poison"] += 1
+            return False
         if error.of_connection:
             return True
-        denied: str | None = None
         if sum(e.refusal is not None and not e.is_full for _, e in failures) > 1:
             denied = "request"  # two replicas say so: it is the request
         elif self._allowed()[list(self._tried)].any():

@@ -21,7 +21,7 @@ class Telemetry:
         upstream_failures: By replica and cause.
         retries: By cause.
         retries_denied: By what spoke against them: `budget`, `request` (two replicas have failed
-            it), `replicas` (there is no other).
+            it), `poison` (two have broken off), `replicas` (there is no other).
         slo: Of requests in SLO classes with limits, by class and whether they met them.
         tenant_outcomes: By tenant and how requests ended.
         tenant_tokens: By tenant, and `prompt` or `output`; of answers that came to their end.
