@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -20,6 +21,7 @@ import socket
 import statistics
 import tempfile
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -62,6 +64,7 @@ class Stage:
         self.victim, self.others, self.router, self.folder = victim, others, router, folder
         self.notes: Counter[str] = Counter()
         self.policy = ""
+        self.scenario = str(others.settings["scenario"])
         self._tasks: list[asyncio.Task[None]] = []
 
     async def fault(self, kind: str, value: float = 1.0, *, everywhere: bool = False) -> None:
@@ -196,6 +199,7 @@ class Case:
         every_s: `begin` is repeated after so long; 0 is once.
         may_lose: Whether streams that had begun on the victim may be lost.
         settings: Of the router.
+        excused: Whether another request may be lost, by when the fault began, seconds.
     """
 
     begin: Callable[[Stage], Awaitable[None]]
@@ -203,6 +207,7 @@ class Case:
     every_s: float = 0.0
     may_lose: bool = False
     settings: dict[str, Any] | None = None
+    excused: Callable[[Result, float], bool] = lambda result, fault_s: False
 
 
 async def _nothing(_: Stage) -> None:
@@ -215,6 +220,64 @@ def _fault(kind: str, value: float = 1.0, *, everywhere: bool = False) -> Case:
         lambda stage: stage.fault("recover", everywhere=everywhere),
         may_lose=kind == "hang",
     )
+
+
+def _processes(stage: Stage) -> tuple[list[int], int]:
+    """Return the process ids of the workers and of the one that decides."""
+    workers = [int(worker["pid"]) for worker in stage.router.state()["workers"]]
+    main = stage.router.popen.pid
+    children = Path(f"/proc/{main}/task/{main}/children").read_text(encoding="ascii").split()
+    (decider,) = set(map(int, children)) - set(workers)
+    return workers, decider
+
+
+async def _stop_worker(stage: Stage) -> None:
+    workers, _ = await asyncio.to_thread(_processes, stage)
+    os.kill(workers[0], signal.SIGSTOP)
+
+
+async def _stop_decider(stage: Stage) -> None:
+    _, decider = await asyncio.to_thread(_processes, stage)
+    os.kill(decider, signal.SIGSTOP)
+
+
+async def _count_replaced(stage: Stage) -> None:
+    log = Path(f"/proc/self/fd/{stage.router.log.fileno()}")  # opened anew: the router writes on
+    lines = log.read_text(encoding="utf-8").splitlines()
+    stage.notes["processes killed and replaced"] += sum("it is killed" in line for line in lines)
+
+
+async def _restart_drained(stage: Stage) -> None:
+    """Restart the victim as one does that is to lose nothing."""
+
+    def left() -> float:
+        name = f'servegym_replica_outstanding_requests{{replica="{_VICTIM}"}}'
+        return metric(stage.router.metrics(), name)
+
+    admin = stage.router.admin_url
+    await asyncio.to_thread(post, f"{admin}/drain", {"replica": _VICTIM})
+    while await asyncio.to_thread(left):
+        await asyncio.sleep(0.1)
+    await asyncio.to_thread(stage.victim.stop)
+    await stage.restart()
+    await asyncio.to_thread(post, f"{admin}/undrain", {"replica": _VICTIM})
+
+
+async def _come_and_go(stage: Stage) -> None:
+    """Take the victim out of the fleet, and back in under another name."""
+    admin, here = stage.router.admin_url, stage.notes["times gone"]
+    name = f"{_VICTIM}-{here}" if here else _VICTIM
+    request = urllib.request.Request(f"{admin}/replicas/{name}", method="DELETE")
+    await asyncio.to_thread(urllib.request.urlopen, request, timeout=5.0)
+    entry = replica_entries(stage.scenario, stage.victim.urls * 99)[0]
+    while True:  # until its last request is over its url is taken
+        again = {**entry, "name": f"{_VICTIM}-{here + 1}"}
+        status, _ = await asyncio.to_thread(post, f"{admin}/replicas", again)
+        if status == 201:
+            break
+        stage.notes[f"adding answers {status}"] += 1
+        await asyncio.sleep(0.1)
+    stage.notes["times gone"] += 1
 
 
 async def _suspend(stage: Stage) -> None:
@@ -236,6 +299,20 @@ CASES = {
     "client storms": Case(_storm, _nothing, 0.2),
     "malformed and oversized bodies": Case(_bodies, _nothing, 0.02),
     "slow and silent clients": Case(_be_slow, _end_slow),
+    "a worker hangs (SIGSTOP)": Case(
+        _stop_worker,
+        _count_replaced,
+        settings={"workers": 2},
+        excused=lambda result, fault_s: result.sent_s < fault_s,
+    ),
+    "the deciding process hangs (SIGSTOP)": Case(
+        _stop_decider,
+        _count_replaced,
+        settings={"workers": 2},
+        excused=lambda result, _: result.status == 503,
+    ),
+    "replica drained and restarted": Case(_restart_drained, _nothing),
+    "replica leaves and joins": Case(_come_and_go, _nothing, 1.0),
     "no key, no service": Case(_intrude, _nothing, 0.02, settings={"auth": {}}),
 }
 
@@ -346,7 +423,9 @@ class RouterFaults:
         end_s = time.monotonic()
         results = tally.results
         lost = [r for r in results if r.outcome != "ok"]
-        wrongly = [r for r in lost if not (case.may_lose and r.begun and r.replica == _VICTIM)]
+        of_victim = [r for r in lost if case.may_lose and r.begun and r.replica == _VICTIM]
+        excused = [r for r in lost if r not in of_victim and case.excused(r, fault_s)]
+        wrongly = [r for r in lost if r not in of_victim and r not in excused]
         page = await asyncio.to_thread(stage.router.metrics)
         states = [
             state
@@ -356,7 +435,8 @@ class RouterFaults:
         return {
             "requests": len(results),
             "ok": len(results) - len(lost),
-            "lost_begun_on_victim": len(lost) - len(wrongly),
+            "lost_begun_on_victim": len(of_victim),
+            "lost_of_the_router": len(excused),
             "lost_otherwise": len(wrongly),
             "outcomes": dict(Counter(r.outcome for r in lost)),
             "details": sorted({r.detail for r in wrongly if r.detail})[:4],
@@ -407,7 +487,7 @@ def _first_after(results: Sequence[Result], over_s: float) -> float | None:
 def _show(rows: Sequence[dict[str, Any]]) -> None:
     table = Table(title="Faults under load")
     for column in (
-        *("fault", "requests", "lost: begun on victim", "lost otherwise"),
+        *("fault", "requests", "lost: begun on victim", "with the router's", "otherwise"),
         *("ok/s before, during, after", "victim back after, s", "left behind", "notes"),
     ):
         table.add_column(column)
@@ -416,6 +496,7 @@ def _show(rows: Sequence[dict[str, Any]]) -> None:
             row["case"],
             str(row["requests"]),
             str(row["lost_begun_on_victim"]),
+            str(row["lost_of_the_router"]),
             str(row["lost_otherwise"]),
             " ".join(f"{x:.0f}" for x in row["ok_per_s"]),
             str(row["victim_back_s"]),

@@ -35,6 +35,7 @@ def page(tmp_path_factory) -> dict[str, set[str]]:
             "log": {"folder": str(tmp_path_factory.mktemp("log"))},
         },
         "request": {"retry_share": 0.0, "retry_reserve": 0},
+        "peers": {"port": 0, "addresses": ["127.0.0.1:9"]},
     }
 
     async def test() -> None:

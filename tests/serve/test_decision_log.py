@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,13 +30,6 @@ from servegym.serve.dispatcher import DispatchConfig, Dispatcher
 from servegym.serve.facts import Rates, fleet_facts
 from servegym.serve.runtime import RuntimeConfig
 from servegym.workloads.readers import read_trace
-
-
-def until(condition) -> None:
-    end_s = time.monotonic() + 10.0
-    while not condition():
-        assert time.monotonic() < end_s
-        time.sleep(0.01)
 
 
 class Clock:
@@ -292,58 +285,147 @@ def test_rows_that_cannot_be_written_are_dropped_and_counted(tmp_path):
     assert (log.num_written, log.num_dropped) == (1, 1)
 
 
-@contextmanager
-def disk_with_room_for(num_bytes: int) -> Iterator[None]:
-    """Let no file grow beyond so many bytes: what is longer is cut off there, and then refused."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+class FullDisk:
+    """Lets files take so many bytes in all; more is what a full disk says."""
+
+    def __init__(self, monkeypatch, room):
+        self.room = room
+        real = Path.open
+
+        def opened(path, *args, **kwargs):
+            return SmallFile(self, real(path, *args, **kwargs))
+
+        monkeypatch.setattr("servegym.serve.log_files.Path.open", opened)
 
 
-def test_a_full_disk_tears_no_line_and_what_comes_after_is_written(tmp_path, caplog):
-    log = DecisionLog(DecisionLogConfig(folder=tmp_path, max_queue=100_000))
-    padding = "x" * 1000
-    with disk_with_room_for(100_000):
-        for i in range(150):
-            log.put({"i": i, "padding": padding, "decisions": []})
-        until(lambda: log.num_written + log.num_dropped >= 130)
-    for i in range(150, 400):
-        log.put({"i": i, "padding": padding, "decisions": []})
-    log.close()
-    kept = sorted(row["i"] for row in read_rows(tmp_path))  # every line can be read
-    assert len(kept) == len(set(kept)) == log.num_written
-    assert log.num_written + log.num_dropped == 400
-    assert kept[-250:] == list(range(150, 400))
-    assert 0 < log.num_dropped < 150
-    said = [record.getMessage() for record in caplog.records]
+class SmallFile:
+    def __init__(self, disk, file):
+        self.disk, self.file = disk, file
+
+    def write(self, data):
+        if not self.disk.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        taken = data[: self.disk.room]
+        self.disk.room -= len(taken)
+        return self.file.write(taken)
+
+    def close(self):
+        self.file.close()
+
+
+def rows_in(folder):
+    files = sorted(folder.iterdir())
+    return [json.loads(line)["i"] for file in files for line in file.read_bytes().splitlines()]
+
+
+def test_a_full_disk_is_said_once_and_loses_nothing_that_fits_the_queue(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr("servegym.serve.decision_log._FLUSH_S", 0.01)
+    with monkeypatch.context() as patch:
+        disk = FullDisk(patch, room=200)  # ends within a line
+        log = DecisionLog(DecisionLogConfig(folder=tmp_path, max_queue=1000))
+        for i in range(100):
+            log.put({"i": i, "decisions": []})
+        wait_for(lambda: log.num_failed >= 3)
+        assert log.num_written == 8  # lines of 24 bytes
+        for i in range(100, 200):
+            log.put({"i": i, "decisions": []})
+        disk.room = 1_000_000
+        wait_for(lambda: log.num_written == 200)
+        log.close()
+    assert rows_in(tmp_path) == list(range(200))
+    assert log.num_dropped == 0
+    said = [record.message for record in caplog.records]
     assert len(said) == 2
-    assert said[0].startswith("the decision log cannot be written: File too large; ")
-    assert said[1] == f"the decision log is written again; {log.num_dropped} rows are lost"
+    assert "cannot be written ([Errno 28] No space left on device): rows wait" in said[0]
+    assert said[1] == "the decision log is written again; 0 rows were lost"
 
 
-def test_a_full_disk_leaves_parquet_files_that_can_be_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("servegym.serve.log_files.Parquet.GROUP", 100)
-    folder = tmp_path / "log"
-    log = DecisionLog(DecisionLogConfig(folder=folder, format="parquet", max_file_rows=200))
-    row = {"decisions": [], "arrival_s": 0.0}
+def test_beyond_the_queue_a_full_disk_costs_rows_which_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("servegym.serve.decision_log._FLUSH_S", 0.01)
+    with monkeypatch.context() as patch:
+        disk = FullDisk(patch, room=0)
+        log = DecisionLog(DecisionLogConfig(folder=tmp_path, max_queue=10))
+        log.put({"i": 0, "decisions": []})
+        wait_for(lambda: log.num_failed)
+        for i in range(1, 31):
+            log.put({"i": i, "decisions": []})
+        assert log.num_dropped == 20
+        disk.room = 1_000_000
+        wait_for(lambda: log.num_written == 11)
+        log.close()
+    assert rows_in(tmp_path) == list(range(11))
+    assert (log.num_written, log.num_dropped) == (11, 20)
 
-    def put(count: int) -> None:
-        for i in range(count):
-            log.put({**row, "key": f"{i} {os.urandom(400).hex()}"})
 
-    put(200)
-    until(lambda: log.num_written == 200)
-    with disk_with_room_for(30_000):
-        put(200)
-        until(lambda: log.num_dropped >= 100)
-    put(300)
+def test_a_disk_that_stays_full_does_not_hold_up_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("servegym.serve.decision_log._FLUSH_S", 0.01)
+    with monkeypatch.context() as patch:
+        FullDisk(patch, room=0)
+        log = DecisionLog(DecisionLogConfig(folder=tmp_path, max_queue=10))
+        for i in range(10):
+            log.put({"i": i, "decisions": []})
+        wait_for(lambda: log.num_failed)
+        begin_s = time.monotonic()
+        log.close()
+        assert time.monotonic() - begin_s < 5.0
+    assert (log.num_written, log.num_dropped) == (0, 10)
+
+
+def test_a_read_only_disk_is_a_full_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("servegym.serve.decision_log._FLUSH_S", 0.01)
+
+    def refused(path, *args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("servegym.serve.log_files.Path.open", refused)
+        log = DecisionLog(DecisionLogConfig(folder=tmp_path))
+        log.put({"i": 0, "decisions": []})
+        wait_for(lambda: log.num_failed)
+    wait_for(lambda: log.num_written == 1)
     log.close()
-    assert all(file.suffix == ".parquet" for file in folder.iterdir())
-    assert sum(1 for _ in read_rows(folder)) == log.num_written >= 500
-    assert log.num_written + log.num_dropped == 700
+    assert rows_in(tmp_path) == [0]
+
+
+def test_a_parquet_file_that_cannot_go_on_is_lost_and_the_next_one_is_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("servegym.serve.decision_log._FLUSH_S", 0.01)
+    pq = pytest.importorskip("pyarrow.parquet")
+    real, writes = pq.ParquetWriter.write_table, []
+
+    def full_once(self, table, *args):
+        writes.append(len(table))
+        if len(writes) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(self, table, *args)
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full_once)
+    monkeypatch.setattr("servegym.serve.log_files.Parquet.GROUP", 10)
+    log = DecisionLog(DecisionLogConfig(folder=tmp_path, format="parquet"))
+    for i in range(20):
+        log.put({"key": str(i), "decisions": []})
+    wait_for(lambda: len(writes) == 3)
+    log.close()
+    (file,) = tmp_path.iterdir()
+    assert [row["key"] for row in read_rows(file)] == [str(i) for i in range(10, 20)]
+    assert (log.num_written, log.num_dropped) == (10, 10)
+
+
+def test_a_line_that_a_full_disk_cut_short_is_taken_back_at_the_end(tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))  # cuts a write, refuses the next
+    try:
+        log = DecisionLog(DecisionLogConfig(folder=tmp_path, max_queue=100_000))
+        for i in range(150):
+            log.put({"i": i, "padding": "x" * 1000, "decisions": []})
+        log.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    kept = [row["i"] for row in read_rows(tmp_path)]  # every line can be read
+    assert 50 < len(kept) < 150
+    assert kept == list(range(len(kept)))
+    assert (log.num_written, log.num_dropped) == (len(kept), 150 - len(kept))
 
 
 def test_a_clock_that_is_set_back_does_not_make_the_newest_file_the_oldest(tmp_path, monkeypatch):
@@ -354,7 +436,7 @@ def test_a_clock_that_is_set_back_does_not_make_the_newest_file_the_oldest(tmp_p
     log = DecisionLog(DecisionLogConfig(folder=tmp_path, max_file_rows=10, max_files=3))
     for i in range(95):
         if i == 50:
-            until(lambda: log.num_written == 50)
+            wait_for(lambda: log.num_written == 50)
             hour[0] = 9
         log.put({"i": i, "decisions": []})
     log.close()
@@ -370,6 +452,13 @@ def test_arrivals_keep_their_distances_where_the_clock_is_set_anew(tmp_path, mon
     dispatcher.close()
     at_s = [row["arrival_s"] for row in read_rows(tmp_path)]
     assert np.diff(at_s).tolist() == pytest.approx([5.0, 5.0])
+
+
+def wait_for(condition, timeout_s=10.0):
+    until_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < until_s
+        time.sleep(0.002)
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):

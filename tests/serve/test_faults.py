@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import socket
+import time
 
 import aiohttp
 
@@ -30,6 +32,7 @@ fleet:
 workload: {kind: generated, rate_rps: 1.0}
 """
 HARDWARE = {"gpu": "H100-SXM-80GB", "model": "Llama-3.1-8B", "max_num_seqs": 8}
+REPLICAS = {"replica-0", "replica-1", "replica-2"}
 #: A decode step of this model on this GPU takes 7 ms; 20 times as fast it is over before a timer.
 SPEED = 5.0
 
@@ -248,6 +251,34 @@ def test_metrics_that_stand_still_fail_nothing():
             assert set(await asyncio.gather(*wave.values())) == {"ok"}
             assert len(set(await service.served_by("second", 24))) == 3
             await until(service.idle)
+
+    run(test)
+
+
+def test_a_wall_clock_that_jumps_changes_nothing(monkeypatch):
+    real, jumps = time.time, itertools.cycle([0.0, 86_400.0, -86_400.0, 3600.0, -1e9])
+    looks = 0
+
+    def jumping() -> float:
+        nonlocal looks
+        looks += 1
+        return real() + next(jumps)
+
+    async def test():
+        async with serving() as service:
+            assert set(await service.served_by("before", 12)) == REPLICAS
+            monkeypatch.setattr(time, "time", jumping)
+            before = service.reasons()
+            for name in ("first", "second", "third"):
+                assert set(await service.served_by(name, 12)) == REPLICAS
+            assert looks >= 36  # each request has one for the log
+            after = service.reasons()
+            assert {reason for reason in after if after[reason] > before.get(reason, 0)} == {
+                "policy"
+            }
+            assert all(service.up(replica) for replica in range(3))
+            await until(service.idle)
+            monkeypatch.undo()
 
     run(test)
 

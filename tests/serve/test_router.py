@@ -388,9 +388,27 @@ class TestFailures:
                     replica.mode = mode
                 got, body, _ = await it.post(STREAM)
                 assert (got, json.loads(body)["error"]["code"]) == (status, code)
-                tries = 2 if mode == "hang" else 4  # a broken connection may be an accident
-                assert sum(len(replica.bodies) for replica in it.replicas) == tries
+                assert sum(len(replica.bodies) for replica in it.replicas) == 2
                 assert it.router.telemetry.outcomes["failed"] == 1
+                assert it.idle()
+
+        run(test)
+
+    @pytest.mark.parametrize(("max_broken", "killed"), [(1, 1), (2, 2), (3, 3), (9, 4)])
+    def test_a_request_that_kills_replicas_gets_only_so_many(self, max_broken, killed):
+        async def test() -> None:
+            request = {"max_broken": max_broken, "max_retries": 3}
+            async with running(5, request=request, health={"eject_after": 100}) as it:
+                for replica in it.replicas:
+                    replica.mode = "die_first"
+                status, body, _ = await it.post(STREAM)
+                assert (status, json.loads(body)["error"]["code"]) == (502, "upstream_failed")
+                assert sorted(len(replica.bodies) for replica in it.replicas) == [
+                    *[0] * (5 - killed),
+                    *[1] * killed,
+                ]
+                denied = it.router.telemetry.retries_denied
+                assert denied == ({"poison": 1} if killed == max_broken else {})
                 assert it.idle()
 
         run(test)

@@ -32,7 +32,8 @@ STREAM = {"model": "m", "prompt": "hello", "stream": True}
 class Processes:
     """A router of two workers, before one replica."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **listen: float) -> None:
+        self.listen = listen
         self.replica = Upstream()
         self.port, self.admin_port = free_port(), free_port()
         self.path = folder / "router.yaml"
@@ -41,7 +42,7 @@ class Processes:
         await self.replica.start()
         config = {
             "replicas": [{"name": "a", "url": self.replica.url, "rates": RATES}],
-            "listen": {"port": self.port, "admin_port": self.admin_port},
+            "listen": {"port": self.port, "admin_port": self.admin_port, **self.listen},
             "dispatch": {"runtime": {"policy": "least-outstanding"}},
             "drain_s": 10,
         }
@@ -163,6 +164,53 @@ def test_a_router_outlives_each_of_its_processes_and_ends_in_order(tmp_path):
 def _children(pid: int) -> set[int]:
     text = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii")
     return set(map(int, text.split()))
+
+
+def test_a_process_that_hangs_is_replaced(tmp_path):
+    it = Processes(tmp_path, hang_s=2.0)
+
+    async def has_two_workers() -> bool:
+        return len(await it.pids()) == 2
+
+    async def test() -> None:
+        await it.start()
+        await it.becomes(has_two_workers)
+        first = await it.pids()
+        os.kill(first[0], signal.SIGSTOP)
+
+        async def is_another() -> bool:
+            pids = await it.pids()
+            return len(pids) == 2 and first[0] not in pids
+
+        await it.becomes(is_another)
+        assert first[1] in await it.pids()
+        assert await asyncio.gather(*(it.ask() for _ in range(6))) == [(200, 6)] * 6
+
+        # the one that decides: streams go on, new requests wait for it and are told of its end
+        await asyncio.sleep(0.5)
+        workers = await it.pids()
+        (decider,) = _children(it.process.pid) - set(workers)
+        it.replica.gap_s = 1.2
+        streams = [asyncio.create_task(it.ask()) for _ in range(2)]
+        async with asyncio.timeout(10):
+            while it.replica.running < 2:
+                await asyncio.sleep(0.01)
+        os.kill(decider, signal.SIGSTOP)
+        waits = asyncio.create_task(it.ask())
+        assert await asyncio.gather(*streams) == [(200, 6)] * 2
+        assert (await waits)[0] == 503
+        it.replica.gap_s = 0.0
+        await it.becomes(has_two_workers)
+        assert await it.pids() == workers
+        assert await it.ask() == (200, 6)
+
+    async def whole() -> None:
+        try:
+            await test()
+        finally:
+            await it.stop()
+
+    run(whole, limit_s=100.0)
 
 
 def test_its_processes_do_not_outlive_a_supervisor_that_is_killed(tmp_path):

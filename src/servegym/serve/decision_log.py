@@ -1,12 +1,13 @@
 """The decision log: every request, how it was decided and how it went, readable as a trace.
 
 One row a request, written when it ends, in files that rotate. The columns are those of the native
-trace format (`workloads.readers`) and more; `docs/live.md` lists them. A thread writes; when it
-cannot keep up, rows are dropped and counted, and serving goes on.
+trace format (`workloads.readers`) and more; `docs/live.md` lists them. A thread writes, by
+`log_files`; when it cannot keep up, rows are dropped and counted, and serving goes on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -24,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from servegym.cluster import state as s
 from servegym.cluster.outcome import EVENT_DTYPE
 from servegym.errors import ConfigError, WorkloadError
-from servegym.serve.log_files import Jsonl, LogFiles, Parquet, Row, WriteError
+from servegym.serve.log_files import Jsonl, Parquet, Row
 from servegym.workloads.records import columns_of, records
 
 _log = logging.getLogger(__name__)
@@ -35,8 +36,6 @@ TRACE_BLOCK_TOKENS = 512
 LOGGED_HOLD, LOGGED_REJECT = -1, -2
 #: Seconds that a row may wait in memory before it is flushed.
 _FLUSH_S = 1.0
-#: Seconds between two messages that it cannot be written.
-_QUIET_S = 60.0
 
 
 def logged_action(action: int, num_replicas: int) -> int:
@@ -77,13 +76,14 @@ class DecisionLogConfig(BaseModel):
 class DecisionLog:
     """Writes rows in a thread of its own.
 
+    While files cannot be written, as a disk is full or read-only, rows wait in memory, and those
+    beyond `max_queue` are dropped; it goes on, where it stopped, when there is room.
+
     Args:
         config: Where to.
 
     Attributes:
-        num_written: Rows that are on disk, or with the operating system; of a Parquet file, once it
-            is closed.
-        num_dropped: Rows that found the queue full, or could not be written.
+        num_failed: Attempts to write that failed.
 
     Raises:
         ConfigError: If the folder cannot be written, or pyarrow is missing.
@@ -91,8 +91,9 @@ class DecisionLog:
 
     def __init__(self, config: DecisionLogConfig) -> None:
         self.config = config
-        self.num_written = 0
-        self.num_dropped = 0
+        self.num_failed = 0
+        self._num_refused = 0
+        self._dropped_before = -1  # rows, where the last attempt to write failed; else -1
         try:
             config.folder.mkdir(parents=True, exist_ok=True)
             usable = os.access(config.folder, os.W_OK)
@@ -100,67 +101,88 @@ class DecisionLog:
             usable = False
         if not usable:
             raise ConfigError(f"{config.folder} cannot be written: give a folder for the log")
-        self._lost_since, self._quiet_until_s = 0, -math.inf
-        self._files = self._make_files()
+        made = Jsonl if config.format == "jsonl" else Parquet
+        self._files = made(config.folder, config.max_file_rows, config.max_files)
         self._queue: queue.Queue[Row | None] = queue.Queue(config.max_queue)
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="decision-log", daemon=True)
         self._thread.start()
+
+    @property
+    def num_written(self) -> int:
+        """Rows that are on disk, or with the operating system."""
+        return self._files.num_written
+
+    @property
+    def num_dropped(self) -> int:
+        """Rows that found the queue full, or could not be written."""
+        return self._num_refused + self._files.num_lost
 
     def put(self, row: Row) -> None:
         """Hand a row over; never waits."""
         try:
             self._queue.put_nowait(row)
         except queue.Full:
-            self.num_dropped += 1
+            self._num_refused += 1
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Write what is waiting and close the file."""
-        if self._thread.is_alive():
-            try:
-                self._queue.put(None, timeout=timeout_s)
-            except queue.Full:
-                return
-            self._thread.join(timeout_s)
+        """Write what is waiting, if it can be written, and close the file."""
+        self._closing.set()
+        with contextlib.suppress(queue.Full):  # then it is awake
+            self._queue.put_nowait(None)
+        self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        files = self._files
+        flush_s = time.monotonic() + _FLUSH_S
+        while True:
+            is_closing = self._closing.is_set()
+            try:
+                row = self._queue.get(timeout=0.0 if is_closing else _FLUSH_S)
+            except queue.Empty:
+                if is_closing:
+                    break
+            else:
+                if row is not None:
+                    self._add(row)
+            if self._files.is_due or time.monotonic() >= flush_s:
+                if not self._write(self._files.flush):
+                    break
+                flush_s = time.monotonic() + _FLUSH_S
+        self._write(self._files.close)
+        self._num_refused += self._files.num_waiting
+        while not self._queue.empty():
+            self._num_refused += self._queue.get_nowait() is not None
+
+    def _add(self, row: Row) -> None:
+        try:
+            self._files.add(row)
+        except (ValueError, TypeError) as error:
+            self._num_refused += 1
+            _log.error("a row of the decision log cannot be written: %s", error)
+
+    def _write(self, write: Callable[[], None]) -> bool:
+        """Write, as soon as that can be done; return whether it could before the end."""
         while True:
             try:
-                row = self._queue.get(timeout=_FLUSH_S)
-            except queue.Empty:
-                self._guard(files.flush)
-                continue
-            if row is None:
-                self._guard(files.close)
-                return
-            self._guard(lambda row=row: files.write(row))
-
-    def _make_files(self) -> LogFiles:
-        config = self.config
-        make = Jsonl if config.format == "jsonl" else Parquet
-        return make(config.folder, config.max_file_rows, config.max_files)
-
-    def _guard(self, act: Callable[[], int]) -> None:
-        """Do it; a full disk costs rows, not the service."""
-        try:
-            count = act()
-        except WriteError as error:
-            self.num_dropped += error.num_rows
-            self._lost_since += error.num_rows
-            now_s = time.monotonic()
-            if now_s >= self._quiet_until_s:  # not a line for every row while the disk is full
-                self._quiet_until_s = now_s + _QUIET_S
-                _log.error(
-                    "the decision log cannot be written: %s; %d rows are lost so far,"
-                    " serving goes on",
-                    error,
-                    self._lost_since,
-                )
-            return
-        self.num_written += count
-        if count and self._lost_since:
-            _log.warning("the decision log is written again; %d rows are lost", self._lost_since)
-            self._lost_since, self._quiet_until_s = 0, -math.inf
+                write()
+            except OSError as error:
+                self.num_failed += 1
+                if self._dropped_before < 0:
+                    self._dropped_before = self.num_dropped
+                    _log.error(
+                        "the decision log cannot be written (%s): rows wait, and beyond %d are "
+                        "lost; requests go on",
+                        error,
+                        self.config.max_queue,
+                    )
+            else:
+                if self._dropped_before >= 0:
+                    lost = self.num_dropped - self._dropped_before
+                    self._dropped_before = -1
+                    _log.warning("the decision log is written again; %d rows were lost", lost)
+                return True
+            if self._closing.wait(_FLUSH_S):
+                return False
 
 
 def read_rows(path: Path) -> Iterator[Row]:

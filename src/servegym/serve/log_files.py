@@ -1,148 +1,154 @@
-"""Files of the decision log: they rotate, and hold whole rows whatever the disk does."""
+"""Files of the decision log: what has been written stays readable, whatever fails after it."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import re
 import time
-from contextlib import suppress
+from collections import deque
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from servegym.errors import ConfigError
 
 Row = dict[str, Any]
-#: Bytes of lines that are written at once.
-_CHUNK_BYTES = 65536
+#: Lines are written at once when they are so many bytes.
+_BATCH_BYTES = 64 * 1024
 _STAMP = re.compile(r"requests-(\d{8}T\d{6}Z)-")
-
-
-class LogFiles(Protocol):
-    """Where rows go; what fails drops what it was to write, and the next goes to a new file."""
-
-    def write(self, row: Row) -> int:
-        """Take a row; return how many have been written with it.
-
-        Raises:
-            WriteError: If some cannot be.
-        """
-
-    def flush(self) -> int:
-        """Write what can be read at once; return how many rows have been."""
-
-    def close(self) -> int:
-        """Write everything and close the file; return how many rows have been written."""
-
-
-class WriteError(Exception):
-    """Rows could not be written.
-
-    Attributes:
-        num_rows: So many are lost.
-    """
-
-    def __init__(self, num_rows: int, reason: str) -> None:
-        super().__init__(reason)
-        self.num_rows = num_rows
 
 
 class _Rotation:
     """Names files by the time they were begun, and deletes the oldest."""
 
-    def __init__(self, folder: Path, suffix: str, max_files: int) -> None:
-        self._folder, self._suffix, self._max_files = folder, suffix, max_files
+    def __init__(self, folder: Path, max_files: int, suffix: str) -> None:
+        self._folder, self._max_files, self._suffix = folder, max_files, suffix
         self._number = 0
 
     def next_path(self) -> Path:
-        self._number += 1
-        there = sorted(self._folder.glob(f"requests-*{self._suffix}"))
-        for old in there[: max(0, len(there) - self._max_files + 1)]:
+        mine = sorted(self._folder.glob(f"requests-*{self._suffix}"))
+        for old in mine[: max(0, len(mine) - self._max_files + 1)]:
             old.unlink(missing_ok=True)
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        if there and (last := _STAMP.match(there[-1].name)):
+        if mine and (last := _STAMP.match(mine[-1].name)):
             stamp = max(stamp, last[1])  # the newest stays the last where the clock was set back
-        name = f"requests-{stamp}-{os.getpid()}-{self._number:05d}{self._suffix}"
+        name = f"requests-{stamp}-{os.getpid()}-{self._number + 1:05d}{self._suffix}"
+        self._number += 1
         return self._folder / name
 
 
 class Jsonl:
     """One JSON object a line.
 
-    A line that a full disk cuts short is taken back, so that every line can be read.
-
     Args:
-        folder: Of the files.
-        max_file_rows: After so many rows the next file is begun.
-        max_files: The oldest are deleted beyond so many.
+        folder: Files go here.
+        max_file_rows: Of a file.
+        max_files: The oldest go beyond so many.
+
+    Attributes:
+        num_written: Rows in files.
+        num_lost: Rows that were in files and are no more: none here.
     """
 
     def __init__(self, folder: Path, max_file_rows: int, max_files: int) -> None:
-        self._rotation = _Rotation(folder, ".jsonl", max_files)
+        self.num_written = 0
+        self.num_lost = 0
+        self._rotation = _Rotation(folder, max_files, ".jsonl")
         self._max_file_rows = max_file_rows
-        self._handle = -1
-        self._size = self._rows = 0  # what is whole in the file
-        self._waiting: list[bytes] = []
-        self._waiting_bytes = 0
+        self._lines: deque[bytes] = deque()
+        self._bytes = 0  # of the lines
+        self._at = 0  # bytes of the first of them that are in the file
+        self._file: Any = None
+        self._rows = 0  # in the file
 
-    def write(self, row: Row) -> int:
-        """Take a row; see `LogFiles`."""
+    @property
+    def num_waiting(self) -> int:
+        """Rows that are not in a file."""
+        return len(self._lines)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether so many rows wait that they should be written."""
+        return self._bytes >= _BATCH_BYTES
+
+    def add(self, row: Row) -> None:
+        """Take a row, to be written with the next `flush`.
+
+        Raises:
+            ValueError: If JSON has no form for it; or `TypeError`.
+        """
+        line = json.dumps(row, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        self._lines.append(line)
+        self._bytes += len(line)
+
+    def flush(self) -> None:
+        """Write what waits.
+
+        Raises:
+            OSError: If it cannot be written, or not all of it; another call goes on there.
+        """
+        while self._lines:
+            if self._file is None:
+                self._file = self._rotation.next_path().open("wb", buffering=0)
+                self._rows = 0
+            room = self._max_file_rows - self._rows
+            data = memoryview(b"".join(itertools.islice(self._lines, room)))
+            at = self._at
+            try:
+                while at < len(data):
+                    at += self._file.write(data[at:])
+            finally:
+                self._forget(at)
+            if self._rows >= self._max_file_rows:
+                self._end()
+
+    def close(self) -> None:
+        """Write what waits, and close the file.
+
+        Raises:
+            OSError: See `flush`.
+        """
         try:
-            line = json.dumps(row, separators=(",", ":"), allow_nan=False).encode() + b"\n"
-        except (TypeError, ValueError) as error:
-            raise WriteError(1, str(error)) from error
-        self._waiting.append(line)
-        self._waiting_bytes += len(line)
-        if self._rows + len(self._waiting) >= self._max_file_rows:
-            return self.close()
-        return self.flush() if self._waiting_bytes >= _CHUNK_BYTES else 0
+            self.flush()
+        finally:
+            self._end()
 
-    def flush(self) -> int:
-        """Write all lines that wait."""
-        lines, self._waiting, self._waiting_bytes = self._waiting, [], 0
-        if not lines:
-            return 0
-        try:
-            if self._handle < 0:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-                self._handle = os.open(self._rotation.next_path(), flags, 0o644)
-                self._size = self._rows = 0
-            self._write_all(b"".join(lines))
-        except OSError as error:
-            self._abandon()
-            raise WriteError(len(lines), error.strerror or str(error)) from error
-        self._rows += len(lines)
-        return len(lines)
+    def _forget(self, at: int) -> None:
+        """So many bytes are in the file."""
+        while self._lines and at >= len(self._lines[0]):
+            size = len(self._lines.popleft())
+            at -= size
+            self._bytes -= size
+            self._rows += 1
+            self.num_written += 1
+        self._at = at
 
-    def close(self) -> int:
-        """Write all lines that wait, and close the file."""
-        count = self.flush()
-        if self._handle >= 0:
-            os.close(self._handle)
-        self._handle, self._rows = -1, 0
-        return count
-
-    def _write_all(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self._handle, view) :]
-        self._size += len(data)
-
-    def _abandon(self) -> None:
-        handle, self._handle, self._rows = self._handle, -1, 0
-        with suppress(OSError):
-            os.ftruncate(handle, self._size)
-        with suppress(OSError):
-            os.close(handle)
+    def _end(self) -> None:
+        if self._file is not None:
+            file, self._file = self._file, None
+            if self._at:  # what could not be ended would make the file unreadable
+                with contextlib.suppress(OSError):
+                    file.truncate(file.seek(0, os.SEEK_END) - self._at)
+                self._at = 0
+            file.close()
 
 
 class Parquet:
-    """Row groups of at most `GROUP` rows; a file is readable, and written, once it is closed.
+    """Row groups of at most `GROUP` rows; a file is readable once it is closed.
+
+    A file that a group does not fit on the disk is lost with the groups it has: its end, without
+    which it cannot be read, would not fit, either.
 
     Args:
-        folder: Of the files.
-        max_file_rows: After so many rows the next file is begun.
-        max_files: The oldest are deleted beyond so many.
+        folder: Files go here.
+        max_file_rows: Of a file.
+        max_files: The oldest go beyond so many.
+
+    Attributes:
+        num_written: Rows in files.
+        num_lost: Rows of files that were lost.
 
     Raises:
         ConfigError: If pyarrow is missing.
@@ -151,70 +157,92 @@ class Parquet:
     GROUP = 1000
 
     def __init__(self, folder: Path, max_file_rows: int, max_files: int) -> None:
-        self._rotation = _Rotation(folder, ".parquet", max_files)
+        self.num_written = 0
+        self.num_lost = 0
+        self._rotation = _Rotation(folder, max_files, ".parquet")
         self._max_file_rows = max_file_rows
         self._pa = _pyarrow()
         self._schema = _schema(self._pa)
         self._buffer: list[Row] = []
         self._writer: Any = None
         self._part: Path | None = None
-        self._rows = 0
+        self._rows = 0  # in the file
 
-    def write(self, row: Row) -> int:
-        """Take a row; see `LogFiles`."""
+    @property
+    def num_waiting(self) -> int:
+        """Rows that are not in a file."""
+        return len(self._buffer)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether so many rows wait that they should be written."""
+        return len(self._buffer) >= min(self.GROUP, self._max_file_rows - self._rows)
+
+    def add(self, row: Row) -> None:
+        """Take a row, to be written with its group."""
         self._buffer.append(row)
-        if self._rows + len(self._buffer) >= self._max_file_rows:
-            return self.close()
-        if len(self._buffer) >= self.GROUP:
+
+    def flush(self) -> None:
+        """Write the groups that are whole.
+
+        Raises:
+            OSError: If one cannot be written; its rows wait on.
+        """
+        if self.is_due:
             self._write_group()
-        return 0
+            if self._rows >= self._max_file_rows:
+                self._end()
 
-    def flush(self) -> int:
-        """Do nothing: a row group is written when it is full."""
-        return 0
+    def close(self) -> None:
+        """Write what waits, and end the file.
 
-    def close(self) -> int:
-        """Write the last group, and give the file its name."""
-        self._write_group()
-        rows, writer, part = self._rows, self._writer, self._part
-        if writer is None or part is None:
-            return 0
-        try:
-            writer.close()
-            os.replace(part, part.with_suffix(""))
-        except OSError as error:
-            raise WriteError(self._abandon(), error.strerror or str(error)) from error
-        self._writer, self._part, self._rows = None, None, 0
-        return rows
+        Raises:
+            OSError: See `flush`.
+        """
+        if self._buffer:
+            self._write_group()
+        self._end()
 
     def _write_group(self) -> None:
-        rows, self._buffer = self._buffer, []
-        if not rows:
-            return
         from pyarrow import parquet
 
+        table = self._pa.Table.from_pylist(self._buffer, self._schema)
         try:
-            table = self._pa.Table.from_pylist(rows, self._schema)
             if self._writer is None:
                 path = self._rotation.next_path()
                 self._part = path.with_name(f"{path.name}.part")
                 self._writer = parquet.ParquetWriter(self._part, self._schema)
             self._writer.write_table(table)
-        except (OSError, ValueError, TypeError) as error:
-            raise WriteError(len(rows) + self._abandon(), str(error)) from error
-        self._rows += len(rows)
+        except OSError:
+            self._give_up()
+            raise
+        self._rows += len(self._buffer)
+        self.num_written += len(self._buffer)
+        self._buffer = []
 
-    def _abandon(self) -> int:
-        """Give up a file whose footer cannot be written; return how many rows were in it."""
-        rows, writer, part = self._rows, self._writer, self._part
+    def _end(self) -> None:
+        if self._writer is None:
+            return
+        assert self._part is not None
+        try:
+            self._writer.close()
+            os.replace(self._part, self._part.with_suffix(""))
+        except OSError:
+            self._give_up()
+            raise
+        self._writer, self._rows = None, 0
+
+    def _give_up(self) -> None:
+        """Lose the file, which also makes room."""
+        self.num_lost += self._rows
+        self.num_written -= self._rows
+        with contextlib.suppress(OSError):
+            if self._writer is not None:
+                self._writer.close()
+        with contextlib.suppress(OSError):
+            if self._part is not None:
+                self._part.unlink(missing_ok=True)
         self._writer, self._part, self._rows = None, None, 0
-        with suppress(OSError):
-            if writer is not None:
-                writer.close()
-        with suppress(OSError):
-            if part is not None:
-                part.unlink(missing_ok=True)
-        return rows
 
 
 def _pyarrow() -> Any:

@@ -10,7 +10,8 @@ from servegym.serve.picker.app import Picker
 from servegym.serve.picker.config import PickerConfig
 from servegym.serve.router.app import Router
 from servegym.serve.router.config import parse_config
-from tests.serve.running import RATES, run, running, until
+
+from ..running import RATES, run, running, until  # noqa: TID252 - tests are no package
 
 
 def free_ports(count):

@@ -97,3 +97,8 @@ def add_dispatcher(page: Exposition, dispatcher: Dispatcher) -> None:
                 ({"result": "dropped"}, dispatcher.log.num_dropped),
             ],
         )
+        page.counter(
+            "servegym_log_failed_writes",
+            "Attempts to write the decision log that failed",
+            [({}, dispatcher.log.num_failed)],
+        )

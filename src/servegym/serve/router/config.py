@@ -37,6 +37,8 @@ class ListenConfig(_Config):
         admin_port: For operators; 0 takes a free one.
         workers: Processes that carry requests. One also decides; several have one more that
             decides for all.
+        hang_s: One of several processes that has not moved for so long is killed, and another takes
+            its place.
     """
 
     host: str = "127.0.0.1"
@@ -44,6 +46,7 @@ class ListenConfig(_Config):
     admin_host: str = "127.0.0.1"
     admin_port: int = Field(8081, ge=0, le=65535)
     workers: int = Field(1, ge=1, le=MAX_WORKERS)
+    hang_s: float = Field(10.0, ge=1.0)
 
     @field_validator("admin_host")
     @classmethod
@@ -118,6 +121,8 @@ class RequestConfig(_Config):
             waits. When it is over the client gets a 504, and nothing is tried again.
         client_timeout_s: For a client to take a piece of the answer.
         max_retries: Other replicas tried before the first token.
+        max_broken: Replicas whose connection broke before the first token of a request after which
+            it is not tried again: it may be what takes them down.
         retry_share: Retries within 10 s, as a share of the requests within 10 s or in progress...
         retry_reserve: ... and so many more. Requests that a replica did not even take, or whose
             connection it broke, are tried again beyond this budget: it takes no more.
@@ -151,6 +156,7 @@ class RequestConfig(_Config):
     answer_timeout_s: float | None = Field(None, gt=0)
     client_timeout_s: float = Field(60.0, gt=0)
     max_retries: int = Field(2, ge=0)
+    max_broken: int = Field(2, ge=1)
     retry_share: float = Field(0.2, ge=0)
     retry_reserve: int = Field(100, ge=0)
     requeue: RequeueConfig | None = None

@@ -414,9 +414,13 @@ class LocalPlacement:
             return False
         if self._is_too_late(error):
             return False
+        denied: str | None = None
+        broken = {a.replica for a, e in failures if e.cause == "disconnected"}
+        if len(broken) >= desk.config.request.max_broken:
+            desk.telemetry.retries_denied["poison"] += 1
+            return False
         if error.of_connection:
             return True
-        denied: str | None = None
         if sum(e.refusal is not None and not e.is_full for _, e in failures) > 1:
             denied = "request"  # two replicas say so: it is the request
         elif not self._has_another():

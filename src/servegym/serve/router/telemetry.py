@@ -22,7 +22,7 @@ class Telemetry:
         upstream_failures: By replica and cause.
         retries: By cause.
         retries_denied: By what spoke against them: `budget`, `request` (two replicas have failed
-            it), `replicas` (there is no other).
+            it), `poison` (two have broken off), `replicas` (there is no other).
         requeues: Of streams without a token, by the replica that they left and that they went to.
         prefills: Of requests that decode elsewhere, by replica and `ok` or `failed`.
         slo: Of requests in SLO classes with limits, by class and whether they met them.

@@ -54,8 +54,9 @@ class UpstreamError(Exception):
     """Raised when a replica fails a request before the first token of its answer.
 
     Args:
-        cause: For the counters: `refused` (took no connection), `disconnected`, `timeout`,
-            `empty`, `error_event` or `status_...`.
+        cause: For the counters: `refused` (took no connection), `unreached` (none came about in
+            time), `disconnected` (while it had the request), `timeout`, `empty`, `error_event` or
+            `status_...`.
         refusal: What it said, if it said something.
     """
 
@@ -67,7 +68,7 @@ class UpstreamError(Exception):
     @property
     def of_connection(self) -> bool:
         """Whether it is about the connection and not about the request."""
-        return self.cause in ("refused", "disconnected")
+        return self.cause in ("refused", "unreached", "disconnected")
 
     @property
     def is_full(self) -> bool:
@@ -492,10 +493,10 @@ class Pool:
             _, made = await making
         except asyncio.CancelledError:
             if is_late:
-                raise UpstreamError("disconnected") from None
+                raise UpstreamError("unreached") from None
             raise
         except TimeoutError:  # the system's own
-            raise UpstreamError("disconnected") from None
+            raise UpstreamError("unreached") from None
         except (OSError, UnicodeError):  # the latter of a host that cannot be one
             raise UpstreamError("refused") from None
         finally:

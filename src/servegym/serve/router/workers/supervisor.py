@@ -26,6 +26,7 @@ from servegym.serve.router.app import Router
 from servegym.serve.router.config import RouterConfig
 from servegym.serve.router.workers.acceptor import NOBODY, shared_counts
 from servegym.serve.router.workers.decider import Shared
+from servegym.serve.router.workers.heartbeats import Heartbeats
 from servegym.serve.router.workers.worker import carry
 from servegym.serve.until_told import loop_factory, serve_until_told
 
@@ -99,6 +100,9 @@ class Supervisor:
         self._listener = listener
         self._shared = Shared(folder / "decider", int(listener.getsockname()[1]), admin)
         self._counts = shared_counts(config.listen.workers)
+        self._beats = Heartbeats(1 + config.listen.workers)  # the decider's is the first
+        self._look_s = config.listen.hang_s / 4.0
+        self._looked_s = self._looks_since_s = time.monotonic()
         self._told = os.pipe()  # numbers of signals
         self._alive = os.pipe()  # nothing; children see its end
         self._decider_says = (-1, -1)
@@ -127,7 +131,8 @@ class Supervisor:
                     if not child.pid and child.start_s <= now_s:
                         self._start(child)
                 waiting = [child.start_s for child in self._workers if not child.pid]
-                self._listen(min(waiting) - now_s if waiting else None)
+                self._listen(min([*(start_s - now_s for start_s in waiting), self._look_s]))
+                self._kill_who_hangs()
                 self._reap()
                 if not self._decider.pid:
                     self._start_decider_again()
@@ -155,6 +160,7 @@ class Supervisor:
                 stop.set()
 
             loop.add_reader(self._alive[0], is_alone)
+            self._beats.beat(0)
             await serve_until_told(Router(self._config, self._shared), ready, stop)
 
         try:
@@ -169,17 +175,15 @@ class Supervisor:
         """Be a worker; it ends when the supervisor lets it, whoever gets a signal."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            return runner.run(
-                carry(
-                    self._config,
-                    self._shared.path,
-                    self._listener,
-                    self._counts,
-                    index,
-                    self._alive[0],
-                )
+
+        async def run() -> int:
+            self._beats.beat(1 + index)
+            return await carry(
+                self._config, self._shared.path, self._listener, self._counts, index, self._alive[0]
             )
+
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            return runner.run(run())
 
     def _start(self, child: _Child) -> None:
         sys.stdout.flush()
@@ -274,15 +278,30 @@ class Supervisor:
         if signal.SIGHUP in numbers and self._decider.pid:
             os.kill(self._decider.pid, signal.SIGHUP)
 
+    def _kill_who_hangs(self) -> None:
+        """Kill the children whose event loops have stopped: others come, as for any that ends."""
+        now_s = time.monotonic()
+        if now_s - self._looked_s > 2.0 * self._look_s:  # this process has stood still itself
+            self._looks_since_s = now_s
+        self._looked_s = now_s
+        for index, child in enumerate((self._decider, *self._workers)):
+            silent_s = self._beats.silent_s(index, self._looks_since_s, now_s)
+            if child.pid and silent_s > self._config.listen.hang_s:
+                what = "%s (%d) has not moved for %.1f s: it is killed"
+                _log.error(what, child.name, child.pid, silent_s)
+                self._beats.forget(index)
+                os.kill(child.pid, signal.SIGKILL)
+
     def _reap(self, *, stopping: bool = False) -> None:
         """Note which children have ended."""
-        for child in (self._decider, *self._workers):
+        for index, child in enumerate((self._decider, *self._workers)):
             if not child.pid:
                 continue
             pid, status = os.waitpid(child.pid, os.WNOHANG)
             if not pid:
                 continue
             child.ended()
+            self._beats.forget(index)
             if child is not self._decider:
                 self._counts[self._workers.index(child)] = NOBODY
             if not stopping:
