@@ -175,7 +175,9 @@ def test_prefill_apart_from_decode_becomes_a_rule_and_a_placement(tmp_path, more
     assert isinstance(found, Placed)
     assert found.name == expected
     with pytest.raises(ConfigError, match="says who prefills and who decodes"):
-        load_policy(str(path), RuntimeConfig())
+        resolve_policy(str(path))  # where one decision is taken
+    live = load_policy(str(path), RuntimeConfig())
+    assert (live.places, live.version) == (True, expected)
 
 
 @pytest.mark.parametrize(

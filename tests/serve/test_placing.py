@@ -236,30 +236,6 @@ def test_rules_of_both_decisions_are_live(text):
     assert place_one(make_dispatcher("least-outstanding")) == "d1"
 
 
-def test_a_scheduling_file_of_llm_d_with_both_profiles_is_live(tmp_path):
-    path = tmp_path / "epp.yaml"
-    path.write_text(
-        "apiVersion: inference.networking.x-k8s.io/v1alpha1\n"
-        "kind: EndpointPickerConfig\n"
-        "plugins:\n"
-        "- {type: queue-scorer}\n"
-        "- {type: max-score-picker}\n"
-        "- {type: prefill-filter}\n"
-        "- {type: decode-filter}\n"
-        "- {type: always-disagg-pd-decider}\n"
-        "- type: pd-profile-handler\n"
-        "  parameters: {deciderPluginName: always-disagg-pd-decider}\n"
-        "schedulingProfiles:\n"
-        "- name: prefill\n"
-        "  plugins: [{pluginRef: prefill-filter}, {pluginRef: queue-scorer, weight: 1}]\n"
-        "- name: decode\n"
-        "  plugins: [{pluginRef: decode-filter}, {pluginRef: queue-scorer, weight: 1}]\n"
-    )
-    loaded = load_policy(str(path), RuntimeConfig())
-    assert loaded.places
-    assert loaded.version.startswith("llm-d-pd")
-
-
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [

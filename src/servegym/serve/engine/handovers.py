@@ -1,7 +1,7 @@
 """Who keeps which KV for whom: `kv_transfer_params` of the replicas of one process.
 
 The fields are those that vLLM's NIXL connector answers with (vllm-project/vllm,
-vllm/distributed/kv_transfer/kv_connector/v1/nixl_connector.py, `request_finished`).
+vllm/distributed/kv_transfer/kv_connector/v1, `request_finished` of the connector's scheduler).
 """
 
 from __future__ import annotations
