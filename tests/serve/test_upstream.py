@@ -129,6 +129,23 @@ def test_an_answer_is_whole_however_it_is_framed_and_cut(script, cut):
     run(test)
 
 
+def test_a_chunk_whose_size_comes_in_two_pieces_is_not_taken_for_a_smaller_one():
+    rest = b": ".ljust(252, b"c") + b"\n\n"
+    large = TOKEN + b"\r\n" + rest  # 0x100 more than the event, which alone would end so, too
+    size = b"%x" % len(large)
+    assert size == b"1%x" % len(TOKEN)
+    pieces = [chunks(TOKEN), size[:1], size[1:] + b"\r\n" + TOKEN + b"\r\n", rest + b"\r\n"]
+
+    async def test() -> None:
+        engine = Script(whole(chunks(TOKEN), *pieces, chunks(END)), gap_s=0.02)
+        async with engine.router() as it:
+            status, body, _ = await it.post(STREAM)
+            assert (status, body) == (200, TOKEN + TOKEN + large + END)
+            assert it.router.telemetry.latencies.total(lambda times: times.itl).count == 3
+
+    run(test)
+
+
 def test_random_scripts_pass_byte_by_byte():
     rng = random.Random(0)
 

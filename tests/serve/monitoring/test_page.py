@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from servegym import __version__
 from servegym.serve.monitoring.loop_lag import LAG_S, LoopLag
-from servegym.serve.monitoring.prometheus import Exposition, Histogram
+from servegym.serve.monitoring.prometheus import Exposition, Histogram, observe_all
 from servegym.serve.router.latencies import Latencies
 
 from ..running import run, running, until  # noqa: TID252 - tests are no package
@@ -222,6 +222,17 @@ def test_histograms_add_up_to_that_of_all_values():
     a.add(b)
     assert a.cumulative() == both.cumulative() == [("1", 2), ("2", 3), ("+Inf", 4)]
     assert a.total == both.total == 6.0
+
+
+def test_value_of_several_histograms_is_counted_in_each_as_if_alone():
+    a, b, alone = Histogram((1.0, 2.0)), Histogram((1.0, 2.0)), Histogram((1.0, 2.0))
+    b.observe(3.0)
+    for value, count in ((1.0, 1), (1.5, 2)):
+        observe_all((a, b), value, count)
+        alone.observe(value, count)
+    assert a.cumulative() == alone.cumulative() == [("1", 1), ("2", 3), ("+Inf", 3)]
+    assert b.cumulative() == [("1", 1), ("2", 3), ("+Inf", 4)]
+    assert (a.total, b.total) == (alone.total, 7.0) == (4.0, 7.0)
 
 
 def test_a_replica_that_is_gone_has_no_series_but_what_it_did_still_counts():

@@ -142,7 +142,8 @@ class Relay:
         if body and (count := self._reader.feed(body)):
             self._tokens(count)
             self._exchange.patience.due_s = min(self._token_s + self._stall_s, self._whole_by_s)
-        self._request.write(self._framed(framed, body))
+        if framed:
+            self._request.write(self._framed(framed, body))
         if self._reader.done:
             self._note_answered()
         self._shape = self._known_shape()

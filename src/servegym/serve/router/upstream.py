@@ -91,7 +91,10 @@ class Receiver(Protocol):
         """
 
     def piece(self, framed: bytes, body: bytes) -> None:
-        """More has come: as it is framed, and the body in that."""
+        """More has come: as it is framed, and the body in that.
+
+        Both are empty where it is a part of a chunk's first line, or what follows the last chunk.
+        """
 
     def ended(self) -> None:
         """All of it has come."""
@@ -214,8 +217,7 @@ class Exchange:
         """
         framed, body, rest = self.framing.feed(data)
         if self.receiver is not None:
-            if framed:
-                self.receiver.piece(framed, body)
+            self.receiver.piece(framed, body)
             if self.framing.ended:
                 self.ended = True
                 if self.receiver is not None:
