@@ -199,7 +199,7 @@ class Case:
         every_s: `begin` is repeated after so long; 0 is once.
         may_lose: Whether streams that had begun on the victim may be lost.
         settings: Of the router.
-        excused: Whether another request may be lost, by when the fault began, seconds.
+        excused: Whether another request may be lost, by when the fault was there, seconds.
     """
 
     begin: Callable[[Stage], Awaitable[None]]
@@ -207,7 +207,7 @@ class Case:
     every_s: float = 0.0
     may_lose: bool = False
     settings: dict[str, Any] | None = None
-    excused: Callable[[Result, float], bool] = lambda result, fault_s: False
+    excused: Callable[[Result, float], bool] = lambda result, broken_s: False
 
 
 async def _nothing(_: Stage) -> None:
@@ -303,7 +303,7 @@ CASES = {
         _stop_worker,
         _count_replaced,
         settings={"workers": 2},
-        excused=lambda result, fault_s: result.sent_s < fault_s,
+        excused=lambda result, broken_s: result.sent_s < broken_s,
     ),
     "the deciding process hangs (SIGSTOP)": Case(
         _stop_decider,
@@ -411,6 +411,7 @@ class RouterFaults:
             stage.repeat(lambda: case.begin(stage), case.every_s)
         else:
             await case.begin(stage)
+        broken_s = time.monotonic()  # finding out whom to stop takes a while
         await asyncio.sleep(self.fault_s)
         await stage.stop_repeating()
         await case.end(stage)
@@ -424,7 +425,7 @@ class RouterFaults:
         results = tally.results
         lost = [r for r in results if r.outcome != "ok"]
         of_victim = [r for r in lost if case.may_lose and r.begun and r.replica == _VICTIM]
-        excused = [r for r in lost if r not in of_victim and case.excused(r, fault_s)]
+        excused = [r for r in lost if r not in of_victim and case.excused(r, broken_s)]
         wrongly = [r for r in lost if r not in of_victim and r not in excused]
         page = await asyncio.to_thread(stage.router.metrics)
         states = [
