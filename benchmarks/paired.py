@@ -51,6 +51,12 @@ SIMULATOR = {
     "simulator-mixed-chat": ("mixed-chat", 0, 2_048),
 }
 
+#: Scenario, and episodes of 2,048 requests that a slice draws and loads.
+EPISODES = {
+    "episodes-mixed-chat": ("mixed-chat", 16),
+    "episodes-hetero-prefix": ("hetero-prefix", 16),
+}
+
 #: Tokens of the last prompt of a conversation of four turns, and conversations of a slice.
 DISPATCHER = {
     "dispatcher-log-1k": (1_000, 100),
@@ -133,6 +139,27 @@ def simulator(name: str) -> Callable[[], None]:
     return work
 
 
+def episodes(name: str) -> Callable[[], None]:
+    """Make a slice of what episodes take before they are played."""
+    from servegym.cluster.simulator import Simulator
+    from servegym.scenario import load_scenario
+
+    scenario_name, count = EPISODES[name]
+    scenario = load_scenario(scenario_name)
+    seeds = itertools.count()
+
+    def draw() -> Any:
+        return scenario.episode(next(seeds), load=0.8, num_requests=2048)
+
+    made = Simulator(scenario.spec, [draw()])
+
+    def work() -> None:
+        for _ in range(count):
+            made.load(0, draw())
+
+    return work
+
+
 def dispatcher(name: str) -> Callable[[], None]:
     """Make a slice of a router's work without its network: requests from arrival to log."""
     from servegym.serve.decision_log import DecisionLogConfig
@@ -190,6 +217,7 @@ def serve(name: str) -> None:
     makers = (
         (ENVIRONMENTS, environment),
         (SIMULATOR, simulator),
+        (EPISODES, episodes),
         (DISPATCHER, dispatcher),
         (TRAINER, trainer),
     )
@@ -254,7 +282,7 @@ def compare(name: str, sources: tuple[Path, Path], starts: int, pairs: int) -> d
 
 def main() -> None:
     """Compare all, or some, and print a table."""
-    names = [*ENVIRONMENTS, *SIMULATOR, *DISPATCHER, *TRAINER]
+    names = [*ENVIRONMENTS, *SIMULATOR, *EPISODES, *DISPATCHER, *TRAINER]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("before", nargs="?", type=Path, help="the other checkout")
     parser.add_argument("--only", nargs="+", choices=names, default=names)
