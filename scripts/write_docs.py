@@ -168,7 +168,9 @@ what a prompt takes of it beyond its cached prefix, as others' prefixes go for t
 prices, in seconds of added delay, a TTFT over a share `ttft` of its limit (`late`), a TPOT over a
 share `tpot` (`slow`), and each request there that it pushes over that share (`pushed`); where the
 scenario allows it, a request is rejected that costs more than `most` everywhere.
-`added-delay-reject` does so if the least TTFT or TPOT is over a share of its limit.
+`added-delay-reject` does so if the least TTFT or TPOT is over a share of its limit. Where it allows
+that (`actions: {{hold: true}}`), `added-delay-held` holds a request, `most` seconds at most, while
+more than `wait` seconds of prefill wait where it would go.
 
 `linucb` and `llm-d-predicted` [learn while they serve](#rules-that-learn-while-they-serve).
 

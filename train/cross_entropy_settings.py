@@ -55,7 +55,10 @@ class CrossEntropyTraining:
         rule, searched = policy(self.base), SEARCHED[base_of(self.base)]
         if not all(rule.params[i] > 0 for i in searched):
             names = ", ".join(rule.param_names[i] for i in searched)
-            raise ConfigError(f"{names} of base must be above 0, got {self.base!r}")
+            raise ConfigError(
+                f"{names} of base must be above 0, got {self.base!r}: their logarithms are "
+                "searched, so give a small number in place of nothing"
+            )
         if not self.eta > 0:
             raise ConfigError(f"eta must be above 0, got {self.eta:g}")
         check_load(self.load)
