@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import faulthandler
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
@@ -137,7 +138,7 @@ def run(test: Callable[[], Awaitable[None]], *, plain: bool = False, limit_s: fl
             await test()
 
     # a loop that cannot be closed after a failure would hold up everything: who is where, and out
-    faulthandler.dump_traceback_later(limit_s + 60.0, exit=True)
+    faulthandler.dump_traceback_later(limit_s + 60.0, exit=True, file=sys.__stderr__)
     try:
         with asyncio.Runner(loop_factory=None if plain else uvloop.new_event_loop) as runner:
             runner.run(limited())
