@@ -108,8 +108,9 @@ def main() -> None:
         study_name=name,
         direction="maximize",
         load_if_exists=True,
-        sampler=optuna.samplers.TPESampler(n_startup_trials=NUM_STARTS, seed=0),
     )
+    # what goes on must not draw again what was drawn before
+    study.sampler = optuna.samplers.TPESampler(n_startup_trials=NUM_STARTS, seed=len(study.trials))
     if "stock" not in study.user_attrs:
         study.set_user_attr("stock", float(returns(STOCK, 0, VALIDATION, given).mean()))
     print(f"defaults: mean return {study.user_attrs['stock']:.1f}", flush=True)
