@@ -77,7 +77,7 @@ def split(address: str) -> tuple[str, int]:
     except ValueError:
         host = port = None
     if not host or not port or parts.path or parts.query or parts.username:
-        raise ValueError(f"a peer's address must be like 10.0.0.2:8082, got {address!r}")
+        raise ValueError("the address of a peer must be like 10.0.0.2:8082")
     return host, port
 
 
