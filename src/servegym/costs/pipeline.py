@@ -11,8 +11,8 @@ from servegym.costs.step import StepCost
 from servegym.errors import ConfigError
 
 _ACTIVATION_BYTES = 2.0
-#: Tensors of `tokens x hidden` that go from stage to stage: hidden states and their residual, as
-#: vLLM's implementations of the models here keep them apart.
+#: Tensors of `tokens x hidden` that go from stage to stage: hidden states and their residual, which
+#: vLLM's models of the Llama kind keep apart. Those that add them at once (GPT-J, OPT) send one.
 _TENSORS = 2
 
 
