@@ -9,7 +9,8 @@ from typing import Literal
 from servegym.assets.specs import gpu, model
 from servegym.calibrate.calibration import cost_from, read_calibration
 from servegym.commands.console import make_console
-from servegym.costs.explain import costs_table, evidence_table
+from servegym.costs.explain import costs_table, evidence_table, stages_table
+from servegym.costs.pipeline import NetworkLink, PipelineCost
 from servegym.costs.source import Routing, Scales
 from servegym.costs.step import StepCost
 from servegym.costs.tables import source_of
@@ -27,6 +28,12 @@ class Costs:
     """Model served."""
     tp: int = 1
     """Tensor-parallel degree."""
+    pp: int = 1
+    """Pipeline-parallel degree: stages of `tp` GPUs each."""
+    pp_link_gb_per_s: float | None = None
+    """Of each GPU to its next stage on another node; without it all stages are on one node."""
+    pp_link_latency_s: float = 0.0
+    """Of such a link."""
     source: Literal["fits", "tables"] = "fits"
     """Fits of assets, or measured tables of the package aiconfigurator-core if installed."""
     engine: EngineName = "vllm"
@@ -52,7 +59,13 @@ class Costs:
         """Print what steps cost, and what stands behind it."""
         if self.context < 1:
             raise ConfigError(f"context must be at least 1 token, got {self.context}")
+        if self.pp_link_latency_s and self.pp_link_gb_per_s is None:
+            raise ConfigError("pp_link_latency_s is of a link: give pp_link_gb_per_s, too")
+        if self.pp == 1 and self.pp_link_gb_per_s is not None:
+            raise ConfigError("pp_link_gb_per_s is of the link between stages: give pp, too")
         if self.calibration:
+            if self.pp != 1:
+                raise ConfigError("a calibration is of whole steps on one stage: leave pp at 1")
             self._show_calibration(self.calibration)
             return
         spec = gpu(self.gpu)
@@ -70,13 +83,31 @@ class Costs:
             scales=self.scales,
             expert_groups=self.expert_groups,
         )
-        title = f"{self.model} on {self.tp} x {self.gpu} ({source.name}, {cost.status})"
         console = make_console()
         if note:
             console.print(note)
+        if self.pp != 1:
+            self._show_stages(cost, source.name)
+            return
+        title = f"{self.model} on {self.tp} x {self.gpu} ({source.name}, {cost.status})"
         console.print(costs_table(title, cost, context=self.context))
         console.print(evidence_table(cost))
         console.print(f"KV cache: {cost.kv_capacity_tokens():,} tokens at 90 % of memory")
+
+    def _show_stages(self, cost: StepCost, source: str) -> None:
+        rate = self.pp_link_gb_per_s
+        link = None if rate is None else NetworkLink(1e9 * rate, self.pp_link_latency_s)
+        pipeline = PipelineCost(cost, self.pp, link)
+        title = f"{self.model} on {self.pp} x {self.tp} x {self.gpu} ({source}, {pipeline.status})"
+        kv_tokens = pipeline.kv_capacity_tokens()
+        console = make_console()
+        console.print(stages_table(title, pipeline, context=self.context))
+        console.print(evidence_table(pipeline))
+        layers = " + ".join(str(one.model.layers) for one in pipeline.stages)
+        console.print(
+            f"KV cache: {kv_tokens:,} tokens at 90 % of memory, "
+            f"by the smallest of stages with {layers} layers"
+        )
 
     def _show_calibration(self, path: Path) -> None:
         cost, made = cost_from(path), read_calibration(path)

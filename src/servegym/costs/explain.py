@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
+from servegym.costs.pipeline import PipelineCost
 from servegym.costs.step import StepCost
 
 
@@ -15,19 +16,8 @@ def costs_table(title: str, cost: StepCost, *, context: int = 1024) -> Table:
         cost: Its step cost.
         context: KV tokens of each decoding sequence.
     """
-    cases = [
-        (f"decode {b}", {"tokens": b, "batch": b, "kv_tokens": b * context})
-        for b in (1, 8, 32, 128)
-    ]
-    cases += [(f"prefill {c}", {"tokens": c, "chunk": c}) for c in (256, 2048)]
-    cases.append(
-        (
-            "prefill 1984 + decode 64",
-            {"tokens": 2048, "chunk": 1984, "batch": 64, "kv_tokens": 64 * context},
-        )
-    )
     table = Table(title=f"{title} — ms per step, {context} tokens of context a sequence")
-    rows = [(name, cost.terms(**case)) for name, case in cases]
+    rows = [(name, cost.terms(**case)) for name, case in _cases(context)]
     table.add_column("step")
     for term in rows[0][1]:
         table.add_column(term, justify="right")
@@ -45,11 +35,47 @@ def costs_table(title: str, cost: StepCost, *, context: int = 1024) -> Table:
     return table
 
 
-def evidence_table(cost: StepCost) -> Table:
+def stages_table(title: str, pipeline: PipelineCost, *, context: int = 1024) -> Table:
+    """Tabulate the stages' work in steps of several sizes, and rounds of such steps.
+
+    Args:
+        title: Names the replica.
+        pipeline: Its stages.
+        context: KV tokens of each decoding sequence.
+    """
+    table = Table(title=f"{title} — ms per batch, {context} tokens of context a sequence")
+    table.add_column("batch")
+    for number in range(1, pipeline.pp + 1):
+        table.add_column(f"stage {number}", justify="right")
+    for heading in ("transfer", "one batch, all stages", f"round of {pipeline.pp} batches"):
+        table.add_column(heading, justify="right")
+    for name, case in _cases(context):
+        seconds = (
+            *pipeline.stage_s(**case),
+            pipeline.handover_s(case["tokens"]),
+            pipeline.latency_s(**case),
+            pipeline.round_s(pipeline.pp, **case),
+        )
+        table.add_row(name, *(f"{1e3 * s:.2f}" for s in seconds))
+    return table
+
+
+def _cases(context: int) -> list[tuple[str, dict[str, int]]]:
+    """Steps of several sizes, as arguments of `StepCost.terms`."""
+    cases = [
+        (f"decode {b}", {"tokens": b, "batch": b, "kv_tokens": b * context})
+        for b in (1, 8, 32, 128)
+    ]
+    cases += [(f"prefill {c}", {"tokens": c, "chunk": c}) for c in (256, 2048)]
+    mixed = {"tokens": 2048, "chunk": 1984, "batch": 64, "kv_tokens": 64 * context}
+    return [*cases, ("prefill 1984 + decode 64", mixed)]
+
+
+def evidence_table(cost: StepCost | PipelineCost) -> Table:
     """Tabulate what stands behind every operator.
 
     Args:
-        cost: A replica's step cost.
+        cost: A replica's step cost, or its stages.
     """
     table = Table(title=f"{cost.status}: what stands behind these times")
     for heading in ("operator", "kind", "error %", "source or reason"):
