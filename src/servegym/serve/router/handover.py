@@ -171,6 +171,9 @@ class _Whole:
         self._exchange = exchange
         self._kept = bytearray()
 
+    def repeats(self, data: bytes) -> bool:
+        return False
+
     def piece(self, framed: bytes, body: bytes) -> None:
         self._kept += body
         if len(self._kept) > _MAX_ANSWER_BYTES:
