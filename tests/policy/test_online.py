@@ -196,7 +196,7 @@ def test_a_live_dispatcher_decides_as_the_simulator_does(name, monkeypatch):
                 dispatcher.predictor, "predict", lambda *_, i=i: table.predicted_output_tokens[i]
             )
             hits = seen[ReplicaFeature["PREFIX_HIT_TOKENS"]]
-            monkeypatch.setattr(dispatcher, "_hits", lambda job, hits=hits: hits)
+            monkeypatch.setattr(dispatcher, "hits", lambda job, hits=hits: hits)
             for r in range(facts.shape[1]):
                 rows = ("NUM_RUNNING", "NUM_WAITING", "KV_CACHE_USAGE", "GENERATED_TOKENS")
                 metrics = EngineMetrics(*(float(seen[ReplicaFeature[row], r]) for row in rows))
