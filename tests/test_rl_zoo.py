@@ -19,9 +19,7 @@ OF_THE_ZOO = {"n_envs", "n_timesteps"}
 
 
 def read(name: str) -> dict[str, dict]:
-    found = yaml.safe_load((FILES / f"{name}.yml").read_text())
-    assert found
-    return found
+    return yaml.safe_load((FILES / f"{name}.yml").read_text())
 
 
 def test_every_file_is_of_a_known_algorithm():
@@ -31,7 +29,9 @@ def test_every_file_is_of_a_known_algorithm():
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_numbers_are_numbers(name):
     # YAML 1.1 takes 1e-3 for a text
-    for env_id, given in read(name).items():
+    found = read(name)
+    assert found
+    for env_id, given in found.items():
         texts = {key for key, value in given.items() if isinstance(value, str)}
         assert texts == {"policy"}, env_id
         assert given["n_timesteps"] >= 1e5
@@ -41,7 +41,9 @@ def test_numbers_are_numbers(name):
 def test_hyperparameters_make_a_model(name):
     from servegym.envs.sb3 import make_vec
 
-    for env_id, given in read(name).items():
+    found = read(name)
+    assert found
+    for env_id, given in found.items():
         assert env_id in gymnasium.registry
         own = {"num_requests": 32} if "Dispatch" in env_id else {}
         envs = make_vec(env_id, given["n_envs"], **own)

@@ -7,6 +7,7 @@ import contextlib
 import faulthandler
 import sys
 import tempfile
+import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
@@ -141,7 +142,13 @@ def run(test: Callable[[], Awaitable[None]], *, plain: bool = False, limit_s: fl
     faulthandler.dump_traceback_later(limit_s + 60.0, exit=True, file=sys.__stderr__)
     try:
         with asyncio.Runner(loop_factory=None if plain else uvloop.new_event_loop) as runner:
-            runner.run(limited())
+            try:
+                runner.run(limited())
+            except BaseException:
+                # what a failed test leaves open uvloop warns of while it closes; a warning that is
+                # an error keeps it from closing that, and it waits for it for ever
+                warnings.simplefilter("ignore", ResourceWarning)
+                raise
     finally:
         faulthandler.cancel_dump_traceback_later()
 
