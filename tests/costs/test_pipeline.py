@@ -6,6 +6,7 @@ import pytest
 
 from servegym.assets.specs import gpu, model
 from servegym.commands.costs import Costs
+from servegym.costs.explain import stages_table
 from servegym.costs.pipeline import NetworkLink, PipelineCost, stage_layers
 from servegym.costs.step import StepCost
 from servegym.errors import ConfigError
@@ -109,6 +110,15 @@ def test_rounds_of_unequal_batches_are_off_by_their_difference():
     exact_s = round_by_events(split, unequal)
     # the larger batch goes through both stages while the smaller one waits for either
     assert exact_s / split.round_s(2, **DECODES) == pytest.approx(1.06, abs=0.01)
+
+
+def test_stages_that_are_alike_share_a_column_of_the_table():
+    heads = [str(column.header) for column in stages_table("8", pipeline(8)).columns]
+    assert heads[1:-3] == ["stages 1 to 7", "stage 8"]  # with the output head
+    assert [str(column.header) for column in stages_table("2", pipeline(2)).columns][1:3] == [
+        "stage 1",
+        "stage 2",
+    ]
 
 
 def test_the_smallest_stage_decides_how_much_kv_fits():

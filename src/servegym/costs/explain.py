@@ -38,6 +38,8 @@ def costs_table(title: str, cost: StepCost, *, context: int = 1024) -> Table:
 def stages_table(title: str, pipeline: PipelineCost, *, context: int = 1024) -> Table:
     """Tabulate the stages' work in steps of several sizes, and rounds of such steps.
 
+    Neighbours that take the same times share a column.
+
     Args:
         title: Names the replica.
         pipeline: Its stages.
@@ -45,13 +47,17 @@ def stages_table(title: str, pipeline: PipelineCost, *, context: int = 1024) -> 
     """
     table = Table(title=f"{title} — ms per batch, {context} tokens of context a sequence")
     table.add_column("batch")
-    for number in range(1, pipeline.pp + 1):
-        table.add_column(f"stage {number}", justify="right")
+    cases = _cases(context)
+    times = list(zip(*(pipeline.stage_s(**case) for _, case in cases), strict=True))
+    begins = [i for i, one in enumerate(times) if i == 0 or one != times[i - 1]]
+    for begin, stop in zip(begins, [*begins[1:], len(times)], strict=True):
+        name = f"stage {stop}" if stop - begin == 1 else f"stages {begin + 1} to {stop}"
+        table.add_column(name, justify="right")
     for heading in ("transfer", "one batch, all stages", f"round of {pipeline.pp} batches"):
         table.add_column(heading, justify="right")
-    for name, case in _cases(context):
+    for row, (name, case) in enumerate(cases):
         seconds = (
-            *pipeline.stage_s(**case),
+            *(times[begin][row] for begin in begins),
             pipeline.handover_s(case["tokens"]),
             pipeline.latency_s(**case),
             pipeline.round_s(pipeline.pp, **case),
