@@ -95,7 +95,7 @@ def test_a_name_is_looked_up_again_and_a_failure_changes_nothing(caplog):
         ]
         assert caplog.text.count("Name or service not known; its replicas stay") == 1
 
-    run(test, plain=True)
+    run(test, loop=asyncio.new_event_loop)
 
 
 async def serving(discover: dict) -> Running:

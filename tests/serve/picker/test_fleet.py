@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 
 import aiohttp
@@ -81,7 +82,7 @@ def test_one_that_joins_is_chosen_and_one_that_leaves_only_ends_what_it_has():
             _, page = await operate(gateway, "GET", "/state")
             assert [replica["name"] for replica in page["replicas"]] == ["new"]
 
-    run(test, plain=True)
+    run(test, loop=asyncio.new_event_loop)
 
 
 def test_one_that_leaves_stays_until_its_unseen_requests_have_ended():
@@ -102,7 +103,7 @@ def test_one_that_leaves_stays_until_its_unseen_requests_have_ended():
             assert gateway.picker.ends.num_counted == 1
             assert gateway.picker.dispatcher.names == ["", "r1"]
 
-    run(test, plain=True)
+    run(test, loop=asyncio.new_event_loop)
 
 
 def test_a_request_for_an_endpoint_that_is_not_there_yet_waits_for_it():
@@ -140,7 +141,7 @@ def test_a_request_for_an_endpoint_that_is_not_there_yet_waits_for_it():
             assert [gateway.state.outstanding(r) for r in (0, 1, slot)] == [0, 1, 2]
             assert gateway.picker.telemetry.upstream_failures == {("r0", "disconnected"): 1}
 
-    run(test, plain=True)
+    run(test, loop=asyncio.new_event_loop)
 
 
 def test_a_file_of_replicas_is_followed_and_one_that_gateways_cannot_name_changes_nothing(
@@ -171,7 +172,7 @@ def test_a_file_of_replicas_is_followed_and_one_that_gateways_cannot_name_change
                 assert "replica c must have an IP address" in said["error"]["message"]
                 assert "c" not in gateway.picker.fleet
 
-    run(test, plain=True)
+    run(test, loop=asyncio.new_event_loop)
 
 
 def test_pods_of_an_inference_pool_are_chosen_as_they_come_and_go(tmp_path):
@@ -210,7 +211,7 @@ def test_pods_of_an_inference_pool_are_chosen_as_they_come_and_go(tmp_path):
             finally:
                 await api.stop()
 
-    run(test, plain=True)
+    run(test, loop=asyncio.new_event_loop)
 
 
 @pytest.mark.parametrize(

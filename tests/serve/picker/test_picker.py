@@ -44,7 +44,7 @@ def play(test, **settings):
         async with picking(**settings) as gateway:
             await test(gateway)
 
-    run(with_picker, plain=True)
+    run(with_picker, loop=asyncio.new_event_loop)
 
 
 def test_a_stream_goes_out_and_its_tokens_come_back_into_the_books():
@@ -600,4 +600,4 @@ def test_a_certificate_that_is_none_is_one_clear_error(tmp_path, certificate, wo
         with pytest.raises(ConfigError, match=words):
             await picker.start()
 
-    run(start, plain=True)
+    run(start, loop=asyncio.new_event_loop)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from pydantic import ValidationError
 
@@ -30,7 +32,7 @@ def play(test, **settings):
         async with picking(roles=ROLES, **settings) as gateway:
             await test(gateway)
 
-    run(with_picker, plain=True)
+    run(with_picker, loop=asyncio.new_event_loop)
 
 
 async def placed(gateway, body: bytes, **headers):
