@@ -22,6 +22,7 @@ class Answer:
         first_token_s: When the first text came.
         end_s: When the stream ended.
         token_ids: If they were asked for.
+        cached_tokens: Of the prompt, that were not computed anew, if the server tells.
         error: What went wrong, if anything.
     """
 
@@ -31,6 +32,7 @@ class Answer:
     end_s: float = 0.0
     token_ids: list[int] = field(default_factory=list)
     output_tokens: int = 0
+    cached_tokens: int = 0
     error: str = ""
 
 
@@ -53,6 +55,8 @@ async def send(
                 event = json.loads(line[6:])
                 if event.get("usage"):
                     answer.output_tokens = event["usage"]["completion_tokens"]
+                    details = event["usage"].get("prompt_tokens_details") or {}
+                    answer.cached_tokens = details.get("cached_tokens") or 0
                 for choice in event["choices"]:
                     if not answer.first_token_s:
                         answer.first_token_s = time.monotonic() - start_s
@@ -65,13 +69,37 @@ async def send(
 
 
 async def play(
-    url: str, bodies: Sequence[dict[str, Any]], due_s: Sequence[float], timeout_s: float = 900.0
+    url: str,
+    bodies: Sequence[dict[str, Any]],
+    due_s: Sequence[float],
+    timeout_s: float = 900.0,
+    *,
+    after: Sequence[int] | None = None,
+    delay_s: Sequence[float] = (),
 ) -> list[Answer]:
-    """Send all requests, each at its time; return when all have ended."""
+    """Send all requests, each at its time; return when all have ended.
+
+    Args:
+        url: Of the server.
+        bodies: What is sent.
+        due_s: When; of one that waits for another this is not used.
+        timeout_s: Of a request.
+        after: An earlier request whose answer each one waits for, or -1.
+        delay_s: And for so long.
+    """
     timeout = aiohttp.ClientTimeout(total=timeout_s)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         start_s = time.monotonic() + 0.5
-        return await asyncio.gather(
-            *(send(session, url, b, start_s, due) for b, due in zip(bodies, due_s, strict=True))
-        )
+        sent: list[asyncio.Task[Answer]] = []
+
+        async def turn(i: int) -> Answer:
+            due = due_s[i]
+            if after is not None and after[i] >= 0:
+                before = await sent[after[i]]
+                due = (before.end_s or time.monotonic() - start_s) + delay_s[i]
+            return await send(session, url, bodies[i], start_s, due)
+
+        for i in range(len(bodies)):
+            sent.append(asyncio.create_task(turn(i)))
+        return await asyncio.gather(*sent)

@@ -45,6 +45,7 @@ class EngineSize:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
+    enable_prefix_caching: bool = False
 
 
 class Replica:
@@ -88,7 +89,8 @@ class Replica:
             *("--num-gpu-blocks-override", str(size.num_blocks + 1)),
             *("--max-num-seqs", str(size.max_num_seqs)),
             *("--max-num-batched-tokens", str(size.max_num_batched_tokens)),
-            *("--max-model-len", str(size.max_model_len), "--no-enable-prefix-caching"),
+            *("--max-model-len", str(size.max_model_len), "--enable-prompt-tokens-details"),
+            f"--{'' if size.enable_prefix_caching else 'no-'}enable-prefix-caching",
             *("--scheduling-policy", "priority"),
             "--async-scheduling" if overlapped else "--no-async-scheduling",
             "--scheduler-cls",
@@ -131,7 +133,7 @@ class Replica:
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
             try:
-                self._process.wait(30)
+                self._process.wait(120)
             except subprocess.TimeoutExpired:
                 os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait()

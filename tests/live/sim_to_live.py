@@ -1,12 +1,13 @@
 """Predict with the simulator what real vLLM servers behind the router then do.
 
-    python sim_to_live.py VLLM_PYTHON MODEL WORK [--minutes 4] [--requests 240] [--repeats 2]
+    python sim_to_live.py VLLM_PYTHON MODEL WORK [--chat] [--requests 240] [--repeats 2]
 
 Three servers on this machine: vLLM's own server, scheduler and KV cache manager, but steps that
 last what the cost grids of three GPUs say, `TIME_SCALE` times as long so that the processor is
 mostly idle. What the simulator knows of them comes from their step logs alone, through `servegym
 calibrate engine`. Then the same requests are played under several dispatch policies, in the
-simulator and live behind `servegym serve router`.
+simulator and live behind `servegym serve router`. With `--chat` these are turns of conversations,
+each sent when the one before is answered, and the servers cache prefixes.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import aiohttp
 import numpy as np
 import yaml
 from client import Answer, play
+from conversations import LOW, VOCABULARY, answered, prompts
 from replicas import EngineSize, Replica, free_port
 
 from servegym.assets.specs import gpu, model
@@ -49,55 +51,77 @@ SIZE = EngineSize(
 )
 MAX_OUTPUT_TOKENS = 200
 RULES = ("round-robin", "least-outstanding", "speed-family", "added-delay")
+CHAT_RULES = (
+    "round-robin",
+    "least-outstanding",
+    "prefix-load",
+    "added-delay-inferred",
+    "generalist",
+)
+#: Of stand-alone requests and of conversations: to keep the three servers busy, but no more.
+RATES_RPS = {False: 2.6, True: 2.8}
 FIRST_SEED = 2_000_000
 COMMAND = str(Path(sys.executable).with_name("servegym"))
 
 
-def scenario_text(calibrations: dict[str, Path], rate_rps: float) -> dict[str, Any]:
+def workload_text(rate_rps: float, chat: bool) -> dict[str, Any]:
+    """What is asked, in the form of a YAML file."""
+    text: dict[str, Any] = {
+        "kind": "generated",
+        "rate_rps": rate_rps,
+        "arrivals": {"kind": "gamma", "cv": 1.5},
+        "prompt": {"medians_tokens": [250.0], "sigmas": [0.9], "max_tokens": 1200},
+        "output": {"medians_tokens": [35.0], "sigmas": [0.9], "max_tokens": MAX_OUTPUT_TOKENS},
+    }
+    if chat:
+        text["prompt"] = {"medians_tokens": [80.0], "sigmas": [0.9], "max_tokens": 500}
+        text["sessions"] = {
+            "mean_turns": 4.0,
+            "think_s": 8.0,
+            "num_system_prompts": 4,
+            "system_prompt_tokens": 320,
+            "zipf": 1.0,
+            "max_context_tokens": SIZE.max_model_len - MAX_OUTPUT_TOKENS,
+        }
+    return text
+
+
+def scenario_text(calibrations: dict[str, Path], rate_rps: float, chat: bool) -> dict[str, Any]:
     """The scenario, in the form of a YAML file."""
     return {
-        "name": "sim-to-live",
+        "name": "sim-to-live-chat" if chat else "sim-to-live",
         "description": "Three paced vLLM servers; costs from their own step logs.",
         "model": MODEL,
         "engine": {
             "block_size": SIZE.block_size,
             "max_num_batched_tokens": SIZE.max_num_batched_tokens,
             "max_num_seqs": SIZE.max_num_seqs,
-            "prefix_caching": False,
+            "prefix_caching": chat,
         },
         "fleet": [
             {"gpu": name, "num_blocks": SIZE.num_blocks, "calibration": str(path)}
             for name, path in calibrations.items()
         ],
-        "workload": {
-            "kind": "generated",
-            "rate_rps": rate_rps,
-            "arrivals": {"kind": "gamma", "cv": 1.5},
-            "prompt": {"medians_tokens": [250.0], "sigmas": [0.9], "max_tokens": 1200},
-            "output": {"medians_tokens": [35.0], "sigmas": [0.9], "max_tokens": MAX_OUTPUT_TOKENS},
-        },
+        "workload": workload_text(rate_rps, chat),
         "slo_classes": [{"name": "default", "ttft_s": 5.0, "tpot_s": 1.0}],
         "disturbances": {"metrics_interval_s": 0.25, "predictor": {"kind": "mean"}},
         "num_requests": 512,
     }
 
 
-def body(prompt_tokens: int, output_tokens: int, seed: int) -> dict[str, Any]:
+def body(prompt: list[int], output_tokens: int) -> dict[str, Any]:
     """A request whose length no one can tell from it.
 
     The paced executor's tokens depend on their position alone, so the token at the wanted end
     stops the request; `max_tokens` is the same for all.
     """
-    low = 1024 // 3
-    last = low + (prompt_tokens + output_tokens - 1) % (1024 - low)
-    tokens = np.random.default_rng(seed).integers(low, 1024, prompt_tokens)
     return {
         "model": "tiny",
-        "prompt": tokens.tolist(),
+        "prompt": prompt,
         "max_tokens": MAX_OUTPUT_TOKENS,
         "temperature": 0.0,
         "ignore_eos": True,
-        "stop_token_ids": [last],
+        "stop_token_ids": [answered(len(prompt) + output_tokens - 1)],
         "return_token_ids": True,
     }
 
@@ -109,7 +133,7 @@ def calibration_load() -> tuple[list[dict[str, Any]], list[float]]:
     for batch in (1, 2, 3, 4, 5, 6, 7, 8, 12, 3, 8, 1, 2, 5, 16, 4, 8, 6, 2, 8):
         for _ in range(batch):
             prompt, output = int(rng.integers(16, 1200)), int(rng.integers(4, 60))
-            bodies.append(body(prompt, output, len(bodies)))
+            bodies.append(body(rng.integers(LOW, VOCABULARY, prompt).tolist(), output))
             due_s.append(now_s + float(rng.uniform(0, 2.0)))
         now_s += 8.0
     return bodies, due_s
@@ -142,7 +166,7 @@ def simulate(scenario: Scenario, episode: Episode, policy: str) -> dict[str, np.
     return {
         "ttft_s": outcomes["first_token_s"] - outcomes["arrival_s"],
         "e2e_s": outcomes["finish_s"] - outcomes["arrival_s"],
-        "replica": outcomes["replica"],
+        "cached_tokens": outcomes["cached_tokens"],
     }
 
 
@@ -170,6 +194,7 @@ def router_file(work: Path, fleet: dict[str, Replica], calibrations: dict[str, P
             "runtime": {"policy": policy},
             "slo_classes": [{"name": "default", "ttft_s": 5.0, "tpot_s": 1.0}],
             # few answers are known at first, and the simulator knows the mean from the start
+            "prefix": {"block_tokens": SIZE.block_size},
             "prediction": {"kind": "mean", "initial_tokens": mean_tokens, "weight": 0.001},
             "log": {"folder": str(work / "decisions")},
         },
@@ -235,6 +260,7 @@ def latencies(answers: list[Answer], episode: Episode) -> dict[str, np.ndarray]:
         "ttft_s": np.array([a.first_token_s for a in answers]) - due,
         "e2e_s": np.array([a.end_s for a in answers]) - due,
         "sent_late_s": np.array([a.sent_s for a in answers]) - due,
+        "cached_tokens": np.array([a.cached_tokens for a in answers]),
     }
 
 
@@ -253,10 +279,14 @@ async def main() -> None:
     parser.add_argument("--minutes", type=float, default=4.0, help="of training")
     parser.add_argument("--requests", type=int, default=240)
     parser.add_argument("--repeats", type=int, default=2, help="episodes per policy")
-    parser.add_argument("--rate", type=float, default=2.6, help="requests per second")
+    parser.add_argument("--rate", type=float, help=f"requests per second {RATES_RPS}")
+    parser.add_argument("--chat", action="store_true", help="conversations")
+    parser.add_argument("--learner", default="ppo", help="what trains `trained`")
     parser.add_argument("--overlapped", action="store_true", help="async scheduling")
-    parser.add_argument("--policies", nargs="*", default=[*RULES, "trained"])
+    parser.add_argument("--policies", nargs="*", help="rules, policies, `trained`")
     args = parser.parse_args()
+    args.rate = args.rate or RATES_RPS[args.chat]
+    args.policies = args.policies or [*(CHAT_RULES if args.chat else RULES), "trained"]
     work: Path = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     fleet = {}
@@ -267,7 +297,8 @@ async def main() -> None:
         plugin = {"policy": "fcfs", "step_log": str(work / f"{name}.steps.csv"),
                   "stats_file": str(work / f"{name}.stats.json")}  # fmt: skip
         fleet[name] = Replica(
-            args.vllm_python, args.model.resolve(), work, name, SIZE,
+            args.vllm_python, args.model.resolve(), work, name,
+            replace(SIZE, enable_prefix_caching=args.chat),
             plugin=plugin, grid=grid, time_scale=TIME_SCALE, overlapped=args.overlapped,
         )  # fmt: skip
     try:
@@ -294,16 +325,18 @@ async def measure(
     if not all(path.exists() for path in calibrations.values()):
         calibrations = await calibrate(fleet, work)
     scenario_path = work / "scenario.yaml"
-    scenario_path.write_text(yaml.safe_dump(scenario_text(calibrations, args.rate)))
+    scenario_path.write_text(yaml.safe_dump(scenario_text(calibrations, args.rate, args.chat)))
     scenario = load_scenario(str(scenario_path))
-    trained = work / "trained" / "policy" / "policy.onnx"
+    trained = work / "trained" / "policy"
     if "trained" in args.policies and not trained.exists():
         servegym("train", "--scenario", str(scenario_path), "--out", str(work / "trained"),
-                 "--minutes", str(args.minutes), "--load", "0.8", "1.1",
+                 "--minutes", str(args.minutes), "--load", "0.8", "1.1", "--learner", args.learner,
                  log=work / "train.log")  # fmt: skip
     mean_tokens = float(scenario.episode(0).table.output_tokens.mean())
     result: dict[str, Any] = {
-        "scenario": scenario_text({n: Path(p.name) for n, p in calibrations.items()}, args.rate),
+        "scenario": scenario_text(
+            {n: Path(p.name) for n, p in calibrations.items()}, args.rate, args.chat
+        ),
         "time_scale": TIME_SCALE,
         "overlapped": args.overlapped,
         "calibrations": {n: json.loads(p.read_text())["content"] for n, p in calibrations.items()},
@@ -316,19 +349,27 @@ async def measure(
             episode.table, predicted_output_tokens=np.full(args.requests, max(mean_tokens, 1.0))
         )
         episode = replace(episode, table=table)
-        bodies = [
-            body(int(p), int(o), i)
-            for i, (p, o) in enumerate(zip(table.prompt_tokens, table.output_tokens, strict=True))
-        ]
         for policy in args.policies:
-            text = str(trained) if policy == "trained" else policy
+            text = policy
+            if policy == "trained":
+                (text,) = (str(p) for p in trained.iterdir() if p.suffix in (".onnx", ".npz"))
             predicted = simulate(scenario, episode, text)
+            # other words each time: the servers remember those of the policy before
+            bodies = [
+                body(words, int(output))
+                for words, output in zip(
+                    prompts(table, len(result["runs"])), table.output_tokens, strict=True
+                )
+            ]
             port = free_port()
             config = router_file(work, fleet, calibrations, text, mean_tokens, port)
             router = Router(config, port, work / f"router-{policy}-{repeat}.log")
             try:
                 await router.ready()
-                answers = await play(router.url, bodies, table.arrival_s.tolist())
+                answers = await play(
+                    router.url, bodies, table.arrival_s.tolist(),
+                    after=table.after.tolist(), delay_s=table.delay_s.tolist(),
+                )  # fmt: skip
                 (work / f"router-{policy}-{repeat}.metrics").write_text(await router.decisions())
             finally:
                 router.stop()
@@ -340,9 +381,15 @@ async def measure(
                 "sent_late_s": summary(seen["sent_late_s"]),
                 "simulated": {k: summary(predicted[k]) for k in ("ttft_s", "e2e_s")},
                 "live": {k: summary(seen[k]) for k in ("ttft_s", "e2e_s")},
+                "cached_share": [
+                    float(side["cached_tokens"].sum() / table.prompt_tokens.sum())
+                    for side in (predicted, seen)
+                ],
                 "each": {
                     "simulated_e2e_s": predicted["e2e_s"].round(4).tolist(),
                     "live_e2e_s": seen["e2e_s"].round(4).tolist(),
+                    "simulated_cached_tokens": predicted["cached_tokens"].tolist(),
+                    "live_cached_tokens": seen["cached_tokens"].tolist(),
                 },
             }
             result["runs"].append(row)
@@ -364,7 +411,8 @@ def print_row(row: dict[str, Any]) -> None:
         for which in ("mean", "p50", "p99"):
             simulated, live = row["simulated"][kind][which], row["live"][kind][which]
             cells.append(f"{simulated:6.2f} {live:6.2f} ({100 * (simulated / live - 1):+5.1f} %)")
-    print(" | ".join(cells), f"| load {row['load_average']:.1f}", flush=True)
+    cached = "cached {:.1%} {:.1%}".format(*row["cached_share"])
+    print(" | ".join(cells), f"| {cached} | load {row['load_average']:.1f}", flush=True)
 
 
 def print_table(result: dict[str, Any]) -> None:
