@@ -1,14 +1,16 @@
 """The Helm chart: its values, and what it renders them to.
 
 `rendered.yaml` is what Helm gives for `ci/values.yaml`. What it says is looked at here; where Helm
-is installed, it is compared with what the chart gives now.
+is installed (by the extra `dev` on Linux), it is compared with what the chart gives now.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,18 +23,26 @@ CHART = Path(__file__).parents[2] / "deploy" / "chart"
 DEFAULTS = yaml.safe_load((CHART / "values.yaml").read_text())
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 GIVEN = yaml.safe_load((CHART / "ci" / "values.yaml").read_text())
-RENDERED = {
-    found["kind"]: found
-    for found in yaml.safe_load_all((Path(__file__).parent / "rendered.yaml").read_text())
-}
+
+
+def by_kind(documents):
+    """Documents by their kinds, and the service by which routers find each other by `Peers`."""
+    found = list(documents)
+    kinds = ["Peers" if d["metadata"]["name"].endswith("-peers") else d["kind"] for d in found]
+    assert len(set(kinds)) == len(found)
+    return dict(zip(kinds, found, strict=True))
+
+
+RENDERED = by_kind(yaml.safe_load_all((Path(__file__).parent / "rendered.yaml").read_text()))
 POD = RENDERED["Deployment"]["spec"]["template"]["spec"]
 (ROUTER,) = POD["containers"]
-needs_helm = pytest.mark.skipif(shutil.which("helm") is None, reason="helm is not installed")
+HELM = shutil.which("helm", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+needs_helm = pytest.mark.skipif(HELM is None, reason="helm is not installed")
 
 
 def helm(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["helm", *map(str, words)], capture_output=True, text=True, timeout=60, check=False
+        [str(HELM), *map(str, words)], capture_output=True, text=True, timeout=60, check=False
     )
 
 
@@ -120,6 +130,44 @@ def test_all_that_selects_pods_selects_those_of_the_router():
     assert port["targetPort"] == ROUTER["ports"][0]["name"]
 
 
+def test_routers_find_each_other_by_a_name_and_hear_each_other_by_a_secret():
+    config = parse_config(yaml.safe_load(RENDERED["ConfigMap"]["data"]["router.yaml"]), "file")
+    assert config.peers is not None
+    assert config.peers.host == "0.0.0.0"
+    peers = RENDERED["Peers"]
+    (port,) = peers["spec"]["ports"]
+    (open_port,) = (one for one in ROUTER["ports"] if one["name"] == "peers")
+    assert open_port["protocol"] == port["protocol"] == "UDP"
+    assert open_port["containerPort"] == port["port"] == config.peers.port
+    assert config.peers.addresses == (f"{peers['metadata']['name']}:{port['port']}",)
+    # all addresses, and of those too that are not ready: who is not ready has requests still
+    assert peers["spec"]["clusterIP"] == "None"
+    assert peers["spec"]["publishNotReadyAddresses"] is True
+    assert peers["spec"]["selector"] == RENDERED["Service"]["spec"]["selector"]
+    (secret,) = (one for one in ROUTER["env"] if one["name"] == config.peers.secret_env)
+    assert secret["valueFrom"]["secretKeyRef"]["name"] == GIVEN["peersSecret"]
+
+
+@needs_helm
+def test_without_their_secret_routers_do_not_know_of_each_other(tmp_path):
+    path = tmp_path / "values.yaml"
+    path.write_text(yaml.safe_dump(GIVEN | {"peersSecret": "", "env": [{"name": "A"}]}))
+    said = helm("template", "prod", CHART, "-n", "llm", "--values", path)
+    assert said.returncode == 0, said.stderr
+    kinds = by_kind(
+        document
+        for document in yaml.safe_load_all(said.stdout)
+        if document
+        and document["kind"] in ("ConfigMap", "Deployment", "Service")
+        and not document["metadata"]["name"].endswith("-dashboard")
+    )
+    assert set(kinds) == {"ConfigMap", "Deployment", "Service"}
+    (container,) = kinds["Deployment"]["spec"]["template"]["spec"]["containers"]
+    assert container["env"] == [{"name": "A"}]
+    file = yaml.safe_load(kinds["ConfigMap"]["data"]["router.yaml"])
+    assert parse_config(file, "file").peers is None
+
+
 @needs_helm
 def test_helm_renders_what_is_recorded_and_the_files_as_they_are():
     said = helm("template", "prod", CHART, "-n", "llm", "--values", CHART / "ci" / "values.yaml")
@@ -131,7 +179,7 @@ def test_helm_renders_what_is_recorded_and_the_files_as_they_are():
     shown = boards[0]["data"]["servegym-router.json"]
     assert json.loads(shown) == json.loads((CHART / "files" / "dashboard.json").read_text())
     rest = [document for document in found if document not in rules + boards]
-    assert {document["kind"]: document for document in rest} == RENDERED
+    assert by_kind(rest) == RENDERED
     assert helm("lint", CHART).returncode == 0
 
 

@@ -6,6 +6,14 @@
 {{- end -}}
 {{- end -}}
 
+{{- define "router.peers" -}}
+{{- printf "%s-peers" (include "router.name" . | trunc 57 | trimSuffix "-") -}}
+{{- end -}}
+
+{{- define "router.peersPort" -}}
+{{- (.Values.config.peers | default dict).port | default 8082 | int -}}
+{{- end -}}
+
 {{- define "router.selector" -}}
 app.kubernetes.io/name: {{ .Chart.Name }}
 app.kubernetes.io/instance: {{ .Release.Name }}
@@ -38,6 +46,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- $_ := set $config "log" $log -}}
 {{- if .Values.keysSecret -}}
 {{- $_ := set $config "auth" (merge (dict "keys_file" "/etc/servegym/keys/keys.yaml") ($config.auth | default dict)) -}}
+{{- end -}}
+{{- if .Values.peersSecret -}}
+{{- $port := include "router.peersPort" . | int -}}
+{{- $address := printf "%s:%d" (include "router.peers" .) $port -}}
+{{- $_ := set $config "peers" (merge (dict "host" "0.0.0.0" "port" $port "addresses" (list $address) "secret_env" "SERVEGYM_PEERS") ($config.peers | default dict)) -}}
 {{- end -}}
 {{ toYaml $config }}
 {{- end -}}
