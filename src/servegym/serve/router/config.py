@@ -38,7 +38,9 @@ class ListenConfig(_Config):
         workers: Processes that carry requests. One also decides; several have one more that
             decides for all.
         hang_s: One of several processes that has not moved for so long is killed, and another takes
-            its place.
+            its place...
+        start_s: ... and so is one that has not begun its work so long after its start. The kernels
+            of a policy may have to be compiled in that time.
     """
 
     host: str = "127.0.0.1"
@@ -47,6 +49,7 @@ class ListenConfig(_Config):
     admin_port: int = Field(8081, ge=0, le=65535)
     workers: int = Field(1, ge=1, le=MAX_WORKERS)
     hang_s: float = Field(10.0, ge=1.0)
+    start_s: float = Field(300.0, ge=1.0)
 
     @field_validator("admin_host")
     @classmethod
@@ -326,7 +329,9 @@ class RouterConfig(_Config):
         log: What is said on standard error.
         tracing: Of requests and decisions.
         peers: Other routers before the same replicas.
-        drain_s: How long a stopping router waits for requests in progress.
+        drain_s: How long a router that is told to stop waits for requests in progress.
+        unready_s: How much of that it takes connections as before, while `/health` says 503: for as
+            long as whoever balances may not have looked.
     """
 
     replicas: tuple[ReplicaConfig, ...] = ()
@@ -346,6 +351,7 @@ class RouterConfig(_Config):
     tracing: TracingConfig | None = None
     peers: PeersConfig | None = None
     drain_s: float = Field(60.0, ge=0)
+    unready_s: float = Field(0.0, ge=0)
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
@@ -363,6 +369,11 @@ class RouterConfig(_Config):
         for limit in (self.limits, *self.tenants.values()):
             if limit.slo_class is not None and limit.slo_class not in classes:
                 raise ValueError(unknown_name("SLO class", limit.slo_class, classes))
+        if self.unready_s > self.drain_s:
+            raise ValueError(
+                f"unready_s is a part of drain_s, and must be at most {self.drain_s:g}, "
+                f"got {self.unready_s:g}"
+            )
         self.check_workers()
         if self.replicas and self.replicas_file is None and self.discover is None:
             self._check_parts()

@@ -45,6 +45,9 @@ from servegym.serve.router.workers.link import Link
 
 _log = logging.getLogger(__name__)
 
+#: Between two looks whether all clients have gone, seconds.
+_LOOK_S = 0.05
+
 
 class Shared(NamedTuple):
     """What a decider has of the process that started it.
@@ -66,6 +69,7 @@ class _Worker:
     Attributes:
         link: To it.
         pid: Of its process; 0 until it has said so.
+        has_left: Whether its clients have gone, as they were let to.
         placements: Its requests, by ticket.
         holds: Those of them that wait for a place.
     """
@@ -73,6 +77,7 @@ class _Worker:
     def __init__(self, connection: socket.socket, readable: Callable[[], None]) -> None:
         self.link = Link(connection, readable)
         self.pid = 0
+        self.has_left = False
         self.placements: dict[int, LocalPlacement] = {}
         self.holds: dict[int, asyncio.Task[None]] = {}
 
@@ -97,6 +102,7 @@ class Decider:
         self._keys = keys
         self._workers: list[_Worker] = []
         self._late: list[tuple[_Worker, Packet]] = []  # written after the last look had begun
+        self._leaving = False
         self._listener: socket.socket | None = None
         self.loop = asyncio.get_running_loop()
         self._takes: dict[int, Callable[[_Worker, LocalPlacement, int, bytes], None]] = {
@@ -132,6 +138,14 @@ class Decider:
         self._listener.listen()
         self.loop.add_reader(self._listener, self._meet)
 
+    async def leave(self) -> None:
+        """Let workers let their clients go, and return when these have gone."""
+        self._leaving = True
+        for worker in self._workers:
+            worker.link.send(Kind.LEAVING)
+        while not all(worker.has_left for worker in self._workers):
+            await asyncio.sleep(_LOOK_S)
+
     def stop(self) -> None:
         """Hang up; what workers still have has failed."""
         if self._listener is not None:
@@ -158,6 +172,8 @@ class Decider:
         worker = _Worker(connection, self._look)
         self._workers.append(worker)
         worker.link.send(Kind.KEYS, 0, pack(self._keys))
+        if self._leaving:
+            worker.link.send(Kind.LEAVING)
 
     def _look(self) -> None:
         """Take in what workers have said, in the order they said it.
@@ -206,6 +222,8 @@ class Decider:
                 worker.link.put(Kind.SHOWN, ticket, pack(reply.status, reply.body, reply.headers))
             elif kind == Kind.HELLO:
                 (worker.pid,) = unpack(body)
+            elif kind == Kind.LEFT:
+                worker.has_left = True
         except Exception as error:
             self._refuse(worker, ticket, error)
 

@@ -45,6 +45,7 @@ class Kind(IntEnum):
     COUNT = 15
     PAGE = 16
     LAG = 17
+    LEFT = 18
 
     KEYS = 32
     ADMITTED = 33
@@ -52,6 +53,7 @@ class Kind(IntEnum):
     PLACED = 35
     VERDICT = 36
     SHOWN = 37
+    LEAVING = 38
 
 
 #: One thing that was said: a `Kind`, the ticket of the request that it is about (0: of none), and a

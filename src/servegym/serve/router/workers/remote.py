@@ -34,16 +34,22 @@ class RemoteDesk:
         config: Of the router.
         path: Of the decider's socket.
         keys_changed: Called with the API keys whenever the decider tells them.
+        leave: Called when the decider says that the router stops.
     """
 
     def __init__(
-        self, config: RouterConfig, path: Path, keys_changed: Callable[[Keys | None], None]
+        self,
+        config: RouterConfig,
+        path: Path,
+        keys_changed: Callable[[Keys | None], None],
+        leave: Callable[[], None],
     ) -> None:
         log = config.dispatch.log
         self.follows = log is not None and log.max_ends > 0
         self._retry_after_s = config.request.retry_after_s
         self._path = path
         self._keys_changed = keys_changed
+        self._leave = leave
         self._link: Link | None = None
         self._waiting: dict[int, RemotePlacement | asyncio.Future[Reply]] = {}
         self._last_ticket = 0
@@ -98,6 +104,11 @@ class RemoteDesk:
         if self._counting is None:
             loop = asyncio.get_running_loop()
             self._counting = loop.call_later(_COUNTS_S, self._tell_counts)
+
+    def left(self) -> None:
+        """Tell that all clients have gone."""
+        if self._link is not None:
+            self._link.send(Kind.LEFT)
 
     def lags(self, lag_s: float) -> None:
         """Tell how late this process' event loop is, seconds."""
@@ -160,6 +171,9 @@ class RemoteDesk:
         kind, ticket, body = frame
         if kind == Kind.KEYS:
             self._keys_changed(*unpack(body))
+            return
+        if kind == Kind.LEAVING:
+            self._leave()
             return
         waiting = self._waiting.get(ticket)
         if waiting is None:  # its client has gone
