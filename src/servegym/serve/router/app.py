@@ -9,7 +9,6 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Mapping
-from functools import partial
 
 import aiohttp
 from aiohttp import web
@@ -41,7 +40,6 @@ from servegym.serve.router.otel import tracing_of
 from servegym.serve.router.pages import Pages
 from servegym.serve.router.proxy import Proxy
 from servegym.serve.router.reply import Reply
-from servegym.serve.router.roles import WORKERS_AND_ROLES, refuse_role
 from servegym.serve.router.server import Server
 from servegym.serve.router.telemetry import Telemetry
 from servegym.serve.router.upstream import KEEPALIVE_S
@@ -142,7 +140,6 @@ class Router:
             self._poller,
             desk,
             self.telemetry,
-            check=None if self._shared is None else partial(refuse_role, reason=WORKERS_AND_ROLES),
         )
         admin = Admin(
             self.dispatcher,

@@ -17,7 +17,6 @@ from servegym.serve.dispatcher import DispatchConfig
 from servegym.serve.gossip.config import PeersConfig
 from servegym.serve.router.headers import DEFAULT_FORWARDED, check_rules
 from servegym.serve.router.replica import ReplicaConfig, check_distinct
-from servegym.serve.router.roles import WORKERS_AND_ROLES, refuse_roles
 
 #: One decider keeps no more busy.
 MAX_WORKERS = 64
@@ -374,7 +373,6 @@ class RouterConfig(_Config):
                 f"unready_s is a part of drain_s, and must be at most {self.drain_s:g}, "
                 f"got {self.unready_s:g}"
             )
-        self.check_workers()
         if self.replicas and self.replicas_file is None and self.discover is None:
             self._check_parts()
         return self
@@ -392,20 +390,6 @@ class RouterConfig(_Config):
                 "all replicas have the role decode, and SGLang's cannot prefill: add one of role "
                 "prefill, or take the role mixed"
             )
-
-    def check_workers(self) -> None:
-        """Check that whoever carries requests can carry them from one replica to another.
-
-        Raises:
-            ValueError: If several workers would have to.
-        """
-        if self.listen.workers > 1:
-            refuse_roles(self.replicas, self.discover, WORKERS_AND_ROLES)
-            if self.request.requeue is not None:
-                raise ValueError(
-                    "request.requeue needs one process that carries and decides: take workers: 1, "
-                    "or leave it out"
-                )
 
 
 def read_config(path: Path) -> RouterConfig:
@@ -427,17 +411,12 @@ def with_workers(config: RouterConfig, workers: int) -> RouterConfig:
     """Return a configuration with so many workers.
 
     Raises:
-        ConfigError: If there cannot be so many, or replicas have roles.
+        ConfigError: If there cannot be so many.
     """
     if not 1 <= workers <= MAX_WORKERS:
         raise ConfigError(f"--workers must be from 1 to {MAX_WORKERS}, got {workers}")
     listen = config.listen.model_copy(update={"workers": workers})
-    config = config.model_copy(update={"listen": listen})
-    try:
-        config.check_workers()
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    return config
+    return config.model_copy(update={"listen": listen})
 
 
 def parse_config(data: Mapping[str, object], origin: str) -> RouterConfig:

@@ -17,20 +17,22 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from servegym.serve.monitoring.loop_lag import LAG_S
 from servegym.serve.monitoring.prometheus import Histogram
 from servegym.serve.requests.prompt import Prompt
 from servegym.serve.router.auth import Keys
 from servegym.serve.router.desk import LocalDesk
+from servegym.serve.router.disaggregation import PrefillError
 from servegym.serve.router.errors import RequestError
 from servegym.serve.router.explanation import Explanation
 from servegym.serve.router.local_placement import LocalPlacement
 from servegym.serve.router.logs import REQUEST_ID
 from servegym.serve.router.placement import Ending, Seat
+from servegym.serve.router.split_placement import SplitPlacement
 from servegym.serve.router.upstream import UpstreamError
 from servegym.serve.router.workers.frames import (
     Frame,
@@ -117,6 +119,9 @@ class Decider:
             Kind.BROKE: lambda _, placement, __, body: placement.broke(*unpack(body)),
             Kind.CLOSE: self._close,
             Kind.LEAVE: self._leave,
+            Kind.MOVE: self._move,
+            Kind.PREFILLED: self._prefilled,
+            Kind.PREFILLED_BESIDE: lambda _, placement, *__: _divided(placement).prefilled_beside(),
         }
 
     @property
@@ -258,14 +263,42 @@ class Decider:
         if isinstance(found, Seat):
             self._tell(worker, placement, ticket, found)
         else:
-            holding = self._hold(worker, placement, ticket, found)
-            worker.holds[ticket] = self.loop.create_task(holding)
+            self._hold(worker, placement, ticket, placement.hold(found))
 
-    async def _hold(
-        self, worker: _Worker, placement: LocalPlacement, ticket: int, pause_s: float
+    def _move(self, worker: _Worker, placement: LocalPlacement, ticket: int, _: bytes) -> None:
+        worker.link.put(Kind.MOVED, ticket, pack(placement.try_move()))
+
+    def _prefilled(
+        self, worker: _Worker, placement: LocalPlacement, ticket: int, body: bytes
+    ) -> None:
+        divided = _divided(placement)
+        divided.end_prefill(*unpack(body))
+        seat = divided.try_decode()
+        if seat is not None:
+            self._tell(worker, placement, ticket, seat)
+        else:
+            self._hold(worker, placement, ticket, divided.hold_decode())
+
+    def _hold(
+        self,
+        worker: _Worker,
+        placement: LocalPlacement,
+        ticket: int,
+        waits: Coroutine[Any, Any, Seat],
+    ) -> None:
+        """Let a request wait until it has a place."""
+        holding = self._tell_later(worker, placement, ticket, waits)
+        worker.holds[ticket] = self.loop.create_task(holding)
+
+    async def _tell_later(
+        self,
+        worker: _Worker,
+        placement: LocalPlacement,
+        ticket: int,
+        waits: Coroutine[Any, Any, Seat],
     ) -> None:
         try:
-            seat = await placement.hold(pause_s)
+            seat = await waits
         except Exception as error:
             self._refuse(worker, ticket, error)
         else:
@@ -279,7 +312,8 @@ class Decider:
         worker.link.put(Kind.PLACED, ticket, pack(placement.explained(), *seat))
 
     def _failed(self, worker: _Worker, placement: LocalPlacement, ticket: int, body: bytes) -> None:
-        again = placement.judge(UpstreamError(*unpack(body)))
+        is_prefill, *error = unpack(body)
+        again = placement.judge((PrefillError if is_prefill else UpstreamError)(*error))
         worker.link.put(Kind.VERDICT, ticket, pack(again))
 
     def _close(self, worker: _Worker, placement: LocalPlacement, ticket: int, body: bytes) -> None:
@@ -308,3 +342,9 @@ class Decider:
             placement.end("lost")
             placement.leave()
         worker.placements.clear()
+
+
+def _divided(placement: LocalPlacement) -> SplitPlacement:
+    """Return a placement that two replicas do: workers say nothing of parts of others."""
+    assert isinstance(placement, SplitPlacement)
+    return placement

@@ -46,6 +46,9 @@ class Kind(IntEnum):
     PAGE = 16
     LAG = 17
     LEFT = 18
+    PREFILLED = 19
+    PREFILLED_BESIDE = 20
+    MOVE = 21
 
     KEYS = 32
     ADMITTED = 33
@@ -54,6 +57,7 @@ class Kind(IntEnum):
     VERDICT = 36
     SHOWN = 37
     LEAVING = 38
+    MOVED = 39
 
 
 #: One thing that was said: a `Kind`, the ticket of the request that it is about (0: of none), and a

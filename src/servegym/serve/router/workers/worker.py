@@ -43,7 +43,12 @@ class Worker:
         self._unready_s = config.unready_s
         self._has_keys, self._leaving = asyncio.Event(), asyncio.Event()
         self._desk = RemoteDesk(config, path, self._keys_changed, self._leaving.set)
-        self._proxy = Proxy(config.request, time.monotonic, upstream_key(config.upstream_key_env))
+        self._proxy = Proxy(
+            config.request,
+            time.monotonic,
+            upstream_key(config.upstream_key_env),
+            config.disaggregation,
+        )
         reader = PromptReader(config.dispatch.prefix)
         self._api = Api(config, self._desk, reader, self._proxy, None, time.monotonic)
         self._loop_lag = LoopLag(self._desk.lags)
