@@ -5,7 +5,7 @@
 Replica 0 of the scenario is a process of its own, the victim; the others share one. In every case
 the load runs for a while, then something goes wrong, then it is put right. A stream counts as lost
 if it did not end as it must; lost rightly are only those that had begun on a killed or hanging
-replica.
+replica, or that a killed process of the router carried.
 """
 
 from __future__ import annotations

@@ -83,6 +83,37 @@ def test_who_connects_is_refused_and_who_is_connected_is_answered_once_more():
     run(test)
 
 
+def test_workers_let_their_clients_go_and_the_router_ends_with_the_last():
+    async def test() -> None:
+        async with running(1, 2, drain_s=60) as it:
+            leaving = [  # as `carry` does, with the socket that they share
+                asyncio.create_task(worker.leave_when_told(worker.server.stop_listening))
+                for worker in it.workers
+            ]
+            ports = [int(url.rpartition(":")[2]) for url in it.urls]
+            kept = Client()
+            await kept.connect(ports[0])
+            assert await kept.ask() == (200, False)
+            it.replicas[0].gap_s = 30.0
+            stream = asyncio.create_task(it.post(STREAM, worker=1))
+            await until(lambda: it.replicas[0].sent >= 1)
+            drained = asyncio.create_task(it.router.drain())
+            async with asyncio.timeout(5):
+                while not all([await is_refused(port) for port in ports]):
+                    await asyncio.sleep(0.01)
+            it.replicas[0].gap_s = 0.0
+            assert await kept.ask() == (200, True)
+            await asyncio.wait_for(leaving[0], 5.0)
+            assert not drained.done()  # the other worker's stream goes on
+            stream.cancel()
+            assert await drained == 0
+            assert leaving[1].done()
+            assert it.router.telemetry.outcomes == {"finished": 2, "cancelled": 1}
+            await kept.close()
+
+    run(test)
+
+
 def test_a_router_says_that_it_is_not_ready_before_it_refuses_anybody():
     async def test() -> None:
         async with running(1, drain_s=60, unready_s=30) as it:
