@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import socket
@@ -14,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,15 +25,35 @@ _SERVEGYM = (sys.executable, "-c", "from servegym.cli import main; main()")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
+#: Where ports are looked for; the system gives those above to connections that go out.
+_PORTS = range(10_000, 32_768)
+#: What keeps ports for this process.
+_marks: list[socket.socket] = []
+
+
 def free_ports(count: int) -> list[int]:
-    """Find ports that nobody listens on."""
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    """Reserve ports in a row, for the life of this process.
+
+    A port that is only found free may be gone when the process that is to listen there has started,
+    seconds later: to a connection that goes out, or to another benchmark, whose server then answers
+    in place of one's own until it ends. So each port is marked by a name of Linux' own for sockets,
+    which no two processes can have, and lies where no connection that goes out begins.
+    """
+    while True:
+        base = random.randrange(_PORTS.start, _PORTS.stop - count)
+        found: list[socket.socket] = []
+        try:
+            for port in range(base, base + count):
+                found.append(mark := socket.socket(socket.AF_UNIX))
+                mark.bind(f"\0servegym-benchmark-{port}")
+                with socket.socket() as one:
+                    one.bind(("127.0.0.1", port))
+        except OSError:
+            for mark in found:
+                mark.close()
+            continue
+        _marks.extend(found)
+        return list(range(base, base + count))
 
 
 def get(url: str, timeout_s: float = 5.0) -> str:
@@ -167,8 +189,8 @@ class Engines(Process):
             "speed": speed,
             "stream_interval": stream_interval,
         }
-        base = ports[0] if ports else _run_of_ports(count)
-        admin = free_ports(1)[0]
+        base = ports[0] if ports else free_ports(count)[0]
+        (admin,) = free_ports(1)
         super().__init__(
             [
                 *_SERVEGYM,
@@ -198,25 +220,13 @@ class Engines(Process):
         return sum(metric(get(f"{u}/metrics"), "vllm:request_success_total") for u in self.urls)
 
 
-def _run_of_ports(count: int) -> int:
-    """Find a free port with so many free ones behind it."""
-    while True:
-        base = free_ports(1)[0]
-        try:
-            for port in range(base, base + count):
-                with socket.socket() as one:
-                    one.bind(("127.0.0.1", port))
-            return base
-        except (OSError, OverflowError):
-            continue
-
-
 class Router(Process):
     """The router in front of replicas.
 
     Attributes:
         url: For clients.
         admin_url: For operators.
+        again: Starts it once more, at the same ports.
     """
 
     def __init__(
@@ -226,9 +236,19 @@ class Router(Process):
         *,
         checkout: Path | None = None,
         workers: int | None = None,
+        ports: Sequence[int] = (),
         **settings: Any,
     ) -> None:
-        port, admin = free_ports(2)
+        port, admin = ports or free_ports(2)
+        self.again = partial(
+            Router,
+            folder,
+            replicas,
+            checkout=checkout,
+            workers=workers,
+            ports=(port, admin),
+            **settings,
+        )
         listen = {"port": port, "admin_port": admin}
         config = {
             "replicas": list(replicas),

@@ -48,6 +48,7 @@ class Result:
             `wrong` (whole, but not what it should be).
         begun: Whether a token had come.
         replica: Who answered, empty if unknown.
+        url_idx: Which of the load's urls it was sent to; -1: to none.
     """
 
     prompt: str
@@ -57,6 +58,7 @@ class Result:
     status: int = 0
     begun: bool = False
     replica: str = ""
+    url_idx: int = -1
     first_s: float = float("nan")
     end_s: float = float("nan")
     num_events: int = 0
@@ -76,15 +78,17 @@ class Tally:
         return Counter(result.outcome for result in self.results)
 
 
-class _Connection(asyncio.Protocol):
+class Connection(asyncio.Protocol):
     """One client's connection: one request at a time, kept alive between them."""
 
-    def __init__(self, tally: Tally) -> None:
+    def __init__(self, tally: Tally, url_idx: int) -> None:
+        self.url_idx = url_idx
         self._tally = tally
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray()
         self._body_at = 0
         self._length: int | None = None
+        self._closes = False
         self._scanned = 0
         self._result: Result | None = None
         self._done: asyncio.Future[bool] | None = None
@@ -132,6 +136,8 @@ class _Connection(asyncio.Protocol):
             else:
                 whole = self._buffer.endswith(b"\r\n0\r\n\r\n")
             if whole:
+                if self._closes:
+                    self.close()
                 self._done.set_result(True)
 
     def _read_head(self, result: Result) -> None:
@@ -141,6 +147,7 @@ class _Connection(asyncio.Protocol):
             result.status = int(self._buffer[9:12])
             length = _LENGTH.search(self._buffer, 0, end + 2)
             self._length = int(length[1]) if length else None
+            self._closes = b"\r\nconnection: close\r\n" in self._buffer[: end + 2].lower()
 
     def partial(self) -> bytes:
         """What has come of an answer that will not end."""
@@ -148,6 +155,7 @@ class _Connection(asyncio.Protocol):
 
     def close(self) -> None:
         """Go away without a word."""
+        self.open = False
         if self._transport is not None:
             self._transport.abort()
 
@@ -194,6 +202,7 @@ class Load:
         timeout_s: After which a client gives a request up.
         headers: Further header lines.
         model: Named in every request.
+        elsewhere: Whether a client that is refused a connection goes to the next url.
     """
 
     def __init__(
@@ -205,6 +214,7 @@ class Load:
         timeout_s: float = 120.0,
         headers: str = "",
         model: str = "Llama-3.1-8B",
+        elsewhere: bool = False,
     ) -> None:
         self.tally = Tally()
         self.active = 0
@@ -214,6 +224,7 @@ class Load:
         self._timeout_s = timeout_s
         self._headers = headers
         self._model = model
+        self._elsewhere = elsewhere
         self._number = 0
         self._seed = seed
 
@@ -223,7 +234,10 @@ class Load:
         least, most = self._work.prompt_chars
         head = f"{self._seed} {self._number} "
         prompt = head + "z" * (self._rng.randint(least, most) - len(head))
-        tokens = self._rng.randint(*self._work.output_tokens)
+        return self.asked(prompt, self._rng.randint(*self._work.output_tokens))
+
+    def asked(self, prompt: str, tokens: int) -> tuple[Result, bytes]:
+        """Return a request as `one` takes it."""
         body = json.dumps(
             {
                 "model": self._model,
@@ -255,16 +269,15 @@ class Load:
         self, i: int, stop_s: float, wait_s: float, until: Callable[[], bool] | None
     ) -> None:
         await asyncio.sleep(min(wait_s, 5.0))
-        target = self._targets[i % len(self._targets)]
-        connection: _Connection | None = None
+        connection: Connection | None = None
         self.active += 1
         while time.monotonic() < stop_s and not (until and until()):
             if connection is None or not connection.open:
-                connection = await self._connect(target)
+                connection = await self._connect(i)
             if connection is None:
                 await asyncio.sleep(0.2)
                 continue
-            result = await self.one(connection)
+            result = await self.one(connection, *self.request())
             if result.outcome not in ("ok", "wrong", "refused"):
                 connection.close()
             if result.outcome != "ok":
@@ -273,23 +286,29 @@ class Load:
         if connection is not None:
             connection.close()
 
-    async def _connect(self, target: tuple[str, int]) -> _Connection | None:
-        loop = asyncio.get_running_loop()
-        begin_s = time.monotonic()
-        try:
-            async with asyncio.timeout(10.0):
-                _, made = await loop.create_connection(lambda: _Connection(self.tally), *target)
-            return made
-        except (OSError, TimeoutError) as error:
-            self.tally.results.append(
-                Result("", 0, begin_s, "unreached", end_s=time.monotonic(), detail=str(error))
-            )
-            return None
+    async def _connect(self, i: int) -> Connection | None:
+        """Connect the client `i`."""
+        begin_s, count = time.monotonic(), len(self._targets)
+        for at in range(i, i + count if self._elsewhere else i + 1):
+            try:
+                return await self._connect_to(at % count)
+            except (OSError, TimeoutError) as error:
+                detail = str(error)
+        self.tally.results.append(
+            Result("", 0, begin_s, "unreached", end_s=time.monotonic(), detail=detail)
+        )
+        return None
 
-    async def one(self, connection: _Connection) -> Result:
+    async def _connect_to(self, url_idx: int) -> Connection:
+        async with asyncio.timeout(10.0):
+            _, made = await asyncio.get_running_loop().create_connection(
+                lambda: Connection(self.tally, url_idx), *self._targets[url_idx]
+            )
+        return made
+
+    async def one(self, connection: Connection, result: Result, message: bytes) -> Result:
         """Send one request on a connection and see it through."""
-        result, message = self.request()
-        result.sent_s = time.monotonic()
+        result.sent_s, result.url_idx = time.monotonic(), connection.url_idx
         body: bytes | None = None
         try:
             async with asyncio.timeout(self._timeout_s):

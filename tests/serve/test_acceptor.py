@@ -6,7 +6,7 @@ import asyncio
 import socket
 
 from servegym.serve.listening import bind
-from servegym.serve.router.client import Server
+from servegym.serve.router.server import Server
 from servegym.serve.router.workers.acceptor import NOBODY, Acceptor, shared_counts
 
 from .running import VirtualTimeLoop, run, until

@@ -11,12 +11,12 @@ from servegym.errors import ConfigError
 from servegym.policy.contract import ARRIVING_TOKENS, NUM_HOLDING
 from servegym.serve.discovery.config import TemplateConfig
 from servegym.serve.discovery.found import Found, described
-from servegym.serve.router.config import parse_config, with_workers
+from servegym.serve.router.config import parse_config
 from servegym.serve.router.disaggregation import is_divisible
 from servegym.serve.router.forms import CHAT, COMPLETION, POOLING
 from servegym.serve.router.placement import Arrival
 
-from .running import RATES, run, running, until
+from .running import RATES, run, until
 
 PARAMS = {"do_remote_prefill": True, "remote_engine_id": "p", "remote_block_ids": [1, 2]}
 ASK = {"model": "m", "prompt": "x" * 400, "stream": True, "max_tokens": 5, "min_tokens": 2}
@@ -29,9 +29,9 @@ async def told(router, body=ASK, **settings):
     return status, answer.decode(), headers
 
 
-def test_nixl_prefills_for_one_token_and_hands_its_params_to_who_decodes():
+def test_nixl_prefills_for_one_token_and_hands_its_params_to_who_decodes(start):
     async def test():
-        async with running(roles=PAIR) as router:
+        async with start(roles=PAIR) as router:
             source, target = router.replicas
             source.params = PARAMS
             status, answer, headers = await told(
@@ -65,9 +65,9 @@ def test_nixl_prefills_for_one_token_and_hands_its_params_to_who_decodes():
     run(test)
 
 
-def test_a_chat_limits_its_completion_tokens_too_and_is_divided_unstreamed():
+def test_a_chat_limits_its_completion_tokens_too_and_is_divided_unstreamed(start):
     async def test():
-        async with running(roles=PAIR) as router:
+        async with start(roles=PAIR) as router:
             source, target = router.replicas
             source.params = PARAMS
             body = {"messages": [{"role": "user", "content": "hi"}], "max_completion_tokens": 9}
@@ -80,11 +80,9 @@ def test_a_chat_limits_its_completion_tokens_too_and_is_divided_unstreamed():
     run(test)
 
 
-def test_counters_follow_a_request_from_its_prefill_to_its_first_token():
+def test_counters_follow_a_request_from_its_prefill_to_its_first_token(start):
     async def test():
-        async with running(
-            roles=PAIR, dispatch={"runtime": {"policy": "splitwise+splitwise"}}
-        ) as r:
+        async with start(roles=PAIR, dispatch={"runtime": {"policy": "splitwise+splitwise"}}) as r:
             source, target = r.replicas
             source.gap_s, target.mode, source.params = 0.02, "headers", PARAMS
             asking = asyncio.create_task(told(r))
@@ -104,9 +102,9 @@ def test_counters_follow_a_request_from_its_prefill_to_its_first_token():
     run(test)
 
 
-def test_a_client_that_leaves_ends_its_prefill():
+def test_a_client_that_leaves_ends_its_prefill(start):
     async def test():
-        async with running(roles=PAIR) as router:
+        async with start(roles=PAIR) as router:
             router.replicas[0].mode = "hang"
             asking = asyncio.create_task(told(router))
             await until(lambda: bool(router.replicas[0].bodies))
@@ -119,10 +117,10 @@ def test_a_client_that_leaves_ends_its_prefill():
 
 
 @pytest.mark.parametrize("fault", [500, "die_first", "hang"])
-def test_a_prefill_that_fails_goes_to_another_replica(fault):
+def test_a_prefill_that_fails_goes_to_another_replica(start, fault):
     async def test():
         split = {"prefill_timeout_s": 0.3}
-        async with running(roles=("prefill", "prefill", "decode"), disaggregation=split) as router:
+        async with start(roles=("prefill", "prefill", "decode"), disaggregation=split) as router:
             for replica in router.replicas[:2]:
                 replica.params = PARAMS
             router.replicas[0].mode = fault
@@ -136,9 +134,9 @@ def test_a_prefill_that_fails_goes_to_another_replica(fault):
     run(test)
 
 
-def test_a_request_whose_only_prefill_replica_fails_it_is_decoded_whole():
+def test_a_request_whose_only_prefill_replica_fails_it_is_decoded_whole(start):
     async def test():
-        async with running(roles=PAIR) as router:
+        async with start(roles=PAIR) as router:
             source, target = router.replicas
             source.mode = 500
             status, _, _ = await told(router)
@@ -150,10 +148,10 @@ def test_a_request_whose_only_prefill_replica_fails_it_is_decoded_whole():
 
 
 @pytest.mark.parametrize(("protocol", "expected"), [("nixl", 200), ("sglang", 502)])
-def test_a_request_whose_prefill_has_failed_often_enough_is_decoded_whole(protocol, expected):
+def test_a_request_whose_prefill_fails_often_enough_is_decoded_whole(start, protocol, expected):
     async def test():
         settings = {"request": {"max_retries": 1}, "disaggregation": {"protocol": protocol}}
-        async with running(roles=("prefill",) * 4 + ("decode",), **settings) as router:
+        async with start(roles=("prefill",) * 4 + ("decode",), **settings) as router:
             *sources, target = router.replicas
             target.script = [0.2, b'data: {"choices": [{"text": "t"}]}\n\n', b"data: [DONE]\n\n"]
             for source in sources:
@@ -167,9 +165,9 @@ def test_a_request_whose_prefill_has_failed_often_enough_is_decoded_whole(protoc
     run(test)
 
 
-def test_a_decode_that_fails_begins_anew_with_its_prefill():
+def test_a_decode_that_fails_begins_anew_with_its_prefill(start):
     async def test():
-        async with running(roles=("prefill", "decode", "decode")) as router:
+        async with start(roles=("prefill", "decode", "decode")) as router:
             source, *targets = router.replicas
             source.params = PARAMS
             targets[0].mode = targets[1].mode = "die_first"
@@ -186,10 +184,10 @@ def test_a_decode_that_fails_begins_anew_with_its_prefill():
     run(test)
 
 
-def test_without_a_prefill_replica_decoders_prefill_themselves_but_for_sglang():
+def test_without_a_prefill_replica_decoders_prefill_themselves_but_for_sglang(start):
     async def test(protocol, expected):
         settings = {"disaggregation": {"protocol": protocol}, "request": {"max_hold_s": 0.1}}
-        async with running(roles=PAIR, **settings) as router:
+        async with start(roles=PAIR, **settings) as router:
             router.replicas[0].healthy = False
             await until(lambda: not router.state.is_up(0))
             status, answer, headers = await told(router)
@@ -207,9 +205,9 @@ def test_without_a_prefill_replica_decoders_prefill_themselves_but_for_sglang():
     run(lambda: test("sglang", 503))
 
 
-def test_without_a_replica_that_decodes_there_is_one_clear_sentence():
+def test_without_a_replica_that_decodes_there_is_one_clear_sentence(start):
     async def test():
-        async with running(roles=PAIR, request={"max_hold_s": 0.1}) as router:
+        async with start(roles=PAIR, request={"max_hold_s": 0.1}) as router:
             router.replicas[1].healthy = False
             await until(lambda: not router.state.is_up(1))
             status, answer, _ = await told(router)
@@ -221,9 +219,30 @@ def test_without_a_replica_that_decodes_there_is_one_clear_sentence():
     run(test)
 
 
-def test_what_cannot_be_divided_goes_to_who_does_all_of_it():
+def test_what_is_prefilled_waits_for_a_replica_that_decodes(start):
     async def test():
-        async with running(roles=("prefill", "decode", "mixed")) as router:
+        async with start(roles=PAIR) as router:
+            source, target = router.replicas
+            source.mode, source.params = "hang", PARAMS
+            asking = asyncio.create_task(told(router))
+            await until(lambda: bool(source.bodies))
+            await router.operate("/drain", {"replica": "r1"})
+            source.go_on.set()
+            await until(lambda: router.router.telemetry.prefills == {("r0", "ok"): 1})
+            await asyncio.sleep(0.15)  # it is decided about again
+            assert not target.bodies
+            await router.operate("/undrain", {"replica": "r1"})
+            status, answer, headers = await asking
+            assert (status, answer.count("data: {")) == (200, 5)
+            assert headers["X-Servegym-Replica"] == "r1"
+            await until(router.idle)
+
+    run(test)
+
+
+def test_what_cannot_be_divided_goes_to_who_does_all_of_it(start):
+    async def test():
+        async with start(roles=("prefill", "decode", "mixed")) as router:
             status, _, headers = await told(router, {**ASK, "n": 2})
             assert (status, headers["X-Servegym-Replica"]) == (200, "r2")
             status, _, headers = await told(router, {"input": "text"}, path="/v1/embeddings")
@@ -233,9 +252,9 @@ def test_what_cannot_be_divided_goes_to_who_does_all_of_it():
     run(test)
 
 
-def test_a_wrong_request_is_answered_in_the_words_of_who_prefills():
+def test_a_wrong_request_is_answered_in_the_words_of_who_prefills(start):
     async def test():
-        async with running(roles=PAIR) as router:
+        async with start(roles=PAIR) as router:
             router.replicas[0].mode = 400
             status, answer, _ = await told(router)
             assert (status, answer) == (400, '{"error": {"message": "no"}}')
@@ -245,10 +264,10 @@ def test_a_wrong_request_is_answered_in_the_words_of_who_prefills():
     run(test)
 
 
-def test_sglang_asks_both_at_once_under_one_number():
+def test_sglang_asks_both_at_once_under_one_number(start):
     async def test():
         settings = {"disaggregation": {"protocol": "sglang"}}
-        async with running(roles=PAIR, **settings) as router:
+        async with start(roles=PAIR, **settings) as router:
             source, target = router.replicas
             for _ in range(2):
                 status, answer, headers = await told(router)
@@ -266,10 +285,10 @@ def test_sglang_asks_both_at_once_under_one_number():
     run(test)
 
 
-def test_sglang_lets_go_of_who_decodes_if_the_prefill_fails():
+def test_sglang_lets_go_of_who_decodes_if_the_prefill_fails(start):
     async def test():
         settings = {"disaggregation": {"protocol": "sglang"}}
-        async with running(roles=("prefill", "prefill", "decode"), **settings) as router:
+        async with start(roles=("prefill", "prefill", "decode"), **settings) as router:
             faulty, _, target = router.replicas
             faulty.mode = 500
             token = b'data: {"choices": [{"text": "t"}]}\n\n'
@@ -284,13 +303,13 @@ def test_sglang_lets_go_of_who_decodes_if_the_prefill_fails():
     run(test)
 
 
-def test_llm_ds_sidecar_is_told_who_prefills_and_clients_cannot_say_so():
+def test_llm_ds_sidecar_is_told_who_prefills_and_clients_cannot_say_so(start):
     async def test():
         settings = {
             "disaggregation": {"protocol": "sidecar"},
             "request": {"forward_headers": ["x-*"]},
         }
-        async with running(roles=PAIR, **settings) as router:
+        async with start(roles=PAIR, **settings) as router:
             source, target = router.replicas
             lie = {"x-prefiller-host-port": "10.0.0.1:1"}
             status, _, _ = await told(router, headers=lie)
@@ -323,18 +342,6 @@ def test_is_divisible_means_one_prompt_and_one_answer(form, fields, expected):
     assert is_divisible(form, fields) is expected
 
 
-def test_several_workers_are_refused_in_one_sentence():
-    replica = {"name": "p0", "url": "http://127.0.0.1:1", "rates": RATES, "role": "prefill"}
-    sentence = "p0 has the role prefill, but several workers carry whole requests: take workers: 1"
-    other = {**replica, "name": "d0", "url": "http://127.0.0.1:2", "role": "decode"}
-    data = {"replicas": [replica, other]}
-    with pytest.raises(ConfigError, match=sentence):
-        parse_config({**data, "listen": {"workers": 2}}, "test")
-    config = parse_config(data, "test")
-    with pytest.raises(ConfigError, match=sentence):
-        with_workers(config, 2)
-
-
 @pytest.mark.parametrize(
     ("role", "protocol", "sentence"),
     [
@@ -360,9 +367,9 @@ def test_a_replica_that_is_found_has_the_role_of_its_template():
     assert complaints == ["no template fits d-0: it is left out"]
 
 
-def test_a_replica_whose_role_changes_leaves_and_another_comes():
+def test_a_replica_whose_role_changes_leaves_and_another_comes(start):
     async def test():
-        async with running(roles=("mixed", "decode"), request={"max_hold_s": 0.1}) as router:
+        async with start(roles=("mixed", "decode"), request={"max_hold_s": 0.1}) as router:
             fleet, first = router.router.fleet, router.replicas[0]
             other = fleet["r0"].replica.model_copy(update={"role": "prefill"})
             await fleet.sync("replicas", [other, fleet["r1"].replica])
@@ -378,9 +385,9 @@ def test_a_replica_whose_role_changes_leaves_and_another_comes():
     run(test)
 
 
-def test_decisions_of_both_kinds_are_explained():
+def test_decisions_of_both_kinds_are_explained(start):
     async def test():
-        async with running(roles=("prefill", "decode", "decode")) as router:
+        async with start(roles=("prefill", "decode", "decode")) as router:
             router.replicas[0].params = PARAMS
             desk = router.router._desk
             placement = desk.enter("default", "key")

@@ -7,10 +7,10 @@ import asyncio
 import numpy as np
 import pytest
 
-from servegym.errors import ConfigError
 from servegym.serve.decision_log import read_rows
 from servegym.serve.facts import Rates, fleet_facts
-from servegym.serve.router.config import parse_config
+from servegym.serve.router.placement import Seat
+from servegym.serve.router.requeue import RequeuedError, ask_or_move
 from servegym.serve.state import LiveState
 
 from .running import RATES, run, running, until
@@ -35,10 +35,10 @@ async def leave(router, asking) -> None:
     await until(router.idle)
 
 
-def test_as_many_move_as_gain_the_margin(tmp_path):
+def test_as_many_move_as_gain_the_margin(start, tmp_path):
     async def test():
         settings = {"request": {"requeue": REQUEUE}, "dispatch": {"log": {"folder": str(tmp_path)}}}
-        async with running(2, **settings) as router:
+        async with start(2, **settings) as router:
             asking = await crowd(router)
             # 3 others here and none there, then 2: both move; with 1 here the rest stays
             await until(lambda: sum(one.done() for one in asking) == 2)
@@ -60,9 +60,9 @@ def test_as_many_move_as_gain_the_margin(tmp_path):
     run(test)
 
 
-def test_a_request_moves_no_more_often_than_it_may():
+def test_a_request_moves_no_more_often_than_it_may(start):
     async def test():
-        async with running(2, request={"requeue": REQUEUE}) as router:
+        async with start(2, request={"requeue": REQUEUE}) as router:
             router.replicas[1].mode = "hang"
             asking = await crowd(router, 5)
             await until(lambda: len(router.replicas[1].bodies) == 2)
@@ -85,9 +85,9 @@ def test_a_request_moves_no_more_often_than_it_may():
         ({"requeue": REQUEUE}, ASK | {"stream": False}),  # it may be half done
     ],
 )
-def test_nothing_moves_without_leave_budget_margin_or_stream(settings, body):
+def test_nothing_moves_without_leave_budget_margin_or_stream(start, settings, body):
     async def test():
-        async with running(2, request=settings) as router:
+        async with start(2, request=settings) as router:
             asking = await crowd(router, body=body)
             await asyncio.sleep(0.2)
             assert not router.replicas[1].bodies
@@ -97,9 +97,9 @@ def test_nothing_moves_without_leave_budget_margin_or_stream(settings, body):
     run(test)
 
 
-def test_a_stream_that_has_begun_stays():
+def test_a_stream_that_has_begun_stays(start):
     async def test():
-        async with running(2, request={"requeue": REQUEUE}) as router:
+        async with start(2, request={"requeue": REQUEUE}) as router:
             router.replicas[0].gap_s = 0.1
             await router.operate("/drain", {"replica": "r1"})
             asking = [asyncio.create_task(router.post(ASK)) for _ in range(4)]
@@ -129,8 +129,54 @@ def test_a_fleet_seen_without_a_request_is_as_before_afterwards():
     assert not state.replicas[1:5].any()
 
 
-def test_several_workers_are_refused_in_one_sentence():
-    replica = {"name": "r", "url": "http://127.0.0.1:1", "rates": RATES}
-    data = {"replicas": [replica], "listen": {"workers": 2}, "request": {"requeue": REQUEUE}}
-    with pytest.raises(ConfigError, match=r"request\.requeue needs one process"):
-        parse_config(data, "test")
+class Moves:
+    """A placement that is moved once, when the answer has begun while it was asked."""
+
+    def __init__(self, begins: asyncio.Event) -> None:
+        self.begins = begins
+
+    async def move_on(self) -> Seat | None:
+        self.begins.set()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        return Seat("there", "http://there", 0.0, None, 0, 1.0)
+
+
+class Answer:
+    """An exchange that has begun."""
+
+    closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_an_answer_that_begins_while_a_move_is_asked_for_is_dropped():
+    async def test():
+        begins, answer = asyncio.Event(), Answer()
+
+        async def ask():
+            await begins.wait()
+            return answer
+
+        with pytest.raises(RequeuedError) as moved:
+            await ask_or_move(ask(), Moves(begins), 0.01)
+        assert moved.value.seat.name == "there"
+        assert answer.closed
+
+    run(test)
+
+
+def test_a_stream_that_waits_stays_when_the_decider_goes():
+    async def test():
+        async with running(1, 1, request={"requeue": REQUEUE}) as router:
+            router.replicas[0].script = [0.5, b'data: {"choices": [{"text": "t"}]}\n\n']
+            router.replicas[0].script.append(b"data: [DONE]\n\n")
+            asking = asyncio.create_task(router.post(ASK))
+            await until(lambda: bool(router.replicas[0].bodies))
+            router.router._decider.stop()
+            status, answer, _ = await asking
+            assert (status, answer.count(b"data: {")) == (200, 1)
+            assert len(router.replicas[0].bodies) == 1
+
+    run(test)

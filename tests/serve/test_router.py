@@ -628,23 +628,6 @@ class TestOperators:
         run(test)
 
 
-def test_a_router_that_drains_ends_what_it_has_and_refuses_the_rest():
-    async def test() -> None:
-        async with running(1) as it:
-            it.replicas[0].gap_s = 0.05
-            task = asyncio.create_task(it.post(STREAM))
-            await until(lambda: it.router.telemetry.in_flight == 1)
-            drained = asyncio.create_task(it.router.drain())
-            await asyncio.sleep(0)
-            status, body, _ = await it.post(STREAM)
-            assert (status, json.loads(body)["error"]["code"]) == (503, "stopping")
-            assert (await it.get("/health"))[0] == 503
-            assert await drained == 0
-            assert (await task)[0] == 200
-
-    run(test)
-
-
 class TestHoldAndReject:
     def test_the_policy_holds_until_it_sends(self, monkeypatch):
         async def test() -> None:

@@ -112,7 +112,7 @@ def test_a_router_without_replicas_is_alive_and_not_ready():
             assert await ask("/livez") == (200, "alive")
             assert await ask("/readyz") == (503, "no replica")
             it.router._health.drain(0, False)
-            it.router._desk.draining = True
+            it.router._desk.stopping = True
             assert await ask("/livez") == (200, "alive")
             assert await ask("/readyz") == (503, "stopping")
 

@@ -19,13 +19,26 @@ from servegym.cli import main
 from servegym.errors import ConfigError
 from servegym.serve.router.config import parse_config
 from servegym.serve.router.workers import supervisor
-from servegym.serve.router.workers.supervisor import _Child
+from servegym.serve.router.workers.child import Child
 
 from .running import RATES, run
 from .test_command import free_port
 from .upstream import Upstream
 
 COMMAND = (sys.executable, "-c", "from servegym.cli import main; main()", "serve", "router")
+#: The same program, whose router stands still while it starts, as long as a file is there.
+HANGS = """
+import pathlib, time
+from servegym.cli import main
+from servegym.serve.router.app import Router
+start = Router.start
+async def hang_first(router):
+    while pathlib.Path(FILE).exists():
+        time.sleep(0.05)
+    await start(router)
+Router.start = hang_first
+main()
+"""
 STREAM = {"model": "m", "prompt": "hello", "stream": True}
 
 
@@ -37,6 +50,7 @@ class Processes:
         self.replica = Upstream()
         self.port, self.admin_port = free_port(), free_port()
         self.path = folder / "router.yaml"
+        self.hangs, self.said = folder / "hangs", folder / "said"
 
     async def start(self) -> None:
         await self.replica.start()
@@ -47,9 +61,12 @@ class Processes:
             "drain_s": 10,
         }
         self.path.write_text(yaml.safe_dump(config))
-        self.process = await asyncio.create_subprocess_exec(
-            *COMMAND, "--config", str(self.path), "--workers", "2"
-        )
+        program = HANGS.replace("FILE", repr(str(self.hangs)))
+        command = (sys.executable, "-c", program, *COMMAND[3:])
+        with self.said.open("w") as said:
+            self.process = await asyncio.create_subprocess_exec(
+                *command, "--config", str(self.path), "--workers", "2", stderr=said
+            )
         self.client = aiohttp.ClientSession()
 
     async def state(self) -> dict:
@@ -80,6 +97,14 @@ class Processes:
                 except (aiohttp.ClientError, OSError):
                     pass
                 await asyncio.sleep(0.02)
+
+    async def connects(self) -> bool:
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        except ConnectionRefusedError:
+            return False
+        writer.close()
+        return True
 
     async def stop(self) -> None:
         if self.process.returncode is None:
@@ -138,14 +163,17 @@ def test_a_router_outlives_each_of_its_processes_and_ends_in_order(tmp_path):
         await it.becomes(has_two_workers)
         assert await it.pids() == second
 
-        # told to stop, it lets streams end and takes no more
+        # told to stop, it lets streams end, and who connects is refused
         streams = [asyncio.create_task(it.ask()) for _ in range(4)]
         async with asyncio.timeout(10):
             while it.replica.running < 4:
                 await asyncio.sleep(0.01)
         it.process.send_signal(signal.SIGTERM)
-        await asyncio.sleep(0.1)
-        assert (await it.ask())[0] == 503
+
+        async def refuses() -> bool:
+            return not await it.connects()
+
+        await it.becomes(refuses)
         assert await asyncio.gather(*streams) == [(200, 6)] * 4
         assert await asyncio.wait_for(it.process.wait(), 20.0) == 0
         for pid in second:
@@ -211,6 +239,55 @@ def test_a_process_that_hangs_is_replaced(tmp_path):
             await it.stop()
 
     run(whole, limit_s=100.0)
+
+
+def test_a_decider_that_hangs_while_it_starts_anew_is_replaced(tmp_path):
+    it = Processes(tmp_path, start_s=5.0)
+
+    async def has_two_workers() -> bool:
+        return len(await it.pids()) == 2
+
+    async def is_killed() -> bool:
+        return "has not begun its work" in it.said.read_text()
+
+    async def answers() -> bool:
+        return await it.ask() == (200, 6)
+
+    async def test() -> None:
+        try:
+            await it.start()
+            await it.becomes(has_two_workers)
+            workers = await it.pids()
+            (decider,) = _children(it.process.pid) - set(workers)
+            it.hangs.touch()
+            os.kill(decider, signal.SIGKILL)
+            await it.becomes(is_killed)
+            assert (await it.ask())[0] == 503
+            it.hangs.unlink()
+            await it.becomes(answers)
+            await it.becomes(has_two_workers)
+            assert await it.pids() == workers
+        finally:
+            await it.stop()
+
+    run(test, limit_s=100.0)
+
+
+def test_a_router_whose_first_decider_hangs_ends_and_says_why(tmp_path):
+    it = Processes(tmp_path, start_s=1.0)
+
+    async def test() -> None:
+        it.hangs.touch()
+        try:
+            await it.start()
+            assert await asyncio.wait_for(it.process.wait(), 60.0) == 2
+        finally:
+            await it.stop()
+
+    run(test, limit_s=100.0)
+    said = it.said.read_text()
+    assert "has not begun to decide within 1 s: look what it waits for, or give it longer" in said
+    assert "Traceback" not in said
 
 
 def test_its_processes_do_not_outlive_a_supervisor_that_is_killed(tmp_path):
@@ -279,15 +356,18 @@ def test_an_address_that_is_taken_is_said(tmp_path):
 def test_a_child_that_keeps_failing_is_started_later_and_later(monkeypatch):
     now_s = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now_s)
-    child = _Child("worker 0", lambda: 0)
-    child.start_s = 50.0
+    child = Child("worker 0", lambda: 0)
+    child.start_s, child.is_up = 50.0, True
     pauses = []
     for _ in range(8):  # the first has lived for 50 s, the others die at once
         child.ended()
         pauses.append(round(child.start_s - now_s, 6))
         now_s = child.start_s
     assert pauses == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
-    now_s += 10.0
+    now_s += 10.0  # it has lived so long, but not begun its work
+    child.ended()
+    assert (child.failures, round(child.start_s - now_s, 6)) == (9, 5.0)
+    now_s, child.is_up = child.start_s + 10.0, True
     child.ended()
     assert (child.failures, round(child.start_s - now_s, 6)) == (1, 0.1)
 

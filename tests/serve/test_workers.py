@@ -130,6 +130,53 @@ def test_workers_place_a_sequence_of_requests_as_one_process_does(tmp_path, poli
     assert sum(row["follows"] is not None for row in found[0][1]) > 10
 
 
+def test_workers_divide_a_sequence_of_requests_as_one_process_does(tmp_path):
+    found = {}
+    for num_workers in (0, 3):
+        folder = tmp_path / str(num_workers)
+
+        async def test(num_workers=num_workers, folder=folder) -> None:
+            dispatch = {
+                "runtime": {"policy": "prefix-load+least-tpot", "max_metrics_age_s": 600.0},
+                "log": {"folder": str(folder)},
+                "seed": 1,
+            }
+            roles = ("prefill", "prefill", "decode", "decode", "mixed")
+            metrics = {"interval_s": 600.0}
+            async with running(5, num_workers, roles, dispatch=dispatch, metrics=metrics) as it:
+                for replica in it.replicas:
+                    replica.params = {"do_remote_prefill": True}
+                went = []
+                for i in range(24):
+                    body = {**(STREAM if i % 3 else WHOLE), "prompt": story(i), "max_tokens": 9 + i}
+                    named = {"x-request-id": f"q{i:02}"}
+                    worker = i % max(1, num_workers)
+                    status, _, got = await it.post(body, worker=worker, headers=named)
+                    assert status == 200
+                    went.append(got["x-servegym-replica"])
+                await until(it.idle)
+                found[num_workers] = [went]
+
+        run(test)
+        rows = sorted(read_rows(folder), key=lambda row: row["key"])
+        found[num_workers].append(
+            [
+                (
+                    row["key"],
+                    row["prefill_replica_name"],
+                    [one["replica_name"] for one in row["decisions"]],
+                    [one["replica_name"] for one in row["placements"]],
+                    row["cached_tokens"],
+                )
+                for row in rows
+            ]
+        )
+    assert found[3] == found[0]
+    assert {row[1] for row in found[0][1]} == {"r0", "r1", None}
+    assert len(set(found[0][0])) > 1
+    assert all(len(row[3]) == (row[1] is not None) for row in found[0][1])
+
+
 def test_a_long_prompt_and_its_continuation_find_each_other_through_two_workers(tmp_path):
     async def test() -> None:
         dispatch = {"runtime": {"policy": "prefix-load"}, "log": {"folder": str(tmp_path)}}

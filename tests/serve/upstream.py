@@ -16,10 +16,11 @@ class Upstream:
 
     Attributes:
         adapters: Names of those that it has loaded.
-        mode: What it does with requests: `ok`, `hang` (takes them and says nothing), `headers`
+        mode: What it does with requests: `ok`, `hang` (says nothing until `go_on`), `headers`
             (says 200 and no more), `die` (breaks off after half of its tokens), `die_first` (breaks
             off at once), `error` (an error event in the stream), `error_first` (instead of its
             first token), or a status to answer.
+        go_on: Set to let those answer that hang.
         script: Pieces of a stream, in place of its tokens; a number is a pause in seconds.
         streams_always: It streams whatever it is asked.
         refusal: Headers beside a status.
@@ -46,6 +47,7 @@ class Upstream:
         self.metrics = True
         self.tokens = 5
         self.gap_s = 0.0
+        self.go_on = asyncio.Event()
         self.script: list[bytes | float] | None = None
         self.streams_always = False
         self.refusal: dict[str, str] = {}
@@ -154,7 +156,7 @@ class Upstream:
         if self.mode == "die_first":
             request.transport.abort()
         if self.mode == "hang":
-            await asyncio.sleep(60)
+            await asyncio.wait_for(self.go_on.wait(), 60)
         usage = {
             "prompt_tokens": 7,
             "completion_tokens": self.tokens,

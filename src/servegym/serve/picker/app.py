@@ -251,7 +251,7 @@ class Picker:
         """
         await self._tell_health(ready=False)
         if self._desk is not None:
-            self._desk.draining = True
+            self._desk.stopping = True
         loop = asyncio.get_running_loop()
         until_s = loop.time() + self.config.drain_s
         while self.telemetry.in_flight and loop.time() < until_s:

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 from servegym.serve.requests.prompt import Prompt, PromptReader, Size
 from servegym.serve.router.auth import Keys
-from servegym.serve.router.client import Request, Server
+from servegym.serve.router.client import Request
 from servegym.serve.router.config import RouterConfig
 from servegym.serve.router.disaggregation import is_divisible
 from servegym.serve.router.errors import RequestError
@@ -24,6 +24,7 @@ from servegym.serve.router.placement import Arrival, Desk, Placement
 from servegym.serve.router.proxy import Proxy, place
 from servegym.serve.router.reply import Reply
 from servegym.serve.router.request import Asked, read_request, with_hints
+from servegym.serve.router.server import Server
 from servegym.serve.vllm.hints import hints
 
 _log = logging.getLogger(__name__)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Mapping
-from functools import partial
 
 import aiohttp
 from aiohttp import web
@@ -30,7 +30,6 @@ from servegym.serve.monitoring.prometheus import CONTENT_TYPE, Exposition, Histo
 from servegym.serve.router.admin import Admin
 from servegym.serve.router.api import EVERYONE, Api
 from servegym.serve.router.auth import read_keys, upstream_key, watch_file
-from servegym.serve.router.client import Server
 from servegym.serve.router.config import RouterConfig
 from servegym.serve.router.desk import LocalDesk
 from servegym.serve.router.fleet import Fleet
@@ -41,7 +40,7 @@ from servegym.serve.router.otel import tracing_of
 from servegym.serve.router.pages import Pages
 from servegym.serve.router.proxy import Proxy
 from servegym.serve.router.reply import Reply
-from servegym.serve.router.roles import WORKERS_AND_ROLES, refuse_role
+from servegym.serve.router.server import Server
 from servegym.serve.router.telemetry import Telemetry
 from servegym.serve.router.upstream import KEEPALIVE_S
 from servegym.serve.router.workers.decider import Decider, Shared
@@ -141,7 +140,6 @@ class Router:
             self._poller,
             desk,
             self.telemetry,
-            check=None if self._shared is None else partial(refuse_role, reason=WORKERS_AND_ROLES),
         )
         admin = Admin(
             self.dispatcher,
@@ -236,17 +234,21 @@ class Router:
         return self.telemetry.in_flight
 
     async def drain(self) -> int:
-        """Refuse new requests and wait for those in progress, at most `drain_s`.
+        """Let clients go elsewhere and wait for requests in progress, at most `drain_s`.
 
         Returns:
             How many are still there.
         """
         if self._desk is not None:
-            self._desk.draining = True
-        loop = asyncio.get_running_loop()
-        until_s = loop.time() + self.config.drain_s
-        while self.telemetry.in_flight and loop.time() < until_s:
-            await asyncio.sleep(0.05)
+            self._desk.stopping = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.config.drain_s):
+                if self._server is not None:
+                    await self._server.leave(self.config.unready_s, self._server.stop_listening)
+                if self._decider is not None:
+                    await self._decider.leave()
+                while self.telemetry.in_flight:
+                    await asyncio.sleep(0.05)
         return self.telemetry.in_flight
 
     async def _take_clients(self, desk: LocalDesk) -> None:

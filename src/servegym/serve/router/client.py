@@ -11,12 +11,9 @@ import logging
 import secrets
 import socket
 import struct
-import time
-from collections.abc import Awaitable, Callable
-from email.utils import formatdate
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, cast
 
-from servegym.serve.listening import BACKLOG, bind
 from servegym.serve.router.errors import RequestError
 from servegym.serve.router.framing import Chunked, Framing, FramingError, Sized
 from servegym.serve.router.head import (
@@ -31,6 +28,7 @@ from servegym.serve.router.head import (
 from servegym.serve.router.reply import Reply
 
 if TYPE_CHECKING:
+    from servegym.serve.router.server import Server
     from servegym.serve.router.tracing import Trace
 
 _log = logging.getLogger(__name__)
@@ -39,12 +37,9 @@ ID_HEADER = "X-Request-Id"
 _MAX_ID_CHARACTERS = 128
 #: Of requests that come before the last one is answered, bytes.
 _MAX_EARLY_BYTES = 64 * 1024
-#: An idle connection is kept longer than what stands in front keeps its own, seconds: else requests
-#: would be sent into closing connections.
-_KEEPALIVE_S = 3630.0
-_SWEEP_S = 10.0
-#: For a client to take the end of an answer, or to send the rest of a body that nobody reads.
-_LINGER_S = 1.0
+#: For a client to take the end of an answer, to send the rest of a body that nobody reads, or to
+#: use a connection that it has made or been answered on, before that is closed, seconds.
+LINGER_S = 1.0
 #: For a client to take what was sent before its connection is closed.
 _FLUSH_S = 60.0
 
@@ -70,6 +65,7 @@ class Request:
         head: Of it.
         key: The id that the client has given it, else a new one.
         begun: Whether any of its answer has been sent.
+        is_last: Whether the connection ends with its answer.
         flow: Told of the client's pace.
         tenant: Who has sent it, once that is known.
         replica: Name of the one that was asked last.
@@ -82,6 +78,7 @@ class Request:
         "begun",
         "flow",
         "head",
+        "is_last",
         "key",
         "replica",
         "tenant",
@@ -93,6 +90,7 @@ class Request:
         self._connection = connection
         self.head = head
         self.begun = False
+        self.is_last = not head.keeps_alive
         self.flow: Flow | None = None
         self.tenant = self.replica = ""
         self.trace: Trace | None = None
@@ -138,7 +136,8 @@ class Request:
         """Send the head of an answer and the first of its body, framed as the head says."""
         self.begun = True
         pairs.append(("Date", self._connection.date()))
-        if not self.head.keeps_alive:
+        self.is_last |= self._connection.is_leaving
+        if self.is_last:
             pairs.append(("Connection", "close"))
         self.write(write_response_head(status, pairs) + piece)
 
@@ -235,6 +234,11 @@ class Connection(asyncio.Protocol):
             self._transport.pause_reading()
 
     @property
+    def is_leaving(self) -> bool:
+        """See `Server.leaving`."""
+        return self._server.leaving
+
+    @property
     def has_body(self) -> bool:
         """See `Request.is_whole`."""
         return self._framing is None or self._refused is not None
@@ -265,7 +269,7 @@ class Connection(asyncio.Protocol):
         if last:
             transport.write(last)
             transport.close()  # once that is sent
-            self._lingers = self._server.loop.call_later(_LINGER_S, transport.abort)
+            self._lingers = self._server.loop.call_later(LINGER_S, transport.abort)
         else:
             # a reset: where nothing frames an answer, the end of the connection would end it well
             reset = struct.pack("ii", 1, 0)
@@ -340,8 +344,8 @@ class Connection(asyncio.Protocol):
             # nobody has read the body: it must not keep the connection, nor may the connection be
             # cut before the client has seen why
             self._refused = self._refused or self._server.too_large()
-            self._lingers = loop.call_later(_LINGER_S, transport.close)
-        elif not request.head.keeps_alive:
+            self._lingers = loop.call_later(LINGER_S, transport.close)
+        elif request.is_last:
             self._closing = True
             transport.close()
             self._lingers = loop.call_later(_FLUSH_S, transport.abort)
@@ -403,83 +407,4 @@ class Connection(asyncio.Protocol):
         pairs = [*reply.headers, ("Content-Length", str(len(reply.body))), ("Connection", "close")]
         transport.write(write_response_head(reply.status, pairs) + reply.body)
         self._closing, self._buffer = True, b""
-        self._lingers = self._server.loop.call_later(_LINGER_S, transport.close)
-
-
-class Server:
-    """Listens for clients.
-
-    Args:
-        answer: Answers a request.
-        max_body_bytes: Larger bodies are refused.
-
-    Attributes:
-        loop: That it runs on.
-        connections: That are open.
-    """
-
-    def __init__(self, answer: Callable[[Request], Awaitable[None]], max_body_bytes: int) -> None:
-        self.answer = answer
-        self.max_body_bytes = max_body_bytes
-        self.loop = asyncio.get_running_loop()
-        self.connections: set[Connection] = set()
-        self._listening: asyncio.Server | None = None
-        self._sweep: asyncio.TimerHandle | None = None
-        self._date = (0, "")
-
-    async def start(self, host: str, port: int) -> int:
-        """Take connections; return the port.
-
-        Raises:
-            OSError: If the address cannot be had, or `OverflowError` if there is no such port.
-        """
-        listener = bind(host, port)
-        self._listening = await self.loop.create_server(
-            lambda: Connection(self), sock=listener, backlog=BACKLOG
-        )
-        self.sweep()
-        return int(self._listening.sockets[0].getsockname()[1])
-
-    async def take(self, connection: socket.socket) -> None:
-        """Take a connection that was accepted elsewhere."""
-        try:
-            await self.loop.connect_accepted_socket(lambda: Connection(self), connection)
-        except OSError:  # its client has gone
-            connection.close()
-
-    def sweep(self) -> None:
-        """Close connections that are idle for long, from now on."""
-        self._sweep = self.loop.call_later(_SWEEP_S, self._close_idle)
-
-    async def stop(self) -> None:
-        """Take no more connections and cut off those that there are."""
-        if self._sweep is not None:
-            self._sweep.cancel()
-        if self._listening is not None:
-            self._listening.close()
-        for connection in list(self.connections):
-            connection.close_if_idle()
-        until_s = self.loop.time() + _LINGER_S
-        while self.connections and self.loop.time() < until_s:
-            await asyncio.sleep(0.01)
-        for connection in list(self.connections):
-            connection.stop()
-        await asyncio.sleep(0)
-
-    def too_large(self) -> RequestError:
-        """Make the refusal of a body that is too large."""
-        message = f"the body may have {self.max_body_bytes} bytes at most"
-        return RequestError(413, message, "body_too_large")
-
-    def date(self) -> str:
-        """Return the time as heads give it; it is written once a second."""
-        now = int(time.time())
-        if self._date[0] != now:
-            self._date = now, formatdate(now, usegmt=True)
-        return self._date[1]
-
-    def _close_idle(self) -> None:
-        oldest_s = self.loop.time() - _KEEPALIVE_S
-        for connection in [c for c in self.connections if c.idle_since_s < oldest_s]:
-            connection.close_if_idle()
-        self.sweep()
+        self._lingers = self._server.loop.call_later(LINGER_S, transport.close)

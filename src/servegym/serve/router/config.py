@@ -17,7 +17,6 @@ from servegym.serve.dispatcher import DispatchConfig
 from servegym.serve.gossip.config import PeersConfig
 from servegym.serve.router.headers import DEFAULT_FORWARDED, check_rules
 from servegym.serve.router.replica import ReplicaConfig, check_distinct
-from servegym.serve.router.roles import WORKERS_AND_ROLES, refuse_roles
 
 #: One decider keeps no more busy.
 MAX_WORKERS = 64
@@ -38,7 +37,9 @@ class ListenConfig(_Config):
         workers: Processes that carry requests. One also decides; several have one more that
             decides for all.
         hang_s: One of several processes that has not moved for so long is killed, and another takes
-            its place.
+            its place...
+        start_s: ... and so is one that has not begun its work so long after its start. The kernels
+            of a policy may have to be compiled in that time.
     """
 
     host: str = "127.0.0.1"
@@ -47,6 +48,7 @@ class ListenConfig(_Config):
     admin_port: int = Field(8081, ge=0, le=65535)
     workers: int = Field(1, ge=1, le=MAX_WORKERS)
     hang_s: float = Field(10.0, ge=1.0)
+    start_s: float = Field(300.0, ge=1.0)
 
     @field_validator("admin_host")
     @classmethod
@@ -326,7 +328,9 @@ class RouterConfig(_Config):
         log: What is said on standard error.
         tracing: Of requests and decisions.
         peers: Other routers before the same replicas.
-        drain_s: How long a stopping router waits for requests in progress.
+        drain_s: How long a router that is told to stop waits for requests in progress.
+        unready_s: How much of that it takes connections as before, while `/health` says 503: for as
+            long as whoever balances may not have looked.
     """
 
     replicas: tuple[ReplicaConfig, ...] = ()
@@ -346,6 +350,7 @@ class RouterConfig(_Config):
     tracing: TracingConfig | None = None
     peers: PeersConfig | None = None
     drain_s: float = Field(60.0, ge=0)
+    unready_s: float = Field(0.0, ge=0)
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
@@ -363,7 +368,11 @@ class RouterConfig(_Config):
         for limit in (self.limits, *self.tenants.values()):
             if limit.slo_class is not None and limit.slo_class not in classes:
                 raise ValueError(unknown_name("SLO class", limit.slo_class, classes))
-        self.check_workers()
+        if self.unready_s > self.drain_s:
+            raise ValueError(
+                f"unready_s is a part of drain_s, and must be at most {self.drain_s:g}, "
+                f"got {self.unready_s:g}"
+            )
         if self.replicas and self.replicas_file is None and self.discover is None:
             self._check_parts()
         return self
@@ -381,20 +390,6 @@ class RouterConfig(_Config):
                 "all replicas have the role decode, and SGLang's cannot prefill: add one of role "
                 "prefill, or take the role mixed"
             )
-
-    def check_workers(self) -> None:
-        """Check that whoever carries requests can carry them from one replica to another.
-
-        Raises:
-            ValueError: If several workers would have to.
-        """
-        if self.listen.workers > 1:
-            refuse_roles(self.replicas, self.discover, WORKERS_AND_ROLES)
-            if self.request.requeue is not None:
-                raise ValueError(
-                    "request.requeue needs one process that carries and decides: take workers: 1, "
-                    "or leave it out"
-                )
 
 
 def read_config(path: Path) -> RouterConfig:
@@ -416,17 +411,12 @@ def with_workers(config: RouterConfig, workers: int) -> RouterConfig:
     """Return a configuration with so many workers.
 
     Raises:
-        ConfigError: If there cannot be so many, or replicas have roles.
+        ConfigError: If there cannot be so many.
     """
     if not 1 <= workers <= MAX_WORKERS:
         raise ConfigError(f"--workers must be from 1 to {MAX_WORKERS}, got {workers}")
     listen = config.listen.model_copy(update={"workers": workers})
-    config = config.model_copy(update={"listen": listen})
-    try:
-        config.check_workers()
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    return config
+    return config.model_copy(update={"listen": listen})
 
 
 def parse_config(data: Mapping[str, object], origin: str) -> RouterConfig:

@@ -29,7 +29,7 @@ class LocalDesk:
         pages: What clients may see of the fleet.
 
     Attributes:
-        draining: Whether new requests are refused.
+        stopping: Whether requests had better go elsewhere, as `/health` says.
         urls: Of the replicas' servers, by slot.
         bootstrap_ports: Of the replicas that are SGLang servers and prefill, by slot.
         line: Of requests that wait for a replica with room.
@@ -48,7 +48,7 @@ class LocalDesk:
         self.dispatcher = dispatcher
         self.health = health
         self.telemetry = telemetry
-        self.draining = False
+        self.stopping = False
         self.limits = Limits(config.limits, config.tenants)
         self.budget = RetryBudget(
             config.request.retry_share, config.request.retry_reserve, dispatcher.clock
@@ -78,11 +78,8 @@ class LocalDesk:
         """Admit a request; see `Desk`.
 
         Raises:
-            RequestError: If the router stops, or the tenant has too many.
+            RequestError: If the tenant has too many.
         """
-        if self.draining:
-            message = "the router is stopping: come again, or ask another"
-            raise self.come_again(503, message, "stopping")
         self.limits.enter(tenant, self.dispatcher.clock())
         self.telemetry.in_flight += 1
         if self.dispatcher.placing.transfers.are_possible:
@@ -104,4 +101,4 @@ class LocalDesk:
 
     def show(self, path: str) -> Reply:
         """Return what a path shows of the fleet; see `Desk`."""
-        return self._pages.reply(path, stopping=self.draining)
+        return self._pages.reply(path, stopping=self.stopping)

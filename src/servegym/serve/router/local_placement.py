@@ -237,8 +237,12 @@ class LocalPlacement:
             desk.telemetry.retries[error.cause] += 1
         return again
 
-    def move_on(self) -> Seat | None:
+    async def move_on(self) -> Seat | None:
         """See `MovingPlacement`."""
+        return self.try_move()
+
+    def try_move(self) -> Seat | None:
+        """Place it elsewhere if that is better now; see `move_on`."""
         desk, job, here = self._desk, self.job, self.job.replica
         config, dispatcher = desk.config.request.requeue, desk.dispatcher
         if config is None or self._num_moves >= config.max_moves:

@@ -170,8 +170,12 @@ class Placement(Protocol):
 class MovingPlacement(Placement, Protocol):
     """One that may be placed elsewhere while it waits for its first token."""
 
-    def move_on(self) -> Seat | None:
-        """Place it elsewhere if that is better now; `None`: it stays."""
+    async def move_on(self) -> Seat | None:
+        """Place it elsewhere if that is better now; `None`: it stays.
+
+        Raises:
+            RequestError: If the router fails it.
+        """
 
 
 class DividedPlacement(Placement, Protocol):

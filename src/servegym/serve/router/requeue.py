@@ -39,6 +39,7 @@ async def ask_or_move(
 
     Raises:
         UpstreamError: If there is no answer.
+        RequestError: If the router fails it.
         RequeuedError: If it has been placed elsewhere; the replica is told to stop.
     """
     waiting = asyncio.create_task(asking)
@@ -47,8 +48,9 @@ async def ask_or_move(
             await asyncio.wait({waiting}, timeout=after_s)
             if waiting.done():
                 return waiting.result()
-            seat = placement.move_on()
-            if seat is not None:
+            seat = await placement.move_on()
+            if seat is not None:  # wherever it is asked, it is booked there: an answer that has
+                # begun meanwhile is dropped, as nothing of it has been passed on
                 raise RequeuedError(seat)
     except BaseException:
         if not waiting.cancel() and not waiting.cancelled() and waiting.exception() is None:

@@ -12,8 +12,7 @@ from servegym.serve.router.replica import ReplicaConfig
 from servegym.serve.transfers import Transfers
 from servegym.typing import BoolArray
 
-#: Why several workers, and a picker that sees no answers, do not.
-WORKERS_AND_ROLES = "several workers carry whole requests: take workers: 1"
+#: Why a picker that sees no answers does not.
 PICKER_AND_ROLES = (
     "where a gateway sends no bodies of answers nobody knows when KV was fetched: take "
     "response: bodies"

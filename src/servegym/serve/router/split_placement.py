@@ -31,11 +31,12 @@ class SplitPlacement(LocalPlacement):
     the prefill is over, else at once. If either replica fails it, it is dispatched anew.
     """
 
-    __slots__ = ("_beside", "_divisible", "_is_prefill", "_over")
+    __slots__ = ("_beside", "_decode_by_s", "_divisible", "_is_prefill", "_over")
 
     def __init__(self, desk: LocalDesk, tenant: str, key: str) -> None:
         super().__init__(desk, tenant, key)
         self._divisible = self._is_prefill = False  # whether it is seated to be prefilled
+        self._decode_by_s = 0.0
         # at the replica that prefills, while it is seated where it decodes
         self._beside: Attempt | None = None
         self._over: asyncio.TimerHandle | None = None  # when that prefill should be over
@@ -47,6 +48,16 @@ class SplitPlacement(LocalPlacement):
 
     async def prefilled(self, cached_tokens: int | None) -> Seat:
         """See `DividedPlacement`."""
+        self.end_prefill(cached_tokens)
+        seat = self.try_decode()
+        return await self.hold_decode() if seat is None else seat
+
+    def end_prefill(self, cached_tokens: int | None) -> None:
+        """The replica has prefilled it, where it is seated for that; `try_decode` follows.
+
+        Args:
+            cached_tokens: See `prefilled`.
+        """
         desk, job = self._desk, self.job
         assert job.moving is not None
         desk.books.prefilled(job, self.attempt)
@@ -54,13 +65,32 @@ class SplitPlacement(LocalPlacement):
         self._is_prefill = False
         desk.dispatcher.placing.prefilled(job)
         job.cached_tokens = cached_tokens
-        config = desk.config.request
-        until_s = desk.dispatcher.clock() + config.max_hold_s
-        while not (allowed := self._places()).any():
-            if desk.dispatcher.clock() + config.hold_s > until_s:
-                raise no_replica(config.retry_after_s, "replica that decodes")
-            await asyncio.sleep(config.hold_s)
-        return self._decode(allowed, "decode")
+        self._decode_by_s = desk.dispatcher.clock() + desk.config.request.max_hold_s
+
+    def try_decode(self) -> Seat | None:
+        """Decide where it decodes; `None`: no replica takes it now.
+
+        Raises:
+            RequestError: If that has been so for too long.
+        """
+        config = self._desk.config.request
+        allowed = self._places()
+        if allowed.any():
+            return self._decode(allowed, "decode")
+        if self._desk.dispatcher.clock() + config.hold_s > self._decode_by_s:
+            raise no_replica(config.retry_after_s, "replica that decodes")
+        return None
+
+    async def hold_decode(self) -> Seat:
+        """Wait until a replica decodes it.
+
+        Raises:
+            RequestError: See `try_decode`.
+        """
+        while True:
+            await asyncio.sleep(self._desk.config.request.hold_s)
+            if (seat := self.try_decode()) is not None:
+                return seat
 
     def prefilled_beside(self) -> None:
         """See `DividedPlacement`."""

@@ -6,7 +6,7 @@ import asyncio
 import mmap
 import socket
 
-from servegym.serve.router.client import Server
+from servegym.serve.router.server import Server
 
 #: For a worker with fewer connections to take the next one, seconds; it may be busy, or hang.
 _WAIT_S = 0.002
@@ -46,21 +46,26 @@ class Acceptor:
         self._loop = asyncio.get_running_loop()
         self._waiting: asyncio.TimerHandle | None = None
         self._has_waited = False
-        self._taking: set[asyncio.Task[None]] = set()
         counts[index] = 0
         self._loop.add_reader(listener, self._come)
 
     def stop(self) -> None:
-        """Take no more; the socket is closed here, and stays open for the others."""
+        """Take those that wait, and no more; does nothing the second time.
+
+        The socket is closed here, and stays open where others have it.
+        """
         self._counts[self._index] = NOBODY
+        if self._listener.fileno() < 0:
+            return
         self._loop.remove_reader(self._listener)
+        self._server.accept_all(self._listener)
         self._listener.close()
         if self._waiting is not None:
             self._waiting.cancel()
 
     def _come(self) -> None:
         """A client waits."""
-        own = len(self._server.connections) + len(self._taking)
+        own = self._server.num_connections
         self._counts[self._index] = own
         if own > min(self._counts) and not self._has_waited:
             self._loop.remove_reader(self._listener)
@@ -68,15 +73,10 @@ class Acceptor:
             return
         self._has_waited = False
         try:
-            connection, _ = self._listener.accept()
+            self._server.accept(self._listener)
         except OSError:  # another was faster, or the client has gone
             return
-        connection.setblocking(False)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._counts[self._index] = own + 1
-        taking = self._loop.create_task(self._server.take(connection))
-        self._taking.add(taking)
-        taking.add_done_callback(self._taking.discard)
 
     def _look_again(self) -> None:
         self._has_waited = True

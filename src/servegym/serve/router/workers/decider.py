@@ -17,20 +17,22 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from servegym.serve.monitoring.loop_lag import LAG_S
 from servegym.serve.monitoring.prometheus import Histogram
 from servegym.serve.requests.prompt import Prompt
 from servegym.serve.router.auth import Keys
 from servegym.serve.router.desk import LocalDesk
+from servegym.serve.router.disaggregation import PrefillError
 from servegym.serve.router.errors import RequestError
 from servegym.serve.router.explanation import Explanation
 from servegym.serve.router.local_placement import LocalPlacement
 from servegym.serve.router.logs import REQUEST_ID
 from servegym.serve.router.placement import Ending, Seat
+from servegym.serve.router.split_placement import SplitPlacement
 from servegym.serve.router.upstream import UpstreamError
 from servegym.serve.router.workers.frames import (
     Frame,
@@ -44,6 +46,9 @@ from servegym.serve.router.workers.frames import (
 from servegym.serve.router.workers.link import Link
 
 _log = logging.getLogger(__name__)
+
+#: Between two looks whether all clients have gone, seconds.
+_LOOK_S = 0.05
 
 
 class Shared(NamedTuple):
@@ -66,6 +71,7 @@ class _Worker:
     Attributes:
         link: To it.
         pid: Of its process; 0 until it has said so.
+        has_left: Whether its clients have gone, as they were let to.
         placements: Its requests, by ticket.
         holds: Those of them that wait for a place.
     """
@@ -73,6 +79,7 @@ class _Worker:
     def __init__(self, connection: socket.socket, readable: Callable[[], None]) -> None:
         self.link = Link(connection, readable)
         self.pid = 0
+        self.has_left = False
         self.placements: dict[int, LocalPlacement] = {}
         self.holds: dict[int, asyncio.Task[None]] = {}
 
@@ -97,6 +104,7 @@ class Decider:
         self._keys = keys
         self._workers: list[_Worker] = []
         self._late: list[tuple[_Worker, Packet]] = []  # written after the last look had begun
+        self._leaving = False
         self._listener: socket.socket | None = None
         self.loop = asyncio.get_running_loop()
         self._takes: dict[int, Callable[[_Worker, LocalPlacement, int, bytes], None]] = {
@@ -111,6 +119,9 @@ class Decider:
             Kind.BROKE: lambda _, placement, __, body: placement.broke(*unpack(body)),
             Kind.CLOSE: self._close,
             Kind.LEAVE: self._leave,
+            Kind.MOVE: self._move,
+            Kind.PREFILLED: self._prefilled,
+            Kind.PREFILLED_BESIDE: lambda _, placement, *__: _divided(placement).prefilled_beside(),
         }
 
     @property
@@ -131,6 +142,14 @@ class Decider:
         self._listener.bind(str(path))
         self._listener.listen()
         self.loop.add_reader(self._listener, self._meet)
+
+    async def leave(self) -> None:
+        """Let workers let their clients go, and return when these have gone."""
+        self._leaving = True
+        for worker in self._workers:
+            worker.link.send(Kind.LEAVING)
+        while not all(worker.has_left for worker in self._workers):
+            await asyncio.sleep(_LOOK_S)
 
     def stop(self) -> None:
         """Hang up; what workers still have has failed."""
@@ -158,6 +177,8 @@ class Decider:
         worker = _Worker(connection, self._look)
         self._workers.append(worker)
         worker.link.send(Kind.KEYS, 0, pack(self._keys))
+        if self._leaving:
+            worker.link.send(Kind.LEAVING)
 
     def _look(self) -> None:
         """Take in what workers have said, in the order they said it.
@@ -206,6 +227,8 @@ class Decider:
                 worker.link.put(Kind.SHOWN, ticket, pack(reply.status, reply.body, reply.headers))
             elif kind == Kind.HELLO:
                 (worker.pid,) = unpack(body)
+            elif kind == Kind.LEFT:
+                worker.has_left = True
         except Exception as error:
             self._refuse(worker, ticket, error)
 
@@ -240,14 +263,42 @@ class Decider:
         if isinstance(found, Seat):
             self._tell(worker, placement, ticket, found)
         else:
-            holding = self._hold(worker, placement, ticket, found)
-            worker.holds[ticket] = self.loop.create_task(holding)
+            self._hold(worker, placement, ticket, placement.hold(found))
 
-    async def _hold(
-        self, worker: _Worker, placement: LocalPlacement, ticket: int, pause_s: float
+    def _move(self, worker: _Worker, placement: LocalPlacement, ticket: int, _: bytes) -> None:
+        worker.link.put(Kind.MOVED, ticket, pack(placement.try_move()))
+
+    def _prefilled(
+        self, worker: _Worker, placement: LocalPlacement, ticket: int, body: bytes
+    ) -> None:
+        divided = _divided(placement)
+        divided.end_prefill(*unpack(body))
+        seat = divided.try_decode()
+        if seat is not None:
+            self._tell(worker, placement, ticket, seat)
+        else:
+            self._hold(worker, placement, ticket, divided.hold_decode())
+
+    def _hold(
+        self,
+        worker: _Worker,
+        placement: LocalPlacement,
+        ticket: int,
+        waits: Coroutine[Any, Any, Seat],
+    ) -> None:
+        """Let a request wait until it has a place."""
+        holding = self._tell_later(worker, placement, ticket, waits)
+        worker.holds[ticket] = self.loop.create_task(holding)
+
+    async def _tell_later(
+        self,
+        worker: _Worker,
+        placement: LocalPlacement,
+        ticket: int,
+        waits: Coroutine[Any, Any, Seat],
     ) -> None:
         try:
-            seat = await placement.hold(pause_s)
+            seat = await waits
         except Exception as error:
             self._refuse(worker, ticket, error)
         else:
@@ -261,7 +312,8 @@ class Decider:
         worker.link.put(Kind.PLACED, ticket, pack(placement.explained(), *seat))
 
     def _failed(self, worker: _Worker, placement: LocalPlacement, ticket: int, body: bytes) -> None:
-        again = placement.judge(UpstreamError(*unpack(body)))
+        is_prefill, *error = unpack(body)
+        again = placement.judge((PrefillError if is_prefill else UpstreamError)(*error))
         worker.link.put(Kind.VERDICT, ticket, pack(again))
 
     def _close(self, worker: _Worker, placement: LocalPlacement, ticket: int, body: bytes) -> None:
@@ -290,3 +342,9 @@ class Decider:
             placement.end("lost")
             placement.leave()
         worker.placements.clear()
+
+
+def _divided(placement: LocalPlacement) -> SplitPlacement:
+    """Return a placement that two replicas do: workers say nothing of parts of others."""
+    assert isinstance(placement, SplitPlacement)
+    return placement

@@ -45,6 +45,10 @@ class Kind(IntEnum):
     COUNT = 15
     PAGE = 16
     LAG = 17
+    LEFT = 18
+    PREFILLED = 19
+    PREFILLED_BESIDE = 20
+    MOVE = 21
 
     KEYS = 32
     ADMITTED = 33
@@ -52,6 +56,8 @@ class Kind(IntEnum):
     PLACED = 35
     VERDICT = 36
     SHOWN = 37
+    LEAVING = 38
+    MOVED = 39
 
 
 #: One thing that was said: a `Kind`, the ticket of the request that it is about (0: of none), and a

@@ -30,6 +30,10 @@ class Heartbeats:
         """A process has ended; the next one in its place has yet to begin."""
         self._beats[index] = 0.0
 
+    def has_begun(self, index: int) -> bool:
+        """Whether the event loop of a process has turned."""
+        return self._beats[index] > 0.0
+
     def silent_s(self, index: int, since_s: float, now_s: float) -> float:
         """Return for how long a process has not moved; 0 before its first beat.
 

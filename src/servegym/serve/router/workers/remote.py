@@ -9,17 +9,14 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from servegym.serve.router.auth import Keys
 from servegym.serve.router.config import RouterConfig
 from servegym.serve.router.errors import RequestError
-from servegym.serve.router.explanation import Explanation
-from servegym.serve.router.placement import Arrival, Ending, Seat
 from servegym.serve.router.reply import Reply
-from servegym.serve.router.upstream import UpstreamError
-from servegym.serve.router.workers.frames import Frame, Kind, pack, pack_arrival, unpack
+from servegym.serve.router.workers.frames import Frame, Kind, pack, unpack
 from servegym.serve.router.workers.link import Link
+from servegym.serve.router.workers.remote_placement import RemotePlacement
 
 #: Between two attempts to find the decider, seconds.
 _AGAIN_S = 0.05
@@ -34,16 +31,22 @@ class RemoteDesk:
         config: Of the router.
         path: Of the decider's socket.
         keys_changed: Called with the API keys whenever the decider tells them.
+        leave: Called when the decider says that the router stops.
     """
 
     def __init__(
-        self, config: RouterConfig, path: Path, keys_changed: Callable[[Keys | None], None]
+        self,
+        config: RouterConfig,
+        path: Path,
+        keys_changed: Callable[[Keys | None], None],
+        leave: Callable[[], None],
     ) -> None:
         log = config.dispatch.log
         self.follows = log is not None and log.max_ends > 0
         self._retry_after_s = config.request.retry_after_s
         self._path = path
         self._keys_changed = keys_changed
+        self._leave = leave
         self._link: Link | None = None
         self._waiting: dict[int, RemotePlacement | asyncio.Future[Reply]] = {}
         self._last_ticket = 0
@@ -98,6 +101,11 @@ class RemoteDesk:
         if self._counting is None:
             loop = asyncio.get_running_loop()
             self._counting = loop.call_later(_COUNTS_S, self._tell_counts)
+
+    def left(self) -> None:
+        """Tell that all clients have gone."""
+        if self._link is not None:
+            self._link.send(Kind.LEFT)
 
     def lags(self, lag_s: float) -> None:
         """Tell how late this process' event loop is, seconds."""
@@ -161,6 +169,9 @@ class RemoteDesk:
         if kind == Kind.KEYS:
             self._keys_changed(*unpack(body))
             return
+        if kind == Kind.LEAVING:
+            self._leave()
+            return
         waiting = self._waiting.get(ticket)
         if waiting is None:  # its client has gone
             return
@@ -174,147 +185,6 @@ class RemoteDesk:
             waiting.told(unpack(body) if body else None)
         elif not waiting.done():
             waiting.set_result(Reply(*unpack(body)))
-
-
-class RemotePlacement:
-    """One request; see `Placement`.
-
-    Args:
-        desk: That it is at.
-        link: To the decider that it is booked at.
-        ticket: Its number there.
-    """
-
-    __slots__ = (
-        "_arrival",
-        "_desk",
-        "_explained",
-        "_gone",
-        "_link",
-        "_refused",
-        "_said",
-        "_status",
-        "_ticket",
-    )
-
-    def __init__(self, desk: RemoteDesk, link: Link, ticket: int) -> None:
-        self._desk = desk
-        self._link = link
-        self._ticket = ticket
-        self._arrival: bytes | None = None  # until the decider has it
-        self._explained: list[Explanation] = []
-        self._said: asyncio.Future[Any] | None = None  # what is waited for
-        self._refused: RequestError | None = None
-        self._status = "failed"
-        self._gone = False
-
-    def told(self, what: Any) -> None:
-        """The decider has answered."""
-        if self._said is not None and not self._said.done():
-            self._said.set_result(what)
-
-    def learn(self, explained: list[Explanation]) -> None:
-        """The decider has said why it has decided so."""
-        self._explained += explained
-
-    def refuse(self, error: RequestError) -> None:
-        """The decider has refused it, or has gone: it is in no books any more."""
-        self._refused = error
-        self._gone = True
-        if self._said is not None and not self._said.done():
-            self._said.set_exception(error)
-
-    async def admitted(self) -> None:
-        """See `Placement`."""
-        await self._ask(Kind.ADMIT)
-
-    def arrive(self, arrival: Arrival) -> None:
-        """See `Placement`."""
-        self._arrival = pack_arrival(arrival, content=self._desk.follows)
-
-    async def place(self) -> Seat:
-        """See `Placement`."""
-        arrival, self._arrival = self._arrival, None
-        if arrival is not None:
-            explained, *seat = await self._ask(Kind.ARRIVE, arrival)
-        else:
-            explained, *seat = await self._ask(Kind.PLACE)
-        self.learn(explained)
-        return Seat(*seat)
-
-    def explained(self) -> list[Explanation]:
-        """See `Placement`."""
-        explained, self._explained = self._explained, []
-        return explained
-
-    async def failed(self, error: UpstreamError) -> bool:
-        """See `Placement`; once the decider has gone nobody can place it again."""
-        if self._link.lost:
-            return False
-        refusal = error.refusal
-        if refusal is not None:  # what it says is for the client
-            refusal = refusal._replace(body=b"")
-        (again,) = await self._ask(Kind.FAILED, pack(error.cause, refusal))
-        return bool(again)
-
-    def begin(self) -> None:
-        """See `Placement`."""
-        self._link.send(Kind.BEGIN, self._ticket)
-
-    def tokens(self, count: int, now_s: float) -> None:
-        """See `Placement`."""
-        self._link.put_tokens(self._ticket, count, now_s)
-
-    def paused(self, now_s: float) -> None:
-        """See `Placement`."""
-        self._link.send(Kind.PAUSED, self._ticket, pack(now_s))
-
-    def resumed(self, now_s: float) -> None:
-        """See `Placement`."""
-        self._link.send(Kind.RESUMED, self._ticket, pack(now_s))
-
-    def answered(self) -> None:
-        """See `Placement`."""
-        if self._desk.follows:
-            self._link.send(Kind.ANSWERED, self._ticket)
-
-    def broke(self, cause: str, token_s: float, status: int) -> None:
-        """See `Placement`."""
-        self._link.put(Kind.BROKE, self._ticket, pack(cause, token_s, status))
-
-    def close(self, ending: Ending) -> None:
-        """See `Placement`; it leaves the books with that."""
-        self._link.send(Kind.CLOSE, self._ticket, pack(*ending))
-        self._gone = True
-
-    def end(self, status: str) -> None:
-        """See `Placement`; the decider is told when it leaves."""
-        if self._status == "failed":
-            self._status = status
-
-    def leave(self) -> None:
-        """See `Placement`."""
-        self._desk.forget(self._ticket)
-        if not self._gone:
-            self._gone = True
-            self._link.send(Kind.LEAVE, self._ticket, pack(self._status))
-
-    async def _ask(self, kind: Kind, body: bytes = b"") -> Any:
-        """Say something and wait for the answer.
-
-        Raises:
-            RequestError: If the request is refused.
-        """
-        if self._refused is None and self._link.lost:
-            self._refused = self._desk.away()
-        if self._refused is not None:
-            raise self._refused
-        self._said = asyncio.get_running_loop().create_future()
-        self._link.send(kind, self._ticket, body)
-        try:
-            return await self._said
-        finally:
-            self._said = None
 
 
 def _refuse(waiting: RemotePlacement | asyncio.Future[Reply], error: RequestError) -> None:

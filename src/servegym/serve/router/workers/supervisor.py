@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import math
 import os
 import select
 import signal
@@ -25,6 +26,7 @@ from servegym.serve.listening import BACKLOG, bind
 from servegym.serve.router.app import Router
 from servegym.serve.router.config import RouterConfig
 from servegym.serve.router.workers.acceptor import NOBODY, shared_counts
+from servegym.serve.router.workers.child import STEADY_S, Child
 from servegym.serve.router.workers.decider import Shared
 from servegym.serve.router.workers.heartbeats import Heartbeats
 from servegym.serve.router.workers.worker import carry
@@ -34,42 +36,10 @@ _log = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 _READY = b"\0"
-#: A child that lives shorter than this, seconds, has failed to start: it is started again later and
-#: later.
-_STEADY_S = 10.0
-_FIRST_PAUSE_S = 0.1
-_LONGEST_PAUSE_S = 5.0
 #: A decider that fails so often in a row does not come back.
 _MAX_FAILURES = 5
 #: For children to end beyond the time that they are given, seconds.
 _END_S = 5.0
-
-
-class _Child:
-    """The decider or a worker.
-
-    Attributes:
-        name: In the log.
-        run: What it does, and its exit status.
-        pid: Of its process, 0 while there is none.
-        start_s: When it is, or was, to be started.
-        failures: How often in a row it has ended soon after.
-    """
-
-    def __init__(self, name: str, run: Callable[[], int]) -> None:
-        self.name = name
-        self.run = run
-        self.pid = 0
-        self.start_s = 0.0
-        self.failures = 0
-
-    def ended(self) -> None:
-        """Its process has ended: when to start it again?"""
-        now_s = time.monotonic()
-        self.pid = 0
-        self.failures = self.failures + 1 if now_s - self.start_s < _STEADY_S else 1
-        pause_s = min(_FIRST_PAUSE_S * 2.0 ** (self.failures - 1), _LONGEST_PAUSE_S)
-        self.start_s = now_s + pause_s
 
 
 class _Told(Exception):
@@ -105,12 +75,14 @@ class Supervisor:
         self._looked_s = self._looks_since_s = time.monotonic()
         self._told = os.pipe()  # numbers of signals
         self._alive = os.pipe()  # nothing; children see its end
-        self._decider_says = (-1, -1)
+        self._decider_says = (-1, -1)  # pipe, until it decides
+        self._said = b""  # through it
+        self._has_decided = False
         for end in self._told:
             os.set_blocking(end, False)
-        self._decider = _Child("the deciding process", self._decide)
+        self._decider = Child("the deciding process", self._decide)
         self._workers = [
-            _Child(f"worker {index}", lambda index=index: self._carry(index))  # type: ignore[misc]
+            Child(f"worker {index}", lambda index=index: self._carry(index))  # type: ignore[misc]
             for index in range(config.listen.workers)
         ]
 
@@ -124,18 +96,12 @@ class Supervisor:
         signal.set_wakeup_fd(self._told[1])
         gc.freeze()
         try:
-            self._start_decider()
             while True:
-                now_s = time.monotonic()
-                for child in self._workers:
-                    if not child.pid and child.start_s <= now_s:
-                        self._start(child)
-                waiting = [child.start_s for child in self._workers if not child.pid]
-                self._listen(min([*(start_s - now_s for start_s in waiting), self._look_s]))
+                self._start_who_is_due()
+                self._wait()
+                self._hear_decider()
                 self._kill_who_hangs()
                 self._reap()
-                if not self._decider.pid:
-                    self._start_decider_again()
         except _Told:
             self._drain()
         finally:
@@ -146,6 +112,7 @@ class Supervisor:
 
     def _decide(self) -> int:
         """Be the decider."""
+        self._listener.close()  # workers may stop listening
         says = self._decider_says[1]
 
         def ready(router: Router) -> None:
@@ -185,7 +152,7 @@ class Supervisor:
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
             return runner.run(run())
 
-    def _start(self, child: _Child) -> None:
+    def _start(self, child: Child) -> None:
         sys.stdout.flush()
         child.start_s = time.monotonic()
         child.pid = os.fork()
@@ -196,8 +163,9 @@ class Supervisor:
             signal.set_wakeup_fd(-1)
             for number in _SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
-            for end in (*self._told, self._alive[1]):
-                os.close(end)
+            for end in (*self._told, self._alive[1], self._decider_says[0]):
+                if end >= 0:
+                    os.close(end)
             status = child.run()
         except BaseException:
             traceback.print_exc()
@@ -206,60 +174,82 @@ class Supervisor:
             sys.stderr.flush()
             os._exit(status)
 
-    def _start_decider(self) -> None:
-        """Start the decider and wait until it decides.
+    def _startable(self) -> list[Child]:
+        """The children that may be there: no worker before something has decided once."""
+        return [self._decider, *self._workers] if self._has_decided else [self._decider]
+
+    def _start_who_is_due(self) -> None:
+        """Start the children that are not there, those that have failed after their pause.
 
         Raises:
-            ConfigError: If it does not come to that.
+            ConfigError: If the decider does not come back.
         """
-        self._decider_says = os.pipe()
-        hears, says = self._decider_says
+        for child in self._startable():
+            if child.pid or child.start_s > time.monotonic():
+                continue
+            if child is not self._decider:
+                self._start(child)
+            elif self._decider_says[0] < 0:  # all that the last one has said has been heard
+                self._start_decider()
+
+    def _start_decider(self) -> None:
+        """Start the decider; while there was one before, requests are refused until it decides.
+
+        Raises:
+            ConfigError: If it has failed too often.
+        """
+        if self._decider.failures > _MAX_FAILURES:
+            raise ConfigError(
+                f"the deciding process has ended {self._decider.failures} times, each before it "
+                f"decided or within {STEADY_S:g} s of its start: the log says why"
+            )
+        self._said, self._decider_says = b"", os.pipe()
         try:
             self._start(self._decider)
         finally:
-            os.close(says)
-        said = b""
-        try:
-            while not said.startswith(_READY):
-                select.select([hears, self._told[0]], [], [])
-                self._hear()
-                if hears in select.select([hears], [], [], 0.0)[0]:
-                    more = os.read(hears, 65536)
-                    if not more:
-                        raise ConfigError(said.decode() or "the deciding process cannot be started")
-                    said += more
-        finally:
-            os.close(hears)
+            os.close(self._decider_says[1])
 
-    def _start_decider_again(self) -> None:
-        """Start a decider that has ended; requests are refused meanwhile.
+    def _hear_decider(self) -> None:
+        """Take in what a decider that starts has said: that it decides, or why it cannot.
 
         Raises:
-            ConfigError: If it does not come back.
+            ConfigError: If the first one cannot.
         """
-        while not self._decider.pid:
-            if self._decider.failures > _MAX_FAILURES:
-                raise ConfigError(
-                    f"the deciding process has ended {self._decider.failures} times, each within "
-                    f"{_STEADY_S:g} s of its start: the log says why"
-                )
-            self._listen(self._decider.start_s - time.monotonic())
-            if time.monotonic() < self._decider.start_s:
-                continue
-            try:
-                self._start_decider()
-            except ConfigError as error:
-                _log.error("the deciding process does not come back: %s", error)
-                os.waitpid(self._decider.pid, 0)
-                self._decider.ended()
+        hears = self._decider_says[0]
+        if hears < 0 or not select.select([hears], [], [], 0.0)[0]:
+            return  # it is up, or has said nothing
+        more = os.read(hears, 65536)
+        self._said += more
+        if self._said.startswith(_READY):
+            self._decider.is_up = self._has_decided = True
+        elif more:
+            return
+        else:
+            why = self._said.decode() or "the deciding process cannot be started"
+            if not self._has_decided:
+                raise ConfigError(why)
+            _log.error("the deciding process does not come back: %s", why)
+        os.close(hears)
+        self._decider_says = (-1, -1)
 
-    def _listen(self, timeout_s: float | None) -> None:
+    def _wait(self) -> None:
+        """Wait until there is something to do, or to look at.
+
+        Raises:
+            _Told: If a signal says to stop.
+        """
+        due_s = [child.start_s for child in self._startable() if not child.pid]
+        left_s = min(due_s, default=math.inf) - time.monotonic()
+        says = [end for end in (self._told[0], self._decider_says[0]) if end >= 0]
+        select.select(says, [], [], max(0.0, min(left_s, self._look_s)))
+        self._hear()
+
+    def _listen(self, timeout_s: float) -> None:
         """Wait for a signal.
 
         Raises:
             _Told: If it is one to stop.
         """
-        timeout_s = None if timeout_s is None else max(0.0, timeout_s)
         select.select([self._told[0]], [], [], timeout_s)
         self._hear()
 
@@ -275,22 +265,43 @@ class Supervisor:
             return
         if signal.SIGTERM in numbers or signal.SIGINT in numbers:
             raise _Told
-        if signal.SIGHUP in numbers and self._decider.pid:
+        if signal.SIGHUP in numbers and self._decider.is_up:
             os.kill(self._decider.pid, signal.SIGHUP)
 
     def _kill_who_hangs(self) -> None:
-        """Kill the children whose event loops have stopped: others come, as for any that ends."""
+        """Kill the children whose event loops have stopped: others come, as for any that ends.
+
+        What does not begin its work is given longer: until then nothing may turn its event loop.
+        """
         now_s = time.monotonic()
         if now_s - self._looked_s > 2.0 * self._look_s:  # this process has stood still itself
             self._looks_since_s = now_s
         self._looked_s = now_s
         for index, child in enumerate((self._decider, *self._workers)):
-            silent_s = self._beats.silent_s(index, self._looks_since_s, now_s)
-            if child.pid and silent_s > self._config.listen.hang_s:
-                what = "%s (%d) has not moved for %.1f s: it is killed"
-                _log.error(what, child.name, child.pid, silent_s)
+            if not child.pid:
+                continue
+            if self._is_up(index, child):
+                silent_s = self._beats.silent_s(index, self._looks_since_s, now_s)
+                limit_s, what = self._config.listen.hang_s, "has not moved"
+            else:
+                silent_s = now_s - max(child.start_s, self._looks_since_s)
+                limit_s, what = self._config.listen.start_s, "has not begun its work"
+            if silent_s > limit_s:
+                said = "%s (%d) %s for %.1f s: it is killed"
+                _log.error(said, child.name, child.pid, what, silent_s)
                 self._beats.forget(index)
+                if child is self._decider and not child.is_up:
+                    self._said = (
+                        f"the deciding process has not begun to decide within {limit_s:g} s: look "
+                        "what it waits for, or give it longer (listen.start_s)"
+                    ).encode()
                 os.kill(child.pid, signal.SIGKILL)
+
+    def _is_up(self, index: int, child: Child) -> bool:
+        """Whether a child has begun its work; the decider says so itself."""
+        if child is not self._decider:
+            child.is_up |= self._beats.has_begun(index)
+        return child.is_up
 
     def _reap(self, *, stopping: bool = False) -> None:
         """Note which children have ended."""
@@ -300,11 +311,12 @@ class Supervisor:
             pid, status = os.waitpid(child.pid, os.WNOHANG)
             if not pid:
                 continue
+            self._is_up(index, child)
             child.ended()
             self._beats.forget(index)
             if child is not self._decider:
                 self._counts[self._workers.index(child)] = NOBODY
-            if not stopping:
+            if not stopping and self._has_decided:
                 code = os.waitstatus_to_exitcode(status)
                 how = f"signal {-code}" if code < 0 else f"status {code}"
                 pause_s = child.start_s - time.monotonic()
@@ -314,6 +326,7 @@ class Supervisor:
 
     def _drain(self) -> None:
         """Let the decider end; it waits for requests in progress."""
+        self._listener.close()  # workers have it still, until they are told to stop
         if self._decider.pid:
             os.kill(self._decider.pid, signal.SIGTERM)
         self._wait_for([self._decider], self._config.drain_s + _END_S)
@@ -326,10 +339,11 @@ class Supervisor:
             if child.pid:
                 os.kill(child.pid, signal.SIGKILL)
                 os.waitpid(child.pid, 0)
-        for end in (*self._told, self._alive[0]):
-            os.close(end)
+        for end in (*self._told, self._alive[0], self._decider_says[0]):
+            if end >= 0:
+                os.close(end)
 
-    def _wait_for(self, children: list[_Child], timeout_s: float) -> None:
+    def _wait_for(self, children: list[Child], timeout_s: float) -> None:
         until_s = time.monotonic() + timeout_s
         while (left_s := until_s - time.monotonic()) > 0.0:
             self._reap(stopping=True)

@@ -7,15 +7,16 @@ import gc
 import logging
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from servegym.serve.monitoring.loop_lag import LoopLag
 from servegym.serve.requests.prompt import PromptReader
 from servegym.serve.router.api import Api
 from servegym.serve.router.auth import Keys, upstream_key
-from servegym.serve.router.client import Server
 from servegym.serve.router.config import RouterConfig
 from servegym.serve.router.proxy import Proxy
+from servegym.serve.router.server import Server
 from servegym.serve.router.workers.acceptor import Acceptor
 from servegym.serve.router.workers.remote import RemoteDesk
 
@@ -39,9 +40,15 @@ class Worker:
     """
 
     def __init__(self, config: RouterConfig, path: Path) -> None:
-        self._has_keys = asyncio.Event()
-        self._desk = RemoteDesk(config, path, self._keys_changed)
-        self._proxy = Proxy(config.request, time.monotonic, upstream_key(config.upstream_key_env))
+        self._unready_s = config.unready_s
+        self._has_keys, self._leaving = asyncio.Event(), asyncio.Event()
+        self._desk = RemoteDesk(config, path, self._keys_changed, self._leaving.set)
+        self._proxy = Proxy(
+            config.request,
+            time.monotonic,
+            upstream_key(config.upstream_key_env),
+            config.disaggregation,
+        )
         reader = PromptReader(config.dispatch.prefix)
         self._api = Api(config, self._desk, reader, self._proxy, None, time.monotonic)
         self._loop_lag = LoopLag(self._desk.lags)
@@ -73,6 +80,12 @@ class Worker:
             _log.warning("the deciding process has gone: new requests are refused")
             if not await self.connect():
                 return
+
+    async def leave_when_told(self, stop_listening: Callable[[], None]) -> None:
+        """Once the router stops, let clients go elsewhere; see `Server.leave`."""
+        await self._leaving.wait()
+        await self.server.leave(self._unready_s, stop_listening)
+        self._desk.left()
 
     async def stop(self) -> None:
         """Cut off what there is."""
@@ -122,10 +135,11 @@ async def carry(
         asyncio.create_task(let_go.wait()),
         asyncio.create_task(worker.stay_connected()),
     ]
+    leaving = asyncio.create_task(worker.leave_when_told(acceptor.stop))
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     loop.remove_reader(lifeline)
     acceptor.stop()
     await worker.stop()
-    for end in ends:
-        end.cancel()
+    for task in (*ends, leaving):
+        task.cancel()
     return 0 if let_go.is_set() else 1
