@@ -171,6 +171,24 @@ def test_who_waits_to_be_taken_when_listening_ends_is_answered():
     run(test)
 
 
+def test_who_waits_to_be_taken_when_all_stops_is_let_go():
+    async def answer(request) -> None:
+        raise AssertionError("nobody asks")
+
+    async def test() -> None:
+        server = Server(answer, 1000)
+        port = await server.start("127.0.0.1", 0)
+        clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(5)]
+        await server.stop()
+        assert server.num_connections == 0
+        for one in clients:
+            one.settimeout(5.0)
+            assert one.recv(1) == b""
+            one.close()
+
+    run(test)
+
+
 def test_a_part_longer_than_the_whole_is_refused():
     replica = {"name": "r", "url": "http://127.0.0.1:1", "rates": RATES}
     sentence = "unready_s is a part of drain_s, and must be at most 60, got 90"

@@ -127,6 +127,8 @@ class Server:
         if self._sweep is not None:
             self._sweep.cancel()
         self.stop_listening()
+        if self._taking:
+            await asyncio.wait(self._taking)
         for connection in list(self.connections):
             connection.close_if_idle()
         until_s = self.loop.time() + LINGER_S
