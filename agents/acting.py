@@ -43,7 +43,8 @@ class Acting:
         """
         if self._compiled is not None:
             described = self._compiled.describe(replicas, request, mask)
-            return Prepared(*(torch.from_numpy(array) for array in described))
+            arrays = (torch.from_numpy(array) for array in described)
+            return Prepared(*arrays, hold=torch.empty(len(request), 0))  # no rule run here holds
         return self._network.prepare(
             torch.from_numpy(replicas).to(self._device),
             torch.from_numpy(request).to(self._device),
@@ -54,6 +55,6 @@ class Acting:
     def logits(self, prepared: Prepared) -> Tensor:
         """Score all actions; see `DispatchNetwork.logits`."""
         if self._compiled is not None:
-            described = Described(*(tensor.numpy() for tensor in prepared))
+            described = Described(*(tensor.numpy() for tensor in prepared[:-1]))
             return torch.from_numpy(self._compiled.logits(described))
         return self._network.logits(prepared)

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from servegym.policy.contract import ReplicaFeature, RequestFeature
 from servegym.policy.costs import (
+    HELD_BASES,
+    INFERRED_BASES,
     added_delay_s,
     delay_s,
     displaced_s,
@@ -31,7 +33,12 @@ def entry(request: Tensor, name: str) -> Tensor:
 
 
 def replica_inputs(
-    replicas: Tensor, request: Tensor, *, extended: bool = False, arrivals: bool = False
+    replicas: Tensor,
+    request: Tensor,
+    *,
+    extended: bool = False,
+    arrivals: bool = False,
+    holds: bool = False,
 ) -> Tensor:
     """Describe every (replica, request) pair by numbers of order one.
 
@@ -43,6 +50,7 @@ def replica_inputs(
         request: Raw features, `float32[batch, >= NUM_OBSERVED_REQUEST_FEATURES]`.
         extended: Whether what a router infers is described, too.
         arrivals: Whether, besides, how much of the fleet's work is arriving is.
+        holds: Whether, besides all that, who is on hold is.
 
     Returns:
         `float32[batch, R, N]` with N of `num_inputs`; rows of absent replicas are meaningless but
@@ -109,8 +117,10 @@ def replica_inputs(
             torch.log1p(column(replicas, "OUTSTANDING_AS_TIGHT")),
             *(torch.log1p(column(replicas, name)) for name in _PUSHED_OVER),
         ]
-    if arrivals:
+    if arrivals or holds:
         inputs += [share * ones for share in arriving_shares(replicas, request)]
+    if holds:
+        inputs += [torch.log1p(entry(request, name)) * ones for name in ("NUM_HELD", "WAITED_S")]
     return torch.stack(inputs, -1)
 
 
@@ -173,9 +183,11 @@ def base_cost(name: str, replicas: Tensor, request: Tensor, params: tuple[float,
         alone_s = entry(request, "PREDICTED_OUTPUT_TOKENS") * column(replicas, "DECODE_STEP_S")
         own_s = column(replicas, "PENDING_PREFILL_TOKENS") / rate + new_s + alone_s
         return own_s + load * (params[0] * new_s + (1.0 + params[1]) * slowed_s)
-    if name == "added-delay-inferred":
-        # policies of before `displaced` was a number of the rule have four
-        prefill, decode, shrink, observed, displaced = (*params, 0.0)[:5]
+    if name in INFERRED_BASES:
+        if name in HELD_BASES:
+            (prefill, decode, _, _, shrink), observed, displaced = params, 0.0, 0.0
+        else:  # policies of before `displaced` was a number of the rule have four
+            prefill, decode, shrink, observed, displaced = (*params, 0.0)[:5]
         predicted = entry(request, "PREDICTED_OUTPUT_TOKENS")
         tokens = predicted + shrink * (entry(request, "EXPECTED_TOKENS") - predicted)
         hit = column(replicas, "PREFIX_HIT_TOKENS")
@@ -189,9 +201,28 @@ def base_cost(name: str, replicas: Tensor, request: Tensor, params: tuple[float,
             tokens * step_s(column(replicas, "DECODE_STEP_S"), seq_s, load),
             delay_s(load, new_s, seq_s, tokens, prefill, decode),
         )
-        cost = cost * column(replicas, "STEP_TIME_RATIO") ** observed
+        if name not in HELD_BASES:
+            cost = cost * column(replicas, "STEP_TIME_RATIO") ** observed
         if displaced == 0.0:  # a graph without it stays as it is
             return cost
         capacity = column(replicas, "KV_CAPACITY_TOKENS").clamp(min=1.0)
         return cost + displaced_s(new, capacity, displaced)
     raise ValueError(f"no base cost {name!r}")
+
+
+def hold_gain(replicas: Tensor, request: Tensor, params: tuple[float, ...]) -> Tensor:
+    """State what rule `added-delay-held` sees in a hold if a replica is the best there is.
+
+    Args:
+        replicas: Raw features, `float32[batch, R, F]`.
+        request: Raw features, `float32[batch, G]`.
+        params: The rule's.
+
+    Returns:
+        Seconds of prefill that wait there beyond those it allows, `float32[batch, R]`: it holds
+        where they are above 0; -inf for a request that has waited as long as it may.
+    """
+    _, _, wait_s, most_s, _ = params
+    rate = column(replicas, "PREFILL_TOKENS_PER_S").clamp(min=1.0)
+    over_s = column(replicas, "PENDING_PREFILL_TOKENS") / rate - wait_s
+    return over_s.masked_fill(entry(request, "WAITED_S") >= most_s, -torch.inf)

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from servegym.agents.features import base_cost, replica_inputs
+from servegym.agents.features import base_cost, hold_gain, replica_inputs
 from servegym.agents.network_config import NetworkConfig
+from servegym.errors import ConfigError
 from servegym.policy.contract import Group, observed_groups
 from servegym.policy.numpy_network import LEAST_COST, NetworkShape, family_of, num_inputs
 
@@ -23,6 +24,7 @@ class Prepared(NamedTuple):
     present: Tensor  # float32[batch, R], 1 where there is a replica
     prior: Tensor  # float32[batch, R], the heuristic's logits
     mask: Tensor  # float32[batch, R + num_extra], 1 where allowed
+    hold: Tensor  # float32[batch, R], beyond the best's logit if it is that; [batch, 0]: no holds
 
 
 class _Encoder(nn.Module):
@@ -54,13 +56,20 @@ class DispatchNetwork(nn.Module):
     """Scores for every action, and the value of the state.
 
     Logits are `-eta * (cost - least cost) + f`, where `f` is zero at the start: the untrained
-    policy is the heuristic, action for action. Costs are seconds, or the logarithms of them.
+    policy is the heuristic, action for action. Costs are seconds, or the logarithms of them. Where
+    the heuristic holds, the logit of a hold is that of the best replica plus what the heuristic
+    and another `f` of that replica say.
     """
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
+        if config.holds and config.num_extra == 0:
+            raise ConfigError(
+                f"a network that starts as {config.base} must have the action to hold, got "
+                "num_extra 0: give 1, or 2 if it may reject, too"
+            )
         self.config = config
-        inputs = num_inputs(extended=config.extended, arrivals=config.arrivals)
+        inputs = num_inputs(extended=config.extended, arrivals=config.arrivals, holds=config.holds)
         self.actor = _Encoder(inputs, config.hidden, config.context)
         self.critic = nn.Sequential(
             nn.Linear(inputs, config.hidden), nn.ReLU(), nn.Linear(config.hidden, config.hidden)
@@ -77,12 +86,16 @@ class DispatchNetwork(nn.Module):
         nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.extra.weight)
         nn.init.constant_(self.extra.bias, -10.0)  # a heuristic neither holds nor rejects
+        if config.holds:  # but for those that do
+            self.hold = nn.Linear(config.hidden, 1)
+            nn.init.zeros_(self.hold.weight)
+            nn.init.zeros_(self.hold.bias)
 
     @property
     def shape(self) -> NetworkShape:
         """What its weights alone do not say."""
         c = self.config
-        family = family_of(extended=c.extended, arrivals=c.arrivals)
+        family = family_of(extended=c.extended, arrivals=c.arrivals, holds=c.holds)
         return NetworkShape(
             family, c.context, c.base, c.base_params, c.eta, c.num_extra, c.relative
         )
@@ -105,16 +118,22 @@ class DispatchNetwork(nn.Module):
         if self.config.relative:
             cost = cost.clamp(min=LEAST_COST).log()
         least = (cost - MASKED * (1.0 - mask[..., :num])).amin(-1, keepdim=True)
+        hold = cost[..., :0]
+        if self.config.holds:
+            gain = hold_gain(replicas, request, self.config.base_params)
+            hold = (self.config.eta * gain).clamp(min=MASKED)
         return Prepared(
             replica_inputs(
                 replicas,
                 request,
                 extended=self.config.extended,
                 arrivals=self.config.arrivals,
+                holds=self.config.holds,
             ),
             (replicas[..., 0] > 0).to(replicas.dtype),
             -self.config.eta * (cost - least),
             mask,
+            hold,
         )
 
     def logits(self, prepared: Prepared) -> Tensor:
@@ -123,7 +142,15 @@ class DispatchNetwork(nn.Module):
         scores = prepared.prior + self.score(x).squeeze(-1)
         if self.config.num_extra:
             scores = torch.cat((scores, self.extra(torch.relu(seen))), -1)
-        return scores * prepared.mask + MASKED * (1.0 - prepared.mask)
+        scores = scores * prepared.mask + MASKED * (1.0 - prepared.mask)
+        if not self.config.holds:
+            return scores
+        num = prepared.present.shape[-1]
+        best, place = scores[..., :num].max(-1, keepdim=True)
+        held = best + (prepared.hold + self.hold(x).squeeze(-1)).gather(-1, place)
+        allowed = prepared.mask[..., num : num + 1]
+        held = held * allowed + MASKED * (1.0 - allowed)
+        return torch.cat((scores[..., :num], held, scores[..., num + 1 :]), -1)
 
     def values(self, prepared: Prepared) -> Tensor:
         """Estimate the (scaled) return, `float32[batch]`."""

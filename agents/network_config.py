@@ -17,7 +17,7 @@ from tyro.conf import Fixed, Suppress
 from servegym.baselines.registry import policy
 from servegym.documents import one_sentence
 from servegym.errors import ConfigError
-from servegym.policy.costs import BASES, INFERRED_BASES
+from servegym.policy.costs import BASES, HELD_BASES, INFERRED_BASES
 
 
 class NetworkConfig(BaseModel):
@@ -37,7 +37,8 @@ class NetworkConfig(BaseModel):
     """How replicas see each other."""
     base: str = "added-delay"
     """Rule the policy starts from, with its parameters: added-delay, prefix-load, speed-family,
-    least-outstanding or, with --extended, added-delay-inferred."""
+    least-outstanding or, with --extended, added-delay-inferred; a search may begin as
+    added-delay-held, too."""
     base_params: Annotated[tuple[float, ...], Fixed, Suppress] = ()
     """The rule's parameters, where `base` is its name alone; none: its defaults."""
     eta: float = Field(10.0, gt=0)
@@ -48,6 +49,11 @@ class NetworkConfig(BaseModel):
     both."""
     num_extra: Annotated[int, Fixed, Suppress] = Field(0, ge=0, le=2)
     """Actions besides the replicas, hold and reject; training takes the scenario's."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the rule holds requests, so that the network decides about that, too."""
+        return self.base in HELD_BASES
 
     @model_validator(mode="wrap")
     @classmethod

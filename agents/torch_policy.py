@@ -28,7 +28,7 @@ class TorchPolicy:
     def act(self, observations: Observations, env_ids: IntArray) -> IntArray:
         """Decide; see `Policy.act`."""
         config = self.network.config
-        actions = agent_actions(observations.mask, config.num_extra)
+        actions = agent_actions(observations.mask, config.num_extra, holds=config.holds)
         arrays = agent_arrays(observations, actions, extended=config.extended)
         replicas, request, mask = arrays
         logits = self._acting.logits(self._acting.prepared(replicas, request, mask.astype(np.int8)))

@@ -21,9 +21,11 @@ from servegym.agents.network import DispatchNetwork
 from servegym.baselines.registry import policy
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import Episode
+from servegym.errors import ConfigError
 from servegym.export.from_torch import export_policy
 from servegym.export.sample import sample_observations
 from servegym.policy.contract import observed_groups
+from servegym.policy.costs import HELD_BASES
 from servegym.policy.perceptron_rule import perceptron_rule
 from servegym.policy.policy import Heuristic, Policy
 from servegym.policy.run import run
@@ -41,8 +43,8 @@ from servegym.train.validation import FIRST_SEED, Validated, judged
 from servegym.typing import FloatArray
 from servegym.whole_files import write_whole
 
-#: Standard deviations of the first weights, without hidden units and with them.
-_SPREADS = (0.3, 0.1)
+#: Standard deviation of the first weights of the second stage, at most.
+_SECOND_SPREAD = 0.1
 #: Episodes that inputs are normalised by.
 _NUM_SAMPLED = 4
 
@@ -58,20 +60,32 @@ class CrossEntropyTrainer(SearchRun[CrossEntropyTraining, DispatchNetwork]):
         super().__init__(config, folder)
         base = policy(self.config.base)
         self._base, extended = base_of(config.base), config.extended
-        observer = Observer(base, self._num_extra, extended=extended)
+        observer = Observer(base, self._num_extra, extended=extended or self._base in HELD_BASES)
         observer.needs |= observed_groups(extended=extended)  # the score reads more than the rule
         run(Simulator(self.scenario.spec, self._sampled_episodes()), observer)
         replicas, request, _ = observer.samples()
         self.space = DispatchSpace(
-            replicas, request, self._num_extra, self._base, base.params, extended=extended
+            replicas,
+            request,
+            self._num_extra,
+            self._base,
+            base.params,
+            extended=extended,
+            holds_only=config.holds_only,
         )
         guess = self.space.rule_itself(base.params, config.eta)
-        self.search = Search(guess, np.full(len(guess), _SPREADS[0]))
+        self.search = Search(guess, np.full(len(guess), config.spread))
 
     @staticmethod
     @override
     def completed(config: CrossEntropyTraining, scenario: Scenario) -> CrossEntropyTraining:
         require_whole_requests(scenario, "--learner search")
+        base = base_of(config.base)
+        if base in HELD_BASES and not scenario.actions.hold:
+            raise ConfigError(
+                f"base {base} holds requests, which {scenario.name} does not allow: add `actions: "
+                "{hold: true}` to the scenario, or choose another base"
+            )
         return config
 
     @property
@@ -92,7 +106,9 @@ class CrossEntropyTrainer(SearchRun[CrossEntropyTraining, DispatchNetwork]):
 
     def _rule(self, theta: FloatArray) -> Heuristic:
         weights, nets = self.space.dispatchers(theta[None])
-        return perceptron_rule(self._base, weights[0], nets, "candidate")
+        return perceptron_rule(
+            self._base, weights[0], nets, "candidate", extended=self.config.extended
+        )
 
     @override
     def validate(self) -> Validated:
@@ -108,7 +124,9 @@ class CrossEntropyTrainer(SearchRun[CrossEntropyTraining, DispatchNetwork]):
             return
         start = self.space.with_units(self.best.numpy(), self.config.num_hidden, self._rng)
         self.best = torch.from_numpy(start)
-        self.search = Search(start.copy(), np.full(len(start), _SPREADS[1]))
+        self.search = Search(
+            start.copy(), np.full(len(start), min(_SECOND_SPREAD, self.config.spread))
+        )
 
     @override
     def improve(self) -> dict[str, float]:

@@ -9,6 +9,7 @@ from tyro.conf import Fixed, Suppress, arg
 
 from servegym.baselines.registry import policy
 from servegym.errors import ConfigError
+from servegym.policy.costs import HELD_BASES
 from servegym.policy.perceptron_rule import BASES, SEARCHED, Base
 from servegym.train.ranges import check_counts, check_load, check_minutes
 
@@ -29,13 +30,18 @@ class CrossEntropyTraining:
     """Generations of both stages, at most."""
     base: str = "prefix-load"
     """Rule where the search begins, with its parameters: prefix-load, good where the tail counts,
-    added-delay or added-delay-inferred, whose shrink and observed stay as they are."""
+    added-delay, added-delay-inferred, whose shrink and observed stay as they are, or
+    added-delay-held, with which whom to hold is searched, too; its shrink and most stay."""
     eta: float = 10.0
     """Weight of the rule's cost beside the score at first, per second: less where requests take
     long, else the score weighs nothing beside it."""
     extended: bool = False
     """Let the score see what a router infers, too: step times, expected lengths, and whom a choice
     pushes over its limits."""
+    spread: float = 0.3
+    """Standard deviation of the first candidates' weights, in those of the inputs."""
+    holds_only: bool = False
+    """Search whom to hold, and the rule's numbers, before hidden units; with a base that holds."""
     num_hidden: int = 6
     """Hidden units beside the linear score; 0 stops with that."""
     num_candidates: int = 24
@@ -59,8 +65,13 @@ class CrossEntropyTraining:
                 f"{names} of base must be above 0, got {self.base!r}: their logarithms are "
                 "searched, so give a small number in place of nothing"
             )
-        if not self.eta > 0:
-            raise ConfigError(f"eta must be above 0, got {self.eta:g}")
+        for name in ("eta", "spread"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be above 0, got {getattr(self, name):g}")
+        if self.holds_only and base_of(self.base) not in HELD_BASES:
+            raise ConfigError(
+                f"holds_only is for a base that holds, {', '.join(HELD_BASES)}, got {self.base!r}"
+            )
         check_load(self.load)
         check_minutes(self.max_minutes)
         if self.num_hidden < 0:

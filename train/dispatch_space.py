@@ -14,7 +14,7 @@ from servegym.agents.features import base_cost, replica_inputs
 from servegym.agents.network import DispatchNetwork
 from servegym.agents.network_config import NetworkConfig
 from servegym.errors import ConfigError
-from servegym.policy.costs import INFERRED_BASES
+from servegym.policy.costs import HELD_BASES, INFERRED_BASES
 from servegym.policy.layout import agent_actions, agent_arrays
 from servegym.policy.numpy_network import num_inputs
 from servegym.policy.perceptron_rule import SEARCHED, Base
@@ -23,6 +23,8 @@ from servegym.policy.play_perceptron import Perceptrons
 from servegym.policy.policy import Heuristic, Observations, Policy
 from servegym.policy.replica_inputs import (
     KV_USAGE_INPUT,
+    LENGTH_INPUTS,
+    NUM_EXTENDED_INPUTS,
     NUM_INPUTS,
     OUTSTANDING_INPUT,
     OUTSTANDING_SHARE_INPUT,
@@ -39,6 +41,9 @@ _LEAST_SPREAD = 1e-3
 _NEXT_TO_NOTHING = 0.05
 #: In its place where choices must not change: lost when it is added to a score.
 _NOTHING = 1e-30
+#: What a linear score of holds may go by: how full a replica is, what waits there, what the request
+#: will take of it, who is on hold, and for how long. Hidden units may go by all inputs.
+_HOLD_INPUTS = (1, 2, 9, 11, 12, 13, 23, 28, 31, 40, 41)
 #: Rules that the space contains, choice for choice.
 CONTAINED_DISPATCHES = ("added-delay", "least-outstanding", "min-kv")
 #: What `min-kv` adds for each outstanding request to the share of KV blocks held.
@@ -88,6 +93,7 @@ class DispatchSpace:
         base: The rule.
         params: Its numbers, for those that are not searched.
         extended: Whether the score has inputs of what a router infers, too.
+        holds_only: Whether there is a linear score of holds alone, none of replicas.
     """
 
     def __init__(
@@ -99,22 +105,31 @@ class DispatchSpace:
         params: FloatArray | None = None,
         *,
         extended: bool = False,
+        holds_only: bool = False,
     ) -> None:
         self._num_extra, self._base = num_extra, base
         self._params = np.ones(2) if params is None else params
         self._searched = np.array(SEARCHED[base])
-        self._num_inputs = num_inputs(extended=extended)
+        self._holds = base in HELD_BASES
+        sees_all, extended = extended, extended or self._holds
+        self._num_inputs = num_inputs(extended=extended, holds=self._holds)
         rows = torch.from_numpy(replicas), torch.from_numpy(request)
-        x = replica_inputs(*rows, extended=extended).numpy()
+        x = replica_inputs(*rows, extended=extended, holds=self._holds).numpy()
         there = replicas[..., 0] > 0
         own = x[there].astype(np.float64)
         apart = np.abs(x - x[:, :1])[there & there[:, :1]]
         spread = own.std(0)
         self._varies = spread > _LEAST_SPREAD
+        if self._holds and not sees_all:
+            unseen = [k for k in range(NUM_INPUTS, NUM_EXTENDED_INPUTS) if k not in LENGTH_INPUTS]
+            self._varies[unseen] = False
         self._mean = own.mean(0)
         self._scale = np.where(self._varies, spread, 1.0)
         # what all replicas have in common changes no linear choice
         self._linear = np.flatnonzero(self._varies & (apart.max(0, initial=0.0) > _LEAST_SPREAD))
+        if holds_only:
+            self._linear = self._linear[:0]
+        self._held = np.array([k for k in _HOLD_INPUTS if self._holds and self._varies[k]], int)
 
     def guesses(self) -> list[FloatArray]:
         """Return weights from which a search may begin, those of rules or near to them.
@@ -137,7 +152,7 @@ class DispatchSpace:
             eta: Weight of its cost beside the linear score, per second.
         """
         own = np.log([eta, *params[self._searched]])
-        return np.concatenate([own, np.zeros(len(self._linear))])
+        return np.concatenate([own, np.zeros(len(self._linear) + len(self._held))])
 
     def like(self, rule: Heuristic, max_num_seqs: int) -> FloatArray:
         """Return the weights that choose as a rule of `CONTAINED_DISPATCHES`.
@@ -183,31 +198,34 @@ class DispatchSpace:
     def with_units(self, theta: FloatArray, count: int, rng: np.random.Generator) -> FloatArray:
         """Put hidden units beside a linear score; their outputs are 0: choices stay as they are."""
         inputs = self._num_inputs
-        free = np.zeros((count, inputs + 2))
+        free = np.zeros((count, inputs + 2 + self._holds))
         free[:, : inputs + 1] = rng.normal(0.0, 0.3, (count, inputs + 1))
         return np.concatenate([theta, free.ravel()])
 
     def dispatchers(self, thetas: FloatArray) -> Dispatchers:
         """Build dispatchers from flat weights, `float64[C, size]`.
 
-        A linear score passes two hidden units, one for each sign.
+        A linear score passes two hidden units, one for each sign; and so does one of holds.
         """
-        count, own = len(thetas), len(self._linear)
-        first = 1 + len(self._searched)
-        found, linear, free = np.split(thetas, [first, first + own], axis=1)
+        count = len(thetas)
+        ends = np.cumsum([1 + len(self._searched), len(self._linear), len(self._held)])
+        found, linear, held, free = np.split(thetas, ends, axis=1)
         rule = np.tile(np.concatenate([[1.0], self._params]), (count, 1))
         rule[:, 0], rule[:, 1 + self._searched] = np.exp(found[:, 0]), np.exp(found[:, 1:])
-        inputs = self._num_inputs
-        extra = free.shape[1] // (inputs + 2)
-        hidden = np.zeros((count, inputs, 2 + extra))
-        bias = np.zeros((count, 2 + extra))
-        out = np.zeros((count, 2 + extra, 1))
+        inputs, heads = self._num_inputs, 1 + self._holds
+        extra, passed = free.shape[1] // (inputs + 1 + heads), 2 * heads
+        hidden = np.zeros((count, inputs, passed + extra))
+        bias = np.zeros((count, passed + extra))
+        out = np.zeros((count, passed + extra, heads))
         hidden[:, self._linear, 0], hidden[:, self._linear, 1] = linear, -linear
-        out[:, 0], out[:, 1] = 1.0, -1.0
-        parts = free.reshape(count, extra, inputs + 2)
-        hidden[:, :, 2:] = (parts[:, :, :inputs] * self._varies).transpose(0, 2, 1)
-        bias[:, 2:] = parts[:, :, inputs]
-        out[:, 2:, 0] = parts[:, :, inputs + 1]
+        out[:, 0, 0], out[:, 1, 0] = 1.0, -1.0
+        if self._holds:
+            hidden[:, self._held, 2], hidden[:, self._held, 3] = held, -held
+            out[:, 2, 1], out[:, 3, 1] = 1.0, -1.0
+        parts = free.reshape(count, extra, inputs + 1 + heads)
+        hidden[:, :, passed:] = (parts[:, :, :inputs] * self._varies).transpose(0, 2, 1)
+        bias[:, passed:] = parts[:, :, inputs]
+        out[:, passed:] = parts[:, :, inputs + 1 :]
         return Dispatchers(rule, Perceptrons(self._mean, self._scale, hidden, bias, out))
 
     def prepared(self, replicas: Tensor, request: Tensor) -> tuple[Tensor, Tensor]:
@@ -278,4 +296,6 @@ class DispatchSpace:
             nn.init.eye_(actor.mix.weight)
             nn.init.zeros_(actor.around.weight)
             network.score.weight[0, :used] = torch.from_numpy(nets.out[0, :, 0])
+            if self._holds:
+                network.hold.weight[0, :used] = torch.from_numpy(nets.out[0, :, 1])
         return network

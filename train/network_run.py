@@ -18,6 +18,7 @@ from servegym.agents.network import DispatchNetwork
 from servegym.agents.network_config import NetworkConfig
 from servegym.agents.torch_policy import TorchPolicy
 from servegym.baselines.registry import policy
+from servegym.errors import ConfigError
 from servegym.export.from_torch import export_policy
 from servegym.export.sample import sample_observations, together
 from servegym.policy.policy import Policy
@@ -118,6 +119,11 @@ class NetworkRun(TrainingRun[N, Scenario | Mix, DispatchNetwork]):
     @staticmethod
     def completed(config: N, scenario: Scenario | Mix) -> N:
         """Give the network an action for all that the scenario allows."""
+        if config.network.holds:
+            raise ConfigError(
+                f"base {config.network.base} is not learned from by gradients: take --learner "
+                "cross-entropy, or another base"
+            )
         num_extra = scenario.actions.hold + scenario.actions.reject
         network = config.network.model_copy(update={"num_extra": num_extra})
         return replace(config, network=network)

@@ -20,6 +20,7 @@ from servegym.policy.contract import (
 )
 from servegym.policy.costs import (
     BASES,
+    HELD_BASES,
     INFERRED_BASES,
     added_delay_s,
     delay_s,
@@ -31,8 +32,9 @@ from servegym.policy.policy import Observations
 from servegym.policy.run import run
 from servegym.scenario import load_scenario
 
+HELD = "added-delay-held:prefill=2,decode=0.3,wait=0.02,most=0.22,shrink=0.5"
 RULES = (
-    *BASES,
+    *(base for base in BASES if base not in HELD_BASES),
     "speed-family:eta=0.5",
     "prefix-load:weight=0.3,eta=0.7",
     "added-delay:prefill=3,decode=0.2",
@@ -87,6 +89,36 @@ def test_untrained_network_is_its_base_action_for_action(rule, relative, scenari
     assert twins.num_decisions >= 1200
     assert twins.num_different == 0
     assert len(twins.chosen) >= 3
+
+
+@pytest.mark.parametrize("extras", [{"hold": True}, {"hold": True, "reject": True}])
+def test_untrained_network_holds_as_its_base_does(extras):
+    loaded = load_scenario("hetero-prefix")
+    actions = loaded.actions.model_copy(update=extras)
+    loaded = loaded.model_copy(update={"actions": actions})
+    rule = policy(HELD)
+    twins = Twins(rule, network_on(rule, num_extra=len(extras)))
+    simulator = Simulator(loaded.spec, [loaded.episode(s, num_requests=400) for s in range(3)])
+    run(simulator, twins)
+    holds = np.concatenate([simulator.outcomes(env)["num_holds"] for env in range(3)])
+    assert twins.num_different == 0
+    assert twins.num_decisions == 1200 + holds.sum()
+    assert holds.max() == 5  # of 0.05 s: after 0.22 s it is let go
+    assert 20 < (holds > 0).sum() < 1200
+
+
+def test_where_nobody_may_be_held_an_untrained_network_dispatches():
+    loaded = load_scenario("hetero-prefix")
+    rule = policy(HELD)
+    twins = Twins(rule, network_on(rule, num_extra=1))
+    run(Simulator(loaded.spec, [loaded.episode(0, num_requests=400)]), twins)
+    assert (twins.num_decisions, twins.num_different) == (400, 0)
+    assert twins.chosen <= set(range(6))
+
+
+def test_a_network_that_holds_must_have_the_action():
+    with pytest.raises(ConfigError, match=r"starts as added-delay-held must have the action to"):
+        network_on(policy(HELD))
 
 
 def test_trained_network_is_not_its_base():
@@ -163,6 +195,7 @@ def test_costs_of_networks_and_rules_are_those_of_one_formula(base):
         "prefix-load": (0.3, 0.7),
         "added-delay": (1.9, 0.4),
         "added-delay-inferred": (1.9, 0.4, 0.6, 0.8, 40.0),
+        "added-delay-held": (1.9, 0.4, 1.0, 60.0, 0.6),
     }
     ranges = {
         "UP": (1, 1),
@@ -219,6 +252,12 @@ def test_costs_of_networks_and_rules_are_those_of_one_formula(base):
             )
             * column("STEP_TIME_RATIO") ** given[3]
             + given[4] * new / column("KV_CAPACITY_TOKENS")
+        ),
+        "added-delay-held": lambda: added_delay_s(
+            queue_s,
+            new / rate,
+            tokens * step_s(alone_s, seq_s, load),
+            delay_s(load, new / rate, seq_s, tokens, *given[:2]),
         ),
     }[base]()
     of_network = base_cost(

@@ -68,7 +68,7 @@ def rows(first: int, num: int) -> tuple[Prepared, torch.Tensor]:
     """Make labelled decisions that are told apart by their numbers."""
     number = torch.arange(first, first + num, dtype=torch.float32)
     pair = number.unsqueeze(-1).expand(-1, 2)
-    return Prepared(pair.unsqueeze(-1), pair, pair, pair), 10 * pair
+    return Prepared(pair.unsqueeze(-1), pair, pair, pair, pair[:, :0]), 10 * pair
 
 
 def test_the_oldest_labels_make_room():

@@ -21,9 +21,11 @@ from servegym.policy.learned_ordering import MlpOrdering
 from servegym.policy.pair import Pair
 from servegym.policy.replica_inputs import (
     NUM_EXTENDED_INPUTS,
+    NUM_HELD_INPUTS,
     NUM_INPUTS,
     write_inferred_inputs,
     write_inputs,
+    write_router_inputs,
 )
 from servegym.policy.run_pair import make_simulator, run_pair
 from servegym.scenario import load_scenario
@@ -88,20 +90,25 @@ def same_fate(got, want, envs) -> None:
         np.testing.assert_allclose(a["finish_s"], b["finish_s"], rtol=1e-12)
 
 
-@pytest.mark.parametrize(("extended", "inputs"), [(False, 25), (True, 38)])
-def test_compiled_inputs_are_those_of_the_network(extended, inputs):
+@pytest.mark.parametrize(
+    ("extended", "holds", "inputs"), [(False, False, 25), (True, False, 38), (True, True, 42)]
+)
+def test_compiled_inputs_are_those_of_the_network(extended, holds, inputs):
     rng, shape = np.random.default_rng(3), observed(extended=extended)
     replicas = rng.lognormal(0.0, 3.0, (shape.replicas, 5))
     replicas[:, 4] = 0.0  # nothing there
     request = rng.lognormal(2.0, 2.0, shape.request)
     rows = torch.from_numpy(replicas.T.copy()), torch.from_numpy(request)
-    want = replica_inputs(*rows, extended=extended).numpy()
-    assert want.shape == (5, NUM_EXTENDED_INPUTS if extended else NUM_INPUTS) == (5, inputs)
+    want = replica_inputs(*rows, extended=extended, holds=holds).numpy()
+    numbers = NUM_INPUTS, NUM_EXTENDED_INPUTS, NUM_HELD_INPUTS
+    assert want.shape == (5, numbers[extended + holds]) == (5, inputs)
     for r in range(5):
         out = np.full(inputs, np.nan)
         write_inputs(replicas, request, r, out)
         if extended:
             write_inferred_inputs(replicas, request, r, out)
+        if holds:
+            write_router_inputs(replicas, request, out)
         np.testing.assert_allclose(out, want[r], rtol=1e-9, atol=1e-9)
 
 

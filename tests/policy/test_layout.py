@@ -42,6 +42,12 @@ def test_one_action_besides_replicas_is_hold_where_a_hold_is_possible(num_extra,
     assert agent_actions(mask, num_extra).tolist() == actions
 
 
+@pytest.mark.parametrize(("num_extra", "actions"), [(1, [0, 1, 2]), (2, [0, 1, 2, 3])])
+def test_who_holds_does_not_reject_where_no_hold_is_possible(num_extra, actions):
+    mask = np.array([[True, True, False, True]])
+    assert agent_actions(mask, num_extra, holds=True).tolist() == actions
+
+
 def test_agents_see_replicas_by_row_observed_features_and_their_own_actions():
     replicas = np.arange(2.0 * NUM_REPLICA_FEATURES * 3).reshape(2, NUM_REPLICA_FEATURES, 3)
     request = np.array([[1.5, 2.5], [3.5, 4.5]])

@@ -14,7 +14,7 @@ from servegym.policy.contract import (
     ReplicaFeature,
     observed,
 )
-from servegym.policy.costs import BASES, INFERRED_BASES
+from servegym.policy.costs import BASES, HELD_BASES, INFERRED_BASES
 from servegym.policy.frozen import NumpyPolicy
 from servegym.policy.numpy_network import NetworkShape, NumpyNetwork, family_of
 from servegym.policy.policy import Observations, Scoring
@@ -25,6 +25,7 @@ PARAMS = {
     "speed-family": (0.8,),
     "least-outstanding": (),
     "added-delay-inferred": (1.9, 0.4, 0.6, 0.8, 30.0),
+    "added-delay-held": (1.9, 0.4, 0.001, 0.8, 0.6),
 }
 
 
@@ -52,7 +53,7 @@ def make(
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    family = family_of(extended=extended, arrivals=arrivals)
+    family = family_of(extended=extended, arrivals=arrivals, holds=base in HELD_BASES)
     shape = NetworkShape(family, context, base, PARAMS[base], config.eta, num_extra, relative)
     return network, NumpyNetwork(shape, {k: v.numpy() for k, v in network.state_dict().items()})
 
@@ -93,6 +94,7 @@ def test_every_base_of_training_is_known_here():
 @pytest.mark.parametrize("context", ["mean", "attention"])
 @pytest.mark.parametrize("num_extra", [0, 1, 2])
 def test_logits_are_those_of_pytorch(base, extended, context, num_extra):
+    num_extra = max(num_extra, base in HELD_BASES)  # who holds has the action to
     relative, arrivals = num_extra == 1, extended and num_extra == 2
     network, other = make(
         base, context, num_extra, extended=extended, relative=relative, arrivals=arrivals

@@ -110,7 +110,7 @@ def graph_of(
 
 def _weights(network: DispatchNetwork) -> dict[str, Float32Array]:
     """All but the critic's: nobody asks for values after training."""
-    kept = ("actor.", "score.", "extra.")
+    kept = ("actor.", "score.", "extra.", "hold.")
     state = network.state_dict()
     return {name: state[name].numpy() for name in state if name.startswith(kept)}
 

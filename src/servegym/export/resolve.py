@@ -23,6 +23,7 @@ from servegym.export.shipped import shipped_path
 from servegym.export.weights import read_network
 from servegym.policy.frozen import FrozenPolicy, NumpyPolicy
 from servegym.policy.migrating import Migrating
+from servegym.policy.numpy_network import HELD_FAMILY, NetworkShape
 from servegym.policy.online import OnlinePolicy
 from servegym.policy.ordering import OrderingPolicy
 from servegym.policy.pair import Pair
@@ -222,4 +223,5 @@ def exported_policy(path: Path, manifest: Manifest) -> Policy:
         information=manifest.information,
         name=name,
         extended=manifest.extended,
+        holds=isinstance(manifest.network, NetworkShape) and manifest.network.family == HELD_FAMILY,
     )

@@ -13,9 +13,18 @@ from typing import Any
 from servegym.cluster.jit import inlined
 
 #: Rules whose costs a network can start from.
-BASES = ("added-delay", "prefix-load", "speed-family", "least-outstanding", "added-delay-inferred")
+BASES = (
+    "added-delay",
+    "prefix-load",
+    "speed-family",
+    "least-outstanding",
+    "added-delay-inferred",
+    "added-delay-held",
+)
 #: Those that go by what a router infers.
-INFERRED_BASES = ("added-delay-inferred",)
+INFERRED_BASES = ("added-delay-inferred", "added-delay-held")
+#: Those that hold requests: a network that starts from one decides about that, too.
+HELD_BASES = ("added-delay-held",)
 
 #: A number, an array or a tensor.
 Quantity = Any

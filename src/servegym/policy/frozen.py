@@ -10,9 +10,9 @@ import numpy as np
 from servegym.errors import ExportError
 from servegym.policy.contract import observed, observed_groups
 from servegym.policy.layout import GRAPH_INPUTS, agent_actions, agent_arrays
-from servegym.policy.numpy_network import NumpyNetwork
+from servegym.policy.numpy_network import HELD_FAMILY, NumpyNetwork
 from servegym.policy.policy import Information, Observations
-from servegym.typing import FloatArray, IntArray
+from servegym.typing import BoolArray, FloatArray, IntArray
 
 #: Is no action, and so refused by whoever checks it.
 _NO_CHOICE = -1
@@ -40,7 +40,7 @@ class NumpyPolicy:
     def act(self, observations: Observations, env_ids: IntArray) -> IntArray:
         """Decide; see `Policy.act`."""
         replicas, request, mask = observations
-        actions = agent_actions(mask, self._network.shape.num_extra)
+        actions = self._actions(mask)
         shown = mask.take(actions, axis=1)
         chosen = np.empty(len(request), np.int64)
         for row in range(len(request)):
@@ -50,10 +50,14 @@ class NumpyPolicy:
             chosen[row] = actions[best] if math.isfinite(logits[best]) else _NO_CHOICE
         return chosen
 
+    def _actions(self, mask: BoolArray) -> IntArray:
+        shape = self._network.shape
+        return agent_actions(mask, shape.num_extra, holds=shape.family == HELD_FAMILY)
+
     def scores(self, observations: Observations) -> FloatArray:
         """Score all actions; see `Scoring`."""
         replicas, request, mask = observations
-        actions = agent_actions(mask, self._network.shape.num_extra)
+        actions = self._actions(mask)
         shown = mask[0].take(actions)
         scores = np.full(mask.shape[1], -math.inf)
         logits = self._network.logits(replicas[0], request[0], shown)
@@ -72,9 +76,10 @@ class FrozenPolicy:
         information: Information,
         name: str,
         extended: bool = False,
+        holds: bool = False,
     ) -> None:
         self.needs = observed_groups(extended=extended)
-        self._extended = extended
+        self._extended, self._holds = extended, holds
         try:
             import onnxruntime
         except ImportError as error:
@@ -112,7 +117,7 @@ class FrozenPolicy:
 
     def act(self, observations: Observations, env_ids: IntArray) -> IntArray:
         """Decide; see `Policy.act`."""
-        actions = agent_actions(observations.mask, self._num_extra)
+        actions = agent_actions(observations.mask, self._num_extra, holds=self._holds)
         arrays = agent_arrays(observations, actions, extended=self._extended)
         logits = self._session.run(None, dict(zip(GRAPH_INPUTS, arrays, strict=True)))[0]
         finite = np.isfinite(logits).all(-1)

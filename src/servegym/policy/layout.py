@@ -38,7 +38,7 @@ def scenario_actions(width: int, *, hold: bool, reject: bool) -> IntArray:
     return actions
 
 
-def agent_actions(mask: BoolArray, num_extra: int) -> IntArray:
+def agent_actions(mask: BoolArray, num_extra: int, *, holds: bool = False) -> IntArray:
     """Return the actions of an agent that has `num_extra` besides replicas, read-only.
 
     With one such action it is hold where a hold is possible, else reject.
@@ -46,12 +46,13 @@ def agent_actions(mask: BoolArray, num_extra: int) -> IntArray:
     Args:
         mask: Of the decisions it is to take, `bool[batch, R + 2]`.
         num_extra: 0, 1 or 2.
+        holds: Whether the first of them is known to be hold, possible or not.
 
     Returns:
         Indices into the mask's columns, ascending, `int64[R + num_extra]`.
     """
     width = mask.shape[1] - 2
-    holds = num_extra == 2 or (num_extra == 1 and bool(mask[:, width].any()))
+    holds = holds or num_extra == 2 or (num_extra == 1 and bool(mask[:, width].any()))
     return scenario_actions(width, hold=holds, reject=num_extra > holds)
 
 

@@ -19,7 +19,7 @@ from servegym.policy.contract import (
     RequestFeature,
     observed,
 )
-from servegym.policy.costs import BASES, INFERRED_BASES
+from servegym.policy.costs import BASES, HELD_BASES, INFERRED_BASES
 from servegym.typing import BoolArray, Float32Array, FloatArray
 
 #: Added to the logits of forbidden actions, as in training.
@@ -27,8 +27,9 @@ MASKED = np.float32(-1e8)
 #: Costs below this one count as this one where logarithms are taken.
 LEAST_COST = 1e-6
 #: Inputs of the network a replica; what they mean is said in `servegym.agents.features`. First
-#: those of the plain observation, then those of the extended one, then what is arriving.
-_NUM_PLAIN, _NUM_EXTENDED, _NUM_ARRIVALS = 25, 38, 40
+#: those of the plain observation, then those of the extended one, then what is arriving, then who
+#: is on hold.
+_NUM_PLAIN, _NUM_EXTENDED, _NUM_ARRIVALS, _NUM_HELD = 25, 38, 40, 42
 #: Rows of the first block of inputs, all of the form log1p; the others follow.
 _LOG_ROWS = (0, 2, 3, 4, 5, 9, 14, 15, 16, 20, 21, 22, 23, 24)
 _PLAIN_ROWS = (1, 6, 10, 12, 13, 18, 19, 7, 8, 11, 17)
@@ -80,25 +81,30 @@ class NetworkShape(NamedTuple):
     relative: bool = False
 
 
-#: Families of networks that this module runs: with the plain observation, the extended one, and
-#: this one and what is arriving.
-FAMILY, EXTENDED_FAMILY, ARRIVALS_FAMILY = (
+#: Families of networks that this module runs: with the plain observation, the extended one, this
+#: one and what is arriving, and all that and who is on hold, for those that decide about holds.
+FAMILY, EXTENDED_FAMILY, ARRIVALS_FAMILY, HELD_FAMILY = (
     "dispatch-1",
     "dispatch-extended-1",
     "dispatch-extended-2",
+    "dispatch-held-1",
 )
-_FAMILIES = (FAMILY, EXTENDED_FAMILY, ARRIVALS_FAMILY)
+_FAMILIES = (FAMILY, EXTENDED_FAMILY, ARRIVALS_FAMILY, HELD_FAMILY)
 
 
-def family_of(*, extended: bool, arrivals: bool) -> str:
+def family_of(*, extended: bool, arrivals: bool, holds: bool = False) -> str:
     """Return the family of networks with such inputs."""
+    if holds:
+        return HELD_FAMILY
     if arrivals:
         return ARRIVALS_FAMILY
     return EXTENDED_FAMILY if extended else FAMILY
 
 
-def num_inputs(*, extended: bool, arrivals: bool = False) -> int:
+def num_inputs(*, extended: bool, arrivals: bool = False, holds: bool = False) -> int:
     """Return how many inputs a replica has, with a plain or an extended observation."""
+    if holds:
+        return _NUM_HELD
     if arrivals:
         return _NUM_ARRIVALS
     return _NUM_EXTENDED if extended else _NUM_PLAIN
@@ -134,6 +140,7 @@ class _Buffers:
         attention: bool,
         extended: bool,
         arrivals: bool,
+        holds: bool,
     ) -> None:
         def rows(count: int) -> Float32Array:
             return np.zeros((count, width), np.float32)
@@ -142,7 +149,7 @@ class _Buffers:
         self.seen = rows(observed(extended=extended).replicas)
         self.seen_rows = list(self.seen)
         self.present = np.zeros(width, np.float32)
-        self.inputs = rows(num_inputs(extended=extended, arrivals=arrivals))
+        self.inputs = rows(num_inputs(extended=extended, arrivals=arrivals, holds=holds))
         self.input_rows = list(self.inputs)
         self.log = self.inputs[:_NUM_LOG]
         self.log_copied = self.inputs[_LOG_COPIED]
@@ -163,6 +170,7 @@ class _Buffers:
         self.around = np.zeros(hidden, np.float32)
         self.around_bias = np.zeros((hidden, 1), np.float32)
         self.cost = np.zeros(width, np.float32)
+        self.hold = np.zeros(width, np.float32)
         self.mask = np.zeros(width + num_extra, np.float32)
         self.logits = np.zeros(width + num_extra, np.float32)
         self.temp = rows(8)
@@ -189,12 +197,21 @@ class NumpyNetwork:
             raise ValueError(f"no base cost {shape.base!r}: choose one of {', '.join(BASES)}")
         if shape.base in INFERRED_BASES and shape.family == FAMILY:
             raise ValueError(f"base cost {shape.base} needs a network of family {EXTENDED_FAMILY}")
+        if (shape.base in HELD_BASES) != (shape.family == HELD_FAMILY):
+            raise ValueError(
+                f"base cost {shape.base} and family {shape.family} do not go together: networks "
+                f"of family {HELD_FAMILY}, and no others, hold requests"
+            )
+        if shape.family == HELD_FAMILY and shape.num_extra == 0:
+            raise ValueError(f"a network of family {HELD_FAMILY} must have the action to hold")
         self.shape = shape
         self._attention = shape.context == "attention"
         self._extended = shape.family != FAMILY
-        self._arrivals = shape.family == ARRIVALS_FAMILY
+        self._holds = shape.family == HELD_FAMILY
+        self._arrivals = self._holds or shape.family == ARRIVALS_FAMILY
         names = ["actor.own.0", "actor.own.2", "actor.mix", "actor.around", "score", "extra"]
         names += ["actor.query"] if self._attention else []
+        names += ["hold"] if self._holds else []
         missing = [n for n in names if f"{n}.weight" not in weights or f"{n}.bias" not in weights]
         if missing:
             raise ValueError(f"the weights of {', '.join(missing)} are missing")
@@ -210,7 +227,7 @@ class NumpyNetwork:
 
         first, bias = layer("actor.own.0")
         self._hidden = hidden = len(bias)
-        inputs = num_inputs(extended=self._extended, arrivals=self._arrivals)
+        inputs = num_inputs(extended=self._extended, arrivals=self._arrivals, holds=self._holds)
         if first.shape != (hidden, inputs):
             raise ValueError(f"the first layer has shape {first.shape}, not {hidden, inputs}")
         bias = bias.copy()
@@ -227,6 +244,9 @@ class NumpyNetwork:
         score, score_bias = layer("score")
         self._score, self._score_bias = np.ascontiguousarray(score.T), score_bias[0]
         self._extra, self._extra_bias = layer("extra")
+        if self._holds:
+            hold, hold_bias = layer("hold")
+            self._hold, self._hold_bias = hold[0], hold_bias[0]
         if self._attention:
             self._query, bias = layer("actor.query")
             self._query_bias = bias[:, None]
@@ -258,6 +278,7 @@ class NumpyNetwork:
                 attention=self._attention,
                 extended=self._extended,
                 arrivals=self._arrivals,
+                holds=self._holds,
             )
             self._buffers[width] = b
         np.copyto(b.seen, replicas[: len(b.seen)], casting="unsafe")
@@ -272,6 +293,8 @@ class NumpyNetwork:
         np.subtract(cost, forbidden.min(initial=np.inf), out=cost)
         np.multiply(cost, self._minus_eta, out=cost)
         scores = b.logits[:width]
+        if self._holds:
+            self._hold_logits(b, request)
         np.multiply(b.mixed, self._score, out=b.mixed)
         np.add.reduce(b.mixed, 0, out=scores)
         np.add(scores, cost, out=scores)
@@ -284,7 +307,21 @@ class NumpyNetwork:
         np.subtract(_ONE, b.mask, out=b.mask)
         np.multiply(b.mask, MASKED, out=b.mask)
         np.add(b.logits, b.mask, out=b.logits)
+        if self._holds and b.mask[width] == 0.0:  # it is not forbidden
+            best = int(scores.argmax())
+            b.logits[width] = scores[best] + b.hold[best]
         return b.logits
+
+    def _hold_logits(self, b: _Buffers, request: FloatArray) -> None:
+        """Fill what the logit of a hold is beyond the best replica's, if a replica is that."""
+        _, _, wait_s, most_s, _ = self._params
+        pending_s, eta = b.temp_rows[3], -self._minus_eta
+        if np.float32(request[_WAITED]) >= most_s:
+            b.hold.fill(MASKED)
+        else:
+            np.subtract(pending_s, wait_s, out=b.hold)
+            np.multiply(b.hold, eta, out=b.hold)
+        b.hold += self._hold @ b.mixed + self._hold_bias
 
     def _describe(self, b: _Buffers, request: FloatArray) -> None:
         """Fill the inputs (`agents.features.replica_inputs`) and the base rule's cost."""
@@ -375,6 +412,9 @@ class NumpyNetwork:
         decode_rate = max(np.add.reduce(b.temp_rows[7]), _ONE)
         x[0].fill(min(rate_rps * prompt / prefill_rate, _FOUR))
         x[1].fill(min(rate_rps * output / decode_rate, _FOUR))
+        if self._holds:
+            x[2].fill(np.log1p(np.float32(request[_NUM_ON_HOLD])))
+            x[3].fill(np.log1p(np.float32(request[_WAITED])))
 
     def _cost(self, b: _Buffers, waiting_s: Float32Array, request: FloatArray) -> None:
         """Fill the cost of the base rule (`policy.costs`)."""
@@ -391,8 +431,11 @@ class NumpyNetwork:
             np.multiply(cost, params[0], out=cost)
             np.divide(cost, np.maximum(speed, _SLOWEST) ** params[1], out=cost)
             np.add(cost, waiting_s, out=cost)
-        elif self.shape.base == "added-delay-inferred":
-            prefill, decode, shrink, observed, displaced = (*params, _ZERO)[:5]
+        elif self.shape.base in INFERRED_BASES:
+            if self._holds:
+                (prefill, decode, _, _, shrink), observed, displaced = params, _ZERO, _ZERO
+            else:
+                prefill, decode, shrink, observed, displaced = (*params, _ZERO)[:5]
             tokens = predicted + shrink * (np.float32(request[_EXPECTED]) - predicted)
             np.multiply(load, seen[_SEQ], out=cost)
             np.multiply(cost, _ONE + decode, out=cost)
@@ -402,7 +445,8 @@ class NumpyNetwork:
             other = b.temp_rows[7]
             np.multiply(b.input_rows[9], prefill, out=other)
             np.add(cost, other, out=cost)
-            np.multiply(cost, seen[_RATIO] ** observed, out=cost)
+            if not self._holds:
+                np.multiply(cost, seen[_RATIO] ** observed, out=cost)
             if displaced > 0.0:
                 np.subtract(np.float32(request[_PROMPT]), seen[_HIT], out=other)
                 np.maximum(other, _ZERO, out=other)
@@ -471,6 +515,7 @@ _CAPACITY, _MAX_SEQS = _R["KV_CAPACITY_TOKENS"], _R["MAX_NUM_SEQS"]
 _RUNNING, _GENERATED, _HIT = _R["NUM_RUNNING"], _R["GENERATED_TOKENS"], _R["PREFIX_HIT_TOKENS"]
 _PROMPT, _PREDICTED = _Q["PROMPT_TOKENS"], _Q["PREDICTED_OUTPUT_TOKENS"]
 _ARRIVALS, _LEAST_SEQ = _Q["ARRIVAL_RATE_RPS"], np.float32(1e-6)
+_WAITED, _NUM_ON_HOLD = _Q["WAITED_S"], _Q["NUM_HELD"]
 _TTFT, _TPOT = _Q["TTFT_SLO_S"], _Q["TPOT_SLO_S"]
 _RATIO, _ITL, _EXPECTED_LEFT = (
     _R[name] for name in ("STEP_TIME_RATIO", "RECENT_ITL_S", "EXPECTED_TOKENS_LEFT")

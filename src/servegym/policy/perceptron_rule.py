@@ -1,8 +1,8 @@
 """A dispatcher of few weights as a compiled rule, for searches that play whole episodes.
 
-Rule `added-delay`, `prefix-load` or `added-delay-inferred`, corrected by a perceptron: what
-`train.dispatch_space` makes of flat weights, and exports as a network. It decides as that network
-does; a test holds both equal.
+Rule `added-delay`, `prefix-load`, `added-delay-inferred` or `added-delay-held`, corrected by a
+perceptron: what `train.dispatch_space` makes of flat weights, and exports as a network. It decides
+as that network does; a test holds both equal.
 """
 
 from __future__ import annotations
@@ -25,32 +25,49 @@ from servegym.policy.contract import (
     PROMPT_TOKENS,
     RELATIVE_SPEED,
     STEP_TIME_RATIO,
+    WAITED_S,
     Group,
     observed_groups,
 )
 from servegym.policy.costs import added_delay_s, delay_s, displaced_s, prefix_load_s, step_s
 from servegym.policy.play_perceptron import Perceptrons
 from servegym.policy.policy import Heuristic
-from servegym.policy.replica_inputs import NUM_INPUTS, write_inferred_inputs, write_inputs
+from servegym.policy.replica_inputs import (
+    NUM_EXTENDED_INPUTS,
+    NUM_INPUTS,
+    write_inferred_inputs,
+    write_inputs,
+    write_router_inputs,
+)
 from servegym.policy.rule import rule
 from servegym.typing import BoolArray, FloatArray, UInt64Array
 
 #: A rule that can be corrected.
-Base = Literal["added-delay", "prefix-load", "added-delay-inferred"]
+Base = Literal["added-delay", "prefix-load", "added-delay-inferred", "added-delay-held"]
 #: All of them.
-BASES: tuple[Base, ...] = ("added-delay", "prefix-load", "added-delay-inferred")
-#: Numbers of each that a search moves, by their places: what is a share stays as it is given.
+BASES: tuple[Base, ...] = ("added-delay", "prefix-load", "added-delay-inferred", "added-delay-held")
+#: Numbers of each that a search moves, by their places: what is a share stays as it is given, and
+#: so does the longest hold.
 SEARCHED: dict[Base, tuple[int, ...]] = {
     "added-delay": (0, 1),
     "prefix-load": (0, 1),
     "added-delay-inferred": (0, 1, 4),
+    "added-delay-held": (0, 1, 2),
 }
 #: Where its parameters stand: weight of the rule's cost and the rule's numbers (0 where it has
 #: fewer), which rule, what inputs are normalised by, then the units, each with its weights, its
-#: bias and its weight in the score.
-_NUM_RULE = 6
+#: bias and its weight in the score, and under a rule that holds in that of a hold.
+_NUM_RULE = 8
 _BASE, _MEAN = _NUM_RULE, _NUM_RULE + 1
-_SHRINK, _OBSERVED, _DISPLACED = 3, 4, 5
+_SHRINK, _OBSERVED, _DISPLACED, _WAIT, _MOST = 3, 4, 5, 6, 7
+_PREFIX_LOAD, _HELD = float(BASES.index("prefix-load")), float(BASES.index("added-delay-held"))
+#: Where the numbers of each rule stand.
+_PLACES: dict[Base, tuple[int, ...]] = {
+    "added-delay": (1, 2),
+    "prefix-load": (1, 2),
+    "added-delay-inferred": (1, 2, _SHRINK, _OBSERVED, _DISPLACED),
+    "added-delay-held": (1, 2, _WAIT, _MOST, _SHRINK),
+}
 _SLOWEST = 1e-6
 
 
@@ -75,6 +92,42 @@ def _added_delay_s(replicas: FloatArray, request: FloatArray, r: int, params: Fl
     return cost_s
 
 
+@inlined
+def _normalise(params: FloatArray, memory: FloatArray, first: int, stop: int) -> None:
+    """Normalise some inputs in place."""
+    scale = _MEAN + memory.shape[0]
+    for k in range(first, stop):
+        memory[k] = (memory[k] - params[_MEAN + k]) / params[scale + k]
+
+
+@inlined
+def _write_own(
+    replicas: FloatArray, request: FloatArray, r: int, params: FloatArray, memory: FloatArray
+) -> None:
+    """Write what is a replica's own of the inputs, normalised."""
+    write_inputs(replicas, request, r, memory)
+    if memory.shape[0] > NUM_INPUTS:
+        write_inferred_inputs(replicas, request, r, memory)
+    _normalise(params, memory, 0, min(memory.shape[0], NUM_EXTENDED_INPUTS))
+
+
+@inlined
+def _corrected(params: FloatArray, memory: FloatArray, head: int, num_heads: int) -> float:
+    """Return what the units make of the inputs: for a score (0), or for a hold (1)."""
+    inputs = memory.shape[0]
+    size, total = inputs + 1 + num_heads, 0.0
+    for unit in range(_MEAN + 2 * inputs, params.shape[0], size):
+        weight = params[unit + inputs + 1 + head]
+        if weight == 0.0:
+            continue
+        activation = params[unit + inputs]
+        for k in range(inputs):
+            activation += memory[k] * params[unit + k]
+        if activation > 0.0:
+            total += activation * weight
+    return total
+
+
 @rule
 def decide(
     replicas: FloatArray,
@@ -85,18 +138,18 @@ def decide(
     rng: UInt64Array,
 ) -> int:
     """Decide; see `policy.rule`. What it keeps is room for the inputs of a replica."""
-    width, inputs = mask.shape[0] - 2, memory.shape[0]
-    scale, first, size = _MEAN + inputs, _MEAN + 2 * inputs, inputs + 2
+    width = mask.shape[0] - 2
+    holds = params[_BASE] == _HELD
+    num_heads = 2 if holds else 1
+    if holds:
+        write_router_inputs(replicas, request, memory)
+        _normalise(params, memory, NUM_EXTENDED_INPUTS, memory.shape[0])
     best, best_score = -1, -np.inf
     for r in range(width):
         if not mask[r]:
             continue
-        write_inputs(replicas, request, r, memory)
-        if inputs > NUM_INPUTS:
-            write_inferred_inputs(replicas, request, r, memory)
-        for k in range(inputs):
-            memory[k] = (memory[k] - params[_MEAN + k]) / params[scale + k]
-        if params[_BASE] != 1.0:
+        _write_own(replicas, request, r, params, memory)
+        if params[_BASE] != _PREFIX_LOAD:
             cost_s = _added_delay_s(replicas, request, r, params)
         else:
             rate = max(replicas[PREFILL_TOKENS_PER_S, r], 1.0)
@@ -105,35 +158,40 @@ def decide(
             speed = max(replicas[RELATIVE_SPEED, r], _SLOWEST)
             load = replicas[OUTSTANDING_REQUESTS, r]
             cost_s = prefix_load_s(prefill_s, load, speed, params[1], params[2])
-        score = -params[0] * cost_s
-        for unit in range(first, params.shape[0], size):
-            activation = params[unit + inputs]
-            for k in range(inputs):
-                activation += memory[k] * params[unit + k]
-            if activation > 0.0:
-                score += activation * params[unit + inputs + 1]
+        score = -params[0] * cost_s + _corrected(params, memory, 0, num_heads)
         if score > best_score:
             best, best_score = r, score
     if best < 0:
         return width if mask[width] else width + 1
+    if holds and mask[width] and request[WAITED_S] < params[_MOST]:
+        _write_own(replicas, request, best, params, memory)
+        rate = max(replicas[PREFILL_TOKENS_PER_S, best], 1.0)
+        over_s = replicas[PENDING_PREFILL_TOKENS, best] / rate - params[_WAIT]
+        if params[0] * over_s + _corrected(params, memory, 1, num_heads) > 0.0:
+            return width
     return best
 
 
-def perceptron_rule(base: Base, weights: FloatArray, nets: Perceptrons, name: str) -> Heuristic:
+def perceptron_rule(
+    base: Base, weights: FloatArray, nets: Perceptrons, name: str, *, extended: bool = False
+) -> Heuristic:
     """Make the rule of one candidate.
 
     Args:
         base: What it corrects.
         weights: Weight of the cost of that rule, per second, and its numbers,
             `float64[1 + numbers]`.
-        nets: One perceptron of one head, which reads what `write_inputs` writes; if it has more
-            inputs, what `write_inferred_inputs` writes, too.
+        nets: One perceptron, which reads what `write_inputs` writes; if it has more inputs, what
+            `write_inferred_inputs` writes, too; if the rule holds, what `write_router_inputs`
+            writes besides. It has one head, and a second one for holds if the rule holds.
         name: In tables.
+        extended: Whether what a router infers is to be seen; else it sees of that what the rule
+            goes by.
     """
-    units = np.vstack([nets.hidden[0], nets.hidden_bias[0], nets.out[0, :, 0]])
+    units = np.vstack([nets.hidden[0], nets.hidden_bias[0], nets.out[0].T])
     own = np.zeros(_NUM_RULE)
-    own[: len(weights)] = weights
-    needs = observed_groups(extended=len(nets.mean) > NUM_INPUTS)
+    own[[0, *_PLACES[base]]] = weights
+    needs = observed_groups(extended=extended)
     needs |= Group.LENGTHS if own[_SHRINK] > 0.0 else Group(0)
     needs |= Group.STEP_TIMES if own[_OBSERVED] > 0.0 else Group(0)
     return Heuristic(

@@ -10,6 +10,7 @@ import math
 
 from servegym.cluster.jit import inlined
 from servegym.policy.contract import (
+    ARRIVAL_RATE_RPS,
     DECODE_SEQ_S,
     DECODE_STEP_S,
     EXPECTED_TOKENS,
@@ -21,6 +22,7 @@ from servegym.policy.contract import (
     MARGINS,
     MAX_NUM_SEQS,
     METRICS_AGE_S,
+    NUM_HELD,
     NUM_RUNNING,
     NUM_WAITING,
     OUTSTANDING_AS_TIGHT,
@@ -41,6 +43,8 @@ from servegym.policy.contract import (
     STEP_TIME_RATIO,
     TPOT_SLO_S,
     TTFT_SLO_S,
+    UP,
+    WAITED_S,
 )
 from servegym.policy.costs import step_s
 from servegym.policy.numpy_network import num_inputs
@@ -48,6 +52,10 @@ from servegym.typing import FloatArray
 
 #: How many a replica has, and with those of what a router infers.
 NUM_INPUTS, NUM_EXTENDED_INPUTS = num_inputs(extended=False), num_inputs(extended=True)
+#: And where the network decides about holds.
+NUM_HELD_INPUTS = num_inputs(extended=True, holds=True)
+#: Of the inputs of what a router infers, those that learnt lengths alone make.
+LENGTH_INPUTS = (27, 28, 31)
 #: Of the outstanding requests: their logarithm, and their share of the slots; and of the share of
 #: KV blocks in use.
 OUTSTANDING_INPUT, OUTSTANDING_SHARE_INPUT, KV_USAGE_INPUT = 0, 1, 11
@@ -127,3 +135,29 @@ def write_inferred_inputs(
     out[32] = math.log1p(replicas[OUTSTANDING_AS_TIGHT, r])
     for k in range(len(MARGINS)):
         out[33 + k] = math.log1p(replicas[PUSHED_OVER_40 + k, r])
+
+
+@inlined
+def write_router_inputs(replicas: FloatArray, request: FloatArray, out: FloatArray) -> None:
+    """Write what a network that decides about holds reads besides, the same for all replicas.
+
+    Args:
+        replicas: Features, `float64[>= NUM_OBSERVED_FEATURES, R]`.
+        request: Features, `float64[>= NUM_OBSERVED_REQUEST_FEATURES]`.
+        out: `float64[NUM_HELD_INPUTS]`, of which those after `NUM_EXTENDED_INPUTS` are written.
+    """
+    count, prompts, outputs, prefill_rate, decode_rate = 1.0, 0.0, 0.0, 0.0, 0.0
+    for r in range(replicas.shape[1]):
+        if replicas[UP, r] > 0.0:
+            count += replicas[OUTSTANDING_REQUESTS, r]
+            prompts += replicas[OUTSTANDING_PROMPT_TOKENS, r]
+            outputs += replicas[OUTSTANDING_PREDICTED_TOKENS, r]
+            prefill_rate += replicas[PREFILL_TOKENS_PER_S, r]
+            decode_rate += 1.0 / max(replicas[DECODE_SEQ_S, r], 1e-6)
+    rate_rps = request[ARRIVAL_RATE_RPS]
+    prompt = (prompts + request[PROMPT_TOKENS]) / count
+    output = (outputs + request[PREDICTED_OUTPUT_TOKENS]) / count
+    out[38] = min(rate_rps * prompt / max(prefill_rate, 1.0), 4.0)
+    out[39] = min(rate_rps * output / max(decode_rate, 1.0), 4.0)
+    out[40] = math.log1p(request[NUM_HELD])
+    out[41] = math.log1p(request[WAITED_S])
