@@ -10,6 +10,8 @@ import yaml
 
 from servegym.cluster.state import FAULT_DOWN, FAULT_SLOW, FAULT_UP
 from servegym.cluster.tier_rules import KvTier, TierRules
+from servegym.costs.pipeline import PipelineCost
+from servegym.costs.uncertainty import World
 from servegym.documents import load_yaml
 from servegym.errors import ConfigError, ServeGymError
 from servegym.scenario import load_scenario, parse_scenario, scenario_names
@@ -123,6 +125,34 @@ def test_an_entry_can_form_its_steps_ahead():
     mixed = scenario(fleet=[{"gpu": "L40S", "async_scheduling": True}, {"gpu": "L40S"}])
     assert [t.async_scheduling for t in mixed.spec.types] == [True, False]
     assert [t.name for t in mixed.spec.types] == ["L40S x1 async", "L40S x1"]
+
+
+def test_stages_share_the_layers_and_have_the_blocks_of_the_tightest():
+    # 141 GB of weights do not fit one A100; halves of 40 layers do, the last with the output head
+    staged = scenario(
+        model="Llama-3.1-70B",
+        fleet=[{"gpu": "A100-SXM-80GB", "pipeline_parallel_size": 2}],
+        engine={"kv_memory_fraction": 0.95},
+    )
+    (kind,) = staged.spec.types
+    assert (kind.name, kind.num_gpus, kind.num_stages) == ("A100-SXM-80GB x1 pp2", 2, 2)
+    fits = PipelineCost(staged.step_cost(staged.fleet[0]), 2).stage_kv_tokens(0.95)
+    assert kind.num_blocks == min(fits) // 16
+    first_s, last_s = kind.pipeline.stage_s([], 8, 8000)
+    assert 0 < first_s < last_s
+    assert kind.price_usd_per_h == 2 * scenario().spec.types[0].price_usd_per_h
+    world = staged.in_world(World(3)).spec.types[0]
+    assert world.pipeline.stage_s([], 8, 8000) != (first_s, last_s)
+
+
+def test_stages_on_nodes_of_their_own_are_linked():
+    entry = {"gpu": "A100-SXM-80GB", "tp": 8, "pipeline_parallel_size": 2}
+    slow, fast = (
+        scenario(fleet=[{**entry, "pp_link": {"gb_per_s": rate}}]).spec.types[0]
+        for rate in (1.0, 50.0)
+    )
+    assert slow.pipeline.handover(512) > fast.pipeline.handover(512) > 0
+    assert slow.pipeline.stage_s([(512, 0)]) == fast.pipeline.stage_s([(512, 0)])
 
 
 def test_a_replica_of_several_gpus_costs_their_rent_and_holds_what_fits():
@@ -271,6 +301,31 @@ WRONG = {
             ]
         ),
         ["async_scheduling", "turn async_scheduling off"],
+    ),
+    "more stages than layers": (
+        text(**fleet(pipeline_parallel_size=40, pp_link={"gb_per_s": 9.0})),
+        ["pipeline_parallel_size", "1 to the 32 layers", "got 40"],
+    ),
+    "no stage": (text(**fleet(pipeline_parallel_size=0)), ["pipeline_parallel_size", "1", "0"]),
+    "stages on several nodes": (
+        text(**fleet(tp=8, pipeline_parallel_size=2)),
+        ["16 GPUs", "8 of a node", "pp_link: {gb_per_s: 50}"],
+    ),
+    "a link between one stage": (
+        text(**fleet(pp_link={"gb_per_s": 9.0})),
+        ["pp_link", "set pipeline_parallel_size"],
+    ),
+    "stages of another engine": (
+        text(**fleet(engine="sglang", pipeline_parallel_size=2)),
+        ["engine must be vllm or trtllm", "got sglang"],
+    ),
+    "stages with steps formed ahead": (
+        text(**fleet(pipeline_parallel_size=2, async_scheduling=True)),
+        ["A100-SXM-80GB x1 pp2 async has stages", "async_scheduling", "leave one of them out"],
+    ),
+    "a stage that does not fit": (
+        text(model="Llama-3.1-405B", **fleet(pipeline_parallel_size=2)),
+        ["stage 1 of 2", "raise"],
     ),
     "negative retention": (text(engine={"retain_kv_s": -5.0}), ["retain_kv_s", "-5.0"]),
     "roles without prefill": (

@@ -29,6 +29,7 @@ from servegym.costs.grid import (
     CostGrid,
 )
 from servegym.costs.shared import NUM_SHARED_KNOTS, SharedCost
+from servegym.costs.stages import StageGrids
 from servegym.engines import EngineName
 from servegym.workloads.table import ANY_END, BY_ITSELF, RequestTable
 
@@ -248,6 +249,19 @@ def _side_by_side(
         ),
     )
     return spec, episode
+
+
+def with_stages(spec: ClusterSpec, episode: Episode, seed: int) -> tuple[ClusterSpec, Episode]:
+    """Split the layers of some types, the first at least, over the stages of a pipeline."""
+    rng = np.random.default_rng((seed, 10))
+    types = []
+    for i, kind in enumerate(spec.types):
+        if kind.engine in ("vllm", "trtllm") and (i == 0 or rng.random() < 0.5):
+            stages = tuple(random_grid(rng) for _ in range(int(rng.integers(1, 5))))
+            handover_s = np.cumsum(rng.uniform(0, 1e-3, NUM_DENSE_KNOTS)) * rng.integers(0, 2)
+            kind = replace(kind, pipeline=StageGrids(stages, handover_s))
+        types.append(kind)
+    return replace(spec, types=tuple(types)), episode
 
 
 def random_shared(rng: np.random.Generator, num_ranks: int) -> SharedCost:

@@ -40,6 +40,7 @@ def dump(ident, gpu_count, tp, dp, ep):
         (cells(gpu_count="8"), Degrees(8)),
         (cells(gpu_count="0", dp="", ep=""), Degrees(8)),
         (cells(ep="4"), Degrees(8, expert_groups=4)),
+        (cells(pp="2", gpu_count="16"), Degrees(8, pp=2)),
     ],
 )
 def test_degrees_are_those_of_the_gpus(row, expected):
@@ -50,7 +51,7 @@ def test_degrees_are_those_of_the_gpus(row, expected):
     ("changed", "reason"),
     [
         ({"tp": "n/a"}, "degree not given"),
-        ({"pp": "2"}, "pipeline"),
+        ({"pp": "2", "gpu_count": "8"}, "8 GPUs for tp 8 and pp 2"),
         ({"dp": "2"}, "data-parallel"),
         ({"ep": "16"}, "beyond"),
         ({"gpu_count": "16"}, "16 GPUs for tp 8"),

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from servegym.costs.pipeline import PipelineCost
 from servegym.errors import ConfigError, WorkloadError
 from servegym.validate.engine import EngineConstants, EngineSetup
 from servegym.validate.published import experiment, read_published
@@ -116,6 +117,24 @@ def test_disaggregated_row_has_workers_of_their_own_degrees(write_table):
         plan_of(write_table, **row | {"model": "Llama-3.1-8B"})
 
 
+def test_row_with_stages_has_batches_in_flight_and_the_blocks_of_the_tightest(write_table):
+    row = {"pp": "2", "gpu_count": "2", "model": "Llama-3.1-70B", "tpot_mean": "60"}
+    replica = plan_of(write_table, **row, precision_w="fp8").setup.replica(EngineConstants())
+    assert (replica.name, replica.num_stages, replica.num_gpus) == ("H100-SXM-80GB x1 pp2", 2, 2)
+    setup = plan_of(write_table, **row, precision_w="fp8").setup
+    capacity = PipelineCost(setup.cost(), 2).kv_capacity_tokens(setup.memory_fraction)
+    assert replica.num_blocks == capacity // 16
+    with pytest.raises(ConfigError, match=r"must be vllm or trtllm.*got sglang"):
+        plan_of(write_table, **row, engine="SGLang").setup.replica(EngineConstants())
+
+
+def test_what_an_engine_family_adds_to_a_step_every_stage_pays(write_table):
+    setup = plan_of(write_table, pp="2", gpu_count="2").setup
+    plain, slow = (setup.replica(EngineConstants(step_s=s)).pipeline for s in (0.0, 1e-3))
+    work = [one.stage_s([], 4, 4000) for one in (plain, slow)]
+    assert work[1] == pytest.approx([s + 1e-3 for s in work[0]], rel=1e-12)
+
+
 def test_notes_tell_a_static_batch_from_clients(write_table):
     plan = plan_of(write_table, notes="static batch offline")
     assert (plan.loop, plan.num_requests) == ("batch", 4)
@@ -152,7 +171,7 @@ def test_notes_tell_how_lengths_are_spread(write_table, notes, lengths):
         ({"engine": "sambaflow"}, "engine 'sambaflow'"),
         ({"isl": ""}, "lengths are not given"),
         ({"tp": ""}, "degree not given"),
-        ({"pp": "2"}, "pipeline"),
+        ({"pp": "2"}, "1 GPUs for tp 1 and pp 2"),
         ({"dp": "8"}, "data-parallel"),
         ({"ep": "8"}, "expert parallelism"),
         ({"gpu_count": "8"}, "8 GPUs for tp 1"),

@@ -14,7 +14,7 @@ import numpy as np
 
 from servegym.clairvoyant.copies import Words, copy_env
 from servegym.clairvoyant.goal import FINISH, FIRST_TOKEN, SERVED, Goal, is_better, loss
-from servegym.cluster.engine import next_with
+from servegym.cluster.emission import next_with
 from servegym.cluster.jit import helper, inlined, kernel
 from servegym.cluster.kernels import advance, apply, reset_env
 from servegym.cluster.rng import next_uniform

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from servegym.cluster.blocks import give_back_from_decodes
-from servegym.cluster.engine import leave_system
+from servegym.cluster.emission import leave_system
 from servegym.cluster.heap import set_event
 from servegym.cluster.jit import helper, inlined, kernel
 from servegym.cluster.router import forget_outstanding, forget_prefill

@@ -11,6 +11,7 @@ from servegym.cluster.entry import (
     DISAGGREGATION,
     MIGRATION,
     NUM_ENTRIES,
+    PIPELINE,
     SETTLE_TURN,
     TIERS,
 )
@@ -33,6 +34,7 @@ from servegym.cluster.state import (
     END_DTYPE,
     ENV_DTYPE,
     FAULT_DTYPE,
+    FLIGHT_DTYPE,
     FORMING_DTYPE,
     LENGTH_DTYPE,
     LINK_DTYPE,
@@ -134,6 +136,9 @@ def _shared_table(shared: SharedCost | None) -> FloatArray:
 def make_params(spec: ClusterSpec, *, record: bool, asks: Asks = DISPATCH_ONLY) -> Params:
     """Stack the replica types and rules of a cluster into arrays."""
     grids = [t.grid for t in spec.types]
+    stages = [list(t.pipeline.stages) if t.pipeline else [] for t in spec.types]
+    num_stages = np.array([len(own) for own in stages], np.int64)
+    grids += [stage for own in stages for stage in own]
 
     def stack(name: str) -> np.ndarray:
         return np.ascontiguousarray([getattr(g, name) for g in grids], np.float64)
@@ -167,6 +172,11 @@ def make_params(spec: ClusterSpec, *, record: bool, asks: Asks = DISPATCH_ONLY) 
         num_ranks=column("num_ranks"),
         largest_graph=np.array([t.shared.largest_graph if t.shared else 0 for t in spec.types]),
         shared_s=np.stack([_shared_table(t.shared) for t in spec.types]),
+        num_stages=num_stages,
+        first_stage=len(stages) + np.cumsum(num_stages) - num_stages,
+        handover_s=np.stack(
+            [t.pipeline.handover_s if t.pipeline else 0.0 * t.grid.dense_s for t in spec.types]
+        ),
         role=np.array([ROLES.index(t.role) for t in spec.types], np.int64),
         link_bytes_per_s=np.array([t.link.bytes_per_s for t in spec.types], np.float64),
         link_latency_s=np.array([t.link.latency_s for t in spec.types], np.float64),
@@ -218,6 +228,8 @@ def wanted_entries(spec: ClusterSpec, asks: Asks) -> frozenset[int]:
         wanted |= MIGRATION
     if spec.tiered:
         wanted |= TIERS
+    if any(t.pipeline for t in spec.types):
+        wanted |= PIPELINE
     if asks.retain != NEVER:
         wanted |= {SETTLE_TURN}
     return wanted
@@ -250,7 +262,8 @@ PER_REQUEST = ("request", "length", "order", "timer", "log", "steps")
 def make_state(spec: ClusterSpec, capacity: Capacity) -> State:
     """Make the arrays, all zero; every environment must be filled before use."""
     e, n, r = capacity.num_envs, capacity.requests, capacity.replicas
-    seqs = max(t.max_num_seqs for t in spec.types)
+    seqs = max(t.max_num_running for t in spec.types)
+    stages = max(t.num_stages for t in spec.types)
     blocks, slots, width, rows = 1, 1, 1, 1
     if spec.prefix_caching:
         blocks = max(t.num_blocks for t in spec.types)
@@ -286,6 +299,8 @@ def make_state(spec: ClusterSpec, capacity: Capacity) -> State:
         tier_cache=np.zeros((e, r, 2, _slots(own)), PREFIX_CACHE_DTYPE),
         store_block=np.zeros((e, store + 1), TIER_BLOCK_DTYPE),
         store_cache=np.zeros((e, _slots(store)), PREFIX_CACHE_DTYPE),
+        flight=np.zeros((e, r if stages else 1, max(1, stages)), FLIGHT_DTYPE),
+        batch=np.zeros((e, n if stages else 1), np.int64),
         length_sums=np.zeros((e, NUM_LENGTH_SUMS)),
         stream=np.zeros((e, r), STREAM_DTYPE),
         length=np.zeros((e, n), LENGTH_DTYPE),

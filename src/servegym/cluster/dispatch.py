@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from servegym.cluster.engine import leave_system
+from servegym.cluster.emission import leave_system
 from servegym.cluster.jit import helper, inlined
 from servegym.cluster.log import log_event
 from servegym.cluster.router import (

@@ -11,13 +11,15 @@ from servegym.cluster.blocks import (
     take_for_chunk,
     take_for_decodes,
 )
+from servegym.cluster.emission import emit, finish
 from servegym.cluster.entry import END_STEP, FORM_STEP, entry
 from servegym.cluster.heap import push_end, set_event
 from servegym.cluster.jit import helper, inlined
 from servegym.cluster.loads import admit_beside_loads, clear_loads, stop_loads
-from servegym.cluster.log import count_itl, log_event, log_steps
+from servegym.cluster.log import log_steps
 from servegym.cluster.migration import leave, note_preempted, stop_migrations
 from servegym.cluster.phased import forget_pressure, form_phase
+from servegym.cluster.pipeline import form_batches, land_batch
 from servegym.cluster.priority import form_by_priority, hold_back, reset_forming
 from servegym.cluster.remote import clear_links
 from servegym.cluster.retention import let_all_go
@@ -28,20 +30,14 @@ from servegym.cluster.running import (
     begin_decodes,
     begin_mixed,
     block_residue,
-    leave_running,
+    blocks_to_end,
     preempt,
 )
 from servegym.cluster.state import (
-    ARRIVAL,
     DECODE,
     DOWN,
-    EV_FINISH,
-    EV_FIRST_TOKEN,
-    FINISHED,
+    FLYING,
     IDLE,
-    OBSERVED_PENDING_PREFILL,
-    OBSERVED_RECENT_TPOT,
-    OBSERVED_RECENT_TTFT,
     PREFILL,
     PREFILL_ONLY,
     STEP,
@@ -53,16 +49,13 @@ from servegym.cluster.steptime import (
     prefill_s,
 )
 from servegym.cluster.stretches import note_durations, settle_decodes, steps_ended_by
-from servegym.cluster.timers import set_timer
 from servegym.cluster.transfers import (
     admit_apart,
     hand_over,
     stop_transfers,
 )
-from servegym.cluster.turns import end_turn
-from servegym.cluster.watch import note_ended, see_steps
+from servegym.cluster.watch import see_steps
 from servegym.engines import SGLANG, TRTLLM, VLLM_PRIORITY, VLLM_V0
-from servegym.workloads.table import ANY_END
 
 #: Of the requests that an idle engine sees: all.
 NO_LIMIT = 1 << 62
@@ -75,6 +68,9 @@ def form_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     t = v.type_idx
     if p.migration.on and s.move[e, r].leaving > 0:
         leave(p, s, e, r, now_s)
+    if p.num_stages[t] > 0:
+        form_batches(p, s, e, r, now_s)
+        return
     if p.engine[t] == SGLANG or p.engine[t] == VLLM_V0:
         form_phase(p, s, e, r, now_s)
         return
@@ -196,7 +192,7 @@ def _admit(
         if not chunked and take < total - computed:
             break
         if no_evict:
-            if _blocks_to_end(p, s, e, request) > v.free_blocks - v.late_blocks - promised:
+            if blocks_to_end(p, s, e, request) > v.free_blocks - v.late_blocks - promised:
                 break
         else:
             whole = (total + size - 1) // size - hits
@@ -204,17 +200,10 @@ def _admit(
                 break
         admit_head(p, s, e, r, now_s, hits, computed, take)
         if no_evict:
-            promised += _blocks_to_end(p, s, e, request) - q.table_len
+            promised += blocks_to_end(p, s, e, request) - q.table_len
         budget -= take
         attention_s += prefill_s(p, t, take, computed)
     return budget, attention_s
-
-
-@inlined
-def _blocks_to_end(p: Params, s: State, e: int, request: int) -> int:
-    """Blocks a request holds when its last token comes out."""
-    q = s.request[e, request]
-    return (q.prompt + q.output - 1 + p.block_size - 1) // p.block_size
 
 
 @helper
@@ -227,7 +216,7 @@ def _promised_blocks(p: Params, s: State, e: int, r: int) -> int:
         q = s.request[e, request]
         tokens = q.computed + v.iteration - q.join_iter + 1
         held = (tokens + p.block_size - 1) // p.block_size
-        blocks += _blocks_to_end(p, s, e, request) - held
+        blocks += blocks_to_end(p, s, e, request) - held
         request = q.next_request
     return blocks
 
@@ -236,6 +225,9 @@ def _promised_blocks(p: Params, s: State, e: int, r: int) -> int:
 def end_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     """End the step or decode stretch in progress: tokens come out, requests end."""
     v = s.replica[e, r]
+    if v.mode == FLYING:
+        land_batch(p, s, e, r, now_s)
+        return
     left_out = 0
     v.num_late = 0
     v.late_blocks = 0
@@ -285,7 +277,7 @@ def end_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
 @inlined
 def _end_decodes(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     while s.replica[e, r].num_ends > 0 and (s.ends[e, r, 0].key >> 32) == s.replica[e, r].iteration:
-        _finish(p, s, e, r, s.ends[e, r, 0].request, now_s)
+        finish(p, s, e, r, s.ends[e, r, 0].request, now_s)
 
 
 @inlined
@@ -296,21 +288,8 @@ def _emit_after_prefill(p: Params, s: State, e: int, r: int, request: int, now_s
     if p.disaggregated and p.role[v.type_idx] == PREFILL_ONLY:
         hand_over(p, s, e, r, request, now_s)
         return
-    q.generated += 1
-    v.emitted += 1
-    if math.isnan(q.first_token_s):
-        q.first_token_s = now_s
-        log_event(p, s, e, now_s, EV_FIRST_TOKEN, request, r, 0.0)
-        s.observation[e, OBSERVED_PENDING_PREFILL, r] -= q.prompt - q.hit_hint
-        ttft = now_s - q.arrival_s
-        old = s.observation[e, OBSERVED_RECENT_TTFT, r]
-        s.observation[e, OBSERVED_RECENT_TTFT, r] = ttft if old == 0.0 else old + 0.1 * (ttft - old)
-    else:
-        count_itl(p, s, e, now_s - q.last_token_s, 1)
-    q.last_token_s = now_s
-    left = q.output - q.generated
+    left = emit(p, s, e, r, request, now_s)
     if left == 0:
-        _finish(p, s, e, r, request, now_s)
         return
     computed = q.computed
     start = v.iteration
@@ -320,63 +299,6 @@ def _emit_after_prefill(p: Params, s: State, e: int, r: int, request: int, now_s
     s.phase[e, r, block_residue(p, computed, start)] += 1
     v.num_joined += 1
     push_end(s, e, r, request, ((start + left) << 32) | v.num_joined)
-
-
-@inlined
-def _finish(p: Params, s: State, e: int, r: int, request: int, now_s: float) -> None:
-    """A request has all its tokens."""
-    v, q = s.replica[e, r], s.request[e, request]
-    free = v.free_blocks
-    leave_running(p, s, e, r, request)
-    if p.forms_ahead[v.type_idx] > 0:
-        v.num_late += 1
-        v.late_blocks += v.free_blocks - free
-    if p.retains or p.tiered:
-        end_turn(p, s, e, r, request, now_s)
-    q.status = FINISHED
-    q.finish_s = now_s
-    s.replica[e, r].emitted -= q.generated
-    log_event(p, s, e, now_s, EV_FINISH, request, r, 0.0)
-    leave_system(s, e, request, now_s)
-    forget_outstanding(s, e, r, request)
-    note_ended(p, s, e, request)
-    output = q.output
-    tpot = 0.0
-    if output > 1:
-        tpot = (now_s - q.first_token_s) / (output - 1)
-        old = s.observation[e, OBSERVED_RECENT_TPOT, r]
-        s.observation[e, OBSERVED_RECENT_TPOT, r] = tpot if old == 0.0 else old + 0.1 * (tpot - old)
-    c = q.slo_class
-    ttft = q.first_token_s - q.arrival_s
-    if ttft <= p.slo_s[c, 0] and tpot <= p.slo_s[c, 1]:
-        s.env[e].good += p.slo_weight[c]
-
-
-@inlined
-def next_with(s: State, e: int, i: int, after: int) -> int:
-    """The first request from `i` on that waits for `BY_ITSELF` or `ANY_END`."""
-    while i < s.env[e].num_requests and s.request[e, i].after != after:
-        i += 1
-    return i
-
-
-@inlined
-def leave_system(s: State, e: int, request: int, now_s: float) -> None:
-    """Count one request less in the system from now on, and release those that wait for it."""
-    env = s.env[e]
-    follower = s.request[e, request].first_after
-    while follower >= 0:
-        q = s.request[e, follower]
-        set_timer(s, e, now_s + q.delay_s, ARRIVAL, follower, follower)
-        follower = q.next_after
-    follower = env.next_sent
-    if follower < env.num_requests:
-        env.next_sent = next_with(s, e, follower + 1, ANY_END)
-        set_timer(s, e, now_s + s.request[e, follower].delay_s, ARRIVAL, follower, follower)
-    env.area += env.in_system * (now_s - env.area_until_s)
-    env.area_until_s = now_s
-    env.in_system -= 1
-    env.num_ended += 1
 
 
 @helper
@@ -462,6 +384,9 @@ def clear_replica(p: Params, s: State, e: int, r: int) -> None:
     v.num_seen = NO_LIMIT
     v.num_late = 0
     v.late_blocks = 0
+    v.num_flying = 0
+    for i in range(p.num_stages[v.type_idx]):
+        s.flight[e, r, i].free_s = 0.0
     forget_pressure(s, e, r)
     reset_forming(s, e, r)
     s.phase[e, r, :] = 0

@@ -61,8 +61,10 @@ _F = TypeVar("_F", bound=Callable[..., object])
     ANSWER_MOVE,
     SEE_TURN,
     SEE_TIERS,
-) = range(35)
-NUM_ENTRIES = 35
+    FORM_BATCHES,
+    LAND_BATCH,
+) = range(37)
+NUM_ENTRIES = 37
 #: What only clusters call in which requests are prefilled on one replica and decode on another.
 DISAGGREGATION = frozenset(
     {
@@ -82,12 +84,15 @@ MIGRATION = frozenset(
 )
 #: What only clusters call that have tiers behind their KV blocks.
 TIERS = frozenset({STORE_TEXT, RESET_TIERS, LOSE_HOST, ADMIT_BESIDE_LOADS, LAND_LOAD, STOP_LOADS})
+#: What only replicas call whose layers are split over the stages of a pipeline.
+PIPELINE = frozenset({FORM_BATCHES, LAND_BATCH})
 #: Those that are compiled only for who asks for them: the others' first start is not to wait.
 ON_DEMAND = (
     frozenset({INFER, SEE_ROLES, SETTLE_TURN, SEE_MOVES, ANSWER_MOVE, SEE_TURN, SEE_TIERS})
     | DISAGGREGATION
     | MIGRATION
     | TIERS
+    | PIPELINE
 )
 
 _compiled: dict[int, tuple[Any, types.Type, tuple[types.Type, ...]]] = {}

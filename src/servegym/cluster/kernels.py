@@ -14,7 +14,8 @@ import numpy as np
 from numba import types
 
 from servegym.cluster.dispatch import hold, reject, route, send, set_up
-from servegym.cluster.engine import clear_replica, end_step, form_step, next_with, stop_replica
+from servegym.cluster.emission import next_with
+from servegym.cluster.engine import clear_replica, end_step, form_step, stop_replica
 from servegym.cluster.entry import ADVANCE, APPLY, INFER, entry
 from servegym.cluster.jit import helper, inlined, kernel
 from servegym.cluster.loads import is_loaded, land_load

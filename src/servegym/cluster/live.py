@@ -6,7 +6,8 @@ The environment has one replica and no requests of its own; the caller keeps a p
 
 from __future__ import annotations
 
-from servegym.cluster.engine import end_step, form_step, leave_system, stop_replica
+from servegym.cluster.emission import leave_system
+from servegym.cluster.engine import end_step, form_step, stop_replica
 from servegym.cluster.heap import set_event
 from servegym.cluster.jit import inlined, kernel
 from servegym.cluster.kernels import arrive, change_speed, reset_request

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from servegym.cluster.aborts import abort
-from servegym.cluster.engine import leave_system
+from servegym.cluster.emission import leave_system
 from servegym.cluster.jit import inlined, kernel
 from servegym.cluster.remote import leave_remote, look_again, release_at, release_source
 from servegym.cluster.router import forget_outstanding

@@ -41,7 +41,7 @@ def _facts(replica: ReplicaType, block_size: int) -> list[float]:
         one,
         max(0.0, per_seq),
         float(replica.capacity_tokens(block_size)),
-        float(replica.max_num_seqs),
+        float(replica.max_num_running),
         float(budget),
     ]
 

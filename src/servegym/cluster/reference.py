@@ -17,6 +17,7 @@ from servegym.cluster import state as st
 from servegym.cluster.outcome import EVENT_DTYPE
 from servegym.cluster.reference_engines import RULES, Engine, Request, VllmPriority
 from servegym.cluster.reference_migration import Choose, Migrations
+from servegym.cluster.reference_pipeline import PIPELINED
 from servegym.cluster.reference_tiers import Tiers
 from servegym.cluster.reference_transfers import Transfers
 from servegym.cluster.spec import ClusterSpec, Episode, first_ranks
@@ -67,7 +68,10 @@ class ReferenceSimulator:
         types = [spec.types[t] for t in episode.type_idx.tolist()]
         self.retain: Retain | None = None
         self.retain_all = False
-        self.replicas = [RULES[kind.engine](self, r) for r, kind in enumerate(types)]
+        self.replicas = [
+            (PIPELINED if kind.pipeline else RULES)[kind.engine](self, r)
+            for r, kind in enumerate(types)
+        ]
         first = first_ranks(np.array([kind.num_ranks for kind in types])).tolist()
         self.groups = [[r for r, own in enumerate(first) if own == i] for i in first]
         self.unsent = [q for q in self.requests if q.after == ANY_END]

@@ -230,6 +230,13 @@ def block_residue(p: Params, computed: int, join_iter: int) -> int:
 
 
 @inlined
+def blocks_to_end(p: Params, s: State, e: int, request: int) -> int:
+    """Blocks a request holds when its last token comes out."""
+    q = s.request[e, request]
+    return (q.prompt + q.output - 1 + p.block_size - 1) // p.block_size
+
+
+@inlined
 def blocks_for_steps(p: Params, s: State, e: int, r: int, first: int, count: int) -> int:
     """Blocks that the decoding requests take in `count` steps from step count `first` on."""
     size = p.block_size

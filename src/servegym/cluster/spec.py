@@ -11,6 +11,7 @@ from servegym.cluster.state import FAULT_DOWN, FAULT_SLOW, FAULT_UP
 from servegym.cluster.tier_rules import KvTier, TierRules
 from servegym.costs.grid import CostGrid
 from servegym.costs.shared import SharedCost
+from servegym.costs.stages import StageGrids
 from servegym.engines import ENGINES, EngineName
 from servegym.errors import ConfigError, unknown_name
 from servegym.typing import FloatArray, Int8Array, Int16Array, IntArray
@@ -160,6 +161,8 @@ class ReplicaType:
         link: How KV gets from it and to it.
         host_kv: Memory of its host that keeps copies of its KV blocks; None: there is none.
         disk_kv: The same on its disk.
+        pipeline: What the stages cost that its layers are split over, with as many batches in
+            flight; `grid` is then `pipeline.shared_round`. None: it steps as one.
     """
 
     name: str
@@ -176,6 +179,7 @@ class ReplicaType:
     link: Link = Link()
     host_kv: KvTier | None = None
     disk_kv: KvTier | None = None
+    pipeline: StageGrids | None = None
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
@@ -205,6 +209,43 @@ class ReplicaType:
                 f"engine of {self.name} must not be vllm-priority: ranks in lockstep form their "
                 'steps without asking; take "vllm"'
             )
+        if self.pipeline is not None:
+            self._check_pipeline()
+
+    def _check_pipeline(self) -> None:
+        if self.engine not in ("vllm", "trtllm"):
+            raise ConfigError(
+                f"engine of {self.name} must be vllm or trtllm, as wherever layers are split over "
+                f"the stages of a pipeline, got {self.engine}: take one of these, or set "
+                "pipeline_parallel_size to 1"
+            )
+        for name, is_set in (
+            ("async_scheduling", self.async_scheduling),
+            ("ranks in lockstep", self.shared is not None),
+            (f"the role {self.role}", self.role != "mixed"),
+            ("KV tiers", self.host_kv is not None or self.disk_kv is not None),
+        ):
+            if is_set:
+                raise ConfigError(
+                    f"{self.name} has stages of a pipeline and {name}, which do not go together "
+                    "yet: leave one of them out"
+                )
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of its pipeline, 0 if it steps as one."""
+        return 0 if self.pipeline is None else len(self.pipeline.stages)
+
+    @property
+    def max_num_running(self) -> int:
+        """Running requests at most, in all batches.
+
+        TensorRT-LLM's limit is of each batch in flight (`max_batch_size * pp_size` sequences in
+        `create_py_executor_instance`), vLLM's of all.
+        """
+        if self.engine == "trtllm":
+            return self.max_num_seqs * max(1, self.num_stages)
+        return self.max_num_seqs
 
     @property
     def num_ranks(self) -> int:
@@ -354,6 +395,11 @@ class ClusterSpec:
                     f"{kind.name} must have the engine vllm, as all replicas where some only "
                     "prefill or decode: take engine vllm, or the role mixed for all"
                 )
+        if any(t.pipeline for t in self.types) and (self.migrates or self.tiered):
+            raise ConfigError(
+                "stages of a pipeline, and requests that migrate or KV in tiers, do not go "
+                "together yet: set pipeline_parallel_size to 1, or leave migration and tiers out"
+            )
         if any(t.async_scheduling for t in self.types) and (self.moves_kv or self.tiered):
             raise ConfigError(
                 "async_scheduling and KV that moves between replicas or tiers do not go together "

@@ -18,8 +18,9 @@ PENDING, QUEUED, RUNNING, FINISHED, REJECTED, HELD, RETURNED, ABORTED = range(8)
 UNPLACED, RESERVED, TRANSFERRING, LANDED = range(8, 12)
 # Roles of replicas: all of a request, its prefill alone, what comes behind the prefill alone
 MIXED, PREFILL_ONLY, DECODE_ONLY = range(3)
-# What a replica is doing; PREFILL is a step in which its decoding requests pause
-IDLE, WAKING, STEP, DECODE, DOWN, PREFILL = range(6)
+# What a replica is doing; PREFILL is a step in which its decoding requests pause, FLYING means
+# that batches are on the stages of its pipeline
+IDLE, WAKING, STEP, DECODE, DOWN, PREFILL, FLYING = range(7)
 # Fault kinds
 FAULT_SLOW, FAULT_DOWN, FAULT_UP = range(3)
 # Event-log kinds
@@ -146,7 +147,10 @@ DISPATCH_ONLY = Asks()
 
 
 class Params(NamedTuple):
-    """What does not change during a run; axes: T replica types, knots of `costs.grid`."""
+    """What does not change during a run; axes: T replica types, knots of `costs.grid`.
+
+    Behind the types the arrays of step costs have rows for the stages of pipelines.
+    """
 
     cpu_s: FloatArray  # [T]
     dense_tokens: FloatArray  # [T, NUM_DENSE_KNOTS]
@@ -168,6 +172,9 @@ class Params(NamedTuple):
     num_ranks: IntArray  # [T] replicas that step together, 0: each by itself
     largest_graph: IntArray  # [T] most tokens of such a rank for which there is a CUDA graph
     shared_s: FloatArray  # [T, NUM_SHARED, NUM_SHARED_KNOTS] of `costs.shared`, see SHARED_*
+    num_stages: IntArray  # [T] of its pipeline, 0: it steps as one
+    first_stage: IntArray  # [T] row of the first of them in all arrays of step costs, above
+    handover_s: FloatArray  # [T, NUM_DENSE_KNOTS] between them, at `dense_tokens` of the first
     role: IntArray  # [T] MIXED, PREFILL_ONLY or DECODE_ONLY
     link_bytes_per_s: FloatArray  # [T] KV in either direction
     link_latency_s: FloatArray  # [T]
@@ -288,7 +295,8 @@ REPLICA_DTYPE = np.dtype(
         ("kv_tokens", "i8"),  # sum of computed over decoding requests, settled
         ("emitted", "i8"),  # output tokens of its requests that have not ended, settled
         ("iteration", "i8"),  # steps ended in which its decoding requests took part, settled
-        ("prefill_steps", "i8"),  # steps ended in which they paused
+        ("prefill_steps", "i8"),  # steps ended in which they paused; of a pipeline, batches formed
+        ("num_flying", "i8"),  # batches on the stages of its pipeline
         ("num_joined", "i8"),  # requests that began to decode there; orders equal ends
         ("stretch_begin_s", "f8"),  # start of the step or decode stretch in progress
         ("stretch_steps", "i8"),  # steps in it
@@ -499,6 +507,20 @@ TIER_DTYPE = np.dtype(
 TIER_BLOCK_DTYPE = np.dtype(
     [("identity", "i8"), ("ready_s", "f8"), ("after", "i4"), ("before", "i4")], align=True
 )
+#: Place `i` of a pipeline: its stage, and of every `num_stages` batches the one in that place.
+FLIGHT_DTYPE = np.dtype(
+    [
+        ("free_s", "f8"),  # when the stage will have done what it was given
+        ("begin_s", "f8"),  # when the batch was formed
+        ("landing_s", "f8"),  # when it leaves the last stage
+        ("num_decodes", "i8"),  # in it
+        ("kv_tokens", "i8"),  # that these attend to
+        ("prefill_tokens", "i8"),
+        ("longest_chunk", "i8"),
+        ("work_s", "f8"),  # attention of the chunks of the batch that forms, in the stage
+    ],
+    align=True,
+)
 SEGMENT_DTYPE = np.dtype([("key", "i8"), ("end", "i8")], align=True)
 END_DTYPE = np.dtype([("key", "i8"), ("request", "i8")], align=True)
 DUE_DTYPE = np.dtype([("time_s", "f8"), ("replica", "i8")], align=True)
@@ -552,6 +574,8 @@ class State(NamedTuple):
     tier_cache: Records  # PREFIX_CACHE_DTYPE[E, R, 2, H] hash map from identity to block; 0: empty
     store_block: Records  # TIER_BLOCK_DTYPE[E, C + 1] of the cluster's store
     store_cache: Records  # PREFIX_CACHE_DTYPE[E, H]
+    flight: Records  # FLIGHT_DTYPE[E, R, most stages of a type]; [E, 1, 1] if there are none
+    batch: IntArray  # [E, N] batch in flight that computes its next token, -1: none; or [E, 1]
     length_sums: FloatArray  # [E, NUM_LENGTH_SUMS] what the router has learnt, see policy.lengths
     stream: Records  # STREAM_DTYPE[E, R]
     length: Records  # LENGTH_DTYPE[E, N]

@@ -21,6 +21,7 @@ import numpy as np
 from servegym.costs.grid import CostGrid
 from servegym.costs.shared import SharedCost
 from servegym.costs.source import Evidence
+from servegym.costs.stages import StageGrids
 from servegym.costs.step import StepCost
 from servegym.engines import EngineName, kernels_of
 from servegym.typing import FloatArray
@@ -175,6 +176,23 @@ class Uncertainty:
             mixed_s=factor["mixed"] * grid.mixed_s,
             empty_tiles_s=factor["mixed"] * grid.empty_tiles_s,
         )
+
+    def stages_in_world(self, pipeline: StageGrids, world: World) -> StageGrids:
+        """Return a pipeline with the kernels of a world; a stage is off as the whole is.
+
+        Args:
+            pipeline: Of that cost, which was taken apart at the knots of the first stage.
+            world: Whose kernels it has.
+        """
+        whole = replace(pipeline.stages[0], cpu_s=1.0, dense_s=sum(self.parts_s.values()))
+        off = self.in_world(whole, world)
+
+        def stage_in_world(stage: CostGrid) -> CostGrid:
+            ratio = [off.dense(tokens) / whole.dense(tokens) for tokens in stage.dense_tokens]
+            found = replace(self, parts_s={}).in_world(stage, world)
+            return replace(found, dense_s=np.array(ratio) * stage.dense_s)
+
+        return pipeline.changed(stage_in_world)
 
     def shared_in_world(self, shared: SharedCost, world: World) -> SharedCost:
         """Return what ranks do together with the kernels of a world."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from servegym.costs.uncertainty import Uncertainty, World
 from servegym.plan.options import Fleet, Option
 from servegym.plan.trials import Course, Trial
-from servegym.scenario.fleet import in_world
+from servegym.scenario.fleet import in_world, uncertainty_of
 
 #: Share of the worlds in which a fleet must hold to be called safe.
 SAFE = 0.9
@@ -52,7 +52,7 @@ class Worlds:
     """
 
     def __init__(self, course: Course, options: Sequence[Option], count: int) -> None:
-        doubts = [Uncertainty.of(o.entry.gpu, o.cost, o.replica.grid) for o in options]
+        doubts = [uncertainty_of(o.entry, o.cost, o.replica) for o in options]
         self._courses = [
             self._course(course, options, doubts, World(seed)) for seed in range(count)
         ]

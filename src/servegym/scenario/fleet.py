@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from servegym.assets.specs import gpu, model
 from servegym.calibrate.calibration import calibrated_cost
@@ -23,12 +23,17 @@ from servegym.cluster.spec import (
 )
 from servegym.cluster.tier_rules import KvTier, LoadRule
 from servegym.costs.formats import ScenarioFormat, number_format
+from servegym.costs.pipeline import NetworkLink, PipelineCost
+from servegym.costs.stages import StageGrids
 from servegym.costs.step import StepCost
 from servegym.costs.tables import TableSource
 from servegym.costs.uncertainty import Uncertainty, World, scaled
 from servegym.engines import MAX_NUM_BATCHED_TOKENS, EngineName, kernels_of
 from servegym.errors import ConfigError
 from servegym.scenario.config import Config, Count, Factor, ascending
+
+#: GPUs of a node, in machines of the HGX kind: what is more needs a network.
+GPUS_PER_NODE = 8
 
 
 class EngineConfig(Config):
@@ -144,6 +149,13 @@ class KvTiersConfig(Config):
     balancing_threshold: float | None = Field(None, ge=1)
 
 
+class StageLinkConfig(Config):
+    """How each GPU of a stage is linked to its counterpart on the node of the next stage."""
+
+    gb_per_s: Factor
+    latency_s: float = Field(0.0, ge=0)
+
+
 class FleetEntry(Config):
     """Equal replicas; a pair of numbers is a range, drawn anew for every episode.
 
@@ -154,13 +166,17 @@ class FleetEntry(Config):
     section unless given, and where that names no budget, the engine's own. `async_scheduling` lets
     them form a step when the one before begins (vllm, trtllm). `role` says whether the replicas do
     all of a request, or only prefill or only decode; where some do, requests migrate or prefixes
-    are fetched, each entry needs a `link`. `host_kv` and `disk_kv` keep copies of each replica's KV
+    are fetched, each entry needs a `link`. `pipeline_parallel_size` splits the layers over so many
+    stages of `tp` GPUs, with as many batches in flight (vllm, trtllm); stages on nodes of their own
+    need a `pp_link`. `host_kv` and `disk_kv` keep copies of each replica's KV
     blocks.
     """
 
     gpu: str
     count: Count | tuple[Count, Count] = 1
     tp: int = Field(1, ge=1)
+    pipeline_parallel_size: int = Field(1, ge=1)
+    pp_link: StageLinkConfig | None = None
     speed: Factor | tuple[Factor, Factor] = 1.0
     num_blocks: int | None = Field(None, ge=1)
     costs: Literal["fits", "tables"] = "fits"
@@ -175,6 +191,38 @@ class FleetEntry(Config):
     disk_kv: KvTierConfig | None = None
 
     _check_ranges = field_validator("count", "speed")(ascending)
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs of one replica."""
+        return self.tp * self.pipeline_parallel_size
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> Self:
+        if self.pipeline_parallel_size == 1:
+            if self.pp_link is not None:
+                raise ValueError(
+                    "pp_link is of the link between stages, but there is one: set "
+                    "pipeline_parallel_size, or leave it out"
+                )
+            return self
+        if self.engine not in ("vllm", "trtllm"):
+            raise ValueError(
+                f"engine must be vllm or trtllm where pipeline_parallel_size is above 1, got "
+                f"{self.engine}"
+            )
+        if self.calibration:
+            raise ValueError(
+                "a calibration is of whole steps on one stage: set pipeline_parallel_size to 1, or "
+                "leave the calibration out"
+            )
+        if self.num_gpus > GPUS_PER_NODE and self.pp_link is None:
+            raise ValueError(
+                f"tp times pipeline_parallel_size is {self.num_gpus} GPUs, more than the "
+                f"{GPUS_PER_NODE} of a node: say how stages on different nodes are linked, as in "
+                "pp_link: {gb_per_s: 50}, or lower one of them"
+            )
+        return self
 
 
 def step_cost(entry: FleetEntry, model_name: str, precision: ScenarioFormat) -> StepCost:
@@ -215,30 +263,50 @@ def _bundled_cost(
     )
 
 
+def pipeline_cost(entry: FleetEntry, cost: StepCost) -> PipelineCost:
+    """Split the layers of a fleet entry's model over its stages, of which there may be one.
+
+    Raises:
+        ConfigError: If there are more stages than layers, or the cost of a transfer between them
+            is not known.
+    """
+    layers, pp = cost.model.layers, entry.pipeline_parallel_size
+    if pp > layers:
+        raise ConfigError(
+            f"pipeline_parallel_size must be from 1 to the {layers} layers of the model, got {pp}"
+        )
+    link = entry.pp_link and NetworkLink(1e9 * entry.pp_link.gb_per_s, entry.pp_link.latency_s)
+    return PipelineCost(cost, pp, link)
+
+
 def replica_type(
     entry: FleetEntry, model_name: str, precision: ScenarioFormat, engine: EngineConfig
 ) -> ReplicaType:
     """Compile a fleet entry."""
     cost = step_cost(entry, model_name, precision)
+    stages = pipeline_cost(entry, cost)
     blocks = entry.num_blocks or (
-        cost.kv_capacity_tokens(engine.kv_memory_fraction) // engine.block_size
+        stages.kv_capacity_tokens(engine.kv_memory_fraction) // engine.block_size
     )
     budget = entry.max_num_batched_tokens or engine.max_num_batched_tokens
     budget = budget or MAX_NUM_BATCHED_TOKENS[entry.engine]
+    max_tokens = max(budget, 64)
+    pipeline = StageGrids.of(stages, max_tokens) if stages.pp > 1 else None
     return ReplicaType(
         name=_name(entry),
-        grid=cost.compile(max_tokens=max(budget, 64)),
+        grid=pipeline.shared_round if pipeline else cost.compile(max_tokens=max_tokens),
         num_blocks=blocks,
         max_num_batched_tokens=budget,
         max_num_seqs=entry.max_num_seqs or engine.max_num_seqs,
-        price_usd_per_h=cost.gpu.price_usd_per_h * entry.tp,
-        num_gpus=entry.tp,
+        price_usd_per_h=cost.gpu.price_usd_per_h * entry.num_gpus,
+        num_gpus=entry.num_gpus,
         engine=entry.engine,
         async_scheduling=entry.async_scheduling,
         role=entry.role,
         link=_link(entry.link),
         host_kv=_tier(entry.host_kv, cost, engine.block_size),
         disk_kv=_tier(entry.disk_kv, cost, engine.block_size),
+        pipeline=pipeline,
     )
 
 
@@ -252,8 +320,19 @@ def kv_store(store: KvStoreConfig, cost: StepCost, block_size: int) -> KvTier:
 
 def in_world(replica: ReplicaType, uncertainty: Uncertainty, world: World) -> ReplicaType:
     """Return a replica type with the kernels and the engine of a world."""
-    grid = uncertainty.in_world(replica.grid, world)
-    return replace(replica, grid=scaled(grid, uncertainty.engine_factor(world, replica.engine)))
+    factor = uncertainty.engine_factor(world, replica.engine)
+    if replica.pipeline is None:
+        grid = uncertainty.in_world(replica.grid, world)
+        return replace(replica, grid=scaled(grid, factor))
+    pipeline = uncertainty.stages_in_world(replica.pipeline, world)
+    pipeline = pipeline.changed(lambda stage: scaled(stage, factor))
+    return replace(replica, grid=pipeline.shared_round, pipeline=pipeline)
+
+
+def uncertainty_of(entry: FleetEntry, cost: StepCost, replica: ReplicaType) -> Uncertainty:
+    """Say how far the steps of a fleet entry's replicas may be off."""
+    grid = replica.pipeline.stages[0] if replica.pipeline else replica.grid
+    return Uncertainty.of(entry.gpu, cost, grid)
 
 
 def draw_fleet(
@@ -276,6 +355,7 @@ def draw_fleet(
 
 def _name(entry: FleetEntry) -> str:
     parts = [f"{entry.gpu} x{entry.tp}"]
+    parts += [f"pp{entry.pipeline_parallel_size}"] if entry.pipeline_parallel_size > 1 else []
     parts += [entry.engine] if entry.engine != "vllm" else []
     parts += ["async"] if entry.async_scheduling else []
     parts += [entry.role] if entry.role != "mixed" else []

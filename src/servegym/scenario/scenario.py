@@ -39,6 +39,7 @@ from servegym.scenario.fleet import (
     kv_store,
     replica_type,
     step_cost,
+    uncertainty_of,
 )
 from servegym.workloads.config import GeneratedConfig, TraceConfig, WorkloadConfig
 from servegym.workloads.table import BY_ITSELF, RequestTable
@@ -231,7 +232,7 @@ class Scenario(Config):
     def _uncertainties(self) -> tuple[Uncertainty, ...]:
         """How far the steps of each type of replica may be off."""
         return tuple(
-            Uncertainty.of(entry.gpu, self.step_cost(entry), kind.grid)
+            uncertainty_of(entry, self.step_cost(entry), kind)
             for entry, kind in zip(self.fleet, self.spec.types, strict=True)
         )
 

@@ -27,11 +27,13 @@ class Degrees:
         tp: Tensor-parallel degree of attention.
         ranks: Data-parallel ranks of attention that share the experts.
         expert_groups: Groups of tensor-parallel GPUs that split the experts.
+        pp: Stages of so many GPUs that layers are split over.
     """
 
     tp: int
     ranks: int = 1
     expert_groups: int = 1
+    pp: int = 1
 
 
 def degrees(text: dict[str, str]) -> Degrees:
@@ -45,9 +47,8 @@ def degrees(text: dict[str, str]) -> Degrees:
     """
     if not text["tp"].isdigit():
         raise ConfigError("tensor-parallel degree not given")
-    if _whole(text["pp"]) > 1:
-        raise ConfigError("pipeline parallelism")
-    if text["file"] == _DUMP and _whole(text["ep"]) > 0:
+    pp = max(1, _whole(text["pp"]))
+    if pp == 1 and text["file"] == _DUMP and _whole(text["ep"]) > 0:
         found = _of_dump(text)
         if found is not None:
             return found
@@ -56,9 +57,10 @@ def degrees(text: dict[str, str]) -> Degrees:
         raise ConfigError("data-parallel attention or several replicas")
     if ep > tp:
         raise ConfigError("expert parallelism beyond the tensor-parallel degree")
-    if text["gpu_count"].isdigit() and int(text["gpu_count"]) not in (0, tp):  # 0: not recorded
-        raise ConfigError(f"{text['gpu_count']} GPUs for tp {tp}: parallelism not clear")
-    return Degrees(tp, expert_groups=max(1, ep))
+    if text["gpu_count"].isdigit() and int(text["gpu_count"]) not in (0, tp * pp):  # 0: not known
+        stated = f"tp {tp}" if pp == 1 else f"tp {tp} and pp {pp}"
+        raise ConfigError(f"{text['gpu_count']} GPUs for {stated}: parallelism not clear")
+    return Degrees(tp, expert_groups=max(1, ep), pp=pp)
 
 
 def _of_dump(text: dict[str, str]) -> Degrees | None:

@@ -12,8 +12,10 @@ from servegym.assets.specs import gpu, model
 from servegym.cluster.spec import Link, ReplicaType, Role
 from servegym.costs.formats import number_format
 from servegym.costs.grid import CostGrid
+from servegym.costs.pipeline import PipelineCost
 from servegym.costs.shared import SharedCost
 from servegym.costs.source import Routing
+from servegym.costs.stages import StageGrids
 from servegym.costs.step import StepCost
 from servegym.costs.uncertainty import Uncertainty, World
 from servegym.engines import EngineName
@@ -58,6 +60,7 @@ class EngineSetup:
         gpu: Name in `assets/gpus.yaml`.
         model: Name in `assets/models.yaml`.
         tp: Tensor-parallel degree.
+        pp: Stages of `tp` GPUs on one node that layers are split over.
         precision: Of weights and GEMMs, see `servegym.costs.formats`.
         kv_precision: Of the KV cache, `bf16` or `fp8`.
         max_num_seqs: Running requests.
@@ -79,6 +82,7 @@ class EngineSetup:
     gpu: str
     model: str
     tp: int = 1
+    pp: int = 1
     precision: str = "bf16"
     kv_precision: str = "bf16"
     max_num_seqs: int = 256
@@ -106,22 +110,42 @@ class EngineSetup:
             ConfigError: If the GPU, the model or the degree is not allowed, or the weights do
                 not fit.
         """
+        if self.pp > 1:
+            return self._with_stages(constants, world)
         grid, kv_tokens = _compiled(self._kernels, self.memory_fraction, self.expert_ranks)
         shared = self.shared()
         if world is not None:
             uncertainty = _uncertainty(self._kernels, self.memory_fraction, self.expert_ranks)
             grid = uncertainty.in_world(grid, world)
             shared = shared and uncertainty.shared_in_world(shared, world)
+        return self._made(self._as_run(grid, constants), kv_tokens, shared)
+
+    def _with_stages(self, constants: EngineConstants, world: World | None) -> ReplicaType:
+        """See `replica`; each stage pays what the engine family adds to a step."""
+        pipeline, kv_tokens = _compiled_stages(self._kernels, self.memory_fraction, self.pp)
+        if world is not None:
+            doubt = Uncertainty.of(self.gpu, self.cost(), pipeline.stages[0])
+            pipeline = doubt.stages_in_world(pipeline, world)
+        pipeline = pipeline.changed(lambda stage: self._as_run(stage, constants))
+        made = self._made(pipeline.shared_round, kv_tokens, None)
+        return replace(made, pipeline=pipeline)
+
+    def _as_run(self, grid: CostGrid, constants: EngineConstants) -> CostGrid:
+        """Return a step cost as the engine has it, beyond its kernels."""
         if self.separate_attention:
             grid = replace(grid, mixed_s=grid.decode_s, empty_tiles_s=0.0)
         constants = replace(constants, sequence_s=constants.sequence_s + self.host_sequence_s)
+        return constants.apply(grid)
+
+    def _made(self, grid: CostGrid, kv_tokens: int, shared: SharedCost | None) -> ReplicaType:
+        stages = f" pp{self.pp}" if self.pp > 1 else ""
         return ReplicaType(
-            name=f"{self.gpu} x{self.tp}",
-            grid=constants.apply(grid),
+            name=f"{self.gpu} x{self.tp}{stages}",
+            grid=grid,
             num_blocks=max(1, self.num_blocks or kv_tokens // self.block_size),
             max_num_batched_tokens=max(self.max_num_batched_tokens, self.max_num_seqs),
             max_num_seqs=self.max_num_seqs,
-            num_gpus=self.tp,
+            num_gpus=self.tp * self.pp,
             engine=self.rules,
             shared=shared,
         )
@@ -215,6 +239,12 @@ def _compiled(kernels: _Kernels, fraction: float, ranks: int) -> tuple[CostGrid,
     if ranks == 1:
         return cost.compile(), cost.kv_capacity_tokens(fraction)
     return _own_work(cost), _rank_capacity(cost, ranks, fraction)
+
+
+@lru_cache(maxsize=1024)
+def _compiled_stages(kernels: _Kernels, fraction: float, pp: int) -> tuple[StageGrids, int]:
+    pipeline = PipelineCost(_step_cost(kernels), pp)
+    return StageGrids.of(pipeline), pipeline.kv_capacity_tokens(fraction)
 
 
 @lru_cache(maxsize=1024)

@@ -258,6 +258,7 @@ def _setup(row: Row, family: str, spread: Degrees, concurrency: int) -> EngineSe
         gpu=gpu_name,
         model=known_model(row.model),
         tp=spread.tp,
+        pp=spread.pp,
         expert_ranks=spread.ranks,
         precision=checkpoint_format(row.precision, row.model, family),
         engine=rules,

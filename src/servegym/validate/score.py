@@ -269,6 +269,8 @@ def parallelism(plan: Experiment) -> str:
         return "data and experts"
     if setup.expert_groups > 1:
         return "tensor and experts"
+    if setup.pp > 1:
+        return "pipeline" if setup.tp == 1 else "tensor and pipeline"
     return "tensor" if setup.tp > 1 else "one GPU"
 
 

@@ -355,7 +355,8 @@ def what(score: RowScore) -> str:
     }[plan.loop]
     lengths = f"{plan.prompt_tokens:g}/{plan.output_tokens:g}"
     setup = plan.setup
-    gpus = f"{setup.tp} x {setup.gpu}"
+    stages = f"{setup.pp} stages of " if setup.pp > 1 else ""
+    gpus = f"{stages}{setup.tp} x {setup.gpu}"
     if plan.prefill is not None:
         first = plan.num_prefill * plan.prefill.tp * plan.prefill.expert_ranks
         gpus = f"{first} + {plan.num_workers * setup.tp * setup.expert_ranks} x {setup.gpu}"

@@ -86,6 +86,11 @@ class Fleet:
                 "emulated engines hand KV over as vLLM does with NIXL: take reservation: source, "
                 f"got {config.scenario.spec.transfers.reservation}"
             )
+        if any(kind.pipeline for kind in config.scenario.spec.types):
+            raise ConfigError(
+                "emulated engines have one batch in flight: set pipeline_parallel_size to 1 in the "
+                "scenario's fleet"
+            )
         if config.scenario.spec.migrates:
             raise ConfigError(
                 "emulated engines keep their requests: take a scenario without migration"
