@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from importlib import resources
 
 import numpy as np
 import pytest
@@ -87,6 +88,15 @@ def test_a_path_loads_as_a_name_does(tmp_path):
 
 
 # ---- episodes ----
+
+
+def test_where_kv_is_short_the_router_may_hold_in_what_else_is_the_suites_scenario():
+    folder = resources.files("servegym.assets").joinpath("suites/servegym-bench-v1")
+    suites = load_scenario(str(folder.joinpath("short-kv.yaml")))
+    held = load_scenario("short-kv-hold")
+    assert (suites.actions.hold, held.actions.hold) == (False, True)
+    same = {"name": suites.name, "description": suites.description, "actions": suites.actions}
+    assert held.model_copy(update=same) == suites
 
 
 def test_the_requests_of_a_seed_are_the_same_on_every_fleet():
