@@ -52,7 +52,8 @@ def test_plan_names_the_fleet_its_rivals_and_the_prices(place, capsys):
     assert found["verdict"] in " ".join(said.split())
     assert "price of L40S: $1 an hour and GPU (a list, 2026-06)" in said
     best = found["best"]
-    assert best["fleet"] == [{"gpu": "L40S", "tp": 1, "count": best["fleet"][0]["count"]}]
+    count = best["fleet"][0]["count"]
+    assert best["fleet"] == [{"gpu": "L40S", "tp": 1, "pipeline_parallel_size": 1, "count": count}]
     assert best["usd_per_h"] == best["fleet"][0]["count"]
     assert best["attainment"] >= 0.99
     assert best["worlds"]["asked"] == 4

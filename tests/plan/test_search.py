@@ -118,6 +118,15 @@ def replace_spread(course: Course) -> Course:
     return replace(course, question=question)
 
 
+def test_stages_hold_a_model_that_no_degree_of_a_gpu_does():
+    # an A40 has 48 GB and no collectives over four: 141 GB of weights need stages
+    question = Question(model="Llama-3.1-70B", gpus=("A40",), degrees=(1, 2), stages=(1, 8))
+    options, left_out = find_options(question, {"A40": Price(usd_per_h=0.5, source="test")})
+    assert [(one.name, one.usd_per_h) for one in options] == [("A40 x1 pp8", 4.0)]
+    assert [one.name for one in left_out] == ["A40 x1", "A40 x2", "A40 x2 pp8"]
+    assert left_out[2].why == "16 GPUs are more than the 8 of a node"
+
+
 def test_answer_says_why_each_other_fleet_loses():
     question = Question(
         gpus=("L40S", "H100-SXM-80GB"), degrees=(1, 3, 8), max_replicas=8, num_worlds=3

@@ -41,6 +41,8 @@ class Plan:
     """Of weights and GEMMs."""
     degrees: tuple[int, ...] = (1, 2, 4, 8)
     """Tensor-parallel degrees to try."""
+    stages: tuple[int, ...] = (1,)
+    """Pipeline-parallel degrees to try: stages of as many GPUs each, on one node."""
     rules: tuple[str, ...] = DEFAULT_RULES
     """Dispatch rules to try (see `servegym policies`), the simplest first."""
     budget: float | None = None
@@ -114,6 +116,7 @@ class Plan:
             "attainment": self.attainment,
             "gpus": tuple(name.strip() for name in self.gpus.split(",")),
             "degrees": self.degrees,
+            "stages": self.stages,
             "rules": self.rules,
             "max_usd_per_h": self.budget,
             "max_replicas": self.max_replicas,

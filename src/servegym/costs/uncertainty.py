@@ -184,7 +184,9 @@ class Uncertainty:
             pipeline: Of that cost, which was taken apart at the knots of the first stage.
             world: Whose kernels it has.
         """
-        whole = replace(pipeline.stages[0], cpu_s=1.0, dense_s=sum(self.parts_s.values()))
+        first = pipeline.stages[0]
+        parts_s = sum(self.parts_s.values(), np.zeros_like(first.dense_s))
+        whole = replace(first, cpu_s=1.0, dense_s=parts_s)
         off = self.in_world(whole, world)
 
         def stage_in_world(stage: CostGrid) -> CostGrid:

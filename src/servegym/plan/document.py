@@ -51,7 +51,16 @@ def _candidate(result: Answer, one: Candidate) -> dict[str, Any]:
     trial = one.trial
     counts = zip(result.options, trial.fleet, strict=True)
     return {
-        "fleet": [{"gpu": o.entry.gpu, "tp": o.entry.tp, "count": n} for o, n in counts if n],
+        "fleet": [
+            {
+                "gpu": o.entry.gpu,
+                "tp": o.entry.tp,
+                "pipeline_parallel_size": o.entry.pipeline_parallel_size,
+                "count": n,
+            }
+            for o, n in counts
+            if n
+        ],
         "name": one.name,
         "rule": trial.rule,
         "usd_per_h": one.usd_per_h,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from servegym.costs.step import StepCost
 from servegym.errors import ConfigError
 from servegym.plan.prices import Price
 from servegym.plan.question import Question
-from servegym.scenario.fleet import FleetEntry, replica_type, step_cost
+from servegym.scenario.fleet import GPUS_PER_NODE, FleetEntry, replica_type, step_cost
 
 #: Replicas of each option, in their order.
 Fleet = tuple[int, ...]
@@ -24,7 +25,7 @@ class Option:
     """A kind of replica.
 
     Attributes:
-        entry: Its GPU and degree.
+        entry: Its GPU, degree and stages.
         cost: What its steps cost.
         replica: The same, compiled.
         usd_per_h: Rent of one.
@@ -37,7 +38,7 @@ class Option:
 
     @property
     def name(self) -> str:
-        """GPU and degree."""
+        """GPU, degree and stages."""
         return self.replica.name
 
 
@@ -51,10 +52,10 @@ class LeftOut(NamedTuple):
 def find_options(
     question: Question, prices: Mapping[str, Price]
 ) -> tuple[list[Option], list[LeftOut]]:
-    """Compile every GPU at every degree, the cheapest first.
+    """Compile every GPU at every degree and number of stages, the cheapest first.
 
     Args:
-        question: GPUs, degrees and the model.
+        question: GPUs, degrees, stages and the model.
         prices: By GPU.
 
     Returns:
@@ -70,15 +71,20 @@ def find_options(
     left_out: list[LeftOut] = []
     for name in question.gpus:
         gpu(name)
-        for degree in question.degrees:
-            entry = FleetEntry(gpu=name, tp=degree)
+        for pp, degree in itertools.product(question.stages, question.degrees):
+            label = f"{name} x{degree}" + (f" pp{pp}" if pp > 1 else "")
+            if pp > 1 and pp * degree > GPUS_PER_NODE:
+                why = f"{pp * degree} GPUs are more than the {GPUS_PER_NODE} of a node"
+                left_out.append(LeftOut(label, why))
+                continue
+            entry = FleetEntry(gpu=name, tp=degree, pipeline_parallel_size=pp)
             try:
                 cost = step_cost(entry, question.model, question.precision)
                 replica = replica_type(entry, question.model, question.precision, question.engine)
             except ConfigError as error:
-                left_out.append(LeftOut(f"{name} x{degree}", str(error)))
+                left_out.append(LeftOut(label, str(error)))
                 continue
-            options.append(Option(entry, cost, replica, prices[name].usd_per_h * degree))
+            options.append(Option(entry, cost, replica, prices[name].usd_per_h * entry.num_gpus))
     if not options:
         raise ConfigError(
             f"no replica of these GPUs and degrees can serve {question.model} in "

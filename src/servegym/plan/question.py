@@ -27,6 +27,7 @@ class Question(Config):
         attainment: Share of the requests that must keep both.
         gpus: Names in `assets/gpus.yaml`.
         degrees: Tensor-parallel degrees.
+        stages: Pipeline-parallel degrees: stages of as many GPUs on one node.
         rules: Dispatch rules, the simplest first.
         max_usd_per_h: What a fleet may cost.
         max_replicas: Largest number of replicas.
@@ -42,6 +43,7 @@ class Question(Config):
     attainment: float = Field(0.99, gt=0, le=1)
     gpus: tuple[str, ...] = Field(min_length=1)
     degrees: tuple[Count, ...] = Field((1, 2, 4, 8), min_length=1)
+    stages: tuple[Count, ...] = Field((1,), min_length=1)
     rules: tuple[str, ...] = Field(DEFAULT_RULES, min_length=1)
     max_usd_per_h: float | None = Field(None, gt=0)
     max_replicas: int = Field(64, ge=1)
@@ -50,7 +52,7 @@ class Question(Config):
 
     @model_validator(mode="after")
     def _check_once(self) -> Question:
-        for name in ("gpus", "degrees", "rules"):
+        for name in ("gpus", "degrees", "stages", "rules"):
             given = getattr(self, name)
             if len(set(given)) < len(given):
                 raise ValueError(

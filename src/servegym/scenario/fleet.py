@@ -275,8 +275,9 @@ def pipeline_cost(entry: FleetEntry, cost: StepCost) -> PipelineCost:
         raise ConfigError(
             f"pipeline_parallel_size must be from 1 to the {layers} layers of the model, got {pp}"
         )
-    link = entry.pp_link and NetworkLink(1e9 * entry.pp_link.gb_per_s, entry.pp_link.latency_s)
-    return PipelineCost(cost, pp, link)
+    link = entry.pp_link
+    network = NetworkLink(1e9 * link.gb_per_s, link.latency_s) if link else None
+    return PipelineCost(cost, pp, network)
 
 
 def replica_type(
