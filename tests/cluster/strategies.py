@@ -55,6 +55,7 @@ def random_grid(rng: np.random.Generator) -> CostGrid:
         decode_s=np.add.outer(1e-4 * batch, np.cumsum(rng.uniform(0, 1e-3, NUM_KV_KNOTS))),
         mixed_s=np.add.outer(2e-4 * batch, np.cumsum(rng.uniform(0, 2e-3, NUM_KV_KNOTS))),
         empty_tiles_s=float(rng.choice([0.0, 1e-5])),
+        eager_s=float(rng.choice([0.0, 0.0, 0.02])),
     )
 
 

@@ -184,3 +184,12 @@ def test_two_chunks_cost_their_attention_each_and_the_rest_once():
         + cost.terms(1, chunk=400)[attention]
     )
     assert grid.step_s([(200, 1000), (400, 0)]) == pytest.approx(expected, rel=0.02)
+
+
+def test_a_step_with_a_chunk_is_not_shorter_than_its_launches():
+    grid = toy_grid()
+    chunk_s, decode_s = grid.step_s([(16, 0)], 2, 64), grid.step_s([], 2, 64)
+    eager = toy_grid(eager_s=2.0 * chunk_s)
+    assert eager.step_s([(16, 0)], 2, 64) == 2.0 * chunk_s
+    assert eager.step_s([], 2, 64) == decode_s
+    assert toy_grid(eager_s=0.5 * chunk_s).step_s([(16, 0)], 2, 64) == chunk_s

@@ -51,6 +51,18 @@ def test_time_of_the_scheduler_lengthens_steps_by_their_sequences():
     assert some.decode(64, 4096) - none.decode(64, 4096) == pytest.approx(64e-5)
 
 
+def test_prefills_of_latent_attention_take_engines_in_python_as_long_as_they_launch(write_table):
+    def least_s(**cells):
+        plan = plan_of(write_table, gpu_count="8", tp="8", **cells)
+        return plan.setup.replica(EngineConstants()).grid.eager_s
+
+    large = {"model": "DeepSeek-V3", "precision_w": "fp8-block", "gpu": "H200-SXM-141GB"}
+    assert least_s(engine="SGLang", **large) == pytest.approx(82.6e-3)
+    assert least_s(engine="TensorRT-LLM", **large) == pytest.approx(82.6e-3)
+    assert least_s(engine="vLLM", **large) == 0.0
+    assert least_s(engine="SGLang") == 0.0
+
+
 def test_random_tokens_fall_on_experts_unevenly(write_table):
     plan = plan_of(write_table, model="Qwen3-30B-A3B")
     assert plan.setup.cost().routing == "skewed"

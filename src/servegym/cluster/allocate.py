@@ -163,6 +163,7 @@ def make_params(spec: ClusterSpec, *, record: bool, asks: Asks = DISPATCH_ONLY) 
         decode_s=stack("decode_s"),
         mixed_s=stack("mixed_s"),
         empty_tiles_s=stack("empty_tiles_s"),
+        eager_s=stack("eager_s"),
         engine=np.array([ENGINES.index(t.engine) for t in spec.types], np.int64),
         forms_ahead=column("async_scheduling"),
         num_blocks=column("num_blocks"),

@@ -78,7 +78,8 @@ def _begin_prefill(
     v.stretch_steps = 1
     v.stretch_begin_s = now_s
     v.stretch_factor = step_factor(p, s, e, r)
-    set_event(s, e, r, now_s + (dense_s(p, v.type_idx, tokens) + attention_s) * v.stretch_factor)
+    duration = max(dense_s(p, v.type_idx, tokens) + attention_s, p.eager_s[v.type_idx])
+    set_event(s, e, r, now_s + duration * v.stretch_factor)
 
 
 @inlined

@@ -205,6 +205,7 @@ def _send_off(p: Params, s: State, e: int, r: int, now_s: float) -> None:
             if decodes > 0:
                 work_s += mixed_s(p, first + i, decodes, kv)
                 work_s += p.empty_tiles_s[first + i] * decodes * place.longest_chunk
+            work_s = max(work_s, p.eager_s[first + i])
         stage.free_s = max(ready_s, stage.free_s) + factor * work_s
         ready_s = stage.free_s + handover_s
     place.begin_s = now_s

@@ -346,7 +346,7 @@ def begin_mixed(
     if batch > 0:
         attention_s += mixed_s(p, t, batch, v.kv_tokens + batch)
         attention_s += p.empty_tiles_s[t] * batch * _longest_chunk(s, e, r)
-    duration = (dense_s(p, t, tokens) + attention_s) * factor
+    duration = max(dense_s(p, t, tokens) + attention_s, p.eager_s[t]) * factor
     set_event(s, e, r, now_s + duration)
 
 

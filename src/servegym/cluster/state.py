@@ -163,6 +163,7 @@ class Params(NamedTuple):
     decode_s: FloatArray  # [T, NUM_BATCH_KNOTS, NUM_KV_KNOTS]
     mixed_s: FloatArray  # the same in a step that also prefills
     empty_tiles_s: FloatArray  # [T]
+    eager_s: FloatArray  # [T] least time of a step that prefills
     engine: IntArray  # [T] place in `engines.ENGINES`
     forms_ahead: IntArray  # [T] whether a step is formed when the one before begins
     num_blocks: IntArray  # [T] KV blocks of a replica

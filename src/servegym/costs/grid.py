@@ -23,7 +23,8 @@ class CostGrid:
 
     `step_s = cpu_s + dense(tokens) + sum over chunks of prefill(chunk, context)
     + decode(batch, kv_tokens) if batch > 0`; in a step with both chunks and decodes
-    `mixed + empty_tiles_s * batch * longest chunk` takes the place of `decode`. Between knots each
+    `mixed + empty_tiles_s * batch * longest chunk` takes the place of `decode`, and no step with
+    chunks is shorter than `eager_s`. Between knots each
     term is linear (bilinear for the two-dimensional ones), beyond the last knot it goes on with
     the last slope; below the first knot with the first slope. All knots ascend strictly.
 
@@ -43,6 +44,8 @@ class CostGrid:
         decode_s: Attention seconds, `float64[NUM_BATCH_KNOTS, NUM_KV_KNOTS]`.
         mixed_s: The same in a step that also prefills, same shape; left out: as `decode_s`.
         empty_tiles_s: Added to such a step for each decode and token of its longest chunk.
+        eager_s: Least time of a step with chunks, whose kernels the CPU launches one by one where
+            an engine has no CUDA graph for them.
     """
 
     cpu_s: float
@@ -56,6 +59,7 @@ class CostGrid:
     decode_s: FloatArray
     mixed_s: FloatArray = None  # type: ignore[assignment]  # set below, never None
     empty_tiles_s: float = 0.0
+    eager_s: float = 0.0
 
     def __post_init__(self) -> None:
         if self.mixed_s is None:
@@ -79,7 +83,7 @@ class CostGrid:
                 raise ConfigError(f"{name} must be finite and not negative")
             if not name.endswith("_s") and (np.diff(values) <= 0).any():
                 raise ConfigError(f"the knots {name} must ascend strictly")
-        for name in ("cpu_s", "empty_tiles_s"):
+        for name in ("cpu_s", "empty_tiles_s", "eager_s"):
             value = getattr(self, name)
             if not (np.isfinite(value) and value >= 0):
                 raise ConfigError(f"{name} must be finite and not negative, got {value}")
@@ -132,7 +136,7 @@ class CostGrid:
             total += attention(num_decodes, kv_tokens)
             longest = max((chunk for chunk, _ in chunks), default=0)
             total += self.empty_tiles_s * num_decodes * longest
-        return total
+        return max(total, self.eager_s) if chunks else total
 
 
 def _locate(knots: FloatArray, x: float) -> tuple[int, float]:

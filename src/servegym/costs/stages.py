@@ -95,4 +95,5 @@ class StageGrids:
             decode_s=n * slowest.decode_s,
             mixed_s=n * slowest.mixed_s,
             empty_tiles_s=slowest.empty_tiles_s / n,
+            eager_s=n * slowest.eager_s,
         )

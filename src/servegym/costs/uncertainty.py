@@ -175,6 +175,7 @@ class Uncertainty:
             decode_s=factor["decode"] * grid.decode_s,
             mixed_s=factor["mixed"] * grid.mixed_s,
             empty_tiles_s=factor["mixed"] * grid.empty_tiles_s,
+            eager_s=factor["cpu"] * grid.eager_s,
         )
 
     def stages_in_world(self, pipeline: StageGrids, world: World) -> StageGrids:
@@ -209,7 +210,7 @@ class Uncertainty:
 
 def scaled(grid: CostGrid, factor: float) -> CostGrid:
     """Return a grid all of whose times are so many times as long."""
-    names = ("cpu_s", "dense_s", "prefill_s", "decode_s", "mixed_s", "empty_tiles_s")
+    names = ("cpu_s", "dense_s", "prefill_s", "decode_s", "mixed_s", "empty_tiles_s", "eager_s")
     return replace(grid, **{name: factor * getattr(grid, name) for name in names})
 
 

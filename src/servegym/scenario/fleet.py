@@ -164,11 +164,12 @@ class FleetEntry(Config):
     `servegym calibrate` instead, made for this GPU, model and tp. `engine` says whose rules form
     the steps; `max_num_batched_tokens` and `max_num_seqs` are those of the scenario's `engine`
     section unless given, and where that names no budget, the engine's own. `async_scheduling` lets
-    them form a step when the one before begins (vllm, trtllm). `role` says whether the replicas do
-    all of a request, or only prefill or only decode; where some do, requests migrate or prefixes
-    are fetched, each entry needs a `link`. `pipeline_parallel_size` splits the layers over so many
-    stages of `tp` GPUs, with as many batches in flight (vllm, trtllm); stages on nodes of their own
-    need a `pp_link`. `host_kv` and `disk_kv` keep copies of each replica's KV
+    them form a step when the one before begins (vllm, trtllm). `eager_prefill_s` is the least time
+    of a step that prefills, where its kernels are launched one by one. `role` says whether the
+    replicas do all of a request, or only prefill or only decode; where some do, requests migrate or
+    prefixes are fetched, each entry needs a `link`. `pipeline_parallel_size` splits the layers over
+    so many stages of `tp` GPUs, with as many batches in flight (vllm, trtllm); stages on nodes of
+    their own need a `pp_link`. `host_kv` and `disk_kv` keep copies of each replica's KV
     blocks.
     """
 
@@ -185,6 +186,7 @@ class FleetEntry(Config):
     max_num_batched_tokens: int | None = Field(None, ge=1)
     max_num_seqs: int | None = Field(None, ge=1)
     async_scheduling: bool = False
+    eager_prefill_s: float = Field(0.0, ge=0)
     role: Role = "mixed"
     link: LinkConfig | None = None
     host_kv: KvTierConfig | None = None
@@ -292,10 +294,17 @@ def replica_type(
     budget = entry.max_num_batched_tokens or engine.max_num_batched_tokens
     budget = budget or MAX_NUM_BATCHED_TOKENS[entry.engine]
     max_tokens = max(budget, 64)
-    pipeline = StageGrids.of(stages, max_tokens) if stages.pp > 1 else None
+    pipeline = None
+    if stages.pp > 1:
+        eager_s = entry.eager_prefill_s / stages.pp
+        pipeline = StageGrids.of(stages, max_tokens)
+        pipeline = pipeline.changed(lambda stage: replace(stage, eager_s=eager_s))
+        grid = pipeline.shared_round
+    else:
+        grid = replace(cost.compile(max_tokens=max_tokens), eager_s=entry.eager_prefill_s)
     return ReplicaType(
         name=_name(entry),
-        grid=pipeline.shared_round if pipeline else cost.compile(max_tokens=max_tokens),
+        grid=grid,
         num_blocks=blocks,
         max_num_batched_tokens=budget,
         max_num_seqs=entry.max_num_seqs or engine.max_num_seqs,

@@ -75,6 +75,7 @@ class EngineSetup:
         separate_attention: Whether chunks and decodes of a step have attention kernels of their
             own, as in every engine but vLLM V1, which hands both to FlashAttention at once.
         host_sequence_s: Time between steps in which the GPU waits for the CPU, for each sequence.
+        eager_layer_s: Time to launch the kernels of a layer in a step that prefills.
         chunked_prefill: Whether prompts are split over steps.
         prefix_caching: Whether KV of equal prefixes is used again.
     """
@@ -96,6 +97,7 @@ class EngineSetup:
     expert_ranks: int = 1
     separate_attention: bool = False
     host_sequence_s: float = 0.0
+    eager_layer_s: float = 0.0
     chunked_prefill: bool = True
     prefix_caching: bool = False
 
@@ -134,6 +136,8 @@ class EngineSetup:
         """Return a step cost as the engine has it, beyond its kernels."""
         if self.separate_attention:
             grid = replace(grid, mixed_s=grid.decode_s, empty_tiles_s=0.0)
+        layers = model(self.model).layers / self.pp
+        grid = replace(grid, eager_s=self.eager_layer_s * layers)
         constants = replace(constants, sequence_s=constants.sequence_s + self.host_sequence_s)
         return constants.apply(grid)
 

@@ -59,7 +59,11 @@ _VLLM_HOST_S = 9.3e-6
 #: Llama-3-8B, one H100 and ShareGPT (vLLM blog, 2024-09-05); a step of 256 sequences of 330 tokens
 #: takes that GPU 13 ms here.
 _VLLM_V0_HOST_S = 38e-6
-
+#: Of engines in Python that launch the kernels of a prefill one by one, a layer of latent attention
+#: and experts: one token of DeepSeek-V3 took SGLang 82.6 ms, and 23.1 ms from a CUDA graph
+#: (sgl-project/sglang, pull request 12160); it has 61 layers.
+_EAGER_LATENT_LAYER_S = 82.6e-3 / 61
+_LAUNCH_ONE_BY_ONE = ("sglang", "trtllm")
 
 #: vLLM V1 takes 8,192 tokens a step on GPUs of 70 GB and more, 2,048 on others (below), V0 the
 #: longest context of the model, 8,192 being the common one; trtllm-bench 2,048 sequences and 8,192
@@ -272,9 +276,16 @@ def _setup(row: Row, family: str, spread: Degrees, concurrency: int) -> EngineSe
         memory_fraction=stated.memory_fraction or limits.memory_fraction,
         separate_attention=family not in ("vllm", "vllm-sync"),
         host_sequence_s=limits.host_sequence_s,
+        eager_layer_s=_eager_layer_s(name, known_model(row.model)),
         chunked_prefill=stated.chunked_prefill is not False,
         prefix_caching=stated.prefix_caching is True,
     )
+
+
+def _eager_layer_s(engine: str, model_name: str) -> float:
+    """Seconds to launch a layer of a prefill, 0 where nobody has measured it."""
+    measured = engine in _LAUNCH_ONE_BY_ONE and model(model_name).latent_dim > 0
+    return _EAGER_LATENT_LAYER_S if measured else 0.0
 
 
 def _mean_lengths(text: dict[str, str]) -> tuple[float, float]:
