@@ -595,6 +595,13 @@ def test_a_fleet_that_is_to_retain_turns_is_refused():
         Fleet(FleetConfig(scenario.model_copy(update={"engine": engine})))
 
 
+def test_a_fleet_with_batches_in_flight_is_refused():
+    scenario = parse_scenario(SCENARIO.format(seqs=8, blocks=100), "test")
+    entry = scenario.fleet[0].model_copy(update={"pipeline_parallel_size": 2})
+    with pytest.raises(ConfigError, match="one batch in flight: set pipeline_parallel_size to 1"):
+        Fleet(FleetConfig(scenario.model_copy(update={"fleet": (entry,)})))
+
+
 def test_stamped_events_tell_when_the_request_came_and_when_they_were_sent():
     async def test():
         async with serving(stamped=True, speed=2.0) as (fleet, session):
