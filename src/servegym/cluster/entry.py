@@ -61,8 +61,9 @@ _F = TypeVar("_F", bound=Callable[..., object])
     ANSWER_MOVE,
     SEE_TURN,
     SEE_TIERS,
-) = range(35)
-NUM_ENTRIES = 35
+    SEE_PREFIXES,
+) = range(36)
+NUM_ENTRIES = 36
 #: What only clusters call in which requests are prefilled on one replica and decode on another.
 DISAGGREGATION = frozenset(
     {
