@@ -39,6 +39,7 @@ ENVIRONMENTS = {
     "dispatch-16": ("servegym/Dispatch-v1", "mixed-chat", 16, 5_000),
     "dispatch-64": ("servegym/Dispatch-v1", "mixed-chat", 64, 5_120),
     "dispatch-256": ("servegym/Dispatch-v1", "mixed-chat", 256, 5_120),
+    "dispatch-hetero-64": ("servegym/Dispatch-v1", "hetero-prefix", 64, 5_120),
     "preemption-64": ("servegym/Preemption-v0", "kv-starved", 64, 8_000),
     "workflow-64": ("servegym/Workflow-v0", "text-to-sql", 64, 30_000),
 }

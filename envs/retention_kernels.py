@@ -9,10 +9,10 @@ from typing import NamedTuple
 from numba import types
 
 from servegym.cluster.entry import SEE_TIERS, SEE_TURN, entry
+from servegym.cluster.identities import identity_of, segment_of
 from servegym.cluster.jit import inlined
 from servegym.cluster.loads import recompute_s
 from servegym.cluster.pool import find_block
-from servegym.cluster.rng import block_identity, private_key
 from servegym.cluster.running import blocks_for_steps
 from servegym.cluster.state import (
     DECODE,
@@ -238,19 +238,16 @@ def core_retention(s: State, m: Turns, e: int, choice: int) -> int:
 def _write_copies(p: Params, s: State, e: int, r: int, request: int, row: Float32Array) -> None:
     """Write the shares of a retained turn's blocks that the tiers have copies of."""
     q = s.request[e, request]
-    segment, own = s.segment[e], private_key(request)
     for tier in range(NUM_TIERS):
         if p.tier_num_blocks[s.replica[e, r].type_idx, tier] == 0:
             continue
+        blocks = s.store_block[e] if tier == STORE else s.tier_block[e, r, tier]
         cache = s.store_cache[e] if tier == STORE else s.tier_cache[e, r, tier]
         seg = q.segment_first
         found = 0
         for j in range(q.table_len):
-            last_token = (j + 1) * p.block_size - 1
-            while seg < q.segment_stop and segment[seg].end <= last_token:
-                seg += 1
-            key = segment[seg].key if seg < q.segment_stop else own
-            found += find_block(cache, block_identity(key, j)) >= 0
+            seg = segment_of(p, s, e, request, j, seg)
+            found += find_block(cache, blocks, identity_of(s, e, request, j, seg)) >= 0
         row[IN_HOST + tier] = found / q.table_len
 
 

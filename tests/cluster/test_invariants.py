@@ -136,9 +136,14 @@ def test_the_prefix_index_names_exactly_the_blocks_with_an_identity(seed):
         for r, type_idx in enumerate(episode.type_idx):
             blocks = sim.state.block[0, r][: spec.types[type_idx].num_blocks]
             known = sim.state.prefix_cache[0, r]
-            index = {(int(k["identity"]), int(k["block"])) for k in known[known["identity"] != 0]}
+            known = known[known["block"] >= 0]
             named = np.flatnonzero(blocks["identity"])
-            assert index == {(int(blocks[b]["identity"]), int(b)) for b in named}
+            assert sorted(known["block"]) == named.tolist()
+            names = blocks["identity"][known["block"]]
+            assert known["tag"].tolist() == ((names ^ (names >> 32)) & 0x7FFFFFFF).tolist()
+            shared = {int(name) for name in blocks["identity"] if name > 0}
+            here = (sim.state.cached_on[0, :, 0] >> r) & 1
+            assert set(np.flatnonzero(here)) == shared
 
     play(spec, episode, look)
 

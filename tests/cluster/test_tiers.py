@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from servegym.cluster.identities import private_names
 from servegym.cluster.outcome import outcomes_from_events
 from servegym.cluster.reference import ReferenceSimulator
 from servegym.cluster.simulator import Simulator
@@ -130,6 +131,23 @@ def play_compiled(spec: ClusterSpec, episode: Episode, asks: Asks):
     return sim, seen
 
 
+def contents_by_name(sim: Simulator) -> dict[int, tuple[str, int, int]]:
+    """What the plain simulator calls the blocks that the compiled one has numbered."""
+    table, size, contents = sim.episodes[0].table, sim.spec.block_size, {}
+    for i in range(len(table)):
+        rows = range(table.prefix_offsets[i], table.prefix_offsets[i + 1])
+        for j in range((table.prompt_tokens[i] + table.output_tokens[i]) // size):
+            last_token = (j + 1) * size - 1
+            row = next((k for k in rows if table.prefix_ends[k] > last_token), None)
+            if row is None:
+                contents[private_names(i) + j] = ("own", i, j)
+            else:
+                name = int(sim.state.segment[0, row]["first_name"]) + j
+                contents[name] = ("shared", int(table.prefix_keys[row]), j)
+    assert len(set(contents.values())) == len(contents)
+    return contents
+
+
 def assert_same_events(spec: ClusterSpec, episode: Episode, asks: Asks = Asks()) -> np.ndarray:
     slow, told = play_reference(spec, episode, asks)
     fast, seen = play_compiled(spec, episode, asks)
@@ -140,9 +158,11 @@ def assert_same_events(spec: ClusterSpec, episode: Episode, asks: Asks = Asks())
     assert int(fast.state.env[0]["engine_steps"]) == slow.engine_steps
     np.testing.assert_allclose(float(fast.state.env[0]["area"]), slow.area, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(np.array(seen), np.array(told), rtol=1e-9, atol=1e-9)
+    contents = contents_by_name(fast)
     for r in range(episode.num_replicas):
         for tier in (HOST, DISK, STORE):
-            assert held(fast, r, tier) == list(slow.tiers.copies[r][tier].ready_s)
+            found = [contents[name] for name in held(fast, r, tier)]
+            assert found == list(slow.tiers.copies[r][tier].ready_s)
     link = fast.state.link[0, : episode.num_replicas]
     assert link["out_bytes"].tolist() == slow.transfers.out_bytes
     assert link["in_bytes"].tolist() == slow.transfers.in_bytes

@@ -22,7 +22,7 @@ from pettingzoo.test.state_test import state_test
 
 from servegym.baselines.registry import policy
 from servegym.baselines.retention.registry import retention
-from servegym.cluster.rng import block_identity, private_key
+from servegym.cluster.identities import private_names
 from servegym.cluster.state import DISPATCH, DROP, KEEP, LEAVE, NUM_TIERS, OFFLOAD, RETAIN, STORE
 from servegym.envs import cluster_v0
 from servegym.envs.cluster import ClusterEnv, ClusterVectorEnv
@@ -190,7 +190,7 @@ def copies(sim, r: int, request: int) -> list[float]:
     """Look for the blocks of a turn in all tiers, one after the other."""
     q, state, size = sim.state.request[0, request], sim.state, sim.spec.block_size
     segments = sim.state.segment[0, q["segment_first"] : q["segment_stop"]]
-    own = private_key(request)
+    own = private_names(request)
     found = []
     for tier in range(NUM_TIERS):
         blocks = state.store_block[0] if tier == STORE else state.tier_block[0, r, tier]
@@ -200,8 +200,8 @@ def copies(sim, r: int, request: int) -> list[float]:
         )
         there = 0
         for j in range(int(q["table_len"])):
-            keys = segments["key"][segments["end"] > (j + 1) * size - 1]
-            there += block_identity(int(keys[0]) if len(keys) else own, j) in held
+            names = segments["first_name"][segments["end"] > (j + 1) * size - 1]
+            there += (int(names[0]) if len(names) else own) + j in held
         found.append(there / int(q["table_len"]))
     return found
 

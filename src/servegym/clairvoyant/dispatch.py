@@ -224,7 +224,7 @@ def _search_replicas(
 ) -> tuple[IntArray, tuple[float, float]]:
     num_replicas = episode.num_replicas
     alone = [_alone(episode, r) for r in range(num_replicas)]
-    capacity = Capacity.of(alone, record=False)._replace(num_envs=num_replicas + 2)
+    capacity = Capacity.of(spec, alone, record=False)._replace(num_envs=num_replicas + 2)
     state = make_state(spec, capacity)
     ask = _with_entries(spec, make_params(spec, record=False), state)
     play = _with_entries(spec, make_params(spec, record=False, asks=Asks(dispatch=NEVER)), state)
@@ -292,7 +292,7 @@ def _search_fleet(
     rng: np.ndarray,
     spent: IntArray,
 ) -> tuple[IntArray, tuple[float, float]]:
-    state = make_state(spec, Capacity.of([episode, episode], record=False))
+    state = make_state(spec, Capacity.of(spec, [episode, episode], record=False))
     params = _with_entries(spec, make_params(spec, record=False, asks=_asks(spec)), state)
     words = words_of(state)
     choice = start.copy()

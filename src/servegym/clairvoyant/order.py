@@ -142,7 +142,7 @@ def search_keys(
     losses = [judged(goal, played.state.request[k, : len(table)]) for k in range(len(ranks))]
     key = ranks[min(range(len(ranks)), key=lambda k: losses[k])]
     quiet = replace(spec, metrics_interval_s=0.0)
-    state = make_state(quiet, Capacity.of([episode, episode], record=False))
+    state = make_state(quiet, Capacity.of(quiet, [episode, episode], record=False))
     ask = make_params(quiet, record=False)
     play = make_params(quiet, record=False, asks=_UNASKED)
     for params in (ask, play):

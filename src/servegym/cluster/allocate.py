@@ -15,6 +15,7 @@ from servegym.cluster.entry import (
     SETTLE_TURN,
     TIERS,
 )
+from servegym.cluster.identities import number_texts
 from servegym.cluster.kernels import reset_env
 from servegym.cluster.nominal import nominal_facts
 from servegym.cluster.outcome import EVENT_DTYPE, STEP_DTYPE
@@ -65,7 +66,8 @@ from servegym.cluster.state import (
 )
 from servegym.costs.shared import NUM_SHARED_KNOTS, SharedCost
 from servegym.engines import ENGINES
-from servegym.typing import FloatArray, Int32Array
+from servegym.typing import FloatArray, Int32Array, IntArray
+from servegym.workloads.table import RequestTable
 
 
 class Capacity(NamedTuple):
@@ -74,19 +76,28 @@ class Capacity(NamedTuple):
     num_envs: int
     requests: int
     segments: int
+    names: int
     replicas: int
     faults: int
     longest_tokens: int
     log: int
 
     @classmethod
-    def of(cls, episodes: Sequence[Episode], *, max_replicas: int = 0, record: bool) -> Capacity:
-        """Return the sizes that hold every one of `episodes`."""
+    def of(
+        cls,
+        spec: ClusterSpec,
+        episodes: Sequence[Episode],
+        *,
+        max_replicas: int = 0,
+        record: bool,
+    ) -> Capacity:
+        """Return the sizes that hold every one of `episodes` of a cluster."""
         requests = max(len(e.table) for e in episodes)
         return cls(
             num_envs=len(episodes),
             requests=requests,
             segments=max(1, *(len(e.table.prefix_keys) for e in episodes)),
+            names=max(first_names(spec, e.table)[1] for e in episodes),
             replicas=max(max_replicas, *(e.num_replicas for e in episodes)),
             faults=max(1, *(len(e.faults) for e in episodes)),
             longest_tokens=max(_longest(e) for e in episodes),
@@ -96,24 +107,42 @@ class Capacity(NamedTuple):
     def grown_to(self, need: Capacity) -> Capacity:
         """Return sizes that hold both, with room where the next episodes will want some more.
 
-        How many segments an episode has, and how long its longest request is, differ from one to
-        the next: each new record would copy all arrays.
+        How many segments an episode has, how many blocks they name, and how long its longest
+        request is, differ from one to the next: each new record would copy all arrays.
         """
         merged = dict(zip(self._fields, map(max, self, need), strict=True))
-        for name in ("segments", "longest_tokens"):
+        for name in ("segments", "names", "longest_tokens"):
             if merged[name] > getattr(self, name):
                 merged[name] += merged[name] // 4
         return Capacity(**merged | {"num_envs": self.num_envs})
 
-    def covers(self, episode: Episode) -> bool:
-        """Whether an environment of these sizes can play `episode`."""
+    def covers(self, spec: ClusterSpec, episode: Episode) -> bool:
+        """Whether an environment of these sizes can play `episode` of a cluster."""
         return (
             len(episode.table) <= self.requests
             and len(episode.table.prefix_keys) <= self.segments
+            and first_names(spec, episode.table)[1] <= self.names
             and episode.num_replicas <= self.replicas
             and len(episode.faults) <= self.faults
             and _longest(episode) <= self.longest_tokens
         )
+
+
+def first_names(rules: ClusterSpec | Params, table: RequestTable) -> tuple[IntArray, int]:
+    """Number the blocks of a table's texts, if they are cached; see `cluster.identities`.
+
+    Returns:
+        `first_name` of each segment, `int64[m]`, and one more than the highest number.
+    """
+    found = np.zeros(len(table.prefix_keys), np.int64)
+    if not rules.prefix_caching or not len(found):
+        return found, 1
+    known = np.full(_slots(len(found)), -1)
+    ranges = np.zeros((len(found), 3), np.int64)
+    tokens = table.prompt_tokens.astype(np.int64) + table.output_tokens
+    columns = table.prefix_keys, table.prefix_ends, table.prefix_offsets
+    num_blocks, size = tokens // rules.block_size, rules.block_size
+    return found, number_texts(*columns, num_blocks, size, known, ranges, found)
 
 
 def _longest(episode: Episode) -> int:
@@ -286,6 +315,7 @@ def make_state(spec: ClusterSpec, capacity: Capacity) -> State:
         due=np.zeros((e, r), DUE_DTYPE),
         block=np.zeros((e, r, blocks + 1), BLOCK_DTYPE),
         prefix_cache=np.zeros((e, r, slots), PREFIX_CACHE_DTYPE),
+        cached_on=np.zeros((e, capacity.names, -(-r // 64)), np.int64),
         reserve=np.zeros((e, r, blocks), np.int32),
         table=np.zeros((e, r, rows, width), np.int32),
         free_slots=np.zeros((e, r, rows), np.int32),
@@ -346,7 +376,7 @@ def load_episode(params: Params, state: State, env: int, episode: Episode) -> No
     _link_followers(table.after, request)
     request["segment_first"] = table.prefix_offsets[:-1]
     request["segment_stop"] = table.prefix_offsets[1:]
-    state.segment["key"][env, :m] = table.prefix_keys
+    state.segment["first_name"][env, :m] = first_names(params, table)[0]
     state.segment["end"][env, :m] = table.prefix_ends
     replica = state.replica[env, :r]
     replica["type_idx"] = episode.type_idx

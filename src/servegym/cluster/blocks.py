@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from servegym.cluster.identities import identity_of, segment_of
 from servegym.cluster.jit import helper, inlined
 from servegym.cluster.pool import find_block, insert, set_free, take, unlink
 from servegym.cluster.retention import make_room
-from servegym.cluster.rng import block_identity, private_key
 from servegym.cluster.state import Params, State
 
 
@@ -20,8 +20,13 @@ def reset_blocks(p: Params, s: State, e: int, r: int) -> None:
         return
     blocks = s.block[e, r]
     end = blocks.shape[0] - 1
-    for b in range(num_blocks):
+    cached_on, here = s.cached_on[e], 1 << (r & 63)
+    for b in range(end):
+        identity = blocks[b].identity
+        if identity > 0:
+            cached_on[identity, r >> 6] &= ~here
         blocks[b].identity = 0
+    for b in range(num_blocks):
         blocks[b].holders = 0
         blocks[b].keepers = 0
         blocks[b].after = b + 1
@@ -32,7 +37,7 @@ def reset_blocks(p: Params, s: State, e: int, r: int) -> None:
     blocks[end].before = num_blocks - 1
     prefix_cache = s.prefix_cache[e, r]
     for i in range(prefix_cache.shape[0]):
-        prefix_cache[i].identity = 0
+        prefix_cache[i].block = -1
     v.num_reserve = 0
     rows = s.free_slots.shape[2]
     for i in range(rows):
@@ -49,9 +54,10 @@ def take_for_decodes(p: Params, s: State, e: int, r: int, count: int) -> None:
         return
     make_room(p, s, e, r, count)
     blocks, prefix_cache, reserve = s.block[e, r], s.prefix_cache[e, r], s.reserve[e, r]
+    cached_on = s.cached_on[e]
     place = v.num_reserve
     for i in range(place, place + count):
-        reserve[i] = take(blocks, prefix_cache)
+        reserve[i] = take(blocks, prefix_cache, cached_on, r)
     v.num_reserve = place + count
     v.free_blocks -= count
 
@@ -89,8 +95,9 @@ def take_for_chunk(
         return
     make_room(p, s, e, r, need - have)
     row, blocks, prefix_cache = s.table[e, r, q.seq_slot], s.block[e, r], s.prefix_cache[e, r]
+    cached_on = s.cached_on[e]
     for j in range(have, need):
-        row[j] = take(blocks, prefix_cache)
+        row[j] = take(blocks, prefix_cache, cached_on, r)
     s.replica[e, r].free_blocks -= need - have
     name_blocks(
         p,
@@ -107,31 +114,30 @@ def take_for_chunk(
 def name_blocks(p: Params, s: State, e: int, r: int, request: int, first: int, end: int) -> None:
     """Give blocks `first..end-1` of a request their identities."""
     row, blocks = s.table[e, r, s.request[e, request].seq_slot], s.block[e, r]
-    segment, prefix_cache = s.segment[e], s.prefix_cache[e, r]
-    own = private_key(request)
-    seg, segment_stop = s.request[e, request].segment_first, s.request[e, request].segment_stop
+    prefix_cache, cached_on, here = s.prefix_cache[e, r], s.cached_on[e], 1 << (r & 63)
+    seg = s.request[e, request].segment_first
     for j in range(first, end):
-        last_token = (j + 1) * p.block_size - 1
-        while seg < segment_stop and segment[seg].end <= last_token:
-            seg += 1
-        key = segment[seg].key if seg < segment_stop else own
-        identity = block_identity(key, j)
+        seg = segment_of(p, s, e, request, j, seg)
+        identity = identity_of(s, e, request, j, seg)
         insert(prefix_cache, identity, row[j])
         blocks[row[j]].identity = identity
+        if identity > 0:
+            cached_on[identity, r >> 6] |= here
 
 
 @helper
 def count_hits(p: Params, s: State, e: int, r: int, request: int, max_blocks: int) -> int:
     """Count the leading blocks of a request that are in the cache, at most `max_blocks`."""
-    segment, prefix_cache = s.segment[e], s.prefix_cache[e, r]
-    own = private_key(request)
-    seg, segment_stop = s.request[e, request].segment_first, s.request[e, request].segment_stop
+    prefix_cache, blocks = s.prefix_cache[e, r], s.block[e, r]
+    cached_on, here = s.cached_on[e], 1 << (r & 63)
+    seg = s.request[e, request].segment_first
     for j in range(max_blocks):
-        last_token = (j + 1) * p.block_size - 1
-        while seg < segment_stop and segment[seg].end <= last_token:
-            seg += 1
-        key = segment[seg].key if seg < segment_stop else own
-        if find_block(prefix_cache, block_identity(key, j)) < 0:
+        seg = segment_of(p, s, e, request, j, seg)
+        identity = identity_of(s, e, request, j, seg)
+        if identity > 0:
+            if cached_on[identity, r >> 6] & here == 0:
+                return j
+        elif find_block(prefix_cache, blocks, identity) < 0:
             return j
     return max_blocks
 
@@ -144,16 +150,12 @@ def match(p: Params, s: State, e: int, r: int, request: int, max_blocks: int) ->
         How many there are, and how many of them nobody holds.
     """
     row = s.table[e, r, s.free_slots[e, r, s.replica[e, r].num_free_slots - 1]]
-    segment, prefix_cache, blocks = s.segment[e], s.prefix_cache[e, r], s.block[e, r]
-    own = private_key(request)
-    seg, segment_stop = s.request[e, request].segment_first, s.request[e, request].segment_stop
+    prefix_cache, blocks = s.prefix_cache[e, r], s.block[e, r]
+    seg = s.request[e, request].segment_first
     unheld = 0
     for j in range(max_blocks):
-        last_token = (j + 1) * p.block_size - 1
-        while seg < segment_stop and segment[seg].end <= last_token:
-            seg += 1
-        key = segment[seg].key if seg < segment_stop else own
-        block = find_block(prefix_cache, block_identity(key, j))
+        seg = segment_of(p, s, e, request, j, seg)
+        block = find_block(prefix_cache, blocks, identity_of(s, e, request, j, seg))
         if block < 0:
             return j, unheld
         row[j] = block

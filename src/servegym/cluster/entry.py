@@ -63,8 +63,9 @@ _F = TypeVar("_F", bound=Callable[..., object])
     SEE_TIERS,
     FORM_BATCHES,
     LAND_BATCH,
-) = range(37)
-NUM_ENTRIES = 37
+    SEE_PREFIXES,
+) = range(38)
+NUM_ENTRIES = 38
 #: What only clusters call in which requests are prefilled on one replica and decode on another.
 DISAGGREGATION = frozenset(
     {

@@ -37,7 +37,7 @@ def _on_gpu(p: Params, s: State, e: int, peer: int, identity: int) -> int:
     An engine gives blocks their identities when the step that fills them begins.
     """
     v, size = s.replica[e, peer], p.block_size
-    block = find_block(s.prefix_cache[e, peer], identity)
+    block = find_block(s.prefix_cache[e, peer], s.block[e, peer], identity)
     request = v.first_prefill if block >= 0 and v.mode == STEP else -1
     while request >= 0:
         q = s.request[e, request]

@@ -6,6 +6,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+#: What is in a block: whether its text is of one request alone, which text, and which block of it.
+Identity = tuple[str, int, int]
+
 
 @dataclass
 class Retained:
@@ -27,8 +30,8 @@ class BlockPool:
         self.caching, self.give_way = caching, give_way
         self.free = list(range(num_blocks))
         self.holders = dict.fromkeys(range(num_blocks), 0)
-        self.identity: dict[int, int] = {}
-        self.where: dict[int, list[int]] = {}
+        self.identity: dict[int, Identity] = {}
+        self.where: dict[Identity, list[int]] = {}
         self.retained: list[Retained] = []
         self._num_ordered = 0
 
@@ -61,7 +64,7 @@ class BlockPool:
             self.free.remove(block)
         self.holders[block] += 1
 
-    def name(self, block: int, identity: int) -> None:
+    def name(self, block: int, identity: Identity) -> None:
         """Give a filled block its identity; others may have the same."""
         if self.caching:
             self.where.setdefault(identity, []).append(block)

@@ -17,8 +17,8 @@ from servegym.cluster.phased import (
     RATIO_DECAY,
     RETRACT_DECODE_STEPS,
 )
-from servegym.cluster.reference_blocks import BlockPool
-from servegym.cluster.rng import block_identity, private_key, step_noise_z
+from servegym.cluster.reference_blocks import BlockPool, Identity
+from servegym.cluster.rng import step_noise_z
 from servegym.cluster.spec import WATERMARK_BLOCKS
 from servegym.cluster.stretches import STEP_WEIGHT
 from servegym.engines import EngineName
@@ -82,11 +82,11 @@ class Engine:
         """A turn lets go before it was decided what becomes of its KV."""
         self.sim.tiers.keep(self, self.sim.requests[turn])
 
-    def identity(self, q: Request, j: int) -> int:
-        """Name the content of block `j` of a request."""
+    def identity(self, q: Request, j: int) -> Identity:
+        """Name the content of block `j` of a request, by the text of its last token."""
         last = (j + 1) * self.sim.spec.block_size - 1
-        key = next((k for k, end in q.segments if end > last), None)
-        return int(block_identity(private_key(q.idx) if key is None else key, j))
+        shared = next((key for key, end in q.segments if end > last), None)
+        return ("own", q.idx, j) if shared is None else ("shared", shared, j)
 
     def hits(self, q: Request, limit: int) -> list[int]:
         """Blocks of the longest cached prefix, at most `limit` of them."""

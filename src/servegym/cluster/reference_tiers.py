@@ -7,6 +7,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from servegym.cluster import state as st
+from servegym.cluster.reference_blocks import Identity
 from servegym.cluster.reference_engines import Engine, Request
 from servegym.cluster.tier_rules import KvTier
 
@@ -19,9 +20,9 @@ class Copies:
 
     def __init__(self, tier: KvTier | None) -> None:
         self.capacity = tier.num_blocks if tier else 0
-        self.ready_s: OrderedDict[int, float] = OrderedDict()
+        self.ready_s: OrderedDict[Identity, float] = OrderedDict()
 
-    def put(self, identity: int, ready_s: float) -> None:
+    def put(self, identity: Identity, ready_s: float) -> None:
         """Take a block in."""
         if len(self.ready_s) == self.capacity:
             self.ready_s.popitem(last=False)
@@ -125,12 +126,12 @@ class Tiers:
             return None, 0
         return best, most
 
-    def has(self, engine: Engine, identity: int) -> bool:
+    def has(self, engine: Engine, identity: Identity) -> bool:
         """Whether a block can be fetched from a replica: from its GPU, or its host."""
         ready_s = self.copies[engine.r][st.HOST].ready_s.get(identity, math.inf)
         return self.on_gpu(engine, identity) is not None or ready_s <= self.sim.now_s
 
-    def on_gpu(self, engine: Engine, identity: int) -> int | None:
+    def on_gpu(self, engine: Engine, identity: Identity) -> int | None:
         """The block of a GPU with some content, if it is computed."""
         same, size = engine.pool.where.get(identity), self.sim.spec.block_size
         begun = [q for q in engine.running if q.prefilling and q.scheduled]

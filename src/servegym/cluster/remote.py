@@ -43,8 +43,9 @@ def take_ahead(p: Params, s: State, e: int, r: int, slot: int, have: int, need: 
     if p.prefix_caching:
         make_room(p, s, e, r, need - have)
         row, pool, prefix_cache = s.table[e, r, slot], s.block[e, r], s.prefix_cache[e, r]
+        cached_on = s.cached_on[e]
         for j in range(have, need):
-            row[j] = take_block(pool, prefix_cache)
+            row[j] = take_block(pool, prefix_cache, cached_on, r)
     s.replica[e, r].free_blocks -= need - have
 
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 from numba import types
 
 from servegym.cluster.entry import LET_GO, entry
+from servegym.cluster.identities import identity_of, segment_before, segment_of
 from servegym.cluster.jit import helper, inlined
 from servegym.cluster.pool import find_block, set_free, unlink
-from servegym.cluster.rng import block_identity, private_key
 from servegym.cluster.state import EXPIRY, RETAINING, Params, State
 from servegym.cluster.tiers import store_text
 from servegym.cluster.timers import remove_timer, set_turn
@@ -38,15 +38,11 @@ def retain(p: Params, s: State, e: int, r: int, request: int, until_s: float, ki
     if kept == 0:
         return
     q.table_len = kept
-    blocks, prefix_cache, segment = s.block[e, r], s.prefix_cache[e, r], s.segment[e]
-    own = private_key(request)
+    blocks, prefix_cache = s.block[e, r], s.prefix_cache[e, r]
     seg = q.segment_first
     for j in range(kept):
-        last_token = (j + 1) * p.block_size - 1
-        while seg < q.segment_stop and segment[seg].end <= last_token:
-            seg += 1
-        key = segment[seg].key if seg < q.segment_stop else own
-        block = find_block(prefix_cache, block_identity(key, j))
+        seg = segment_of(p, s, e, request, j, seg)
+        block = find_block(prefix_cache, blocks, identity_of(s, e, request, j, seg))
         if blocks[block].holders == 0 and blocks[block].keepers == 0:
             unlink(blocks, block)
             v.kept_blocks += 1
@@ -82,15 +78,11 @@ def let_go(p: Params, s: State, e: int, r: int, request: int) -> None:
     if q.timer_pos >= 0:
         remove_timer(s, e, q.timer_pos)
     _leave(s, e, r, request)
-    blocks, prefix_cache, segment = s.block[e, r], s.prefix_cache[e, r], s.segment[e]
-    own = private_key(request)
+    blocks, prefix_cache = s.block[e, r], s.prefix_cache[e, r]
     seg = q.segment_stop
     for j in range(q.table_len - 1, -1, -1):
-        last_token = (j + 1) * p.block_size - 1
-        while seg > q.segment_first and segment[seg - 1].end > last_token:
-            seg -= 1
-        key = segment[seg].key if seg < q.segment_stop else own
-        block = find_block(prefix_cache, block_identity(key, j))
+        seg = segment_before(p, s, e, request, j, seg)
+        block = find_block(prefix_cache, blocks, identity_of(s, e, request, j, seg))
         blocks[block].keepers -= 1
         if blocks[block].holders == 0 and blocks[block].keepers == 0:
             set_free(blocks, block)

@@ -40,24 +40,3 @@ def step_noise_z(noise_seed: np.uint64, replica: int, window: int) -> float:
     u = uniform(base)
     v = uniform(base + np.uint64(0x9E3779B97F4A7C15))
     return math.sqrt(-2.0 * math.log(u)) * math.cos(2.0 * math.pi * v)
-
-
-@kernel
-def block_identity(key: int, block: int) -> int:
-    """Name the content of KV block `block` whose last token belongs to the text `key`; never 0.
-
-    The names of eight blocks in a row differ in their last bits alone: the prefix cache looks for
-    them in neighbouring slots.
-    """
-    eight = np.uint64(block) >> np.uint64(3)
-    x = mix64(np.uint64(key) ^ mix64(eight + np.uint64(0x9E3779B97F4A7C15)))
-    place = np.uint64(block) & np.uint64(7)
-    return np.int64((x & ~np.uint64(15)) | (place << np.uint64(1)) | np.uint64(1))  # type: ignore[return-value]
-
-
-@kernel
-def private_key(request: int) -> int:
-    """Name the text that only this request (its index in the table) contains."""
-    return np.int64(  # type: ignore[return-value]
-        mix64(np.uint64(request) ^ np.uint64(0xA0761D6478BD642F))
-    )

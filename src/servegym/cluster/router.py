@@ -7,7 +7,7 @@ import math
 from numba import types
 
 from servegym.cluster.blocks import count_hits
-from servegym.cluster.entry import PREFIX_HIT_TOKENS, entry
+from servegym.cluster.entry import PREFIX_HIT_TOKENS, SEE_PREFIXES, entry
 from servegym.cluster.jit import inlined
 from servegym.cluster.log import log_event
 from servegym.cluster.retention import expect
@@ -17,6 +17,8 @@ from servegym.cluster.state import (
     OBSERVED_OUTSTANDING_PREDICTED,
     OBSERVED_OUTSTANDING_PROMPT,
     OBSERVED_PENDING_PREFILL,
+    OBSERVED_PREFIX_HIT,
+    OBSERVED_UP,
     RETURN,
     RETURNED,
     Params,
@@ -41,6 +43,46 @@ def prefix_hit_tokens(p: Params, s: State, e: int, r: int, request: int, now_s: 
     catch_up(p, s, e, r, now_s)
     size = p.block_size
     return size * count_hits(p, s, e, r, request, (s.request[e, request].prompt - 1) // size)
+
+
+@entry(SEE_PREFIXES, types.void, types.int64, types.int64, types.float64)
+def see_prefixes(p: Params, s: State, e: int, request: int, now_s: float) -> None:
+    """Write `prefix_hit_tokens` of all replicas that are up into the observation, 0 for others.
+
+    The blocks of the prompt are gone through once, with the replicas that have all so far.
+    """
+    rows, q = s.observation[e], s.request[e, request]
+    num_replicas, stop = s.env[e].num_replicas, (q.prompt - 1) // p.block_size
+    for r in range(num_replicas):
+        rows[OBSERVED_PREFIX_HIT, r] = 0.0
+        if rows[OBSERVED_UP, r] > 0.0:
+            catch_up(p, s, e, r, now_s)
+    for word in range(s.cached_on.shape[2]):
+        first = word << 6
+        end = min(num_replicas, first + 64)
+        having = 0
+        for r in range(first, end):
+            if rows[OBSERVED_UP, r] > 0.0:
+                having |= 1 << (r - first)
+        j = 0
+        for seg in range(q.segment_first, q.segment_stop):
+            first_name = s.segment[e, seg].first_name
+            segment_end = min(stop, s.segment[e, seg].end // p.block_size)
+            while j < segment_end and having != 0:
+                lost = having & ~s.cached_on[e, first_name + j, word]
+                if lost != 0:
+                    having ^= lost
+                    for r in range(first, end):
+                        if (lost >> (r - first)) & 1:
+                            rows[OBSERVED_PREFIX_HIT, r] = j * p.block_size
+                j += 1
+        if having != 0:
+            if j < stop and q.cached >= 0:  # it may have left some of its own text there
+                j = stop
+            for r in range(first, end):
+                if (having >> (r - first)) & 1:
+                    blocks = count_hits(p, s, e, r, request, j) if q.cached >= 0 else j
+                    rows[OBSERVED_PREFIX_HIT, r] = blocks * p.block_size
 
 
 @inlined

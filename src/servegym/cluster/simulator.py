@@ -104,7 +104,7 @@ class Simulator:
         self.spec = spec
         self.episodes = list(episodes)
         self.params = make_params(spec, record=record, asks=asks)
-        self._capacity = Capacity.of(episodes, max_replicas=max_replicas, record=record)
+        self._capacity = Capacity.of(spec, episodes, max_replicas=max_replicas, record=record)
         self.state = make_state(spec, self._capacity)
         self._on_demand = wanted_entries(spec, asks)
         self._find_entries()
@@ -140,14 +140,14 @@ class Simulator:
     def load(self, env: int, episode: Episode) -> None:
         """Start another episode in one environment; the arrays grow if it needs more room."""
         episode.validate(self.spec)
-        if not self._capacity.covers(episode):
+        if not self._capacity.covers(self.spec, episode):
             self._grow(episode)
         self.episodes[env] = episode
         self.reasons[env] = DONE  # no decision is due before it has been advanced
         load_episode(self.params, self.state, env, episode)
 
     def _grow(self, episode: Episode) -> None:
-        need = Capacity.of([episode], record=bool(self.params.record))
+        need = Capacity.of(self.spec, [episode], record=bool(self.params.record))
         merged = self._capacity.grown_to(need)
         arrays: list[Any] = []
         old: Any

@@ -522,7 +522,8 @@ FLIGHT_DTYPE = np.dtype(
     ],
     align=True,
 )
-SEGMENT_DTYPE = np.dtype([("key", "i8"), ("end", "i8")], align=True)
+#: A part of a request's text; its block `j`, counted from the prompt's, is named `first_name + j`.
+SEGMENT_DTYPE = np.dtype([("first_name", "i8"), ("end", "i8")], align=True)
 END_DTYPE = np.dtype([("key", "i8"), ("request", "i8")], align=True)
 DUE_DTYPE = np.dtype([("time_s", "f8"), ("replica", "i8")], align=True)
 #: Something that happens at a time: a fault, a scrape, or what a request waits for.
@@ -531,7 +532,7 @@ TIMER_DTYPE = np.dtype(
 )
 BLOCK_DTYPE = np.dtype(
     [
-        ("identity", "i8"),
+        ("identity", "i8"),  # 0: none, see cluster.identities
         ("holders", "i4"),  # requests
         ("keepers", "i4"),  # retained turns
         ("after", "i4"),
@@ -539,7 +540,8 @@ BLOCK_DTYPE = np.dtype(
     ],
     align=True,
 )
-PREFIX_CACHE_DTYPE = np.dtype([("identity", "i8"), ("block", "i4")], align=True)
+#: A place in a hash map from identities, of which it has some bits, to blocks; -1: empty.
+PREFIX_CACHE_DTYPE = np.dtype([("tag", "i4"), ("block", "i4")], align=True)
 FAULT_DTYPE = np.dtype(
     [("time_s", "f8"), ("value", "f8"), ("replica", "i8"), ("kind", "i8")], align=True
 )
@@ -560,7 +562,8 @@ class State(NamedTuple):
     ends: Records  # END_DTYPE[E, R, max_num_seqs] heap; key: last step << 32 | order of joining
     due: Records  # DUE_DTYPE[E, R] heap of replicas by their next event
     block: Records  # BLOCK_DTYPE[E, R, B + 1]; who has them, free list with its end at index B
-    prefix_cache: Records  # PREFIX_CACHE_DTYPE[E, R, H] hash map from identity to block; 0: empty
+    prefix_cache: Records  # PREFIX_CACHE_DTYPE[E, R, H] hash map from identity to block
+    cached_on: IntArray  # [E, N, ceil(R / 64)] by shared block's number: bits of who has it cached
     reserve: Int32Array  # [E, R, B] blocks taken by decodes, not yet given to one
     table: Int32Array  # [E, R, max_num_seqs, W] block table; `max_num_held` more rows if KV moves
     free_slots: Int32Array  # [E, R, max_num_seqs] unused rows of it; as many as that has
@@ -572,7 +575,7 @@ class State(NamedTuple):
     load: Records  # LOAD_DTYPE[E, N]; [E, 1] if there are no tiers, as 1 for all other lengths here
     tier: Records  # TIER_DTYPE[E, R, NUM_TIERS]
     tier_block: Records  # TIER_BLOCK_DTYPE[E, R, 2, C + 1] of host and disk, list's end at index C
-    tier_cache: Records  # PREFIX_CACHE_DTYPE[E, R, 2, H] hash map from identity to block; 0: empty
+    tier_cache: Records  # PREFIX_CACHE_DTYPE[E, R, 2, H] hash map from identity to block
     store_block: Records  # TIER_BLOCK_DTYPE[E, C + 1] of the cluster's store
     store_cache: Records  # PREFIX_CACHE_DTYPE[E, H]
     flight: Records  # FLIGHT_DTYPE[E, R, most stages of a type]; [E, 1, 1] if there are none

@@ -10,10 +10,10 @@ from __future__ import annotations
 from numba import types
 
 from servegym.cluster.entry import LOSE_HOST, RESET_TIERS, STORE_TEXT, entry
+from servegym.cluster.identities import identity_of, segment_before
 from servegym.cluster.jit import helper, inlined
 from servegym.cluster.log import log_event
 from servegym.cluster.pool import find_block, forget, insert, unlink
-from servegym.cluster.rng import block_identity, private_key
 from servegym.cluster.state import (
     DISK,
     EV_STORED,
@@ -43,7 +43,7 @@ def touch(s: State, e: int, r: int, tier: int, identity: int) -> None:
     """Note that a block of a tier was used."""
     blocks = s.store_block[e] if tier == STORE else s.tier_block[e, r, tier]
     cache = s.store_cache[e] if tier == STORE else s.tier_cache[e, r, tier]
-    block = find_block(cache, identity)
+    block = find_block(cache, blocks, identity)
     unlink(blocks, block)
     _use(blocks, block)
 
@@ -56,7 +56,7 @@ def tier_with(p: Params, s: State, e: int, r: int, identity: int, now_s: float) 
         if p.tier_num_blocks[t, tier] > 0:
             blocks = s.store_block[e] if tier == STORE else s.tier_block[e, r, tier]
             cache = s.store_cache[e] if tier == STORE else s.tier_cache[e, r, tier]
-            block = find_block(cache, identity)
+            block = find_block(cache, blocks, identity)
             if block >= 0 and blocks[block].ready_s <= now_s:
                 return tier
     return -1
@@ -78,7 +78,7 @@ def put(p: Params, s: State, e: int, r: int, tier: int, identity: int, ready_s: 
     else:
         block = blocks[blocks.shape[0] - 1].after
         unlink(blocks, block)
-        forget(cache, blocks[block].identity, block)
+        forget(cache, blocks, block)
     blocks[block].identity = identity
     blocks[block].ready_s = ready_s
     insert(cache, identity, block)
@@ -88,8 +88,9 @@ def put(p: Params, s: State, e: int, r: int, tier: int, identity: int, ready_s: 
 @helper
 def _write(p: Params, s: State, e: int, r: int, tier: int, identity: int, now_s: float) -> float:
     """Write a block to a tier, unless it is there; return the bytes."""
+    blocks = s.store_block[e] if tier == STORE else s.tier_block[e, r, tier]
     cache = s.store_cache[e] if tier == STORE else s.tier_cache[e, r, tier]
-    if find_block(cache, identity) >= 0:
+    if find_block(cache, blocks, identity) >= 0:
         touch(s, e, r, tier, identity)
         return 0.0
     env, k, t = s.env[e], s.tier[e, r, tier], s.replica[e, r].type_idx
@@ -110,15 +111,11 @@ def store_text(p: Params, s: State, e: int, r: int, request: int, now_s: float) 
     """Write the full blocks of what a request has computed to all tiers, its last block first."""
     q, v = s.request[e, request], s.replica[e, r]
     t = v.type_idx
-    segment, own = s.segment[e], private_key(request)
     seg = q.segment_stop
     stored = 0.0
     for j in range(q.computed // p.block_size - 1, -1, -1):
-        last_token = (j + 1) * p.block_size - 1
-        while seg > q.segment_first and segment[seg - 1].end > last_token:
-            seg -= 1
-        key = segment[seg].key if seg < q.segment_stop else own
-        identity = block_identity(key, j)
+        seg = segment_before(p, s, e, request, j, seg)
+        identity = identity_of(s, e, request, j, seg)
         for tier in range(NUM_TIERS):
             if p.tier_num_blocks[t, tier] > 0:
                 stored += _write(p, s, e, r, tier, identity, now_s)
@@ -139,7 +136,7 @@ def _empty(s: State, e: int, r: int, tier: int) -> None:
     blocks[end].after = end
     blocks[end].before = end
     for i in range(cache.shape[0]):
-        cache[i].identity = 0
+        cache[i].block = -1
 
 
 @entry(LOSE_HOST, types.void, types.int64, types.int64)

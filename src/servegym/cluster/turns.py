@@ -10,10 +10,10 @@ from __future__ import annotations
 from numba import types
 
 from servegym.cluster.entry import SETTLE_TURN, entry
+from servegym.cluster.identities import identity_of, segment_of
 from servegym.cluster.jit import helper, inlined
 from servegym.cluster.pool import find_block, unlink
 from servegym.cluster.retention import is_retained, keep_until, let_go, retain
-from servegym.cluster.rng import block_identity, private_key
 from servegym.cluster.state import (
     ALWAYS,
     DROP,
@@ -88,16 +88,12 @@ def settle_turn(p: Params, s: State, e: int, r: int, request: int, answer: int) 
 def _put_first(p: Params, s: State, e: int, r: int, request: int, count: int) -> None:
     """Let the first `count` blocks of a request be taken next, the last of them first."""
     q = s.request[e, request]
-    blocks, prefix_cache, segment = s.block[e, r], s.prefix_cache[e, r], s.segment[e]
+    blocks, prefix_cache = s.block[e, r], s.prefix_cache[e, r]
     end = blocks.shape[0] - 1
-    own = private_key(request)
     seg = q.segment_first
     for j in range(count):
-        last_token = (j + 1) * p.block_size - 1
-        while seg < q.segment_stop and segment[seg].end <= last_token:
-            seg += 1
-        key = segment[seg].key if seg < q.segment_stop else own
-        block = find_block(prefix_cache, block_identity(key, j))
+        seg = segment_of(p, s, e, request, j, seg)
+        block = find_block(prefix_cache, blocks, identity_of(s, e, request, j, seg))
         if blocks[block].holders == 0 and blocks[block].keepers == 0:
             unlink(blocks, block)
             after = blocks[end].after

@@ -200,6 +200,7 @@ class Scratch:
             num_envs=1,
             requests=self._size + 1,
             segments=1,
+            names=1,
             replicas=1,
             faults=1,
             longest_tokens=1,

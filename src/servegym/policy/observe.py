@@ -7,7 +7,7 @@ import numpy as np
 from servegym.cluster.entry import INFER, SEE_ROLES
 from servegym.cluster.jit import kernel
 from servegym.cluster.kernels import measure
-from servegym.cluster.router import prefix_hit_tokens
+from servegym.cluster.router import see_prefixes
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import (
     DISPATCH,
@@ -17,9 +17,7 @@ from servegym.cluster.state import (
     OBSERVED_NUM_RUNNING,
     OBSERVED_NUM_WAITING,
     OBSERVED_PREFILLS,
-    OBSERVED_PREFIX_HIT,
     OBSERVED_SINCE_DISPATCH,
-    OBSERVED_UP,
     PLACE,
     SCRAPED_EMITTED,
     SCRAPED_KV_USAGE,
@@ -91,10 +89,7 @@ def observe(p: Params, s: State, e: int, needs: int, request_out: FloatArray) ->
             since = now_s - s.replica[e, r].last_dispatch_s
             rows[OBSERVED_SINCE_DISPATCH, r] = min(since, _FAR_S)
     if needs & _PREFIX and p.prefix_caching:
-        for r in range(num_replicas):
-            rows[OBSERVED_PREFIX_HIT, r] = (
-                prefix_hit_tokens(p, s, e, r, i, now_s) if rows[OBSERVED_UP, r] > 0.0 else 0
-            )
+        see_prefixes(p, s, e, i, now_s)
     if needs & _INFERRED:
         if p.entries[INFER] == 0:  # nobody has prepared for it: say so as far as a kernel can
             request_out[EXPECTED_TOKENS] = np.nan

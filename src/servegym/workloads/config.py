@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -130,15 +131,27 @@ class GeneratedConfig(Workload):
         gaps[first] = 0.0
         since = np.cumsum(gaps)
         arrival = start[session] + since - since[first][session]
-        said, answered = self.prompt.draw(rng, m), self.output.draw(rng, m)
-        both = np.cumsum(said + answered)
-        before = both - (said + answered)
-        context = c.system_prompt_tokens + before - before[first][session]
-        prompt = context + said
+        said, answered = self.prompt.numbers(rng, m), self.output.numbers(rng, m)
         popularity = (1.0 + np.arange(c.num_system_prompts)) ** -c.zipf
         system = rng.choice(c.num_system_prompts, count, p=popularity / popularity.sum())
-        keep = np.flatnonzero((arrival >= 0) & (prompt + answered <= c.max_context_tokens))
-        keep = keep[_earliest(arrival[keep], num)]
+        # lengths are made where they are needed: most turns come too early or too late
+        for until_s in (_by_then(arrival, num + num // 4), math.inf):
+            near = np.zeros(count, np.bool_)
+            near[session[(arrival >= 0) & (arrival <= until_s)]] = True
+            whole = near[session]
+            rows = np.flatnonzero(whole)
+            prompt, output = self._contexts(
+                [part[rows] for part in said],
+                [part[rows] for part in answered],
+                (np.cumsum(whole) - 1)[first][session[rows]],
+                c.system_prompt_tokens,
+            )
+            fits = (prompt + output <= c.max_context_tokens) & (arrival[rows] >= 0)
+            fitting = np.flatnonzero(fits & (arrival[rows] <= until_s))
+            fitting = fitting[_earliest(arrival[rows[fitting]], num)]
+            keep = rows[fitting]
+            if len(keep) == num:
+                break
         if len(keep) < num:
             if spare > _MAX_SPARE:
                 raise WorkloadError(
@@ -157,8 +170,8 @@ class GeneratedConfig(Workload):
         ends[:, 1] = np.iinfo(np.int32).max
         return RequestTable.build(
             arrival[keep],
-            prompt[keep],
-            answered[keep],
+            prompt[fitting],
+            output[fitting],
             session=session[keep],
             after=after,
             delay_s=np.where(after == BY_ITSELF, 0.0, gaps[keep]),
@@ -166,6 +179,27 @@ class GeneratedConfig(Workload):
             prefix_keys=keys.ravel(),
             prefix_ends=ends.ravel(),
         )
+
+    def _contexts(
+        self, said: list[FloatArray], answered: list[FloatArray], first: IntArray, before_all: int
+    ) -> tuple[IntArray, IntArray]:
+        """Prompts, with all turns before, and outputs of turns.
+
+        Args:
+            said: What the users' lengths are made of, see `Lengths.numbers`.
+            answered: The same of the answers.
+            first: First turn of the conversation of each, among these, `int64[n]`.
+            before_all: Tokens of the system prompts.
+        """
+        text, output = self.prompt.lengths(said), self.output.lengths(answered)
+        before = np.cumsum(text + output) - (text + output)
+        return before_all + before - before[first] + text, output
+
+
+def _by_then(arrival_s: FloatArray, num: int) -> float:
+    """When `num` have come from time 0 on; infinite if so many do not come."""
+    later = arrival_s[arrival_s >= 0]
+    return float(np.partition(later, num - 1)[num - 1]) if len(later) > num else math.inf
 
 
 def _earliest(arrival_s: FloatArray, num: int) -> IntArray:

@@ -43,13 +43,24 @@ class LengthConfig(WorkloadPart):
 
     def draw(self, rng: np.random.Generator, num: int) -> IntArray:
         """Draw lengths, `int64[num]`."""
-        z = rng.standard_normal(num)
+        return self.lengths(self.numbers(rng, num))
+
+    def numbers(self, rng: np.random.Generator, num: int) -> list[FloatArray]:
+        """Draw what `lengths` makes lengths of, for who needs some of them: `float64[num]` each."""
+        drawn = [rng.standard_normal(num)]
+        if len(self.medians_tokens) > 1:
+            drawn.append(rng.random(num))
+        return drawn
+
+    def lengths(self, numbers: list[FloatArray]) -> IntArray:
+        """Make lengths, `int64[n]`, of what `numbers` has drawn, or of some rows of it."""
         if len(self.medians_tokens) == 1:
-            raw = self.medians_tokens[0] * np.exp(self.sigmas[0] * z)
+            raw = self.medians_tokens[0] * np.exp(self.sigmas[0] * numbers[0])
         else:
             weights = np.array(self.weights) / sum(self.weights)
-            part = np.searchsorted(np.cumsum(weights)[:-1], rng.random(num), side="right")
-            raw = np.array(self.medians_tokens)[part] * np.exp(np.array(self.sigmas)[part] * z)
+            part = np.searchsorted(np.cumsum(weights)[:-1], numbers[1], side="right")
+            medians, sigmas = np.array(self.medians_tokens), np.array(self.sigmas)
+            raw = medians[part] * np.exp(sigmas[part] * numbers[0])
         return np.clip(np.round(raw), self.min_tokens, self.max_tokens).astype(np.int64)
 
     @property

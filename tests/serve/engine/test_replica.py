@@ -10,7 +10,6 @@ import pytest
 
 from servegym.cluster import state as st
 from servegym.cluster.reference import ReferenceSimulator
-from servegym.cluster.rng import block_identity, private_key
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import ClusterSpec, Episode, Faults, ReplicaType
 from servegym.engines import ENGINES
@@ -66,8 +65,8 @@ def block_names(table: RequestTable, i: int, size: int):
 
     def name(j: int) -> int:
         last = (j + 1) * size - 1
-        key = next((key for key, end in segments if end > last), private_key(i))
-        return int(block_identity(key, j))
+        text = next(((0, key) for key, end in segments if end > last), (1, i))
+        return hash((*text, j))
 
     return name
 

@@ -36,7 +36,8 @@ def test_each_request_keeps_its_names_while_others_come_and_go(core):
         names = [1000 * i + j for j in range(prompt // 4)]
         place = core.come((prompt, 1, 0, -1), names, 0.0, float(i), 0.0)
         assert place not in inside
-        inside[place] = [(name, 4 * (j + 1)) for j, name in enumerate(names)]
+        # what content names is below 0, and block j is named `first_name + j`
+        inside[place] = [(-1 - name - j, 4 * (j + 1)) for j, name in enumerate(names)]
         if i % 100 == 99:
             assert {p: rows_of(core, p) for p in inside} == inside
     assert len(inside) > 500  # there was room for 64 at first

@@ -146,6 +146,7 @@ class EngineCore:
             num_envs=1,
             requests=_FIRST_PLACES,
             segments=1,
+            names=1,
             replicas=1 + bool(other_ends),
             faults=1,
             longest_tokens=self.longest_tokens,

@@ -8,6 +8,9 @@ import numpy as np
 
 from servegym.cluster.state import SEGMENT_DTYPE, State
 
+#: Of a block's name: the core has negative ones for what is not numbered.
+_NAME_BITS = (1 << 62) - 1
+
 
 class Segments:
     """Rows of `State.segment`: one for each full KV block of each request.
@@ -36,7 +39,8 @@ class Segments:
             state = self._close_up(state, count)
         first, self._end = self._end, self._end + count
         rows = state.segment[0, first : self._end]
-        rows["key"] = names
+        # block j of its request is named `first_name + j`; the core numbers no texts here
+        rows["first_name"] = ~(np.array(names, np.int64) & _NAME_BITS) - np.arange(count)
         rows["end"] = np.arange(1, count + 1) * self._block_size
         self._rows[place] = first, self._end
         return state
