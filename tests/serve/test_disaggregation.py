@@ -16,7 +16,7 @@ from servegym.serve.router.disaggregation import is_divisible
 from servegym.serve.router.forms import CHAT, COMPLETION, POOLING
 from servegym.serve.router.placement import Arrival
 
-from .running import RATES, run, until
+from .running import RATES, VirtualTimeLoop, run, until
 
 PARAMS = {"do_remote_prefill": True, "remote_engine_id": "p", "remote_block_ids": [1, 2]}
 ASK = {"model": "m", "prompt": "x" * 400, "stream": True, "max_tokens": 5, "min_tokens": 2}
@@ -99,7 +99,7 @@ def test_counters_follow_a_request_from_its_prefill_to_its_first_token(start):
             assert r.state.replicas[NUM_HOLDING].tolist() == [0.0, 0.0]
             assert r.state.replicas[ARRIVING_TOKENS].tolist() == [0.0, 0.0]
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_a_client_that_leaves_ends_its_prefill(start):
@@ -131,7 +131,7 @@ def test_a_prefill_that_fails_goes_to_another_replica(start, fault):
             assert router.router.telemetry.prefills["r1", "ok"] == 2
             await until(router.idle)
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_a_request_whose_only_prefill_replica_fails_it_is_decoded_whole(start):
@@ -162,7 +162,7 @@ def test_a_request_whose_prefill_fails_often_enough_is_decoded_whole(start, prot
             assert ("bootstrap_room" in target.bodies[0]) == (protocol == "sglang")
             await until(router.idle)
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_a_decode_that_fails_begins_anew_with_its_prefill(start):
@@ -200,9 +200,9 @@ def test_without_a_prefill_replica_decoders_prefill_themselves_but_for_sglang(st
                 assert router.replicas[1].bodies == [ASK]
             await until(router.idle)
 
-    run(lambda: test("nixl", 200))
-    run(lambda: test("sidecar", 200))
-    run(lambda: test("sglang", 503))
+    run(lambda: test("nixl", 200), loop=VirtualTimeLoop)
+    run(lambda: test("sidecar", 200), loop=VirtualTimeLoop)
+    run(lambda: test("sglang", 503), loop=VirtualTimeLoop)
 
 
 def test_without_a_replica_that_decodes_there_is_one_clear_sentence(start):
@@ -216,7 +216,7 @@ def test_without_a_replica_that_decodes_there_is_one_clear_sentence(start):
             assert message == "no replica that decodes takes requests now: come again later"
             assert not router.replicas[0].bodies
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_what_is_prefilled_waits_for_a_replica_that_decodes(start):
