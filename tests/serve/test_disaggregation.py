@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 
 import pytest
@@ -170,12 +171,18 @@ def test_a_decode_that_fails_begins_anew_with_its_prefill(start):
         async with start(roles=("prefill", "decode", "decode")) as router:
             source, *targets = router.replicas
             source.params = PARAMS
-            targets[0].mode = targets[1].mode = "die_first"
-            asking = asyncio.create_task(told(router))
-            await until(lambda: any(target.bodies for target in targets))
+            failed = []
+
+            async def fail_once(answer, http, body):
+                if not failed:
+                    failed.append(body)
+                    http.transport.abort()
+                return await answer(http, body)
+
             for target in targets:
-                target.mode = "ok"
-            status, answer, _ = await asking
+                target._answer = functools.partial(fail_once, target._answer)
+            status, answer, _ = await told(router)
+            assert len(failed) == 1
             assert (status, answer.count("data: {")) == (200, 5)
             assert len(source.bodies) == 2
             assert len(targets[0].bodies) == len(targets[1].bodies) == 1
