@@ -7,34 +7,12 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
 from typing import Protocol
 
 import tyro
 
-from servegym.commands.bench import Bench
-from servegym.commands.calibrate import Calibrate
-from servegym.commands.compile import Compile
-from servegym.commands.costs import Costs
-from servegym.commands.demo import Demo
-from servegym.commands.estimate import Estimate
-from servegym.commands.evaluate import Evaluate
-from servegym.commands.export import Export
-from servegym.commands.fit import Fit
-from servegym.commands.leaderboard import Leaderboard
-from servegym.commands.plan import Plan
-from servegym.commands.policies import Policies
-from servegym.commands.record import Record
-from servegym.commands.replay import Replay
-from servegym.commands.scenarios import Scenarios
-from servegym.commands.schedule import ScheduleDag
-from servegym.commands.score import Score
-from servegym.commands.search import Search
-from servegym.commands.serve import Serve
-from servegym.commands.simulate import Simulate
-from servegym.commands.train import Train, train_command
-from servegym.commands.tune import Tune
-from servegym.commands.validate import Validate
 from servegym.errors import ServeGymError, unknown_name
 
 
@@ -45,31 +23,62 @@ class Command(Protocol):
         """Do what the command is for."""
 
 
-COMMANDS: dict[str, Callable[..., Command]] = {
-    "demo": Demo,
-    "simulate": Simulate,
-    "evaluate": Evaluate,
-    "train": Train,
-    "search": Search,
-    "record": Record,
-    "tune": Tune,
-    "score": Score,
-    "plan": Plan,
-    "leaderboard": Leaderboard,
-    "export": Export,
-    "fit": Fit,
-    "scenarios": Scenarios,
-    "policies": Policies,
-    "costs": Costs,
-    "compile": Compile,
-    "calibrate": Calibrate,
-    "validate": Validate,
-    "replay": Replay,
-    "estimate": Estimate,
-    "schedule": ScheduleDag,
-    "serve": Serve,
-    "bench": Bench,
-}
+class Commands(Mapping[str, Callable[..., Command]]):
+    """Commands by name; a module is imported when its command is taken.
+
+    A command line names one, and what the others import would be most of what its start costs.
+
+    Args:
+        places: Module of `servegym.commands` and name in it, of each.
+    """
+
+    def __init__(self, places: dict[str, tuple[str, str]]) -> None:
+        self._places = places
+
+    def __getitem__(self, name: str) -> Callable[..., Command]:
+        module, within = self._places[name]
+        command: Callable[..., Command] = getattr(
+            import_module(f"servegym.commands.{module}"), within
+        )
+        return command
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+COMMANDS = Commands(
+    {
+        "demo": ("demo", "Demo"),
+        "simulate": ("simulate", "Simulate"),
+        "evaluate": ("evaluate", "Evaluate"),
+        "train": ("train", "Train"),
+        "search": ("search", "Search"),
+        "record": ("record", "Record"),
+        "tune": ("tune", "Tune"),
+        "score": ("score", "Score"),
+        "plan": ("plan", "Plan"),
+        "leaderboard": ("leaderboard", "Leaderboard"),
+        "export": ("export", "Export"),
+        "fit": ("fit", "Fit"),
+        "scenarios": ("scenarios", "Scenarios"),
+        "policies": ("policies", "Policies"),
+        "costs": ("costs", "Costs"),
+        "compile": ("compile", "Compile"),
+        "calibrate": ("calibrate", "Calibrate"),
+        "validate": ("validate", "Validate"),
+        "replay": ("replay", "Replay"),
+        "estimate": ("estimate", "Estimate"),
+        "schedule": ("schedule", "ScheduleDag"),
+        "serve": ("serve", "Serve"),
+        "bench": ("bench", "Bench"),
+    }
+)
 
 DESCRIPTION = """Train, judge and ship schedulers for LLM serving clusters.
 
@@ -122,10 +131,13 @@ def _parse(words: list[str]) -> Command:
     if words and not words[0].startswith("-") and words[0] not in COMMANDS:
         raise ServeGymError(unknown_name("command", words[0], COMMANDS))
     _refuse_repeated(words)
-    commands = COMMANDS
-    for name, command in (("train", Train), ("search", Search)):
-        if words[:1] == [name]:
-            commands = {**COMMANDS, name: train_command(words[1:], command)}
+    named = words[0] if words and words[0] in COMMANDS else None
+    commands = dict(COMMANDS) if named is None else {named: COMMANDS[named]}
+    if named in ("train", "search"):
+        from servegym.commands.search import Search
+        from servegym.commands.train import Train, train_command
+
+        commands[named] = train_command(words[1:], Train if named == "train" else Search)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -135,7 +147,7 @@ def _parse(words: list[str]) -> Command:
     except SystemExit as end:
         if not end.code:
             raise
-        help_of = f"servegym {words[0]}" if words and words[0] in COMMANDS else "servegym"
+        help_of = f"servegym {named}" if named else "servegym"
         raise ServeGymError(f"{_sentence(said.getvalue())}; see {help_of} --help") from None
 
 

@@ -96,11 +96,22 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("killed_at", [1, 4, 8])
-def test_killed_search_ends_as_an_uninterrupted_one(tight, tmp_path, monkeypatch, killed_at):
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Return settings of a search, and what it finds if nobody interrupts it."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    path = folder / "tight.yaml"
+    path.write_text(yaml.safe_dump(TIGHT))
     # no clock: generations alone count, 4 of them for the linear score
-    config = settings(tight, max_minutes=math.inf, max_generations=10)
-    whole = OrderingTrainer(config, tmp_path / "whole").run()
+    config = settings(str(path), max_minutes=math.inf, max_generations=10)
+    return config, OrderingTrainer(config, folder / "run").run()
+
+
+@pytest.mark.parametrize("killed_at", [1, 4, 8])
+def test_killed_search_ends_as_an_uninterrupted_one(
+    uninterrupted, tmp_path, monkeypatch, killed_at
+):
+    config, whole = uninterrupted
     real = Search.update
     made = []
 

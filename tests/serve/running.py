@@ -9,10 +9,12 @@ import gc
 import selectors
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
+from unittest import mock
 
 import aiohttp
 import uvloop
@@ -25,6 +27,12 @@ from servegym.serve.router.workers.worker import Worker
 
 from .upstream import Upstream
 
+#: What has been sent may be on its way through the kernel: for so many real seconds, and so often,
+#: a loop of virtual time looks before its time goes by.
+_ON_ITS_WAY_S = 0.001
+_LOOKS = 20
+#: Longer than any policy takes to decide.
+PATIENT_S = 60.0
 RATES = {"prefill_tokens_per_s": 1000.0, "decode_step_s": 0.01}
 
 
@@ -98,11 +106,17 @@ async def running(
             for i, replica in enumerate(replicas)
         ],
         "listen": {"port": 0, "admin_port": 0},
-        "dispatch": {"runtime": {"policy": "least-outstanding"}},
+        "dispatch": {},
         "drain_s": 5.0,
     }
     for key, value in settings.items():
         data[key] = {**data.get(key, {}), **value} if isinstance(value, dict) else value
+    # a policy that is late on a busy machine would be taken for one that hangs
+    runtime = {"policy": "least-outstanding", "timeout_s": PATIENT_S}
+    data["dispatch"] = {
+        **data["dispatch"],
+        "runtime": {**runtime, **data["dispatch"].get("runtime", {})},
+    }
     data["request"] = {"expose_replica": True, **data.get("request", {})}
     data["health"] = {"interval_s": 0.05, **data.get("health", {})}
     config = parse_config(data, "test")
@@ -129,21 +143,39 @@ async def running(
 
 
 class _Selector(selectors.DefaultSelector):
-    """Waits in the time of its loop: not at all, but that time has gone by then."""
+    """Waits in the time of its loop: hardly at all, but that time has gone by then.
 
-    now_s = 0.0
+    Attributes:
+        now_s: The loop's time.
+        num_outside: How much of what is waited for other threads do.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_s = time.monotonic()
+        self.num_outside = 0
 
     def select(self, timeout: float | None = None):
-        events = super().select(None if timeout is None else 0)
-        if not events and timeout is not None:
-            self.now_s += max(timeout, 0.0)
-        return events
+        if timeout is None or timeout <= 0.0:
+            return super().select(timeout)
+        if self.num_outside:
+            return super().select(None)
+        for _ in range(_LOOKS):
+            begin_s = time.perf_counter()
+            events = super().select(_ON_ITS_WAY_S)
+            if events:
+                return events
+            if time.perf_counter() - begin_s < 2.0 * _ON_ITS_WAY_S:
+                break  # else the machine is busy, and its kernel may be, too
+        self.now_s += timeout
+        return []
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
     """A loop whose time goes by only while there is nothing to do, however slow the machine is.
 
-    For what this process does with itself: no timer runs out while a socket of it has something.
+    For what this process does with itself: no timer runs out while a socket of it has something,
+    or while another thread does what the loop has asked of it. Its time is `time.monotonic`, too.
     """
 
     def __init__(self) -> None:
@@ -152,6 +184,19 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self._waits.now_s
+
+    def run_forever(self) -> None:
+        with mock.patch.object(time, "monotonic", self.time):
+            super().run_forever()
+
+    def run_in_executor(self, executor, func, *args):
+        done = super().run_in_executor(executor, func, *args)
+        self._waits.num_outside += 1
+        done.add_done_callback(self._came_back)
+        return done
+
+    def _came_back(self, _: asyncio.Future) -> None:
+        self._waits.num_outside -= 1
 
 
 def run(

@@ -11,7 +11,7 @@ import pytest
 from servegym.serve.router.patience import Patience
 from servegym.serve.router.timers import Timers
 
-from .running import run, running, until
+from .running import VirtualTimeLoop, run, running, until
 
 BODY = {"model": "m", "prompt": "hello there", "max_tokens": 5}
 STREAM = {**BODY, "stream": True}
@@ -128,7 +128,7 @@ def test_a_long_answer_that_is_not_streamed_is_neither_cut_nor_repeated():
             assert ejections(it) == [0, 0]
             assert sum(it.router.telemetry.upstream_failures.values()) == 0
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_a_limit_for_whole_answers_is_there_for_who_wants_it():
@@ -142,7 +142,7 @@ def test_a_limit_for_whole_answers_is_there_for_who_wants_it():
             await until(it.idle)
             assert ejections(it) == [0, 0]
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_a_busy_engine_that_is_late_with_one_stream_is_not_ejected():
@@ -161,7 +161,7 @@ def test_a_busy_engine_that_is_late_with_one_stream_is_not_ejected():
             assert ejections(it) == [0, 0]
             assert len(quick.bodies) == 8
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_a_hung_engine_gets_one_stream_at_a_time_and_ever_more_seldom():
@@ -181,6 +181,7 @@ def test_a_hung_engine_gets_one_stream_at_a_time_and_ever_more_seldom():
             outcomes = await asyncio.gather(*stuck, return_exceptions=True)
             assert sum(isinstance(o, aiohttp.ClientPayloadError) for o in outcomes) == 2
             while it.standing(0).eject_s < 0.4:
+                await asyncio.sleep(0.01)
                 assert (await it.post(STREAM))[0] == 200
             assert len(hung.bodies) - before <= 4
             hung.script = None
@@ -190,7 +191,7 @@ def test_a_hung_engine_gets_one_stream_at_a_time_and_ever_more_seldom():
             assert it.standing(0).eject_s == 0.0
             await until(it.idle)
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_a_stream_that_was_not_asked_for_leaves_nothing_in_the_books():
@@ -218,7 +219,7 @@ def test_comments_do_not_hide_a_stall():
                 await it.post(STREAM)
             assert it.router.telemetry.upstream_failures["r0", "stall"] == 1
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_a_stream_without_done_is_whole_if_its_choices_have_ended():
@@ -315,7 +316,7 @@ class TestChat:
             assert 0.19 < row["ttft_s"] < row["e2e_s"] - 0.09
             assert row["output_tokens"] == 2
 
-        run(test)
+        run(test, loop=VirtualTimeLoop)
 
     def test_until_then_another_replica_may_take_over(self):
         async def test() -> None:
@@ -327,7 +328,7 @@ class TestChat:
                     assert (status, headers["X-Servegym-Replica"]) == (200, "r1")
                     assert body.count(self.ROLE) == 1
 
-        run(test)
+        run(test, loop=VirtualTimeLoop)
 
 
 def eject(it, replica: int) -> None:
@@ -360,7 +361,7 @@ def test_a_share_of_the_fleet_and_the_last_with_a_model_are_never_kept_out():
             eject(it, 1)
             assert not it.state.is_up(1)
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 class TestPatience:
@@ -376,7 +377,7 @@ class TestPatience:
             await asyncio.sleep(0.1)
             assert expired == []
 
-        run(test)
+        run(test, loop=VirtualTimeLoop)
 
     def test_one_that_is_moved_nearer_is_kept_and_told_once(self):
         async def test() -> None:
@@ -392,4 +393,4 @@ class TestPatience:
             assert len(expired) == 1
             assert 0.06 <= expired[0] - begin_s < 5.0
 
-        run(test)
+        run(test, loop=VirtualTimeLoop)

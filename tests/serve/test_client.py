@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import gzip
 import json
+import socket
 import zlib
 
 import pytest
+import uvloop
 
-from .running import run, running, until
+from .running import VirtualTimeLoop, run, running, until
 
 BODY = json.dumps({"model": "m", "prompt": "hello", "max_tokens": 5}).encode()
 STREAM = json.dumps({"model": "m", "prompt": "hello", "max_tokens": 5, "stream": True}).encode()
@@ -72,8 +74,8 @@ async def raw(it):
         writer.close()
 
 
-@pytest.mark.parametrize("plain", [False, True])
-def test_a_connection_is_used_for_one_request_after_the_other(plain):
+@pytest.mark.parametrize("loop", [uvloop.new_event_loop, asyncio.new_event_loop])
+def test_a_connection_is_used_for_one_request_after_the_other(loop):
     async def test() -> None:
         async with running(1) as it, raw(it) as client:
             for i in range(3):
@@ -88,7 +90,19 @@ def test_a_connection_is_used_for_one_request_after_the_other(plain):
             assert it.idle()
         assert not it.router._server.connections
 
-    run(test, plain=plain)
+    run(test, loop=loop)
+
+
+@pytest.mark.parametrize("loop", [uvloop.new_event_loop, asyncio.new_event_loop])
+def test_a_token_does_not_wait_until_the_client_has_acknowledged_the_one_before(loop):
+    async def test() -> None:
+        async with running(1) as it, raw(it) as client:
+            assert (await client.ask(post(STREAM)))[0] == 200
+            (connection,) = it.router._server.connections
+            transport = connection._transport.get_extra_info("socket")
+            assert transport.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+    run(test, loop=loop)
 
 
 def test_requests_that_come_early_are_answered_in_their_order():
@@ -257,11 +271,11 @@ def test_a_client_that_sends_on_and_on_is_not_read_on_and_on():
             it.replicas[0].gap_s = 0.0
             assert [(await client.answer())[0] for _ in range(41)] == [200] * 41
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
-@pytest.mark.parametrize("plain", [False, True])
-def test_pieces_for_a_client_that_has_just_gone_go_nowhere(plain):
+@pytest.mark.parametrize("loop", [uvloop.new_event_loop, asyncio.new_event_loop])
+def test_pieces_for_a_client_that_has_just_gone_go_nowhere(loop):
     async def test() -> None:
         async with running(1) as it, raw(it) as client:
             it.replicas[0].gap_s = 0.05
@@ -282,7 +296,7 @@ def test_pieces_for_a_client_that_has_just_gone_go_nowhere(plain):
             await until(it.idle)
             assert it.router.telemetry.outcomes == {"cancelled": 1}
 
-    run(test, plain=plain)
+    run(test, loop=loop)
 
 
 def test_an_unknown_error_is_a_500_and_the_next_request_is_answered(monkeypatch, caplog):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 
 import pytest
@@ -16,7 +17,7 @@ from servegym.serve.router.disaggregation import is_divisible
 from servegym.serve.router.forms import CHAT, COMPLETION, POOLING
 from servegym.serve.router.placement import Arrival
 
-from .running import RATES, run, until
+from .running import RATES, VirtualTimeLoop, run, until
 
 PARAMS = {"do_remote_prefill": True, "remote_engine_id": "p", "remote_block_ids": [1, 2]}
 ASK = {"model": "m", "prompt": "x" * 400, "stream": True, "max_tokens": 5, "min_tokens": 2}
@@ -99,7 +100,7 @@ def test_counters_follow_a_request_from_its_prefill_to_its_first_token(start):
             assert r.state.replicas[NUM_HOLDING].tolist() == [0.0, 0.0]
             assert r.state.replicas[ARRIVING_TOKENS].tolist() == [0.0, 0.0]
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_a_client_that_leaves_ends_its_prefill(start):
@@ -131,7 +132,7 @@ def test_a_prefill_that_fails_goes_to_another_replica(start, fault):
             assert router.router.telemetry.prefills["r1", "ok"] == 2
             await until(router.idle)
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_a_request_whose_only_prefill_replica_fails_it_is_decoded_whole(start):
@@ -162,7 +163,7 @@ def test_a_request_whose_prefill_fails_often_enough_is_decoded_whole(start, prot
             assert ("bootstrap_room" in target.bodies[0]) == (protocol == "sglang")
             await until(router.idle)
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_a_decode_that_fails_begins_anew_with_its_prefill(start):
@@ -170,12 +171,18 @@ def test_a_decode_that_fails_begins_anew_with_its_prefill(start):
         async with start(roles=("prefill", "decode", "decode")) as router:
             source, *targets = router.replicas
             source.params = PARAMS
-            targets[0].mode = targets[1].mode = "die_first"
-            asking = asyncio.create_task(told(router))
-            await until(lambda: any(target.bodies for target in targets))
+            failed = []
+
+            async def fail_once(answer, http, body):
+                if not failed:
+                    failed.append(body)
+                    http.transport.abort()
+                return await answer(http, body)
+
             for target in targets:
-                target.mode = "ok"
-            status, answer, _ = await asking
+                target._answer = functools.partial(fail_once, target._answer)
+            status, answer, _ = await told(router)
+            assert len(failed) == 1
             assert (status, answer.count("data: {")) == (200, 5)
             assert len(source.bodies) == 2
             assert len(targets[0].bodies) == len(targets[1].bodies) == 1
@@ -200,9 +207,9 @@ def test_without_a_prefill_replica_decoders_prefill_themselves_but_for_sglang(st
                 assert router.replicas[1].bodies == [ASK]
             await until(router.idle)
 
-    run(lambda: test("nixl", 200))
-    run(lambda: test("sidecar", 200))
-    run(lambda: test("sglang", 503))
+    run(lambda: test("nixl", 200), loop=VirtualTimeLoop)
+    run(lambda: test("sidecar", 200), loop=VirtualTimeLoop)
+    run(lambda: test("sglang", 503), loop=VirtualTimeLoop)
 
 
 def test_without_a_replica_that_decodes_there_is_one_clear_sentence(start):
@@ -216,7 +223,7 @@ def test_without_a_replica_that_decodes_there_is_one_clear_sentence(start):
             assert message == "no replica that decodes takes requests now: come again later"
             assert not router.replicas[0].bodies
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_what_is_prefilled_waits_for_a_replica_that_decodes(start):

@@ -21,7 +21,7 @@ from servegym.serve.engine.fleet import Fleet, FleetConfig
 from servegym.serve.router.app import Router
 from servegym.serve.router.config import parse_config
 
-from .running import run, until
+from .running import PATIENT_S, VirtualTimeLoop, run, until
 
 SCENARIO = """
 name: three
@@ -133,6 +133,7 @@ async def serving(**settings):
     }
     for key, value in {**defaults, **settings}.items():
         data[key] = {**defaults.get(key, {}), **value}
+    data["dispatch"]["runtime"]["timeout_s"] = PATIENT_S
     router = Router(parse_config(data, "test"))
     try:
         await router.start()
@@ -161,7 +162,7 @@ def test_killed_replica_costs_only_the_streams_it_had_begun_and_comes_back():
             assert "replica-0" in await service.served_by("third", 12)
             await until(service.idle)
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_slow_replica_fails_nothing_and_gets_less():
@@ -180,7 +181,7 @@ def test_slow_replica_fails_nothing_and_gets_less():
             assert 0 < shares.count("replica-0") < shares.count("replica-1") / 2
             await until(service.idle)
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_hanging_replica_is_left_alone_until_it_goes_on():
@@ -198,7 +199,7 @@ def test_hanging_replica_is_left_alone_until_it_goes_on():
             assert "replica-0" in await service.served_by("second", 24)
             await until(service.idle)
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_streams_of_a_replica_that_begins_to_hang_end_in_time_and_say_so():
@@ -216,7 +217,7 @@ def test_streams_of_a_replica_that_begins_to_hang_end_in_time_and_say_so():
             await service.fault("recover")
             await until(service.idle)
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_without_metrics_the_fallback_serves_until_they_are_back():
@@ -238,7 +239,7 @@ def test_without_metrics_the_fallback_serves_until_they_are_back():
             await service.served_by("third", 6)
             assert service.reasons()["policy"] == 12
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_metrics_that_stand_still_fail_nothing():
@@ -252,7 +253,7 @@ def test_metrics_that_stand_still_fail_nothing():
             assert len(set(await service.served_by("second", 24))) == 3
             await until(service.idle)
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_a_wall_clock_that_jumps_changes_nothing(monkeypatch):
@@ -280,7 +281,7 @@ def test_a_wall_clock_that_jumps_changes_nothing(monkeypatch):
             await until(service.idle)
             monkeypatch.undo()
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_corrupt_policy_is_refused_and_the_one_in_place_goes_on(tmp_path):
@@ -305,7 +306,7 @@ def test_corrupt_policy_is_refused_and_the_one_in_place_goes_on(tmp_path):
             assert set(service.reasons()) >= {"policy"}
             assert service.reasons()["policy"] == 27
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_storm_of_clients_that_come_and_go_leaves_nothing_behind():
@@ -327,7 +328,7 @@ def test_storm_of_clients_that_come_and_go_leaves_nothing_behind():
             await until(service.idle)
             await service.served_by("after", 6)
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_malformed_and_oversized_bodies_are_refused_beside_good_ones():
@@ -358,7 +359,7 @@ def test_malformed_and_oversized_bodies_are_refused_beside_good_ones():
             assert set(await asyncio.gather(*steady.values())) == {"ok"}
             await until(service.idle)
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_slow_clients_hold_up_nobody_and_are_not_waited_for_for_ever():
@@ -395,7 +396,7 @@ def test_slow_clients_hold_up_nobody_and_are_not_waited_for_for_ever():
             await until(service.idle)
             del silent
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_without_a_known_key_there_is_no_service(monkeypatch):
@@ -416,4 +417,4 @@ def test_without_a_known_key_there_is_no_service(monkeypatch):
             assert await service.ask("x", headers=key) == "ok"
             assert sum(s.state()["steps"] for s in service.fleet.servers.values()) > 0
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)

@@ -15,7 +15,7 @@ from servegym.errors import ConfigError
 from servegym.serve.router.app import Router
 from servegym.serve.router.config import parse_config
 
-from .running import RATES, run, running, until
+from .running import RATES, VirtualTimeLoop, run, running, until
 from .upstream import Upstream
 
 STREAM = {"prompt": "hello", "stream": True, "max_tokens": 50}
@@ -103,7 +103,7 @@ def test_requests_on_a_removed_replica_finish_and_its_slot_is_free_after_them():
                 answers = await asyncio.gather(*(it.post({"prompt": "hi"}) for _ in range(9)))
                 assert set(answered_by(answers)) == {"r1", "new", "another"}
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_no_answer_is_lost_while_the_fleet_changes():
@@ -135,7 +135,7 @@ def test_no_answer_is_lost_while_the_fleet_changes():
             assert it.router.telemetry.outcomes == {"finished": 80}
             assert it.idle()
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def up(it) -> list[int]:

@@ -21,7 +21,7 @@ from servegym.serve.router.forms import COMPLETION
 from servegym.serve.router.request import read_request
 from servegym.serve.until_told import serve_until_told
 
-from .running import RATES, run, running, until
+from .running import RATES, VirtualTimeLoop, run, running, until
 from .upstream import Upstream
 
 BODY = {"model": "m", "prompt": "hello there", "max_tokens": 5}
@@ -170,7 +170,7 @@ class TestLog:
                 await asyncio.sleep(0.05)
                 assert it.idle()
 
-        run(test)
+        run(test, loop=VirtualTimeLoop)
         text = caplog.text + "".join(str(r.exc_info or "") for r in caplog.records)
         assert KEY not in text
         assert "Traceback" not in text

@@ -7,7 +7,7 @@ import json
 from servegym.serve.dispatcher import DispatchConfig, Dispatcher
 from servegym.serve.facts import Rates, fleet_facts
 
-from .running import RATES, run, running, until
+from .running import RATES, VirtualTimeLoop, run, running, until
 
 
 async def names(it, model: str, num: int = 6) -> set[str]:
@@ -39,7 +39,7 @@ def test_requests_for_an_adapter_go_where_it_is_loaded():
             status, said, _ = await it.post({"prompt": "hi", "model": "sql"})
             assert (status, json.loads(said)["error"]["code"]) == (404, "model_not_found")
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_a_replica_that_comes_brings_its_models():

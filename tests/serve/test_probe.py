@@ -11,7 +11,7 @@ from servegym.cli import main
 from servegym.serve.router.config import parse_config
 from servegym.serve.router.probe import probe
 
-from .running import RATES, run
+from .running import RATES, VirtualTimeLoop, run
 from .upstream import Upstream
 
 
@@ -82,7 +82,7 @@ def test_a_server_that_says_nothing_is_given_up_in_time():
             f"r0: {url}/health has not answered in 0.05 s: start it, or correct its url"
         ]
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 @pytest.mark.parametrize(

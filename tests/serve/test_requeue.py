@@ -13,7 +13,7 @@ from servegym.serve.router.placement import Seat
 from servegym.serve.router.requeue import RequeuedError, ask_or_move
 from servegym.serve.state import LiveState
 
-from .running import RATES, run, running, until
+from .running import RATES, VirtualTimeLoop, run, running, until
 
 ASK = {"model": "m", "prompt": "x", "stream": True}
 REQUEUE = {"after_s": 0.05, "margin_requests": 2}
@@ -57,7 +57,7 @@ def test_as_many_move_as_gain_the_margin(start, tmp_path):
             assert [one["replica_name"] for one in row["decisions"]] == ["r0", "r1"]
             assert row["num_retries"] == 1
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_a_request_moves_no_more_often_than_it_may(start):
@@ -73,7 +73,7 @@ def test_a_request_moves_no_more_often_than_it_may(start):
             assert router.state.outstanding(0) == 3
             await leave(router, asking)
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_nothing_moves_without_leave_budget_margin_or_stream(start, settings, bo
             assert router.replicas[0].cancelled == 0
             await leave(router, asking)
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_a_stream_that_has_begun_stays(start):
@@ -108,7 +108,7 @@ def test_a_stream_that_has_begun_stays(start):
             answers = await asyncio.gather(*asking)
             assert {headers["X-Servegym-Replica"] for _, _, headers in answers} == {"r0"}
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_a_fleet_seen_without_a_request_is_as_before_afterwards():

@@ -11,7 +11,7 @@ import pytest
 
 from servegym.serve.router import app
 
-from .running import run, running, until
+from .running import VirtualTimeLoop, run, running, until
 
 BODY = {"model": "m", "prompt": "hello there", "max_tokens": 5}
 STREAM = {**BODY, "stream": True}
@@ -50,7 +50,7 @@ def test_each_token_arrives_when_it_is_made():
             assert len(times) >= 5
             assert times[4] - times[0] > 0.15
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_an_answer_without_stream_keeps_its_headers_and_length():
@@ -140,7 +140,7 @@ def test_load_is_spread_and_metrics_are_scraped():
             assert {status for status, _, _ in await answers} == {200}
             assert it.idle()
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_a_body_that_does_not_come_is_not_waited_for():
             writer.close()
             await until(it.idle)
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 class TestKeys:
@@ -314,7 +314,7 @@ class TestKeys:
                 assert json.loads(refused[1])["error"]["type"] == "rate_limit_error"
                 assert (await it.post(STREAM, headers=alice))[0] == 200
 
-        run(test)
+        run(test, loop=VirtualTimeLoop)
 
     def test_a_tenant_may_send_only_so_many_requests_a_minute(self, monkeypatch):
         settings = self.settings(monkeypatch, limits={"requests_per_min": 3})
@@ -344,7 +344,7 @@ class TestFailures:
                 assert {h["X-Servegym-Replica"] for _, _, h in answers} == {"r0", "r1"}
                 assert it.idle()
 
-        run(test)
+        run(test, loop=VirtualTimeLoop)
 
     @pytest.mark.parametrize("mode", [500, "hang", "headers", "error_first"])
     def test_what_fails_before_the_first_token_is_tried_elsewhere(self, mode):
@@ -357,7 +357,7 @@ class TestFailures:
                 assert it.standing(0).num_ejections == 1
                 assert it.idle()
 
-        run(test)
+        run(test, loop=VirtualTimeLoop)
 
     def test_errors_that_are_the_requests_own_are_passed_on(self):
         async def test() -> None:
@@ -392,7 +392,7 @@ class TestFailures:
                 assert it.router.telemetry.outcomes["failed"] == 1
                 assert it.idle()
 
-        run(test)
+        run(test, loop=VirtualTimeLoop)
 
     @pytest.mark.parametrize(("max_broken", "killed"), [(1, 1), (2, 2), (3, 3), (9, 4)])
     def test_a_request_that_kills_replicas_gets_only_so_many(self, max_broken, killed):
@@ -449,7 +449,7 @@ class TestFailures:
                 assert it.router.telemetry.upstream_failures["r0", "stall"] == 1
                 assert it.idle()
 
-        run(test)
+        run(test, loop=VirtualTimeLoop)
 
     def test_a_client_that_goes_away_frees_the_replica(self):
         async def test() -> None:
@@ -465,7 +465,7 @@ class TestFailures:
                 assert it.router.telemetry.outcomes["cancelled"] == 3
                 assert it.state.is_up(0)  # nobody's fault
 
-        run(test)
+        run(test, loop=VirtualTimeLoop)
 
     def test_a_client_that_goes_away_before_the_first_byte_frees_the_replica_too(self):
         async def test() -> None:
@@ -478,7 +478,7 @@ class TestFailures:
                 await until(it.idle)
                 assert it.router.telemetry.outcomes["cancelled"] == 1
 
-        run(test)
+        run(test, loop=VirtualTimeLoop)
 
     def test_a_client_that_reads_slowly_slows_its_replica_and_is_dropped_at_last(self):
         async def test() -> None:
@@ -496,7 +496,7 @@ class TestFailures:
                     response.close()
                 await until(it.idle)
 
-        run(test)
+        run(test, loop=VirtualTimeLoop)
 
     def test_no_replica_is_a_503_after_a_while_and_all_is_well_when_one_comes(self):
         async def test() -> None:
@@ -513,7 +513,7 @@ class TestFailures:
                 assert (await task)[0] == 200
                 assert it.idle()
 
-        run(test)
+        run(test, loop=VirtualTimeLoop)
 
     def test_the_hold_queue_is_bounded(self):
         async def test() -> None:
@@ -527,7 +527,7 @@ class TestFailures:
                 answers = await asyncio.gather(*tasks)
                 assert sorted(s for s, _, _ in answers) == [200] * 3 + [503] * 5
 
-        run(test)
+        run(test, loop=VirtualTimeLoop)
 
     def test_metrics_that_fail_are_stale_and_the_fallback_decides(self):
         async def test() -> None:
@@ -546,7 +546,7 @@ class TestFailures:
                 await it.post(BODY)
                 assert counters.num_policy == 2
 
-        run(test)
+        run(test, loop=VirtualTimeLoop)
 
 
 class TestOperators:
@@ -565,7 +565,7 @@ class TestOperators:
                 await it.operate("/undrain", {"replica": "r0"})
                 assert (await it.post(STREAM))[2]["X-Servegym-Replica"] == "r0"
 
-        run(test)
+        run(test, loop=VirtualTimeLoop)
 
     def test_a_policy_is_replaced_under_load_and_a_bad_one_is_not(self, tmp_path):
         async def test() -> None:
@@ -586,7 +586,7 @@ class TestOperators:
                 assert {s for s, _, _ in await asyncio.gather(*tasks)} == {200}
                 assert it.router.dispatcher.runtime.counters.num_refused == 1
 
-        run(test)
+        run(test, loop=VirtualTimeLoop)
 
     def test_mode_state_and_wrong_commands(self):
         async def test() -> None:
@@ -647,7 +647,7 @@ class TestHoldAndReject:
                 assert asked[2] >= 0.04
                 assert it.idle()
 
-        run(test)
+        run(test, loop=VirtualTimeLoop)
 
     def test_a_rejection_is_a_429(self, monkeypatch):
         async def test() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from servegym.serve.decision_log import read_rows
 
-from .running import run, running, until
+from .running import VirtualTimeLoop, run, running, until
 
 STREAM = {"model": "m", "stream": True, "max_tokens": 5}
 HELLO = "Tell me a story of a ship that is lost, and of the whale that finds it at last. "
@@ -120,5 +120,5 @@ def test_what_broke_off_is_not_followed(tmp_path):
             await asyncio.sleep(0.1)
             await it.post({**STREAM, "prompt": "x"}, headers={**headers, "x-request-id": "b"})
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
     assert followed(tmp_path) == {"a": None, "b": None}

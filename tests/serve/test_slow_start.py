@@ -13,7 +13,7 @@ from servegym.serve.facts import Rates, fleet_facts
 from servegym.serve.router.slow_start import SlowStart
 from servegym.serve.state import LiveState
 
-from .running import run, running, until
+from .running import VirtualTimeLoop, run, running, until
 
 SLOW = Rates(prefill_tokens_per_s=1000.0, decode_step_s=0.02)
 FAST = Rates(prefill_tokens_per_s=2000.0, decode_step_s=0.01)
@@ -95,7 +95,7 @@ def test_a_replica_that_comes_up_gets_no_flood(slow_start_s, most):
                 task.cancel()
             await asyncio.gather(*asking, return_exceptions=True)
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_a_router_without_replicas_is_alive_and_not_ready():
@@ -116,4 +116,4 @@ def test_a_router_without_replicas_is_alive_and_not_ready():
             assert await ask("/livez") == (200, "alive")
             assert await ask("/readyz") == (503, "stopping")
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)

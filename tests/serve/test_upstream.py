@@ -13,12 +13,13 @@ import time
 
 import aiohttp
 import pytest
+import uvloop
 
 from servegym.serve.router import upstream
 from servegym.serve.router.config import RequestConfig
 from servegym.serve.router.proxy import Proxy
 
-from .running import RATES, run, running, until
+from .running import RATES, VirtualTimeLoop, run, running, until
 
 STREAM = {"model": "m", "prompt": "hello", "max_tokens": 5, "stream": True}
 TOKEN = b'data: {"choices":[{"index":0,"text":"x","finish_reason":null}]}\n\n'
@@ -143,7 +144,7 @@ def test_a_chunk_whose_size_comes_in_two_pieces_is_not_taken_for_a_smaller_one()
             assert (status, body) == (200, TOKEN + TOKEN + large + END)
             assert it.router.telemetry.latencies.total(lambda times: times.itl).count == 3
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_random_scripts_pass_byte_by_byte():
@@ -267,7 +268,7 @@ class TestConnections:
                 assert len(pool._idle) == 1
                 await until(lambda: not pool._idle)
 
-        run(test)
+        run(test, loop=VirtualTimeLoop)
 
     def test_one_that_the_replica_closes_while_idle_is_forgotten(self):
         async def test() -> None:
@@ -328,8 +329,8 @@ def test_tls_to_replicas(tmp_path, monkeypatch):
     run(lambda: test(True))
 
 
-@pytest.mark.parametrize("plain", [False, True])
-def test_a_connection_that_was_made_while_nobody_could_look_counts(plain):
+@pytest.mark.parametrize("loop", [uvloop.new_event_loop, asyncio.new_event_loop])
+def test_a_connection_that_was_made_while_nobody_could_look_counts(loop):
     async def test() -> None:
         loop = asyncio.get_running_loop()
         server = await loop.create_server(asyncio.Protocol, "127.0.0.1", 0)
@@ -344,7 +345,7 @@ def test_a_connection_that_was_made_while_nobody_could_look_counts(plain):
         made.close()
         server.close()
 
-    run(test, plain=plain)
+    run(test, loop=loop)
 
 
 def test_a_replica_that_takes_no_connection_in_time_is_given_up():

@@ -12,7 +12,7 @@ from servegym.policy.contract import REPLICA_FEATURES
 from servegym.serve.decision_log import read_rows
 from servegym.serve.router.workers.decider import Decider
 
-from .running import RATES, run, running, until
+from .running import RATES, VirtualTimeLoop, run, running, until
 from .upstream import Upstream
 
 STREAM = {"model": "m", "prompt": "hello", "stream": True}
@@ -118,7 +118,7 @@ def test_workers_place_a_sequence_of_requests_as_one_process_does(tmp_path, poli
             async with running(4, num_workers, **settings) as it:
                 found[num_workers] = [await play(it, num_workers)]
 
-        run(test)
+        run(test, loop=VirtualTimeLoop)
         rows = sorted(map(steady, read_rows(folder)), key=lambda row: row["key"])
         found[num_workers].append(rows)
     assert found[3][0] == found[0][0]
@@ -188,7 +188,7 @@ def test_a_long_prompt_and_its_continuation_find_each_other_through_two_workers(
                 status, *_ = await it.post(body, worker=i % 2, headers=headers)
                 assert status == 200
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
     rows = {row["key"]: row for row in read_rows(tmp_path)}
     assert rows["q1"]["follows"]["key"] == "q0"
     assert rows["q2"]["follows"] is None
@@ -217,7 +217,7 @@ def test_limits_of_a_tenant_hold_over_all_workers(monkeypatch):
             wrong = {"Authorization": "Bearer sk-nobody-0123456789"}
             assert (await it.post(WHOLE, worker=1, headers=wrong))[0] == 401
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_a_limit_is_known_before_a_body_that_does_not_come(monkeypatch):
@@ -234,7 +234,7 @@ def test_a_limit_is_known_before_a_body_that_does_not_come(monkeypatch):
             assert line.startswith(b"HTTP/1.1 429 ")
             writer.close()
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_pages_and_counts_are_those_of_all():
@@ -258,7 +258,7 @@ def test_pages_and_counts_are_those_of_all():
             async with it.client.get(it.admin + "/state") as response:
                 assert [w["requests"] for w in (await response.json())["workers"]] == [0, 0]
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_clients_that_leave_leave_nothing_behind():
@@ -278,7 +278,7 @@ def test_clients_that_leave_leave_nothing_behind():
             assert it.router.telemetry.outcomes == {"cancelled": 8}
             await until(lambda: sum(replica.cancelled for replica in it.replicas) == 8)
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_a_request_is_tried_again_and_held_by_the_decider():
@@ -300,7 +300,7 @@ def test_a_request_is_tried_again_and_held_by_the_decider():
             assert [status for status, *_ in answers] == [200, 200, 200]
             await until(it.idle)
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_what_a_worker_had_is_ended_when_it_goes(caplog):
@@ -319,7 +319,7 @@ def test_what_a_worker_had_is_ended_when_it_goes(caplog):
                 ask.cancel()
             await until(it.idle)
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
     assert "a worker has gone with 3 requests" in caplog.text
 
 
@@ -346,7 +346,7 @@ def test_without_a_decider_streams_go_on_and_new_requests_are_refused_until_one_
             staying.cancel()
             await until(it.idle)
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_changed_keys_reach_all_workers(tmp_path):
@@ -368,7 +368,7 @@ def test_changed_keys_reach_all_workers(tmp_path):
             assert [await status(w, "sk-alice-0123456789") for w in (0, 1)] == [401, 401]
             assert [await status(w, "sk-bob-0123456789") for w in (0, 1)] == [200, 200]
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 def test_replicas_that_come_are_used_by_all_workers_and_those_that_leave_by_none():
@@ -389,7 +389,7 @@ def test_replicas_that_come_are_used_by_all_workers_and_those_that_leave_by_none
             assert [headers["x-servegym-replica"] for headers in went] == ["r0"] * 4
         await new.stop()
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -404,7 +404,7 @@ def test_what_has_only_a_length_is_measured_where_lengths_are_learnt(num_workers
             status, *_ = await it.post(body, "/v1/embeddings")
             assert status == 200
 
-    run(test)
+    run(test, loop=VirtualTimeLoop)
     (row,) = read_rows(tmp_path)
     decided = row["decisions"][0]
     assert decided["action"] == 0

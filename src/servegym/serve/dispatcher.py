@@ -162,7 +162,7 @@ class Dispatcher:
         config: See `DispatchConfig`.
         replicas: Names of those that are there at first, in slots 0, 1, ...
         facts: Static rows of each, `float64[NUM_NOMINAL, R]`; see `serve.facts.fleet_facts`.
-        clock: Seconds that never go back.
+        clock: Seconds that never go back; `time.monotonic` if it is not given.
 
     Attributes:
         names: Of the replicas, by slot; empty for a free slot.
@@ -182,12 +182,12 @@ class Dispatcher:
         config: DispatchConfig,
         replicas: Sequence[str],
         facts: FloatArray,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self.config = config
         self.names = list(replicas)
         assert len(self.names) == facts.shape[1]
-        self.clock = clock
+        self.clock = clock = clock or time.monotonic
         # of all wall times: arrivals keep their distances where the wall clock is set anew
         self._epoch_s = time.time() - clock()
         classes = [

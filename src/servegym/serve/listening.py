@@ -21,7 +21,8 @@ def bind(host: str, port: int) -> socket.socket:
         OSError: If the address cannot be had, or `OverflowError` if there is no such port.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # by its protocol asyncio knows connections whose small pieces must not wait for each other
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))

@@ -32,7 +32,7 @@ class Pacer:
         replica: The replica.
         speed: Seconds of its clock in one real second.
         deliver: Called with each request that has tokens to send.
-        clock_s: The wall's clock, real seconds.
+        clock_s: The wall's clock, real seconds; `time.monotonic` if it is not given.
         origin_s: When the replica's clock is at 0, by the wall's; now if it is not given.
 
     Attributes:
@@ -44,7 +44,7 @@ class Pacer:
         replica: Replica,
         speed: float,
         deliver: Callable[[EngineRequest], None],
-        clock_s: Callable[[], float] = time.monotonic,
+        clock_s: Callable[[], float] | None = None,
         origin_s: float | None = None,
     ) -> None:
         self.replica = replica
@@ -52,8 +52,8 @@ class Pacer:
         self._speed = speed
         self._deliver = deliver
         self._loop = asyncio.get_running_loop()
-        self._clock_s = clock_s
-        self._origin_s = clock_s() if origin_s is None else origin_s
+        self._clock_s = clock_s or time.monotonic
+        self._origin_s = self._clock_s() if origin_s is None else origin_s
         self._timer: asyncio.TimerHandle | None = None
         self._hung = False
         self._left_s = math.inf  # of the step in progress when it hung
