@@ -180,7 +180,8 @@ more than `wait` seconds of prefill wait where it would go.
 Named as rules are: `--policies generalist`. Files, manifests and cards are in `assets/policies`;
 what they reach is in results: [the generalist's](results.md#one-policy-for-many-scenarios),
 [for the tail](results.md#the-tail), [for
-limits](results.md#limits-from-below-saturation-to-far-beyond).
+limits](results.md#limits-from-below-saturation-to-far-beyond), [for short
+memory](results.md#whom-to-hold), where the router may hold requests (`allow_hold` in its file).
 
 {shipped_table()}
 

@@ -110,6 +110,10 @@ class CrossEntropyTrainer(SearchRun[CrossEntropyTraining, DispatchNetwork]):
             self._base, weights[0], nets, "candidate", extended=self.config.extended
         )
 
+    def compiled(self) -> Heuristic:
+        """Return the best as a compiled rule, which decides as what is exported does."""
+        return self._rule(self.best.numpy())
+
     @override
     def validate(self) -> Validated:
         return self._judged(self._rule(self.search.mean))

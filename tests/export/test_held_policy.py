@@ -12,6 +12,8 @@ import torch
 
 from servegym.agents.network import DispatchNetwork, NetworkConfig
 from servegym.agents.torch_policy import TorchPolicy
+from servegym.baselines.registry import policy
+from servegym.cluster.simulator import Simulator
 from servegym.errors import ExportError
 from servegym.export.from_torch import export_policy
 from servegym.export.manifest import read_manifest
@@ -20,6 +22,7 @@ from servegym.export.sample import sample_observations
 from servegym.policy.contract import Group, ReplicaFeature, RequestFeature
 from servegym.policy.frozen import FrozenPolicy, NumpyPolicy
 from servegym.policy.policy import Observations
+from servegym.policy.run import run as play
 from servegym.scenario import load_scenario
 
 from ..serve.running import RATES, run, running, until  # noqa: TID252 - tests are no package
@@ -91,11 +94,11 @@ def draw(*, hold: bool, reject: bool) -> Observations:
 
 @pytest.mark.parametrize("kind", [NumpyPolicy, FrozenPolicy])
 def test_a_file_holds_as_the_network_does(exported, graph, network, kind):
-    policy = resolve_policy(str(exported if kind is NumpyPolicy else graph))
-    assert isinstance(policy, kind)
-    assert policy.needs & Group.LENGTHS
+    frozen = resolve_policy(str(exported if kind is NumpyPolicy else graph))
+    assert isinstance(frozen, kind)
+    assert frozen.needs & Group.LENGTHS
     seen, envs = draw(hold=True, reject=True), np.arange(NUM_DECISIONS)
-    chosen = policy.act(seen, envs)
+    chosen = frozen.act(seen, envs)
     np.testing.assert_array_equal(chosen, TorchPolicy(network).act(seen, envs))
     waited = seen.request[:, RequestFeature.WAITED_S]
     assert 50 < (chosen == 5).sum() < 350
@@ -105,9 +108,9 @@ def test_a_file_holds_as_the_network_does(exported, graph, network, kind):
 
 @pytest.mark.parametrize("kind", [NumpyPolicy, FrozenPolicy])
 def test_who_may_not_hold_any_longer_dispatches_and_does_not_reject(exported, graph, kind):
-    policy = resolve_policy(str(exported if kind is NumpyPolicy else graph))
+    frozen = resolve_policy(str(exported if kind is NumpyPolicy else graph))
     seen, envs = draw(hold=False, reject=True), np.arange(NUM_DECISIONS)
-    chosen = policy.act(seen, envs)
+    chosen = frozen.act(seen, envs)
     assert (chosen < 5).all()
     assert seen.mask[envs, chosen].all()
 
@@ -154,3 +157,17 @@ def test_the_router_holds_by_it_until_there_is_room_or_time_is_up(exported):
 
     assert RATES["prefill_tokens_per_s"] == 1000.0
     run(test)
+
+
+def test_the_one_that_comes_with_it_is_ahead_of_the_tuned_rule_where_kv_is_short():
+    scenario, learned = load_scenario("short-kv-hold"), resolve_policy("held")
+    tuned = policy("added-delay-held:prefill=2.306,decode=0.4906,wait=0.7424")
+    simulators = []
+    for by in (learned, tuned):
+        episode = scenario.episode(0, load=1.2, num_requests=400)
+        simulators.append(Simulator(scenario.spec, [episode]))
+        play(simulators[-1], by)
+    ends = [s.outcomes() for s in simulators]
+    assert ends[0]["num_holds"].any()
+    means = [np.mean(x["finish_s"] - x["arrival_s"]) for x in ends]
+    assert means[0] < 0.97 * means[1]
