@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -104,6 +105,8 @@ class Processes:
         except ConnectionRefusedError:
             return False
         writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
         return True
 
     async def stop(self) -> None:
@@ -127,7 +130,7 @@ def test_a_router_outlives_each_of_its_processes_and_ends_in_order(tmp_path):
         assert await asyncio.gather(*(it.ask() for _ in range(6))) == [(200, 6)] * 6
 
         # a worker is killed: its streams break off, the other's go on, and another comes
-        it.replica.gap_s = 0.15
+        it.replica.gap_s = 0.3
         streams = [asyncio.create_task(it.ask()) for _ in range(8)]
         async with asyncio.timeout(10):
             while it.replica.running < 8:
