@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -104,6 +105,8 @@ class Processes:
         except ConnectionRefusedError:
             return False
         writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
         return True
 
     async def stop(self) -> None:
