@@ -43,8 +43,9 @@ class Acting:
         """
         if self._compiled is not None:
             described = self._compiled.describe(replicas, request, mask)
-            arrays = (torch.from_numpy(array) for array in described)
-            return Prepared(*arrays, hold=torch.empty(len(request), 0))  # no rule run here holds
+            inputs, present, prior, allowed = (torch.from_numpy(array) for array in described)
+            no_hold = torch.empty(len(request), 0)  # no rule that runs here holds
+            return Prepared(inputs, present, prior, allowed, no_hold)
         return self._network.prepare(
             torch.from_numpy(replicas).to(self._device),
             torch.from_numpy(request).to(self._device),
