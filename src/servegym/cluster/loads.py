@@ -116,7 +116,7 @@ def recompute_s(p: Params, s: State, e: int, r: int, computed: int, tokens: int)
     total_s = 0.0
     while tokens > 0:
         chunk = min(tokens, p.max_num_batched_tokens[t])
-        total_s += dense_s(p, t, chunk) + prefill_s(p, t, chunk, computed)
+        total_s += max(dense_s(p, t, chunk) + prefill_s(p, t, chunk, computed), p.eager_s[t])
         computed += chunk
         tokens -= chunk
     return total_s / v.speed

@@ -162,7 +162,10 @@ class EngineSetup:
         It goes by the rules of vLLM V1, as all such workers do. Its KV takes the network of its
         GPUs, each of which has a link of its own.
         """
-        made = self.replica(constants, world)
+        # a decoding worker launches no prefill: the one token that it computes of what has landed
+        # is a decode to it
+        alone = self if role == "prefill" else replace(self, eager_layer_s=0.0)
+        made = alone.replica(constants, world)
         shared = made.shared
         if role == "decode" and shared is not None:
             # what is admitted there computes one token: no text falls on the experts unevenly

@@ -134,6 +134,7 @@ def form_prefill(p: Params, s: State, e: int, d: int) -> None:
     if batch > 0:
         kv_tokens = v.kv_tokens + 0.5 * batch * (num_steps + 1.0)
         cost_s += num_steps * mixed_s(p.engine, t, batch, kv_tokens)
+    cost_s = max(cost_s, num_steps * p.engine.eager_s[t])
     v.prefilling = count
     v.prefill_left_s = cost_s
     v.prefill_clock = v.clock + num_steps

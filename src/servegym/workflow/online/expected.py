@@ -17,7 +17,8 @@ def llm_time_s(p: Params, t: int, prompt: int, output: float) -> float:
     total_s, done = 0.0, 0
     while done < prompt:
         chunk = min(budget, prompt - done)
-        total_s += dense_s(p.engine, k, chunk) + prefill_s(p.engine, k, chunk, done)
+        step_s = dense_s(p.engine, k, chunk) + prefill_s(p.engine, k, chunk, done)
+        total_s += max(step_s, p.engine.eager_s[k])
         done += chunk
     return total_s + (output - 1.0) * llm_step_s(p, t, prompt, output)
 

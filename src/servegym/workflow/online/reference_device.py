@@ -230,6 +230,7 @@ class Device:
         if decodes:
             kv = self.kv_tokens + 0.5 * decodes * (num_steps + 1.0)
             cost_s += num_steps * grid.mixed(decodes, kv)
+        cost_s = max(cost_s, num_steps * grid.eager_s)
         self.prefill_left_s = cost_s
         self.prefill_clock = self.clock + num_steps
         self.step_s = cost_s / num_steps
