@@ -51,16 +51,12 @@ SIZE = EngineSize(
 )
 MAX_OUTPUT_TOKENS = 200
 RULES = ("round-robin", "least-outstanding", "speed-family", "added-delay")
-CHAT_RULES = (
-    "round-robin",
-    "least-outstanding",
-    "prefix-load",
-    "added-delay-inferred",
-    "generalist",
-)
+CHAT_RULES = ("round-robin", "least-outstanding", "prefix-load", "added-delay-inferred")
 #: Of stand-alone requests and of conversations: to keep the three servers busy, but no more.
 RATES_RPS = {False: 2.6, True: 2.8}
 FIRST_SEED = 2_000_000
+#: What `servegym train` writes, a network or what has none.
+EXPORTED = ("policy.onnx", "policy.npz")
 COMMAND = str(Path(sys.executable).with_name("servegym"))
 
 
@@ -352,7 +348,7 @@ async def measure(
         for policy in args.policies:
             text = policy
             if policy == "trained":
-                (text,) = (str(p) for p in trained.iterdir() if p.suffix in (".onnx", ".npz"))
+                (text,) = (str(p) for p in trained.iterdir() if p.name in EXPORTED)
             predicted = simulate(scenario, episode, text)
             # other words each time: the servers remember those of the policy before
             bodies = [
