@@ -31,6 +31,8 @@ from .upstream import Upstream
 #: a loop of virtual time looks before its time goes by.
 _ON_ITS_WAY_S = 0.001
 _LOOKS = 20
+#: No timer of it runs out before its time, however that is rounded.
+_LATE_S = 1e-7
 #: Longer than any policy takes to decide.
 PATIENT_S = 60.0
 RATES = {"prefill_tokens_per_s": 1000.0, "decode_step_s": 0.01}
@@ -167,7 +169,7 @@ class _Selector(selectors.DefaultSelector):
                 return events
             if time.perf_counter() - begin_s < 2.0 * _ON_ITS_WAY_S:
                 break  # else the machine is busy, and its kernel may be, too
-        self.now_s += timeout
+        self.now_s += timeout + _LATE_S
         return []
 
 
