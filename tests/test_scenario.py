@@ -155,6 +155,15 @@ def test_stages_share_the_layers_and_have_the_blocks_of_the_tightest():
     assert world.pipeline.stage_s([], 8, 8000) != (first_s, last_s)
 
 
+def test_prefills_take_as_long_as_their_launches_and_stages_launch_their_share():
+    entry = {"gpu": "A100-SXM-80GB", "eager_prefill_s": 0.08}
+    (plain,) = scenario(fleet=[entry]).spec.types
+    assert plain.grid.step_s([(1, 0)]) == 0.08
+    assert plain.grid.step_s([], 1, 100) < 0.08
+    (staged,) = scenario(fleet=[{**entry, "pipeline_parallel_size": 2}]).spec.types
+    assert staged.pipeline.stage_s([(1, 0)]) == (0.04, 0.04)
+
+
 def test_stages_on_nodes_of_their_own_are_linked():
     entry = {"gpu": "A100-SXM-80GB", "tp": 8, "pipeline_parallel_size": 2}
     slow, fast = (
