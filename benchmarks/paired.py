@@ -32,12 +32,14 @@ import numpy as np
 if TYPE_CHECKING:
     from servegym.typing import FloatArray
 
-#: Id, scenario, environments (0: one, without the vector form) and decisions of a slice.
+#: Id, scenario, environments (0: one, without the vector form) and decisions of a slice; with the
+#: name `-episodes` as many as an episode of each has, so that all drawing and ending is in it.
 ENVIRONMENTS = {
     "dispatch": ("servegym/Dispatch-v1", "mixed-chat", 0, 5_000),
     "dispatch-1": ("servegym/Dispatch-v1", "mixed-chat", 1, 5_000),
     "dispatch-16": ("servegym/Dispatch-v1", "mixed-chat", 16, 5_000),
     "dispatch-64": ("servegym/Dispatch-v1", "mixed-chat", 64, 5_120),
+    "dispatch-64-episodes": ("servegym/Dispatch-v1", "mixed-chat", 64, 131_072),
     "dispatch-256": ("servegym/Dispatch-v1", "mixed-chat", 256, 5_120),
     "dispatch-hetero-64": ("servegym/Dispatch-v1", "hetero-prefix", 64, 5_120),
     "preemption-64": ("servegym/Preemption-v0", "kv-starved", 64, 8_000),
@@ -50,6 +52,7 @@ SIMULATOR = {
     "simulator-64": ("bench", 64, 16_000),
     "simulator-512": ("bench", 512, 32_000),
     "simulator-mixed-chat": ("mixed-chat", 0, 2_048),
+    "simulator-agents-tiers": ("agents-tiers", 0, 512),
 }
 
 #: Scenario, and episodes of 2,048 requests that a slice draws and loads.

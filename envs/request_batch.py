@@ -70,9 +70,9 @@ class RequestBatch(Batch):
         The first to arrive, in the warm-up, do not count, nor those that had not ended at a
         truncation.
         """
-        done = self.simulator.outcomes(env)
-        done = done[np.argsort(done["arrival_s"], kind="stable")][self.settings.warmup :]
-        done = done[np.isfinite(done["finish_s"])]
+        done = self.simulator.judged(env)
+        rows = np.argsort(done["arrival_s"], kind="stable")[self.settings.warmup :]
+        done = done.take(rows[np.isfinite(done["finish_s"][rows])])
         if not len(done):
             return (0.0,) * 5
         ttft_s, _, e2e_s = latencies(done)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from servegym.cluster.pool import find_block
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import ClusterSpec, Episode, Faults
 from servegym.cluster.state import (
@@ -135,12 +137,13 @@ def test_the_prefix_index_names_exactly_the_blocks_with_an_identity(seed):
         assert len(episode.type_idx)
         for r, type_idx in enumerate(episode.type_idx):
             blocks = sim.state.block[0, r][: spec.types[type_idx].num_blocks]
-            known = sim.state.prefix_cache[0, r]
-            known = known[known["block"] >= 0]
+            firsts = sim.state.prefix_cache[0, r]
+            reached = [chain(blocks, int(first), "behind") for first in firsts[firsts >= 0]]
             named = np.flatnonzero(blocks["identity"])
-            assert sorted(known["block"]) == named.tolist()
-            names = blocks["identity"][known["block"]]
-            assert known["tag"].tolist() == ((names ^ (names >> 32)) & 0x7FFFFFFF).tolist()
+            assert sorted(itertools.chain.from_iterable(reached)) == named.tolist()
+            names = blocks["identity"][named]
+            found = [find_block(firsts, blocks.view(np.recarray), name) for name in names]
+            assert blocks["identity"][found].tolist() == names.tolist()
             shared = {int(name) for name in blocks["identity"] if name > 0}
             here = (sim.state.cached_on[0, :, 0] >> r) & 1
             assert set(np.flatnonzero(here)) == shared

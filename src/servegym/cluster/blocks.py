@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from servegym.cluster.identities import identity_of, segment_of
+from servegym.cluster.identities import text_at
 from servegym.cluster.jit import helper, inlined
 from servegym.cluster.pool import find_block, insert, set_free, take, unlink
 from servegym.cluster.retention import make_room
@@ -37,7 +37,7 @@ def reset_blocks(p: Params, s: State, e: int, r: int) -> None:
     blocks[end].before = num_blocks - 1
     prefix_cache = s.prefix_cache[e, r]
     for i in range(prefix_cache.shape[0]):
-        prefix_cache[i].block = -1
+        prefix_cache[i] = -1
     v.num_reserve = 0
     rows = s.free_slots.shape[2]
     for i in range(rows):
@@ -56,8 +56,7 @@ def take_for_decodes(p: Params, s: State, e: int, r: int, count: int) -> None:
     blocks, prefix_cache, reserve = s.block[e, r], s.prefix_cache[e, r], s.reserve[e, r]
     cached_on = s.cached_on[e]
     place = v.num_reserve
-    for i in range(place, place + count):
-        reserve[i] = take(blocks, prefix_cache, cached_on, r)
+    take(blocks, prefix_cache, cached_on, r, reserve, place, place + count)
     v.num_reserve = place + count
     v.free_blocks -= count
 
@@ -96,8 +95,7 @@ def take_for_chunk(
     make_room(p, s, e, r, need - have)
     row, blocks, prefix_cache = s.table[e, r, q.seq_slot], s.block[e, r], s.prefix_cache[e, r]
     cached_on = s.cached_on[e]
-    for j in range(have, need):
-        row[j] = take(blocks, prefix_cache, cached_on, r)
+    take(blocks, prefix_cache, cached_on, r, row, have, need)
     s.replica[e, r].free_blocks -= need - have
     name_blocks(
         p,
@@ -116,13 +114,15 @@ def name_blocks(p: Params, s: State, e: int, r: int, request: int, first: int, e
     row, blocks = s.table[e, r, s.request[e, request].seq_slot], s.block[e, r]
     prefix_cache, cached_on, here = s.prefix_cache[e, r], s.cached_on[e], 1 << (r & 63)
     seg = s.request[e, request].segment_first
-    for j in range(first, end):
-        seg = segment_of(p, s, e, request, j, seg)
-        identity = identity_of(s, e, request, j, seg)
-        insert(prefix_cache, identity, row[j])
-        blocks[row[j]].identity = identity
-        if identity > 0:
-            cached_on[identity, r >> 6] |= here
+    j = first
+    while j < end:
+        seg, name, stop = text_at(p, s, e, request, j, seg)
+        for i in range(j, min(stop, end)):
+            identity = name + i
+            insert(prefix_cache, blocks, identity, row[i])
+            if identity > 0:
+                cached_on[identity, r >> 6] |= here
+        j = stop
 
 
 @helper
@@ -131,14 +131,17 @@ def count_hits(p: Params, s: State, e: int, r: int, request: int, max_blocks: in
     prefix_cache, blocks = s.prefix_cache[e, r], s.block[e, r]
     cached_on, here = s.cached_on[e], 1 << (r & 63)
     seg = s.request[e, request].segment_first
-    for j in range(max_blocks):
-        seg = segment_of(p, s, e, request, j, seg)
-        identity = identity_of(s, e, request, j, seg)
-        if identity > 0:
-            if cached_on[identity, r >> 6] & here == 0:
-                return j
-        elif find_block(prefix_cache, blocks, identity) < 0:
-            return j
+    j = 0
+    while j < max_blocks:
+        seg, name, stop = text_at(p, s, e, request, j, seg)
+        for i in range(j, min(stop, max_blocks)):
+            identity = name + i
+            if identity > 0:
+                if cached_on[identity, r >> 6] & here == 0:
+                    return i
+            elif find_block(prefix_cache, blocks, identity) < 0:
+                return i
+        j = stop
     return max_blocks
 
 
@@ -153,14 +156,17 @@ def match(p: Params, s: State, e: int, r: int, request: int, max_blocks: int) ->
     prefix_cache, blocks = s.prefix_cache[e, r], s.block[e, r]
     seg = s.request[e, request].segment_first
     unheld = 0
-    for j in range(max_blocks):
-        seg = segment_of(p, s, e, request, j, seg)
-        block = find_block(prefix_cache, blocks, identity_of(s, e, request, j, seg))
-        if block < 0:
-            return j, unheld
-        row[j] = block
-        if blocks[block].holders == 0:
-            unheld += 1
+    j = 0
+    while j < max_blocks:
+        seg, name, stop = text_at(p, s, e, request, j, seg)
+        for i in range(j, min(stop, max_blocks)):
+            block = find_block(prefix_cache, blocks, name + i)
+            if block < 0:
+                return i, unheld
+            row[i] = block
+            if blocks[block].holders == 0:
+                unheld += 1
+        j = stop
     return max_blocks, unheld
 
 

@@ -11,8 +11,8 @@ from servegym.cluster.router import (
     count_outstanding,
     count_prefill,
     enqueue,
+    hit_tokens_now,
     kv_need,
-    prefix_hit_tokens,
 )
 from servegym.cluster.state import (
     DECODE_ONLY,
@@ -131,7 +131,7 @@ def send(p: Params, s: State, e: int, request: int, r: int) -> None:
     q.replica = r
     q.dispatch_s = now_s
     log_event(p, s, e, now_s, EV_DISPATCH, request, r, 0.0)
-    q.hit_hint = prefix_hit_tokens(p, s, e, r, request, now_s) if p.prefix_caching else 0
+    q.hit_hint = hit_tokens_now(p, s, e, r, request, now_s)
     count_outstanding(s, e, r, request)
     count_prefill(s, e, r, request)
     s.replica[e, r].last_dispatch_s = now_s

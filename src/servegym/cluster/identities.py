@@ -43,6 +43,20 @@ def identity_of(s: State, e: int, request: int, j: int, seg: int) -> int:
     return (private_names(request) if own else s.segment[e, seg].first_name) + j
 
 
+@inlined
+def text_at(p: Params, s: State, e: int, request: int, j: int, seg: int) -> tuple[int, int, int]:
+    """What names block `j` of a request, and those behind it, looked for from segment `seg` on.
+
+    Returns:
+        The segment; what the number of a block is added to for its name; the first block that has
+        another segment.
+    """
+    seg = segment_of(p, s, e, request, j, seg)
+    if seg == s.request[e, request].segment_stop:
+        return seg, private_names(request), 1 << 31
+    return seg, s.segment[e, seg].first_name, s.segment[e, seg].end // p.block_size
+
+
 @kernel
 def number_texts(
     keys: IntArray,

@@ -92,6 +92,7 @@ def advance(p: Params, s: State, e: int) -> int:
     env = s.env[e]
     if env.decision != NO_DECISION:
         return DECISION
+    env.looked_up = -1
     size = s.request.shape[1]
     num_requests = env.num_requests
     while env.num_ended < num_requests:
@@ -399,6 +400,7 @@ def reset_env(p: Params, s: State, e: int) -> None:
     env.decision = NO_DECISION
     env.deciding = -1
     env.asking = -1
+    env.looked_up = -1
     env.num_timers = 0
     env.num_set = 0
     env.keep_s = p.retain_kv_s

@@ -82,6 +82,21 @@ OUTCOME_DTYPE = np.dtype(
         ("stored_bytes", "f8"),
     ]
 )
+#: What latencies, limits and goodput are worked out from: `OUTCOME_DTYPE` without the rest.
+JUDGED_DTYPE = np.dtype(
+    [
+        (name, OUTCOME_DTYPE[name])
+        for name in (
+            "arrival_s",
+            "first_token_s",
+            "finish_s",
+            "output_tokens",
+            "slo_class",
+            "rejected",
+        )
+    ],
+    align=True,
+)
 #: Columns of what was loaded, in the order of the tiers; the last is of other replicas.
 SOURCE_COLUMNS = ("host_tokens", "disk_tokens", "store_tokens", "peer_tokens")
 
@@ -165,8 +180,9 @@ def outcomes_from_events(events: NDArray[np.void], table: RequestTable) -> NDArr
 def within_slo(outcomes: NDArray[np.void], spec: ClusterSpec) -> BoolArray:
     """Which requests met all limits of their class; rejected ones did not."""
     ttft, tpot, _ = latencies(outcomes)
-    limits = np.array([(c.ttft_s, c.tpot_s) for c in spec.slo_classes])[outcomes["slo_class"]]
-    ok = (ttft <= limits[:, 0]) & (np.nan_to_num(tpot, nan=0.0) <= limits[:, 1])
+    limits = np.array([(c.ttft_s, c.tpot_s) for c in spec.slo_classes])
+    ttft_limit, tpot_limit = (limit.take(outcomes["slo_class"]) for limit in limits.T)
+    ok = (ttft <= ttft_limit) & ~(tpot > tpot_limit)  # one token has no TPOT to exceed
     return np.asarray(ok & ~outcomes["rejected"])
 
 

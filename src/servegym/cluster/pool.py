@@ -4,98 +4,108 @@ from __future__ import annotations
 
 from servegym.cluster.jit import inlined
 from servegym.cluster.state import Records
-from servegym.typing import IntArray
+from servegym.typing import Int32Array, IntArray
 
 
 @inlined
-def _tag_of(identity: int) -> int:
-    """31 bits of an identity, which the map keeps beside its block; they rarely lie."""
-    return (identity ^ (identity >> 32)) & 0x7FFFFFFF
+def _place_of(identity: int, mask: int) -> int:
+    """Where in a map an identity belongs: the blocks of a text lie side by side.
+
+    Shared texts are numbered, so that they lie beside each other, too; what belongs to one request,
+    and what a live engine names, begins somewhere.
+    """
+    begin = (((identity >> 32) & 0x7FFFFFFF) * 0x9E3779B1) >> 16
+    return ((identity & 0xFFFFFFFF) + begin) & mask
 
 
 @inlined
-def _slot_of(tag: int, mask: int) -> int:
-    """Where to look first: eight blocks in a row of one text lie in one cache line."""
-    return (((((tag >> 3) * 0x9E3779B1) >> 16) << 3) | (tag & 7)) & mask
-
-
-@inlined
-def find_block(prefix_cache: Records, blocks: Records, identity: int) -> int:
+def find_block(cache: Int32Array, blocks: Records, identity: int) -> int:
     """Return the block with this identity, or -1.
 
     Args:
-        prefix_cache: `State.prefix_cache[e, r]`; callers look it up before their loops.
+        cache: `State.prefix_cache[e, r]`; callers look it up before their loops.
         blocks: `State.block[e, r]`, or those of a tier, whose map it is.
         identity: See `cluster.identities`.
     """
-    mask = prefix_cache.shape[0] - 1
-    tag = _tag_of(identity)
-    i = _slot_of(tag, mask)
-    while prefix_cache[i].block >= 0:
-        if prefix_cache[i].tag == tag and blocks[prefix_cache[i].block].identity == identity:
-            return prefix_cache[i].block
-        i = (i + 1) & mask
-    return -1
+    block = cache[_place_of(identity, cache.shape[0] - 1)]
+    while block >= 0 and blocks[block].identity != identity:
+        block = blocks[block].behind
+    return block
 
 
 @inlined
-def insert(prefix_cache: Records, identity: int, block: int) -> None:
-    """Note which block has an identity; of several, `find_block` returns the first noted."""
-    mask = prefix_cache.shape[0] - 1
-    tag = _tag_of(identity)
-    i = _slot_of(tag, mask)
-    while prefix_cache[i].block >= 0:
-        i = (i + 1) & mask
-    prefix_cache[i].tag = tag
-    prefix_cache[i].block = block
+def insert(cache: Int32Array, blocks: Records, identity: int, block: int) -> None:
+    """Give a block its identity; of several with the same, `find_block` returns the first."""
+    place = _place_of(identity, cache.shape[0] - 1)
+    blocks[block].identity = identity
+    blocks[block].behind = -1
+    other = cache[place]
+    if other < 0:
+        cache[place] = block
+        return
+    while blocks[other].behind >= 0:
+        other = blocks[other].behind
+    blocks[other].behind = block
 
 
 @inlined
-def forget(prefix_cache: Records, blocks: Records, block: int) -> bool:
-    """Delete a block's entry; later ones of its probe run move back in order, leaving no marks.
+def forget(cache: Int32Array, blocks: Records, block: int) -> bool:
+    """Take its identity from a block.
 
     Returns:
-        Whether no other block has its identity.
+        Whether no other block has the same.
     """
-    mask = prefix_cache.shape[0] - 1
     identity = blocks[block].identity
-    tag = _tag_of(identity)
+    place = _place_of(identity, cache.shape[0] - 1)
+    blocks[block].identity = 0
+    behind = blocks[block].behind
+    other = cache[place]
+    if other == block:
+        cache[place] = behind
+        other = behind
     last = True
-    i = _slot_of(tag, mask)
-    while prefix_cache[i].block != block:
-        if prefix_cache[i].tag == tag and blocks[prefix_cache[i].block].identity == identity:
-            last = False
-        i = (i + 1) & mask
-    j = i
-    while True:
-        j = (j + 1) & mask
-        if prefix_cache[j].block < 0:
-            break
-        if prefix_cache[j].tag == tag and blocks[prefix_cache[j].block].identity == identity:
-            last = False
-        home = _slot_of(prefix_cache[j].tag, mask)
-        if ((j - home) & mask) >= ((j - i) & mask):
-            prefix_cache[i].tag = prefix_cache[j].tag
-            prefix_cache[i].block = prefix_cache[j].block
-            i = j
-    prefix_cache[i].block = -1
+    while other >= 0:
+        last &= blocks[other].identity != identity
+        following = blocks[other].behind
+        if following == block:
+            blocks[other].behind = behind
+            following = behind
+        other = following
     return last
 
 
 @inlined
-def take(blocks: Records, prefix_cache: Records, cached_on: IntArray, r: int) -> int:
-    """Take the least recently used free block of replica `r`; it loses its identity."""
+def take(
+    blocks: Records,
+    cache: Int32Array,
+    cached_on: IntArray,
+    r: int,
+    row: Int32Array,
+    first: int,
+    stop: int,
+) -> None:
+    """Take the least recently used free blocks of a replica; they lose their identities.
+
+    Args:
+        blocks: `State.block[e, r]`.
+        cache: `State.prefix_cache[e, r]`.
+        cached_on: `State.cached_on[e]`.
+        r: Replica.
+        row: Where their numbers go.
+        first: First place of it that is written.
+        stop: The one behind the last.
+    """
     end = blocks.shape[0] - 1
     block = blocks[end].after
-    blocks[end].after = blocks[block].after
-    blocks[blocks[block].after].before = end
-    identity = blocks[block].identity
-    if identity != 0:
-        if forget(prefix_cache, blocks, block) and identity > 0:
+    for j in range(first, stop):
+        row[j] = block
+        blocks[block].holders = 1
+        identity = blocks[block].identity
+        if identity != 0 and forget(cache, blocks, block) and identity > 0:
             cached_on[identity, r >> 6] &= ~(1 << (r & 63))
-        blocks[block].identity = 0
-    blocks[block].holders = 1
-    return block
+        block = blocks[block].after
+    blocks[end].after = block
+    blocks[block].before = end
 
 
 @inlined

@@ -17,7 +17,7 @@ from servegym.cluster.entry import ADMIT_LANDED, entry
 from servegym.cluster.heap import set_event
 from servegym.cluster.jit import helper, inlined
 from servegym.cluster.log import log_event
-from servegym.cluster.pool import take as take_block
+from servegym.cluster.pool import take
 from servegym.cluster.retention import make_room
 from servegym.cluster.running import link_running
 from servegym.cluster.state import (
@@ -44,8 +44,7 @@ def take_ahead(p: Params, s: State, e: int, r: int, slot: int, have: int, need: 
         make_room(p, s, e, r, need - have)
         row, pool, prefix_cache = s.table[e, r, slot], s.block[e, r], s.prefix_cache[e, r]
         cached_on = s.cached_on[e]
-        for j in range(have, need):
-            row[j] = take_block(pool, prefix_cache, cached_on, r)
+        take(pool, prefix_cache, cached_on, r, row, have, need)
     s.replica[e, r].free_blocks -= need - have
 
 

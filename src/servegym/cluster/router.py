@@ -83,6 +83,15 @@ def see_prefixes(p: Params, s: State, e: int, request: int, now_s: float) -> Non
                 if (having >> (r - first)) & 1:
                     blocks = count_hits(p, s, e, r, request, j) if q.cached >= 0 else j
                     rows[OBSERVED_PREFIX_HIT, r] = blocks * p.block_size
+    s.env[e].looked_up = request
+
+
+@inlined
+def hit_tokens_now(p: Params, s: State, e: int, r: int, request: int, now_s: float) -> int:
+    """`prefix_hit_tokens` of a replica that is up, from the observation if that is of now."""
+    if s.env[e].looked_up == request:
+        return int(s.observation[e, OBSERVED_PREFIX_HIT, r])
+    return prefix_hit_tokens(p, s, e, r, request, now_s)
 
 
 @inlined

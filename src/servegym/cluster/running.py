@@ -242,8 +242,12 @@ def blocks_for_steps(p: Params, s: State, e: int, r: int, first: int, count: int
     size = p.block_size
     cycles = count // size
     blocks = cycles * s.replica[e, r].num_decodes
-    for i in range(first, first + count - cycles * size):
-        blocks += s.phase[e, r, i % size]
+    i = first % size
+    for _ in range(count - cycles * size):
+        blocks += s.phase[e, r, i]
+        i += 1
+        if i == size:
+            i = 0
     return blocks
 
 

@@ -19,7 +19,7 @@ from servegym.cluster.allocate import (
 from servegym.cluster.entry import addresses
 from servegym.cluster.jit import kernel
 from servegym.cluster.kernels import advance, apply, may_answer
-from servegym.cluster.outcome import OUTCOME_DTYPE, SOURCE_COLUMNS
+from servegym.cluster.outcome import JUDGED_DTYPE, OUTCOME_DTYPE, SOURCE_COLUMNS
 from servegym.cluster.spec import ClusterSpec, Episode
 from servegym.cluster.state import (
     DISPATCH,
@@ -216,32 +216,31 @@ class Simulator:
                 f"choose one of {allowed} ({others})"
             )
 
-    def outcomes(self, env: int = 0) -> NDArray[np.void]:
-        """Return the fate of every request, `OUTCOME_DTYPE[n]`."""
+    def judged(self, env: int = 0) -> NDArray[np.void]:
+        """Return of every request what metrics of an episode need, `JUDGED_DTYPE[n]`."""
         arrived = int(self.state.env[env]["next_arrival"])
         request = self.state.request[env, : int(self.state.env[env]["num_requests"])]
-        out = np.zeros(len(request), OUTCOME_DTYPE)
-        out["request"] = np.arange(len(request))
-        for column in (
-            "arrival_s",
-            "dispatch_s",
-            "scheduled_s",
-            "first_token_s",
-            "finish_s",
-        ):
+        out = np.empty(len(request), JUDGED_DTYPE)
+        for column in ("arrival_s", "first_token_s", "finish_s", "slo_class"):
             out[column] = request[column]
         out["arrival_s"][arrived:][request["after"][arrived:] == BY_ITSELF] = np.nan
-        out["rejected"] = request["status"] == REJECTED
-        out["prompt_tokens"] = request["prompt"]
         out["output_tokens"] = request["output"]
+        out["rejected"] = request["status"] == REJECTED
+        return out
+
+    def outcomes(self, env: int = 0) -> NDArray[np.void]:
+        """Return the fate of every request, `OUTCOME_DTYPE[n]`."""
+        judged = self.judged(env)
+        request = self.state.request[env, : len(judged)]
+        out = np.zeros(len(request), OUTCOME_DTYPE)
+        for name in judged.dtype.names or ():
+            out[name] = judged[name]
+        out["request"] = np.arange(len(request))
+        for column in ("dispatch_s", "scheduled_s"):
+            out[column] = request[column]
+        out["prompt_tokens"] = request["prompt"]
         out["cached_tokens"] = np.maximum(request["cached"], 0)
-        for column in (
-            "replica",
-            "num_preemptions",
-            "num_restarts",
-            "num_holds",
-            "slo_class",
-        ):
+        for column in ("replica", "num_preemptions", "num_restarts", "num_holds"):
             out[column] = request[column]
         out["tenant"] = self.episodes[env].table.tenant
         out["prefill_replica"] = -1

@@ -337,6 +337,7 @@ ENV_DTYPE = np.dtype(
         ("next_sent", "i8"),  # first that waits for any end and is not yet on its way
         ("decision", "i8"),  # kind of the decision that is due, NO_DECISION: none is
         ("deciding", "i8"),  # request it is about, -1: none or several
+        ("looked_up", "i8"),  # request whose prefix hits are in `observation` now, -1: of none are
         ("asking", "i8"),  # replica whose engine asks, -1: none
         ("num_timers", "i8"),
         ("num_set", "i8"),  # timers of requests so far: the first set is due first
@@ -506,7 +507,14 @@ TIER_DTYPE = np.dtype(
 )
 #: A block in a tier, in a list by last use.
 TIER_BLOCK_DTYPE = np.dtype(
-    [("identity", "i8"), ("ready_s", "f8"), ("after", "i4"), ("before", "i4")], align=True
+    [
+        ("identity", "i8"),
+        ("ready_s", "f8"),
+        ("after", "i4"),
+        ("before", "i4"),
+        ("behind", "i4"),  # next block of its place in the map
+    ],
+    align=True,
 )
 #: Place `i` of a pipeline: its stage, and of every `num_stages` batches the one in that place.
 FLIGHT_DTYPE = np.dtype(
@@ -537,11 +545,10 @@ BLOCK_DTYPE = np.dtype(
         ("keepers", "i4"),  # retained turns
         ("after", "i4"),
         ("before", "i4"),
+        ("behind", "i4"),  # next block of its place in the map from identities, -1: none
     ],
     align=True,
 )
-#: A place in a hash map from identities, of which it has some bits, to blocks; -1: empty.
-PREFIX_CACHE_DTYPE = np.dtype([("tag", "i4"), ("block", "i4")], align=True)
 FAULT_DTYPE = np.dtype(
     [("time_s", "f8"), ("value", "f8"), ("replica", "i8"), ("kind", "i8")], align=True
 )
@@ -562,7 +569,7 @@ class State(NamedTuple):
     ends: Records  # END_DTYPE[E, R, max_num_seqs] heap; key: last step << 32 | order of joining
     due: Records  # DUE_DTYPE[E, R] heap of replicas by their next event
     block: Records  # BLOCK_DTYPE[E, R, B + 1]; who has them, free list with its end at index B
-    prefix_cache: Records  # PREFIX_CACHE_DTYPE[E, R, H] hash map from identity to block
+    prefix_cache: Int32Array  # [E, R, H] hash map from identities: first block of a place, or -1
     cached_on: IntArray  # [E, N, ceil(R / 64)] by shared block's number: bits of who has it cached
     reserve: Int32Array  # [E, R, B] blocks taken by decodes, not yet given to one
     table: Int32Array  # [E, R, max_num_seqs, W] block table; `max_num_held` more rows if KV moves
@@ -575,9 +582,9 @@ class State(NamedTuple):
     load: Records  # LOAD_DTYPE[E, N]; [E, 1] if there are no tiers, as 1 for all other lengths here
     tier: Records  # TIER_DTYPE[E, R, NUM_TIERS]
     tier_block: Records  # TIER_BLOCK_DTYPE[E, R, 2, C + 1] of host and disk, list's end at index C
-    tier_cache: Records  # PREFIX_CACHE_DTYPE[E, R, 2, H] hash map from identity to block
+    tier_cache: Int32Array  # [E, R, 2, H] maps as `prefix_cache`
     store_block: Records  # TIER_BLOCK_DTYPE[E, C + 1] of the cluster's store
-    store_cache: Records  # PREFIX_CACHE_DTYPE[E, H]
+    store_cache: Int32Array  # [E, H]
     flight: Records  # FLIGHT_DTYPE[E, R, most stages of a type]; [E, 1, 1] if there are none
     batch: IntArray  # [E, N] batch in flight that computes its next token, -1: none; or [E, 1]
     length_sums: FloatArray  # [E, NUM_LENGTH_SUMS] what the router has learnt, see policy.lengths

@@ -79,9 +79,8 @@ def put(p: Params, s: State, e: int, r: int, tier: int, identity: int, ready_s: 
         block = blocks[blocks.shape[0] - 1].after
         unlink(blocks, block)
         forget(cache, blocks, block)
-    blocks[block].identity = identity
     blocks[block].ready_s = ready_s
-    insert(cache, identity, block)
+    insert(cache, blocks, identity, block)
     _use(blocks, block)
 
 
@@ -136,7 +135,7 @@ def _empty(s: State, e: int, r: int, tier: int) -> None:
     blocks[end].after = end
     blocks[end].before = end
     for i in range(cache.shape[0]):
-        cache[i].block = -1
+        cache[i] = -1
 
 
 @entry(LOSE_HOST, types.void, types.int64, types.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -245,7 +246,7 @@ class RequestTable:
         """Requests that come by themselves because what they waited for is not in the table."""
         return int(((self.after == BY_ITSELF) & (self.delay_s > 0.0)).sum())
 
-    @property
+    @cached_property
     def conversation(self) -> IntArray:
         """Number of each request's conversation, from 0; a request without is one of its own."""
         alone = np.arange(len(self))
