@@ -28,6 +28,7 @@ from servegym.serve.decision_log import (
     finite,
     logged_action,
 )
+from servegym.serve.live_request import LiveRequest
 from servegym.serve.loaded_policy import LoadedPolicy
 from servegym.serve.placing import Placing, Prefill
 from servegym.serve.requests.prediction import LengthPrediction, LengthPredictor
@@ -35,7 +36,7 @@ from servegym.serve.requests.prefix_index import PrefixIndex
 from servegym.serve.requests.prompt import PrefixConfig, Prompt, PromptReader, Size
 from servegym.serve.requests.recent_ends import Mark, RecentEnds
 from servegym.serve.runtime import Decision, PolicyRuntime, RuntimeConfig
-from servegym.serve.state import EngineMetrics, LiveRequest, LiveState
+from servegym.serve.state import EngineMetrics, LiveState
 from servegym.serve.ties import TieBreaker, counts_replicas
 from servegym.serve.transfers import Moving
 from servegym.typing import BoolArray, FloatArray
