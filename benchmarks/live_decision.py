@@ -22,10 +22,11 @@ from servegym.export.manifest import Manifest
 from servegym.policy.frozen import NumpyPolicy
 from servegym.policy.numpy_network import FAMILY, NetworkShape, NumpyNetwork, num_inputs
 from servegym.serve.facts import Rates, fleet_facts
+from servegym.serve.live_request import LiveRequest
 from servegym.serve.loaded_policy import LoadedPolicy, load_policy
 from servegym.serve.ranges import Ranges
 from servegym.serve.runtime import PolicyRuntime, RuntimeConfig
-from servegym.serve.state import EngineMetrics, LiveRequest, LiveState
+from servegym.serve.state import EngineMetrics, LiveState
 
 RULES = ("least-outstanding", "added-delay", "added-delay-inferred", "class-aware", "llm-d")
 FLEETS = (16, 128)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from servegym.cluster.outcome import outcomes_from_events
 from servegym.cluster.reference import ReferenceSimulator
-from servegym.cluster.reference_engines import Engine
+from servegym.cluster.reference_engine import Engine
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import ClusterSpec, Episode, Link, TransferRules
 from servegym.cluster.state import (

@@ -9,7 +9,8 @@ import numpy as np
 
 from servegym.cluster import state as st
 from servegym.cluster.reference import ReferenceSimulator
-from servegym.cluster.reference_engines import Engine, Request, Vllm, VllmPriority
+from servegym.cluster.reference_engine import Engine, Request
+from servegym.cluster.reference_vllm import Vllm, VllmPriority
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.state import ALWAYS, DECISION, NEVER, Asks
 

@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 
 from servegym.cluster import state as st
 from servegym.cluster.outcome import EVENT_DTYPE
-from servegym.cluster.reference_engines import RULES, Engine, Request, VllmPriority
+from servegym.cluster.reference_engine import Engine, Request
+from servegym.cluster.reference_engines import RULES
 from servegym.cluster.reference_migration import Choose, Migrations
 from servegym.cluster.reference_pipeline import PIPELINED
 from servegym.cluster.reference_tiers import Tiers
 from servegym.cluster.reference_transfers import Transfers
+from servegym.cluster.reference_vllm import VllmPriority
 from servegym.cluster.spec import ClusterSpec, Episode, first_ranks
 from servegym.workloads.table import ANY_END, BY_ITSELF
 

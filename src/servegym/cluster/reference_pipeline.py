@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from servegym.cluster import state as st
-from servegym.cluster.reference_engines import Engine, Request, TrtLlm, Vllm
+from servegym.cluster.reference_engine import Engine, Request
+from servegym.cluster.reference_vllm import TrtLlm, Vllm
 from servegym.cluster.rng import step_noise_z
 from servegym.engines import EngineName
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from servegym.cluster import state as st
 from servegym.cluster.reference_blocks import Identity
-from servegym.cluster.reference_engines import Engine, Request
+from servegym.cluster.reference_engine import Engine, Request
 from servegym.cluster.tier_rules import KvTier
 
 if TYPE_CHECKING:

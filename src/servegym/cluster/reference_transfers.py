@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from servegym.cluster import state as st
-from servegym.cluster.reference_engines import Engine, Request
+from servegym.cluster.reference_engine import Engine, Request
 
 if TYPE_CHECKING:
     from servegym.cluster.reference import ReferenceSimulator

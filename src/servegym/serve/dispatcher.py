@@ -10,7 +10,6 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -28,18 +27,17 @@ from servegym.serve.decision_log import (
     finite,
     logged_action,
 )
+from servegym.serve.job import Job
 from servegym.serve.loaded_policy import LoadedPolicy
-from servegym.serve.placing import Placing, Prefill
+from servegym.serve.placing import Placing
 from servegym.serve.requests.prediction import LengthPrediction, LengthPredictor
 from servegym.serve.requests.prefix_index import PrefixIndex
 from servegym.serve.requests.prompt import PrefixConfig, Prompt, PromptReader, Size
-from servegym.serve.requests.recent_ends import Mark, RecentEnds
+from servegym.serve.requests.recent_ends import RecentEnds
 from servegym.serve.runtime import Decision, PolicyRuntime, RuntimeConfig
-from servegym.serve.state import EngineMetrics, LiveRequest, LiveState
+from servegym.serve.state import EngineMetrics, LiveState
 from servegym.serve.ties import TieBreaker, counts_replicas
-from servegym.serve.transfers import Moving
 from servegym.typing import BoolArray, FloatArray
-from servegym.workloads.followed import Followed
 
 #: Features that rest on the prefix index.
 _BY_PREFIX = Group.PREFIX | Group.LIMITS
@@ -91,53 +89,6 @@ class DispatchConfig(BaseModel):
     prefix: PrefixConfig = PrefixConfig()
     log: DecisionLogConfig | None = None
     seed: int | None = Field(None, ge=0)
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """A request from its arrival to its end.
-
-    Attributes:
-        request: Its place in the state.
-        prompt: Its prompt, measured.
-        tenant: Who asks.
-        model: For the log.
-        decisions: Rows of the log.
-        num_retries: How often it was taken back from a replica.
-        cached_tokens: Prompt tokens found cached, as the engine reports them.
-        follows: The answered request that it came after, for the log.
-        mark: What those that follow it will know it by, until it has been answered.
-        held_s: How long it has been on hold.
-        moving: It between the replica that prefills it and the one where it decodes.
-        prefill: Where and when it was prefilled last, if not where it decodes.
-        placements: Decisions where it decodes, for the log.
-        ended: Whether its books are closed.
-    """
-
-    request: LiveRequest
-    prompt: Prompt
-    tenant: str
-    model: str
-    wall_s: float
-    decisions: list[dict[str, Any]] = field(default_factory=list)
-    num_retries: int = 0
-    first_dispatch_s: float = math.nan
-    cached_tokens: int | None = None
-    reported_prompt_tokens: int | None = None
-    follows: Followed | None = None
-    mark: Mark | None = None
-    held_s: float = 0.0
-    moving: Moving | None = None
-    prefill: Prefill | None = None
-    placements: list[dict[str, Any]] = field(default_factory=list)
-    ended: bool = False
-
-    @property
-    def replica(self) -> int:
-        """Slot of the replica where it is, if only to be prefilled; -1: nowhere."""
-        if self.request.replica < 0 and self.moving is not None:
-            return self.moving.source
-        return self.request.replica
 
 
 class Reconsidered(NamedTuple):

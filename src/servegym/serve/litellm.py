@@ -20,8 +20,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from servegym.errors import ConfigError, unknown_name
-from servegym.serve.dispatcher import DispatchConfig, Dispatcher, Job
+from servegym.serve.dispatcher import DispatchConfig, Dispatcher
 from servegym.serve.facts import Hardware, Rates, fleet_facts
+from servegym.serve.job import Job
 from servegym.serve.requests.prompt import chat_text
 
 #: How a request is found again when it has ended: LiteLLM passes it on and back.

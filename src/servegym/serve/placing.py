@@ -11,7 +11,8 @@ from servegym.serve.transfers import Transfers
 from servegym.typing import BoolArray
 
 if TYPE_CHECKING:
-    from servegym.serve.dispatcher import Dispatcher, Job
+    from servegym.serve.dispatcher import Dispatcher
+    from servegym.serve.job import Job
 
 
 class Prefill(NamedTuple):

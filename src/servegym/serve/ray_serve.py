@@ -25,8 +25,9 @@ from pydantic import BaseModel, ConfigDict
 
 from servegym.documents import checked
 from servegym.errors import ConfigError
-from servegym.serve.dispatcher import DispatchConfig, Dispatcher, Job
+from servegym.serve.dispatcher import DispatchConfig, Dispatcher
 from servegym.serve.facts import Hardware, Rates, fleet_facts, replica_facts
+from servegym.serve.job import Job
 from servegym.serve.requests.prompt import chat_text
 from servegym.serve.state import EngineMetrics
 

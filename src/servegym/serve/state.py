@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -17,11 +16,8 @@ import numpy as np
 from servegym.cluster.jit import fixed, kernel
 from servegym.cluster.spec import SloClass
 from servegym.cluster.state import NUM_LENGTH_SUMS
-from servegym.cluster.watch import longest_step_s
 from servegym.policy.contract import (
     ARRIVAL_RATE_RPS,
-    DECODE_SEQ_S,
-    DECODE_STEP_S,
     DECODES,
     EXPECTED_TOKENS,
     EXPECTED_TOKENS_SPREAD,
@@ -30,7 +26,6 @@ from servegym.policy.contract import (
     INFERRED,
     KV_CACHE_USAGE,
     KV_CAPACITY_TOKENS,
-    MAX_NUM_BATCHED_TOKENS,
     MAX_NUM_SEQS,
     METRICS_AGE_S,
     NO_BOUND,
@@ -50,26 +45,18 @@ from servegym.policy.contract import (
     PREFILLS,
     PREFIX_HIT_TOKENS,
     PROMPT_TOKENS,
-    RECENT_ITL_S,
     RECENT_TPOT_S,
     RECENT_TTFT_S,
     RELATIVE_SPEED,
     REPLICA_FEATURES,
     SINCE_DISPATCH_S,
     SLO_WEIGHT,
-    STEP_TIME_RATIO,
     TTFT_SLO_S,
     UP,
     WAITED_S,
     Group,
 )
-from servegym.policy.inferred import (
-    count_requests,
-    itl_kept,
-    recent_itl_s,
-    step_time_ratio,
-    steps_kept,
-)
+from servegym.policy.inferred import count_requests
 from servegym.policy.lengths import (
     error_of,
     expected_length,
@@ -77,13 +64,14 @@ from servegym.policy.lengths import (
     spread_of,
 )
 from servegym.policy.policy import Observations
+from servegym.serve.live_request import LiveRequest
+from servegym.serve.streams import Streams
 from servegym.typing import BoolArray, FloatArray
 
 #: Weights of the newest value in the moving averages of the contract.
 _LATENCY_WEIGHT = 0.1
 _ARRIVAL_WEIGHT = 0.02
 _FAR_S = 1e6
-_NO_STEP_S = 1e-9
 #: Counters that other routers' requests add to, in the order of `LiveState.own` and `set_others`;
 #: the last is the one of `see`'s `generated`.
 COUNTED = (
@@ -183,159 +171,6 @@ class EngineMetrics(NamedTuple):
     age_s: float = 0.0
 
 
-@dataclass(slots=True, eq=False)
-class LiveRequest:
-    """One request on its way.
-
-    Attributes:
-        key: Names it; the canary's share is drawn by it.
-        arrival_s: When it arrived, on the state's clock.
-        prompt_tokens: Length of the prompt, known or estimated.
-        predicted_output_tokens: As predicted.
-        slo_class: Index of its service level.
-        replica: Where it is, -1: nowhere.
-        dispatch_s: Last dispatch, NaN before.
-        first_token_s: First token, NaN before.
-        generated_tokens: Output tokens seen so far.
-        expected_tokens: Output tokens that are expected of it, 0: nobody has asked.
-        held: Whether it is on hold.
-    """
-
-    key: str
-    arrival_s: float
-    prompt_tokens: float
-    predicted_output_tokens: float
-    slo_class: int
-    replica: int = -1
-    dispatch_s: float = math.nan
-    first_token_s: float = math.nan
-    generated_tokens: int = 0
-    expected_tokens: float = 0.0
-    held: bool = False
-    is_decoding: bool = False  # tokens have come from where it is
-    believed_cached: float = 0.0  # prompt tokens, at dispatch
-    prefill_is_pending: bool = False
-
-
-class _Streams:
-    """What token streams show of their replicas; `cluster.watch` in a router's own words.
-
-    Whenever tokens come, the time since the last ones has been seen, if any stream decoded since.
-    Each token is a share of a step in which every decoding stream gets one. Steps did nothing but
-    decode if all that were outstanding had got tokens when they began.
-    """
-
-    def __init__(self, width: int) -> None:
-        self._num = np.zeros(width)
-        self._last_s = np.zeros(width)
-        self._is_pure = np.zeros(width, np.bool_)  # in the step in progress
-        self._step_is_pure = np.zeros(width, np.bool_)  # in the one whose tokens come
-        self._seen_s = np.zeros(width)
-        self._seen_steps = np.zeros(width)
-        self._pure_s = np.zeros(width)
-        self._pure_steps = np.zeros(width)
-        self._pure_others = np.zeros(width)
-        self._late_s = np.zeros(width)
-        self._late_expected_s = np.zeros(width)
-        self._itl_s = np.zeros(width)
-        self._itl_steps = np.zeros(width)
-        self._observed_s = np.zeros(width)
-        self._expected_s = np.zeros(width)
-        self._looked_s = 0.0
-
-    def grow(self, more: int) -> None:
-        """Make room for so many more replicas."""
-        for name, values in vars(self).items():
-            if isinstance(values, np.ndarray):
-                setattr(self, name, np.append(values, np.zeros(more, values.dtype)))
-
-    def clear(self, r: int) -> None:
-        """Another replica takes the place of one that has gone."""
-        for values in vars(self).values():
-            if isinstance(values, np.ndarray):
-                values[r] = 0
-
-    def begin(self, r: int, outstanding: int, now_s: float) -> None:
-        """A stream begins to decode, of so many requests that are there."""
-        if self._num[r] == 0.0:
-            self._last_s[r] = now_s
-        self._num[r] += 1.0
-        self._is_pure[r] = self._num[r] == outstanding
-
-    def end(self, r: int) -> None:
-        """A stream has ended."""
-        self._num[r] -= 1.0
-
-    def step(
-        self, r: int, count: int, unseen: float, outstanding: int, row: FloatArray, now_s: float
-    ) -> None:
-        """A stream that decodes has got tokens.
-
-        Args:
-            r: Replica.
-            count: How many.
-            unseen: Requests there whose streams others pass on.
-            outstanding: All requests there.
-            row: Of the replica, `float64[NUM_REPLICA_FEATURES]`.
-            now_s: When they came.
-        """
-        since_s = max(0.0, now_s - self._last_s[r])
-        self._last_s[r] += since_s
-        share = count / self._num[r]
-        self._seen_s[r] += since_s
-        self._seen_steps[r] += share
-        if since_s > 0.0:  # else these tokens are of the step that the last ones were of
-            self._step_is_pure[r] = self._is_pure[r]
-        if self._step_is_pure[r]:
-            self._pure_s[r] += since_s
-            self._pure_steps[r] += share
-            self._pure_others[r] += share * (self._num[r] - 1.0)
-        elif since_s > 0.0:
-            most_s = count * longest_step_s(
-                row[DECODE_STEP_S],
-                row[DECODE_SEQ_S],
-                self._num[r] + unseen,
-                row[PENDING_PREFILL_TOKENS],
-                row[MAX_NUM_BATCHED_TOKENS],
-                row[PREFILL_TOKENS_PER_S],
-            )
-            if since_s > most_s:
-                self._late_s[r] += since_s
-                self._late_expected_s[r] += most_s
-        self._is_pure[r] = self._num[r] == outstanding
-
-    def skip(self, r: int, now_s: float) -> None:
-        """Tokens have come that nobody watches."""
-        self._last_s[r] = now_s
-
-    def look(self, replicas: FloatArray, now_s: float) -> None:
-        """Fill rows `step_time_ratio` and `recent_itl_s`."""
-        since_s = now_s - self._looked_s
-        self._looked_s = now_s
-        # a free slot has no step time; nobody sees what comes out there
-        alone_s, seq_s = np.maximum(replicas[DECODE_STEP_S], _NO_STEP_S), replicas[DECODE_SEQ_S]
-        observed_s = self._pure_s + self._late_s
-        expected_s = self._pure_steps * alone_s + self._pure_others * seq_s + self._late_expected_s
-        kept = itl_kept(since_s)
-        self._itl_s = kept * self._itl_s + self._seen_s
-        self._itl_steps = kept * self._itl_steps + self._seen_steps
-        kept = steps_kept(since_s, observed_s)
-        self._observed_s = kept * self._observed_s + observed_s
-        self._expected_s = kept * self._expected_s + expected_s
-        for seen in (
-            self._seen_s,
-            self._seen_steps,
-            self._pure_s,
-            self._pure_steps,
-            self._pure_others,
-            self._late_s,
-            self._late_expected_s,
-        ):
-            seen[:] = 0.0
-        replicas[STEP_TIME_RATIO] = step_time_ratio(self._observed_s, self._expected_s)
-        replicas[RECENT_ITL_S] = recent_itl_s(self._itl_s, self._itl_steps, alone_s)
-
-
 class LiveState:
     """Counters of a fleet, kept event by event.
 
@@ -379,7 +214,7 @@ class LiveState:
         self._last_arrival_s = math.nan
         self._num_held = 0
         self._at: list[dict[LiveRequest, None]] = []  # in order of dispatch
-        self._streams = _Streams(0)
+        self._streams = Streams(0)
         self._is_watched = False  # since somebody has needed what streams show
         self._length_sums = np.zeros(NUM_LENGTH_SUMS)
         self._request = np.zeros((1, NUM_REQUEST_FEATURES))

@@ -20,7 +20,8 @@ from servegym.policy.contract import (
     NUM_HOLDING,
     PREFILLS,
 )
-from servegym.serve.state import LiveRequest, LiveState
+from servegym.serve.live_request import LiveRequest
+from servegym.serve.state import LiveState
 from servegym.typing import BoolArray
 
 

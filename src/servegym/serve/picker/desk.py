@@ -7,7 +7,8 @@ from collections.abc import Collection
 import numpy as np
 
 from servegym.policy.contract import OUTSTANDING_REQUESTS
-from servegym.serve.dispatcher import Dispatcher, Job
+from servegym.serve.dispatcher import Dispatcher
+from servegym.serve.job import Job
 from servegym.serve.picker.config import PickerConfig, endpoint_of
 from servegym.serve.router.desk import LocalDesk
 from servegym.serve.router.health import Health

@@ -18,7 +18,8 @@ from servegym.policy.contract import (
     NUM_WAITING,
     PREFILL_TOKENS_PER_S,
 )
-from servegym.serve.dispatcher import Dispatcher, Job
+from servegym.serve.dispatcher import Dispatcher
+from servegym.serve.job import Job
 from servegym.serve.picker.config import AssumedEndsConfig
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from servegym.serve.dispatcher import Dispatcher, Job, SloConfig
+from servegym.serve.dispatcher import Dispatcher, SloConfig
+from servegym.serve.job import Job
 from servegym.serve.monitoring.prometheus import observe_all
 from servegym.serve.router.ejection import Attempt
 from servegym.serve.router.health import Health

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from servegym.policy.contract import OUTSTANDING_REQUESTS
-from servegym.serve.dispatcher import Dispatcher, Job
+from servegym.serve.dispatcher import Dispatcher
+from servegym.serve.job import Job
 from servegym.typing import BoolArray, FloatArray
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from servegym.serve.dispatcher import Job
+from servegym.serve.job import Job
 from servegym.serve.monitoring.prometheus import Histogram, observe_all
 from servegym.serve.router.books import Failures
 from servegym.serve.router.ejection import Attempt
