@@ -59,7 +59,6 @@ def test_an_idle_engine_begins_at_once(play):  # noqa: F811
 
 
 def test_who_ends_holds_its_place_for_a_step(play):  # noqa: F811
-    # two at a time: the second ends at 2.2 + ..., where the third, long here, may not begin
     # two at a time: the second ends at 2.2 + 1.214, where the third may not begin yet; the first
     # decodes once more alone, over 8 tokens
     played = play(toy(seqs=2), toy_episode([(0, 6, 9), (0, 6, 2), (0.5, 6, 2)]), {})

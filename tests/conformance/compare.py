@@ -36,6 +36,8 @@ KEPT = (
 )
 #: Of those, what is kept of priority mode: with preemptions, some that leave others out of a step.
 KEPT_BY_PRIORITY = (41, 51, 76, 146, 183, 262, 343, 401, 440, 477)
+#: And of asynchronous scheduling: with preemptions, some of requests that had just ended.
+KEPT_OVERLAPPED = (41, 51, 76, 146, 183, 275, 343, 401, 473, 477)
 #: Pairs that are kept: short, with memory short at either end, hits, and cut prompts.
 KEPT_PAIRS = (28, 109, 117, 146, 183, 232, 292)
 STEP = (
@@ -54,7 +56,8 @@ STEP_LISTS = ("steps", "prefill", "decode")
 def draw(num_random: int) -> list[dict[str, Any]]:
     """Draw small random workloads, the kept ones among them, and large ones to measure with."""
     seeds = sorted({*range(num_random), *KEPT})
-    small = [for_driver(random_workload(seed), ["default", "priority"]) for seed in seeds]
+    modes = ["default", "priority", "overlap"]
+    small = [for_driver(random_workload(seed), modes) for seed in seeds]
     large = [
         for_driver(
             serving_workload(seed, prefix_caching=caching, num_blocks=num_blocks),
@@ -102,11 +105,12 @@ def report(workloads: list[dict[str, Any]], told: dict[str, Any]) -> bool:
     same: Counter[tuple[str, ...]] = Counter()
     early: Counter[tuple[str, ...]] = Counter()
     ordered: Counter[tuple[str, ...]] = Counter()
+    overlapped: Counter[tuple[str, ...]] = Counter()
     compiled: Counter[tuple[str, ...]] = Counter()
     shown = 0
     large = []
     for workload, run in zip(workloads, told["runs"], strict=True):
-        if "overlap" in run:
+        if "first_chunk" in run:
             large.append((workload, run))
             continue
         kind = (
@@ -123,21 +127,24 @@ def report(workloads: list[dict[str, Any]], told: dict[str, Any]) -> bool:
         by_priority = play_reference(workload, early=True, priority=True)
         unlike = first_difference(by_priority, run["priority"])
         ordered[kind] += unlike is None
-        difference = difference or unlike
+        ahead = play_reference(workload, early=True, overlap=True)
+        other = first_difference(ahead, run["overlap"])
+        overlapped[kind] += other is None
+        difference = difference or unlike or other
         if difference is not None and shown < 10:
             shown += 1
             print(f"  seed {workload['seed']}, {' '.join(kind)}: {difference[:160]}")
     print(
         "\nprefix caching / prefill | workloads | identical | and with early identity | compiled "
-        "| in priority mode, with early identity"
+        "| in priority mode, with early identity | with asynchronous scheduling, likewise"
     )
     for kind in sorted(total):
         counts = f"{total[kind]} | {same[kind]} | {early[kind]} | {compiled[kind]}"
-        counts += f" | {ordered[kind]}"
+        counts += f" | {ordered[kind]} | {overlapped[kind]}"
         print(f"{' / '.join(kind)} | {counts}")
     if large:
         report_sizes(large)
-    return early == ordered == total
+    return early == ordered == overlapped == total
 
 
 def same_outcome(ours: dict[str, Any], engine: dict[str, Any]) -> bool:
@@ -157,13 +164,18 @@ def report_sizes(large: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
         rows["ours, early identity"] = play_reference(workload, early=True)
         rows["engine, first chunk"] = run["first_chunk"]
         rows["engine, overlapped"] = run["overlap"]
+        rows["ours, overlapped"] = play_reference(workload, overlap=True)
+        rows["ours, overlapped, early identity"] = play_reference(
+            workload, early=True, overlap=True
+        )
         want = summary(workload, rows["engine"])
         for name, row in rows.items():
             got = summary(workload, row)
             ttft, e2e = (100 * (got[k] / want[k] - 1) for k in (0, 1))
-            same = first_difference(row, run["default"]) is None
+            engine = run["overlap" if "overlapped" in name else "default"]
+            same = first_difference(row, engine) is None
             print(
-                f"  {name:22} {got[0]:8.4f} ({ttft:+6.2f} %) {got[1]:8.4f} ({e2e:+6.2f} %) "
+                f"  {name:34} {got[0]:8.4f} ({ttft:+6.2f} %) {got[1]:8.4f} ({e2e:+6.2f} %) "
                 f"{got[2]:7.4f} {got[3]:5.0f} {got[4]:6.0f}{'  identical' if same else ''}"
             )
 
@@ -185,12 +197,15 @@ def record(workloads: list[dict[str, Any]], told: dict[str, Any]) -> None:
     """Write the kept workloads and what vLLM did, one step a line."""
     RECORDED.mkdir(exist_ok=True)
     for workload, run in zip(workloads, told["runs"], strict=True):
-        if workload["seed"] not in KEPT or "overlap" in run:
+        if workload["seed"] not in KEPT or "first_chunk" in run:
             continue
         _write(RECORDED / f"seed-{workload['seed']}.json", workload, told["vllm"], run["default"])
         if workload["seed"] in KEPT_BY_PRIORITY:
             path = RECORDED / f"priority-{workload['seed']}.json"
             _write(path, workload, told["vllm"], run["priority"])
+        if workload["seed"] in KEPT_OVERLAPPED:
+            path = RECORDED / f"overlapped-{workload['seed']}.json"
+            _write(path, workload, told["vllm"], run["overlap"])
 
 
 def record_pairs(workloads: list[dict[str, Any]], told: dict[str, Any]) -> None:

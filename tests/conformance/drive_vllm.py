@@ -312,7 +312,9 @@ class Driver:
                 self.wake()
             formed = self.schedule() if self.scheduler.has_unfinished_requests() else None
             if formed is not None:
-                busy_until_s = max(self.now_s, busy_until_s) + formed[1]["row"]["step_s"]
+                row = formed[1]["row"]
+                row["begin_s"] = max(self.now_s, busy_until_s)
+                busy_until_s = row["begin_s"] + row["step_s"]
                 queue.append((*formed, busy_until_s))
                 if len(queue) < 2:
                     continue

@@ -9,15 +9,16 @@ import numpy as np
 
 from servegym.cluster import state as st
 from servegym.cluster.reference import ReferenceSimulator
-from servegym.cluster.reference_engine import Engine, Request
+from servegym.cluster.reference_engine import Request
 from servegym.cluster.reference_vllm import Vllm, VllmPriority
 from servegym.cluster.simulator import Simulator
+from servegym.cluster.spec import ClusterSpec, Episode
 from servegym.cluster.state import ALWAYS, DECISION, NEVER, Asks
 
 from .workloads import cluster_and_episode
 
 
-class Recording(Engine):
+class Recording(Vllm):
     """Mixed into an engine: notes each of its steps as the driver does; decides nothing."""
 
     def __init__(self, sim: ReferenceSimulator, r: int, early: bool) -> None:
@@ -25,10 +26,22 @@ class Recording(Engine):
         self.early = early
         self.rows: list[dict[str, Any]] = []
         self.victims: list[int] = []
+        self.num_waiting = self.num_free = 0
 
-    def preempt(self, q: Request, *, to_front: bool = True) -> None:
-        self.victims.append(q.idx)
-        super().preempt(q, to_front=to_front)
+    def form_knowing(self, hidden: int) -> tuple[list[tuple[int, int]], list[Request], bool]:
+        ended = len(self.ended)
+        formed = super().form_knowing(hidden)
+        # the engine has who ended, and was displaced, wait until it learns of the end
+        self.num_waiting = len(self.waiting) - hidden + ended - len(self.ended)
+        self.num_free = len(self.pool.free)
+        return formed
+
+    def displace(self, victim: Request) -> None:
+        self.victims.append(victim.idx)
+        if self.early and self.type.async_scheduling:
+            # what the step in flight fills has no identity yet
+            victim.computed = min(victim.computed, victim.named * self.sim.spec.block_size)
+        super().displace(victim)
 
     def begin_step(self) -> None:
         before = list(self.running)
@@ -44,8 +57,8 @@ class Recording(Engine):
                 "scheduled": [[q.idx, q.scheduled] for q in scheduled],
                 "admitted": [[q.idx, q.computed] for q in admitted],
                 "preempted": self.victims,
-                "num_waiting": len(self.waiting),
-                "free_blocks": len(self.pool.free),
+                "num_waiting": self.num_waiting,
+                "free_blocks": self.num_free,
                 "finished": [],
             }
         )
@@ -54,7 +67,9 @@ class Recording(Engine):
     def give(self, q: Request, tokens: int) -> tuple[int, int]:
         chunk = super().give(q, tokens)
         if self.early:
-            filled = (q.computed + tokens) // self.sim.spec.block_size
+            # with asynchronous scheduling, what the step in flight computes is not known yet
+            ahead = tokens if q.prefilling or not self.type.async_scheduling else 0
+            filled = (q.computed + ahead) // self.sim.spec.block_size
             for j in range(q.named, filled):
                 self.pool.name(q.blocks[j], self.identity(q, j))
             q.named = max(q.named, filled)
@@ -63,14 +78,11 @@ class Recording(Engine):
     def end_step(self) -> None:
         before = list(self.running)
         super().end_step()
-        self.rows[-1]["finished"] = [q.idx for q in before if q not in self.running]
+        gone = [q for q in before if q in self.ended or q not in self.running]
+        self.rows[-1]["finished"] = [q.idx for q in gone]
 
 
-class RecordingVllm(Recording, Vllm):
-    """First come, first served."""
-
-
-class RecordingVllmPriority(Recording, VllmPriority):
+class RecordingPriority(Recording, VllmPriority):
     """In priority mode."""
 
 
@@ -84,7 +96,11 @@ def drawn_key(request: int, order: int) -> float:
 
 
 def play_reference(
-    workload: dict[str, Any], *, early: bool = False, priority: bool = False
+    workload: dict[str, Any],
+    *,
+    early: bool = False,
+    priority: bool = False,
+    overlap: bool = False,
 ) -> dict[str, Any]:
     """Play on the plain simulator, step by step.
 
@@ -93,6 +109,7 @@ def play_reference(
         early: Name blocks filled while decoding at once, as the engine does, instead of when the
             request leaves.
         priority: In priority mode, with new priorities before every step.
+        overlap: With asynchronous scheduling.
     """
     num_orders = 0
 
@@ -102,18 +119,25 @@ def play_reference(
             q.key = drawn_key(q.idx, num_orders)
         num_orders += 1
 
-    sim = ReferenceSimulator(*cluster_and_episode(workload), order=order, each_step=True)
-    engine = (RecordingVllmPriority if priority else RecordingVllm)(sim, 0, early)
+    spec, episode = _spec_and_episode(workload, overlap)
+    sim = ReferenceSimulator(spec, episode, order=order, each_step=True)
+    engine = (RecordingPriority if priority else Recording)(sim, 0, early)
     sim.replicas = [engine]
     sim.run(lambda _, __: 0)
     events = sim.events()
     return {"steps": engine.rows} | _per_request(events, len(workload["requests"]))
 
 
+def _spec_and_episode(workload: dict[str, Any], overlap: bool) -> tuple[ClusterSpec, Episode]:
+    spec, episode = cluster_and_episode(workload)
+    types = tuple(replace(kind, async_scheduling=overlap) for kind in spec.types)
+    return replace(spec, types=types), episode
+
+
 def play_pair(workload: dict[str, Any], *, early: bool = False) -> dict[str, Any]:
     """Play a pair on the plain simulator, step by step; see `play_reference`."""
     sim = ReferenceSimulator(*cluster_and_episode(workload))
-    engines = [RecordingVllm(sim, r, early) for r in range(2)]
+    engines = [Recording(sim, r, early) for r in range(2)]
     sim.replicas = list(engines)
     sim.run(lambda _, __: 0)
     told = _per_request(sim.events(), len(workload["requests"]))
@@ -130,9 +154,11 @@ def play_compiled_pair(workload: dict[str, Any]) -> dict[str, Any]:
     return told | {"num_steps": int(sim.state.env[0]["engine_steps"]), "preemptions": victims}
 
 
-def play_compiled(workload: dict[str, Any], *, priority: bool = False) -> dict[str, Any]:
+def play_compiled(
+    workload: dict[str, Any], *, priority: bool = False, overlap: bool = False
+) -> dict[str, Any]:
     """Play on the compiled simulator, which tells of each request and how many steps it took."""
-    spec, episode = cluster_and_episode(workload)
+    spec, episode = _spec_and_episode(workload, overlap)
     if priority:
         spec = replace(spec, types=(replace(spec.types[0], engine="vllm-priority"),))
     asks = Asks(dispatch=NEVER, order=ALWAYS if priority else NEVER)
@@ -170,7 +196,8 @@ def outcome_of(engine: dict[str, Any]) -> dict[str, Any]:
     victims = [0] * len(engine["finish_s"])
     for step in steps:
         for i in step["preempted"]:
-            victims[i] += 1
+            # who had ended, but was not known to have, computes nothing again
+            victims[i] += step["begin_s"] < engine["finish_s"][i]
     told = {name: engine[name] for name in (PAIR_REQUEST if pair else REQUEST)}
     return told | {"num_steps": len(steps), "preemptions": victims}
 

@@ -18,11 +18,13 @@ from .simulated import (
 
 NAMES = sorted(path.stem for path in RECORDED.glob("seed-*.json"))
 BY_PRIORITY = sorted(path.stem for path in RECORDED.glob("priority-*.json"))
+OVERLAPPED = sorted(path.stem for path in RECORDED.glob("overlapped-*.json"))
 #: Requests repeat text that is still being generated: the difference docs/conformance.md keeps.
 LATE_IDENTITY = {"seed-28", "seed-343", "seed-473"}
 PAIRS = sorted(path.stem for path in RECORDED.glob("pair-*.json"))
 LATE_IDENTITY_OF_PAIRS = {"pair-28"}
 LATE_IDENTITY_BY_PRIORITY = {"priority-343"}
+LATE_IDENTITY_OVERLAPPED = {"overlapped-343", "overlapped-473"}
 
 
 def recordings(differing: set[str]) -> list[object]:
@@ -34,6 +36,7 @@ def test_there_are_enough_recordings():
     assert len(NAMES) >= 20
     assert set(NAMES) >= LATE_IDENTITY
     assert len(BY_PRIORITY) >= 10
+    assert len(OVERLAPPED) >= 10
     assert len(PAIRS) >= 7
 
 
@@ -69,6 +72,24 @@ def test_plain_simulator_takes_every_step_vllm_took_in_priority_mode(name):
 def test_compiled_simulator_gives_the_times_vllm_gave_in_priority_mode(name):
     workload, engine = read(RECORDED / f"{name}.json")
     ours = play_compiled(workload, priority=True)
+    assert outcome_of(engine)
+    for column, want in outcome_of(engine).items():
+        np.testing.assert_allclose(ours[column], want, rtol=1e-9, atol=1e-12, err_msg=column)
+
+
+@pytest.mark.parametrize("name", OVERLAPPED)
+def test_plain_simulator_takes_every_step_vllm_took_with_asynchronous_scheduling(name):
+    workload, engine = read(RECORDED / f"{name}.json")
+    assert first_difference(play_reference(workload, early=True, overlap=True), engine) is None
+    late = first_difference(play_reference(workload, overlap=True), engine)
+    assert (late is not None) == (name in LATE_IDENTITY_OVERLAPPED)
+    assert sum(len(step["preempted"]) for step in engine["steps"]) > 0
+
+
+@pytest.mark.parametrize("name", sorted({*OVERLAPPED} - LATE_IDENTITY_OVERLAPPED))
+def test_compiled_simulator_gives_the_times_vllm_gave_with_asynchronous_scheduling(name):
+    workload, engine = read(RECORDED / f"{name}.json")
+    ours = play_compiled(workload, overlap=True)
     assert outcome_of(engine)
     for column, want in outcome_of(engine).items():
         np.testing.assert_allclose(ours[column], want, rtol=1e-9, atol=1e-12, err_msg=column)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from servegym.cluster.jit import inlined
+from servegym.cluster.lingering import linger
 from servegym.cluster.log import count_itl, log_event
 from servegym.cluster.router import forget_outstanding
 from servegym.cluster.running import leave_running
@@ -55,14 +56,13 @@ def emit(p: Params, s: State, e: int, r: int, request: int, now_s: float) -> int
 @inlined
 def finish(p: Params, s: State, e: int, r: int, request: int, now_s: float) -> None:
     """A request has all its tokens."""
-    v, q = s.replica[e, r], s.request[e, request]
-    free = v.free_blocks
-    leave_running(p, s, e, r, request)
-    if p.forms_ahead[v.type_idx] > 0:
-        v.num_late += 1
-        v.late_blocks += v.free_blocks - free
-    if p.retains or p.tiered:
-        end_turn(p, s, e, r, request, now_s)
+    q = s.request[e, request]
+    if p.forms_ahead[s.replica[e, r].type_idx] > 0:
+        linger(p, s, e, r, request)
+    else:
+        leave_running(p, s, e, r, request)
+        if p.retains or p.tiered:
+            end_turn(p, s, e, r, request, now_s)
     q.status = FINISHED
     q.finish_s = now_s
     s.replica[e, r].emitted -= q.generated

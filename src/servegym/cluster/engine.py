@@ -15,6 +15,7 @@ from servegym.cluster.emission import emit, finish
 from servegym.cluster.entry import END_STEP, FORM_STEP, entry
 from servegym.cluster.heap import push_end, set_event
 from servegym.cluster.jit import helper, inlined
+from servegym.cluster.lingering import let_all_ended_go, let_go
 from servegym.cluster.loads import admit_beside_loads, clear_loads, stop_loads
 from servegym.cluster.log import log_steps
 from servegym.cluster.migration import leave, note_preempted, stop_migrations
@@ -36,6 +37,7 @@ from servegym.cluster.running import (
 from servegym.cluster.state import (
     DECODE,
     DOWN,
+    FINISHED,
     FLYING,
     IDLE,
     PREFILL,
@@ -118,17 +120,19 @@ def form_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
         tokens = p.max_num_batched_tokens[t] - budget
         if tokens > 0:
             break
+        if hidden > 0 or v.num_lingering > 0:
+            # with nothing to run, the last step's results come first
+            hidden = 0
+            let_all_ended_go(p, s, e, r, now_s)
+            continue
         if preempted and v.num_waiting > 0:
             continue
-        if hidden == 0 and v.num_late == 0:
-            v.mode = IDLE
-            v.num_seen = NO_LIMIT
-            set_event(s, e, r, math.inf)
-            return
-        # with nothing to run, the last step's results come first
-        hidden = 0
-        v.num_late = 0
-        v.late_blocks = 0
+        v.mode = IDLE
+        v.num_seen = NO_LIMIT
+        set_event(s, e, r, math.inf)
+        return
+    if v.num_lingering > 0:
+        let_all_ended_go(p, s, e, r, now_s)
     v.num_seen = v.num_waiting
     if v.first_prefill >= 0:
         begin_mixed(p, s, e, r, now_s, batch, tokens, attention_s)
@@ -156,9 +160,12 @@ def _feed_decodes(p: Params, s: State, e: int, r: int, now_s: float) -> bool:
         if start >= 0 and block_residue(p, q.computed, start) == residue:
             while v.free_blocks == 0:
                 victim = v.run_tail
-                preempt(p, s, e, r, victim, now_s)
-                if p.migration.on:
-                    note_preempted(s, e, r, victim)
+                if s.request[e, victim].status == FINISHED:
+                    let_go(p, s, e, r, victim, now_s)
+                else:
+                    preempt(p, s, e, r, victim, now_s)
+                    if p.migration.on:
+                        note_preempted(s, e, r, victim)
                 if victim == request:
                     return True
                 if victim == following:
@@ -174,7 +181,7 @@ def _admit(
 ) -> tuple[int, float]:
     """Move waiting requests to the running list while sequence slots, budget and blocks last.
 
-    The last `hidden` of the queue, and what ended with the last step, are not known yet.
+    The last `hidden` of the queue are not known yet.
     """
     v = s.replica[e, r]
     t = v.type_idx
@@ -182,7 +189,7 @@ def _admit(
     no_evict = p.engine[t] == TRTLLM
     chunked = p.chunked_prefill and not no_evict
     promised = _promised_blocks(p, s, e, r) if no_evict else 0
-    seqs = p.max_num_seqs[t] - v.num_late
+    seqs = p.max_num_seqs[t]
     while budget > 0 and v.num_waiting > hidden and v.num_running < seqs:
         request = v.wait_head
         q = s.request[e, request]
@@ -192,11 +199,11 @@ def _admit(
         if not chunked and take < total - computed:
             break
         if no_evict:
-            if blocks_to_end(p, s, e, request) > v.free_blocks - v.late_blocks - promised:
+            if blocks_to_end(p, s, e, request) > v.free_blocks - promised:
                 break
         else:
             whole = (total + size - 1) // size - hits
-            if whole + unheld > v.free_blocks - v.late_blocks:
+            if whole + unheld > v.free_blocks:
                 break
         admit_head(p, s, e, r, now_s, hits, computed, take)
         if no_evict:
@@ -214,9 +221,10 @@ def _promised_blocks(p: Params, s: State, e: int, r: int) -> int:
     request = v.run_head
     while request >= 0:
         q = s.request[e, request]
-        tokens = q.computed + v.iteration - q.join_iter + 1
-        held = (tokens + p.block_size - 1) // p.block_size
-        blocks += blocks_to_end(p, s, e, request) - held
+        if q.join_iter >= 0:  # or it has ended
+            tokens = q.computed + v.iteration - q.join_iter + 1
+            held = (tokens + p.block_size - 1) // p.block_size
+            blocks += blocks_to_end(p, s, e, request) - held
         request = q.next_request
     return blocks
 
@@ -229,8 +237,6 @@ def end_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
         land_batch(p, s, e, r, now_s)
         return
     left_out = 0
-    v.num_late = 0
-    v.late_blocks = 0
     if p.engine[v.type_idx] == VLLM_PRIORITY:
         note_durations(p, s, e, r, v.stretch_steps, now_s)
         left_out = hold_back(p, s, e, r)
@@ -382,8 +388,7 @@ def clear_replica(p: Params, s: State, e: int, r: int) -> None:
     v.stalled = 0
     v.num_lagging = 0
     v.num_seen = NO_LIMIT
-    v.num_late = 0
-    v.late_blocks = 0
+    v.num_lingering = 0
     v.num_flying = 0
     for i in range(p.num_stages[v.type_idx]):
         s.flight[e, r, i].free_s = 0.0

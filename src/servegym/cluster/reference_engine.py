@@ -249,7 +249,6 @@ class Engine:
             if q.generated == q.output:
                 ended += 1
                 self.let_end(q)
-                self.end_turn(q)
                 self.sim.end(q, st.EV_FINISH, self.r)
         self.stepped(bool(decoding), ended)
 
@@ -257,6 +256,7 @@ class Engine:
         """Take a request that has ended off the running list, with its blocks."""
         self.running.remove(q)
         self.release(q)
+        self.end_turn(q)
 
     def stepped(self, decoded: bool, ended: int) -> None:
         """Note a step: whether requests decoded in it, and how many ended with it."""

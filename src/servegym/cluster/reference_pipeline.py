@@ -128,7 +128,6 @@ class Pipelined(Vllm):
                 self.sim.log(st.EV_FIRST_TOKEN, q.idx, self.r)
             if q.generated == q.output:
                 self.let_end(q)
-                self.end_turn(q)
                 self.sim.end(q, st.EV_FINISH, self.r)
 
     def give(self, q: Request, tokens: int) -> tuple[int, int]:

@@ -21,86 +21,104 @@ class Vllm(Engine):
         self.forget_forming()
 
     def forget_forming(self) -> None:
-        """An engine at rest sees all its queue, and no end comes too late for its next step."""
+        """An engine at rest sees all its queue, and nobody lingers."""
         self.seen = sys.maxsize  # of its queue, so many were there when it last formed a step
-        self.late, self.late_blocks = 0, 0  # ended with the last step, after the next was formed
+        self.ended: list[Request] = []  # with asynchronous scheduling: still among the running
 
     def form(self) -> tuple[list[tuple[int, int]], list[Request]]:
         """See `Engine.form`; what came or ended since the last step began may not be known yet."""
-        if not self.type.async_scheduling:
-            return self.form_knowing(0)
-        hidden = max(0, len(self.waiting) - self.seen)
-        chunks, decodes = self.form_knowing(hidden)
-        if not chunks and not decodes and (hidden or self.late):
-            # with nothing to run, the last step's results come first
-            self.forget_forming()
-            chunks, decodes = self.form_knowing(0)
+        hidden = 0
+        if self.type.async_scheduling:
+            hidden = max(0, len(self.waiting) - self.seen)
+        while True:
+            chunks, decodes, preempted = self.form_knowing(hidden)
+            if chunks or decodes:
+                break
+            if hidden or self.ended:  # with nothing to run, the last step's results come first
+                hidden = 0
+                self.let_ended_go()
+                continue
+            if not (preempted and self.waiting):
+                break
+        self.let_ended_go()
         self.seen = len(self.waiting) if chunks or decodes else sys.maxsize
         return chunks, decodes
 
-    def form_knowing(self, hidden: int) -> tuple[list[tuple[int, int]], list[Request]]:
-        """Form a step without the last `hidden` of the queue."""
-        while True:
-            self.consult()
-            budget = self.type.max_num_batched_tokens
-            preempted = False
-            chunks: list[tuple[int, int]] = []
-            decodes: list[Request] = []
-            for q in list(self.running):
-                if q not in self.running:
-                    continue
-                tokens = min(q.target - q.computed, budget) if q.prefilling else 1
-                need = self.blocks(q.computed + tokens) - len(q.blocks)
-                while need > self.pool.num_free and q in self.running:
-                    victim = self.victim()
-                    self.preempt(victim)
-                    preempted = True
-                    if victim in decodes:
-                        decodes.remove(victim)
-                        budget += 1
-                if q not in self.running:
-                    break
-                chunk = self.give(q, tokens)
-                budget -= tokens
-                if q.prefilling:
-                    chunks.append(chunk)
-                else:
-                    decodes.append(q)
-            waits = False
-            for q in [] if preempted else [q for q in self.remote if q in self.landed]:
-                if budget > 0 and len(self.running) < self.type.max_num_seqs:
-                    rest = q.total - self.arrived(q)[1]
-                    tokens = min(rest, budget)
-                    if tokens < rest and not self.may_chunk():
-                        waits = True
-                        break
-                    chunks.append(self.admit_landed(q, tokens))
-                    budget -= tokens
-            while not preempted and not waits and len(self.waiting) > hidden and budget > 0:
-                q = self.first_waiting()
-                if len(self.running) + self.late >= self.type.max_num_seqs:
-                    break
-                if self.sim.transfers.are_enough(self) or self.sim.tiers.are_enough(self):
-                    break
-                if self.sim.transfers.awaits(q):
-                    if not self.sim.transfers.set_aside(self, q):
-                        break
-                    continue
-                hit, unheld = self.cached(q)
-                rest = q.total - len(hit) * self.sim.spec.block_size
+    def displace(self, victim: Request) -> None:
+        """Preempt a request, or let it go at once if it has ended."""
+        if victim in self.ended:
+            self.ended.remove(victim)
+            super().let_end(victim)
+        else:
+            self.preempt(victim)
+
+    def let_ended_go(self) -> None:
+        """Who ended with the last step leaves, with its blocks."""
+        for q in self.ended:
+            super().let_end(q)
+        self.ended = []
+
+    def form_knowing(self, hidden: int) -> tuple[list[tuple[int, int]], list[Request], bool]:
+        """Form a step without the last `hidden` of the queue, and say whether it preempted."""
+        self.consult()
+        budget = self.type.max_num_batched_tokens
+        preempted = False
+        chunks: list[tuple[int, int]] = []
+        decodes: list[Request] = []
+        for q in list(self.running):
+            if q not in self.running or q in self.ended:
+                continue
+            tokens = min(q.target - q.computed, budget) if q.prefilling else 1
+            need = self.blocks(q.computed + tokens) - len(q.blocks)
+            while need > self.pool.num_free and q in self.running:
+                victim = self.victim()
+                preempted = True
+                self.displace(victim)
+                if victim in decodes:
+                    decodes.remove(victim)
+                    budget += 1
+            if q not in self.running:
+                break
+            chunk = self.give(q, tokens)
+            budget -= tokens
+            if q.prefilling:
+                chunks.append(chunk)
+            else:
+                decodes.append(q)
+        waits = False
+        for q in [] if preempted else [q for q in self.remote if q in self.landed]:
+            if budget > 0 and len(self.running) < self.type.max_num_seqs:
+                rest = q.total - self.arrived(q)[1]
                 tokens = min(rest, budget)
                 if tokens < rest and not self.may_chunk():
+                    waits = True
                     break
-                if not self.has_room(q, hit, unheld):
-                    break
-                if self.sim.tiers.load(self, q):
-                    continue
-                self.waiting.remove(q)
-                self.waiting.insert(0, q)
-                chunks.append(self.admit(hit, tokens))
+                chunks.append(self.admit_landed(q, tokens))
                 budget -= tokens
-            if chunks or decodes or not (preempted and self.waiting):
-                return chunks, decodes
+        while not preempted and not waits and len(self.waiting) > hidden and budget > 0:
+            q = self.first_waiting()
+            if len(self.running) >= self.type.max_num_seqs:
+                break
+            if self.sim.transfers.are_enough(self) or self.sim.tiers.are_enough(self):
+                break
+            if self.sim.transfers.awaits(q):
+                if not self.sim.transfers.set_aside(self, q):
+                    break
+                continue
+            hit, unheld = self.cached(q)
+            rest = q.total - len(hit) * self.sim.spec.block_size
+            tokens = min(rest, budget)
+            if tokens < rest and not self.may_chunk():
+                break
+            if not self.has_room(q, hit, unheld):
+                break
+            if self.sim.tiers.load(self, q):
+                continue
+            self.waiting.remove(q)
+            self.waiting.insert(0, q)
+            chunks.append(self.admit(hit, tokens))
+            budget -= tokens
+        return chunks, decodes, preempted
 
     def consult(self) -> None:
         """Ask whoever orders the requests, before a step is formed."""
@@ -119,20 +137,14 @@ class Vllm(Engine):
 
     def has_room(self, q: Request, hit: list[int], unheld: int) -> bool:
         """Whether a waiting request's blocks may be had."""
-        return self.blocks(q.total) - len(hit) + unheld <= self.pool.num_free - self.late_blocks
-
-    def end_step(self) -> None:
-        """See `Engine.end_step`."""
-        self.late, self.late_blocks = 0, 0
-        super().end_step()
+        return self.blocks(q.total) - len(hit) + unheld <= self.pool.num_free
 
     def let_end(self, q: Request) -> None:
-        """See `Engine.let_end`."""
-        free = self.pool.num_free
-        super().let_end(q)
+        """See `Engine.let_end`; with asynchronous scheduling that waits for the next step."""
         if self.type.async_scheduling:
-            self.late += 1
-            self.late_blocks += self.pool.num_free - free
+            self.ended.append(q)
+        else:
+            super().let_end(q)
 
     def stop(self) -> list[Request]:
         """See `Engine.stop`."""
@@ -224,7 +236,7 @@ class TrtLlm(Vllm):
     def has_room(self, q: Request, hit: list[int], unheld: int) -> bool:
         """See `Vllm.has_room`."""
         promised = sum(self.to_end(r) - len(r.blocks) for r in self.running)
-        return self.to_end(q) <= self.pool.num_free - self.late_blocks - promised
+        return self.to_end(q) <= self.pool.num_free - promised
 
     def to_end(self, q: Request) -> int:
         """Blocks a request holds when its last token comes out."""

@@ -237,7 +237,9 @@ REQUEST_DTYPE = np.dtype(
         ("replica", "i8"),  # -1 before the dispatch
         ("computed", "i8"),  # tokens in the KV cache
         ("generated", "i8"),  # output tokens
-        ("chunk", "i8"),  # prompt tokens in the step in progress
+        # prompt tokens in the step in progress; of one that has ended and lingers, its tokens in
+        # the KV cache when it began to decode, -1: it never did
+        ("chunk", "i8"),
         (
             "join_iter",
             "i8",
@@ -314,8 +316,7 @@ REPLICA_DTYPE = np.dtype(
             "num_seen",
             "i8",
         ),  # of its queue, so many were there when a step was last formed
-        ("num_late", "i8"),  # requests that ended with the last step, after the next was formed
-        ("late_blocks", "i8"),  # and blocks that they gave back
+        ("num_lingering", "i8"),  # running requests that have ended, see `cluster.lingering`
         # SGLang
         ("batch_full", "i8"),  # no prefill is tried before a request ends
         ("num_lagging", "i8"),  # ended in the last decode step, still counted as running
