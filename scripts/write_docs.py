@@ -370,7 +370,7 @@ def environment_page(env_class: type[gymnasium.Env]) -> str:
 
 def suite_table() -> str:
     """List the scenarios of the suite with what was recorded of them."""
-    suite = load_suite("servegym-bench-v1")
+    suite = load_suite("servegym-bench-v2")
     record = load_record(suite)
     rows = [
         "| scenario | stands for | played | load | episodes | judged by | best tuned rule |"

@@ -1,13 +1,14 @@
 """Predict with the simulator what real vLLM servers behind the router then do.
 
-    python sim_to_live.py VLLM_PYTHON MODEL WORK [--chat] [--requests 240] [--repeats 2]
+    python sim_to_live.py VLLM_PYTHON MODEL WORK [--chat | --short-kv] [--repeats 2]
 
 Three servers on this machine: vLLM's own server, scheduler and KV cache manager, but steps that
 last what the cost grids of three GPUs say, `TIME_SCALE` times as long so that the processor is
 mostly idle. What the simulator knows of them comes from their step logs alone, through `servegym
 calibrate engine`. Then the same requests are played under several dispatch policies, in the
 simulator and live behind `servegym serve router`. With `--chat` these are turns of conversations,
-each sent when the one before is answered, and the servers cache prefixes.
+each sent when the one before is answered, and the servers cache prefixes; with `--short-kv` the
+servers hold the KV of a handful of requests, and the router may hold requests back.
 """
 
 from __future__ import annotations
@@ -26,118 +27,43 @@ from typing import Any
 import aiohttp
 import numpy as np
 import yaml
+from cases import (
+    ALONE,
+    CHAT,
+    MODEL,
+    SHORT_KV,
+    SLO_CLASSES,
+    TIME_SCALE,
+    Case,
+    body,
+    calibration_load,
+)
 from client import Answer, play
-from conversations import LOW, VOCABULARY, answered, prompts
-from replicas import EngineSize, Replica, free_port
+from conversations import prompts
+from replicas import Replica, free_port
 
 from servegym.assets.specs import gpu, model
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import Episode
 from servegym.costs.step import StepCost
+from servegym.evaluate.tune import resolve
 from servegym.export.resolve import resolve_policy
 from servegym.policy.run import run
-from servegym.scenario import Scenario, load_scenario
+from servegym.problems.problem import AnyProblem
+from servegym.problems.registry import load_problem
+from servegym.scenario import Scenario
 from servegym.serve.vllm.grid_file import save_grid
 
-MODEL = "Llama-3.1-8B"
 GPUS = ("H100-SXM-80GB", "A100-SXM-80GB", "L40S")
-TIME_SCALE = 8.0
-SIZE = EngineSize(
-    block_size=16,
-    num_blocks=600,
-    max_num_seqs=8,
-    max_num_batched_tokens=512,
-    max_model_len=2048,
-)
-MAX_OUTPUT_TOKENS = 200
-RULES = ("round-robin", "least-outstanding", "speed-family", "added-delay")
-CHAT_RULES = ("round-robin", "least-outstanding", "prefix-load", "added-delay-inferred")
-#: Of stand-alone requests and of conversations: to keep the three servers busy, but no more.
-RATES_RPS = {False: 2.6, True: 2.8}
 FIRST_SEED = 2_000_000
 #: What `servegym train` writes, a network or what has none.
 EXPORTED = ("policy.onnx", "policy.npz")
 COMMAND = str(Path(sys.executable).with_name("servegym"))
 
 
-def workload_text(rate_rps: float, chat: bool) -> dict[str, Any]:
-    """What is asked, in the form of a YAML file."""
-    text: dict[str, Any] = {
-        "kind": "generated",
-        "rate_rps": rate_rps,
-        "arrivals": {"kind": "gamma", "cv": 1.5},
-        "prompt": {"medians_tokens": [250.0], "sigmas": [0.9], "max_tokens": 1200},
-        "output": {"medians_tokens": [35.0], "sigmas": [0.9], "max_tokens": MAX_OUTPUT_TOKENS},
-    }
-    if chat:
-        text["prompt"] = {"medians_tokens": [80.0], "sigmas": [0.9], "max_tokens": 500}
-        text["sessions"] = {
-            "mean_turns": 4.0,
-            "think_s": 8.0,
-            "num_system_prompts": 4,
-            "system_prompt_tokens": 320,
-            "zipf": 1.0,
-            "max_context_tokens": SIZE.max_model_len - MAX_OUTPUT_TOKENS,
-        }
-    return text
-
-
-def scenario_text(calibrations: dict[str, Path], rate_rps: float, chat: bool) -> dict[str, Any]:
-    """The scenario, in the form of a YAML file."""
-    return {
-        "name": "sim-to-live-chat" if chat else "sim-to-live",
-        "description": "Three paced vLLM servers; costs from their own step logs.",
-        "model": MODEL,
-        "engine": {
-            "block_size": SIZE.block_size,
-            "max_num_batched_tokens": SIZE.max_num_batched_tokens,
-            "max_num_seqs": SIZE.max_num_seqs,
-            "prefix_caching": chat,
-        },
-        "fleet": [
-            {"gpu": name, "num_blocks": SIZE.num_blocks, "calibration": str(path)}
-            for name, path in calibrations.items()
-        ],
-        "workload": workload_text(rate_rps, chat),
-        "slo_classes": [{"name": "default", "ttft_s": 5.0, "tpot_s": 1.0}],
-        "disturbances": {"metrics_interval_s": 0.25, "predictor": {"kind": "mean"}},
-        "num_requests": 512,
-    }
-
-
-def body(prompt: list[int], output_tokens: int) -> dict[str, Any]:
-    """A request whose length no one can tell from it.
-
-    The paced executor's tokens depend on their position alone, so the token at the wanted end
-    stops the request; `max_tokens` is the same for all.
-    """
-    return {
-        "model": "tiny",
-        "prompt": prompt,
-        "max_tokens": MAX_OUTPUT_TOKENS,
-        "temperature": 0.0,
-        "ignore_eos": True,
-        "stop_token_ids": [answered(len(prompt) + output_tokens - 1)],
-        "return_token_ids": True,
-    }
-
-
-def calibration_load() -> tuple[list[dict[str, Any]], list[float]]:
-    """Requests that show all sizes of batches and prompts."""
-    rng = np.random.default_rng(1)
-    bodies, due_s, now_s = [], [], 0.0
-    for batch in (1, 2, 3, 4, 5, 6, 7, 8, 12, 3, 8, 1, 2, 5, 16, 4, 8, 6, 2, 8):
-        for _ in range(batch):
-            prompt, output = int(rng.integers(16, 1200)), int(rng.integers(4, 60))
-            bodies.append(body(rng.integers(LOW, VOCABULARY, prompt).tolist(), output))
-            due_s.append(now_s + float(rng.uniform(0, 2.0)))
-        now_s += 8.0
-    return bodies, due_s
-
-
-async def calibrate(fleet: dict[str, Replica], work: Path) -> dict[str, Path]:
+async def calibrate(case: Case, fleet: dict[str, Replica], work: Path) -> dict[str, Path]:
     """Load each server by itself and fit its costs to its step log."""
-    bodies, due_s = calibration_load()
+    bodies, due_s = calibration_load(case)
     await asyncio.gather(*(play(r.url, bodies, due_s) for r in fleet.values()))
     calibrations = {}
     for name in fleet:
@@ -166,9 +92,10 @@ def simulate(scenario: Scenario, episode: Episode, policy: str) -> dict[str, np.
     }
 
 
-def router_file(work: Path, fleet: dict[str, Replica], calibrations: dict[str, Path],
+def router_file(case: Case, work: Path, fleet: dict[str, Replica], calibrations: dict[str, Path],
                 policy: str, mean_tokens: float, port: int) -> Path:  # fmt: skip
     """Write the router's file."""
+    size = case.size
     config = {
         "listen": {"port": port, "admin_port": free_port()},
         "replicas": [
@@ -179,22 +106,26 @@ def router_file(work: Path, fleet: dict[str, Replica], calibrations: dict[str, P
                     "gpu": name,
                     "model": MODEL,
                     "calibration": str(calibrations[name]),
-                    "max_num_seqs": SIZE.max_num_seqs,
-                    "max_num_batched_tokens": SIZE.max_num_batched_tokens,
-                    "kv_capacity_tokens": SIZE.num_blocks * SIZE.block_size,
+                    "max_num_seqs": size.max_num_seqs,
+                    "max_num_batched_tokens": size.max_num_batched_tokens,
+                    "kv_capacity_tokens": size.num_blocks * size.block_size,
                 },
             }
             for name, replica in fleet.items()
         ],
         "dispatch": {
             "runtime": {"policy": policy},
-            "slo_classes": [{"name": "default", "ttft_s": 5.0, "tpot_s": 1.0}],
+            "slo_classes": SLO_CLASSES,
+            "allow_hold": case.holds,
+            "prefix": {"block_tokens": size.block_size},
             # few answers are known at first, and the simulator knows the mean from the start
-            "prefix": {"block_tokens": SIZE.block_size},
-            "prediction": {"kind": "mean", "initial_tokens": mean_tokens, "weight": 0.001},
+            "prediction": {"kind": "max-tokens"}
+            if case.states_bounds
+            else {"kind": "mean", "initial_tokens": mean_tokens, "weight": 0.001},
             "log": {"folder": str(work / "decisions")},
         },
         "metrics": {"interval_s": 0.25},
+        "request": {"hold_s": case.hold_s, "max_hold_s": 600.0},
     }
     path = work / "router.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -275,32 +206,35 @@ async def main() -> None:
     parser.add_argument("--minutes", type=float, default=4.0, help="of training")
     parser.add_argument("--requests", type=int, default=240)
     parser.add_argument("--repeats", type=int, default=2, help="episodes per policy")
-    parser.add_argument("--rate", type=float, help=f"requests per second {RATES_RPS}")
-    parser.add_argument("--chat", action="store_true", help="conversations")
-    parser.add_argument("--learner", default="ppo", help="what trains `trained`")
+    parser.add_argument("--rate", type=float, help="requests per second, if not the case's")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--chat", action="store_true", help="conversations")
+    which.add_argument("--short-kv", action="store_true", help="few KV blocks; requests are held")
+    parser.add_argument("--learner", help="what trains `trained`, if not the case's")
     parser.add_argument("--overlapped", action="store_true", help="async scheduling")
     parser.add_argument("--policies", nargs="*", help="rules, policies, `trained`")
     args = parser.parse_args()
-    args.rate = args.rate or RATES_RPS[args.chat]
-    args.policies = args.policies or [*(CHAT_RULES if args.chat else RULES), "trained"]
+    case = CHAT if args.chat else SHORT_KV if args.short_kv else ALONE
+    args.rate = args.rate or case.rate_rps
+    args.policies = args.policies or [*case.rules, "trained"]
     work: Path = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     fleet = {}
     for name in GPUS:
         grid = work / f"{name}.npz"
         cost = StepCost(gpu(name), model(MODEL), 1)
-        save_grid(cost.compile(max_tokens=SIZE.max_num_batched_tokens), grid)
+        save_grid(cost.compile(max_tokens=case.size.max_num_batched_tokens), grid)
         plugin = {"policy": "fcfs", "step_log": str(work / f"{name}.steps.csv"),
                   "stats_file": str(work / f"{name}.stats.json")}  # fmt: skip
         fleet[name] = Replica(
             args.vllm_python, args.model.resolve(), work, name,
-            replace(SIZE, enable_prefix_caching=args.chat),
+            case.size,
             plugin=plugin, grid=grid, time_scale=TIME_SCALE, overlapped=args.overlapped,
         )  # fmt: skip
     try:
         async with aiohttp.ClientSession() as session:
             await asyncio.gather(*(replica.ready(session) for replica in fleet.values()))
-        result = await measure(args, work, fleet)
+        result = await measure(case, args, work, fleet)
     finally:
         for replica in fleet.values():
             replica.stop()
@@ -313,26 +247,47 @@ async def main() -> None:
     print_table(result)
 
 
+def tuned(problem: AnyProblem, scenario: Scenario, name: str) -> str:
+    """Return a rule with its parameters; `NAME:tuned` is tuned on training seeds."""
+    text: str = resolve(problem, scenario, name, [0.9, 1.1], scenario.num_requests).name
+    return text
+
+
+def training_options(
+    case: Case, problem: AnyProblem, scenario: Scenario, learner: str | None
+) -> list[str]:
+    """Return what `servegym train` is told beside scenario, time and folder."""
+    options = list(case.training)
+    for i, word in enumerate(options):
+        if word.startswith("{"):
+            name, _, rest = word[1:].partition("}")
+            options[i] = tuned(problem, scenario, name) + rest
+    return [*options, *(["--learner", learner] if learner else [])]
+
+
 async def measure(
-    args: argparse.Namespace, work: Path, fleet: dict[str, Replica]
+    case: Case, args: argparse.Namespace, work: Path, fleet: dict[str, Replica]
 ) -> dict[str, Any]:
     """Calibrate, train, then play every policy in the simulator and live."""
     calibrations = {name: work / f"{name}.calibration.json" for name in fleet}
     if not all(path.exists() for path in calibrations.values()):
-        calibrations = await calibrate(fleet, work)
+        calibrations = await calibrate(case, fleet, work)
     scenario_path = work / "scenario.yaml"
-    scenario_path.write_text(yaml.safe_dump(scenario_text(calibrations, args.rate, args.chat)))
-    scenario = load_scenario(str(scenario_path))
+    scenario_path.write_text(yaml.safe_dump(case.scenario(calibrations, args.rate)))
+    problem, scenario = load_problem(str(scenario_path))
     trained = work / "trained" / "policy"
     if "trained" in args.policies and not trained.exists():
         servegym("train", "--scenario", str(scenario_path), "--out", str(work / "trained"),
-                 "--minutes", str(args.minutes), "--load", "0.8", "1.1", "--learner", args.learner,
+                 "--minutes", str(args.minutes),
+                 *training_options(case, problem, scenario, args.learner),
                  log=work / "train.log")  # fmt: skip
+    texts = {name: tuned(problem, scenario, name) for name in args.policies if name != "trained"}
+    if "trained" in args.policies:
+        (texts["trained"],) = (str(p) for p in trained.iterdir() if p.name in EXPORTED)
     mean_tokens = float(scenario.episode(0).table.output_tokens.mean())
     result: dict[str, Any] = {
-        "scenario": scenario_text(
-            {n: Path(p.name) for n, p in calibrations.items()}, args.rate, args.chat
-        ),
+        "scenario": case.scenario({n: Path(p.name) for n, p in calibrations.items()}, args.rate),
+        "rules": {name: text for name, text in texts.items() if name != "trained"},
         "time_scale": TIME_SCALE,
         "overlapped": args.overlapped,
         "calibrations": {n: json.loads(p.read_text())["content"] for n, p in calibrations.items()},
@@ -341,24 +296,24 @@ async def measure(
     }
     for repeat in range(args.repeats):
         episode = scenario.episode(FIRST_SEED + repeat, num_requests=args.requests)
-        table = replace(
-            episode.table, predicted_output_tokens=np.full(args.requests, max(mean_tokens, 1.0))
-        )
+        stated = case.stated(episode.table)
+        told = np.full(args.requests, max(mean_tokens, 1.0))
+        if case.states_bounds:
+            told = stated.astype(np.float64)
+        table = replace(episode.table, predicted_output_tokens=told)
         episode = replace(episode, table=table)
         for policy in args.policies:
-            text = policy
-            if policy == "trained":
-                (text,) = (str(p) for p in trained.iterdir() if p.name in EXPORTED)
+            text = texts[policy]
             predicted = simulate(scenario, episode, text)
             # other words each time: the servers remember those of the policy before
             bodies = [
-                body(words, int(output))
-                for words, output in zip(
-                    prompts(table, len(result["runs"])), table.output_tokens, strict=True
+                body(words, int(output), int(most))
+                for words, output, most in zip(
+                    prompts(table, len(result["runs"])), table.output_tokens, stated, strict=True
                 )
             ]
             port = free_port()
-            config = router_file(work, fleet, calibrations, text, mean_tokens, port)
+            config = router_file(case, work, fleet, calibrations, text, mean_tokens, port)
             router = Router(config, port, work / f"router-{policy}-{repeat}.log")
             try:
                 await router.ready()

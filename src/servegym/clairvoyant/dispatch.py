@@ -11,7 +11,7 @@ import numpy as np
 from numba import typeof
 
 from servegym.clairvoyant.copies import words_of
-from servegym.clairvoyant.fleet import UNKNOWN, play_assigned, sweep_fleet
+from servegym.clairvoyant.fleet import MOST_HOLDS, UNKNOWN, play_assigned, sweep_fleet
 from servegym.clairvoyant.goal import NUM_FATES, Goal, is_better, judged, loss, make_goal
 from servegym.clairvoyant.replicas import REJECT, Effort, Fleet, new_tried, play_all, sweep
 from servegym.cluster.allocate import (
@@ -26,6 +26,7 @@ from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import ClusterSpec, Episode, Faults
 from servegym.cluster.state import (
     EV_DISPATCH,
+    EV_HOLD,
     EV_PLACE,
     EV_REJECT,
     FAULT_DOWN,
@@ -37,7 +38,6 @@ from servegym.cluster.state import (
     Params,
     State,
 )
-from servegym.errors import ConfigError
 from servegym.typing import BoolArray, IntArray
 from servegym.workloads.table import BY_ITSELF
 
@@ -57,7 +57,8 @@ class Found:
     Attributes:
         choice: Replica of each request or `REJECT`, at its first dispatch and at those after
             crashes, `int64[N, K]`; `UNKNOWN` where it was not sent so often. In a disaggregated
-            fleet each is followed by where the request decodes then.
+            fleet each is followed by where the request decodes then; where a router may hold
+            requests, by how often it was held so far, since its arrival.
         loss: Of the whole episode under it, see `goal.loss`.
         num_changes: Changes that were kept.
         episodes_played: Simulation it took, in whole episodes.
@@ -71,23 +72,38 @@ class Found:
 
 def choice_of(simulator: Simulator, env: int = 0) -> IntArray:
     """Return the assignment that a recorded run came to, `int64[N, K]`; see `Found`."""
+    spec = simulator.spec
     events = simulator.events(env)
-    events = events[np.isin(events["kind"], (EV_DISPATCH, EV_REJECT, EV_PLACE))]
+    events = events[np.isin(events["kind"], (EV_DISPATCH, EV_HOLD, EV_REJECT, EV_PLACE))]
     order = np.argsort(events["request"], kind="stable")
     kind, request = events["kind"][order], events["request"][order].astype(np.int64)
-    sent = kind != EV_PLACE
-    # at which of its dispatches a request was: those so far, less those of the requests before it
-    so_far = np.cumsum(sent)
+    sent = (kind == EV_DISPATCH) | (kind == EV_REJECT)
     first = np.concatenate(([True], request[1:] != request[:-1]))
-    before = np.maximum.accumulate(np.where(first, so_far - sent, 0))
-    turn = so_far - before - 1
-    width = 2 if simulator.spec.disaggregated else 1
+    # at which of its dispatches a request was, and how often it had been held
+    turn = _of_each(first, sent)
+    num_holds = _of_each(first, kind == EV_HOLD)
+    width = _width(spec)
     num_requests = int(simulator.state.env[env]["num_requests"])
-    choice = np.full((num_requests, width * (int(turn.max()) + 1)), UNKNOWN, np.int64)
+    choice = np.full((num_requests, width * (int(turn[sent].max()) + 1)), UNKNOWN, np.int64)
     place = np.where(kind == EV_REJECT, REJECT, events["replica"][order])
-    told = sent | (width == 2)
-    choice[request[told], (width * turn + ~sent)[told]] = place[told]
+    choice[request[sent], width * turn[sent]] = place[sent]
+    if spec.disaggregated:
+        told = kind == EV_PLACE
+        choice[request[told], width * (turn[told] - 1) + 1] = place[told]
+    if spec.allow_hold:
+        choice[request[sent], width * (turn[sent] + 1) - 1] = num_holds[sent]
     return choice
+
+
+def _width(spec: ClusterSpec) -> int:
+    """How many columns of an assignment tell of one dispatch, see `Found`."""
+    return 1 + spec.disaggregated + spec.allow_hold
+
+
+def _of_each(first: BoolArray, counted: BoolArray) -> IntArray:
+    """Count events of the same request that come before each one; `first` says where one begins."""
+    so_far = np.cumsum(counted) - counted
+    return so_far - np.maximum.accumulate(np.where(first, so_far, 0))
 
 
 def replay(
@@ -113,7 +129,8 @@ def _asks(spec: ClusterSpec) -> Asks:
 def plays_alone(spec: ClusterSpec, episode: Episode) -> bool:
     """Whether what a replica does depends on the requests it gets and on nothing else."""
     return bool(
-        (episode.table.after == BY_ITSELF).all()
+        not spec.allow_hold  # who is held arrives out of turn
+        and (episode.table.after == BY_ITSELF).all()
         and not (episode.faults.kind == FAULT_DOWN).any()
         and not any(spec.types[t].num_ranks for t in episode.type_idx)
         and not spec.moves_kv
@@ -145,7 +162,7 @@ def search(
     Returns:
         An assignment that is not worse than `start`.
     """
-    quiet = replace(spec, metrics_interval_s=0.0, allow_hold=False)
+    quiet = replace(spec, metrics_interval_s=0.0)
     goal = make_goal(metric, quiet, episode)
     rng = np.random.SeedSequence(seed).generate_state(1, np.uint64)
     spent = np.array([0, int(budget * len(episode.table)), 0], np.int64)
@@ -177,34 +194,57 @@ def best_choices(
 
     Returns:
         An assignment for each episode, as `replay` takes them.
-
-    Raises:
-        ConfigError: If every run held requests back by choice, which no assignment tells.
     """
+    # under a latency objective, whom one rejects would not count
+    may_reject = spec.allow_reject and metric == "goodput_rps"
 
     def searched(env: int) -> IntArray:
         episode = episodes[env]
         goal = make_goal(metric, spec, episode)
-        told = [s for s in starts if not (spec.allow_hold and s.outcomes(env)["num_holds"].any())]
-        if not told:
-            raise ConfigError(
-                "every policy held requests back, from which no search can begin: name one more"
-                " that does not, such as least-outstanding"
+        begun = [
+            (judged(goal, s.state.request[env, : len(episode.table)]), choice_of(s, env))
+            for s in starts
+        ]
+        least, start = min(begun, key=lambda one: one[0])
+        left = budget
+        if spec.allow_hold:
+            found = _sent_at_once(
+                spec, episode, begun, metric, budget / 2, seed + env, may_reject=may_reject
             )
-        best = min(told, key=lambda s: judged(goal, s.state.request[env, : len(episode.table)]))
+            left -= found.episodes_played if found else 0.0
+            if found and is_better(found.loss, least):
+                start = found.choice
         return search(
-            spec,
-            episode,
-            choice_of(best, env),
-            metric,
-            budget=budget,
-            seed=seed + env,
-            # under a latency objective, whom one rejects would not count
-            may_reject=spec.allow_reject and metric == "goodput_rps",
+            spec, episode, start, metric, budget=left, seed=seed + env, may_reject=may_reject
         ).choice
 
     with ThreadPoolExecutor() as pool:  # compiled code does not hold the interpreter up
         return list(pool.map(searched, range(len(episodes))))
+
+
+def _sent_at_once(
+    spec: ClusterSpec,
+    episode: Episode,
+    begun: Sequence[tuple[tuple[float, float], IntArray]],
+    metric: str,
+    budget: float,
+    seed: int,
+    *,
+    may_reject: bool,
+) -> Found | None:
+    """Search without holding anybody, if replicas can be played alone then.
+
+    That tries far more for the same simulation than where the whole fleet is played.
+    """
+    prompt = replace(spec, allow_hold=False)
+    plain = [(least, choice) for least, choice in begun if not choice[:, 1].any()]
+    if not plain or not plays_alone(prompt, episode):
+        return None
+    start = min(plain, key=lambda one: one[0])[1][:, :1]
+    found = search(
+        prompt, episode, start, metric, budget=budget, seed=seed, may_reject=may_reject
+    )
+    return replace(found, choice=np.hstack((found.choice, np.zeros_like(found.choice))))
 
 
 def _with_entries(spec: ClusterSpec, params: Params, state: State) -> Params:
@@ -258,12 +298,16 @@ def _search_replicas(
     return best[:, None], least
 
 
-def _kick(assignment: IntArray, first: int, fits: BoolArray, rng: np.random.Generator) -> None:
-    """Send some requests anywhere."""
+def _kick(
+    assignment: IntArray, first: int, fits: BoolArray, rng: np.random.Generator
+) -> IntArray:
+    """Send some requests anywhere, and return which ones."""
     judged_ones = np.arange(first, len(assignment))
     count = min(len(judged_ones), max(2, len(judged_ones) // _KICK))
-    for i in rng.choice(judged_ones, count, replace=False):
+    kicked: IntArray = rng.choice(judged_ones, count, replace=False)
+    for i in kicked:
         assignment[i] = rng.choice(np.flatnonzero(fits[i]))
+    return kicked
 
 
 def _alone(episode: Episode, r: int) -> Episode:
@@ -315,4 +359,7 @@ def _search_fleet(
         tries = tries + _TRIES if spent[2] == before else 0.0
         if tries > 2 * episode.num_replicas:  # nothing helps any more: begin elsewhere
             choice, tries = best.copy(), 0.0
-            _kick(choice[:, 0], goal.first, every, rest)
+            kicked = _kick(choice[:, 0], goal.first, every, rest)
+            if spec.allow_hold:
+                holds = MOST_HOLDS ** rest.uniform(size=len(kicked)) - 1.0
+                choice[kicked, _width(spec) - 1] = holds.astype(np.int64)

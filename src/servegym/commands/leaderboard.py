@@ -29,7 +29,7 @@ class Leaderboard:
     name: str | None = None
     """Make one entry of this name out of all policies: each scenario is played by the first of them
     that can."""
-    suite: str = "servegym-bench-v1"
+    suite: str = "servegym-bench-v2"
     """Bundled suite, or a folder with one."""
     out: Path = Path("leaderboard")
     """Folder of the entries, a JSON file each, and of the page, `index.html`; other entries

@@ -140,9 +140,9 @@ class DispatchEpisodes(RequestEpisodes[Policy | Pair]):
         """See `Episodes.clairvoyant`: a search through assignments of requests to replicas.
 
         In a disaggregated fleet they say where requests decode, too; where requests migrate they
-        do by the rule of the best of `starts` whose rule the core plays. No assignment tells whom a
-        router held back, or in which order engines took requests: where the best of `starts` is
-        better than what was found, it is that.
+        do by the rule of the best of `starts` whose rule the core plays; where requests may be held,
+        for how long. No assignment tells in which order engines took requests: where the best of
+        `starts` is better than what was found, it is that.
         """
         metric = OBJECTIVES[self.scenario.objective].metric
         runs = [self.run(policy, seed=seed, record=True) for policy in starts]
