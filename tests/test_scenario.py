@@ -90,10 +90,11 @@ def test_a_path_loads_as_a_name_does(tmp_path):
 # ---- episodes ----
 
 
-def test_where_kv_is_short_the_router_may_hold_in_what_else_is_the_suites_scenario():
+@pytest.mark.parametrize("name", ["short-kv", "bursts"])
+def test_the_router_may_hold_in_what_else_is_the_suites_scenario(name):
     folder = resources.files("servegym.assets").joinpath("suites/servegym-bench-v1")
-    suites = load_scenario(str(folder.joinpath("short-kv.yaml")))
-    held = load_scenario("short-kv-hold")
+    suites = load_scenario(str(folder.joinpath(f"{name}.yaml")))
+    held = load_scenario(f"{name}-hold")
     assert (suites.actions.hold, held.actions.hold) == (False, True)
     same = {"name": suites.name, "description": suites.description, "actions": suites.actions}
     assert held.model_copy(update=same) == suites
