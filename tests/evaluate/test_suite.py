@@ -281,10 +281,17 @@ def test_an_episode_is_the_same_where_processors_draw_other_last_bits():
     assert key(1.0 + 1e-4) != key(1.0)
 
 
-def test_entries_that_come_with_the_suite_are_of_the_policies_that_come_with_servegym():
-    suite = load_suite("servegym-bench-v1")
+@pytest.mark.parametrize(
+    ("name", "shipped"),
+    [
+        ("servegym-bench-v1", ["generalist", "limits", "tail"]),
+        ("servegym-bench-v2", ["generalist", "held", "limits", "tail"]),
+    ],
+)
+def test_entries_that_come_with_a_suite_are_of_the_policies_that_come_with_servegym(name, shipped):
+    suite = load_suite(name)
     entries = read_entries(suite, suite.folder / ENTRIES)
-    assert [entry["name"] for entry in entries] == ["generalist", "limits", "tail"]
+    assert [entry["name"] for entry in entries] == shipped
     for entry in entries:
         path = shipped_path(entry["name"])
         assert path is not None
@@ -299,17 +306,34 @@ def test_unknown_suite_is_refused(tmp_path):
         load_suite("servegym-bench-v9")
 
 
-def test_bundled_suite_has_twelve_scenarios_two_of_them_controls():
-    assert suite_names() == ["servegym-bench-v1"]
-    suite = load_suite("servegym-bench-v1")
+SUITES = ("servegym-bench-v1", "servegym-bench-v2")
+
+
+def test_suites_come_with_servegym():
+    assert suite_names() == list(SUITES)
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_bundled_suite_has_twelve_scenarios_two_of_them_controls(name):
+    suite = load_suite(name)
     assert len(suite.scenarios) == 12
     assert sum(scenario.is_control for scenario in suite.scenarios) == 2
     problems = {suite.pose(scenario)[0].name for scenario in suite.scenarios}
     assert problems == {"dispatch", "order", "workflow"}
 
 
-def test_bundled_suite_is_recorded_as_a_whole():
-    suite = load_suite("servegym-bench-v1")
+def test_a_router_may_hold_in_two_scenarios_of_the_second_suite():
+    suite = load_suite("servegym-bench-v2")
+    posed = [(scenario.name, suite.pose(scenario)) for scenario in suite.scenarios]
+    may_hold = [
+        name for name, (problem, it) in posed if problem.name == "dispatch" and it.actions.hold
+    ]
+    assert may_hold == ["bursts", "short-kv"]
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_bundled_suite_is_recorded_as_a_whole(name):
+    suite = load_suite(name)
     record = load_record(suite)
     assert set(record["scenarios"]) == {scenario.name for scenario in suite.scenarios}
     for scenario in suite.scenarios:
@@ -325,8 +349,9 @@ def test_bundled_suite_is_recorded_as_a_whole():
             assert share == 1.0 or scenario.is_control
 
 
-def test_who_plays_less_than_half_stands_behind():
-    suite = load_suite("servegym-bench-v1")
+@pytest.mark.parametrize("name", SUITES)
+def test_who_plays_less_than_half_stands_behind(name):
+    suite = load_suite(name)
     order = ranked(suite, recorded_entries(suite, load_record(suite)))
     played = [len(entry["scenarios"]) for entry in order]
     first_part = next(place for place, count in enumerate(played) if 2 * count < 12)
@@ -338,7 +363,7 @@ def test_who_plays_less_than_half_stands_behind():
 
 
 def test_bundled_record_is_what_the_simulator_plays():
-    suite = load_suite("servegym-bench-v1")
+    suite = load_suite("servegym-bench-v2")
     record = load_record(suite)
     for name, rule in (("mean", "round-robin"), ("orders", "fcfs"), ("jobs", "fifo")):
         scenario = next(s for s in suite.scenarios if s.name == name)
