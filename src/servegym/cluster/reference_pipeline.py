@@ -58,48 +58,47 @@ class Pipelined(Vllm):
         self.stepping = bool(self.flights)
         self.due_s = self.flights[0].landing_s if self.flights else math.inf
 
-    def form_knowing(self, hidden: int) -> tuple[list[tuple[int, int]], list[Request]]:
+    def form_knowing(self, hidden: int) -> tuple[list[tuple[int, int]], list[Request], bool]:
         """See `Vllm.form_knowing`; whoever is in flight has nothing left to schedule."""
-        while True:
-            budget, room = self.type.max_num_batched_tokens, self.type.max_num_seqs
-            preempted = False
-            chunks: list[tuple[int, int]] = []
-            decodes: list[Request] = []
-            for q in list(self.running):
-                tokens = min(q.total - q.computed, budget)
-                if q not in self.running or tokens == 0 or room == 0:
-                    continue
-                while self.blocks(q.computed + tokens) - len(q.blocks) > self.pool.num_free:
-                    victim = self.running[-1]
-                    self.preempt(victim)
-                    preempted = True
-                    if victim is q:
-                        break
-                if q not in self.running:
+        budget, room = self.type.max_num_batched_tokens, self.type.max_num_seqs
+        preempted = False
+        chunks: list[tuple[int, int]] = []
+        decodes: list[Request] = []
+        for q in list(self.running):
+            tokens = min(q.total - q.computed, budget)
+            if q not in self.running or tokens == 0 or room == 0:
+                continue
+            while self.blocks(q.computed + tokens) - len(q.blocks) > self.pool.num_free:
+                victim = self.running[-1]
+                self.preempt(victim)
+                preempted = True
+                if victim is q:
                     break
-                chunk = self.give(q, tokens)
-                if q.prefilling:
-                    chunks.append(chunk)
-                else:
-                    decodes.append(q)
-                budget -= tokens
-                room -= 1
-            while not preempted and self.waiting and budget > 0 and room > 0:
-                if len(self.running) >= self.type.max_num_running:
-                    break
-                q = self.waiting[0]
-                hit, unheld = self.cached(q)
-                rest = q.total - len(hit) * self.sim.spec.block_size
-                tokens = min(rest, budget)
-                if tokens < rest and not self.may_chunk():
-                    break
-                if not self.has_room(q, hit, unheld):
-                    break
-                chunks.append(self.admit(hit, tokens))
-                budget -= tokens
-                room -= 1
-            if chunks or decodes or self.flights or not (preempted and self.waiting):
-                return chunks, decodes
+            if q not in self.running:
+                break
+            chunk = self.give(q, tokens)
+            if q.prefilling:
+                chunks.append(chunk)
+            else:
+                decodes.append(q)
+            budget -= tokens
+            room -= 1
+        while not preempted and self.waiting and budget > 0 and room > 0:
+            if len(self.running) >= self.type.max_num_running:
+                break
+            q = self.waiting[0]
+            hit, unheld = self.cached(q)
+            rest = q.total - len(hit) * self.sim.spec.block_size
+            tokens = min(rest, budget)
+            if tokens < rest and not self.may_chunk():
+                break
+            if not self.has_room(q, hit, unheld):
+                break
+            chunks.append(self.admit(hit, tokens))
+            budget -= tokens
+            room -= 1
+        # while batches are in flight, nothing is formed at once in place of an empty one
+        return chunks, decodes, preempted and not self.flights
 
     def send_off(self, chunks: list[tuple[int, int]], decodes: list[Request]) -> float:
         """Let the stages take a batch one after the other; return when it leaves the last."""
