@@ -102,7 +102,7 @@ def _width(spec: ClusterSpec) -> int:
 
 def _of_each(first: BoolArray, counted: BoolArray) -> IntArray:
     """Count events of the same request that come before each one; `first` says where one begins."""
-    so_far = np.cumsum(counted) - counted
+    so_far: IntArray = np.cumsum(counted) - counted
     return so_far - np.maximum.accumulate(np.where(first, so_far, 0))
 
 

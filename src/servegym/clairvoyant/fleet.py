@@ -113,7 +113,7 @@ def play_assigned(p: Params, s: State, e: int, choice: IntArray) -> int:
 
 @helper
 def _other_holds(so_far: int, old: int, rng: UInt64Array) -> int:
-    """Draw how often a request is held instead: longer or less long, small steps as often as large."""
+    """Draw how often a request is held instead; small changes are as likely as large ones."""
     step = int(MOST_HOLDS ** next_uniform(rng))
     if next_uniform(rng) < 0.5:
         step = -step

@@ -139,9 +139,9 @@ class DispatchEpisodes(RequestEpisodes[Policy | Pair]):
     ) -> Played:
         """See `Episodes.clairvoyant`: a search through assignments of requests to replicas.
 
-        In a disaggregated fleet they say where requests decode, too; where requests migrate they
-        do by the rule of the best of `starts` whose rule the core plays; where requests may be held,
-        for how long. No assignment tells in which order engines took requests: where the best of
+        In a disaggregated fleet they say where requests decode, too, and where requests may be
+        held, for how long; where requests migrate they do by the rule of the best of `starts` whose
+        rule the core plays. No assignment tells in which order engines took requests: where the best of
         `starts` is better than what was found, it is that.
         """
         metric = OBJECTIVES[self.scenario.objective].metric
