@@ -141,8 +141,8 @@ class DispatchEpisodes(RequestEpisodes[Policy | Pair]):
 
         In a disaggregated fleet they say where requests decode, too, and where requests may be
         held, for how long; where requests migrate they do by the rule of the best of `starts` whose
-        rule the core plays. No assignment tells in which order engines took requests: where the best of
-        `starts` is better than what was found, it is that.
+        rule the core plays. No assignment tells in which order engines took requests: where the
+        best of `starts` is better than what was found, it is that.
         """
         metric = OBJECTIVES[self.scenario.objective].metric
         runs = [self.run(policy, seed=seed, record=True) for policy in starts]
