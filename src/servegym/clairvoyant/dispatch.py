@@ -241,9 +241,7 @@ def _sent_at_once(
     if not plain or not plays_alone(prompt, episode):
         return None
     start = min(plain, key=lambda one: one[0])[1][:, :1]
-    found = search(
-        prompt, episode, start, metric, budget=budget, seed=seed, may_reject=may_reject
-    )
+    found = search(prompt, episode, start, metric, budget=budget, seed=seed, may_reject=may_reject)
     return replace(found, choice=np.hstack((found.choice, np.zeros_like(found.choice))))
 
 
@@ -298,9 +296,7 @@ def _search_replicas(
     return best[:, None], least
 
 
-def _kick(
-    assignment: IntArray, first: int, fits: BoolArray, rng: np.random.Generator
-) -> IntArray:
+def _kick(assignment: IntArray, first: int, fits: BoolArray, rng: np.random.Generator) -> IntArray:
     """Send some requests anywhere, and return which ones."""
     judged_ones = np.arange(first, len(assignment))
     count = min(len(judged_ones), max(2, len(judged_ones) // _KICK))
