@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from servegym.cluster.rank_rules import PrefillTogether
 from servegym.cluster.state import FAULT_DOWN, FAULT_SLOW, FAULT_UP
 from servegym.cluster.tier_rules import KvTier, TierRules
 from servegym.costs.grid import CostGrid
@@ -157,6 +158,7 @@ class ReplicaType:
             docs/simulator.md.
         shared: What it does together with the other ranks of its group, whose steps begin and end
             when its own do; the grid holds the rest. None: it steps by itself.
+        together: When such ranks prefill; None: each whenever it can.
         role: What it does of a request.
         link: How KV gets from it and to it.
         host_kv: Memory of its host that keeps copies of its KV blocks; None: there is none.
@@ -175,6 +177,7 @@ class ReplicaType:
     engine: EngineName = "vllm"
     async_scheduling: bool = False
     shared: SharedCost | None = None
+    together: PrefillTogether | None = None
     role: Role = "mixed"
     link: Link = Link()
     host_kv: KvTier | None = None
@@ -208,6 +211,11 @@ class ReplicaType:
             raise ConfigError(
                 f"engine of {self.name} must not be vllm-priority: ranks in lockstep form their "
                 'steps without asking; take "vllm"'
+            )
+        if self.together is not None and (self.shared is None or self.engine != "trtllm"):
+            raise ConfigError(
+                f"together of {self.name} must be None: only ranks in lockstep of engine trtllm "
+                "wait for each other with prefills"
             )
         if self.pipeline is not None:
             self._check_pipeline()

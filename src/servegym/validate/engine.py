@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from servegym.assets.specs import gpu, model
+from servegym.cluster.rank_rules import PrefillTogether
 from servegym.cluster.spec import Link, ReplicaType, Role
 from servegym.costs.formats import number_format
 from servegym.costs.grid import CostGrid
@@ -72,6 +73,7 @@ class EngineSetup:
         engine: Whose rules and kernels.
         expert_groups: Groups of GPUs that split the experts under tensor-parallel attention.
         expert_ranks: Data-parallel ranks that share their experts and run in lockstep.
+        together: When such ranks prefill; None: each whenever it can.
         separate_attention: Whether chunks and decodes of a step have attention kernels of their
             own, as in every engine but vLLM V1, which hands both to FlashAttention at once.
         host_sequence_s: Time between steps in which the GPU waits for the CPU, for each sequence.
@@ -95,6 +97,7 @@ class EngineSetup:
     engine: EngineName = "vllm"
     expert_groups: int = 1
     expert_ranks: int = 1
+    together: PrefillTogether | None = None
     separate_attention: bool = False
     host_sequence_s: float = 0.0
     eager_layer_s: float = 0.0
@@ -152,6 +155,7 @@ class EngineSetup:
             num_gpus=self.tp * self.pp,
             engine=self.rules,
             shared=shared,
+            together=self.together,
         )
 
     def worker(

@@ -23,7 +23,7 @@ from servegym.validate.names import (
     known_model,
     known_precision,
 )
-from servegym.validate.reception import Reception, reception
+from servegym.validate.reception import Reception, prefill_together, reception
 from servegym.workloads.records import columns_of, records
 
 _COLUMNS = (
@@ -264,6 +264,7 @@ def _setup(row: Row, family: str, spread: Degrees, concurrency: int) -> EngineSe
         tp=spread.tp,
         pp=spread.pp,
         expert_ranks=spread.ranks,
+        together=prefill_together(family, row.text, known_model(row.model), spread.ranks),
         precision=checkpoint_format(row.precision, row.model, family),
         engine=rules,
         expert_groups=spread.expert_groups,

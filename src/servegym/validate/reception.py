@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
+from servegym.cluster.rank_rules import PrefillTogether
+
 #: HTTP, validation and the client's own work for a request, and encoding one token of its prompt,
 #: CPU seconds; `benchmarks/front_end.py`, where engines' servers are made of the same parts.
 REQUEST_S = 1.5e-3
@@ -54,6 +56,34 @@ def front_end_s(prompt_tokens: float) -> float:
     return REQUEST_S + PROMPT_TOKEN_S * prompt_tokens
 
 
+def is_inferencex(text: dict[str, str]) -> bool:
+    """Whether a row comes from InferenceX, by its notes."""
+    return "inferencex" in text["notes"].lower()
+
+
+def prefill_together(
+    family: str, text: dict[str, str], model: str, ranks: int
+) -> PrefillTogether | None:
+    """Say when the data-parallel ranks of a published row prefill.
+
+    TensorRT-LLM lets them wait for each other where it is told to, as in the scripts of InferenceX
+    (`attention_dp_config` in `dsr1_*_trt.sh` and `gptoss_fp4_b200_trt.sh`; the latter leaves the
+    limits at their defaults).
+
+    Args:
+        family: Engine family.
+        text: All cells of the row.
+        model: Known name of the model.
+        ranks: Of a replica that prefills and decodes.
+    """
+    apart = "disagg" in text["notes"].lower()
+    if family != "trtllm" or ranks == 1 or apart or not is_inferencex(text):
+        return None
+    if model.startswith("DeepSeek"):
+        return PrefillTogether(timeout_steps=60, gather_steps=0)
+    return PrefillTogether() if model == "gpt-oss-120b" else None
+
+
 def reception(family: str, version: str, text: dict[str, str], model: str, tp: int) -> Reception:
     """Say when the scheduler of a published row sees its requests.
 
@@ -68,7 +98,7 @@ def reception(family: str, version: str, text: dict[str, str], model: str, tp: i
         model: Known name of the model.
         tp: Tensor-parallel degree.
     """
-    inferencex = "inferencex" in text["notes"].lower()
+    inferencex = is_inferencex(text)
     found = Reception(
         overlapped=family == "sglang"
         or (family == "vllm" and bool(re.match(r"0\.|nightly", version)))
