@@ -150,7 +150,7 @@ def _longest(episode: Episode) -> int:
 
 def _longest_request(kind: ReplicaType, spec: ClusterSpec) -> int:
     tokens = kind.capacity_tokens(spec.block_size)
-    if kind.needs_whole_prompts(spec.chunked_prefill):
+    if kind.needs_whole_prompts(spec.chunked_prefill) and not kind.computes_once:
         return min(tokens, kind.max_num_batched_tokens)
     return tokens
 

@@ -66,6 +66,7 @@ class EngineSetup:
         kv_precision: Of the KV cache, `bf16` or `fp8`.
         max_num_seqs: Running requests.
         max_num_batched_tokens: Token budget of a step.
+        computes_once: Whether a prompt alone must fit a step, see `ReplicaType`.
         block_size: Tokens in a KV block.
         num_blocks: KV blocks; None: what the memory model gives.
         memory_fraction: Share of GPU memory the engine may use.
@@ -90,6 +91,7 @@ class EngineSetup:
     kv_precision: str = "bf16"
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
+    computes_once: bool = False
     block_size: int = 16
     num_blocks: int | None = None
     memory_fraction: float = 0.9
@@ -156,6 +158,7 @@ class EngineSetup:
             engine=self.rules,
             shared=shared,
             together=self.together,
+            computes_once=self.computes_once,
         )
 
     def worker(

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, replace
 
 from servegym.cluster.rank_rules import PrefillTogether
+from servegym.validate.recipes import is_inferencex
 
 #: HTTP, validation and the client's own work for a request, and encoding one token of its prompt,
 #: CPU seconds; `benchmarks/front_end.py`, where engines' servers are made of the same parts.
@@ -54,11 +55,6 @@ class Reception:
 def front_end_s(prompt_tokens: float) -> float:
     """Return the seconds from a client to the scheduler's inbox and back."""
     return REQUEST_S + PROMPT_TOKEN_S * prompt_tokens
-
-
-def is_inferencex(text: dict[str, str]) -> bool:
-    """Whether a row comes from InferenceX, by its notes."""
-    return "inferencex" in text["notes"].lower()
 
 
 def prefill_together(
@@ -115,6 +111,18 @@ def reception(family: str, version: str, text: dict[str, str], model: str, tp: i
         few = clients < 16 or (text["precision_w"].startswith("fp8") and tp == 4)
         return replace(found, look_steps=10 if few else 30)
     same = text["isl"] == text["osl"] == "1024"
-    if family == "trtllm" and model == "Llama-3.1-70B" and same and tp < 8:
-        return replace(found, gather_steps=20)  # 70b_*_trt_slurm.sh: batch_wait_timeout_iters
+    if family == "trtllm" and same:
+        return replace(found, gather_steps=_gather_steps(version, text, model, tp))
     return found
+
+
+def _gather_steps(version: str, text: dict[str, str], model: str, tp: int) -> int:
+    """Return `batch_wait_timeout_iters` of a script for prompts as long as the answers."""
+    if model == "Llama-3.1-70B" and tp < 8:
+        return 20  # 70b_*_trt_slurm.sh
+    fp8_on_b200 = text["gpu"].lower().startswith("b200") and text["precision_w"].startswith("fp8")
+    some = 64 <= int(float(text["concurrency"] or 0)) < 256
+    if model.startswith("DeepSeek") and fp8_on_b200 and version.startswith("1.2.0rc6.post2"):
+        # dsr1_fp8_b200_trt.sh; ranks with attention of their own wait by another rule
+        return 40 if some and tp > 1 else 0
+    return 0
