@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from servegym.cluster.rank_rules import PrefillTogether
 from servegym.cluster.spec import (
     VICTIMS,
     ClusterSpec,
@@ -209,6 +210,9 @@ def with_ranks(spec: ClusterSpec, episode: Episode, seed: int) -> tuple[ClusterS
     for i, kind in enumerate(spec.types):
         if kind.engine != "vllm-priority" and (i == 0 or rng.random() < 0.5):
             kind = replace(kind, shared=random_shared(rng, int(rng.integers(1, 4))))
+            if kind.engine == "trtllm" and seed % 2:
+                rule = PrefillTogether(int(rng.integers(1, 9)), int(rng.integers(0, 4)))
+                kind = replace(kind, together=rule)
         types.append(kind)
     drawn = rng.integers(0, len(types), rng.integers(1, 4)).tolist()
     return _side_by_side(replace(spec, types=tuple(types)), episode, rng, drawn)

@@ -7,9 +7,12 @@ unless a test says otherwise.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from servegym.cluster.spec import ClusterSpec, ReplicaType
+from servegym.cluster.state import FAULT_DOWN, FAULT_UP
 from servegym.engines import ENGINES, EngineName
 from servegym.errors import ConfigError
 
@@ -173,6 +176,21 @@ def test_engines_that_compute_prompts_whole_refuse_those_beyond_their_budget(eng
         return
     with pytest.raises(ConfigError, match=r"whole prompts.* must cover .* \(9 tokens\)"):
         episode.validate(spec)
+
+
+def test_a_prompt_alone_must_fit_where_nothing_is_ever_computed_anew(play):
+    spec = cluster("trtllm", budget=8)
+    spec = replace(spec, types=(replace(spec.types[0], computes_once=True),))
+    # prefill 8: 1.8; decodes over 9 and 10 tokens, so that the request grows beyond the budget
+    played = play(spec, toy_episode([(0, 8, 3)]), {})
+    assert_times(played, finish_s=[1.8 + 1.109 + 1.11])
+    with pytest.raises(ConfigError, match=r"must cover the longest prompt \(9 tokens\)"):
+        toy_episode([(0, 9, 1)]).validate(spec)
+    failing = toy_episode([(0, 8, 3)], faults=[(9, 0, FAULT_DOWN, 0), (10, 0, FAULT_UP, 0)])
+    with pytest.raises(ConfigError, match=r"must cover the longest request \(10 tokens\)"):
+        failing.validate(spec)
+    with pytest.raises(ConfigError, match="engine vllm computes requests anew"):
+        replace(spec.types[0], engine="vllm")
 
 
 def test_an_unknown_engine_is_refused():

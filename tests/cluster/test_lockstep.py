@@ -13,6 +13,7 @@ import pytest
 
 from servegym.cluster.lockstep import graph_tokens
 from servegym.cluster.nominal import nominal_facts, request_alone_s
+from servegym.cluster.rank_rules import PrefillTogether
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import ClusterSpec, Episode
 from servegym.cluster.state import (
@@ -198,3 +199,59 @@ def test_the_own_work_of_a_rank_is_a_grid_of_any_other_replica():
         linear_grid().step_s([(10, 0)]) + 0.5 * 10 + 0.03 * 20
     )
     assert replica_type().step_s([(10, 0)], 2, 9) == linear_grid().step_s([(10, 0)], 2, 9)
+
+
+def test_ranks_that_prefill_together_wait_for_each_other(play):  # noqa: F811
+    kind = replace(rank_type(), engine="trtllm", together=PrefillTogether(3, 0))
+    episode = toy_episode([(0, 4, 9), (0, 4, 9), (0.1, 4, 1), (6, 4, 1)], type_idx=(0, 0))
+    played = play(toy_cluster(kind), episode, {1: [1], 2: [0], 3: [1]})
+    # both prefill at once, as nobody decodes: 1 + 0.4 + 0.5 * 4 + 0.03 * 8 = 3.64. Then the first
+    # rank has a prompt and the other none: two decodes of 1.105 + 0.52 and 1.106 + 0.52; the other
+    # has one, too, from 6 on, before the third step without prefills: all prefill, with one decode
+    # each, 1 + 0.5 + 0.007 + 0.5 * 5 + 0.03 * 10
+    together_s = 3.64 + 1.625 + 1.626
+    both_s = together_s + 1.507 + 2.5 + 0.3
+    assert_times(
+        played,
+        scheduled_s=[0, 0, together_s, together_s],
+        first_token_s=[3.64, 3.64, both_s, both_s],
+    )
+
+
+def test_ranks_that_wait_for_prefills_stop_after_so_many_steps(play):  # noqa: F811
+    kind = replace(rank_type(), engine="trtllm", together=PrefillTogether(3, 0))
+    episode = toy_episode([(0, 4, 9), (0, 4, 9), (0.1, 4, 1)], type_idx=(0, 0))
+    played = play(toy_cluster(kind), episode, {1: [1], 2: [0]})
+    # the first step of both is no wait; the third without a prefill on either would be too many
+    timeout_s = 3.64 + 1.625 + 1.626
+    assert_times(played, scheduled_s=[0, 0, timeout_s])
+
+
+def test_ranks_that_could_all_prefill_wait_for_more_prompts(play):  # noqa: F811
+    kind = replace(rank_type(), engine="trtllm", together=PrefillTogether(9, 2))
+    episode = toy_episode([(0, 4, 9), (0, 4, 9), (0.1, 4, 1), (0.2, 4, 1)], type_idx=(0, 0))
+    played = play(toy_cluster(kind), episode, {1: [1], 2: [0], 3: [1]})
+    # two decodes, though all could prefill
+    gathered_s = 3.64 + 1.625 + 1.626
+    assert_times(played, scheduled_s=[0, 0, gathered_s, gathered_s])
+
+
+def test_a_rank_without_room_keeps_the_others_waiting(play):  # noqa: F811
+    rule = PrefillTogether(50, 0)
+    kind = replace(rank_type(num_blocks=7), engine="trtllm", together=rule)
+    # of 7 blocks of 4 tokens one request of the first rank takes 3 to its end, the next one 6
+    episode = toy_episode([(0, 4, 9), (0, 4, 20), (0.1, 4, 20), (0.2, 4, 1)], type_idx=(0, 0))
+    played = play(toy_cluster(kind), episode, {1: [1], 2: [0], 3: [1]})
+    # eight decodes of 1.625 to 1.632 s; then the first rank decodes no more, and nobody waits
+    ended_s = 3.64 + 8 * 1.625 + 0.028
+    assert_times(played, scheduled_s=[0, 0, ended_s, ended_s])
+    assert played.outcomes["finish_s"][0] == pytest.approx(ended_s)
+
+
+def test_only_ranks_of_tensorrt_llm_wait_for_each_other():
+    with pytest.raises(ConfigError, match="only ranks in lockstep of engine trtllm"):
+        replace(rank_type(), together=PrefillTogether())
+    with pytest.raises(ConfigError, match="timeout_steps must be at least 1, got 0"):
+        PrefillTogether(timeout_steps=0)
+    with pytest.raises(ConfigError, match="gather_steps must be at least 0, got -1"):
+        PrefillTogether(gather_steps=-1)

@@ -11,7 +11,17 @@ import pytest
 from ..toys import constant_grid  # noqa: TID252 - tests are no package
 
 COLUMNS = (
-    *("row_id", "file", "date", "quality", "engine", "engine_version", "model", "precision_w"),
+    *(
+        "row_id",
+        "file",
+        "source",
+        "date",
+        "quality",
+        "engine",
+        "engine_version",
+        "model",
+        "precision_w",
+    ),
     *(
         "precision_kv",
         "gpu",

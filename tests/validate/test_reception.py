@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from servegym.cluster.rank_rules import PrefillTogether
 from servegym.validate.engine import EngineConstants, EngineSetup
 from servegym.validate.experiments import play
 from servegym.validate.published import experiment, read_published
@@ -63,6 +64,36 @@ LONG = {"isl": "1024", "osl": "1024", "tpot_mean": "90", "gpu_count": "", "notes
 )
 def test_engines_and_scripts_say_when_schedulers_look(write_table, cells, expected):
     assert experiment(read_published(write_table(cells))[0]).reception == expected
+
+
+RANKS = {
+    "file": "aic_inferencex",
+    "source": "sample.csv; id=dsr1_tp4_0_ep4_0_7",
+    "engine": "trtllm",
+    "model": "deepseek-ai/DeepSeek-R1",
+    "gpu": "b200_sxm",
+    "precision_w": "nvfp4",
+    "tp": "1",
+    "dp": "4",
+    "ep": "4",
+}
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        ({}, PrefillTogether(60, 0)),
+        ({"model": "openai/gpt-oss-120b"}, PrefillTogether(50, 10)),
+        ({"engine": "sglang"}, None),
+        ({"tp": "4", "dp": "1"}, None),  # attention of all GPUs for all requests
+        ({"notes": INFERENCEX + "; disagg P=1x(tp1,dp4,ep4) D=1x(tp1,dp4,ep4)"}, None),
+    ],
+)
+def test_scripts_say_which_ranks_prefill_together(write_table, cells, expected):
+    plan = experiment(read_published(write_table(LONG | RANKS | cells))[0])
+    assert plan.setup.together == expected
+    if expected:
+        assert plan.setup.replica(EngineConstants()).together == expected
 
 
 def test_ttft_and_throughput_of_clients_have_the_way_to_the_scheduler(write_table):

@@ -150,7 +150,7 @@ def _longest(episode: Episode) -> int:
 
 def _longest_request(kind: ReplicaType, spec: ClusterSpec) -> int:
     tokens = kind.capacity_tokens(spec.block_size)
-    if kind.needs_whole_prompts(spec.chunked_prefill):
+    if kind.needs_whole_prompts(spec.chunked_prefill) and not kind.computes_once:
         return min(tokens, kind.max_num_batched_tokens)
     return tokens
 
@@ -199,6 +199,8 @@ def make_params(spec: ClusterSpec, *, record: bool, asks: Asks = DISPATCH_ONLY) 
         max_num_batched_tokens=column("max_num_batched_tokens"),
         max_num_seqs=column("max_num_seqs"),
         num_ranks=column("num_ranks"),
+        timeout_steps=np.array([t.together.timeout_steps if t.together else 0 for t in spec.types]),
+        gather_steps=np.array([t.together.gather_steps if t.together else 0 for t in spec.types]),
         largest_graph=np.array([t.shared.largest_graph if t.shared else 0 for t in spec.types]),
         shared_s=np.stack([_shared_table(t.shared) for t in spec.types]),
         num_stages=num_stages,

@@ -82,6 +82,8 @@ def form_step(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     hidden = 0
     if p.forms_ahead[t] > 0:
         hidden = max(0, v.num_waiting - v.num_seen)
+    elif v.waits > 0:
+        hidden = v.num_waiting
     while True:
         preempted = _feed_decodes(p, s, e, r, now_s)
         batch = v.num_decodes
@@ -188,7 +190,7 @@ def _admit(
     size = p.block_size
     no_evict = p.engine[t] == TRTLLM
     chunked = p.chunked_prefill and not no_evict
-    promised = _promised_blocks(p, s, e, r) if no_evict else 0
+    promised = promised_blocks(p, s, e, r) if no_evict else 0
     seqs = p.max_num_seqs[t]
     while budget > 0 and v.num_waiting > hidden and v.num_running < seqs:
         request = v.wait_head
@@ -214,7 +216,7 @@ def _admit(
 
 
 @helper
-def _promised_blocks(p: Params, s: State, e: int, r: int) -> int:
+def promised_blocks(p: Params, s: State, e: int, r: int) -> int:
     """Blocks that decoding requests, fed for the step to come, will still take to their ends."""
     v = s.replica[e, r]
     blocks = 0
@@ -386,6 +388,9 @@ def clear_replica(p: Params, s: State, e: int, r: int) -> None:
     v.emitted = 0
     v.num_ends = 0
     v.stalled = 0
+    v.waits = 0
+    v.waited_steps = 0
+    v.gathered_steps = 0
     v.num_lagging = 0
     v.num_seen = NO_LIMIT
     v.num_lingering = 0

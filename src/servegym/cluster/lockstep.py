@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from numba import types
 
-from servegym.cluster.engine import end_step, form_step
+from servegym.cluster.engine import end_step, form_step, promised_blocks
 from servegym.cluster.entry import STEP_TOGETHER, entry
 from servegym.cluster.heap import set_event
-from servegym.cluster.jit import inlined
+from servegym.cluster.jit import helper, inlined
+from servegym.cluster.running import at_hand, blocks_to_end
 from servegym.cluster.state import (
     DECODE,
     IDLE,
@@ -39,6 +40,8 @@ def step_together(p: Params, s: State, e: int, first: int, now_s: float) -> None
     for r in range(first, stop):
         if s.replica[e, r].mode != IDLE and s.replica[e, r].mode != WAKING:
             end_step(p, s, e, r, now_s)
+    if p.timeout_steps[s.replica[e, first].type_idx] > 0:
+        _wait_for_each_other(p, s, e, first, stop)
     slowest_s, fullest, tokens, busy, prefills = 0.0, 1, 0, False, False
     for r in range(first, stop):
         form_step(p, s, e, r, now_s)
@@ -70,6 +73,49 @@ def step_together(p: Params, s: State, e: int, first: int, now_s: float) -> None
     end_s = now_s + slowest_s + together_s
     for r in range(first, stop):
         set_event(s, e, r, end_s)
+
+
+@helper
+def _wait_for_each_other(p: Params, s: State, e: int, first: int, stop: int) -> None:
+    """Decide whether the ranks of a group may prefill in their next step, see `rank_rules`."""
+    group = s.replica[e, first]
+    all_can, all_decode = True, True
+    for r in range(first, stop):
+        all_can = all_can and _can_prefill(p, s, e, r)
+        all_decode = all_decode and s.replica[e, r].num_decodes > 0
+    waits = 0
+    if all_can:
+        group.waited_steps = 0
+        if all_decode:
+            group.gathered_steps += 1
+            if group.gathered_steps <= p.gather_steps[group.type_idx]:
+                waits = 1
+            else:
+                group.gathered_steps = 0
+    else:
+        group.waited_steps += 1
+        if all_decode and group.waited_steps < p.timeout_steps[group.type_idx]:
+            waits = 1
+        else:
+            group.waited_steps = 0
+    for r in range(first, stop):
+        s.replica[e, r].waits = waits
+
+
+@inlined
+def _can_prefill(p: Params, s: State, e: int, r: int) -> bool:
+    """Say whether the next prompt fits the next step, whose decodes have no block of it yet."""
+    v = s.replica[e, r]
+    t = v.type_idx
+    if v.num_waiting == 0 or v.num_running >= p.max_num_seqs[t]:
+        return False
+    request = v.wait_head
+    q = s.request[e, request]
+    _, _, computed = at_hand(p, s, e, r, request)
+    if q.prompt + q.generated - computed > p.max_num_batched_tokens[t] - v.num_decodes:
+        return False
+    taken = s.phase[e, r, v.iteration % p.block_size] + promised_blocks(p, s, e, r)
+    return blocks_to_end(p, s, e, request) <= v.free_blocks - taken
 
 
 @inlined

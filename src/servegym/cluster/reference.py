@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from servegym.cluster import state as st
 from servegym.cluster.outcome import EVENT_DTYPE
+from servegym.cluster.rank_rules import PrefillTogether
 from servegym.cluster.reference_engine import Engine, Request
 from servegym.cluster.reference_engines import RULES
 from servegym.cluster.reference_migration import Choose, Migrations
@@ -191,6 +192,11 @@ class ReferenceSimulator:
         for engine in ranks:
             if engine.stepping:
                 engine.end_step()
+        together = ranks[0].type.together
+        if together is not None:
+            waits = self._wait_for_each_other(ranks, together)
+            for engine in ranks:
+                engine.waits = waits
         for engine in ranks:
             engine.begin_step()
         shared = ranks[0].type.shared
@@ -202,6 +208,24 @@ class ReferenceSimulator:
         end_s = self.now_s + slowest_s + shared.step_s(tokens, prefills=prefills)
         for engine in ranks:
             engine.due_s = end_s
+
+    def _wait_for_each_other(self, ranks: list[Engine], rule: PrefillTogether) -> bool:
+        """Say whether ranks leave prefills out of their next step."""
+        group = ranks[0]
+        decoding = all(any(not q.prefilling for q in engine.running) for engine in ranks)
+        if all(engine.can_prefill() for engine in ranks):
+            group.waited_steps = 0
+            if decoding and group.gathered_steps < rule.gather_steps:
+                group.gathered_steps += 1
+                return True
+            if decoding:
+                group.gathered_steps = 0
+            return False
+        group.waited_steps += 1
+        if decoding and group.waited_steps < rule.timeout_steps:
+            return True
+        group.waited_steps = 0
+        return False
 
     def cancel(self, subject: int) -> None:
         """Remove the timer of a request, if it has one."""

@@ -58,6 +58,8 @@ class Engine:
         self.running: list[Request] = []
         self.remote: list[Request] = []  # whose KV comes from elsewhere, as transfers began
         self.landed: list[Request] = []  # those of them whose KV is here
+        self.waits = False  # a rank that leaves prefills out of its next step
+        self.waited_steps = self.gathered_steps = 0  # of its group, if it is the first
         self.steps = 0
         self.due_s = math.inf
         self.stepping = False
@@ -136,6 +138,10 @@ class Engine:
         Returns:
             Chunks as (tokens, context), and the requests that decode; both empty: nothing to do.
         """
+        raise NotImplementedError
+
+    def can_prefill(self) -> bool:
+        """Say whether the next step could hold a prefill."""
         raise NotImplementedError
 
     def begin_step(self) -> None:

@@ -27,7 +27,7 @@ class Vllm(Engine):
 
     def form(self) -> tuple[list[tuple[int, int]], list[Request]]:
         """See `Engine.form`; what came or ended since the last step began may not be known yet."""
-        hidden = 0
+        hidden = len(self.waiting) if self.waits else 0
         if self.type.async_scheduling:
             hidden = max(0, len(self.waiting) - self.seen)
         while True:
@@ -232,6 +232,17 @@ class TrtLlm(Vllm):
     def may_chunk(self) -> bool:
         """See `Vllm.may_chunk`."""
         return False
+
+    def can_prefill(self) -> bool:
+        """See `Engine.can_prefill`."""
+        if not self.waiting or len(self.running) >= self.type.max_num_seqs:
+            return False
+        q = self.waiting[0]
+        hit, unheld = self.cached(q)
+        decodes = sum(not other.prefilling for other in self.running)
+        rest = q.total - len(hit) * self.sim.spec.block_size
+        fits = rest <= self.type.max_num_batched_tokens - decodes
+        return fits and self.has_room(q, hit, unheld)
 
     def has_room(self, q: Request, hit: list[int], unheld: int) -> bool:
         """See `Vllm.has_room`."""

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from servegym.cluster.rank_rules import PrefillTogether
 from servegym.cluster.state import FAULT_DOWN, FAULT_SLOW, FAULT_UP
 from servegym.cluster.tier_rules import KvTier, TierRules
 from servegym.costs.grid import CostGrid
@@ -157,6 +158,10 @@ class ReplicaType:
             docs/simulator.md.
         shared: What it does together with the other ranks of its group, whose steps begin and end
             when its own do; the grid holds the rest. None: it steps by itself.
+        together: When such ranks prefill; None: each whenever it can.
+        computes_once: Whether a prompt alone must fit one step of TensorRT-LLM, which preempts
+            nothing, and not its output with it, as where replicas fail or planners compute anew
+            what is there.
         role: What it does of a request.
         link: How KV gets from it and to it.
         host_kv: Memory of its host that keeps copies of its KV blocks; None: there is none.
@@ -175,6 +180,8 @@ class ReplicaType:
     engine: EngineName = "vllm"
     async_scheduling: bool = False
     shared: SharedCost | None = None
+    together: PrefillTogether | None = None
+    computes_once: bool = False
     role: Role = "mixed"
     link: Link = Link()
     host_kv: KvTier | None = None
@@ -208,6 +215,16 @@ class ReplicaType:
             raise ConfigError(
                 f"engine of {self.name} must not be vllm-priority: ranks in lockstep form their "
                 'steps without asking; take "vllm"'
+            )
+        if self.together is not None and (self.shared is None or self.engine != "trtllm"):
+            raise ConfigError(
+                f"together of {self.name} must be None: only ranks in lockstep of engine trtllm "
+                "wait for each other with prefills"
+            )
+        if self.computes_once and self.engine != "trtllm":
+            raise ConfigError(
+                f"computes_once of {self.name} must be off: engine {self.engine} computes requests "
+                "anew that it has preempted; only trtllm does not"
             )
         if self.pipeline is not None:
             self._check_pipeline()
@@ -536,14 +553,15 @@ class Episode:
             )
         _check_capacity(spec, need, [t for t in types if t.role != "decode"])
         _check_capacity(spec, need, [t for t in types if t.role != "prefill"])
-        whole = [t for t in types if t.needs_whole_prompts(spec.chunked_prefill)]
-        if whole:
-            least = min(whole, key=lambda t: t.max_num_batched_tokens)
-            if (need > least.max_num_batched_tokens).any():
+        for kind in [t for t in types if t.needs_whole_prompts(spec.chunked_prefill)]:
+            once = kind.computes_once and not (self.faults.kind == FAULT_DOWN).any()
+            longest = int((self.table.prompt_tokens if once else need).max())
+            if longest > kind.max_num_batched_tokens:
                 raise ConfigError(
-                    f"{least.name} computes whole prompts: its max_num_batched_tokens "
-                    f"({least.max_num_batched_tokens}) must cover the longest request "
-                    f"({int(need.max())} tokens); raise it, or cut the longest requests"
+                    f"{kind.name} computes whole prompts: its max_num_batched_tokens "
+                    f"({kind.max_num_batched_tokens}) must cover the longest "
+                    f"{'prompt' if once else 'request'} ({longest} tokens); raise it, or cut the "
+                    f"longest {'prompts' if once else 'requests'}"
                 )
 
     def _check_ranks(self, spec: ClusterSpec) -> None:

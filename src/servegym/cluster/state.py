@@ -171,6 +171,8 @@ class Params(NamedTuple):
     max_num_batched_tokens: IntArray  # [T] token budget of a step
     max_num_seqs: IntArray  # [T]
     num_ranks: IntArray  # [T] replicas that step together, 0: each by itself
+    timeout_steps: IntArray  # [T] after which ranks prefill that do so together, 0: none waits
+    gather_steps: IntArray  # [T] that they wait for more prompts
     largest_graph: IntArray  # [T] most tokens of such a rank for which there is a CUDA graph
     shared_s: FloatArray  # [T, NUM_SHARED, NUM_SHARED_KNOTS] of `costs.shared`, see SHARED_*
     num_stages: IntArray  # [T] of its pipeline, 0: it steps as one
@@ -317,6 +319,10 @@ REPLICA_DTYPE = np.dtype(
             "i8",
         ),  # of its queue, so many were there when a step was last formed
         ("num_lingering", "i8"),  # running requests that have ended, see `cluster.lingering`
+        # ranks that prefill together
+        ("waits", "i8"),  # whether it leaves prefills out of its next step
+        ("waited_steps", "i8"),  # steps since all could, or did; of the first rank of a group
+        ("gathered_steps", "i8"),  # steps since all could
         # SGLang
         ("batch_full", "i8"),  # no prefill is tried before a request ends
         ("num_lagging", "i8"),  # ended in the last decode step, still counted as running

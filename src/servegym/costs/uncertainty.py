@@ -81,8 +81,8 @@ class EngineSpread(NamedTuple):
 ENGINE_SPREADS: Mapping[EngineName, EngineSpread] = {
     "vllm": EngineSpread(0.11, 0.51),
     "vllm-v0": EngineSpread(0.29, 0.68),
-    "sglang": EngineSpread(0.22, 1.11),
-    "trtllm": EngineSpread(0.21, 0.79),
+    "sglang": EngineSpread(0.23, 1.15),
+    "trtllm": EngineSpread(0.20, 0.65),
 }
 
 

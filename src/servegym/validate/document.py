@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def _run(score: RunScore) -> dict[str, Any]:
     return {
         "name": run.name,
         "engine": run.engine,
-        "setup": score.setup.__dict__,
+        "setup": asdict(score.setup),
         "num_requests": len(run.arrival_s),
         "validated": not score.extrapolated,
         "extrapolated_because": score.extrapolated,
@@ -120,9 +121,9 @@ def _row(score: RowScore) -> dict[str, Any]:
         "what": what(score),
         "family": plan.family,
         "load": plan.loop,
-        "setup": plan.setup.__dict__,
+        "setup": asdict(plan.setup),
         "workers": plan.num_workers,
-        "prefill_setup": plan.prefill.__dict__ if plan.prefill else None,
+        "prefill_setup": asdict(plan.prefill) if plan.prefill else None,
         "prefill_workers": plan.num_prefill,
         "validated": not score.extrapolated,
         "extrapolated_because": score.extrapolated,

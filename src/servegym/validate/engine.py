@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from servegym.assets.specs import gpu, model
+from servegym.cluster.rank_rules import PrefillTogether
 from servegym.cluster.spec import Link, ReplicaType, Role
 from servegym.costs.formats import number_format
 from servegym.costs.grid import CostGrid
@@ -65,6 +66,7 @@ class EngineSetup:
         kv_precision: Of the KV cache, `bf16` or `fp8`.
         max_num_seqs: Running requests.
         max_num_batched_tokens: Token budget of a step.
+        computes_once: Whether a prompt alone must fit a step, see `ReplicaType`.
         block_size: Tokens in a KV block.
         num_blocks: KV blocks; None: what the memory model gives.
         memory_fraction: Share of GPU memory the engine may use.
@@ -72,6 +74,7 @@ class EngineSetup:
         engine: Whose rules and kernels.
         expert_groups: Groups of GPUs that split the experts under tensor-parallel attention.
         expert_ranks: Data-parallel ranks that share their experts and run in lockstep.
+        together: When such ranks prefill; None: each whenever it can.
         separate_attention: Whether chunks and decodes of a step have attention kernels of their
             own, as in every engine but vLLM V1, which hands both to FlashAttention at once.
         host_sequence_s: Time between steps in which the GPU waits for the CPU, for each sequence.
@@ -88,6 +91,7 @@ class EngineSetup:
     kv_precision: str = "bf16"
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
+    computes_once: bool = False
     block_size: int = 16
     num_blocks: int | None = None
     memory_fraction: float = 0.9
@@ -95,6 +99,7 @@ class EngineSetup:
     engine: EngineName = "vllm"
     expert_groups: int = 1
     expert_ranks: int = 1
+    together: PrefillTogether | None = None
     separate_attention: bool = False
     host_sequence_s: float = 0.0
     eager_layer_s: float = 0.0
@@ -152,6 +157,8 @@ class EngineSetup:
             num_gpus=self.tp * self.pp,
             engine=self.rules,
             shared=shared,
+            together=self.together,
+            computes_once=self.computes_once,
         )
 
     def worker(

@@ -131,7 +131,8 @@ def _fleet(
 
 def _covering(replica: ReplicaType, plan: Experiment, tokens: int) -> ReplicaType:
     """Return an engine that can compute whole prompts, if it must: limits are set for the load."""
-    if not replica.needs_whole_prompts(plan.setup.chunked_prefill):
+    whole = replica.needs_whole_prompts(plan.setup.chunked_prefill)
+    if not whole or replica.computes_once:
         return replica
     budget = max(replica.max_num_batched_tokens, tokens)
     return replace(replica, max_num_batched_tokens=budget)

@@ -23,7 +23,8 @@ from servegym.validate.names import (
     known_model,
     known_precision,
 )
-from servegym.validate.reception import Reception, reception
+from servegym.validate.reception import Reception, prefill_together, reception
+from servegym.validate.recipes import recipe
 from servegym.workloads.records import columns_of, records
 
 _COLUMNS = (
@@ -254,7 +255,11 @@ def _setup(row: Row, family: str, spread: Degrees, concurrency: int) -> EngineSe
         budget = 2048
     elif name == "sglang":
         budget = next(size for limit, size in _SGLANG_CHUNKS if memory_bytes < limit)
+    script = recipe(family, row.engine_version, row.text, known_model(row.model), spread.tp)
     seqs = stated.max_num_seqs or max(limits.max_num_seqs, concurrency)
+    if script.max_num_batched_tokens:
+        budget = script.max_num_batched_tokens
+        seqs = min(seqs, budget)
     rules = KERNELS.get(name, "vllm")
     if rules == "vllm-v0" and stated.chunked_prefill:
         rules = "vllm"  # steps of chunks and decodes, as V1 forms them
@@ -264,13 +269,15 @@ def _setup(row: Row, family: str, spread: Degrees, concurrency: int) -> EngineSe
         tp=spread.tp,
         pp=spread.pp,
         expert_ranks=spread.ranks,
+        together=prefill_together(family, row.text, known_model(row.model), spread.ranks),
         precision=checkpoint_format(row.precision, row.model, family),
         engine=rules,
         expert_groups=spread.expert_groups,
         routing=_ROUTING,
-        kv_precision=_kv_precision(row, family, precision),
+        kv_precision=script.kv_precision or _kv_precision(row, family, precision),
         max_num_seqs=seqs,
         max_num_batched_tokens=max(stated.max_num_batched_tokens or budget, seqs),
+        computes_once=rules == "trtllm" and script.max_num_batched_tokens is not None,
         block_size=stated.block_size or 16,
         num_blocks=stated.num_blocks,
         memory_fraction=stated.memory_fraction or limits.memory_fraction,

@@ -10,6 +10,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
+from servegym.cluster.rank_rules import PrefillTogether
+from servegym.validate.recipes import is_inferencex
+
 #: HTTP, validation and the client's own work for a request, and encoding one token of its prompt,
 #: CPU seconds; `benchmarks/front_end.py`, where engines' servers are made of the same parts.
 REQUEST_S = 1.5e-3
@@ -54,6 +57,29 @@ def front_end_s(prompt_tokens: float) -> float:
     return REQUEST_S + PROMPT_TOKEN_S * prompt_tokens
 
 
+def prefill_together(
+    family: str, text: dict[str, str], model: str, ranks: int
+) -> PrefillTogether | None:
+    """Say when the data-parallel ranks of a published row prefill.
+
+    TensorRT-LLM lets them wait for each other where it is told to, as in the scripts of InferenceX
+    (`attention_dp_config` in `dsr1_*_trt.sh` and `gptoss_fp4_b200_trt.sh`; the latter leaves the
+    limits at their defaults).
+
+    Args:
+        family: Engine family.
+        text: All cells of the row.
+        model: Known name of the model.
+        ranks: Of a replica that prefills and decodes.
+    """
+    apart = "disagg" in text["notes"].lower()
+    if family != "trtllm" or ranks == 1 or apart or not is_inferencex(text):
+        return None
+    if model.startswith("DeepSeek"):
+        return PrefillTogether(timeout_steps=60, gather_steps=0)
+    return PrefillTogether() if model == "gpt-oss-120b" else None
+
+
 def reception(family: str, version: str, text: dict[str, str], model: str, tp: int) -> Reception:
     """Say when the scheduler of a published row sees its requests.
 
@@ -68,7 +94,7 @@ def reception(family: str, version: str, text: dict[str, str], model: str, tp: i
         model: Known name of the model.
         tp: Tensor-parallel degree.
     """
-    inferencex = "inferencex" in text["notes"].lower()
+    inferencex = is_inferencex(text)
     found = Reception(
         overlapped=family == "sglang"
         or (family == "vllm" and bool(re.match(r"0\.|nightly", version)))
@@ -85,6 +111,18 @@ def reception(family: str, version: str, text: dict[str, str], model: str, tp: i
         few = clients < 16 or (text["precision_w"].startswith("fp8") and tp == 4)
         return replace(found, look_steps=10 if few else 30)
     same = text["isl"] == text["osl"] == "1024"
-    if family == "trtllm" and model == "Llama-3.1-70B" and same and tp < 8:
-        return replace(found, gather_steps=20)  # 70b_*_trt_slurm.sh: batch_wait_timeout_iters
+    if family == "trtllm" and same:
+        return replace(found, gather_steps=_gather_steps(version, text, model, tp))
     return found
+
+
+def _gather_steps(version: str, text: dict[str, str], model: str, tp: int) -> int:
+    """Return `batch_wait_timeout_iters` of a script for prompts as long as the answers."""
+    if model == "Llama-3.1-70B" and tp < 8:
+        return 20  # 70b_*_trt_slurm.sh
+    fp8_on_b200 = text["gpu"].lower().startswith("b200") and text["precision_w"].startswith("fp8")
+    some = 64 <= int(float(text["concurrency"] or 0)) < 256
+    if model.startswith("DeepSeek") and fp8_on_b200 and version.startswith("1.2.0rc6.post2"):
+        # dsr1_fp8_b200_trt.sh; ranks with attention of their own wait by another rule
+        return 40 if some and tp > 1 else 0
+    return 0
