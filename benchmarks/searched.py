@@ -61,8 +61,9 @@ def searched(folder: Path) -> tuple[Scenario, Heuristic]:
 def main() -> None:
     """Play, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", type=Path, nargs="+", help="folders, of one scenario")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders")
     parser.add_argument("--rules", nargs="+", required=True, help="what they are compared with")
+    parser.add_argument("--scenario", help="where they play, if not where the first was searched")
     parser.add_argument("--loads", type=float, nargs="+", default=[1.0])
     parser.add_argument("--seeds", type=int, default=12)
     parser.add_argument("--num-requests", type=int, default=1000)
@@ -72,7 +73,7 @@ def main() -> None:
         for folder in given.runs
     ]
     result = evaluate(
-        found[0][0],
+        load_scenario(given.scenario) if given.scenario else found[0][0],
         [*map(policy, given.rules), *(rule for _, rule in found)],
         loads=given.loads,
         num_seeds=given.seeds,

@@ -12,7 +12,7 @@ from servegym.costs.shared import NUM_SHARED_KNOTS, SharedCost
 from servegym.errors import ConfigError
 
 from ..random_blocks import blocks  # noqa: TID252 - tests are no package
-from .strategies import random_case, with_followers
+from .strategies import random_case, with_conversations, with_followers
 from .test_differential import assert_same_events
 from .test_toys import (
     assert_times,
@@ -40,6 +40,12 @@ def test_compiled_and_plain_simulator_agree_on_steps_formed_ahead(block):
 def test_they_agree_on_clients_that_send_again_when_a_step_ends():
     for seed in range(6200, 6240):
         assert_same_events(*ahead(*with_followers(*random_case(seed, ("vllm", "trtllm")), seed)))
+
+
+def test_they_agree_on_turns_that_keep_their_blocks():
+    for seed in range(6300, 6312):
+        spec, episode = ahead(*random_case(seed, ("vllm", "trtllm")))
+        assert_same_events(*with_conversations(spec, episode, seed))
 
 
 def toy(**limits) -> ClusterSpec:

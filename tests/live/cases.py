@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,15 +130,17 @@ _LENGTHS = {
     "output": {"medians_tokens": [35.0], "sigmas": [0.9], "max_tokens": 200},
 }
 
+_SIZE = EngineSize(
+    block_size=16,
+    num_blocks=600,
+    max_num_seqs=8,
+    max_num_batched_tokens=512,
+    max_model_len=2048,
+)
+
 ALONE = Case(
     name="sim-to-live",
-    size=EngineSize(
-        block_size=16,
-        num_blocks=600,
-        max_num_seqs=8,
-        max_num_batched_tokens=512,
-        max_model_len=2048,
-    ),
+    size=_SIZE,
     rate_rps=2.6,
     workload=_LENGTHS,
     rules=("round-robin", "least-outstanding", "speed-family", "added-delay"),
@@ -146,14 +148,7 @@ ALONE = Case(
 
 CHAT = Case(
     name="sim-to-live-chat",
-    size=EngineSize(
-        block_size=16,
-        num_blocks=600,
-        max_num_seqs=8,
-        max_num_batched_tokens=512,
-        max_model_len=2048,
-        enable_prefix_caching=True,
-    ),
+    size=replace(_SIZE, enable_prefix_caching=True),
     rate_rps=2.8,
     workload={
         **_LENGTHS,
@@ -164,7 +159,7 @@ CHAT = Case(
             "num_system_prompts": 4,
             "system_prompt_tokens": 320,
             "zipf": 1.0,
-            "max_context_tokens": 2048 - 200,
+            "max_context_tokens": _SIZE.max_model_len - 200,
         },
     },
     rules=("round-robin", "least-outstanding", "prefix-load", "added-delay-inferred"),
@@ -173,13 +168,7 @@ CHAT = Case(
 SHORT_KV = Case(
     name="sim-to-live-short-kv",
     # the KV of one request of the greatest length, or of five or so of the usual ones
-    size=EngineSize(
-        block_size=16,
-        num_blocks=130,
-        max_num_seqs=16,
-        max_num_batched_tokens=512,
-        max_model_len=2048,
-    ),
+    size=replace(_SIZE, num_blocks=130, max_num_seqs=16),
     rate_rps=1.9,
     workload=_LENGTHS,
     rules=("least-outstanding", "added-delay:tuned", "added-delay-held:tuned"),

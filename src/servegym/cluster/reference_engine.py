@@ -247,16 +247,21 @@ class Engine:
             if self.type.role == "prefill":
                 self.sim.transfers.hand_over(self, q)
                 continue
-            q.prefilling = False
-            q.generated += 1
-            if not q.first_token:
-                q.first_token = True
-                self.sim.log(st.EV_FIRST_TOKEN, q.idx, self.r)
-            if q.generated == q.output:
-                ended += 1
-                self.let_end(q)
-                self.sim.end(q, st.EV_FINISH, self.r)
+            ended += self.emit(q)
         self.stepped(bool(decoding), ended)
+
+    def emit(self, q: Request) -> bool:
+        """Let one token of a request come out; return whether it was the last."""
+        q.prefilling = False
+        q.generated += 1
+        if not q.first_token:
+            q.first_token = True
+            self.sim.log(st.EV_FIRST_TOKEN, q.idx, self.r)
+        if q.generated < q.output:
+            return False
+        self.let_end(q)
+        self.sim.end(q, st.EV_FINISH, self.r)
+        return True
 
     def let_end(self, q: Request) -> None:
         """Take a request that has ended off the running list, with its blocks."""

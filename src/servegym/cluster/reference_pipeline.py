@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from servegym.cluster import state as st
 from servegym.cluster.reference_engine import Engine, Request
 from servegym.cluster.reference_vllm import TrtLlm, Vllm
 from servegym.cluster.rng import step_noise_z
@@ -120,14 +119,7 @@ class Pipelined(Vllm):
         """Let the oldest batch leave the last stage."""
         self.sim.engine_steps += 1
         for q in self.flights.pop(0).brings:
-            q.prefilling = False
-            q.generated += 1
-            if not q.first_token:
-                q.first_token = True
-                self.sim.log(st.EV_FIRST_TOKEN, q.idx, self.r)
-            if q.generated == q.output:
-                self.let_end(q)
-                self.sim.end(q, st.EV_FINISH, self.r)
+            self.emit(q)
 
     def give(self, q: Request, tokens: int) -> tuple[int, int]:
         """See `Engine.give`; blocks have their names as soon as they are filled."""
