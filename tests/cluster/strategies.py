@@ -30,6 +30,7 @@ from servegym.costs.grid import (
     CostGrid,
 )
 from servegym.costs.shared import NUM_SHARED_KNOTS, SharedCost
+from servegym.costs.speculation import Speculation
 from servegym.costs.stages import StageGrids
 from servegym.engines import EngineName
 from servegym.workloads.table import ANY_END, BY_ITSELF, RequestTable
@@ -265,6 +266,23 @@ def with_stages(spec: ClusterSpec, episode: Episode, seed: int) -> tuple[Cluster
             stages = tuple(random_grid(rng) for _ in range(int(rng.integers(1, 5))))
             handover_s = np.cumsum(rng.uniform(0, 1e-3, NUM_DENSE_KNOTS)) * rng.integers(0, 2)
             kind = replace(kind, pipeline=StageGrids(stages, handover_s))
+        types.append(kind)
+    return replace(spec, types=tuple(types)), episode
+
+
+def with_drafts(spec: ClusterSpec, episode: Episode, seed: int) -> tuple[ClusterSpec, Episode]:
+    """Let requests of some types, the first at least, have drafts; blocks and budgets are short."""
+    rng = np.random.default_rng((seed, 11))
+    types = []
+    for i, kind in enumerate(spec.types):
+        if kind.engine in ("vllm", "trtllm") and (i == 0 or rng.random() < 0.5):
+            rates = np.sort(rng.uniform(0, 1, int(rng.integers(1, 5))))[::-1]
+            draft_s = np.cumsum(rng.uniform(0, 1e-3, NUM_BATCH_KNOTS))
+            drafts = Speculation(tuple(rates.tolist()), random_grid(rng), draft_s)
+            budget = max(kind.max_num_batched_tokens, 1 + drafts.num_tokens)
+            kind = replace(kind, speculation=drafts, max_num_batched_tokens=budget)
+            while kind.capacity_tokens(spec.block_size) < 120:
+                kind = replace(kind, num_blocks=kind.num_blocks + 1)
         types.append(kind)
     return replace(spec, types=tuple(types)), episode
 

@@ -25,7 +25,13 @@ from .simulated import (
     play_pair,
     play_reference,
 )
-from .workloads import for_driver, random_pair, random_workload, serving_workload
+from .workloads import (
+    for_driver,
+    random_drafted,
+    random_pair,
+    random_workload,
+    serving_workload,
+)
 
 RECORDED = Path(__file__).parent / "recorded"
 #: Seeds worth keeping: short, with preemptions, hits and cut prompts, and for each rule of
@@ -38,6 +44,8 @@ KEPT = (
 KEPT_BY_PRIORITY = (41, 51, 76, 146, 183, 262, 343, 401, 440, 477)
 #: And of asynchronous scheduling: with preemptions, some of requests that had just ended.
 KEPT_OVERLAPPED = (41, 51, 76, 146, 183, 275, 343, 401, 473, 477)
+#: Workloads with drafts that are kept: short, with preemptions, hits, and cut prompts.
+KEPT_DRAFTED = (41, 51, 76, 146, 183, 275, 343, 401, 473, 477)
 #: Pairs that are kept: short, with memory short at either end, hits, and cut prompts.
 KEPT_PAIRS = (28, 109, 117, 146, 183, 232, 292)
 STEP = (
@@ -61,13 +69,17 @@ def draw(num_random: int) -> list[dict[str, Any]]:
     large = [
         for_driver(
             serving_workload(seed, prefix_caching=caching, num_blocks=num_blocks),
-            ["default", "first_chunk", "overlap"],
+            ["default", "first_chunk", "overlap", "drafts"],
         )
         for caching in (False, True)
         for num_blocks in (500, 1500)
         for seed in (0, 1)
     ]
-    return small + large
+    drafted = [
+        for_driver(random_drafted(seed), ["drafts"])
+        for seed in sorted({*range(num_random), *KEPT_DRAFTED})
+    ]
+    return small + drafted + large
 
 
 def draw_pairs(num_random: int) -> list[dict[str, Any]]:
@@ -108,10 +120,13 @@ def report(workloads: list[dict[str, Any]], told: dict[str, Any]) -> bool:
     overlapped: Counter[tuple[str, ...]] = Counter()
     compiled: Counter[tuple[str, ...]] = Counter()
     shown = 0
-    large = []
+    large, drafted = [], []
     for workload, run in zip(workloads, told["runs"], strict=True):
         if "first_chunk" in run:
             large.append((workload, run))
+            continue
+        if "drafts" in run:
+            drafted.append((workload, run["drafts"]))
             continue
         kind = (
             "caching" if workload["prefix_caching"] else "no caching",
@@ -142,9 +157,29 @@ def report(workloads: list[dict[str, Any]], told: dict[str, Any]) -> bool:
         counts = f"{total[kind]} | {same[kind]} | {early[kind]} | {compiled[kind]}"
         counts += f" | {ordered[kind]} | {overlapped[kind]}"
         print(f"{' / '.join(kind)} | {counts}")
+    all_drafted = report_drafted(drafted)
     if large:
         report_sizes(large)
-    return early == ordered == overlapped == total
+    return early == ordered == overlapped == total and all_drafted
+
+
+def report_drafted(told: list[tuple[dict[str, Any], dict[str, Any]]]) -> bool:
+    """Print how many workloads with drafts agree; True if all do."""
+    total: Counter[str] = Counter()
+    same: Counter[str] = Counter()
+    compiled: Counter[str] = Counter()
+    for workload, run in told:
+        kind = "caching" if workload["prefix_caching"] else "no caching"
+        total[kind] += 1
+        difference = first_difference(play_reference(workload, drafts=True), run)
+        same[kind] += difference is None
+        compiled[kind] += same_outcome(play_compiled(workload, drafts=True), outcome_of(run))
+        if difference is not None:
+            print(f"  with drafts {workload['seed']}, {kind}: {difference[:160]}")
+    print("\nwith drafts, prefix caching | workloads | identical | compiled")
+    for kind in sorted(total):
+        print(f"{kind} | {total[kind]} | {same[kind]} | {compiled[kind]}")
+    return same == total
 
 
 def same_outcome(ours: dict[str, Any], engine: dict[str, Any]) -> bool:
@@ -168,11 +203,14 @@ def report_sizes(large: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
         rows["ours, overlapped, early identity"] = play_reference(
             workload, early=True, overlap=True
         )
+        rows["engine, drafts"] = run["drafts"]
+        rows["ours, drafts"] = play_reference(workload, drafts=True)
         want = summary(workload, rows["engine"])
         for name, row in rows.items():
             got = summary(workload, row)
             ttft, e2e = (100 * (got[k] / want[k] - 1) for k in (0, 1))
-            engine = run["overlap" if "overlapped" in name else "default"]
+            mode = next((m for m in ("overlap", "drafts") if m in name), "default")
+            engine = run[mode]
             same = first_difference(row, engine) is None
             print(
                 f"  {name:34} {got[0]:8.4f} ({ttft:+6.2f} %) {got[1]:8.4f} ({e2e:+6.2f} %) "
@@ -197,7 +235,14 @@ def record(workloads: list[dict[str, Any]], told: dict[str, Any]) -> None:
     """Write the kept workloads and what vLLM did, one step a line."""
     RECORDED.mkdir(exist_ok=True)
     for workload, run in zip(workloads, told["runs"], strict=True):
-        if workload["seed"] not in KEPT or "first_chunk" in run:
+        if "first_chunk" in run:
+            continue
+        if "drafts" in run:
+            if workload["seed"] in KEPT_DRAFTED:
+                path = RECORDED / f"drafted-{workload['seed']}.json"
+                _write(path, workload, told["vllm"], run["drafts"])
+            continue
+        if workload["seed"] not in KEPT:
             continue
         _write(RECORDED / f"seed-{workload['seed']}.json", workload, told["vllm"], run["default"])
         if workload["seed"] in KEPT_BY_PRIORITY:

@@ -24,6 +24,7 @@ from vllm.config import (
     KVTransferConfig,
     ModelConfig,
     SchedulerConfig,
+    SpeculativeConfig,
     VllmConfig,
 )
 from vllm.sampling_params import SamplingParams
@@ -32,19 +33,23 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 MAX_MODEL_LEN = 4096
 #: What is set besides the workload. `reserve_full`: admit only what fits whole (vLLM's default);
 #: `overlap`: form a step while the last one runs (vLLM's default on a GPU); `priority`: priority
-#: mode, with new priorities before every step.
+#: mode, with new priorities before every step; `drafts`: speculative decoding by a layer of the
+#: model's own (multi-token prediction).
 MODES = {
-    "default": {"reserve_full": True, "overlap": False, "priority": False},
-    "first_chunk": {"reserve_full": False, "overlap": False, "priority": False},
-    "overlap": {"reserve_full": True, "overlap": True, "priority": False},
-    "priority": {"reserve_full": True, "overlap": False, "priority": True},
+    name: {
+        "reserve_full": name != "first_chunk",
+        "overlap": name == "overlap",
+        "priority": name == "priority",
+        "drafts": name == "drafts",
+    }
+    for name in ("default", "first_chunk", "overlap", "priority", "drafts")
 }
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
@@ -83,10 +88,12 @@ class StepCost:
     def __init__(self, grid: dict[str, Any]) -> None:
         self.grid = grid
 
-    def __call__(self, chunks: list[tuple[int, int]], num_decodes: int, kv_tokens: int) -> float:
+    def __call__(
+        self, chunks: list[tuple[int, int]], num_decodes: int, decode_tokens: int, kv_tokens: int
+    ) -> float:
         g = self.grid
         total = g["cpu_s"] + _linear(
-            g["dense_tokens"], g["dense_s"], num_decodes + sum(c for c, _ in chunks)
+            g["dense_tokens"], g["dense_s"], sum(c for c, _ in chunks) + decode_tokens
         )
         total += sum(
             _bilinear(g["prefill_chunk"], g["prefill_context"], g["prefill_s"], chunk, context)
@@ -127,6 +134,36 @@ def token(key: int, position: int) -> int:
     return (x ^ (x >> 31)) >> 33
 
 
+def count_accepted(request: int, generated: int, rates: list[float]) -> int:
+    """Draw how many drafts behind so many tokens are accepted: `servegym.cluster.drafts`, seed 0."""
+    mask = (1 << 64) - 1
+    place = (request * 0xD1B54A32D192ED03 + generated) & mask
+    drawn = ((_mix(_mix(place ^ 0x5851F42D4C957F2D)) >> 11) + 0.5) / 2**53
+    return next((i for i, rate in enumerate(rates) if drawn >= rate), len(rates))
+
+
+def _mix(x: int) -> int:
+    mask = (1 << 64) - 1
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+    return x ^ (x >> 31)
+
+
+def own_drafts(num_tokens: int) -> SpeculativeConfig:
+    """Return what vLLM is told of a model that drafts by itself; no such model is read."""
+    config = object.__new__(SpeculativeConfig)
+    for name, value in {
+        "method": "mtp",
+        "num_speculative_tokens": num_tokens,
+        "num_speculative_tokens_per_batch_size": None,
+        "disable_eagle_block_drop": False,
+        "parallel_drafting": False,
+        "draft_model_config": None,
+    }.items():
+        object.__setattr__(config, name, value)
+    return config
+
+
 class Driver:
     """One workload on one scheduler."""
 
@@ -150,6 +187,8 @@ class Driver:
         scheduler.scheduler_reserve_full_isl = mode["reserve_full"]
         scheduler.async_scheduling = mode["overlap"]
         scheduler.policy = "priority" if mode["priority"] else "fcfs"
+        self.acceptance = workload["acceptance"] if mode["drafts"] else []
+        config.speculative_config = own_drafts(len(self.acceptance)) if self.acceptance else None
         cache.enable_prefix_caching = workload["prefix_caching"]
         cache.num_gpu_blocks = workload["num_blocks"] + 1  # block 0 is vLLM's null block
         group = KVCacheGroupSpec(
@@ -219,7 +258,7 @@ class Driver:
         admitted = [r.req_id for r in output.scheduled_new_reqs]
         admitted += list(output.scheduled_cached_reqs.resumed_req_ids)
         scheduled, hits, chunks, emits = [], [], [], []
-        num_decodes = kv_tokens = 0
+        num_decodes = decode_tokens = kv_tokens = 0
         for name, tokens in output.num_scheduled_tokens.items():
             i = int(name)
             computed = s.requests[name].num_computed_tokens - tokens  # it counts ahead
@@ -232,13 +271,14 @@ class Driver:
                 chunks.append((tokens, computed))
             else:
                 num_decodes += 1
-                kv_tokens += computed + 1
+                decode_tokens += tokens
+                kv_tokens += computed + tokens
             if computed + tokens >= self.target[i]:
                 emits.append(i)
             scheduled.append([i, tokens])
         row = {
             "begin_s": self.now_s,
-            "step_s": self.step_s(chunks, num_decodes, kv_tokens),
+            "step_s": self.step_s(chunks, num_decodes, decode_tokens, kv_tokens),
             "scheduled": scheduled,
             "admitted": hits,
             "preempted": s.victims,
@@ -266,8 +306,12 @@ class Driver:
             i = int(name)
             tokens = []
             if i in step["emits"] and self.generated[i] < self.requests[i][2]:
-                tokens = [self.text(i, self.requests[i][1] + self.generated[i])]
-                self.generated[i] += 1
+                drafts = output.scheduled_spec_decode_tokens.get(name, [])
+                rates = [rate for rate, draft in zip(self.acceptance, drafts) if draft >= 0]
+                sure = count_accepted(i, self.generated[i], rates)
+                begin = self.requests[i][1] + self.generated[i]
+                tokens = [self.text(i, begin + k) for k in range(1 + sure)]
+                self.generated[i] = min(self.generated[i] + 1 + sure, self.requests[i][2])
                 if math.isnan(self.first_token_s[i]):
                     self.first_token_s[i] = self.now_s
                 if self.generated[i] == self.requests[i][2]:
@@ -282,6 +326,9 @@ class Driver:
                 sampled_token_ids=sampled,
             ),
         )
+        if self.acceptance:
+            drafted = [[1] * len(self.acceptance) for _ in ids]
+            self.scheduler.update_draft_token_ids(DraftTokenIds(ids, drafted))
 
     def run(self) -> None:
         """Play all requests to their ends: `EngineCore.step` on a virtual clock."""

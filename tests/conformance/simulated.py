@@ -10,10 +10,13 @@ import numpy as np
 from servegym.cluster import state as st
 from servegym.cluster.reference import ReferenceSimulator
 from servegym.cluster.reference_engine import Request
+from servegym.cluster.reference_pipeline import Batched
 from servegym.cluster.reference_vllm import Vllm, VllmPriority
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import ClusterSpec, Episode
 from servegym.cluster.state import ALWAYS, DECISION, NEVER, Asks
+from servegym.costs.grid import NUM_BATCH_KNOTS
+from servegym.costs.speculation import Speculation
 
 from .workloads import cluster_and_episode
 
@@ -86,6 +89,48 @@ class RecordingPriority(Recording, VllmPriority):
     """In priority mode."""
 
 
+class RecordingBatched(Batched):
+    """The same of an engine with explicit batches."""
+
+    def __init__(self, sim: ReferenceSimulator, r: int) -> None:
+        super().__init__(sim, r)
+        self.rows: list[dict[str, Any]] = []
+        self.victims: list[int] = []
+        self.before: list[Request] = []
+
+    def preempt(self, q: Request, *, to_front: bool = True) -> None:
+        self.victims.append(q.idx)
+        super().preempt(q, to_front=to_front)
+
+    def begin_step(self) -> None:
+        self.before = list(self.running)
+        super().begin_step()
+
+    def send_off(self, chunks: list[tuple[int, int]], decodes: list[Request]) -> float:
+        scheduled = [q for q in self.running if q.scheduled]
+        new = [q for q in scheduled if q not in self.before or q.idx in self.victims]
+        landing_s = super().send_off(chunks, decodes)
+        self.rows.append(
+            {
+                "begin_s": self.sim.now_s,
+                "step_s": landing_s - self.sim.now_s,
+                "scheduled": [[q.idx, q.scheduled] for q in scheduled],
+                "admitted": [[q.idx, q.computed] for q in new],
+                "preempted": self.victims,
+                "num_waiting": len(self.waiting),
+                "free_blocks": len(self.pool.free),
+                "finished": [],
+            }
+        )
+        self.victims = []
+        return landing_s
+
+    def end_step(self) -> None:
+        before = list(self.running)
+        super().end_step()
+        self.rows[-1]["finished"] = [q.idx for q in before if q not in self.running]
+
+
 def drawn_key(request: int, order: int) -> float:
     """Return the priority the driver gives a request in its n-th order."""
     mask = (1 << 64) - 1
@@ -101,6 +146,7 @@ def play_reference(
     early: bool = False,
     priority: bool = False,
     overlap: bool = False,
+    drafts: bool = False,
 ) -> dict[str, Any]:
     """Play on the plain simulator, step by step.
 
@@ -110,6 +156,7 @@ def play_reference(
             request leaves.
         priority: In priority mode, with new priorities before every step.
         overlap: With asynchronous scheduling.
+        drafts: With speculative decoding, where names are early anyway.
     """
     num_orders = 0
 
@@ -119,19 +166,26 @@ def play_reference(
             q.key = drawn_key(q.idx, num_orders)
         num_orders += 1
 
-    spec, episode = _spec_and_episode(workload, overlap)
+    spec, episode = _spec_and_episode(workload, overlap, drafts)
     sim = ReferenceSimulator(spec, episode, order=order, each_step=True)
-    engine = (RecordingPriority if priority else Recording)(sim, 0, early)
+    engine: RecordingBatched | Recording = RecordingBatched(sim, 0)
+    if not drafts:
+        engine = (RecordingPriority if priority else Recording)(sim, 0, early)
     sim.replicas = [engine]
     sim.run(lambda _, __: 0)
     events = sim.events()
     return {"steps": engine.rows} | _per_request(events, len(workload["requests"]))
 
 
-def _spec_and_episode(workload: dict[str, Any], overlap: bool) -> tuple[ClusterSpec, Episode]:
+def _spec_and_episode(
+    workload: dict[str, Any], overlap: bool, drafts: bool
+) -> tuple[ClusterSpec, Episode]:
     spec, episode = cluster_and_episode(workload)
-    types = tuple(replace(kind, async_scheduling=overlap) for kind in spec.types)
-    return replace(spec, types=types), episode
+    kind = replace(spec.types[0], async_scheduling=overlap)
+    if drafts:
+        rates = tuple(workload["acceptance"])
+        kind = replace(kind, speculation=Speculation(rates, kind.grid, np.zeros(NUM_BATCH_KNOTS)))
+    return replace(spec, types=(kind,)), episode
 
 
 def play_pair(workload: dict[str, Any], *, early: bool = False) -> dict[str, Any]:
@@ -155,10 +209,14 @@ def play_compiled_pair(workload: dict[str, Any]) -> dict[str, Any]:
 
 
 def play_compiled(
-    workload: dict[str, Any], *, priority: bool = False, overlap: bool = False
+    workload: dict[str, Any],
+    *,
+    priority: bool = False,
+    overlap: bool = False,
+    drafts: bool = False,
 ) -> dict[str, Any]:
     """Play on the compiled simulator, which tells of each request and how many steps it took."""
-    spec, episode = _spec_and_episode(workload, overlap)
+    spec, episode = _spec_and_episode(workload, overlap, drafts)
     if priority:
         spec = replace(spec, types=(replace(spec.types[0], engine="vllm-priority"),))
     asks = Asks(dispatch=NEVER, order=ALWAYS if priority else NEVER)

@@ -100,6 +100,19 @@ def random_workload(seed: int, **fixed: Any) -> dict[str, Any]:
     return drawn | {"requests": requests}
 
 
+def random_drafted(seed: int) -> dict[str, Any]:
+    """Draw a workload whose requests have drafts, with the blocks and budget that these need."""
+    rng = np.random.default_rng((seed, 3))
+    workload = random_workload(seed)
+    rates = np.sort(rng.uniform(0, 1, int(rng.integers(1, 5))))[::-1]
+    ahead = -(-2 * len(rates) // workload["block_size"])
+    return workload | {
+        "acceptance": rates.tolist(),
+        "num_blocks": workload["num_blocks"] + ahead,
+        "max_num_batched_tokens": max(workload["max_num_batched_tokens"], 1 + len(rates)),
+    }
+
+
 def random_pair(seed: int) -> dict[str, Any]:
     """Draw a workload for a replica that prefills and one that decodes, with a link in between.
 
@@ -158,6 +171,7 @@ def serving_workload(seed: int, *, prefix_caching: bool, num_blocks: int) -> dic
             "seq_s": 2e-5,
             "kv_s": 2e-7,
         },
+        "acceptance": [0.8, 0.6, 0.4],
         "requests": requests,
     }
 

@@ -29,6 +29,7 @@ from servegym.cluster.spec import (
     first_ranks,
 )
 from servegym.cluster.state import (
+    BATCH_DTYPE,
     BLOCK_DTYPE,
     DISPATCH_ONLY,
     DUE_DTYPE,
@@ -164,7 +165,7 @@ def _shared_table(shared: SharedCost | None) -> FloatArray:
 def make_params(spec: ClusterSpec, *, record: bool, asks: Asks = DISPATCH_ONLY) -> Params:
     """Stack the replica types and rules of a cluster into arrays."""
     grids = [t.grid for t in spec.types]
-    stages = [list(t.pipeline.stages) if t.pipeline else [] for t in spec.types]
+    stages = [t.parts for t in spec.types]
     num_stages = np.array([len(own) for own in stages], np.int64)
     grids += [stage for own in stages for stage in own]
 
@@ -208,6 +209,12 @@ def make_params(spec: ClusterSpec, *, record: bool, asks: Asks = DISPATCH_ONLY) 
         handover_s=np.stack(
             [t.pipeline.handover_s if t.pipeline else 0.0 * t.grid.dense_s for t in spec.types]
         ),
+        num_drafts=column("num_drafts"),
+        lookahead=column("lookahead"),
+        acceptance=_acceptance(spec),
+        draft_s=np.stack(
+            [t.speculation.draft_s if t.speculation else 0.0 * t.grid.decode_batch for t in spec.types]
+        ),
         role=np.array([ROLES.index(t.role) for t in spec.types], np.int64),
         link_bytes_per_s=np.array([t.link.bytes_per_s for t in spec.types], np.float64),
         link_latency_s=np.array([t.link.latency_s for t in spec.types], np.float64),
@@ -250,6 +257,14 @@ def make_params(spec: ClusterSpec, *, record: bool, asks: Asks = DISPATCH_ONLY) 
     )
 
 
+def _acceptance(spec: ClusterSpec) -> FloatArray:
+    found = np.zeros((len(spec.types), max(1, *(t.num_drafts for t in spec.types), 1)))
+    for row, kind in zip(found, spec.types, strict=True):
+        if kind.speculation:
+            row[: kind.num_drafts] = kind.speculation.acceptance
+    return found
+
+
 def wanted_entries(spec: ClusterSpec, asks: Asks) -> frozenset[int]:
     """Return which entry points of `entry.ON_DEMAND` a cluster calls."""
     wanted: frozenset[int] = frozenset()
@@ -259,7 +274,7 @@ def wanted_entries(spec: ClusterSpec, asks: Asks) -> frozenset[int]:
         wanted |= MIGRATION
     if spec.tiered:
         wanted |= TIERS
-    if any(t.pipeline for t in spec.types):
+    if any(t.parts for t in spec.types):
         wanted |= PIPELINE
     if asks.retain != NEVER:
         wanted |= {SETTLE_TURN}
@@ -299,7 +314,8 @@ def make_state(spec: ClusterSpec, capacity: Capacity) -> State:
     if spec.prefix_caching:
         blocks = max(t.num_blocks for t in spec.types)
         slots = _slots(blocks)
-        width = -(-capacity.longest_tokens // spec.block_size)
+        ahead = max(t.tokens_ahead for t in spec.types)
+        width = -(-(capacity.longest_tokens + ahead) // spec.block_size)
         rows = seqs + (spec.transfers.max_num_held if spec.moves_kv else 0)
         rows += seqs if spec.tiered else 0  # for as many whose KV is loaded
     own, store = 0, 0
@@ -332,7 +348,7 @@ def make_state(spec: ClusterSpec, capacity: Capacity) -> State:
         store_block=np.zeros((e, store + 1), TIER_BLOCK_DTYPE),
         store_cache=np.zeros((e, _slots(store)), np.int32),
         flight=np.zeros((e, r if stages else 1, max(1, stages)), FLIGHT_DTYPE),
-        batch=np.zeros((e, n if stages else 1), np.int64),
+        batch=np.zeros((e, n if stages else 1), BATCH_DTYPE),
         length_sums=np.zeros((e, NUM_LENGTH_SUMS)),
         stream=np.zeros((e, r), STREAM_DTYPE),
         length=np.zeros((e, n), LENGTH_DTYPE),

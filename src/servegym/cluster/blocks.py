@@ -85,27 +85,24 @@ def take_for_chunk(
     p: Params, s: State, e: int, r: int, request: int, computed: int, tokens: int
 ) -> None:
     """Give a prefilling request the blocks of its next chunk and name those it fills."""
+    take_blocks(p, s, e, r, request, computed + tokens)
+    if p.prefix_caching:
+        size = p.block_size
+        name_blocks(p, s, e, r, request, computed // size, (computed + tokens) // size)
+
+
+@inlined
+def take_blocks(p: Params, s: State, e: int, r: int, request: int, tokens: int) -> None:
+    """Give a request the blocks that so many of its tokens need, beside those in its table."""
     q = s.request[e, request]
     have = q.table_len  # of a request whose KV was loaded, all that its text needs
-    need = max(have, (computed + tokens + p.block_size - 1) // p.block_size)
+    need = max(have, (tokens + p.block_size - 1) // p.block_size)
     q.table_len = need
-    if not p.prefix_caching:
-        s.replica[e, r].free_blocks -= need - have
-        return
-    make_room(p, s, e, r, need - have)
-    row, blocks, prefix_cache = s.table[e, r, q.seq_slot], s.block[e, r], s.prefix_cache[e, r]
-    cached_on = s.cached_on[e]
-    take(blocks, prefix_cache, cached_on, r, row, have, need)
+    if p.prefix_caching:
+        make_room(p, s, e, r, need - have)
+        row, blocks, prefix_cache = s.table[e, r, q.seq_slot], s.block[e, r], s.prefix_cache[e, r]
+        take(blocks, prefix_cache, s.cached_on[e], r, row, have, need)
     s.replica[e, r].free_blocks -= need - have
-    name_blocks(
-        p,
-        s,
-        e,
-        r,
-        request,
-        computed // p.block_size,
-        (computed + tokens) // p.block_size,
-    )
 
 
 @helper
@@ -248,7 +245,7 @@ def release(p: Params, s: State, e: int, r: int, request: int, computed: int, jo
         return
     slot = q.seq_slot
     row, blocks = s.table[e, r, slot], s.block[e, r]
-    for j in range(held - 1, -1, -1):  # at most the last one has no identity
+    for j in range(held - 1, -1, -1):  # the last ones may have no identity, others have
         block = row[j]
         blocks[block].holders -= 1
         if blocks[block].holders == 0:

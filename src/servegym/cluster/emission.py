@@ -27,16 +27,18 @@ from servegym.workloads.table import ANY_END
 
 
 @inlined
-def emit(p: Params, s: State, e: int, r: int, request: int, now_s: float) -> int:
-    """Let one token of a request come out, and let it end if that is its last.
+def emit(p: Params, s: State, e: int, r: int, request: int, now_s: float, tokens: int) -> int:
+    """Let tokens of a request come out at once, and let it end if its last is among them.
+
+    They have one inter-token time, as in a stream that brings them in one piece.
 
     Returns:
         How many are still to come.
     """
     v = s.replica[e, r]
     q = s.request[e, request]
-    q.generated += 1
-    v.emitted += 1
+    q.generated += tokens
+    v.emitted += tokens
     if math.isnan(q.first_token_s):
         q.first_token_s = now_s
         log_event(p, s, e, now_s, EV_FIRST_TOKEN, request, r, 0.0)

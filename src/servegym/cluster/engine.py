@@ -296,7 +296,7 @@ def _emit_after_prefill(p: Params, s: State, e: int, r: int, request: int, now_s
     if p.disaggregated and p.role[v.type_idx] == PREFILL_ONLY:
         hand_over(p, s, e, r, request, now_s)
         return
-    left = emit(p, s, e, r, request, now_s)
+    left = emit(p, s, e, r, request, now_s, 1)
     if left == 0:
         return
     computed = q.computed

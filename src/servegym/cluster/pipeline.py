@@ -1,10 +1,16 @@
-"""Engines whose layers are split over the stages of a pipeline: batches in flight.
+"""Engines with explicit batches: in flight over the stages of a pipeline, or verifying drafts.
 
 vLLM V1 (`EngineCore.step_with_batch_queue`) keeps up to as many batches in flight as there are
 stages. While there is room it forms another one of whoever can be scheduled; then it waits for the
 oldest. A request's tokens count as computed when they are scheduled, so that it has none left to
 schedule until its batch has brought the next one; of a prompt the next chunk may follow in the next
 batch. TensorRT-LLM's `_executor_loop_pp` does the same with its own admission.
+
+With speculative decoding there is one stage, and a request that decodes has its next token and its
+drafts in a batch. Those that are rejected count as computed until it lands; blocks are taken for
+them and for what the drafter writes behind them. A head that reads hidden states has none of a
+block in the prefix cache, so that vLLM computes the last one of a hit again
+(`use_eagle_block_drop`).
 
 All that is in stretches elsewhere is explicit here: no request counts as decoding (`join_iter`),
 `computed` and `generated` are always current, and every block is in its request's table.
@@ -16,14 +22,16 @@ import math
 
 from numba import types
 
-from servegym.cluster.blocks import take_for_chunk
+from servegym.cluster.blocks import name_blocks, take_blocks
+from servegym.cluster.drafts import count_accepted
 from servegym.cluster.emission import emit
 from servegym.cluster.entry import FORM_BATCHES, LAND_BATCH, entry
 from servegym.cluster.heap import set_event
 from servegym.cluster.jit import helper, inlined
-from servegym.cluster.running import admit_head, at_hand, blocks_to_end, preempt
+from servegym.cluster.running import admit_head, at_hand, at_hand_up_to, preempt
 from servegym.cluster.state import FLYING, IDLE, Params, State
 from servegym.cluster.steptime import (
+    decode_s,
     decode_span_s,
     dense_s,
     locate,
@@ -64,6 +72,8 @@ def _form_batch(p: Params, s: State, e: int, r: int, now_s: float) -> bool:
             s.flight[e, r, i].work_s = 0.0
         place = s.flight[e, r, v.prefill_steps % p.num_stages[t]]
         place.num_decodes = 0
+        place.decode_tokens = 0
+        place.num_chunks = 0
         place.prefill_tokens = 0
         place.longest_chunk = 0
         place.kv_tokens = 0
@@ -91,9 +101,11 @@ def _feed_running(p: Params, s: State, e: int, r: int, now_s: float) -> bool:
         q = s.request[e, request]
         following = q.next_request
         computed = q.computed
-        take = min(q.prompt + q.generated - computed, budget)
+        text = q.prompt + q.generated
+        decodes = s.batch[e, request].number == DECODES
+        take = min(text - computed + (p.num_drafts[t] if decodes else 0), budget)
         if take > 0:
-            blocks = (computed + take + p.block_size - 1) // p.block_size
+            blocks = (computed + take + p.lookahead[t] + p.block_size - 1) // p.block_size
             while blocks - q.table_len > v.free_blocks:
                 victim = v.run_tail
                 preempt(p, s, e, r, victim, now_s)
@@ -102,13 +114,14 @@ def _feed_running(p: Params, s: State, e: int, r: int, now_s: float) -> bool:
                     return True
                 if victim == following:
                     following = -1
-            take_for_chunk(p, s, e, r, request, computed, take)
-            if s.batch[e, request] == DECODES:
+            _take_blocks(p, s, e, r, request, take)
+            if decodes:
                 place.num_decodes += 1
-                place.kv_tokens += computed + 1
+                place.decode_tokens += take
+                place.kv_tokens += computed + take
             else:
                 _note_chunk(p, s, e, r, take, computed)
-            _schedule(p, s, e, r, request, take)
+            _schedule(p, s, e, r, request, take, take - 1 if decodes else 0)
             budget -= take
             room -= 1
         request = following
@@ -123,30 +136,44 @@ def _admit(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     place = s.flight[e, r, v.prefill_steps % p.num_stages[t]]
     no_evict = p.engine[t] == TRTLLM
     seqs = p.max_num_seqs[t] * (p.num_stages[t] if no_evict else 1)
-    budget = p.max_num_batched_tokens[t] - place.num_decodes - place.prefill_tokens
+    budget = p.max_num_batched_tokens[t] - place.decode_tokens - place.prefill_tokens
     room = p.max_num_seqs[t] - place.num_decodes  # of whole prompts none is left over to count
+    size, ahead = p.block_size, p.lookahead[t]
+    uniform = place.num_chunks == 0 and not no_evict
     promised = _promised_blocks(p, s, e, r) if no_evict else 0
     while budget > 0 and v.num_waiting > 0 and v.num_running < seqs and room > 0:
         request = v.wait_head
         q = s.request[e, request]
         total = q.prompt + q.generated
         hits, unheld, computed = at_hand(p, s, e, r, request)
+        if hits > 0 and p.num_drafts[t] > 0 and not no_evict:
+            hits, unheld, computed = at_hand_up_to(p, s, e, r, request, hits - 1)
         take = min(total - computed, budget)
         if take < total - computed and (no_evict or not p.chunked_prefill):
             return
+        padded = uniform and total - computed == 1 and p.num_drafts[t] > 0
+        padded &= place.num_decodes > 0 or computed > 0
+        if padded:
+            # a batch that only decodes has a CUDA graph if each has as many tokens
+            take = 1 + p.num_drafts[t]
+            if take > budget:
+                return
         if no_evict:
-            to_end = blocks_to_end(p, s, e, request)
+            to_end = _blocks_to_end(p, s, e, request, t)
             if to_end > v.free_blocks - promised:
                 return
-        elif (total + p.block_size - 1) // p.block_size - hits + unheld > v.free_blocks:
-            return
-        admit_head(p, s, e, r, now_s, hits, computed, take)
-        q.chunk = 0
+        else:
+            blocks = max(total, computed + take + ahead)
+            if (blocks + size - 1) // size - hits + unheld > v.free_blocks:
+                return
+        admit_head(p, s, e, r, now_s, hits, computed, 0)
+        s.batch[e, request].number = PREFILLS
+        s.batch[e, request].num_named = hits
+        _take_blocks(p, s, e, r, request, take)
         if no_evict:
             promised += to_end - q.table_len
-        s.batch[e, request] = PREFILLS
         _note_chunk(p, s, e, r, take, computed)
-        _schedule(p, s, e, r, request, take)
+        _schedule(p, s, e, r, request, take, 0)
         budget -= take
         room -= 1
 
@@ -155,12 +182,34 @@ def _admit(p: Params, s: State, e: int, r: int, now_s: float) -> None:
 def _promised_blocks(p: Params, s: State, e: int, r: int) -> int:
     """Blocks that running requests will still take to their ends."""
     blocks = 0
+    t = s.replica[e, r].type_idx
     request = s.replica[e, r].run_head
     while request >= 0:
         q = s.request[e, request]
-        blocks += blocks_to_end(p, s, e, request) - q.table_len
+        blocks += _blocks_to_end(p, s, e, request, t) - q.table_len
         request = q.next_request
     return blocks
+
+
+@inlined
+def _blocks_to_end(p: Params, s: State, e: int, request: int, t: int) -> int:
+    """Blocks that a request holds when its last token comes out, drafted in vain or not."""
+    q = s.request[e, request]
+    tokens = q.prompt + q.output - 1 + p.num_drafts[t] + p.lookahead[t]
+    return (tokens + p.block_size - 1) // p.block_size
+
+
+@inlined
+def _take_blocks(p: Params, s: State, e: int, r: int, request: int, take: int) -> None:
+    """Give a request the blocks of its next tokens; name those that its text fills."""
+    q, own = s.request[e, request], s.batch[e, request]
+    computed = q.computed
+    ahead = p.lookahead[s.replica[e, r].type_idx]
+    take_blocks(p, s, e, r, request, computed + take + ahead)
+    filled = min(computed + take, q.prompt + q.generated) // p.block_size
+    if p.prefix_caching and filled > own.num_named:
+        name_blocks(p, s, e, r, request, own.num_named, filled)
+    own.num_named = max(own.num_named, filled)
 
 
 @inlined
@@ -169,6 +218,7 @@ def _note_chunk(p: Params, s: State, e: int, r: int, take: int, computed: int) -
     v = s.replica[e, r]
     t = v.type_idx
     place = s.flight[e, r, v.prefill_steps % p.num_stages[t]]
+    place.num_chunks += 1
     place.prefill_tokens += take
     place.longest_chunk = max(place.longest_chunk, take)
     for i in range(p.num_stages[t]):
@@ -176,12 +226,13 @@ def _note_chunk(p: Params, s: State, e: int, r: int, take: int, computed: int) -
 
 
 @inlined
-def _schedule(p: Params, s: State, e: int, r: int, request: int, take: int) -> None:
+def _schedule(p: Params, s: State, e: int, r: int, request: int, take: int, drafts: int) -> None:
     """Count scheduled tokens as computed; the last of its text bring the next one."""
     q = s.request[e, request]
     q.computed += take
-    if q.computed == q.prompt + q.generated:
-        s.batch[e, request] = s.replica[e, r].prefill_steps
+    if q.computed >= q.prompt + q.generated:
+        s.batch[e, request].number = s.replica[e, r].prefill_steps
+        s.batch[e, request].drafts = drafts
 
 
 @inlined
@@ -192,19 +243,24 @@ def _send_off(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     first = p.first_stage[t]
     place = s.flight[e, r, v.prefill_steps % p.num_stages[t]]
     decodes, kv = place.num_decodes, place.kv_tokens
-    tokens = decodes + place.prefill_tokens
+    tokens = place.decode_tokens + place.prefill_tokens
     factor = step_factor(p, s, e, r)
     handover_s = factor * _handover_s(p, t, tokens)
     ready_s = now_s
     for i in range(p.num_stages[t]):
         stage = s.flight[e, r, i]
-        if place.prefill_tokens == 0:
+        if place.prefill_tokens == 0 and p.num_drafts[t] == 0:
             work_s = decode_span_s(p, first + i, decodes, kv, 1)
+        elif place.prefill_tokens == 0:
+            work_s = dense_s(p, first, tokens) + decode_s(p, first, decodes, kv)
+            work_s += _drafting_s(p, t, decodes)
         else:
             work_s = stage.work_s + dense_s(p, first + i, tokens)
             if decodes > 0:
                 work_s += mixed_s(p, first + i, decodes, kv)
                 work_s += p.empty_tiles_s[first + i] * decodes * place.longest_chunk
+            if p.num_drafts[t] > 0:
+                work_s += _drafting_s(p, t, decodes + place.num_chunks)
             work_s = max(work_s, p.eager_s[first + i])
         stage.free_s = max(ready_s, stage.free_s) + factor * work_s
         ready_s = stage.free_s + handover_s
@@ -222,6 +278,15 @@ def _handover_s(p: Params, t: int, tokens: int) -> float:
     return values_s[i] + share * (values_s[i + 1] - values_s[i])
 
 
+@inlined
+def _drafting_s(p: Params, t: int, sequences: int) -> float:
+    """Seconds of drafting beside the layers of a step of so many sequences."""
+    knots, values_s = p.decode_batch[p.first_stage[t]], p.draft_s[t]
+    i = locate(knots, sequences)
+    share = (sequences - knots[i]) / (knots[i + 1] - knots[i])
+    return values_s[i] + share * (values_s[i + 1] - values_s[i])
+
+
 @entry(LAND_BATCH, types.void, types.int64, types.int64, types.float64)
 def land_batch(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     """Let the oldest batch leave the last stage: tokens come out, requests end."""
@@ -233,10 +298,17 @@ def land_batch(p: Params, s: State, e: int, r: int, now_s: float) -> None:
         _log_batch(p, s, e, r, number % p.num_stages[v.type_idx])
     request = v.run_head
     while request >= 0:
-        following = s.request[e, request].next_request
-        if s.batch[e, request] == number:
-            s.batch[e, request] = DECODES
-            emit(p, s, e, r, request, now_s)
+        q, own = s.request[e, request], s.batch[e, request]
+        following = q.next_request
+        if own.number == number:
+            own.number = DECODES
+            accepted = 0
+            if own.drafts > 0:
+                seed, rates = s.env[e].noise_seed, p.acceptance[v.type_idx]
+                accepted = count_accepted(seed, request, q.generated, own.drafts, rates)
+            text = q.prompt + q.generated
+            q.computed = min(q.computed, text + accepted)  # what is rejected is not there
+            emit(p, s, e, r, request, now_s, min(1 + accepted, q.output - q.generated))
         request = following
 
 

@@ -19,7 +19,7 @@ from servegym.cluster.rank_rules import PrefillTogether
 from servegym.cluster.reference_engine import Engine, Request
 from servegym.cluster.reference_engines import RULES
 from servegym.cluster.reference_migration import Choose, Migrations
-from servegym.cluster.reference_pipeline import PIPELINED
+from servegym.cluster.reference_pipeline import BATCHED
 from servegym.cluster.reference_tiers import Tiers
 from servegym.cluster.reference_transfers import Transfers
 from servegym.cluster.reference_vllm import VllmPriority
@@ -72,7 +72,7 @@ class ReferenceSimulator:
         self.retain: Retain | None = None
         self.retain_all = False
         self.replicas = [
-            (PIPELINED if kind.pipeline else RULES)[kind.engine](self, r)
+            (BATCHED if kind.parts else RULES)[kind.engine](self, r)
             for r, kind in enumerate(types)
         ]
         first = first_ranks(np.array([kind.num_ranks for kind in types])).tolist()

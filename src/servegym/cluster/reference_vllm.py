@@ -251,7 +251,7 @@ class TrtLlm(Vllm):
 
     def to_end(self, q: Request) -> int:
         """Blocks a request holds when its last token comes out."""
-        return self.blocks(q.prompt + q.output - 1)
+        return self.blocks(q.prompt + q.output - 1 + self.type.tokens_ahead)
 
 
 class VllmV0(Engine):

@@ -39,7 +39,15 @@ def at_hand(p: Params, s: State, e: int, r: int, request: int) -> tuple[int, int
     most = q.prompt + q.generated - 1  # one token at least is computed
     if not p.prefix_caching:
         return 0, 0, min(q.landed_tokens, most)
-    hits, unheld = match(p, s, e, r, request, most // p.block_size)
+    return at_hand_up_to(p, s, e, r, request, most // p.block_size)
+
+
+@inlined
+def at_hand_up_to(
+    p: Params, s: State, e: int, r: int, request: int, blocks: int
+) -> tuple[int, int, int]:
+    """The same by at most so many blocks of the prefix cache."""
+    hits, unheld = match(p, s, e, r, request, blocks)
     return hits, unheld, hits * p.block_size
 
 

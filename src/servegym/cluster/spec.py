@@ -12,6 +12,7 @@ from servegym.cluster.state import FAULT_DOWN, FAULT_SLOW, FAULT_UP
 from servegym.cluster.tier_rules import KvTier, TierRules
 from servegym.costs.grid import CostGrid
 from servegym.costs.shared import SharedCost
+from servegym.costs.speculation import Speculation
 from servegym.costs.stages import StageGrids
 from servegym.engines import ENGINES, EngineName
 from servegym.errors import ConfigError, unknown_name
@@ -168,6 +169,8 @@ class ReplicaType:
         disk_kv: The same on its disk.
         pipeline: What the stages cost that its layers are split over, with as many batches in
             flight; `grid` is then `pipeline.shared_round`. None: it steps as one.
+        speculation: Tokens that are drafted for what decodes; `grid` is then
+            `speculation.per_token`. None: each decodes one token a step.
     """
 
     name: str
@@ -187,6 +190,7 @@ class ReplicaType:
     host_kv: KvTier | None = None
     disk_kv: KvTier | None = None
     pipeline: StageGrids | None = None
+    speculation: Speculation | None = None
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
@@ -227,14 +231,26 @@ class ReplicaType:
                 "anew that it has preempted; only trtllm does not"
             )
         if self.pipeline is not None:
-            self._check_pipeline()
+            self._check_explicit("stages of a pipeline", "set pipeline_parallel_size to 1")
+        if self.speculation is not None:
+            self._check_explicit("drafts", "leave speculative_config out")
+            if self.pipeline is not None:
+                raise ConfigError(
+                    f"{self.name} has stages of a pipeline and drafts, which do not go together "
+                    "yet: leave one of them out"
+                )
+            if self.max_num_batched_tokens <= self.num_drafts:
+                raise ConfigError(
+                    f"max_num_batched_tokens of {self.name} must be above the {self.num_drafts} "
+                    f"drafts of a request, got {self.max_num_batched_tokens}"
+                )
 
-    def _check_pipeline(self) -> None:
+    def _check_explicit(self, what: str, instead: str) -> None:
+        """Refuse what does not go together with batches that are formed one by one."""
         if self.engine not in ("vllm", "trtllm"):
             raise ConfigError(
-                f"engine of {self.name} must be vllm or trtllm, as wherever layers are split over "
-                f"the stages of a pipeline, got {self.engine}: take one of these, or set "
-                "pipeline_parallel_size to 1"
+                f"engine of {self.name} must be vllm or trtllm, as wherever there are {what}, got "
+                f"{self.engine}: take one of these, or {instead}"
             )
         for name, is_set in (
             ("async_scheduling", self.async_scheduling),
@@ -244,14 +260,39 @@ class ReplicaType:
         ):
             if is_set:
                 raise ConfigError(
-                    f"{self.name} has stages of a pipeline and {name}, which do not go together "
-                    "yet: leave one of them out"
+                    f"{self.name} has {what} and {name}, which do not go together yet: leave one "
+                    "of them out"
                 )
 
     @property
+    def parts(self) -> tuple[CostGrid, ...]:
+        """Costs of the stages of its batches; none if it steps as one, in stretches of decodes."""
+        if self.speculation is not None:
+            return (self.speculation.steps,)
+        return () if self.pipeline is None else self.pipeline.stages
+
+    @property
     def num_stages(self) -> int:
-        """Stages of its pipeline, 0 if it steps as one."""
-        return 0 if self.pipeline is None else len(self.pipeline.stages)
+        """Stages of its pipeline, 0 if it steps as one, in stretches of decodes."""
+        return len(self.parts)
+
+    @property
+    def num_drafts(self) -> int:
+        """Tokens that are drafted for each request that decodes."""
+        return 0 if self.speculation is None else self.speculation.num_tokens
+
+    @property
+    def lookahead(self) -> int:
+        """Tokens behind those of a step that blocks are taken for: the drafter writes there.
+
+        vLLM's `num_lookahead_tokens`; `get_num_extra_kv_tokens` of TensorRT-LLM.
+        """
+        return self.num_drafts - (self.engine == "trtllm" and self.num_drafts > 0)
+
+    @property
+    def tokens_ahead(self) -> int:
+        """Tokens behind the text of a request that its blocks must hold as well."""
+        return self.num_drafts + self.lookahead
 
     @property
     def max_num_running(self) -> int:
@@ -287,7 +328,7 @@ class ReplicaType:
 
     def capacity_tokens(self, block_size: int) -> int:
         """KV tokens that one request can come to have: less than all if the engine keeps some."""
-        tokens = self.num_blocks * block_size
+        tokens = self.num_blocks * block_size - self.tokens_ahead
         if self.engine == "vllm-v0":
             return tokens - self.num_blocks // WATERMARK_BLOCKS * block_size
         if self.engine == "sglang":
@@ -412,10 +453,11 @@ class ClusterSpec:
                     f"{kind.name} must have the engine vllm, as all replicas where some only "
                     "prefill or decode: take engine vllm, or the role mixed for all"
                 )
-        if any(t.pipeline for t in self.types) and (self.migrates or self.tiered):
+        if any(t.parts for t in self.types) and (self.migrates or self.tiered):
             raise ConfigError(
-                "stages of a pipeline, and requests that migrate or KV in tiers, do not go "
-                "together yet: set pipeline_parallel_size to 1, or leave migration and tiers out"
+                "stages of a pipeline or drafts, and requests that migrate or KV in tiers, do not "
+                "go together yet: set pipeline_parallel_size to 1 and leave speculative_config "
+                "out, or leave migration and tiers out"
             )
         if any(t.async_scheduling for t in self.types) and (self.moves_kv or self.tiered):
             raise ConfigError(

@@ -149,7 +149,8 @@ DISPATCH_ONLY = Asks()
 class Params(NamedTuple):
     """What does not change during a run; axes: T replica types, knots of `costs.grid`.
 
-    Behind the types the arrays of step costs have rows for the stages of pipelines.
+    Behind the types the arrays of step costs have rows for the stages of pipelines, and for steps
+    that verify drafts, as of pipelines of one stage.
     """
 
     cpu_s: FloatArray  # [T]
@@ -175,9 +176,13 @@ class Params(NamedTuple):
     gather_steps: IntArray  # [T] that they wait for more prompts
     largest_graph: IntArray  # [T] most tokens of such a rank for which there is a CUDA graph
     shared_s: FloatArray  # [T, NUM_SHARED, NUM_SHARED_KNOTS] of `costs.shared`, see SHARED_*
-    num_stages: IntArray  # [T] of its pipeline, 0: it steps as one
+    num_stages: IntArray  # [T] of its pipeline, 0: it steps as one, in stretches
     first_stage: IntArray  # [T] row of the first of them in all arrays of step costs, above
     handover_s: FloatArray  # [T, NUM_DENSE_KNOTS] between them, at `dense_tokens` of the first
+    num_drafts: IntArray  # [T] tokens drafted for each request that decodes
+    lookahead: IntArray  # [T] tokens behind those of a step that blocks are taken for
+    acceptance: FloatArray  # [T, at least 1] how often a draft and all before it are accepted
+    draft_s: FloatArray  # [T, NUM_BATCH_KNOTS] drafting, at `decode_batch` of the first stage
     role: IntArray  # [T] MIXED, PREFILL_ONLY or DECODE_ONLY
     link_bytes_per_s: FloatArray  # [T] KV in either direction
     link_latency_s: FloatArray  # [T]
@@ -530,10 +535,21 @@ FLIGHT_DTYPE = np.dtype(
         ("begin_s", "f8"),  # when the batch was formed
         ("landing_s", "f8"),  # when it leaves the last stage
         ("num_decodes", "i8"),  # in it
-        ("kv_tokens", "i8"),  # that these attend to
+        ("decode_tokens", "i8"),  # of these, drafts included
+        ("num_chunks", "i8"),
+        ("kv_tokens", "i8"),  # that its decodes attend to
         ("prefill_tokens", "i8"),
         ("longest_chunk", "i8"),
         ("work_s", "f8"),  # attention of the chunks of the batch that forms, in the stage
+    ],
+    align=True,
+)
+#: What batches in flight do for a request, see `cluster.pipeline`.
+BATCH_DTYPE = np.dtype(
+    [
+        ("number", "i8"),  # of the one that brings its next token
+        ("drafts", "i4"),  # that it verifies
+        ("num_named", "i4"),  # leading blocks with an identity
     ],
     align=True,
 )
@@ -593,7 +609,7 @@ class State(NamedTuple):
     store_block: Records  # TIER_BLOCK_DTYPE[E, C + 1] of the cluster's store
     store_cache: Int32Array  # [E, H]
     flight: Records  # FLIGHT_DTYPE[E, R, most stages of a type]; [E, 1, 1] if there are none
-    batch: IntArray  # [E, N] batch in flight that computes its next token, -1: none; or [E, 1]
+    batch: Records  # [E, N] of each request, where batches are explicit; or [E, 1]
     length_sums: FloatArray  # [E, NUM_LENGTH_SUMS] what the router has learnt, see policy.lengths
     stream: Records  # STREAM_DTYPE[E, R]
     length: Records  # LENGTH_DTYPE[E, N]

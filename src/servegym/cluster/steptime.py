@@ -47,7 +47,18 @@ def prefill_s(p: Params, t: int, chunk: int, context: int) -> float:
 @inlined
 def mixed_s(p: Params, t: int, batch: int, kv_tokens: int) -> float:
     """Attention seconds of `batch` decodes over `kv_tokens` in all, in a step that prefills."""
-    bk, kk, v = p.decode_batch[t], p.decode_kv[t], p.mixed_s[t]
+    return _attention_s(p, t, p.mixed_s[t], batch, kv_tokens)
+
+
+@inlined
+def decode_s(p: Params, t: int, batch: int, kv_tokens: int) -> float:
+    """The same in a step that does not prefill."""
+    return _attention_s(p, t, p.decode_s[t], batch, kv_tokens)
+
+
+@inlined
+def _attention_s(p: Params, t: int, v: FloatArray, batch: int, kv_tokens: int) -> float:
+    bk, kk = p.decode_batch[t], p.decode_kv[t]
     i, j = locate(bk, batch), locate(kk, kv_tokens)
     w = (batch - bk[i]) / (bk[i + 1] - bk[i])
     z = (kv_tokens - kk[j]) / (kk[j + 1] - kk[j])

@@ -74,7 +74,7 @@ class PipelineCost:
         counts = stage_layers(self.whole.model.layers, self.pp)
         starts = [sum(counts[:stage]) for stage in range(self.pp)]
         models = [
-            _part_of(self.whole.model, start, start + count)
+            part_of(self.whole.model, start, start + count)
             for start, count in zip(starts, counts, strict=True)
         ]
         object.__setattr__(self, "stages", tuple(replace(self.whole, model=one) for one in models))
@@ -173,7 +173,7 @@ class PipelineCost:
         return self.whole.status if self.pp == 1 else "extrapolated"
 
 
-def _part_of(model: ModelSpec, start: int, end: int) -> ModelSpec:
+def part_of(model: ModelSpec, start: int, end: int) -> ModelSpec:
     """The layers from `start` to before `end`, with embedding if first and output head if last.
 
     Where in a model its layers with a window are is not known here: they are spread evenly.
@@ -194,12 +194,12 @@ def _part_of(model: ModelSpec, start: int, end: int) -> ModelSpec:
         }
     )
     ends = (start == 0) + (end == model.layers)
-    num_params = _layer_params(part) + ends * model.vocab * model.hidden
+    num_params = layer_params(part) + ends * model.vocab * model.hidden
     return part.model_copy(update={"num_params": float(num_params)})
 
 
-def _layer_params(model: ModelSpec) -> int:
-    """Weights of all layers' matrices."""
+def layer_params(model: ModelSpec) -> int:
+    """Count the weights of all layers' matrices."""
     m = model
     width = m.heads * m.head_dim
     if m.latent_dim:

@@ -313,14 +313,21 @@ class RooflineSource:
         expansion_s = self.gemm_s(chunk + context, *shape.expansion, weight_bytes)
         return expansion_s + self._surfaces[key](chunk, max(context, _CONTEXTS[0]))
 
-    def latent_decode_s(self, batch: float, kv_tokens: float, shape: LatentHeads) -> float:
-        """Seconds of decoding with latent attention, absorption included, no launch."""
-        key, absorption = ("latent decode", shape), ("absorption", shape)
+    def latent_decode_s(
+        self, batch: float, kv_tokens: float, shape: LatentHeads, queries: int = 1
+    ) -> float:
+        """Seconds of decoding with latent attention, absorption included, no launch.
+
+        Several query tokens of a sequence are to its latents what more heads are.
+        """
+        rows = replace(shape, heads=queries * shape.heads)
+        key, absorption = ("latent decode", rows), ("absorption", shape)
         if key not in self._surfaces:
-            self._surfaces[key] = mla.decode_surface(self.gpu, shape)
+            self._surfaces[key] = mla.decode_surface(self.gpu, rows)
+        if absorption not in self._surfaces:
             self._surfaces[absorption] = mla.absorption_surface(self.gpu, shape)
         attention_s = self._surfaces[key](batch, kv_tokens) - self.attention_launch_s()
-        return max(attention_s, 0.0) + self._surfaces[absorption](batch, 1.0)
+        return max(attention_s, 0.0) + self._surfaces[absorption](queries * batch, 1.0)
 
     def attention_launch_s(self) -> float:
         """Constant part of one attention kernel."""

@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from servegym.costs.step import StepCost
 
 
-def sample(cost: StepCost, max_tokens: int, max_context: int) -> CostGrid:
+def sample(cost: StepCost, max_tokens: int, max_context: int, queries: int = 1) -> CostGrid:
     """Sample a step's terms on the grids that the simulator interpolates.
 
     Args:
         cost: Of a step.
         max_tokens: Largest token budget of a step.
         max_context: Longest context.
+        queries: Tokens of each decoding sequence.
 
     Raises:
         ConfigError: If a budget leaves too few sizes for the knots.
@@ -59,7 +60,7 @@ def sample(cost: StepCost, max_tokens: int, max_context: int) -> CostGrid:
     batches = np.unique(np.round(batches))
     kv = np.geomspace(1, 4.0e6, 73)
     decode, mixed = (
-        np.array([[cost.decode_s(b, k, mixed=beside) for k in kv] for b in batches])
+        np.array([[cost.decode_s(b, k, mixed=beside, queries=queries) for k in kv] for b in batches])
         for beside in (False, True)
     )
     if operators.decode_grows_with_batch and not latent:

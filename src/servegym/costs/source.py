@@ -188,8 +188,13 @@ class CostSource(Protocol):
         """Seconds of new tokens with latent attention (MLA), launch and expansion included."""
         ...
 
-    def latent_decode_s(self, batch: float, kv_tokens: float, shape: LatentHeads) -> float:
-        """Seconds of decoding with latent attention, absorption included, no launch."""
+    def latent_decode_s(
+        self, batch: float, kv_tokens: float, shape: LatentHeads, queries: int = 1
+    ) -> float:
+        """Seconds of decoding with latent attention, absorption included, no launch.
+
+        Each sequence has so many query tokens, which attend to the same latents.
+        """
         ...
 
     def attention_launch_s(self) -> float:
