@@ -135,7 +135,7 @@ def token(key: int, position: int) -> int:
 
 
 def count_accepted(request: int, generated: int, rates: list[float]) -> int:
-    """Draw how many drafts behind so many tokens are accepted: `servegym.cluster.drafts`, seed 0."""
+    """Draw how many drafts are accepted, as `servegym.cluster.drafts` does with seed 0."""
     mask = (1 << 64) - 1
     place = (request * 0xD1B54A32D192ED03 + generated) & mask
     drawn = ((_mix(_mix(place ^ 0x5851F42D4C957F2D)) >> 11) + 0.5) / 2**53

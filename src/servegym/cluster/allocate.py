@@ -64,6 +64,7 @@ from servegym.cluster.state import (
     Records,
     State,
 )
+from servegym.costs.grid import NUM_BATCH_KNOTS
 from servegym.costs.shared import NUM_SHARED_KNOTS, SharedCost
 from servegym.engines import ENGINES
 from servegym.typing import FloatArray, Int32Array, IntArray
@@ -212,9 +213,7 @@ def make_params(spec: ClusterSpec, *, record: bool, asks: Asks = DISPATCH_ONLY) 
         num_drafts=column("num_drafts"),
         lookahead=column("lookahead"),
         acceptance=_acceptance(spec),
-        draft_s=np.stack(
-            [t.speculation.draft_s if t.speculation else 0.0 * t.grid.decode_batch for t in spec.types]
-        ),
+        draft_s=np.stack([_draft_s(t) for t in spec.types]),
         role=np.array([ROLES.index(t.role) for t in spec.types], np.int64),
         link_bytes_per_s=np.array([t.link.bytes_per_s for t in spec.types], np.float64),
         link_latency_s=np.array([t.link.latency_s for t in spec.types], np.float64),
@@ -255,6 +254,10 @@ def make_params(spec: ClusterSpec, *, record: bool, asks: Asks = DISPATCH_ONLY) 
         record=bool(record),
         entries=np.zeros(NUM_ENTRIES, np.int64),
     )
+
+
+def _draft_s(kind: ReplicaType) -> FloatArray:
+    return kind.speculation.draft_s if kind.speculation else np.zeros(NUM_BATCH_KNOTS)
 
 
 def _acceptance(spec: ClusterSpec) -> FloatArray:

@@ -306,9 +306,12 @@ def land_batch(p: Params, s: State, e: int, r: int, now_s: float) -> None:
             if own.drafts > 0:
                 seed, rates = s.env[e].noise_seed, p.acceptance[v.type_idx]
                 accepted = count_accepted(seed, request, q.generated, own.drafts, rates)
-            text = q.prompt + q.generated
-            q.computed = min(q.computed, text + accepted)  # what is rejected is not there
-            emit(p, s, e, r, request, now_s, min(1 + accepted, q.output - q.generated))
+            left = q.output - q.generated
+            # what is rejected is not there; what comes with the last tokens has no identity
+            q.computed = min(q.computed, q.prompt + q.generated + accepted)
+            if 1 + accepted >= left:
+                q.computed = min(q.computed, own.num_named * p.block_size)
+            emit(p, s, e, r, request, now_s, min(1 + accepted, left))
         request = following
 
 

@@ -72,8 +72,7 @@ class ReferenceSimulator:
         self.retain: Retain | None = None
         self.retain_all = False
         self.replicas = [
-            (BATCHED if kind.parts else RULES)[kind.engine](self, r)
-            for r, kind in enumerate(types)
+            (BATCHED if kind.parts else RULES)[kind.engine](self, r) for r, kind in enumerate(types)
         ]
         first = first_ranks(np.array([kind.num_ranks for kind in types])).tolist()
         self.groups = [[r for r, own in enumerate(first) if own == i] for i in first]

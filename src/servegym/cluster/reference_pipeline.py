@@ -160,7 +160,10 @@ class Batched(Vllm):
                 rates = np.array(self.type.speculation.acceptance)
                 seed = np.uint64(self.sim.episode.noise_seed)
                 accepted = count_accepted(seed, q.idx, q.generated, drafts, rates)
-            q.computed = min(q.computed, q.total + accepted)  # what is rejected is not there
+            # what is rejected is not there; what comes with the last tokens has no identity
+            q.computed = min(q.computed, q.total + accepted)
+            if q.generated + 1 + accepted >= q.output:
+                q.computed = min(q.computed, q.named * self.sim.spec.block_size)
             for _ in range(1 + accepted):
                 if self.emit(q):
                     break

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -137,6 +137,12 @@ class CostGrid:
             longest = max((chunk for chunk, _ in chunks), default=0)
             total += self.empty_tiles_s * num_decodes * longest
         return max(total, self.eager_s) if chunks else total
+
+
+def scaled(grid: CostGrid, factor: float) -> CostGrid:
+    """Return a grid all of whose times are so many times as long."""
+    names = ("cpu_s", "dense_s", "prefill_s", "decode_s", "mixed_s", "empty_tiles_s", "eager_s")
+    return replace(grid, **{name: factor * getattr(grid, name) for name in names})
 
 
 def _locate(knots: FloatArray, x: float) -> tuple[int, float]:

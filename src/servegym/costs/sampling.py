@@ -60,7 +60,9 @@ def sample(cost: StepCost, max_tokens: int, max_context: int, queries: int = 1) 
     batches = np.unique(np.round(batches))
     kv = np.geomspace(1, 4.0e6, 73)
     decode, mixed = (
-        np.array([[cost.decode_s(b, k, mixed=beside, queries=queries) for k in kv] for b in batches])
+        np.array(
+            [[cost.decode_s(b, k, mixed=beside, queries=queries) for k in kv] for b in batches]
+        )
         for beside in (False, True)
     )
     if operators.decode_grows_with_batch and not latent:

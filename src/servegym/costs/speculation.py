@@ -8,12 +8,14 @@ itself computes every decoding sequence's next token and all of its drafts in on
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from servegym.assets.specs import ModelSpec
-from servegym.costs.grid import NUM_BATCH_KNOTS, CostGrid
+from servegym.costs.grid import NUM_BATCH_KNOTS, CostGrid, scaled
 from servegym.costs.pipeline import layer_params, part_of
 from servegym.costs.sampling import sample
 from servegym.costs.step import StepCost
@@ -122,6 +124,14 @@ class Speculation:
         total += self.drafting_s(len(chunks) + len(decodes))
         return max(total, grid.eager_s) if chunks else total
 
+    def changed(self, change: Callable[[CostGrid], CostGrid]) -> Speculation:
+        """Return the same with the grid of its steps changed."""
+        return replace(self, steps=change(self.steps))
+
+    def slower(self, factor: float) -> Speculation:
+        """Return the same with all times so many times as long."""
+        return replace(self, steps=scaled(self.steps, factor), draft_s=factor * self.draft_s)
+
     def per_token(self, max_num_seqs: int) -> CostGrid:
         """The step cost of an engine that decodes one token a step as fast as this one.
 
@@ -134,10 +144,7 @@ class Speculation:
         grid, mean = self.steps, self.mean_tokens
         knots = grid.dense_tokens
         decodes_s = np.array(
-            [
-                (grid.dense((1 + self.num_tokens) * x) + self.drafting_s(x)) / mean
-                for x in knots
-            ]
+            [(grid.dense((1 + self.num_tokens) * x) + self.drafting_s(x)) / mean for x in knots]
         )
         prefills_s = grid.dense_s + grid.cpu_s * (1.0 - 1.0 / mean)
         dense_s = np.where(knots <= max_num_seqs, decodes_s, prefills_s)
@@ -161,7 +168,7 @@ def check_acceptance(acceptance: tuple[float, ...]) -> None:
         )
     if not all(0.0 <= rate <= 1.0 for rate in acceptance):
         raise ConfigError(f"acceptance rates must be from 0 to 1, got {list(acceptance)}")
-    if any(b > a for a, b in zip(acceptance, acceptance[1:], strict=False)):
+    if any(b > a for a, b in itertools.pairwise(acceptance)):
         raise ConfigError(
             "acceptance rates must not increase, as each is of a draft and all before it, got "
             f"{list(acceptance)}"

@@ -263,9 +263,7 @@ class StepCost:
             total += m.window_layers * chunk / block * one
         return total
 
-    def decode_s(
-        self, batch: float, kv_tokens: float, *, mixed: bool, queries: int = 1
-    ) -> float:
+    def decode_s(self, batch: float, kv_tokens: float, *, mixed: bool, queries: int = 1) -> float:
         """Seconds of decodes' attention in all layers.
 
         Args:
@@ -273,14 +271,16 @@ class StepCost:
             kv_tokens: Tokens these attend to in all.
             mixed: In a step that prefills too.
             queries: Tokens of each sequence, the drafted ones included. All of them read the same
-                keys and values, as the query heads of a group do.
+                keys and values, as the query heads of a group do. Beside prefills each head has a
+                tile of its own, which they fill further.
         """
         m, op = self.model, self.operators
         if m.latent_dim:
             heads = self.shard.latent_heads
             return m.layers * op.latent_decode_s(batch, kv_tokens, heads, queries)
         shape = self.shard.attention_heads
-        shape = shape._replace(heads=queries * shape.heads)
+        if not mixed:
+            shape = shape._replace(heads=queries * shape.heads)
         attention_s = op.mixed_attention_s if mixed else op.decode_attention_s
         total = (m.layers - m.window_layers) * attention_s(batch, kv_tokens, shape)
         if m.window_layers:

@@ -21,6 +21,7 @@ import numpy as np
 from servegym.costs.grid import CostGrid
 from servegym.costs.shared import SharedCost
 from servegym.costs.source import Evidence
+from servegym.costs.speculation import Speculation
 from servegym.costs.stages import StageGrids
 from servegym.costs.step import StepCost
 from servegym.engines import EngineName, kernels_of
@@ -186,16 +187,28 @@ class Uncertainty:
             world: Whose kernels it has.
         """
         first = pipeline.stages[0]
+        return pipeline.changed(lambda stage: self._part_in_world(first, stage, world))
+
+    def speculation_in_world(self, speculation: Speculation, world: World) -> Speculation:
+        """Return drafting and verifying with the kernels of a world.
+
+        Args:
+            speculation: Of that cost, which was taken apart at the knots of its steps.
+            world: Whose kernels it has.
+        """
+        steps = speculation.steps
+        off = self._part_in_world(steps, steps, world)
+        ratio = [off.dense(batch) / steps.dense(batch) for batch in steps.decode_batch]
+        return replace(speculation, steps=off, draft_s=np.array(ratio) * speculation.draft_s)
+
+    def _part_in_world(self, first: CostGrid, part: CostGrid, world: World) -> CostGrid:
+        """Return a part of a step; it is off as the whole is, taken apart at the first's knots."""
         parts_s = sum(self.parts_s.values(), np.zeros_like(first.dense_s))
         whole = replace(first, cpu_s=1.0, dense_s=parts_s)
         off = self.in_world(whole, world)
-
-        def stage_in_world(stage: CostGrid) -> CostGrid:
-            ratio = [off.dense(tokens) / whole.dense(tokens) for tokens in stage.dense_tokens]
-            found = replace(self, parts_s={}).in_world(stage, world)
-            return replace(found, dense_s=np.array(ratio) * stage.dense_s)
-
-        return pipeline.changed(stage_in_world)
+        ratio = [off.dense(tokens) / whole.dense(tokens) for tokens in part.dense_tokens]
+        found = replace(self, parts_s={}).in_world(part, world)
+        return replace(found, dense_s=np.array(ratio) * part.dense_s)
 
     def shared_in_world(self, shared: SharedCost, world: World) -> SharedCost:
         """Return what ranks do together with the kernels of a world."""
@@ -206,12 +219,6 @@ class Uncertainty:
             skewed_experts_s=factor["experts"] * shared.skewed_experts_s,
             exchange_s=factor["collectives"] * shared.exchange_s,
         )
-
-
-def scaled(grid: CostGrid, factor: float) -> CostGrid:
-    """Return a grid all of whose times are so many times as long."""
-    names = ("cpu_s", "dense_s", "prefill_s", "decode_s", "mixed_s", "empty_tiles_s", "eager_s")
-    return replace(grid, **{name: factor * getattr(grid, name) for name in names})
 
 
 def term_spreads(cost: StepCost) -> dict[Term, float]:

@@ -23,11 +23,13 @@ from servegym.cluster.spec import (
 )
 from servegym.cluster.tier_rules import KvTier, LoadRule
 from servegym.costs.formats import ScenarioFormat, number_format
+from servegym.costs.grid import scaled
 from servegym.costs.pipeline import NetworkLink, PipelineCost
+from servegym.costs.speculation import Speculation, check_acceptance, with_drafter
 from servegym.costs.stages import StageGrids
 from servegym.costs.step import StepCost
 from servegym.costs.tables import TableSource
-from servegym.costs.uncertainty import Uncertainty, World, scaled
+from servegym.costs.uncertainty import Uncertainty, World
 from servegym.engines import MAX_NUM_BATCHED_TOKENS, EngineName, kernels_of
 from servegym.errors import ConfigError
 from servegym.scenario.config import Config, Count, Factor, ascending
@@ -156,6 +158,37 @@ class StageLinkConfig(Config):
     latency_s: float = Field(0.0, ge=0)
 
 
+class SpeculativeConfig(Config):
+    """Tokens that a layer of the model's own drafts (multi-token prediction, EAGLE).
+
+    `acceptance_rates` says for each of `num_speculative_tokens` drafts how often it and all before
+    it are accepted, as vLLM logs and takes in `synthetic_acceptance_rates`; one number: each is
+    accepted so often where the one before it is.
+    """
+
+    num_speculative_tokens: int = Field(ge=1)
+    acceptance_rates: tuple[float, ...] | float
+
+    @model_validator(mode="after")
+    def _check_rates(self) -> Self:
+        given = self.acceptance_rates
+        if isinstance(given, tuple) and len(given) != self.num_speculative_tokens:
+            raise ValueError(
+                f"acceptance_rates must be one number or {self.num_speculative_tokens}, as many as "
+                f"num_speculative_tokens, got {len(given)}"
+            )
+        check_acceptance(self.rates)
+        return self
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """One for each draft."""
+        given = self.acceptance_rates
+        if isinstance(given, tuple):
+            return given
+        return tuple(given ** (i + 1) for i in range(self.num_speculative_tokens))
+
+
 class FleetEntry(Config):
     """Equal replicas; a pair of numbers is a range, drawn anew for every episode.
 
@@ -169,8 +202,9 @@ class FleetEntry(Config):
     replicas do all of a request, or only prefill or only decode; where some do, requests migrate or
     prefixes are fetched, each entry needs a `link`. `pipeline_parallel_size` splits the layers over
     so many stages of `tp` GPUs, with as many batches in flight (vllm, trtllm); stages on nodes of
-    their own need a `pp_link`. `host_kv` and `disk_kv` keep copies of each replica's KV
-    blocks.
+    their own need a `pp_link`. `speculative_config` has a layer draft tokens for what decodes,
+    which are verified in its next step (vllm, trtllm). `host_kv` and `disk_kv` keep copies of each
+    replica's KV blocks.
     """
 
     gpu: str
@@ -189,6 +223,7 @@ class FleetEntry(Config):
     eager_prefill_s: float = Field(0.0, ge=0)
     role: Role = "mixed"
     link: LinkConfig | None = None
+    speculative_config: SpeculativeConfig | None = None
     host_kv: KvTierConfig | None = None
     disk_kv: KvTierConfig | None = None
 
@@ -198,6 +233,27 @@ class FleetEntry(Config):
     def num_gpus(self) -> int:
         """GPUs of one replica."""
         return self.tp * self.pipeline_parallel_size
+
+    @model_validator(mode="after")
+    def _check_drafts(self) -> Self:
+        if self.speculative_config is None:
+            return self
+        if self.engine not in ("vllm", "trtllm"):
+            raise ValueError(
+                f"engine must be vllm or trtllm where there is a speculative_config, got "
+                f"{self.engine}"
+            )
+        if self.calibration:
+            raise ValueError(
+                "a calibration is of whole steps without drafts: leave it out, or the "
+                "speculative_config"
+            )
+        if self.pipeline_parallel_size > 1:
+            raise ValueError(
+                "speculative_config does not go with stages of a pipeline yet: set "
+                "pipeline_parallel_size to 1, or leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_stages(self) -> Self:
@@ -288,14 +344,23 @@ def replica_type(
     """Compile a fleet entry."""
     cost = step_cost(entry, model_name, precision)
     stages = pipeline_cost(entry, cost)
+    drafts = entry.speculative_config
+    holds = with_drafter(cost) if drafts else stages
     blocks = entry.num_blocks or (
-        stages.kv_capacity_tokens(engine.kv_memory_fraction) // engine.block_size
+        holds.kv_capacity_tokens(engine.kv_memory_fraction) // engine.block_size
     )
     budget = entry.max_num_batched_tokens or engine.max_num_batched_tokens
     budget = budget or MAX_NUM_BATCHED_TOKENS[entry.engine]
     max_tokens = max(budget, 64)
-    pipeline = None
-    if stages.pp > 1:
+    max_num_seqs = entry.max_num_seqs or engine.max_num_seqs
+    pipeline, speculation = None, None
+    if drafts:
+        speculation = Speculation.of(cost, drafts.rates, max_tokens)
+        speculation = speculation.changed(
+            lambda steps: replace(steps, eager_s=entry.eager_prefill_s)
+        )
+        grid = speculation.per_token(max_num_seqs)
+    elif stages.pp > 1:
         eager_s = entry.eager_prefill_s / stages.pp
         pipeline = StageGrids.of(stages, max_tokens)
         pipeline = pipeline.changed(lambda stage: replace(stage, eager_s=eager_s))
@@ -307,7 +372,7 @@ def replica_type(
         grid=grid,
         num_blocks=blocks,
         max_num_batched_tokens=budget,
-        max_num_seqs=entry.max_num_seqs or engine.max_num_seqs,
+        max_num_seqs=max_num_seqs,
         price_usd_per_h=cost.gpu.price_usd_per_h * entry.num_gpus,
         num_gpus=entry.num_gpus,
         engine=entry.engine,
@@ -317,6 +382,7 @@ def replica_type(
         host_kv=_tier(entry.host_kv, cost, engine.block_size),
         disk_kv=_tier(entry.disk_kv, cost, engine.block_size),
         pipeline=pipeline,
+        speculation=speculation,
     )
 
 
@@ -331,6 +397,11 @@ def kv_store(store: KvStoreConfig, cost: StepCost, block_size: int) -> KvTier:
 def in_world(replica: ReplicaType, uncertainty: Uncertainty, world: World) -> ReplicaType:
     """Return a replica type with the kernels and the engine of a world."""
     factor = uncertainty.engine_factor(world, replica.engine)
+    if replica.speculation is not None:
+        speculation = uncertainty.speculation_in_world(replica.speculation, world)
+        speculation = speculation.slower(factor)
+        grid = speculation.per_token(replica.max_num_seqs)
+        return replace(replica, grid=grid, speculation=speculation)
     if replica.pipeline is None:
         grid = uncertainty.in_world(replica.grid, world)
         return replace(replica, grid=scaled(grid, factor))
@@ -341,7 +412,7 @@ def in_world(replica: ReplicaType, uncertainty: Uncertainty, world: World) -> Re
 
 def uncertainty_of(entry: FleetEntry, cost: StepCost, replica: ReplicaType) -> Uncertainty:
     """Say how far the steps of a fleet entry's replicas may be off."""
-    grid = replica.pipeline.stages[0] if replica.pipeline else replica.grid
+    grid = replica.parts[0] if replica.parts else replica.grid
     return Uncertainty.of(entry.gpu, cost, grid)
 
 
@@ -366,6 +437,8 @@ def draw_fleet(
 def _name(entry: FleetEntry) -> str:
     parts = [f"{entry.gpu} x{entry.tp}"]
     parts += [f"pp{entry.pipeline_parallel_size}"] if entry.pipeline_parallel_size > 1 else []
+    drafts = entry.speculative_config
+    parts += [f"{drafts.num_speculative_tokens} drafts"] if drafts else []
     parts += [entry.engine] if entry.engine != "vllm" else []
     parts += ["async"] if entry.async_scheduling else []
     parts += [entry.role] if entry.role != "mixed" else []

@@ -91,6 +91,11 @@ class Fleet:
                 "emulated engines have one batch in flight: set pipeline_parallel_size to 1 in the "
                 "scenario's fleet"
             )
+        if any(kind.speculation for kind in config.scenario.spec.types):
+            raise ConfigError(
+                "emulated engines send one token at a time: leave speculative_config out of the "
+                "scenario's fleet"
+            )
         if config.scenario.spec.migrates:
             raise ConfigError(
                 "emulated engines keep their requests: take a scenario without migration"
