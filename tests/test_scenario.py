@@ -156,6 +156,34 @@ def test_stages_share_the_layers_and_have_the_blocks_of_the_tightest():
     assert world.pipeline.stage_s([], 8, 8000) != (first_s, last_s)
 
 
+def test_an_entry_can_draft_tokens():
+    drafts = {"num_speculative_tokens": 2, "acceptance_rates": [0.8, 0.5]}
+    plain, drafting, alike = scenario(
+        fleet=[
+            {"gpu": "L40S"},
+            {"gpu": "L40S", "speculative_config": drafts},
+            {
+                "gpu": "L40S",
+                "speculative_config": {"num_speculative_tokens": 3, "acceptance_rates": 0.5},
+            },
+        ]
+    ).spec.types
+    assert [t.name for t in (plain, drafting)] == ["L40S x1", "L40S x1 2 drafts"]
+    assert drafting.speculation.acceptance == (0.8, 0.5)
+    assert alike.speculation.acceptance == (0.5, 0.25, 0.125)
+    assert drafting.num_blocks < plain.num_blocks
+    assert drafting.step_s([], 8, 8000) < plain.step_s([], 8, 8000)
+
+
+def test_a_world_has_other_drafts():
+    drafts = {"num_speculative_tokens": 1, "acceptance_rates": 0.8}
+    drafting = scenario(**fleet(speculative_config=drafts))
+    world = drafting.in_world(World(3)).spec.types[0]
+    (kind,) = drafting.spec.types
+    assert world.speculation.step_s([], [(2, 100)]) != kind.speculation.step_s([], [(2, 100)])
+    assert world.step_s([], 8, 8000) != kind.step_s([], 8, 8000)
+
+
 def test_prefills_take_as_long_as_their_launches_and_stages_launch_their_share():
     entry = {"gpu": "A100-SXM-80GB", "eager_prefill_s": 0.08}
     (plain,) = scenario(fleet=[entry]).spec.types
@@ -259,6 +287,7 @@ def test_prefixes_are_fetched_beside_roles_and_tiers():
 
 # ---- wrong input ----
 
+DRAFTS = {"num_speculative_tokens": 1, "acceptance_rates": [0.8]}
 WRONG = {
     "unknown key": (text(num_request=5), ["num_request", "num_requests"]),
     "key like none": (text(zzz=5), ["zzz", "num_requests", "workload"]),
@@ -346,6 +375,34 @@ WRONG = {
     "a stage that does not fit": (
         text(model="Llama-3.1-405B", **fleet(pipeline_parallel_size=2)),
         ["stage 1 of 2", "raise"],
+    ),
+    "drafts of another engine": (
+        text(**fleet(engine="sglang", speculative_config=DRAFTS)),
+        ["engine must be vllm or trtllm", "speculative_config", "got sglang"],
+    ),
+    "drafts on stages": (
+        text(**fleet(pipeline_parallel_size=2, speculative_config=DRAFTS)),
+        ["speculative_config does not go with stages", "pipeline_parallel_size to 1"],
+    ),
+    "drafts with steps formed ahead": (
+        text(**fleet(speculative_config=DRAFTS, async_scheduling=True)),
+        ["has drafts and async_scheduling", "leave one of them out"],
+    ),
+    "fewer rates than drafts": (
+        text(**fleet(speculative_config=DRAFTS | {"num_speculative_tokens": 2})),
+        ["acceptance_rates must be one number or 2", "got 1"],
+    ),
+    "rates that increase": (
+        text(
+            **fleet(
+                speculative_config={"num_speculative_tokens": 2, "acceptance_rates": [0.1, 0.2]}
+            )
+        ),
+        ["must not increase", "[0.1, 0.2]"],
+    ),
+    "a calibration with drafts": (
+        text(**fleet(speculative_config=DRAFTS, calibration="mine.json")),
+        ["a calibration is of whole steps without drafts"],
     ),
     "negative retention": (text(engine={"retain_kv_s": -5.0}), ["retain_kv_s", "-5.0"]),
     "roles without prefill": (

@@ -19,6 +19,7 @@ from .simulated import (
 NAMES = sorted(path.stem for path in RECORDED.glob("seed-*.json"))
 BY_PRIORITY = sorted(path.stem for path in RECORDED.glob("priority-*.json"))
 OVERLAPPED = sorted(path.stem for path in RECORDED.glob("overlapped-*.json"))
+DRAFTED = sorted(path.stem for path in RECORDED.glob("drafted-*.json"))
 #: Requests repeat text that is still being generated: the difference docs/conformance.md keeps.
 LATE_IDENTITY = {"seed-28", "seed-343", "seed-473"}
 PAIRS = sorted(path.stem for path in RECORDED.glob("pair-*.json"))
@@ -37,6 +38,7 @@ def test_there_are_enough_recordings():
     assert set(NAMES) >= LATE_IDENTITY
     assert len(BY_PRIORITY) >= 10
     assert len(OVERLAPPED) >= 10
+    assert len(DRAFTED) >= 10
     assert len(PAIRS) >= 7
 
 
@@ -90,6 +92,23 @@ def test_plain_simulator_takes_every_step_vllm_took_with_asynchronous_scheduling
 def test_compiled_simulator_gives_the_times_vllm_gave_with_asynchronous_scheduling(name):
     workload, engine = read(RECORDED / f"{name}.json")
     ours = play_compiled(workload, overlap=True)
+    assert outcome_of(engine)
+    for column, want in outcome_of(engine).items():
+        np.testing.assert_allclose(ours[column], want, rtol=1e-9, atol=1e-12, err_msg=column)
+
+
+@pytest.mark.parametrize("name", DRAFTED)
+def test_plain_simulator_takes_every_step_vllm_took_with_drafts(name):
+    workload, engine = read(RECORDED / f"{name}.json")
+    assert first_difference(play_reference(workload, drafts=True), engine) is None
+    longest = max(tokens for step in engine["steps"] for _, tokens in step["scheduled"])
+    assert longest > len(workload["acceptance"])
+
+
+@pytest.mark.parametrize("name", DRAFTED)
+def test_compiled_simulator_gives_the_times_vllm_gave_with_drafts(name):
+    workload, engine = read(RECORDED / f"{name}.json")
+    ours = play_compiled(workload, drafts=True)
     assert outcome_of(engine)
     for column, want in outcome_of(engine).items():
         np.testing.assert_allclose(ours[column], want, rtol=1e-9, atol=1e-12, err_msg=column)

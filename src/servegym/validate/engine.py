@@ -16,10 +16,12 @@ from servegym.costs.grid import CostGrid
 from servegym.costs.pipeline import PipelineCost
 from servegym.costs.shared import SharedCost
 from servegym.costs.source import Routing
+from servegym.costs.speculation import Speculation, with_drafter
 from servegym.costs.stages import StageGrids
 from servegym.costs.step import StepCost
 from servegym.costs.uncertainty import Uncertainty, World
 from servegym.engines import EngineName
+from servegym.errors import ConfigError
 
 #: Of the network of a data-centre GPU, 400 Gb/s: `node_inter_node_bw` of H100 and H200 in
 #: AIConfigurator's system files.
@@ -81,6 +83,7 @@ class EngineSetup:
         eager_layer_s: Time to launch the kernels of a layer in a step that prefills.
         chunked_prefill: Whether prompts are split over steps.
         prefix_caching: Whether KV of equal prefixes is used again.
+        acceptance: Of drafts by a layer of the model's own, see `costs.speculation`; empty: none.
     """
 
     gpu: str
@@ -105,6 +108,7 @@ class EngineSetup:
     eager_layer_s: float = 0.0
     chunked_prefill: bool = True
     prefix_caching: bool = False
+    acceptance: tuple[float, ...] = ()
 
     def replica(self, constants: EngineConstants, world: World | None = None) -> ReplicaType:
         """Return the replica type to simulate; with shared experts a rank in lockstep.
@@ -117,6 +121,8 @@ class EngineSetup:
             ConfigError: If the GPU, the model or the degree is not allowed, or the weights do
                 not fit.
         """
+        if self.acceptance:
+            return self._with_drafts(constants, world)
         if self.pp > 1:
             return self._with_stages(constants, world)
         grid, kv_tokens = _compiled(self._kernels, self.memory_fraction, self.expert_ranks)
@@ -136,6 +142,19 @@ class EngineSetup:
         pipeline = pipeline.changed(lambda stage: self._as_run(stage, constants))
         made = self._made(pipeline.shared_round, kv_tokens, None)
         return replace(made, pipeline=pipeline)
+
+    def _with_drafts(self, constants: EngineConstants, world: World | None) -> ReplicaType:
+        """See `replica`; a layer of the model's own drafts, and has KV of its own."""
+        if self.pp > 1 or self.expert_ranks > 1:
+            raise ConfigError("drafts do not go with stages or ranks in lockstep yet")
+        speculation = _compiled_drafts(self._kernels, self.acceptance)
+        if world is not None:
+            doubt = Uncertainty.of(self.gpu, self.cost(), speculation.steps)
+            speculation = doubt.speculation_in_world(speculation, world)
+        speculation = speculation.changed(lambda steps: self._as_run(steps, constants))
+        kv_tokens = with_drafter(self.cost()).kv_capacity_tokens(self.memory_fraction)
+        made = self._made(speculation.per_token(self.max_num_seqs), kv_tokens, None)
+        return replace(made, speculation=speculation)
 
     def _as_run(self, grid: CostGrid, constants: EngineConstants) -> CostGrid:
         """Return a step cost as the engine has it, beyond its kernels."""
@@ -259,6 +278,11 @@ def _compiled(kernels: _Kernels, fraction: float, ranks: int) -> tuple[CostGrid,
 def _compiled_stages(kernels: _Kernels, fraction: float, pp: int) -> tuple[StageGrids, int]:
     pipeline = PipelineCost(_step_cost(kernels), pp)
     return StageGrids.of(pipeline), pipeline.kv_capacity_tokens(fraction)
+
+
+@lru_cache(maxsize=1024)
+def _compiled_drafts(kernels: _Kernels, acceptance: tuple[float, ...]) -> Speculation:
+    return Speculation.of(_step_cost(kernels), acceptance)
 
 
 @lru_cache(maxsize=1024)

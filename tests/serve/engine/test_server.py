@@ -14,6 +14,7 @@ import pytest
 
 from servegym.errors import ConfigError
 from servegym.scenario import parse_scenario
+from servegym.scenario.fleet import SpeculativeConfig
 from servegym.serve.engine.content import answer_text, request_digest
 from servegym.serve.engine.faults import Fault
 from servegym.serve.engine.fleet import Fleet, FleetConfig
@@ -599,6 +600,14 @@ def test_a_fleet_with_batches_in_flight_is_refused():
     scenario = parse_scenario(SCENARIO.format(seqs=8, blocks=100), "test")
     entry = scenario.fleet[0].model_copy(update={"pipeline_parallel_size": 2})
     with pytest.raises(ConfigError, match="one batch in flight: set pipeline_parallel_size to 1"):
+        Fleet(FleetConfig(scenario.model_copy(update={"fleet": (entry,)})))
+
+
+def test_a_fleet_with_drafts_is_refused():
+    scenario = parse_scenario(SCENARIO.format(seqs=8, blocks=100), "test")
+    drafts = SpeculativeConfig(num_speculative_tokens=1, acceptance_rates=0.5)
+    entry = scenario.fleet[0].model_copy(update={"speculative_config": drafts})
+    with pytest.raises(ConfigError, match="one token at a time: leave speculative_config out"):
         Fleet(FleetConfig(scenario.model_copy(update={"fleet": (entry,)})))
 
 
