@@ -132,9 +132,11 @@ class CorrectedSource(CostSource):
         """Seconds of new tokens with latent attention."""
         return self.factors.prefill * self.base.latent_prefill_s(chunk, context, shape)
 
-    def latent_decode_s(self, batch: float, kv_tokens: float, shape: LatentHeads) -> float:
+    def latent_decode_s(
+        self, batch: float, kv_tokens: float, shape: LatentHeads, queries: int = 1
+    ) -> float:
         """Seconds of decoding with latent attention."""
-        return self.factors.kv * self.base.latent_decode_s(batch, kv_tokens, shape)
+        return self.factors.kv * self.base.latent_decode_s(batch, kv_tokens, shape, queries)
 
     # ---- what stands behind them ----
 

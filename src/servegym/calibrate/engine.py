@@ -206,9 +206,11 @@ class EngineSource(CostSource):
         heads = Heads(shape.heads, shape.heads, shape.head_dim)
         return self.prefill_attention_s(chunk, context, heads)
 
-    def latent_decode_s(self, batch: float, kv_tokens: float, shape: LatentHeads) -> float:
+    def latent_decode_s(
+        self, batch: float, kv_tokens: float, shape: LatentHeads, queries: int = 1
+    ) -> float:
         """As any other attention."""
-        heads = Heads(shape.heads, 1, shape.latent_dim)
+        heads = Heads(queries * shape.heads, 1, shape.latent_dim)
         return self.decode_attention_s(batch, kv_tokens, heads)
 
     def attention_launch_s(self) -> float:
