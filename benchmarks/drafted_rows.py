@@ -5,9 +5,10 @@
 FILE is a table of published measurements as of `servegym validate --published`. Which rows decode
 speculatively no column says; those of TensorRT-LLM's DeepSeek-R1 of three days are 1.4 to 2.1 times
 faster than their neighbours (docs/fidelity.md). InferenceX has scripts for both ways, which draft 3
-tokens with tensor-parallel attention (`dsr1_*_trt_mtp.sh`). How many of them are accepted is not
-published with the rows: each draft is taken to be accepted equally often where the one before it
-is. Prints by how much TPOT is off, in the median and for eight of ten, by prompt and clients.
+tokens with tensor-parallel attention and 1 with attention in data parallel (`dsr1_*_trt_mtp.sh`).
+How many of them are accepted is not published with the rows: each draft is taken to be accepted
+equally often where the one before it is. Prints by how much TPOT is off: the median of the absolute
+errors, the median, and what eight of ten lie between.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from servegym.validate.experiments import play
 from servegym.validate.published import Experiment, Row, experiment, read_published
 
 DAYS = ("2026-01-14", "2026-02-05", "2026-02-06")
-NUM_DRAFTS = 3
+#: Drafts with tensor-parallel attention, and with attention in data parallel.
+NUM_DRAFTS, NUM_DRAFTS_OF_RANKS = 3, 1
 
 
 def is_wanted(row: Row) -> bool:
@@ -40,8 +42,11 @@ def is_wanted(row: Row) -> bool:
     )
 
 
-def tpot_s(plan: Experiment, acceptance: tuple[float, ...]) -> float:
-    """TPOT of a row with such drafts."""
+def tpot_s(plan: Experiment, rate: float) -> float:
+    """TPOT of a row with drafts of which so many are accepted; 0: without."""
+    ranks = plan.setup.expert_ranks > 1
+    count = (NUM_DRAFTS_OF_RANKS if ranks else NUM_DRAFTS) if rate else 0
+    acceptance = tuple(rate ** (i + 1) for i in range(count))
     drafted = replace(plan, setup=replace(plan.setup, acceptance=acceptance))
     return play(drafted, EngineConstants())[0]["tpot_s"]
 
@@ -52,29 +57,30 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="table of published measurements")
     parser.add_argument("--acceptance", type=float, nargs="+", default=[0.6, 0.7, 0.8, 0.9])
     args = parser.parse_args()
-    ways = [(), *(tuple(a ** (i + 1) for i in range(NUM_DRAFTS)) for a in args.acceptance)]
-    found: dict[tuple[str, str], list[list[float]]] = {}
+    found: dict[str, list[list[float]]] = {}
     left_out: Counter[str] = Counter()
     for row in filter(is_wanted, read_published(args.file)):
         try:
             plan = experiment(row)
-            errors = [tpot_s(plan, way) / row.measured["tpot_s"] - 1.0 for way in ways]
+            measured_s = row.measured["tpot_s"]
+            errors = [tpot_s(plan, rate) / measured_s - 1.0 for rate in (0.0, *args.acceptance)]
         except ConfigError as error:
             left_out[str(error)] += 1
             continue
-        for group in (("all", ""), (row.text["precision_w"], row.text["isl"])):
+        attention = "data parallel" if plan.setup.expert_ranks > 1 else "tensor parallel"
+        for group in (attention, f"{attention}, {row.text['precision_w']} {row.text['isl']}"):
             found.setdefault(group, []).append(errors)
     for reason, count in left_out.most_common():
         print(f"{count} rows left out: {reason}")
     heads = " | ".join(["no drafts", *(f"{a:g}" for a in args.acceptance)])
-    print(f"| precision, prompt | rows | {heads} |")
+    print(f"| attention, precision, prompt | rows | {heads} |")
     for group, rows in sorted(found.items()):
         cells = []
         for column in zip(*rows, strict=True):
             low, high = np.quantile(column, [0.1, 0.9])
             off = median(abs(one) for one in column)
             cells.append(f"{off:.0%}; {median(column):+.0%}, {low:+.0%} to {high:+.0%}")
-        print(f"| {' '.join(group)} | {len(rows)} | {' | '.join(cells)} |")
+        print(f"| {group} | {len(rows)} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

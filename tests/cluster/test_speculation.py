@@ -13,6 +13,7 @@ from servegym.cluster.spec import ClusterSpec, ReplicaType
 from servegym.cluster.state import DONE, EV_PREEMPT, FAULT_DOWN, FAULT_UP, NEVER, Asks
 from servegym.cluster.tier_rules import KvTier
 from servegym.costs.grid import NUM_BATCH_KNOTS, CostGrid
+from servegym.costs.shared import NUM_SHARED_KNOTS, SharedCost
 from servegym.costs.speculation import Speculation
 from servegym.errors import ConfigError
 
@@ -24,6 +25,7 @@ from .strategies import (
     with_conversations,
     with_drafts,
     with_followers,
+    with_ranks,
 )
 from .test_differential import assert_same_events, assert_same_log
 from .test_pipeline import staged
@@ -152,6 +154,27 @@ def test_they_agree_beside_replicas_of_other_engines_and_clients_that_wait():
     for seed in range(9200, 9212):
         spec, episode = random_case(seed, ("vllm", "trtllm", "sglang", "vllm-priority"))
         assert_same_events(*with_followers(*with_drafts(spec, episode, seed), seed))
+
+
+def test_they_agree_on_ranks_that_verify_in_lockstep():
+    waiting = 0
+    for seed in range(9400, 9430):
+        spec, episode = random_case(seed, ("vllm", "trtllm", "sglang"))
+        spec, episode = with_ranks(*with_drafts(spec, episode, seed), seed)
+        assert_same_events(spec, episode)
+        waiting += any(kind.together and kind.speculation for kind in spec.types)
+    assert waiting > 2
+
+
+def test_ranks_wait_for_the_one_with_most_tokens_drafts_included(play):  # noqa: F811
+    # a rank's own step takes 1 s and 0.1 s a token. One has a prompt of 10 tokens, 2 s, the other
+    # nothing; then the first has its next token and 2 drafts, 1.3 s. Experts take 1 s a step,
+    # exchanges none
+    knots = 1.0 + np.arange(NUM_SHARED_KNOTS)
+    shared = SharedCost(2, knots, 1.0 + 0.0 * knots, 1.0 + 0.0 * knots, 0.0 * knots, 0)
+    kind = replace(drafting(ALL, ALL, steps=token_grid(1.0, 0.1)), shared=shared)
+    episode = toy_episode([(0, 10, 7)], type_idx=(0, 0))
+    assert_times(play(toy_cluster(kind), episode, {}), first_token_s=[3], finish_s=[3 + 2 * 2.3])
 
 
 def test_they_agree_on_turns_that_keep_their_blocks():

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from servegym.assets.specs import gpu, model
-from servegym.costs.speculation import Speculation, with_drafter
+from servegym.costs.shared import SharedCost
+from servegym.costs.speculation import Speculation, shared_with_drafts, with_drafter
 from servegym.costs.step import StepCost
 from servegym.costs.uncertainty import Uncertainty, World
 
@@ -69,6 +70,24 @@ def test_queries_over_latents_are_more_heads_and_more_tokens_to_absorb():
     # what does not depend on how much is attended to: the absorption, of as many tokens
     few = [op.latent_decode_s(batch, 1.0, heads, queries=q) for batch, q in ((64, 1), (16, 4))]
     assert few[1] == pytest.approx(few[0], rel=0.25)
+
+
+def test_ranks_share_the_experts_of_the_drafter_as_well():
+    deepseek = StepCost(gpu("H200-SXM-141GB"), model("DeepSeek-V3"), fp8=True)
+    whole = Speculation.of(deepseek, (0.8,), 2048)
+    own = Speculation.of(deepseek, (0.8,), 2048, experts=False)
+    experts_s = with_drafter(deepseek).terms(128.0)["experts"]
+    assert whole.steps.dense(128.0) - own.steps.dense(128.0) == pytest.approx(experts_s, rel=0.02)
+    plain = SharedCost.of(deepseek, 8, 256)
+    one, three = (shared_with_drafts(deepseek, k, 8, 256) for k in (1, 3))
+    # 58 of DeepSeek's 61 layers have experts, and so has the drafter; all have an exchange
+    np.testing.assert_allclose(one.experts_s, plain.experts_s * 59 / 58, rtol=1e-9)
+    np.testing.assert_allclose(one.exchange_s, plain.exchange_s * 62 / 61, rtol=1e-9)
+    # two passes more over a quarter of the tokens
+    i = int(np.searchsorted(plain.tokens, 4096))
+    quarter_s = np.interp(plain.tokens[i] / 4, plain.tokens, plain.exchange_s) / 61
+    assert three.exchange_s[i] == pytest.approx(one.exchange_s[i] + 2 * quarter_s, rel=1e-9)
+    assert one.largest_graph == three.largest_graph == 512
 
 
 def test_the_drafter_takes_memory_for_its_layer_and_its_keys(cost):

@@ -8,9 +8,11 @@ from servegym.cluster.engine import end_step, form_step, promised_blocks
 from servegym.cluster.entry import STEP_TOGETHER, entry
 from servegym.cluster.heap import set_event
 from servegym.cluster.jit import helper, inlined
+from servegym.cluster.pipeline import blocks_to_last_batch, num_decoding, promised_to_batches
 from servegym.cluster.running import at_hand, blocks_to_end
 from servegym.cluster.state import (
     DECODE,
+    FLYING,
     IDLE,
     PREFILL,
     SHARED_EXCHANGE,
@@ -46,12 +48,19 @@ def step_together(p: Params, s: State, e: int, first: int, now_s: float) -> None
     for r in range(first, stop):
         form_step(p, s, e, r, now_s)
         v = s.replica[e, r]
+        t = v.type_idx
         if v.mode == IDLE:  # it takes part with one dummy token
-            own_s, mine = dense_s(p, v.type_idx, 1) / v.speed, 1
+            row = p.first_stage[t] if p.num_stages[t] > 0 else t
+            own_s, mine = dense_s(p, row, 1) / v.speed, 1
+        elif v.mode == FLYING:
+            batch = s.flight[e, r, 0]
+            own_s = batch.landing_s - now_s
+            mine = batch.decode_tokens + batch.prefill_tokens
+            prefills = prefills or batch.prefill_tokens > 0
         elif v.mode == DECODE:
             v.stretch_steps = 1  # the others may have other work in the next step
             mine = v.num_decodes
-            own_s = v.stretch_factor * decode_span_s(p, v.type_idx, mine, v.kv_tokens + mine, 1)
+            own_s = v.stretch_factor * decode_span_s(p, t, mine, v.kv_tokens + mine, 1)
         else:
             own_s = s.due[e, v.event_pos].time_s - now_s
             mine = _chunk_tokens(s, e, r)
@@ -72,6 +81,8 @@ def step_together(p: Params, s: State, e: int, first: int, now_s: float) -> None
     together_s += _shared_s(p, t, SHARED_SKEWED_EXPERTS if prefills else SHARED_EXPERTS, tokens)
     end_s = now_s + slowest_s + together_s
     for r in range(first, stop):
+        if s.replica[e, r].mode == FLYING:
+            s.flight[e, r, 0].landing_s = end_s
         set_event(s, e, r, end_s)
 
 
@@ -82,7 +93,7 @@ def _wait_for_each_other(p: Params, s: State, e: int, first: int, stop: int) -> 
     all_can, all_decode = True, True
     for r in range(first, stop):
         all_can = all_can and _can_prefill(p, s, e, r)
-        all_decode = all_decode and s.replica[e, r].num_decodes > 0
+        all_decode = all_decode and _num_decodes(p, s, e, r) > 0
     waits = 0
     if all_can:
         group.waited_steps = 0
@@ -103,6 +114,12 @@ def _wait_for_each_other(p: Params, s: State, e: int, first: int, stop: int) -> 
 
 
 @inlined
+def _num_decodes(p: Params, s: State, e: int, r: int) -> int:
+    v = s.replica[e, r]
+    return num_decoding(s, e, r) if p.num_stages[v.type_idx] > 0 else v.num_decodes
+
+
+@inlined
 def _can_prefill(p: Params, s: State, e: int, r: int) -> bool:
     """Say whether the next prompt fits the next step, whose decodes have no block of it yet."""
     v = s.replica[e, r]
@@ -112,8 +129,12 @@ def _can_prefill(p: Params, s: State, e: int, r: int) -> bool:
     request = v.wait_head
     q = s.request[e, request]
     _, _, computed = at_hand(p, s, e, r, request)
-    if q.prompt + q.generated - computed > p.max_num_batched_tokens[t] - v.num_decodes:
+    decodes = _num_decodes(p, s, e, r) * (1 + p.num_drafts[t])
+    if q.prompt + q.generated - computed > p.max_num_batched_tokens[t] - decodes:
         return False
+    if p.num_stages[t] > 0:
+        free = v.free_blocks - promised_to_batches(p, s, e, r)
+        return blocks_to_last_batch(p, s, e, request, t) <= free
     taken = s.phase[e, r, v.iteration % p.block_size] + promised_blocks(p, s, e, r)
     return blocks_to_end(p, s, e, request) <= v.free_blocks - taken
 

@@ -67,6 +67,7 @@ def _form_batch(p: Params, s: State, e: int, r: int, now_s: float) -> bool:
     """Form one batch and send it off; return whether there is anything in it."""
     v = s.replica[e, r]
     t = v.type_idx
+    waits = v.waits > 0
     while True:
         for i in range(p.num_stages[t]):
             s.flight[e, r, i].work_s = 0.0
@@ -78,11 +79,14 @@ def _form_batch(p: Params, s: State, e: int, r: int, now_s: float) -> bool:
         place.longest_chunk = 0
         place.kv_tokens = 0
         preempted = _feed_running(p, s, e, r, now_s)
-        if not preempted:
+        if not preempted and not waits:
             _admit(p, s, e, r, now_s)
         if place.num_decodes + place.prefill_tokens > 0:
             _send_off(p, s, e, r, now_s)
             return True
+        if waits:  # a rank with nothing to decode prefills
+            waits = False
+            continue
         if not (preempted and v.num_waiting > 0 and v.num_flying == 0):
             return False
 
@@ -140,7 +144,7 @@ def _admit(p: Params, s: State, e: int, r: int, now_s: float) -> None:
     room = p.max_num_seqs[t] - place.num_decodes  # of whole prompts none is left over to count
     size, ahead = p.block_size, p.lookahead[t]
     uniform = place.num_chunks == 0 and not no_evict
-    promised = _promised_blocks(p, s, e, r) if no_evict else 0
+    promised = promised_to_batches(p, s, e, r) if no_evict else 0
     while budget > 0 and v.num_waiting > 0 and v.num_running < seqs and room > 0:
         request = v.wait_head
         q = s.request[e, request]
@@ -159,7 +163,7 @@ def _admit(p: Params, s: State, e: int, r: int, now_s: float) -> None:
             if take > budget:
                 return
         if no_evict:
-            to_end = _blocks_to_end(p, s, e, request, t)
+            to_end = blocks_to_last_batch(p, s, e, request, t)
             if to_end > v.free_blocks - promised:
                 return
         else:
@@ -178,21 +182,32 @@ def _admit(p: Params, s: State, e: int, r: int, now_s: float) -> None:
         room -= 1
 
 
-@inlined
-def _promised_blocks(p: Params, s: State, e: int, r: int) -> int:
+@helper
+def num_decoding(s: State, e: int, r: int) -> int:
+    """Requests that decode and that no batch in flight brings the next token of."""
+    count = 0
+    request = s.replica[e, r].run_head
+    while request >= 0:
+        count += s.batch[e, request].number == DECODES
+        request = s.request[e, request].next_request
+    return count
+
+
+@helper
+def promised_to_batches(p: Params, s: State, e: int, r: int) -> int:
     """Blocks that running requests will still take to their ends."""
     blocks = 0
     t = s.replica[e, r].type_idx
     request = s.replica[e, r].run_head
     while request >= 0:
         q = s.request[e, request]
-        blocks += _blocks_to_end(p, s, e, request, t) - q.table_len
+        blocks += blocks_to_last_batch(p, s, e, request, t) - q.table_len
         request = q.next_request
     return blocks
 
 
 @inlined
-def _blocks_to_end(p: Params, s: State, e: int, request: int, t: int) -> int:
+def blocks_to_last_batch(p: Params, s: State, e: int, request: int, t: int) -> int:
     """Blocks that a request holds when its last token comes out, drafted in vain or not."""
     q = s.request[e, request]
     tokens = q.prompt + q.output - 1 + p.num_drafts[t] + p.lookahead[t]

@@ -203,7 +203,7 @@ class ReferenceSimulator:
             return
         slowest_s = max(engine.own_step_s() for engine in ranks)
         tokens = [max(1, engine.step_tokens()) for engine in ranks]  # the idle have a dummy token
-        prefills = any(q.prefilling for engine in ranks for q in engine.running if q.scheduled)
+        prefills = any(engine.prefills() for engine in ranks)
         end_s = self.now_s + slowest_s + shared.step_s(tokens, prefills=prefills)
         for engine in ranks:
             engine.due_s = end_s

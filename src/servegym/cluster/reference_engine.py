@@ -167,11 +167,16 @@ class Engine:
         """Seconds that the step just begun takes by itself; of an idle rank, with a dummy token."""
         if self.stepping:
             return self.due_s - self.sim.now_s
-        return (self.type.grid.cpu_s + self.type.grid.dense(1)) / self.speed
+        grid = self.type.parts[0] if self.type.parts else self.type.grid
+        return (grid.cpu_s + grid.dense(1)) / self.speed
 
     def step_tokens(self) -> int:
         """Tokens of the step in progress."""
         return sum(q.scheduled for q in self.running)
+
+    def prefills(self) -> bool:
+        """Whether there is a chunk in the step in progress."""
+        return any(q.prefilling for q in self.running if q.scheduled)
 
     def blocks(self, tokens: int) -> int:
         """Blocks that hold so many tokens."""

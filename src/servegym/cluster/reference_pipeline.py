@@ -24,10 +24,14 @@ class Flight:
 
     Attributes:
         landing_s: When it leaves the last stage.
+        tokens: In it.
+        prefills: Whether some of these are of prompts.
         brings: Whose next token it computes, and how many drafts behind that it verifies.
     """
 
     landing_s: float
+    tokens: int
+    prefills: bool
     brings: list[tuple[Request, int]]
 
 
@@ -50,13 +54,14 @@ class Batched(Vllm):
                 break
             scheduled = [q for q in self.running if q.scheduled]
             landing_s = self.send_off(chunks, decodes)
+            tokens = sum(q.scheduled for q in scheduled)
             brings = []
             for q in scheduled:
                 q.computed += q.scheduled
                 if q.computed >= q.total:
                     brings.append((q, 0 if q.prefilling else q.scheduled - 1))
                 q.scheduled = 0
-            self.flights.append(Flight(landing_s, brings))
+            self.flights.append(Flight(landing_s, tokens, bool(chunks), brings))
             self.steps += 1
         self.stepping = bool(self.flights)
         self.due_s = self.flights[0].landing_s if self.flights else math.inf
@@ -89,7 +94,7 @@ class Batched(Vllm):
             budget -= tokens
             room -= 1
         chunked = bool(chunks)
-        while not preempted and self.waiting and budget > 0 and room > 0:
+        while not preempted and len(self.waiting) > hidden and budget > 0 and room > 0:
             if len(self.running) >= self.type.max_num_running:
                 break
             q = self.waiting[0]
@@ -122,6 +127,14 @@ class Batched(Vllm):
         """Whether a request with one token left must look like those that decode beside it."""
         alike = self.type.num_drafts > 0 and not chunked and rest == 1
         return alike and bool(decodes or computed)
+
+    def step_tokens(self) -> int:
+        """See `Engine.step_tokens`."""
+        return sum(flight.tokens for flight in self.flights)
+
+    def prefills(self) -> bool:
+        """See `Engine.prefills`."""
+        return any(flight.prefills for flight in self.flights)
 
     def send_off(self, chunks: list[tuple[int, int]], decodes: list[Request]) -> float:
         """Let the stages take a batch one after the other; return when it leaves the last."""

@@ -239,7 +239,7 @@ class TrtLlm(Vllm):
             return False
         q = self.waiting[0]
         hit, unheld = self.cached(q)
-        decodes = sum(not other.prefilling for other in self.running)
+        decodes = sum(not other.prefilling for other in self.running) * (1 + self.type.num_drafts)
         rest = q.total - len(hit) * self.sim.spec.block_size
         fits = rest <= self.type.max_num_batched_tokens - decodes
         return fits and self.has_room(q, hit, unheld)

@@ -254,7 +254,7 @@ class ReplicaType:
             )
         for name, is_set in (
             ("async_scheduling", self.async_scheduling),
-            ("ranks in lockstep", self.shared is not None),
+            ("ranks in lockstep", self.shared is not None and self.pipeline is not None),
             (f"the role {self.role}", self.role != "mixed"),
             ("KV tiers", self.host_kv is not None or self.disk_kv is not None),
         ):

@@ -18,6 +18,7 @@ from servegym.assets.specs import ModelSpec
 from servegym.costs.grid import NUM_BATCH_KNOTS, CostGrid, scaled
 from servegym.costs.pipeline import layer_params, part_of
 from servegym.costs.sampling import sample
+from servegym.costs.shared import SharedCost
 from servegym.costs.step import StepCost
 from servegym.errors import ConfigError
 from servegym.typing import FloatArray
@@ -51,7 +52,12 @@ class Speculation:
 
     @classmethod
     def of(
-        cls, cost: StepCost, acceptance: tuple[float, ...], max_tokens: int = 8192
+        cls,
+        cost: StepCost,
+        acceptance: tuple[float, ...],
+        max_tokens: int = 8192,
+        *,
+        experts: bool = True,
     ) -> Speculation:
         """Compile the cost of a model with a drafter.
 
@@ -59,6 +65,8 @@ class Speculation:
             cost: Of a step without.
             acceptance: See above; as many drafts as it has numbers.
             max_tokens: Largest token budget of a step.
+            experts: Whether experts are among it; else what ranks do together is in
+                `shared_with_drafts`.
         """
         num_tokens = len(acceptance)
         whole, drafter = with_drafter(cost), replace(cost, model=_last_layer(cost))
@@ -70,19 +78,22 @@ class Speculation:
                 for b in steps.decode_batch
             ]
         )
+        dense_s = steps.dense_s
+        if not experts:
+            dense_s = np.array([whole.dense_s(t, experts=False) for t in steps.dense_tokens])
         joined_s = np.array([_joining_s(cost, tokens) for tokens in steps.dense_tokens])
         return cls(
             acceptance,
             replace(
                 steps,
-                dense_s=steps.dense_s + joined_s,
+                dense_s=dense_s + joined_s,
                 decode_s=steps.decode_s + attended_s,
                 mixed_s=steps.mixed_s + attended_s,
             ),
             np.array(
                 [
                     cost.terms(batch)["output head"]
-                    + more * (drafter.dense_s(batch) + _joining_s(cost, batch))
+                    + more * (drafter.dense_s(batch, experts=experts) + _joining_s(cost, batch))
                     for batch in steps.decode_batch
                 ]
             ),
@@ -185,6 +196,30 @@ def with_drafter(cost: StepCost) -> StepCost:
         "num_params": m.num_params + layer_params(layer) + 2.0 * m.hidden * m.hidden,
     }
     return replace(cost, model=m.model_copy(update=update))
+
+
+def shared_with_drafts(
+    cost: StepCost, num_tokens: int, num_ranks: int, max_num_seqs: int
+) -> SharedCost:
+    """Return what ranks do together that draft so many tokens; see `SharedCost.of`.
+
+    The drafter has experts of its own. Its further passes are over one token of each sequence, of
+    as many as a step of decodes has with such drafts.
+    """
+    most = max_num_seqs * (1 + num_tokens)
+    found = SharedCost.of(with_drafter(cost), num_ranks, most)
+    once = SharedCost.of(replace(cost, model=_last_layer(cost)), num_ranks, most)
+    more, sequences = num_tokens - 1, found.tokens / (1 + num_tokens)
+
+    def with_passes(first_s: FloatArray, one_s: FloatArray) -> FloatArray:
+        return first_s + more * np.interp(sequences, once.tokens, one_s)
+
+    return replace(
+        found,
+        experts_s=with_passes(found.experts_s, once.experts_s),
+        skewed_experts_s=with_passes(found.skewed_experts_s, once.skewed_experts_s),
+        exchange_s=with_passes(found.exchange_s, once.exchange_s),
+    )
 
 
 def _last_layer(cost: StepCost) -> ModelSpec:

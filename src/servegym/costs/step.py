@@ -298,10 +298,14 @@ class StepCost:
             return 0.0
         return self.model.layers * self.operators.empty_tiles_s(self.shard.heads)
 
-    def dense_s(self, tokens: float) -> float:
-        """Seconds of everything in a step that depends on its tokens alone."""
+    def dense_s(self, tokens: float, *, experts: bool = True) -> float:
+        """Seconds of everything in a step that depends on its tokens alone.
+
+        Without `experts`: of what a data-parallel rank that shares them computes by itself.
+        """
         terms = self.terms(tokens)
-        return sum(terms.values()) - terms["cpu"]
+        shared_s = 0.0 if experts else terms.get("experts", 0.0)
+        return sum(terms.values()) - terms["cpu"] - shared_s
 
     def kv_capacity_tokens(self, memory_fraction: float = 0.9) -> int:
         """KV tokens that fit beside the weights.

@@ -16,7 +16,7 @@ from servegym.costs.grid import CostGrid
 from servegym.costs.pipeline import PipelineCost
 from servegym.costs.shared import SharedCost
 from servegym.costs.source import Routing
-from servegym.costs.speculation import Speculation, with_drafter
+from servegym.costs.speculation import Speculation, shared_with_drafts, with_drafter
 from servegym.costs.stages import StageGrids
 from servegym.costs.step import StepCost
 from servegym.costs.uncertainty import Uncertainty, World
@@ -145,15 +145,25 @@ class EngineSetup:
 
     def _with_drafts(self, constants: EngineConstants, world: World | None) -> ReplicaType:
         """See `replica`; a layer of the model's own drafts, and has KV of its own."""
-        if self.pp > 1 or self.expert_ranks > 1:
-            raise ConfigError("drafts do not go with stages or ranks in lockstep yet")
-        speculation = _compiled_drafts(self._kernels, self.acceptance)
+        if self.pp > 1:
+            raise ConfigError("drafts do not go with stages of a pipeline yet")
+        cost, ranks = self.cost(), self.expert_ranks
+        speculation = _compiled_drafts(self._kernels, self.acceptance, ranks)
+        shared = None
+        if ranks > 1:
+            shared = shared_with_drafts(cost, len(self.acceptance), ranks, self.max_num_seqs)
         if world is not None:
-            doubt = Uncertainty.of(self.gpu, self.cost(), speculation.steps)
+            doubt = _uncertainty(self._kernels, self.memory_fraction, ranks)
             speculation = doubt.speculation_in_world(speculation, world)
+            shared = shared and doubt.shared_in_world(shared, world)
         speculation = speculation.changed(lambda steps: self._as_run(steps, constants))
-        kv_tokens = with_drafter(self.cost()).kv_capacity_tokens(self.memory_fraction)
-        made = self._made(speculation.per_token(self.max_num_seqs), kv_tokens, None)
+        fits = with_drafter(cost)
+        kv_tokens = (
+            fits.kv_capacity_tokens(self.memory_fraction)
+            if ranks == 1
+            else _rank_capacity(fits, ranks, self.memory_fraction)
+        )
+        made = self._made(speculation.per_token(self.max_num_seqs), kv_tokens, shared)
         return replace(made, speculation=speculation)
 
     def _as_run(self, grid: CostGrid, constants: EngineConstants) -> CostGrid:
@@ -281,8 +291,8 @@ def _compiled_stages(kernels: _Kernels, fraction: float, pp: int) -> tuple[Stage
 
 
 @lru_cache(maxsize=1024)
-def _compiled_drafts(kernels: _Kernels, acceptance: tuple[float, ...]) -> Speculation:
-    return Speculation.of(_step_cost(kernels), acceptance)
+def _compiled_drafts(kernels: _Kernels, acceptance: tuple[float, ...], ranks: int) -> Speculation:
+    return Speculation.of(_step_cost(kernels), acceptance, experts=ranks == 1)
 
 
 @lru_cache(maxsize=1024)
@@ -299,12 +309,8 @@ def _uncertainty(kernels: _Kernels, fraction: float, ranks: int) -> Uncertainty:
 def _own_work(cost: StepCost) -> CostGrid:
     """Return what a data-parallel rank computes by itself: all but the experts."""
     grid = cost.compile()
-
-    def dense_s(tokens: float) -> float:
-        terms = cost.terms(tokens)
-        return sum(terms.values()) - terms["cpu"] - terms["experts"]
-
-    return replace(grid, dense_s=np.array([dense_s(t) for t in grid.dense_tokens]))
+    dense_s = [cost.dense_s(tokens, experts=False) for tokens in grid.dense_tokens]
+    return replace(grid, dense_s=np.array(dense_s))
 
 
 def _rank_capacity(cost: StepCost, ranks: int, fraction: float) -> int:
