@@ -53,7 +53,14 @@ def test_plan_names_the_fleet_its_rivals_and_the_prices(place, capsys):
     assert "price of L40S: $1 an hour and GPU (a list, 2026-06)" in said
     best = found["best"]
     count = best["fleet"][0]["count"]
-    assert best["fleet"] == [{"gpu": "L40S", "tp": 1, "pipeline_parallel_size": 1, "count": count}]
+    (entry,) = best["fleet"]
+    assert entry == {
+        "gpu": "L40S",
+        "tp": 1,
+        "pipeline_parallel_size": 1,
+        "num_speculative_tokens": 0,
+        "count": count,
+    }
     assert best["usd_per_h"] == best["fleet"][0]["count"]
     assert best["attainment"] >= 0.99
     assert best["worlds"]["asked"] == 4
@@ -63,6 +70,12 @@ def test_plan_names_the_fleet_its_rivals_and_the_prices(place, capsys):
     assert best["name"] in page
     assert (place / "out" / "plan.svg").read_text().startswith("<?xml")
     assert 'src="data:image/png' in page
+
+
+def test_plan_wants_to_know_how_many_drafts_are_accepted(place, capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "--trace", "trace.csv", "--gpus", "L40S", "--drafts", "0", "3"])
+    assert "say how often a draft is accepted" in " ".join(capsys.readouterr().err.split())
 
 
 def test_plan_says_so_if_no_fleet_is_enough(place, capsys):

@@ -11,6 +11,7 @@ import pytest
 from servegym.cluster.spec import ReplicaType
 from servegym.plan.answer import answer
 from servegym.plan.certainty import Worlds
+from servegym.plan.document import answer_document
 from servegym.plan.options import find_options, usd_per_h
 from servegym.plan.prices import Price
 from servegym.plan.question import Question
@@ -125,6 +126,43 @@ def test_stages_hold_a_model_that_no_degree_of_a_gpu_does():
     assert [(one.name, one.usd_per_h) for one in options] == [("A40 x1 pp8", 4.0)]
     assert [one.name for one in left_out] == ["A40 x1", "A40 x2", "A40 x2 pp8"]
     assert left_out[2].why == "16 GPUs are more than the 8 of a node"
+
+
+def test_drafts_are_replicas_of_their_own():
+    question = Question(
+        gpus=("L40S",), degrees=(1,), stages=(1, 2), drafts=(0, 3), acceptance=0.7, num_worlds=2
+    )
+    options, left_out = find_options(question, {"L40S": Price(usd_per_h=1.0, source="test")})
+    names = ["L40S x1", "L40S x1 3 drafts", "L40S x1 pp2"]
+    assert sorted(one.name for one in options) == names
+    drafting = next(one for one in options if one.entry.speculative_config)
+    assert drafting.replica.speculation.acceptance == (0.7, 0.7**2, 0.7**3)
+    assert [(one.name, one.why) for one in left_out] == [
+        ("L40S x1 pp2 3 drafts", "stages of a pipeline and drafts do not go together yet")
+    ]
+
+
+def test_drafts_keep_limits_that_no_fleet_keeps_without():
+    # eight L40S keep 30 ms with three drafts of which 0.8 are accepted, and not without: nine of ten
+    # requests, as those of a few tokens may have a step for each
+    question = Question(
+        gpus=("L40S",),
+        degrees=(1,),
+        drafts=(0, 3),
+        acceptance=0.8,
+        ttft_s=5.0,
+        tpot_s=0.03,
+        attainment=0.9,
+        max_replicas=8,
+        num_worlds=3,
+    )
+    prices = {"L40S": Price(usd_per_h=1.0, source="test")}
+    found = answer(question, prices, drawn_trace(np.random.default_rng(7), 120))
+    assert found.best is not None
+    document = answer_document(found)
+    (entry,) = document["best"]["fleet"]
+    assert entry["num_speculative_tokens"] == 3
+    assert found.best.certainty is not None
 
 
 def test_answer_says_why_each_other_fleet_loses():

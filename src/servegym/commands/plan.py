@@ -43,6 +43,10 @@ class Plan:
     """Tensor-parallel degrees to try."""
     stages: tuple[int, ...] = (1,)
     """Pipeline-parallel degrees to try: stages of as many GPUs each, on one node."""
+    drafts: tuple[int, ...] = (0,)
+    """Numbers of tokens to draft for what decodes, by a layer of the model's own; 0: none."""
+    acceptance: float | None = None
+    """How often a draft is accepted where the one before it is; where any are drafted."""
     rules: tuple[str, ...] = DEFAULT_RULES
     """Dispatch rules to try (see `servegym policies`), the simplest first."""
     budget: float | None = None
@@ -117,6 +121,8 @@ class Plan:
             "gpus": tuple(name.strip() for name in self.gpus.split(",")),
             "degrees": self.degrees,
             "stages": self.stages,
+            "drafts": self.drafts,
+            "acceptance": self.acceptance,
             "rules": self.rules,
             "max_usd_per_h": self.budget,
             "max_replicas": self.max_replicas,

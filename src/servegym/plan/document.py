@@ -56,6 +56,7 @@ def _candidate(result: Answer, one: Candidate) -> dict[str, Any]:
                 "gpu": o.entry.gpu,
                 "tp": o.entry.tp,
                 "pipeline_parallel_size": o.entry.pipeline_parallel_size,
+                "num_speculative_tokens": o.replica.num_drafts,
                 "count": n,
             }
             for o, n in counts

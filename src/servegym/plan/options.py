@@ -14,7 +14,13 @@ from servegym.costs.step import StepCost
 from servegym.errors import ConfigError
 from servegym.plan.prices import Price
 from servegym.plan.question import Question
-from servegym.scenario.fleet import GPUS_PER_NODE, FleetEntry, replica_type, step_cost
+from servegym.scenario.fleet import (
+    GPUS_PER_NODE,
+    FleetEntry,
+    SpeculativeConfig,
+    replica_type,
+    step_cost,
+)
 
 #: Replicas of each option, in their order.
 Fleet = tuple[int, ...]
@@ -25,7 +31,7 @@ class Option:
     """A kind of replica.
 
     Attributes:
-        entry: Its GPU, degree and stages.
+        entry: Its GPU, degree, stages and drafts.
         cost: What its steps cost.
         replica: The same, compiled.
         usd_per_h: Rent of one.
@@ -38,7 +44,7 @@ class Option:
 
     @property
     def name(self) -> str:
-        """GPU, degree and stages."""
+        """GPU, degree, stages and drafts."""
         return self.replica.name
 
 
@@ -52,10 +58,10 @@ class LeftOut(NamedTuple):
 def find_options(
     question: Question, prices: Mapping[str, Price]
 ) -> tuple[list[Option], list[LeftOut]]:
-    """Compile every GPU at every degree and number of stages, the cheapest first.
+    """Compile every GPU at every degree and number of stages and drafts, the cheapest first.
 
     Args:
-        question: GPUs, degrees, stages and the model.
+        question: GPUs, degrees, stages, drafts and the model.
         prices: By GPU.
 
     Returns:
@@ -71,13 +77,24 @@ def find_options(
     left_out: list[LeftOut] = []
     for name in question.gpus:
         gpu(name)
-        for pp, degree in itertools.product(question.stages, question.degrees):
+        kinds = itertools.product(question.stages, question.drafts, question.degrees)
+        for pp, drafts, degree in kinds:
             label = f"{name} x{degree}" + (f" pp{pp}" if pp > 1 else "")
+            label += f" {drafts} drafts" if drafts else ""
+            why = ""
             if pp > 1 and pp * degree > GPUS_PER_NODE:
                 why = f"{pp * degree} GPUs are more than the {GPUS_PER_NODE} of a node"
+            elif pp > 1 and drafts:
+                why = "stages of a pipeline and drafts do not go together yet"
+            if why:
                 left_out.append(LeftOut(label, why))
                 continue
             entry = FleetEntry(gpu=name, tp=degree, pipeline_parallel_size=pp)
+            if drafts:
+                config = SpeculativeConfig.model_validate(
+                    {"num_speculative_tokens": drafts, "acceptance_rates": question.acceptance}
+                )
+                entry = entry.model_copy(update={"speculative_config": config})
             try:
                 cost = step_cost(entry, question.model, question.precision)
                 replica = replica_type(entry, question.model, question.precision, question.engine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -28,6 +29,9 @@ class Question(Config):
         gpus: Names in `assets/gpus.yaml`.
         degrees: Tensor-parallel degrees.
         stages: Pipeline-parallel degrees: stages of as many GPUs on one node.
+        drafts: Tokens to draft for what decodes, 0: none.
+        acceptance: How often a draft is accepted where the one before it is; if any are to be
+            drafted.
         rules: Dispatch rules, the simplest first.
         max_usd_per_h: What a fleet may cost.
         max_replicas: Largest number of replicas.
@@ -44,6 +48,8 @@ class Question(Config):
     gpus: tuple[str, ...] = Field(min_length=1)
     degrees: tuple[Count, ...] = Field((1, 2, 4, 8), min_length=1)
     stages: tuple[Count, ...] = Field((1,), min_length=1)
+    drafts: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
+    acceptance: float | None = Field(None, gt=0, le=1)
     rules: tuple[str, ...] = Field(DEFAULT_RULES, min_length=1)
     max_usd_per_h: float | None = Field(None, gt=0)
     max_replicas: int = Field(64, ge=1)
@@ -52,12 +58,22 @@ class Question(Config):
 
     @model_validator(mode="after")
     def _check_once(self) -> Question:
-        for name in ("gpus", "degrees", "stages", "rules"):
+        for name in ("gpus", "degrees", "stages", "drafts", "rules"):
             given = getattr(self, name)
             if len(set(given)) < len(given):
                 raise ValueError(
                     f"{name} must be given once each, got {', '.join(map(str, given))}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_acceptance(self) -> Question:
+        if any(self.drafts) == (self.acceptance is None):
+            raise ValueError(
+                "drafts and acceptance go together: say how often a draft is accepted, which "
+                f"vLLM's log tells, got drafts {', '.join(map(str, self.drafts))} and acceptance "
+                f"{self.acceptance}"
+            )
         return self
 
     def allowed_late(self, num_requests: int) -> int:
