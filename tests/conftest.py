@@ -12,6 +12,8 @@ from numba import config as numba_config
 
 # what is compiled depends on what is in the cache: tests of what a program says are not about it
 os.environ["SERVEGYM_COMPILE_NOTICE"] = "0"
+# beside another worker, threads of PyTorch wait for each other: ten times as long as they compute
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("servegym", derandomize=True, deadline=None)
 settings.load_profile("servegym")
 

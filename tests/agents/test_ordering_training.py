@@ -206,7 +206,7 @@ def test_command_trains_and_evaluates(tight, tmp_path, capsys):
     assert before == ((out / "ordering.npz").read_bytes(), (out / "manifest.json").read_bytes())
     json = tmp_path / "numbers.json"
     order = str(out / "ordering.npz")
-    short = ["--loads", "1", "--seeds", "2", "--json", str(json)]
+    short = ["--loads", "1", "--seeds", "2", "--num-requests", "25", "--json", str(json)]
     rivals = ["--policies", "fcfs", "trail:tuned", "srpt-oracle", order]
     main(["evaluate", "--scenario", tight, *short, *rivals])
     shown = capsys.readouterr().out

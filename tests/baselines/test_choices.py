@@ -634,14 +634,17 @@ def decisions(name: str, scrambled: set[str], scramble_request: bool = False) ->
     """Choices in 300 random situations, the scrambled rows drawn from another stream."""
     rng, other = np.random.default_rng(5), np.random.default_rng(6)
     rule = ready(name)
+    high = [
+        0.02 if f.name.startswith("decode_") else 1.0 if f.high == 1 else 100.0
+        for f in REPLICA_FEATURES
+    ]
+    high = np.array(high)[:, None].repeat(3, axis=1)
+    rows = np.array([[f.name in scrambled] for f in REPLICA_FEATURES])
     taken = []
     for _ in range(300):
         observations = situation({})
-        for row, feature in enumerate(REPLICA_FEATURES):
-            high = 1.0 if feature.high == 1 else 100.0
-            high = 0.02 if feature.name.startswith("decode_") else high
-            drawn, replaced = rng.uniform(0.01, high, 3), other.uniform(0.01, high, 3)
-            observations.replicas[0, row] = replaced if feature.name in scrambled else drawn
+        drawn, replaced = rng.uniform(0.01, high), other.uniform(0.01, high)
+        observations.replicas[0] = np.where(rows, replaced, drawn)
         predicted, replaced_prediction = rng.uniform(1, 300), other.uniform(1, 300)
         for column in (RequestFeature.PREDICTED_OUTPUT_TOKENS, RequestFeature.EXPECTED_TOKENS):
             observations.request[0, column] = replaced_prediction if scramble_request else predicted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -182,6 +183,11 @@ def long_answers(seed: int, engine: EngineName) -> tuple[ClusterSpec, Episode]:
 
 def choose(request: int, visit: int, allowed: list[bool]) -> int:
     """Pick an allowed action from the request and how often it was decided, nothing else."""
+    return _choose(request, visit, tuple(allowed))
+
+
+@functools.cache
+def _choose(request: int, visit: int, allowed: tuple[bool, ...]) -> int:
     rng = np.random.default_rng((request, visit))
     hold = len(allowed) - 2
     options = [r for r, ok in enumerate(allowed[:hold]) if ok]

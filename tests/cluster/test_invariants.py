@@ -78,12 +78,12 @@ def calm(spec: ClusterSpec, episode: Episode) -> tuple[ClusterSpec, Episode]:
 
 def chain(records: np.ndarray, first: int, link: str) -> list[int]:
     """Follow a linked list to its end (an index below 0, or the last record)."""
-    found = []
+    links, found, first = records[link], {}, int(first)
     while 0 <= first < len(records):
         assert first not in found, "the list has a loop"
-        found.append(int(first))
-        first = records[first][link]
-    return found
+        found[first] = True
+        first = int(links[first])
+    return list(found)
 
 
 def blocks_held(sim: Simulator, r: int) -> int:
@@ -142,7 +142,8 @@ def test_the_prefix_index_names_exactly_the_blocks_with_an_identity(seed):
             named = np.flatnonzero(blocks["identity"])
             assert sorted(itertools.chain.from_iterable(reached)) == named.tolist()
             names = blocks["identity"][named]
-            found = [find_block(firsts, blocks.view(np.recarray), name) for name in names]
+            records = blocks.view(np.recarray)
+            found = [find_block(firsts, records, name) for name in names]
             assert blocks["identity"][found].tolist() == names.tolist()
             shared = {int(name) for name in blocks["identity"] if name > 0}
             here = (sim.state.cached_on[0, :, 0] >> r) & 1

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from servegym.cluster.jit import fixed
 from servegym.cluster.kernels import may_answer
 from servegym.cluster.outcome import outcomes_from_events
 from servegym.cluster.reference import ReferenceSimulator
@@ -103,11 +104,12 @@ def play_compiled(spec: ClusterSpec, episode: Episode, *, asked: bool) -> Simula
 def allowed(sim: Simulator) -> list[tuple[int, int]]:
     """All pairs of a request and a replica that may be answered."""
     width = sim.max_replicas
+    may = fixed(may_answer, sim.params, sim.state, 0, 0)
     return [
         divmod(answer, width)
         for request in np.flatnonzero(np.isin(sim.state.request[0]["status"], (QUEUED, RUNNING)))
         for answer in range(int(request) * width, int(request + 1) * width)
-        if may_answer(sim.params, sim.state, 0, answer)
+        if may(sim.params, sim.state, 0, answer)
     ]
 
 

@@ -99,6 +99,21 @@ class Processes:
                     pass
                 await asyncio.sleep(0.02)
 
+    async def streams(self, count: int) -> list[asyncio.Task[tuple[int, int]]]:
+        """Begin answers that stand still behind their first token until `let_go`."""
+        self.replica.mode = "pause"
+        self.replica.go_on.clear()
+        begun = self.replica.sent + count
+        asked = [asyncio.create_task(self.ask()) for _ in range(count)]
+        async with asyncio.timeout(60):
+            while self.replica.sent < begun:
+                await asyncio.sleep(0.01)
+        return asked
+
+    def let_go(self) -> None:
+        self.replica.mode = "ok"
+        self.replica.go_on.set()
+
     async def connects(self) -> bool:
         try:
             _, writer = await asyncio.open_connection("127.0.0.1", self.port)
@@ -130,14 +145,11 @@ def test_a_router_outlives_each_of_its_processes_and_ends_in_order(tmp_path):
         assert await asyncio.gather(*(it.ask() for _ in range(6))) == [(200, 6)] * 6
 
         # a worker is killed: its streams break off, the other's go on, and another comes
-        it.replica.gap_s = 0.4  # they last until a slow machine has begun all of them
-        streams = [asyncio.create_task(it.ask()) for _ in range(8)]
-        async with asyncio.timeout(60):
-            while it.replica.running < 8:
-                await asyncio.sleep(0.01)
+        streams = await it.streams(8)
         by_pid = {w["pid"]: w["requests"] for w in (await it.state())["workers"]}
         assert sorted(by_pid.values())[0] >= 2  # connections are shared out
         os.kill(first[0], signal.SIGKILL)
+        it.let_go()
         ended = await asyncio.gather(*streams)
         assert ended.count((0, 0)) == by_pid[first[0]]
         assert ended.count((200, 6)) == by_pid[first[1]]
@@ -151,12 +163,10 @@ def test_a_router_outlives_each_of_its_processes_and_ends_in_order(tmp_path):
         # the decider is killed: streams go on, requests are refused until another has come
         decider = _children(it.process.pid) - set(second)
         assert len(decider) == 1
-        streams = [asyncio.create_task(it.ask()) for _ in range(4)]
-        async with asyncio.timeout(60):
-            while it.replica.running < 4:
-                await asyncio.sleep(0.01)
+        streams = await it.streams(4)
         os.kill(decider.pop(), signal.SIGKILL)
         assert (await it.ask())[0] in (502, 503)
+        it.let_go()
         assert await asyncio.gather(*streams) == [(200, 6)] * 4
 
         async def answers() -> bool:
@@ -167,16 +177,14 @@ def test_a_router_outlives_each_of_its_processes_and_ends_in_order(tmp_path):
         assert await it.pids() == second
 
         # told to stop, it lets streams end, and who connects is refused
-        streams = [asyncio.create_task(it.ask()) for _ in range(4)]
-        async with asyncio.timeout(60):
-            while it.replica.running < 4:
-                await asyncio.sleep(0.01)
+        streams = await it.streams(4)
         it.process.send_signal(signal.SIGTERM)
 
         async def refuses() -> bool:
             return not await it.connects()
 
         await it.becomes(refuses)
+        it.let_go()
         assert await asyncio.gather(*streams) == [(200, 6)] * 4
         assert await asyncio.wait_for(it.process.wait(), 20.0) == 0
         for pid in second:
@@ -221,16 +229,11 @@ def test_a_process_that_hangs_is_replaced(tmp_path):
         await asyncio.sleep(0.5)
         workers = await it.pids()
         (decider,) = _children(it.process.pid) - set(workers)
-        it.replica.gap_s = 1.2
-        streams = [asyncio.create_task(it.ask()) for _ in range(2)]
-        async with asyncio.timeout(60):
-            while it.replica.running < 2:
-                await asyncio.sleep(0.01)
+        streams = await it.streams(2)
         os.kill(decider, signal.SIGSTOP)
-        waits = asyncio.create_task(it.ask())
+        assert (await it.ask())[0] == 503
+        it.let_go()
         assert await asyncio.gather(*streams) == [(200, 6)] * 2
-        assert (await waits)[0] == 503
-        it.replica.gap_s = 0.0
         await it.becomes(has_two_workers)
         assert await it.pids() == workers
         assert await it.ask() == (200, 6)

@@ -17,10 +17,11 @@ class Upstream:
     Attributes:
         adapters: Names of those that it has loaded.
         mode: What it does with requests: `ok`, `hang` (says nothing until `go_on`), `headers`
-            (says 200 and no more), `die` (breaks off after half of its tokens), `die_first` (breaks
+            (says 200 and no more), `pause` (stands still behind its first token until `go_on`),
+            `die` (breaks off after half of its tokens), `die_first` (breaks
             off at once), `error` (an error event in the stream), `error_first` (instead of its
             first token), or a status to answer.
-        go_on: Set to let those answer that hang.
+        go_on: Set to let those go on that hang or pause.
         script: Pieces of a stream, in place of its tokens; a number is a pause in seconds.
         streams_always: It streams whatever it is asked.
         refusal: Headers beside a status.
@@ -188,6 +189,8 @@ class Upstream:
             if self.mode == "die" and i == self.tokens // 2:
                 request.transport.abort()
                 return response
+            if self.mode == "pause" and i == 1:
+                await asyncio.wait_for(self.go_on.wait(), 60)
             if self.mode == "error" and i == 1:
                 await response.write(b'data: {"error": {"message": "out of memory"}}\n\n')
                 return response

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.registry import cpu_target
@@ -113,7 +114,19 @@ def _unbox(typ: Reference, obj: Any, c: Any) -> NativeValue:
 def pass_by_reference(kind: type[tuple[Any, ...]]) -> None:
     """Let Numba pass NamedTuples of a class by reference."""
     tuple_typeof = typeof_impl.dispatch(tuple)
+    known: dict[tuple[object, ...], Reference] = {}
 
     @typeof_impl.register(kind)
     def _typeof(value: Any, context: Any) -> Reference:
-        return Reference(tuple_typeof(value, context))
+        # to make the types of the records anew takes longer than to make the records
+        key = tuple(_key(part, context) for part in value)
+        if key not in known:
+            known[key] = Reference(tuple_typeof(value, context))
+        return known[key]
+
+
+def _key(part: Any, context: Any) -> object:
+    """All that the type of a field depends on."""
+    if isinstance(part, np.ndarray):
+        return part.dtype, part.ndim, part.flags.num
+    return typeof_impl(part, context)

@@ -17,7 +17,7 @@ from servegym.cluster.allocate import (
     wanted_entries,
 )
 from servegym.cluster.entry import addresses
-from servegym.cluster.jit import kernel
+from servegym.cluster.jit import fixed, kernel
 from servegym.cluster.kernels import advance, apply, may_answer
 from servegym.cluster.outcome import JUDGED_DTYPE, OUTCOME_DTYPE, SOURCE_COLUMNS
 from servegym.cluster.spec import ClusterSpec, Episode
@@ -171,10 +171,11 @@ class Simulator:
         Returns:
             `DECISION` or `DONE` per environment, `int64[num_envs]`.
         """
-        _advance_all(self.params, self.state, self.reasons)
+        advance_all = fixed(_advance_all, self.params, self.state, self.reasons)
+        advance_all(self.params, self.state, self.reasons)
         while (self.reasons == LOG_FULL).any():
             self.grow_logs()
-            _advance_all(self.params, self.state, self.reasons)
+            advance_all(self.params, self.state, self.reasons)
         return self.reasons.copy()
 
     def grow_logs(self) -> None:

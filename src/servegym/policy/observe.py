@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from servegym.cluster.entry import INFER, SEE_ROLES
-from servegym.cluster.jit import kernel
+from servegym.cluster.jit import fixed, kernel
 from servegym.cluster.kernels import measure
 from servegym.cluster.router import see_prefixes
 from servegym.cluster.simulator import Simulator
@@ -139,7 +139,8 @@ def observe_batch(simulator: Simulator, needs: Group) -> tuple[Observations, Int
         The observations and the environment of each row, `int64[batch]`.
     """
     prepare(simulator, needs)
-    envs = np.flatnonzero(np.isin(simulator.state.env["decision"], (DISPATCH, PLACE)))
+    decision = simulator.state.env["decision"]
+    envs = np.flatnonzero((decision == DISPATCH) | (decision == PLACE))
     width = simulator.max_replicas
     replicas = np.empty((len(envs), NUM_REPLICA_FEATURES, width))
     request = np.zeros((len(envs), NUM_REQUEST_FEATURES))
@@ -147,5 +148,6 @@ def observe_batch(simulator: Simulator, needs: Group) -> tuple[Observations, Int
         fill = fill_sampled if needs & Group.SAMPLED else fill_what_if
         for env in envs.tolist():
             fill(simulator, env)
-    _observe_all(simulator.params, simulator.state, envs, int(needs), replicas, request)
+    arguments = simulator.params, simulator.state, envs, int(needs), replicas, request
+    fixed(_observe_all, *arguments)(*arguments)
     return Observations(replicas, request, simulator.state.allowed[envs]), envs

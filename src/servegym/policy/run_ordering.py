@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 
-from servegym.cluster.jit import kernel
+from servegym.cluster.jit import fixed, kernel
 from servegym.cluster.kernels import advance, apply
 from servegym.cluster.simulator import Simulator
 from servegym.cluster.spec import ClusterSpec, Episode
@@ -137,20 +137,30 @@ def run_ordering(simulator: Simulator, policy: OrderingPolicy) -> IntArray:
             return asked
         scores = scores_of(policy, rows, memory, envs * num_requests + requests)
         asked[np.unique(envs)] += 1
-        answer_asked(simulator.params, simulator.state, scores, requests, envs)
+        give_answers(simulator, scores, requests, envs)
 
 
 def next_asks(simulator: Simulator) -> tuple[FloatArray, IntArray, IntArray]:
     """Run to the next asks; return rows, requests and environments, empty at the end."""
     while True:
-        num_rows = _advance_to_asks(simulator.params, simulator.state, simulator.reasons)
+        arguments = simulator.params, simulator.state, simulator.reasons
+        num_rows = fixed(_advance_to_asks, *arguments)(*arguments)
         if not (simulator.reasons == LOG_FULL).any():
             break
         simulator.grow_logs()
     rows = np.empty((num_rows, NUM_ORDERING_FEATURES))
     requests, envs = np.empty(num_rows, np.int64), np.empty(num_rows, np.int64)
-    read_asked(simulator.params, simulator.state, simulator.reasons, rows, requests, envs)
-    return rows, requests, envs
+    found = rows, requests, envs
+    fixed(read_asked, *arguments, *found)(*arguments, *found)
+    return found
+
+
+def give_answers(
+    simulator: Simulator, scores: FloatArray, requests: IntArray, envs: IntArray
+) -> None:
+    """Order what `next_asks` returned by its scores, and let the engines go on."""
+    arguments = simulator.params, simulator.state, scores, requests, envs
+    fixed(answer_asked, *arguments)(*arguments)
 
 
 def scores_of(
@@ -203,5 +213,5 @@ def time_orders(policy: OrderingPolicy, simulator: Simulator, num_asks: int = 20
         begin = time.perf_counter()
         scores = scores_of(policy, rows, memory, requests)
         taken.append(time.perf_counter() - begin)
-        answer_asked(simulator.params, simulator.state, scores, requests, envs)
+        give_answers(simulator, scores, requests, envs)
     return np.array(taken)

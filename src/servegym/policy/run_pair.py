@@ -20,7 +20,7 @@ from servegym.policy.observe import observe_batch, prepare
 from servegym.policy.pair import Pair
 from servegym.policy.policy import Heuristic, Policy
 from servegym.policy.run import run_compiled, tell_truth
-from servegym.policy.run_ordering import answer_asked, next_asks, require_priorities, scores_of
+from servegym.policy.run_ordering import give_answers, next_asks, require_priorities, scores_of
 from servegym.typing import FloatArray
 
 
@@ -115,5 +115,5 @@ def _order(simulator: Simulator, pair: Pair, memory: FloatArray, taken: list[flo
     slots = envs * simulator.state.request.shape[1] + requests
     scores = scores_of(pair.order, rows, memory, slots)
     taken.append((time.perf_counter() - begin) / len(np.unique(envs)))
-    answer_asked(simulator.params, simulator.state, scores, requests, envs)
+    give_answers(simulator, scores, requests, envs)
     return True

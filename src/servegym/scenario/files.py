@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from pydantic import BaseModel
 
@@ -16,8 +17,13 @@ _M = TypeVar("_M", bound=BaseModel)
 
 def bundled_names(folder: str) -> list[str]:
     """Names of the bundled files in a folder of `assets`."""
+    return list(_names(folder))
+
+
+@cache
+def _names(folder: str) -> tuple[str, ...]:
     files = resources.files("servegym.assets").joinpath(folder).iterdir()
-    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith("yaml"))
+    return tuple(sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith("yaml")))
 
 
 def load(name_or_path: str | Path, folder: str, kind: str, model: type[_M]) -> _M:
@@ -46,8 +52,14 @@ def load(name_or_path: str | Path, folder: str, kind: str, model: type[_M]) -> _
         message = unknown_name(kind, text, names)
         also = " Or" if message.endswith("?") else ", or"
         raise ConfigError(f"{message}{also} give a .yaml file")
-    file = resources.files("servegym.assets").joinpath(folder, f"{text}.yaml")
-    return parse(file.read_text(encoding="utf-8"), text, model)
+    return cast("_M", _bundled(text, folder, model))
+
+
+@cache
+def _bundled(name: str, folder: str, model: type[BaseModel]) -> BaseModel:
+    """Read a bundled file once: all of them are read to tell of which problem a name is."""
+    file = resources.files("servegym.assets").joinpath(folder, f"{name}.yaml")
+    return parse(file.read_text(encoding="utf-8"), name, model)
 
 
 def parse(text: str, origin: str, model: type[_M]) -> _M:
