@@ -137,14 +137,16 @@ def test_drafts_are_replicas_of_their_own():
     assert sorted(one.name for one in options) == names
     drafting = next(one for one in options if one.entry.speculative_config)
     assert drafting.replica.speculation.acceptance == (0.7, 0.7**2, 0.7**3)
+    plain = next(one for one in options if one.name == "L40S x1")
+    assert (plain.status, drafting.status) == (plain.cost.status, "extrapolated")
     assert [(one.name, one.why) for one in left_out] == [
         ("L40S x1 pp2 3 drafts", "stages of a pipeline and drafts do not go together yet")
     ]
 
 
 def test_drafts_keep_limits_that_no_fleet_keeps_without():
-    # eight L40S keep 30 ms with three drafts of which 0.8 are accepted, and not without: nine of ten
-    # requests, as those of a few tokens may have a step for each
+    # eight L40S keep 30 ms with three drafts of which 0.8 are accepted, and not without; of nine in
+    # ten requests, as those of a few tokens may have a step for each
     question = Question(
         gpus=("L40S",),
         degrees=(1,),

@@ -5,9 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from servegym.costs.uncertainty import World
+from servegym.errors import ConfigError
 from servegym.validate.document import validation_document
 from servegym.validate.engine import EngineConstants, EngineSetup
 from servegym.validate.experiments import play
+from servegym.validate.flags import extrapolations
 from servegym.validate.published import experiment, read_published
 from servegym.validate.ranking import kendall_tau, rankings
 from servegym.validate.score import (
@@ -114,6 +117,40 @@ def test_trtllm_admits_only_what_it_can_hold_to_the_end(write_table):
     assert play(plan, EngineConstants())[1].num_preemptions == 0
     evicting = replace(plan, setup=replace(plan.setup, engine="vllm"))
     assert play(evicting, EngineConstants())[1].num_preemptions > 0
+
+
+def test_drafts_make_a_row_faster_by_what_is_accepted(write_table):
+    plan = experiment(read_published(write_table({}))[0])
+
+    def tpot_s(*acceptance: float) -> float:
+        drafted = replace(plan, setup=replace(plan.setup, acceptance=acceptance))
+        return play(drafted, EngineConstants())[0]["tpot_s"]
+
+    plain_s = tpot_s()
+    assert tpot_s(0.0) > plain_s  # in vain
+    assert tpot_s(0.8) < 0.8 * plain_s
+    assert tpot_s(0.8, 0.6) < tpot_s(0.8)
+    reasons = extrapolations(replace(plan.setup, acceptance=(0.8,)), "vllm")
+    assert any("drafts was not measured" in reason for reason in reasons)
+
+
+def test_ranks_that_draft_share_their_experts_and_are_off_as_a_whole():
+    setup = EngineSetup(
+        "H200-SXM-141GB", "DeepSeek-V3", precision="fp8", expert_ranks=8, acceptance=(0.8,)
+    )
+    kind = setup.replica(EngineConstants(step_s=1e-3))
+    assert kind.shared is not None
+    assert kind.speculation is not None
+    assert kind.shared.num_ranks == 8
+    plain = replace(setup, acceptance=()).replica(EngineConstants(step_s=1e-3))
+    assert kind.num_blocks < plain.num_blocks
+    assert kind.speculation.steps.cpu_s == plain.grid.cpu_s
+    world = setup.replica(EngineConstants(), World(3))
+    assert world.speculation is not None
+    assert world.shared is not None
+    assert not np.allclose(world.shared.experts_s, kind.shared.experts_s)
+    with pytest.raises(ConfigError, match="drafts do not go with stages"):
+        replace(setup, expert_ranks=1, tp=8, pp=2).replica(EngineConstants())
 
 
 def test_run_is_scored_on_every_request_and_time(write_run):

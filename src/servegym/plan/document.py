@@ -27,8 +27,7 @@ def answer_document(result: Answer) -> dict[str, Any]:
         "seconds": dict(result.seconds),
         "verdict": verdict(result),
         "options": [
-            {"name": o.name, "usd_per_h": o.usd_per_h, "costs": o.cost.status}
-            for o in result.options
+            {"name": o.name, "usd_per_h": o.usd_per_h, "costs": o.status} for o in result.options
         ],
         "left_out": [one._asdict() for one in result.left_out],
         "best": _candidate(result, result.best) if result.best is not None else None,

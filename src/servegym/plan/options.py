@@ -47,6 +47,11 @@ class Option:
         """GPU, degree, stages and drafts."""
         return self.replica.name
 
+    @property
+    def status(self) -> str:
+        """`extrapolated` with stages or drafts, whose parts nobody measured; else the step's."""
+        return "extrapolated" if self.replica.parts else self.cost.status
+
 
 class LeftOut(NamedTuple):
     """A kind of replica that no fleet can have, and why."""

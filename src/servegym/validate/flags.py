@@ -22,6 +22,8 @@ def extrapolations(
     reasons = [f"{e.operator}: {e.note}" for e in evidence if e.kind == "prior"]
     if setup.expert_ranks > 1:
         reasons.append("agreement of data-parallel ranks is not simulated")
+    if setup.acceptance:
+        reasons.append("verifying drafts was not measured, and how many are accepted is given")
     if apart:
         reasons.append("prefill and decode apart: by the rules of vLLM V1, not compared live")
     elif setup.rules != "vllm":
