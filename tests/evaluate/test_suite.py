@@ -285,7 +285,7 @@ def test_an_episode_is_the_same_where_processors_draw_other_last_bits():
     ("name", "shipped"),
     [
         ("servegym-bench-v1", ["generalist", "limits", "tail"]),
-        ("servegym-bench-v2", ["generalist", "held", "limits", "tail"]),
+        ("servegym-bench-v2", ["bursts", "generalist", "held", "limits", "tail"]),
     ],
 )
 def test_entries_that_come_with_a_suite_are_of_the_policies_that_come_with_servegym(name, shipped):
