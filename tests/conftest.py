@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,6 +17,19 @@ os.environ["SERVEGYM_COMPILE_NOTICE"] = "0"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("servegym", derandomize=True, deadline=None)
 settings.load_profile("servegym")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let workers take files in the order below, not by their number of tests."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with slow files, and end with small ones: no worker is left alone with a long one."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    size = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in slow, -size[item.path]))
 
 
 @pytest.fixture(autouse=True)

@@ -169,6 +169,7 @@ def test_what_validates_and_is_exported_begins_as_the_pair_of_rules(fleet, tmp_p
     same_fate(kept, want, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("critic", ["central", "own"])
 def test_what_it_finds_is_what_both_parts_play(fleet, tmp_path, critic):
     config = settings(fleet, critic=critic, start="least-outstanding+fcfs", max_updates=10)

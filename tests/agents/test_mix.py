@@ -105,6 +105,7 @@ def test_scenarios_of_other_objectives_do_not_mix(write_mix, write_scenario):
         load_mix(write_mix({}, {"scenario": other}))
 
 
+@pytest.mark.slow
 def test_a_run_on_a_mix_goes_on_and_is_exported_with_a_card(write_mix, tmp_path, monkeypatch):
     class Killed(Exception):
         pass

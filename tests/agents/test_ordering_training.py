@@ -189,6 +189,7 @@ def test_a_budget_shorter_than_a_generation_is_exceeded_by_one_alone(tight, tmp_
     assert found.weights.weights[0].shape[1] == 4  # the linear score alone
 
 
+@pytest.mark.slow
 def test_command_trains_and_evaluates(tight, tmp_path, capsys):
     out = tmp_path / "learned"
     main(["train", "--scenario", tight, "--minutes", "0.05", "--out", str(out)])

@@ -320,6 +320,15 @@ def test_a_request_may_only_go_where_it_fits():
     assert sim.outcomes()["replica"].tolist() == [1]
 
 
+@pytest.mark.parametrize("answers", [[], [0, 0], [[0]]])
+def test_another_number_of_answers_than_environments_is_refused(answers):
+    sim = Simulator(toy_cluster(replica_type()), [toy_episode([(0, 10, 4)], type_idx=(0, 0))])
+    assert sim.advance()[0] == DECISION
+    wanted = r"answers must have shape \(1,\), one per environment, got \("
+    with pytest.raises(InvalidAction, match=wanted):
+        sim.apply(np.array(answers))
+
+
 def test_a_request_waits_unasked_while_all_that_could_hold_it_are_down(play):
     spec = toy_cluster(replica_type(num_blocks=4), replica_type(num_blocks=5), hold_s=1.5)
     faults = [(0, 1, FAULT_DOWN, 0), (4, 1, FAULT_UP, 0)]

@@ -205,6 +205,7 @@ def _children(pid: int) -> set[int]:
     return set(map(int, text.split()))
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_replaced(tmp_path):
     it = Processes(tmp_path, hang_s=5.0)  # a slow machine must not make one of a live process
 
@@ -247,6 +248,7 @@ def test_a_process_that_hangs_is_replaced(tmp_path):
     run(whole, limit_s=100.0)
 
 
+@pytest.mark.slow
 def test_a_decider_that_hangs_while_it_starts_anew_is_replaced(tmp_path):
     it = Processes(tmp_path, start_s=5.0)
 

@@ -196,9 +196,16 @@ class Simulator:
                 environment, `int64[num_envs]`; ignored where no decision is due.
 
         Raises:
-            InvalidAction: If an answer is not allowed; then none has been given.
+            InvalidAction: If an answer is not allowed, or there is not one per environment; then
+                none has been given.
         """
-        bad = _apply_all(self.params, self.state, np.ascontiguousarray(answers, np.int64))
+        answers = np.ascontiguousarray(answers, np.int64)
+        if answers.shape != self.reasons.shape:
+            raise InvalidAction(
+                f"answers must have shape {self.reasons.shape}, one per environment, got "
+                f"{answers.shape}"
+            )
+        bad = fixed(_apply_all, self.params, self.state, answers)(self.params, self.state, answers)
         if bad >= 0:
             env = self.state.env[bad]
             stop, others = int(env["num_requests"]), f"requests; {NOBODY}: nobody"

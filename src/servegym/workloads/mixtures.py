@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Annotated, Self
 
 import numpy as np
@@ -57,9 +58,8 @@ class LengthConfig(WorkloadPart):
         if len(self.medians_tokens) == 1:
             raw = self.medians_tokens[0] * np.exp(self.sigmas[0] * numbers[0])
         else:
-            weights = np.array(self.weights) / sum(self.weights)
-            part = np.searchsorted(np.cumsum(weights)[:-1], numbers[1], side="right")
-            medians, sigmas = np.array(self.medians_tokens), np.array(self.sigmas)
+            bounds, medians, sigmas = _parts(self.weights, self.medians_tokens, self.sigmas)
+            part = bounds.searchsorted(numbers[1], side="right")
             raw = medians[part] * np.exp(sigmas[part] * numbers[0])
         return np.clip(np.round(raw), self.min_tokens, self.max_tokens).astype(np.int64)
 
@@ -109,6 +109,13 @@ class Seconds(WorkloadPart):
         z = rng.standard_normal(num)
         raw = np.array(self.medians_s)[part] * np.exp(np.array(self.sigmas)[part] * z)
         return np.minimum(self.max_s, raw), part
+
+
+@lru_cache(maxsize=256)
+def _parts(weights: tuple[float, ...], *columns: tuple[float, ...]) -> tuple[FloatArray, ...]:
+    """Return where parts end between 0 and 1, and columns of theirs: many draw one at a time."""
+    shares = np.array(weights) / sum(weights)
+    return np.cumsum(shares)[:-1], *map(np.array, columns)
 
 
 def _mixture_mean(
