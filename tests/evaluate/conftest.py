@@ -40,3 +40,10 @@ def compared(make_scenario) -> Evaluation:
     """Three rules, one of them an oracle, at two loads on three seeds."""
     policies = [policy(name) for name in ("round-robin", "speed-family", "mct-oracle")]
     return evaluate(make_scenario(), policies, loads=[0.5, 1.5], num_seeds=3)
+
+
+@pytest.fixture
+def undrawn(monkeypatch) -> None:
+    """Pages whose words are looked at: their figures are laid out, but no pixels are made."""
+    figure = pytest.importorskip("matplotlib.figure")
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *to, **settings: None)

@@ -85,8 +85,7 @@ def test_table_page_and_document_have_bound_and_shares(bounded):
     assert CLAIRVOYANT not in document["decision_s"]
 
 
-def test_page_says_what_the_bound_is(bounded):
-    pytest.importorskip("matplotlib")
+def test_page_says_what_the_bound_is(bounded, undrawn):
     from servegym.evaluate.report import report_page
 
     page = report_page(bounded)

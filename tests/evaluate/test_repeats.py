@@ -57,8 +57,7 @@ def test_a_trace_not_longer_than_an_episode_is_played_once(make_scenario, write)
     assert "60.csv has 60 requests" in result.notes[1]
 
 
-def test_one_episode_has_no_interval_anywhere(make_scenario, write):
-    pytest.importorskip("matplotlib")
+def test_one_episode_has_no_interval_anywhere(make_scenario, write, undrawn):
     result = evaluate(with_trace(make_scenario(), write(60)), RULES, num_seeds=5)
     table = text_of(comparison_table(result, 1.0, 160))
     assert "[" not in table
@@ -123,8 +122,9 @@ def test_a_batch_is_played_at_one_load_and_has_goodput(make_scenario, write):
         saturation_load(scenario, RULES[0], 0.9)
 
 
-def test_what_was_done_to_a_trace_is_in_the_numbers_and_the_report(make_scenario, tmp_path):
-    pytest.importorskip("matplotlib")
+def test_what_was_done_to_a_trace_is_in_the_numbers_and_the_report(
+    make_scenario, tmp_path, undrawn
+):
     path = tmp_path / "odd.csv"
     path.write_text(HEADER + "0,100,10\n1,100,ten\n2,100,10\n3,900,10\n")
     fleet = [{"gpu": "L40S", "num_blocks": 20}]
@@ -167,8 +167,7 @@ num_jobs: 3
     )
 
 
-def test_jobs_that_are_the_same_for_every_seed_are_played_once(one_record):
-    pytest.importorskip("matplotlib")
+def test_jobs_that_are_the_same_for_every_seed_are_played_once(one_record, undrawn):
     rules = [online_rule("fifo"), online_rule("srpt-cp")]
     result = evaluate(one_record, rules, loads=(0.5, 1.0), num_seeds=4)
     assert (len(result.seeds), result.loads, len(result.runs)) == (1, [1.0], 2)

@@ -131,7 +131,7 @@ def test_browser_shows_the_page_and_decodes_every_image(page, tmp_path):
     assert "<h1>small &amp; &lt;mixed&gt;</h1>" in shown.stdout
 
 
-def test_what_is_said_beside_the_comparison_is_escaped_and_shown(result):
+def test_what_is_said_beside_the_comparison_is_escaped_and_shown(result, undrawn):
     section = Section(
         "Mine & rule's", ["It is < 1 s.", "So it is."], "<img alt='x' src=''>", "How."
     )

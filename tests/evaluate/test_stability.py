@@ -69,8 +69,7 @@ def test_factor_on_ttft_moves_first_tokens_alone(make_scenario):
     assert [late[key] for key in same] == [plain[key] for key in same]
 
 
-def test_document_and_page_show_the_bands(make_scenario):
-    pytest.importorskip("matplotlib")
+def test_document_and_page_show_the_bands(make_scenario, undrawn):
     scenario = make_scenario()
     result = evaluate(scenario, [policy(name) for name in RULES], num_seeds=2, first_seed=7)
     assert evaluation_document(result)["uncertainty"] is None
