@@ -181,9 +181,9 @@ Named as rules are: `--policies generalist`. Files, manifests and cards are in `
 what they reach is in results: [the generalist's](results.md#one-policy-for-many-scenarios),
 [for the tail](results.md#the-tail), [for
 limits](results.md#limits-from-below-saturation-to-far-beyond), [for short
-memory](results.md#whom-to-hold) and [for bursts](results.md#holding-in-bursts), where the router may
-hold requests (`allow_hold` in its file); where memory suffices and traffic is even, `held` is 4 %
-behind the rule.
+memory](results.md#whom-to-hold) and [for bursts](results.md#holding-in-bursts), where the router
+may hold requests (`allow_hold` in its file); where memory suffices and traffic is even, `held` is
+4 % behind the rule.
 
 {shipped_table()}
 
