@@ -20,6 +20,8 @@ from servegym.cluster.state import (
     OBSERVED_WHAT_IF_ADDED,
     OBSERVED_WHAT_IF_E2E,
 )
+from servegym.costs.grid import NUM_BATCH_KNOTS
+from servegym.costs.speculation import Speculation
 from servegym.policy.contract import Group
 from servegym.policy.observe import observe_batch
 from servegym.policy.run import run
@@ -33,7 +35,14 @@ STEP_S, TOKEN_S = 0.01, 0.001
 
 
 def cluster(
-    requests, speeds, *, faults=None, predicted=None, num_blocks=1000, max_num_seqs=8
+    requests,
+    speeds,
+    *,
+    faults=None,
+    predicted=None,
+    num_blocks=1000,
+    max_num_seqs=8,
+    acceptance=(),
 ) -> Simulator:
     """Make a fleet without prefix cache for rows of (arrival_s, prompt, output tokens)."""
     arrival_s, prompt, output = map(np.array, zip(*requests, strict=True))
@@ -44,6 +53,9 @@ def cluster(
         predicted_output_tokens=np.array(output if predicted is None else predicted, float),
     )
     engine = ReplicaType("toy", token_grid(STEP_S, TOKEN_S), num_blocks, max_num_seqs=max_num_seqs)
+    if acceptance:
+        drafts = Speculation(acceptance, engine.grid, np.zeros(NUM_BATCH_KNOTS))
+        engine = replace(engine, speculation=drafts)
     episode = Episode(
         table, np.zeros(len(speeds), np.int16), np.array(speeds, float), faults or Faults()
     )
@@ -93,6 +105,18 @@ def test_a_request_alone_takes_its_prefill_and_its_decode_steps():
     own, added = planned(simulator)
     np.testing.assert_allclose(own, [0.209, 0.418])
     np.testing.assert_allclose(added, own)
+
+
+def test_a_plan_counts_on_drafts():
+    # 110 ms of prefill, then 9 tokens in 3 steps of 3: 13 ms each. While it prefills another comes.
+    # The plan begins with the first's last token, which is padded to three, beside the other's 50:
+    # 63 ms; then both have 9 tokens left, 3 steps of 16 ms
+    simulator = cluster([(0.0, 100, 10), (0.105, 50, 10)], [1.0], acceptance=(1.0, 1.0))
+    follow(simulator, [])
+    np.testing.assert_allclose(planned(simulator)[0], [0.149])
+    follow(simulator, [0])
+    own, _ = planned(simulator)
+    np.testing.assert_allclose(own, [0.063 + 3 * 0.016])
 
 
 def test_added_time_counts_the_delay_of_the_others():
